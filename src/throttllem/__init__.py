@@ -1,0 +1,1 @@
+"""Serve LLMs at the least energy that keeps every latency promise."""

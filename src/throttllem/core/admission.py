@@ -1,0 +1,103 @@
+"""May this request join without breaking a promise? (the paper's admission control, part 4 of its system)
+
+The request joins the scoreboard virtually; then, in the paper's order and at the top clock: KV never above capacity,
+time between tokens, every row's deadline and not only the newcomer's. Knows nothing of queues or clocks in force.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from throttllem.core.horizon import Horizon, look_ahead
+from throttllem.core.performance import PerformanceTable
+from throttllem.core.projection import project
+from throttllem.core.scoreboard import Row, Scoreboard
+from throttllem.core.types import EngineSpec, Reason, Request, Verdict, VerdictKind
+
+_ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
+_LOST = Verdict(kind=VerdictKind.LOST, why=Reason.OWN_DEADLINE)
+_TOP = slice(-1, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionOptions:
+    """What the paper leaves open about admission.
+
+    `margin`: the fraction of every remaining time budget that is kept back for the model's error (0: the paper).
+    `queue_limit`: requests that may wait before more are rejected.
+    """
+
+    margin: float = 0.05
+    queue_limit: int = 10_000
+
+
+def never_fits(request: Request, spec: EngineSpec) -> Reason | None:
+    """Why an engine could not hold this request even alone; None if it could."""
+    tokens = request.prompt_tokens + request.max_tokens
+    if tokens > spec.max_context_tokens:
+        return Reason.NEVER_FITS_CONTEXT
+    if -(-tokens // spec.block_tokens) > spec.kv_blocks:
+        return Reason.NEVER_FITS_KV
+    return None
+
+
+def admit(
+    board: Scoreboard,
+    spec: EngineSpec,
+    table: PerformanceTable,
+    newcomer: Row,
+    *,
+    first: int,
+    base_s: float,
+    delay_s: float,
+    margin: float,
+) -> Verdict:
+    """Check one request against an engine's coming iterations.
+
+    `first` and `base_s`: the iteration in progress or next to begin, and when it began. `delay_s`: what reaching the
+    top clock costs before it is in force. An empty engine admits whatever `never_fits` let through, if only as lost.
+    """
+    alone = len(board) == 0
+    if not alone and (why := _no_room(board, spec, newcomer)):
+        return Verdict(kind=VerdictKind.WAIT, why=why)
+    projection = project(board, spec, first=first, extra=newcomer)
+    ahead = look_ahead(board, spec, table, projection, base_s=base_s, extra=newcomer)
+    if ahead.kv_peak > spec.kv_blocks and not alone:
+        return Verdict(kind=VerdictKind.WAIT, why=Reason.KV)
+    if not ahead.inside_hull:
+        return _ADMIT  # nothing is known of the speed out here: the controller runs at the top clock
+    return _check_times(ahead, board, table, newcomer, delay_s, margin, alone)
+
+
+def _no_room(board: Scoreboard, spec: EngineSpec, newcomer: Row) -> Reason | None:
+    if len(board) >= spec.max_batch:
+        return Reason.BATCH
+    if spec.no_evict and board.reserved_blocks + board.reservation(newcomer.request) > spec.kv_blocks:
+        return Reason.KV
+    return None
+
+
+def _check_times(
+    ahead: Horizon,
+    board: Scoreboard,
+    table: PerformanceTable,
+    newcomer: Row,
+    delay_s: float,
+    margin: float,
+    alone: bool,
+) -> Verdict:
+    tbt_s = min(board.tightest_tbt_s(), newcomer.tbt_s)
+    step_s = table.seconds[ahead.cells, -1]
+    if bool(np.any(step_s[~ahead.prefills] > tbt_s * (1.0 - margin))):
+        return _LOST if alone else Verdict(kind=VerdictKind.WAIT, why=Reason.TBT)
+    spent = ahead.seconds(table, _TOP)[:, 0] + delay_s
+    own_due_s, own_first_due_s = ahead.due_s[-1] - ahead.base_s, ahead.first_due_s[-1] - ahead.base_s
+    ahead.due_s[-1] = ahead.first_due_s[-1] = np.inf
+    late = np.flatnonzero(spent > ahead.slack_s() * (1.0 - margin))
+    if late.size:
+        row = ahead.binding_row(board, int(late[0]))
+        return Verdict(kind=VerdictKind.WAIT, why=Reason.E2E, binding=row.request.id if row else None)
+    in_time = spent[ahead.finish_run[-1]] <= own_due_s and spent[ahead.first_run[-1]] <= own_first_due_s
+    return _ADMIT if in_time and not newcomer.lost else _LOST

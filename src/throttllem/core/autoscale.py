@@ -1,0 +1,63 @@
+"""Which engine size next? (the paper's autoscaler, part 6 of its system)
+
+About every 10 s the measured request rate picks the smallest size whose characterised maximum load covers it. After a
+change upsizing is allowed at once, downsizing only when the grace period is over. Knows nothing of engines: it answers
+with a size, and the controller does the shadow instancing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoscaleOptions:
+    """`capacity_rps` is the characterised maximum load of each size (tensor parallel degree -> requests per second).
+
+    Open in the paper and chosen here: the rate is that of a sliding `window_s`; a size covers `headroom` of its maximum
+    load (1: the paper); `grace_s` must pass after a change before a smaller size is taken.
+    """
+
+    capacity_rps: Mapping[int, float]
+    interval_s: float = 10.0
+    window_s: float = 30.0
+    grace_s: float = 60.0
+    headroom: float = 0.9
+
+
+class Autoscaler:
+    """The measured rate and the size that it calls for."""
+
+    def __init__(self, options: AutoscaleOptions) -> None:
+        self.options = options
+        self._arrivals: deque[float] = deque()
+        self._changed_s: float | None = None
+
+    def arrived(self, now_s: float) -> None:
+        """Count one request, rejected or not. O(1) amortised."""
+        self._arrivals.append(now_s)
+        self._forget(now_s)
+
+    def rate_rps(self, now_s: float) -> float:
+        """Requests per second over the window (over the time seen, while that is shorter)."""
+        self._forget(now_s)
+        return len(self._arrivals) / max(min(self.options.window_s, now_s), self.options.interval_s)
+
+    def changed(self, now_s: float) -> None:
+        """A change of size was completed: the grace period begins."""
+        self._changed_s = now_s
+
+    def wanted(self, now_s: float, current_tp: int) -> int:
+        """The size to run from now on; `current_tp` while nothing is to be done."""
+        rate = self.rate_rps(now_s)
+        sizes = sorted(self.options.capacity_rps)
+        fitting = [tp for tp in sizes if rate <= self.options.capacity_rps[tp] * self.options.headroom]
+        target = fitting[0] if fitting else sizes[-1]
+        in_grace = self._changed_s is not None and now_s - self._changed_s < self.options.grace_s
+        return current_tp if target < current_tp and in_grace else target
+
+    def _forget(self, now_s: float) -> None:
+        while self._arrivals and self._arrivals[0] <= now_s - self.options.window_s:
+            self._arrivals.popleft()

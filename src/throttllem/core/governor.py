@@ -1,0 +1,134 @@
+"""The clock of each engine: plans it, and decides when a planned clock is worth a switch.
+
+Up at once; down only after the minimum dwell and, where energy is the aim, only for a saving worth having. Whatever is
+not known (clock, model, hull) means the top clock, said aloud in the plan. Knows nothing of the queue but that
+somebody waits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from throttllem.core.engines import EngineState
+from throttllem.core.horizon import Horizon, look_ahead
+from throttllem.core.load import LoadEstimator, steady_power_w
+from throttllem.core.performance import PerformanceTable
+from throttllem.core.projection import project
+from throttllem.core.throttle import (
+    ClockPolicy,
+    Floats,
+    ThrottleOptions,
+    doomed,
+    feasible,
+    least_energy,
+    lowest_feasible,
+)
+from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, SetClock
+
+
+class Governor:
+    """Plans clocks for one controller."""
+
+    def __init__(self, options: ThrottleOptions, load: LoadEstimator) -> None:
+        self.options = options
+        self._load = load
+
+    def settle(self, engine: EngineState, now_s: float, *, waiting: bool) -> SetClock | None:
+        """Plan the clock of a ready engine after a change; a command if another clock is to be set.
+
+        `waiting`: a request that this engine should serve could not be admitted.
+        """
+        assert engine.spec is not None
+        engine.again_at_s = math.inf
+        plan = self._plan(engine, engine.spec, now_s, waiting)
+        engine.plan = plan
+        if plan.mhz == engine.target_mhz:
+            return None
+        engine.target_mhz, engine.set_at_s = plan.mhz, now_s
+        return SetClock(engine=engine.engine, plan=plan)
+
+    def top_delay_s(self, engine: EngineState, now_s: float) -> float:
+        """Seconds until the top clock could be in force."""
+        assert engine.spec is not None
+        top = engine.spec.clocks_mhz[-1]
+        if engine.clock_mhz == top:
+            return 0.0
+        if engine.target_mhz == top:
+            return max(0.0, engine.set_at_s + self.options.switch_latency_s - now_s)
+        return self.options.switch_latency_s
+
+    def _plan(self, engine: EngineState, spec: EngineSpec, now_s: float, waiting: bool) -> FrequencyPlan:
+        top = spec.clocks_mhz[-1]
+        if self.options.policy is ClockPolicy.TOP:
+            return FrequencyPlan(mhz=top, why=Reason.FIXED)
+        if self.options.policy is ClockPolicy.FIXED:
+            return FrequencyPlan(mhz=self.options.fixed_mhz or top, why=Reason.FIXED)
+        if engine.clock_mhz is None:
+            return FrequencyPlan(mhz=top, why=Reason.UNKNOWN_STATE)
+        if not len(engine.board):
+            engine.projection = None
+            return FrequencyPlan(mhz=engine.target_mhz or top, why=Reason.IDLE)
+        return self._plan_running(engine, spec, now_s, waiting)
+
+    def _plan_running(self, engine: EngineState, spec: EngineSpec, now_s: float, waiting: bool) -> FrequencyPlan:
+        top, table, board = spec.clocks_mhz[-1], engine.table, engine.board
+        engine.projection = projection = project(board, spec, first=engine.iteration)
+        if table is None:
+            return FrequencyPlan(mhz=top, why=Reason.OUTSIDE_HULL)
+        engine.again_at_s = now_s + self.options.replan_s
+        ahead = look_ahead(board, spec, table, projection, base_s=engine.base_s(now_s))
+        if not ahead.inside_hull:
+            return FrequencyPlan(mhz=top, why=Reason.OUTSIDE_HULL)
+        for row in doomed(ahead, board, table, self.top_delay_s(engine, now_s)):
+            board.mark_lost(row)
+        if board.lost_rows:
+            return FrequencyPlan(mhz=top, why=Reason.LOST_RUNNING)
+        if waiting:
+            return FrequencyPlan(mhz=top, why=Reason.WAITING)
+        holds, run = feasible(
+            ahead, board, table, delay_s=self._delays(engine, spec, now_s), options=self.options
+        )
+        binding = None if run is None else ahead.binding_row(board, run)
+        if self.options.policy is ClockPolicy.THROTTLLEM:
+            return self._down_later(engine, lowest_feasible(holds, spec, binding), now_s)
+        cost = self._cost(engine, spec, table, ahead, now_s)
+        plan = least_energy(holds, cost, spec, binding)
+        return self._if_worth(engine, spec, self._down_later(engine, plan, now_s), cost)
+
+    def _delays(self, engine: EngineState, spec: EngineSpec, now_s: float) -> Floats:
+        """Seconds until each clock is in force; a lower one is never late."""
+        clocks = np.asarray(spec.clocks_mhz)
+        delays = np.where(clocks > (engine.clock_mhz or 0), self.options.switch_latency_s, 0.0)
+        under_way = max(0.0, engine.set_at_s + self.options.switch_latency_s - now_s)
+        return np.where(clocks == engine.target_mhz, np.minimum(delays, under_way), delays)
+
+    def _cost(
+        self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, ahead: Horizon, now_s: float
+    ) -> Floats:
+        """What each clock costs: watts at the load as it stands, or joules of the work at hand while it is unknown."""
+        if engine.cost_w is None or now_s - engine.cost_at_s >= self.options.replan_s:
+            load = self._load.load(now_s)
+            engine.cost_w = None if load is None else steady_power_w(load, table, spec, reserve=self.options.reserve)
+            engine.cost_at_s = now_s
+        if engine.cost_w is None or not np.isfinite(engine.cost_w).any():
+            return ahead.joules(table, spec.idle_w)
+        return engine.cost_w
+
+    def _down_later(self, engine: EngineState, plan: FrequencyPlan, now_s: float) -> FrequencyPlan:
+        """A lower clock waits until the last one has been kept for the minimum dwell."""
+        kept_until_s = engine.set_at_s + self.options.dwell_s
+        if engine.target_mhz is None or plan.mhz >= engine.target_mhz or now_s >= kept_until_s:
+            return plan
+        engine.again_at_s = min(engine.again_at_s, kept_until_s)
+        return FrequencyPlan(mhz=engine.target_mhz, why=Reason.DWELL, binding=plan.binding)
+
+    def _if_worth(self, engine: EngineState, spec: EngineSpec, plan: FrequencyPlan, cost: Floats) -> FrequencyPlan:
+        if engine.target_mhz is None or plan.mhz >= engine.target_mhz:
+            return plan
+        clocks = np.asarray(spec.clocks_mhz)
+        now, then = (float(cost[int(np.searchsorted(clocks, mhz))]) for mhz in (engine.target_mhz, plan.mhz))
+        if then <= now * (1.0 - self.options.min_saving):
+            return plan
+        return FrequencyPlan(mhz=engine.target_mhz, why=Reason.NOT_WORTH, binding=plan.binding)

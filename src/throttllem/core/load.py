@@ -1,0 +1,130 @@
+"""How much work comes in, and what it would cost to serve it for good at each clock.
+
+The requests at hand say which clocks keep their promises; they cannot say which is cheapest, because more requests
+will come. At a given load the engine's throughput is fixed: a lower clock means a larger batch, not less work. So the
+cost of a clock is the mean power at which the engine, fed at the measured rate, settles. Knows nothing of deadlines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from throttllem.core.performance import PerformanceTable
+from throttllem.core.types import EngineSpec
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+_RECENT = 512
+_LONG = 0.99
+_MEAN_ROWS = np.concatenate([[0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7], 1.15 ** np.arange(0, 48)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Load over the recent past: requests per second, tokens of a mean request and of a long answer.
+
+    `burst` is how much above the mean the inflow of tokens goes now and then.
+    """
+
+    requests_per_s: float
+    prompt_tokens: float
+    answer_tokens: float
+    long_answer_tokens: float
+    burst: float
+    e2e_s: float | None
+    """The tightest E2E promise of the recent requests, None if there was none."""
+
+
+class LoadEstimator:
+    """Exponentially weighted arrivals with time constant `window_s`; unbiased from the first second on.
+
+    Long answers and tight promises are looked for among the last `_RECENT` requests.
+    """
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._first_s: float | None = None
+        self._last_s = 0.0
+        self._sums = (0.0, 0.0, 0.0)
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
+
+    def arrived(self, now_s: float, prompt_tokens: int, answer_tokens: int, e2e_s: float | None) -> None:
+        """One request came in, with its predicted answer and its promise."""
+        self._recent.append((answer_tokens, math.inf if e2e_s is None else e2e_s))
+        if self._first_s is None:
+            self._first_s = self._last_s = now_s
+        keep = math.exp(-(now_s - self._last_s) / self._window_s)
+        n, prompts, answers = self._sums
+        self._sums = (n * keep + 1.0, prompts * keep + prompt_tokens, answers * keep + answer_tokens)
+        self._last_s = now_s
+
+    def load(self, now_s: float) -> Load | None:
+        """The load as it stands; None before half a window has been seen."""
+        if self._first_s is None or now_s - self._first_s < self._window_s / 2:
+            return None
+        n, prompts, answers = self._sums
+        seen_s = self._window_s * (1.0 - math.exp(-(now_s - self._first_s) / self._window_s))
+        keep = math.exp(-(now_s - self._last_s) / self._window_s)
+        recent = np.array(self._recent)
+        e2e_s, rate = float(recent[:, 1].min()), n * keep / seen_s
+        return Load(
+            requests_per_s=rate,
+            prompt_tokens=prompts / n,
+            answer_tokens=answers / n,
+            long_answer_tokens=float(np.quantile(recent[:, 0], _LONG)),
+            burst=_burst(recent[:, 0], rate * (e2e_s if math.isfinite(e2e_s) else self._window_s)),
+            e2e_s=e2e_s if math.isfinite(e2e_s) else None,
+        )
+
+
+def _burst(answer_tokens: Floats, requests: float) -> float:
+    """Two standard deviations of a compound Poisson inflow of that many requests, over its mean: (1 + CV^2) / n."""
+    variation = float(answer_tokens.std() / answer_tokens.mean())
+    return 1.0 + 2.0 * math.sqrt((1.0 + variation**2) / max(requests, 1.0))
+
+
+def steady_power_w(load: Load, table: PerformanceTable, spec: EngineSpec, *, reserve: float) -> Floats:
+    """Mean watts of the engine at each clock if `load` went on for ever, inf where it cannot, shape (clocks,).
+
+    A clock holds a load if the load's bursts leave 0.15 of the KV blocks and a tenth of the batch free, and if a long
+    answer still comes within the E2E promise less `reserve` of it. Otherwise sprints at high clocks would have to make
+    up for it later, and power is convex in the clock: slow and steady is cheaper than slow, then fast.
+    """
+    _, pace_s, held = _settled(load, load.burst, table, spec)
+    mean_w, _, _ = _settled(load, 1.0, table, spec)
+    if load.e2e_s is not None:
+        held &= load.long_answer_tokens * pace_s <= load.e2e_s * (1.0 - reserve)
+    steady_w: Floats = np.where(held, mean_w, np.inf)
+    return steady_w
+
+
+def _settled(load: Load, times: float, table: PerformanceTable, spec: EngineSpec) -> tuple[Floats, Floats, Bools]:
+    """Where the engine settles at each clock under `times` the load: mean watts, seconds between two tokens of a row,
+    and whether there is such a point at all, shape (clocks,) each.
+
+    Arrivals are Poisson and every request finds a place, so with m rows on the mean the engine is idle e^-m of the time
+    (M/G/infinity) and holds b = m / (1 - e^-m) rows while busy. m solves m = (tokens per second) x t(b), with t the
+    seconds of an iteration including its share of prefill.
+    """
+    rate = load.requests_per_s * times
+    rows = _MEAN_ROWS[0.9 * spec.max_batch > _MEAN_ROWS]
+    batch = np.maximum(np.round(rows / -np.expm1(-rows)), 1).astype(np.int64)
+    kv = np.round(batch * ((load.prompt_tokens + load.answer_tokens / 2) / spec.block_tokens + 0.5)).astype(np.int64)
+    prompt = np.full(batch.size, max(1, round(load.prompt_tokens)), dtype=np.int64)
+    decode, mixed = table.cells(batch, kv, np.zeros_like(batch)), table.cells(batch, kv, prompt)
+    step_s = table.seconds[decode].astype(np.float64)
+    prefill = np.minimum(rate * np.maximum(table.seconds[mixed] - step_s, 0.0), 0.99)
+    pace_s = step_s / (1.0 - prefill)
+    fits = (kv <= 0.85 * spec.kv_blocks)[:, None] & (prefill < 0.99)
+    enough = (rows[:, None] >= rate * load.answer_tokens * pace_s) & fits
+    at = enough.argmax(axis=0), np.arange(step_s.shape[1])
+    idle = np.exp(-rows[at[0]])
+    prefill_w = np.minimum(prefill[at] / np.maximum(1.0 - idle, 1e-9), 1.0)
+    active_w = table.watts[decode][at] * (1.0 - prefill_w) + table.watts[mixed][at] * prefill_w
+    return (1.0 - idle) * active_w + idle * spec.idle_w, pace_s[at], enough.any(axis=0)

@@ -1,0 +1,106 @@
+"""Seconds and watts of one iteration at every clock: boosted trees, tabulated over their own split thresholds.
+
+A step function is exact on the grid of its thresholds, so a prediction is three look-ups and one row of the table.
+Knows nothing of how the trees were trained, nor where a table is kept (`learn/`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+Bins = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
+Whole = npt.NDArray[np.integer]
+Steps = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hull:
+    """The box that was profiled, ends included. Outside it a prediction is a guess, and the caller is told so."""
+
+    max_batch: int
+    max_kv_blocks: int
+    max_prefill_tokens: int
+    min_mhz: int
+    max_mhz: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PerformanceTable:
+    """What one engine size needs per iteration. One row per cell, one column per clock; C clocks, ascending.
+
+    `batch_bin` (batch 0 to the largest), `kv_bin` (KV blocks in use, 0 to capacity) and `prefill_bin` (prompt tokens
+    in the iteration, 0 to the budget) give the bin of each value: from 0, rising by at most one. `seconds` and `watts`
+    (of all GPUs of the engine) have the shape (cells, C), cell = (prefill bin * batch bins + batch bin) * KV bins + KV
+    bin. Batch counts decode rows and prompts being prefilled. Raises ValueError where the parts do not fit together.
+    """
+
+    clocks_mhz: tuple[int, ...]
+    batch_bin: Bins
+    kv_bin: Bins
+    prefill_bin: Bins
+    seconds: Steps
+    watts: Steps
+    hull: Hull
+    _kv_offset: Ints = field(init=False, repr=False)
+    _batch_offset: Ints = field(init=False, repr=False)
+    _prefill_offset: Ints = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        kv_bins, batch_bins, prefill_bins = (
+            _count(name, getattr(self, name)) for name in ("kv_bin", "batch_bin", "prefill_bin")
+        )
+        clocks = self.clocks_mhz
+        if not clocks or any(low >= high for low, high in pairwise(clocks)):
+            raise ValueError(f"performance table: clocks_mhz = {clocks}: must be ascending and not empty")
+        shape = (prefill_bins * batch_bins * kv_bins, len(clocks))
+        for name in ("seconds", "watts"):
+            _check_steps(name, getattr(self, name), shape)
+        object.__setattr__(self, "_kv_offset", self.kv_bin.astype(np.int64))
+        object.__setattr__(self, "_batch_offset", self.batch_bin.astype(np.int64) * kv_bins)
+        object.__setattr__(self, "_prefill_offset", self.prefill_bin.astype(np.int64) * (kv_bins * batch_bins))
+
+    def cells(self, batch: Whole, kv_blocks: Whole, prefill_tokens: Whole) -> Ints:
+        """Rows of `seconds` and `watts` for integer arrays of one shape; beyond either end the end bin counts."""
+        cells: Ints = self._prefill_offset.take(prefill_tokens, mode="clip")
+        cells += self._batch_offset.take(batch, mode="clip")
+        cells += self._kv_offset.take(kv_blocks, mode="clip")
+        return cells
+
+    def inside(self, batch_max: int, kv_max: int, prefill_max: int) -> bool:
+        """Was everything up to this batch, KV blocks and prefill tokens profiled? If not: the top clock."""
+        hull = self.hull
+        return batch_max <= hull.max_batch and kv_max <= hull.max_kv_blocks and prefill_max <= hull.max_prefill_tokens
+
+    def at(self, clock_mhz: int, batch: int, kv_blocks: int, prefill_tokens: int) -> tuple[float, float]:
+        """Seconds and watts of one iteration. Raises ValueError for a clock that is not in the table."""
+        if clock_mhz not in self.clocks_mhz:
+            low, high = self.clocks_mhz[0], self.clocks_mhz[-1]
+            raise ValueError(
+                f"clock {clock_mhz} MHz is not in the performance table ({len(self.clocks_mhz)} from {low} to {high})"
+            )
+        column = self.clocks_mhz.index(clock_mhz)
+        cell = self.cells(np.array([batch]), np.array([kv_blocks]), np.array([prefill_tokens]))[0]
+        return float(self.seconds[cell, column]), float(self.watts[cell, column])
+
+
+def _count(name: str, bins: Bins) -> int:
+    """How many bins there are, after checking that they are numbered from 0 without gaps."""
+    if bins.ndim != 1 or not bins.size or bins[0] != 0:
+        raise ValueError(f"performance table: {name} must be one-dimensional and begin with 0")
+    steps = np.diff(bins)
+    if steps.size and not (steps.min() >= 0 and steps.max() <= 1):
+        raise ValueError(f"performance table: {name} must rise by 0 or 1 from each value to the next")
+    return int(bins[-1]) + 1
+
+
+def _check_steps(name: str, values: Steps, shape: tuple[int, int]) -> None:
+    if values.shape != shape:
+        raise ValueError(f"performance table: {name} has the shape {values.shape}, its bins and clocks ask for {shape}")
+    low, high = float(values.min()), float(values.max())
+    if not 0.0 < low <= high < float("inf"):
+        raise ValueError(f"performance table: {name} must be positive and finite, found {low} to {high}")

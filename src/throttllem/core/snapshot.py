@@ -1,0 +1,60 @@
+"""What others may know of the controller: frozen, and all that metrics, dashboards and reports read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from throttllem.core.engines import EngineState, Phase
+from throttllem.core.types import FrequencyPlan, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Requests so far. `lost` are finished ones that could not keep their promises; `failed` include cancelled ones."""
+
+    arrived: int = 0
+    dispatched: int = 0
+    finished: int = 0
+    rejected: int = 0
+    failed: int = 0
+    lost: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineView:
+    """One engine. `clock_mhz` None: unknown; `plan` None: not planned yet."""
+
+    engine: int
+    tp: int
+    phase: Phase
+    clock_mhz: int | None
+    plan: FrequencyPlan | None
+    running: int
+    pending: int
+    lost_rows: int
+    iteration: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The whole controller. `head` says why the head of the queue waits, None if nothing does."""
+
+    queue: int
+    head: Verdict | None
+    engines: tuple[EngineView, ...]
+    counts: Counts
+
+
+def view(state: EngineState) -> EngineView:
+    """One engine as others see it."""
+    return EngineView(
+        engine=state.engine,
+        tp=state.tp,
+        phase=state.phase,
+        clock_mhz=state.clock_mhz,
+        plan=state.plan,
+        running=len(state.board.running),
+        pending=len(state.board.pending),
+        lost_rows=state.board.lost_rows,
+        iteration=state.iteration,
+    )

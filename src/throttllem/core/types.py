@@ -1,0 +1,248 @@
+"""The vocabulary of the core: requests, engines, events in, commands out, and the reasons for them.
+
+Every value is frozen; None means absent. Seconds are the driver's own time line (virtual or wall), so a value
+here means nothing without the run that it came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """What was promised. Absent promises are None; seconds.
+
+    `e2e_s` arrival to last token; `tbt_s` mean time between tokens of one request; `ttft_s` arrival to first token.
+    """
+
+    e2e_s: float | None = None
+    tbt_s: float | None = None
+    ttft_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("e2e_s", "tbt_s", "ttft_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"SLO {name} = {value}: must be a positive number of seconds, or absent")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request as the front door saw it. `answer_tokens` is known in simulation only (oracle predictors)."""
+
+    id: int
+    arrival_s: float
+    prompt_tokens: int
+    max_tokens: int
+    slo: Slo
+    answer_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What the core must know of an engine before it runs: capacities and batching rules, never speed.
+
+    `kv_blocks` of `block_tokens` tokens each; `prefill_budget_tokens` is the most tokens (prompts and decode rows)
+    that one iteration processes. `chunked`: prompts are split over iterations (vLLM), otherwise they go whole
+    (TensorRT-LLM). `no_evict`: the engine reserves prompt + max_tokens before it starts a request
+    (TensorRT-LLM's GUARANTEED_NO_EVICT), otherwise it preempts by recomputation when blocks run out.
+    `clocks_mhz` ascending.
+    """
+
+    gpu: str
+    model: str
+    tp: int
+    kv_blocks: int
+    block_tokens: int
+    max_batch: int
+    max_context_tokens: int
+    prefill_budget_tokens: int
+    chunked: bool
+    no_evict: bool
+    clocks_mhz: tuple[int, ...]
+    idle_w: float
+    startup_s: float
+
+
+class Reason(StrEnum):
+    """Why a verdict or a plan came out as it did. Shown to people: dashboards, logs, errors."""
+
+    NEVER_FITS_KV = "prompt + max_tokens exceeds the KV cache"
+    NEVER_FITS_CONTEXT = "prompt + max_tokens exceeds the model's context"
+    CANCELLED = "the client is gone"
+    QUEUE_FULL = "the queue is full"
+    ENGINE_LOST = "the engine was lost"
+    KV = "KV cache would overflow"
+    BATCH = "the batch is full"
+    TBT = "time between tokens would exceed the SLO"
+    E2E = "a deadline would be missed"
+    TTFT = "the first token would come too late"
+    OWN_DEADLINE = "can no longer make its own deadline"
+    NO_ENGINE = "no engine is ready"
+    FITS = "every check holds"
+    FIXED = "the policy fixes the clock"
+    LOST_RUNNING = "a lost request is running"
+    OUTSIDE_HULL = "the performance model was never profiled here"
+    UNKNOWN_STATE = "the engine's state is unknown"
+    INFEASIBLE = "no clock keeps every SLO"
+    WAITING = "a request waits for a place"
+    LOWEST_CLOCK = "the lowest clock keeps every SLO"
+    LOWEST_FEASIBLE = "one clock lower breaks an SLO"
+    LEAST_ENERGY = "least predicted energy among the feasible clocks"
+    DWELL = "a lower clock waits for the minimum dwell"
+    NOT_WORTH = "a lower clock would save too little"
+    IDLE = "nothing is running"
+
+
+class VerdictKind(StrEnum):
+    """What admission decides about one request."""
+
+    ADMIT = "admit"
+    WAIT = "wait"
+    LOST = "lost"
+    REJECT = "reject"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Admission's answer for one request, the reason, and the request that stands in the way (if it is one)."""
+
+    kind: VerdictKind
+    why: Reason
+    binding: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrequencyPlan:
+    """The clock that should be set, why, and the request whose SLO stops us going lower (None: none does)."""
+
+    mhz: int
+    why: Reason
+    binding: int | None = None
+
+
+# ---- events: what the driver tells the core ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrived:
+    """A request came in."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancelled:
+    """The client of a request is gone."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stepped:
+    """Engine `engine` completed iteration `iteration` (0, 1, 2 ... since it started).
+
+    `started`: requests that gave their first token (or their first after a preemption) in this iteration;
+    `finished`: requests that gave their last; `preempted`: requests thrown out of the KV cache when this iteration
+    was put together, which wait inside the engine now. A request can be in `started` and `finished` at once.
+    """
+
+    engine: int
+    iteration: int
+    started: tuple[int, ...] = ()
+    finished: tuple[int, ...] = ()
+    preempted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReady:
+    """An engine can take requests, at the top clock."""
+
+    engine: int
+    spec: EngineSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLost:
+    """An engine died, or did not start; what ran on it is gone."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClockRead:
+    """The clock of an engine's GPUs as it is now; None: it could not be read or set."""
+
+    engine: int
+    mhz: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timer:
+    """The deadline that the core asked for has come."""
+
+
+Event = Arrived | Cancelled | Stepped | EngineReady | EngineLost | ClockRead | Timer
+
+
+# ---- commands: what the core wants done ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dispatch:
+    """Give a request to an engine."""
+
+    engine: int
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """End a request that was not dispatched."""
+
+    request_id: int
+    why: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fail:
+    """End a request whose engine was lost while it ran."""
+
+    request_id: int
+    why: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Take a request out of an engine; it ends with this command."""
+
+    engine: int
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetClock:
+    """Set all GPUs of an engine to one clock."""
+
+    engine: int
+    plan: FrequencyPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartEngine:
+    """Bring up an engine of this size beside those that run."""
+
+    engine: int
+    tp: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopEngine:
+    """Take down an engine that runs nothing."""
+
+    engine: int
+
+
+Command = Dispatch | Reject | Fail | Cancel | SetClock | StartEngine | StopEngine

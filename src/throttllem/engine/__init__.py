@@ -1,0 +1,1 @@
+"""Engines that run batches. Knows nothing of SLOs or clock policies."""

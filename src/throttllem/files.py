@@ -1,0 +1,108 @@
+"""Writing files so that a reader never sees half of one, and folders that can be written before work starts.
+
+Knows nothing of what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class WriteError(OSError):
+    """Something cannot be written; the message names the path, the cause and the way out."""
+
+
+@contextlib.contextmanager
+def write_aside(path: Path) -> Iterator[Path]:
+    """Gives an empty file beside `path` to write to; it takes the place of `path` when the block ends.
+
+    On any exception, KeyboardInterrupt included, it is removed and `path` stays as it was. The contents reach the
+    disk before the name does. A device or pipe (/dev/null) is given as it is: it must not be replaced by a file.
+    Raises WriteError where the folder is missing or cannot be written; an error of the block itself passes unchanged.
+    """
+    target = _target(path)
+    if target is None:
+        yield path
+        return
+    aside = _open_aside(path, target)
+    try:
+        yield aside
+        try:
+            _flush(aside)
+            aside.replace(target)
+        except OSError as error:
+            raise _refusal(path, error) from error
+        # The file is whole and in its place; some file systems cannot flush a folder.
+        with contextlib.suppress(OSError):
+            _flush(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def ensure_writable_dir(path: Path) -> Path:
+    """Makes the folder `path` with its parents where absent, proves that a file can be made in it, returns it.
+
+    Raises WriteError naming what stands in the way. The proof is a trial file: permission bits say nothing to root,
+    nor of a read-only mount.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _open_aside(path, path / "trial").unlink()
+    except WriteError:
+        raise
+    except OSError as error:
+        raise _refusal(path, error) from error
+    return path
+
+
+def _target(path: Path) -> Path | None:
+    """The file to replace, links followed (the link itself stays); None for a device or pipe."""
+    try:
+        if path.is_dir():
+            raise WriteError(f"cannot write {path}: it is a directory; name a file")
+        return None if path.exists() and not path.is_file() else path.resolve()
+    except WriteError:
+        raise
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _open_aside(path: Path, target: Path) -> Path:
+    """A new empty file beside `target` with the permissions that a plain open would give; `path` is for messages."""
+    aside = target.with_name(f".{target.name[:40]}.{secrets.token_hex(6)}.part")
+    try:
+        aside.touch(exist_ok=False)
+    except OSError as error:
+        raise _refusal(path, error) from error
+    return aside
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _refusal(path: Path, error: OSError) -> WriteError:
+    """The operating system's refusal in words, with what to do about it."""
+    mend = "choose another path"
+    match error.errno:
+        case errno.ENOENT:
+            mend = f"make the folder {path.parent} first, or choose another path"
+        case errno.EEXIST | errno.ENOTDIR:
+            mend = "a file stands where a folder is needed: move it, or choose another path"
+        case errno.EACCES | errno.EPERM:
+            mend = "allow this user to write there, or choose another path"
+        case errno.EROFS:
+            mend = "the file system is read-only: choose another path"
+        case errno.ENOSPC | errno.EDQUOT:
+            mend = "free some space, or choose another path"
+    return WriteError(f"cannot write {path}: {os.strerror(error.errno or 0)}; {mend}")

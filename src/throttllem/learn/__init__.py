@@ -1,0 +1,1 @@
+"""Profile an engine, train the trees, bake the table, write the score card."""

@@ -1,0 +1,126 @@
+"""The profile: one row per measured iteration, in a file that any engine can fill (docs/profile-format.md).
+
+Checks what it reads and names file, row and column of what is wrong. Knows nothing of who measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from throttllem.files import write_aside
+
+PARQUET = ".parquet"
+CSV = ".csv"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One column: its type and the least value that makes sense (`above`: the value itself does not)."""
+
+    name: str
+    dtype: type[pl.DataType]
+    least: float | None = None
+    above: bool = False
+
+
+COLUMNS = (
+    Column(name="gpu", dtype=pl.String),
+    Column(name="model", dtype=pl.String),
+    Column(name="tp", dtype=pl.Int64, least=1),
+    Column(name="block_tokens", dtype=pl.Int64, least=1),
+    Column(name="batch", dtype=pl.Int64, least=1),
+    Column(name="kv_blocks", dtype=pl.Int64, least=1),
+    Column(name="clock_mhz", dtype=pl.Int64, least=1),
+    Column(name="prefill_tokens", dtype=pl.Int64, least=0),
+    Column(name="seconds", dtype=pl.Float64, least=0.0, above=True),
+    Column(name="watts", dtype=pl.Float64, least=0.0, above=True),
+)
+SAME_THROUGHOUT = ("gpu", "model", "block_tokens")
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used; the message names the file and, where there is one, the row and the column."""
+
+
+def read_profile(path: Path, sizes: Collection[int] | None = None) -> pl.DataFrame:
+    """Read and check a profile, Parquet or CSV by the file's ending. Raises ProfileError.
+
+    `sizes` are the tensor parallel degrees that the caller can use; a row of another one is an error. Columns that the
+    format does not name are dropped.
+    """
+    frame = _read(path)
+    missing = [column.name for column in COLUMNS if column.name not in frame.columns]
+    if missing:
+        raise ProfileError(f"{path}: missing column {', '.join(missing)}; there are: {', '.join(frame.columns)}")
+    if frame.is_empty():
+        raise ProfileError(f"{path}: no rows")
+    checked = pl.DataFrame([_checked(path, frame[column.name], column) for column in COLUMNS])
+    for name in SAME_THROUGHOUT:
+        others = checked[name] != checked[name][0]
+        _refuse(path, checked[name], others, f"a profile is of one {name}, and row 1 says {checked[name][0]!r}")
+    if sizes is not None:
+        known = ", ".join(str(size) for size in sorted(sizes))
+        _refuse(path, checked["tp"], ~checked["tp"].is_in(sorted(sizes)), f"unknown engine size; known: {known}")
+    return checked
+
+
+def write_profile(profile: pl.DataFrame, path: Path) -> None:
+    """Write a profile, Parquet or CSV by the file's ending; the file appears whole or not at all."""
+    ending = _ending(path)
+    with write_aside(path) as unfinished:
+        if ending == CSV:
+            profile.write_csv(unfinished)
+        else:
+            profile.write_parquet(unfinished)
+
+
+def _ending(path: Path) -> str:
+    ending = path.suffix.lower()
+    if ending not in (PARQUET, CSV):
+        raise ProfileError(f"{path}: a profile's name ends with {PARQUET} or {CSV}")
+    return ending
+
+
+def _read(path: Path) -> pl.DataFrame:
+    """The file as it is; a CSV's values stay text, so that a bad one can be named with its row."""
+    ending = _ending(path)
+    if not path.is_file():
+        raise ProfileError(f"{path}: no such file")
+    try:
+        # An empty CSV raises an error of its own class; all of polars' errors share this base.
+        return pl.read_csv(path, infer_schema=False) if ending == CSV else pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path}: cannot be read as {ending[1:]}: {str(error).splitlines()[0]}") from error
+
+
+def _checked(path: Path, values: pl.Series, column: Column) -> pl.Series:
+    _refuse(path, values, values.is_null(), "no value")
+    wanted = values.str.strip_chars() if values.dtype == pl.String else values
+    if column.dtype == pl.String:
+        wanted = wanted.cast(pl.String)
+        _refuse(path, values, wanted.str.len_chars() == 0, "no value")
+        return wanted
+    try:
+        numbers = wanted.cast(pl.Float64, strict=False)
+    except pl.exceptions.PolarsError as error:
+        raise ProfileError(f"{path}, column {column.name}: holds {values.dtype}, not numbers") from error
+    _refuse(path, values, numbers.is_null() | ~numbers.is_finite().fill_null(False), "not a finite number")
+    if column.dtype == pl.Int64:
+        _refuse(path, values, numbers != numbers.round(), "not a whole number")
+    if column.least is not None:
+        low = numbers <= column.least if column.above else numbers < column.least
+        _refuse(path, values, low, f"must be {'above' if column.above else 'at least'} {column.least:g}")
+    return numbers.cast(column.dtype)
+
+
+def _refuse(path: Path, values: pl.Series, bad: pl.Series, why: str) -> None:
+    """Raise for the first bad value. Rows count from 1; in a CSV the line is given, the header being line 1."""
+    rows = bad.arg_true()
+    if len(rows):
+        row = int(rows[0])
+        place = f"line {row + 2}" if path.suffix.lower() == CSV else f"row {row + 1}"
+        raise ProfileError(f"{path}, {place}, column {values.name}: {values[row]!r}: {why}")

@@ -1,0 +1,187 @@
+"""The GPUs and models that we know: frozen constants, each with its source written beside it in `catalogue.toml`.
+
+A user's own TOML adds entries or replaces whole ones by name. Knows nothing of how the constants are used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from throttllem.physics.laws import Basis, Fraction, Frozen, PowerLaw, TimeLaw
+
+T = TypeVar("T")
+E = TypeVar("E", bound=Frozen)
+
+
+class UnknownName(ValueError):  # noqa: N818 - the name says what happened
+    """No GPU or model of that name; the message lists the nearest known ones."""
+
+
+class CatalogueError(ValueError):
+    """A catalogue file that cannot be read; the message names file, key and fix."""
+
+
+class Gpu(Frozen):
+    """One kind of GPU. SI units unless the name says otherwise."""
+
+    name: str
+    clock_min_mhz: PositiveInt
+    clock_max_mhz: PositiveInt
+    clock_step_mhz: PositiveInt
+    memory_bytes: PositiveFloat
+    memory_fraction: float = Fraction
+    activation_bytes: NonNegativeFloat
+    bandwidth_bytes_per_s: PositiveFloat
+    peak_flop_per_s: PositiveFloat
+    startup_s: PositiveFloat
+    startup_w: PositiveFloat
+    time: TimeLaw
+    power: PowerLaw
+    time_basis: Basis
+    power_basis: Basis
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        steps, rest = divmod(self.clock_max_mhz - self.clock_min_mhz, self.clock_step_mhz)
+        if steps < 1 or rest:
+            raise ValueError("clock_max_mhz must be clock_min_mhz plus a positive number of clock_step_mhz")
+        if self.power.knee_mhz >= self.clock_max_mhz:
+            raise ValueError("power.knee_mhz must be below clock_max_mhz")
+        if self.power.idle_w + self.power.static_w >= self.power.limit_w:
+            raise ValueError("power.idle_w + power.static_w must be below power.limit_w")
+        return self
+
+    @property
+    def clocks_mhz(self) -> tuple[int, ...]:
+        """Every clock that can be set, ascending."""
+        return tuple(range(self.clock_min_mhz, self.clock_max_mhz + 1, self.clock_step_mhz))
+
+
+class Model(Frozen):
+    """One decoder-only transformer with gated feed-forward layers and untied embeddings."""
+
+    name: str
+    layers: PositiveInt
+    hidden: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    intermediate: PositiveInt
+    vocabulary: PositiveInt
+    max_context_tokens: PositiveInt
+    bytes_per_value: PositiveFloat = 2.0
+    """Of weights, activations and KV cache alike; 2 for bfloat16."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError("heads must be a multiple of kv_heads")
+        return self
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of the matrices of one layer: qkv, output, gate, up, down."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def weight_bytes(self) -> float:
+        """All layers, embedding and head (norms are left out: under 0.01 %)."""
+        parameters = self.layers * self.layer_parameters + 2 * self.vocabulary * self.hidden
+        return parameters * self.bytes_per_value
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """Keys and values of one token over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_value
+
+
+class Catalogue(Frozen):
+    """GPUs and models by name."""
+
+    gpus: dict[str, Gpu]
+    models: dict[str, Model]
+
+    @classmethod
+    def load(cls, extra: Path | None = None) -> Self:
+        """The shipped catalogue, with the entries of a user's TOML added or put in their place.
+
+        Raises CatalogueError (file, key, fix) for a file that is missing, is no TOML or holds a bad entry.
+        """
+        shipped = resources.files("throttllem.physics").joinpath("catalogue.toml").read_text(encoding="utf-8")
+        gpus, models = _parse(shipped, "catalogue.toml")
+        if extra is not None:
+            more_gpus, more_models = _parse(_read(extra), str(extra))
+            gpus, models = gpus | more_gpus, models | more_models
+        return cls(gpus=gpus, models=models)
+
+    def gpu(self, name: str) -> Gpu:
+        """The GPU of that name; UnknownName otherwise."""
+        return _lookup(self.gpus, name, "GPU")
+
+    def model(self, name: str) -> Model:
+        """The model of that name; UnknownName otherwise."""
+        return _lookup(self.models, name, "model")
+
+
+def _lookup(entries: dict[str, T], name: str, what: str) -> T:
+    if name not in entries:
+        raise UnknownName(f"unknown {what} {name!r}: {_nearest(name, entries)}")
+    return entries[name]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CatalogueError(f"{path}: cannot be read ({error}); give a UTF-8 TOML file") from error
+
+
+def _parse(text: str, file: str) -> tuple[dict[str, Gpu], dict[str, Model]]:
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise CatalogueError(f"{file}: not valid TOML: {error}") from error
+    strange = sorted(set(tree) - {"gpu", "model"})
+    if strange:
+        raise CatalogueError(f"{file}: unknown key {strange[0]!r}: write tables [gpu.NAME] and [model.NAME]")
+    return _entries(tree, "gpu", Gpu, file), _entries(tree, "model", Model, file)
+
+
+def _entries(tree: dict[str, Any], key: str, kind: type[E], file: str) -> dict[str, E]:
+    table = tree.get(key, {})
+    if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
+        raise CatalogueError(f"{file}: {key}: must hold tables, each written as [{key}.NAME]")
+    return {name: _entry(entry, f"{key}.{name}", name, kind, file) for name, entry in table.items()}
+
+
+def _entry(values: dict[str, Any], key: str, name: str, kind: type[E], file: str) -> E:
+    if "name" in values:
+        raise CatalogueError(f"{file}: {key}.name: leave it out; the table's own name is the name")
+    try:
+        return kind.model_validate({"name": name, **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([key, *(str(part) for part in first["loc"])])
+        raise CatalogueError(f"{file}: {where}: {_fix(first['type'], first['msg'])}") from error
+
+
+def _fix(kind: str, message: str) -> str:
+    if kind == "missing":
+        return "missing; add it (the shipped catalogue.toml shows every key)"
+    if kind == "extra_forbidden":
+        return "unknown key; remove it or correct its spelling"
+    return message

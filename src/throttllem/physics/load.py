@@ -1,0 +1,86 @@
+"""What one iteration costs one of the engine's GPUs: seconds at the top clock per token, row, pair and iteration.
+
+The sums over a model's operators are taken once, here, so that an iteration is a dozen multiplications. All matrix
+products of a layer see the same rows, so their smooth maxima add up to the smooth maximum of the sums.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from throttllem.physics.catalogue import Gpu, Model
+
+GEMMS_PER_LAYER = 4
+"""qkv, output, gate with up, down."""
+ALLREDUCES_PER_LAYER = 2
+"""After attention and after the feed-forward part (Megatron-LM, arXiv 1909.08053)."""
+_ROW_ELEMENTWISE = 8
+"""Hidden-sized reads and writes of a row by two norms with residuals: in, residual in, residual out, out, twice."""
+
+
+class Load(NamedTuple):
+    """Seconds at the top clock on one GPU. A row is one token that goes through the layers."""
+
+    weights_s: float
+    row_gemm_memory_s: float
+    row_gemm_compute_s: float
+    head_row_compute_s: float
+    """Rows whose next token is sampled go through the head too."""
+    row_elementwise_s: float
+    kv_token_s: float
+    pair_s: float
+    prefill_token_s: float
+    layers_kernel_s: float
+    decode_kernel_s: float
+    prefill_kernel_s: float
+    allreduce_s: float
+    row_allreduce_s: float
+
+
+def load(gpu: Gpu, model: Model, tp: int) -> Load:
+    """Costs of `model` cut over `tp` GPUs (docs/physics.md, "Time")."""
+    law, value = gpu.time, model.bytes_per_value
+    gemm_bandwidth = gpu.bandwidth_bytes_per_s * law.gemm_bandwidth_fraction
+    gemm_peak = gpu.peak_flop_per_s * law.gemm_peak_fraction
+    head = model.vocabulary * model.hidden / tp
+    parameters = model.layers * model.layer_parameters / tp
+    allreduces = ALLREDUCES_PER_LAYER * model.layers if tp > 1 else 0
+    ring = 2 * (tp - 1) / tp * model.hidden * value / law.allreduce_bytes_per_s
+    query_width = model.heads * model.head_dim
+    attention_io = 2 * (model.heads + _kv_heads(model, tp) * tp) / tp * model.head_dim * value
+    return Load(
+        weights_s=(parameters + head) * value / gemm_bandwidth,
+        row_gemm_memory_s=model.layers * _gemm_io(model, tp) * value / gemm_bandwidth,
+        row_gemm_compute_s=2 * parameters / gemm_peak,
+        head_row_compute_s=2 * head / gemm_peak,
+        row_elementwise_s=model.layers * _elementwise(model, tp) * value / gemm_bandwidth,
+        kv_token_s=kv_bytes_per_token(model, tp) / (gpu.bandwidth_bytes_per_s * law.decode_bandwidth_fraction),
+        pair_s=4 * query_width * model.layers / tp / (gpu.peak_flop_per_s * law.prefill_peak_fraction),
+        prefill_token_s=model.layers * attention_io / (gpu.bandwidth_bytes_per_s * law.prefill_bandwidth_fraction),
+        layers_kernel_s=(GEMMS_PER_LAYER * model.layers + 1) * law.gemm_kernel_s + model.layers * law.layer_kernel_s,
+        decode_kernel_s=model.layers * law.decode_kernel_s,
+        prefill_kernel_s=model.layers * law.prefill_kernel_s,
+        allreduce_s=allreduces * (law.allreduce_s + tp * law.allreduce_gpu_s),
+        row_allreduce_s=allreduces * ring,
+    )
+
+
+def kv_bytes_per_token(model: Model, tp: int) -> float:
+    """On the fullest GPU. With more GPUs than KV heads each head is kept on several of them."""
+    return model.kv_bytes_per_token * _kv_heads(model, tp) / model.kv_heads
+
+
+def _kv_heads(model: Model, tp: int) -> int:
+    return -(-model.kv_heads // tp)
+
+
+def _gemm_io(model: Model, tp: int) -> float:
+    """Values that the matrix products of one layer read and write per row."""
+    attention = model.head_dim * (2 * model.heads / tp + 2 * _kv_heads(model, tp))
+    return 4 * model.hidden + attention + 3 * model.intermediate / tp
+
+
+def _elementwise(model: Model, tp: int) -> float:
+    """Values that norms, rotary embedding and activation function of one layer read and write per row."""
+    rotary = 2 * model.head_dim * (model.heads / tp + _kv_heads(model, tp))
+    return _ROW_ELEMENTWISE * model.hidden + rotary + 3 * model.intermediate / tp

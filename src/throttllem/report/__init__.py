@@ -1,0 +1,1 @@
+"""Tables, claims of the paper, and the HTML report."""

@@ -1,0 +1,1 @@
+"""The virtual-time driver: traces, scenarios, results. Never imports the gateway."""

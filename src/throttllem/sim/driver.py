@@ -1,0 +1,271 @@
+"""The virtual-time driver: feeds a trace to the controller and carries its commands out on simulated engines.
+
+It owns the clock of the simulation and nothing else: no policy is here. Events of equal time are taken in the order in
+which they were scheduled, so the same inputs give the same run.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
+
+from throttllem.config import Noise
+from throttllem.core.controller import Controller
+from throttllem.core.types import (
+    Arrived,
+    ClockRead,
+    Command,
+    Dispatch,
+    EngineReady,
+    EngineSpec,
+    Event,
+    Reject,
+    Request,
+    SetClock,
+    StartEngine,
+    Stepped,
+    StopEngine,
+    Timer,
+)
+from throttllem.engine.simulated import Physics, SimulatedEngine
+from throttllem.sim.recorder import Life, Recorder
+
+_END_OF_ITERATION, _CLOCK, _READY = range(3)
+
+
+class Watch(Protocol):
+    """Sees every event that goes into the core and the commands that come out (flight recorder, tests)."""
+
+    def __call__(self, now_s: float, event: Event, commands: list[Command]) -> None:
+        """One call of `Controller.handle`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What the simulation can start: spec and physics by engine size, and how GPUs behave when they are switched.
+
+    `startup_w` and `freed_w` are watts of one GPU: while its engine starts, and while it belongs to none (None: freed
+    GPUs are not counted) out of `gpus`.
+    """
+
+    specs: Mapping[int, EngineSpec]
+    physics: Mapping[int, Physics]
+    switch_latency_s: float
+    startup_w: float
+    gpus: int
+    freed_w: float | None = None
+    noise: Noise = field(default_factory=Noise)
+
+
+@dataclass(slots=True)
+class Running:
+    """A simulated engine that is up, and since when it has idled (None: an iteration is under way)."""
+
+    engine: SimulatedEngine
+    tp: int
+    idle_w: float
+    idle_since_s: float | None
+
+
+class Simulation:
+    """One run: a controller, a machine, requests in order of arrival. `run` is to be called once.
+
+    Afterwards `energy_j` is what all GPUs that count used, `idle_energy_j` the part of it with no request running
+    (starting engines and counted freed GPUs included), `preemptions` those of all engines.
+    """
+
+    def __init__(
+        self, controller: Controller, machine: Machine, recorder: Recorder, *, seed: int, watch: Watch | None = None
+    ) -> None:
+        self.now_s = 0.0
+        self.energy_j = 0.0
+        self.idle_energy_j = 0.0
+        self.preemptions = 0
+        self._controller = controller
+        self._machine = machine
+        self._recorder = recorder
+        self._seed = seed
+        self._watch = watch
+        self._engines: dict[int, Running] = {}
+        self._starting: dict[int, tuple[int, float]] = {}
+        self._agenda: list[tuple[float, int, int, int, int]] = []
+        self._scheduled = 0
+        self._open = 0
+        self._freed_since_s = 0.0
+
+    def run(self, requests: list[Request], tp: int, progress: Callable[[float], None] = lambda _: None) -> None:
+        """Serve all requests, beginning with one engine of size `tp` that is up; `progress` gets the share arrived."""
+        self._bring_up(0, tp)
+        upcoming = iter(requests)
+        request = next(upcoming, None)
+        arrived = 0
+        while request is not None or self._open:
+            arrival_s = request.arrival_s if request else math.inf
+            agenda_s = self._agenda[0][0] if self._agenda else math.inf
+            timer_s = self._controller.next_deadline()
+            due_s = min(arrival_s, agenda_s, math.inf if timer_s is None else timer_s)
+            assert due_s < math.inf, "requests are open and nothing is to come"
+            self.now_s = max(self.now_s, due_s)
+            if agenda_s <= self.now_s:
+                self._take_from_agenda()
+            elif request is not None and arrival_s <= self.now_s:
+                self._open += 1
+                self._recorder.lives[request.id] = Life(request)
+                self._tell(Arrived(request=request))
+                request = next(upcoming, None)
+                arrived += 1
+                if arrived % 64 == 0:
+                    progress(arrived / len(requests))
+            else:
+                self._tell(Timer())
+        self._shut_down()
+        progress(1.0)
+
+    # ---- events ----------------------------------------------------------------------------------------------
+
+    def _schedule(self, at_s: float, kind: int, engine: int, value: int = 0) -> None:
+        self._scheduled += 1
+        heapq.heappush(self._agenda, (at_s, self._scheduled, kind, engine, value))
+
+    def _take_from_agenda(self) -> None:
+        _, _, kind, key, value = heapq.heappop(self._agenda)
+        if kind == _END_OF_ITERATION:
+            self._end_iteration(key, self._engines[key])
+        elif kind == _READY:
+            tp, since_s = self._starting.pop(key)
+            self._idle_energy(since_s, self._machine.startup_w * tp)
+            self._bring_up(key, tp)
+        elif key in self._engines:
+            self._engines[key].engine.clock_mhz = value
+            self._tell(ClockRead(engine=key, mhz=value))
+
+    def _tell(self, event: Event) -> None:
+        """Hand an event to the core, do what it says, and set idle engines going that have work now."""
+        before = perf_counter()
+        commands = self._controller.handle(event, self.now_s)
+        if commands or not isinstance(event, Stepped) or event.started or event.finished:
+            self._recorder.decisions_s.append(perf_counter() - before)
+        if self._watch:
+            self._watch(self.now_s, event, commands)
+        for command in commands:
+            self._do(command)
+        for key, up in self._engines.items():
+            if up.idle_since_s is not None and len(up.engine.batcher):
+                self._end_idle(up)
+                self._begin_iteration(key, up)
+        if commands or isinstance(event, Arrived):
+            gpus = sum(up.tp for up in self._engines.values()) + sum(tp for tp, _ in self._starting.values())
+            self._recorder.state(self.now_s, self._controller.snapshot().queue, gpus)
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case Dispatch(engine=key, request_id=request_id):
+                request = self._recorder.lives[request_id].request
+                assert request.answer_tokens is not None
+                self._engines[key].engine.batcher.add(
+                    request_id,
+                    prompt_tokens=request.prompt_tokens,
+                    answer_tokens=request.answer_tokens,
+                    max_tokens=request.max_tokens,
+                )
+            case SetClock(engine=key, plan=plan):
+                self._recorder.switches += 1
+                self._schedule(self.now_s + self._machine.switch_latency_s, _CLOCK, key, plan.mhz)
+            case Reject(why=why):
+                self._open -= 1
+                self._recorder.rejections[why] = self._recorder.rejections.get(why, 0) + 1
+            case StartEngine(engine=key, tp=tp):
+                self._count_freed()
+                self._starting[key] = (tp, self.now_s)
+                self._schedule(self.now_s + self._machine.specs[tp].startup_s, _READY, key)
+            case StopEngine(engine=key):
+                self._count_freed()
+                self._take_down(self._engines.pop(key))
+            case _:
+                raise AssertionError(f"no simulated engine is ever lost and no client hangs up, yet {command}")
+
+    # ---- engines ---------------------------------------------------------------------------------------------
+
+    def _bring_up(self, key: int, tp: int) -> None:
+        spec, physics = self._machine.specs[tp], self._machine.physics[tp]
+        engine = SimulatedEngine(
+            spec, physics, clock_mhz=spec.clocks_mhz[-1], seed=(self._seed, key), noise=self._machine.noise
+        )
+        self._engines[key] = Running(engine=engine, tp=tp, idle_w=physics.idle_w(), idle_since_s=self.now_s)
+        self._recorder.sizes.append((self.now_s, tp))
+        self._tell(EngineReady(engine=key, spec=spec))
+
+    def _begin_iteration(self, key: int, up: Running) -> None:
+        step = up.engine.step()
+        if step is None:
+            up.idle_since_s = self.now_s
+            return
+        iteration, seconds, watts = step
+        serving = key == self._controller.serving()
+        here = self._recorder.iteration(
+            self.now_s, iteration, seconds, seconds * watts, up.engine.clock_mhz, serving=serving
+        )
+        projection = self._controller.projection(key)
+        if projection is not None:
+            self._recorder.projected(here, iteration, seconds, projection, serving=serving)
+        self._schedule(self.now_s + seconds, _END_OF_ITERATION, key)
+
+    def _end_iteration(self, key: int, up: Running) -> None:
+        outcome, energies = up.engine.finish()
+        for request_id in outcome.started:
+            life = self._recorder.lives[request_id]
+            life.first_token_s = self.now_s if life.first_token_s is None else life.first_token_s
+        for request_id, energy_j in energies.items():
+            life = self._recorder.lives[request_id]
+            life.ended_s, life.energy_j = self.now_s, energy_j
+            self._open -= 1
+        self._tell(
+            Stepped(
+                engine=key,
+                iteration=outcome.index,
+                started=outcome.started,
+                finished=outcome.finished,
+                preempted=outcome.preempted,
+            )
+        )
+        if key in self._engines:
+            self._begin_iteration(key, up)
+
+    def _end_idle(self, up: Running) -> None:
+        assert up.idle_since_s is not None
+        up.engine.idle(self.now_s - up.idle_since_s)
+        self._recorder.idle(up.idle_since_s, self.now_s, up.idle_w)
+        up.idle_since_s = None
+
+    def _take_down(self, up: Running) -> None:
+        if up.idle_since_s is not None:
+            self._end_idle(up)
+        self.energy_j += up.engine.ledger.total_j
+        self.idle_energy_j += up.engine.ledger.idle_j
+        self.preemptions += up.engine.batcher.preemptions
+
+    def _idle_energy(self, since_s: float, watts: float) -> None:
+        """Energy outside of any engine that is up: one that starts, GPUs that belong to none."""
+        joules = watts * (self.now_s - since_s)
+        self.energy_j += joules
+        self.idle_energy_j += joules
+        self._recorder.idle(since_s, self.now_s, watts)
+
+    def _count_freed(self) -> None:
+        """Book the GPUs that belonged to no engine since the last change, if they count."""
+        if self._machine.freed_w is not None:
+            taken = sum(up.tp for up in self._engines.values()) + sum(tp for tp, _ in self._starting.values())
+            self._idle_energy(self._freed_since_s, self._machine.freed_w * max(0, self._machine.gpus - taken))
+        self._freed_since_s = self.now_s
+
+    def _shut_down(self) -> None:
+        self._count_freed()
+        for tp, since_s in self._starting.values():
+            self._idle_energy(since_s, self._machine.startup_w * tp)
+        for up in self._engines.values():
+            self._take_down(up)
+        self._engines.clear()

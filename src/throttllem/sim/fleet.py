@@ -1,0 +1,68 @@
+"""The engines that a scenario can start: specs and physics by size. Knows nothing of traces or policies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from throttllem.config import EngineOptions
+from throttllem.core.types import EngineSpec
+from throttllem.physics.catalogue import Catalogue
+from throttllem.physics.engine import EnginePhysics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """One model on one kind of GPU, in several sizes (tensor parallel degrees)."""
+
+    gpu: str
+    model: str
+    specs: dict[int, EngineSpec]
+    physics: dict[int, EnginePhysics]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Ascending."""
+        return tuple(sorted(self.specs))
+
+    @property
+    def clocks_mhz(self) -> tuple[int, ...]:
+        """The clocks of every engine, ascending."""
+        return self.specs[self.sizes[0]].clocks_mhz
+
+    def fingerprint(self) -> str:
+        """Changes with anything that makes these engines behave otherwise: specs, and the physics at sample points."""
+        probes = [
+            self.physics[tp].iteration(mhz, batch, batch * 500, prefill, prefill**2 / 2)
+            for tp in self.sizes
+            for mhz in (self.clocks_mhz[0], self.clocks_mhz[len(self.clocks_mhz) // 2], self.clocks_mhz[-1])
+            for batch in (1, 16, 64)
+            for prefill in (0, 1000)
+        ]
+        text = json.dumps([[asdict(self.specs[tp]) for tp in self.sizes], probes])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def build_fleet(catalogue: Catalogue, gpu: str, model: str, sizes: tuple[int, ...], options: EngineOptions) -> Fleet:
+    """Engines of these sizes. Raises ValueError for unknown names, bad sizes, and a model that does not fit."""
+    the_gpu, the_model = catalogue.gpu(gpu), catalogue.model(model)
+    physics = {tp: EnginePhysics(the_gpu, the_model, tp) for tp in sorted(set(sizes))}
+    specs = {}
+    for tp, engine in physics.items():
+        specs[tp] = EngineSpec(
+            gpu=gpu,
+            model=model,
+            tp=tp,
+            kv_blocks=engine.kv_capacity_tokens() // options.block_tokens,
+            block_tokens=options.block_tokens,
+            max_batch=options.max_batch,
+            max_context_tokens=the_model.max_context_tokens,
+            prefill_budget_tokens=options.prefill_budget_tokens,
+            chunked=options.chunked,
+            no_evict=options.no_evict,
+            clocks_mhz=the_gpu.clocks_mhz,
+            idle_w=engine.idle_w(),
+            startup_s=the_gpu.startup_s,
+        )
+    return Fleet(gpu=gpu, model=model, specs=specs, physics=physics)

@@ -1,0 +1,223 @@
+"""Built-in traces: `azure-conv-like`, `azure-code-like` (published statistics, no data) and `poisson`.
+
+Arrivals are a doubly stochastic Poisson process: the rate is constant over episodes of exponentially distributed
+length, and each episode's level is drawn from a gamma distribution of mean 1. Lengths are drawn from mixtures of
+quantile curves. Same name, options and seed, same requests. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_REQUESTS = 10_000_000
+"""The most requests that a generator is asked for: a slip in a unit should not fill the memory."""
+
+
+class TraceError(ValueError):
+    """A trace that cannot be read, made or scaled; the message names file, line and field, or generator and option."""
+
+
+class Arrays(NamedTuple):
+    """One entry per request: arrival in seconds, prompt and answer in tokens."""
+
+    arrival_s: NDArray[np.float64]
+    prompt_tokens: NDArray[np.int64]
+    answer_tokens: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantiles:
+    """A distribution of token counts as (cumulative fraction, tokens) knots, straight in the logarithm between them."""
+
+    knots: tuple[tuple[float, float], ...]
+
+    def at(self, fraction: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Tokens (not rounded) at each cumulative fraction."""
+        fractions, tokens = np.array(self.knots).T
+        tokens_at: NDArray[np.float64] = np.exp(np.interp(fraction, fractions, np.log(tokens)))
+        return tokens_at
+
+    def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
+        """Whole token counts, at least 1."""
+        return np.maximum(np.rint(self.at(rng.random(size))), 1).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """One kind of request in a workload: its share of the requests, and independent lengths within it."""
+
+    share: float
+    prompt: Quantiles
+    answer: Quantiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A generator: default mean rate (requests/s) and length (s), burstiness, and the kinds of request.
+
+    `spread`: squared coefficient of variation of the rate (0: plain Poisson); `episode_s`: mean length of an episode.
+    """
+
+    rate_rps: float
+    seconds: float
+    spread: float
+    episode_s: float
+    kinds: tuple[Kind, ...]
+
+
+def _fixed(tokens: float) -> Quantiles:
+    return Quantiles(knots=((0.0, tokens), (1.0, tokens)))
+
+
+# Azure LLM inference trace 2023 (Azure/AzurePublicDataset, CC-BY-4.0). Counts and means: conv 19,366 requests in about
+# an hour, prompt 1,155, answer 211; code 8,819, 2,048, 28. Medians (Splitwise, Patel et al., ISCA 2024, section III):
+# 1,020 and 129; 1,500 and 13.
+# The knots between are rounded quantiles, bent to meet those means and medians; spread and episode are rounded fits to
+# how the variance of the request count grows with the window. Chat falls into three kinds by length of prompt, of
+# which only the middle one is answered at length; in code, prompt and answer are independent.
+_CONV = Workload(
+    rate_rps=19_366 / 3600,
+    seconds=3600.0,
+    spread=0.045,
+    episode_s=90.0,
+    kinds=(
+        Kind(
+            share=0.44,
+            prompt=Quantiles(knots=((0, 3), (0.02, 40), (0.1, 170), (0.25, 300), (0.4, 380), (0.85, 410), (1, 950))),
+            answer=Quantiles(knots=((0, 8), (0.05, 16), (0.15, 50), (0.5, 90), (0.77, 127), (0.95, 212), (1, 460))),
+        ),
+        Kind(
+            share=0.38,
+            prompt=Quantiles(knots=((0, 955), (0.16, 1020), (0.5, 1080), (0.75, 1135), (0.95, 1220), (1, 1320))),
+            answer=Quantiles(knots=((0, 90), (0.1, 290), (0.3, 385), (0.6, 408), (0.9, 470), (0.98, 610), (1, 1000))),
+        ),
+        Kind(
+            share=0.18,
+            prompt=Quantiles(knots=((0, 1320), (0.15, 1800), (0.35, 2800), (0.51, 4060), (0.97, 4110), (1, 5500))),
+            answer=Quantiles(knots=((0, 7), (0.1, 38), (0.5, 66), (0.75, 105), (0.95, 190), (1, 480))),
+        ),
+    ),
+)
+_CODE = Workload(
+    rate_rps=8_819 / 3600,
+    seconds=3600.0,
+    spread=5.0,
+    episode_s=6.0,
+    kinds=(
+        Kind(
+            share=1.0,
+            prompt=Quantiles(
+                knots=(
+                    *((0, 3), (0.05, 75), (0.15, 230), (0.25, 570), (0.5, 1500)),
+                    *((0.75, 2700), (0.9, 5150), (0.955, 7400), (1, 7437)),
+                )
+            ),
+            answer=Quantiles(
+                knots=(
+                    *((0, 6), (0.05, 6), (0.25, 9), (0.5, 13), (0.75, 23)),
+                    *((0.9, 53), (0.95, 82), (0.99, 225), (0.999, 700), (1, 1900)),
+                )
+            ),
+        ),
+    ),
+)
+
+_WORKLOADS: tuple[tuple[str, Workload], ...] = (("azure-conv-like", _CONV), ("azure-code-like", _CODE))
+_POISSON = "poisson"
+NAMES = (*(name for name, _ in _WORKLOADS), _POISSON)
+"""The generators, as they are named in `--trace`."""
+
+
+def generate(name: str, options: Mapping[str, str], seed: int) -> Arrays:
+    """The requests of one generator; `options` are the texts after the colon, and a `seed` among them wins.
+
+    `azure-*-like` take `seconds`, `rate` (mean requests/s), `seed`; `poisson` also `input` and `output` (tokens per
+    request, all alike; 1,023 and 99 by default) and runs at 2 requests/s for 300 s by default. Raises TraceError for an
+    unknown option or a value out of range, and for options that ask for no request or more than MAX_REQUESTS.
+    """
+    known = ("seconds", "rate", "seed") + (("input", "output") if name == _POISSON else ())
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise TraceError(f"{name}: unknown option {key!r}{hint}; it takes {', '.join(known)}")
+    seed = _whole(name, options, "seed", seed, least=0)
+    if seed < 0:
+        raise TraceError(f"{name}: seed = {seed}: must be 0 or more")
+    workload = _poisson(options) if name == _POISSON else dict(_WORKLOADS)[name]
+    seconds = _positive(name, options, "seconds", workload.seconds)
+    rate_rps = _positive(name, options, "rate", workload.rate_rps)
+    if rate_rps * seconds > MAX_REQUESTS:
+        raise TraceError(f"{name}: rate {rate_rps:g} for {seconds:g} seconds is over {MAX_REQUESTS:,} requests")
+    rng = np.random.default_rng(seed)
+    arrival_s = _arrivals(workload, rate_rps, seconds, rng)
+    if not arrival_s.size:
+        raise TraceError(f"{name}: rate {rate_rps:g} for {seconds:g} seconds and seed {seed} gives no request")
+    return Arrays(arrival_s, *_lengths(workload.kinds, arrival_s.size, rng))
+
+
+def _poisson(options: Mapping[str, str]) -> Workload:
+    prompt, answer = (_whole(_POISSON, options, *item, least=1) for item in (("input", 1023), ("output", 99)))
+    kind = Kind(share=1.0, prompt=_fixed(prompt), answer=_fixed(answer))
+    return Workload(rate_rps=2.0, seconds=300.0, spread=0.0, episode_s=1.0, kinds=(kind,))
+
+
+def _arrivals(workload: Workload, rate_rps: float, seconds: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Sorted arrivals in [0, seconds): a Poisson count, placed evenly over the cumulative rate.
+
+    The levels are scaled to a mean of exactly 1 over the run, so that `rate` means what it says in every seed.
+    """
+    placed = np.sort(rng.random(rng.poisson(rate_rps * seconds)))
+    if workload.spread == 0:
+        return placed * seconds
+    episodes = int(seconds / workload.episode_s * 1.5) + 64
+    lengths_s = rng.exponential(workload.episode_s, episodes)
+    while lengths_s.sum() < seconds:
+        lengths_s = np.append(lengths_s, rng.exponential(workload.episode_s, episodes))
+    edges_s = np.concatenate(([0.0], np.minimum(np.cumsum(lengths_s), seconds)))
+    shape = 1 / workload.spread
+    levels = rng.gamma(shape, 1 / shape, lengths_s.size)
+    cumulative = np.concatenate(([0.0], np.cumsum(levels * np.diff(edges_s))))
+    arrival_s: NDArray[np.float64] = np.interp(placed * cumulative[-1], cumulative, edges_s)
+    return arrival_s
+
+
+def _lengths(
+    kinds: tuple[Kind, ...], size: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Prompt and answer tokens of `size` requests."""
+    which = rng.choice(len(kinds), size, p=[kind.share for kind in kinds])
+    prompt, answer = np.empty(size, np.int64), np.empty(size, np.int64)
+    for index, kind in enumerate(kinds):
+        mine = np.flatnonzero(which == index)
+        prompt[mine] = kind.prompt.draw(rng, mine.size)
+        answer[mine] = kind.answer.draw(rng, mine.size)
+    return prompt, answer
+
+
+def _positive(name: str, options: Mapping[str, str], key: str, default: float) -> float:
+    text = options.get(key)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise TraceError(f"{name}: {key} = {text!r}: must be a positive number")
+    return value
+
+
+def _whole(name: str, options: Mapping[str, str], key: str, default: int, *, least: int) -> int:
+    text = options.get(key)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        raise TraceError(f"{name}: {key} = {text!r}: must be a whole number of {least} or more, of at most nine digits")
+    return int(text)

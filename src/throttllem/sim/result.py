@@ -1,0 +1,114 @@
+"""What one run of one policy produced: the contract's figures, and the series that the report draws.
+
+`RunResult.to_json()` is the `runs[]` entry of the JSON contract (`docs/contracts.md`). Knows nothing of how it ran.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantiles:
+    """Mean and percentiles of one quantity in seconds; all None where nothing was measured."""
+
+    mean: float | None
+    p50: float | None
+    p90: float | None
+    p99: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloOutcome:
+    """The promises and the fraction of all requests that met them (rejected ones count as missed)."""
+
+    e2e_s: float | None
+    tbt_s: float | None
+    ttft_s: float | None
+    attainment: float
+    e2e_attainment: float
+    tbt_attainment: float
+    ttft_attainment: float
+    completed_attainment: float
+    """Fraction of the completed requests that met every SLO."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectionError:
+    """Mean relative error of the projection in force against what the engine then did, over all iterations."""
+
+    batch: float
+    kv: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """Time series in equal bins of the run; every list has one entry per bin, None where nothing ran.
+
+    Clock, batch and KV are of the engine that takes new requests; watts are of every GPU that counts.
+    """
+
+    time_s: list[float]
+    clock_mhz: list[float | None]
+    power_w: list[float]
+    batch: list[float | None]
+    batch_projected: list[float | None]
+    kv_blocks: list[float | None]
+    kv_projected: list[float | None]
+    queue: list[float]
+    tp: list[int | None]
+    """GPUs that are up and counted, shadows included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distributions:
+    """What the report needs to draw distributions."""
+
+    e2e_s: list[float]
+    """One per completed request."""
+    tpot_s: list[float]
+    """One per completed request of two tokens or more."""
+    tbt_edges_s: list[float]
+    """Edges of the histogram of single gaps; one longer than the counts."""
+    tbt_counts: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """One policy on one trace."""
+
+    policy: str
+    requests: int
+    completed: int
+    rejected: int
+    lost: int
+    prompt_tokens: int
+    generated_tokens: int
+    duration_s: float
+    energy_j: float
+    idle_energy_j: float
+    tokens_per_joule: float
+    mean_clock_mhz: float
+    clock_switches: int
+    preemptions: int
+    ttft_s: Quantiles
+    tbt_s: Quantiles
+    tpot_s: Quantiles
+    e2e_s: Quantiles
+    queue_s: Quantiles
+    slo: SloOutcome
+    projection_error: ProjectionError | None
+    """None for a policy that does not project (triton, fixed)."""
+    decision_s: Quantiles
+    sizes: list[tuple[float, int]]
+    """(seconds, tp) of the engine that takes new requests, at each change."""
+    rejections: dict[str, int]
+    """How many requests were rejected, by reason."""
+    series: Series
+    distributions: Distributions
+
+    def to_json(self) -> dict[str, object]:
+        """The contract's entry: everything but the series and distributions."""
+        entry = asdict(self)
+        del entry["series"], entry["distributions"]
+        return entry

@@ -1,0 +1,135 @@
+"""Admission: each check in the paper's order, on cases that break exactly what they should.
+
+With the toy's table an iteration of b rows and v blocks takes 13 + 0.5 b + 0.1 v ms at the top clock: row 1 alone needs
+about 16 ms, with the newcomer about 19.
+"""
+
+import pytest
+
+from core.toy import row, spec, table
+from throttllem.core.admission import admit, never_fits
+from throttllem.core.scoreboard import Scoreboard
+from throttllem.core.types import Reason, Slo, Verdict, VerdictKind
+
+WIDE = spec(kv_blocks=200, no_evict=False)
+
+
+def board_with(slo=None, spec=WIDE, **changes):
+    """Row 1, running since iteration 0: 40 prompt tokens, 60 to come."""
+    board = Scoreboard(spec.block_tokens)
+    board.dispatch(row(1, 40, 60, slo=slo or Slo(), **changes))
+    board.begin(1, 0, 0.0)
+    return board
+
+
+def check(board, newcomer=None, spec=WIDE, *, delay_s=0.0, margin=0.0, base_s=0.0, **hull):
+    newcomer = newcomer or row(2, 100, 80)
+    before = (len(board), board.reserved_blocks)
+    verdict = admit(board, spec, table(WIDE, **hull), newcomer, first=0, base_s=base_s, delay_s=delay_s, margin=margin)
+    assert (len(board), board.reserved_blocks) == before, "the request joins virtually only"
+    return verdict
+
+
+def wait(why, binding=None):
+    return Verdict(kind=VerdictKind.WAIT, why=why, binding=binding)
+
+
+ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
+LOST = Verdict(kind=VerdictKind.LOST, why=Reason.OWN_DEADLINE)
+
+
+def test_the_checks_come_in_the_papers_order():
+    # At iteration 59 row 1 holds 25 blocks, the newcomer 40: 65. Each step below repairs the fault found before it.
+    everything_wrong = Slo(e2e_s=1.05, tbt_s=0.017)
+    newcomer = row(2, 100, 80, slo=Slo(e2e_s=0.5))
+    assert check(board_with(everything_wrong), newcomer, spec(kv_blocks=64, no_evict=False)) == wait(Reason.KV)
+    assert check(board_with(everything_wrong), newcomer, spec(kv_blocks=65, no_evict=False)) == wait(Reason.TBT)
+    assert check(board_with(Slo(e2e_s=1.05)), newcomer) == wait(Reason.E2E, 1)
+    assert check(board_with(Slo(e2e_s=2.0)), newcomer) == LOST
+    assert check(board_with(Slo(e2e_s=2.0)), row(2, 100, 80, slo=Slo(e2e_s=2.0))) == ADMIT
+
+
+def test_places_come_before_all_of_them():
+    full = spec(kv_blocks=10, max_batch=1)
+    assert check(board_with(spec=full), spec=full) == wait(Reason.BATCH)
+
+
+def test_an_engine_that_never_evicts_wants_the_whole_reservation():
+    newcomer = row(2, 4, 1, max_tokens=60)
+    # Row 1 has ceil(100 / 4) = 25 blocks, the newcomer would take 16, though it will use 2.
+    assert check(board_with(), newcomer, spec(kv_blocks=40, no_evict=True)) == wait(Reason.KV)
+    assert check(board_with(), newcomer, spec(kv_blocks=41, no_evict=True)) == ADMIT
+    assert check(board_with(), newcomer, spec(kv_blocks=40, no_evict=False)) == ADMIT
+
+
+def test_the_newcomers_own_time_between_tokens_counts():
+    assert check(board_with(), row(2, 100, 80, slo=Slo(tbt_s=0.017))) == wait(Reason.TBT)
+    assert check(board_with(), row(2, 100, 80, slo=Slo(tbt_s=0.030))) == ADMIT
+
+
+def test_time_between_tokens_is_not_asked_of_iterations_with_prompts():
+    # 100 prompt tokens take 30 ms more, which is above 25 ms.
+    assert check(board_with(Slo(tbt_s=0.025))) == ADMIT
+
+
+def test_a_late_first_token_makes_the_newcomer_lost():
+    # The first token takes the prompt's iteration: about 50 ms.
+    assert check(board_with(), row(2, 100, 80, slo=Slo(ttft_s=0.03))) == LOST
+    assert check(board_with(), row(2, 100, 80, slo=Slo(ttft_s=0.07))) == ADMIT
+    assert check(board_with(), row(2, 100, 80, slo=Slo(ttft_s=0.07)), delay_s=0.05) == LOST
+
+
+def test_the_first_token_of_another_is_kept():
+    board = Scoreboard(4)
+    board.dispatch(row(1, 32, 20, slo=Slo(ttft_s=0.05)))
+    board.dispatch(row(3, 32, 20, slo=Slo(ttft_s=0.11)))
+    # Both prompts go before the newcomer's; its own 100 tokens come after their first tokens.
+    assert check(board) == ADMIT
+    assert check(board, delay_s=0.05) == wait(Reason.E2E, 1)
+
+
+@pytest.mark.parametrize("why", ["delay", "margin", "base"])
+def test_what_eats_into_a_deadline(why):
+    # Row 1 ends after 60 iterations of 17 to 20 ms and 30 ms for the prompt: about 1.15 s.
+    board = board_with(Slo(e2e_s=1.25))
+    assert check(board) == ADMIT
+    less = {"delay": {"delay_s": 0.2}, "margin": {"margin": 0.2}, "base": {"base_s": 0.2}}[why]
+    assert check(board, **less) == wait(Reason.E2E, 1)
+
+
+def test_a_lost_row_binds_nobody():
+    board = board_with(Slo(e2e_s=0.1, tbt_s=0.001))
+    assert check(board) == wait(Reason.TBT)
+    board.mark_lost(board.running[1])
+    assert check(board) == ADMIT
+
+
+def test_a_lost_newcomer_must_not_break_the_others():
+    late = row(2, 100, 80, slo=Slo(e2e_s=0.1))
+    assert check(board_with(Slo(e2e_s=1.05)), late) == wait(Reason.E2E, 1)
+    assert check(board_with(Slo(e2e_s=2.0)), late) == LOST
+
+
+def test_the_empty_engine_takes_whatever_could_ever_fit():
+    hopeless = row(2, 100, 80, slo=Slo(e2e_s=0.01, tbt_s=0.001))
+    assert check(Scoreboard(4), hopeless) == LOST
+    assert check(Scoreboard(4), row(2, 100, 80, slo=Slo(tbt_s=0.001))) == LOST
+    assert check(Scoreboard(4)) == ADMIT
+    assert check(Scoreboard(4), row(2, 100, 80), spec(kv_blocks=45, no_evict=True)) == ADMIT
+
+
+def test_outside_the_hull_only_room_is_checked():
+    tight = board_with(Slo(e2e_s=0.1, tbt_s=0.001))
+    assert check(tight, max_batch=1) == ADMIT
+    assert check(tight, max_batch=2) == wait(Reason.TBT)
+    assert check(tight, spec=spec(kv_blocks=64, no_evict=False), max_batch=1) == wait(Reason.KV)
+
+
+def test_what_never_fits():
+    engine = spec(kv_blocks=20, max_context_tokens=70)
+    assert never_fits(row(1, 40, 30).request, engine) is None
+    assert never_fits(row(1, 40, 31).request, engine) is Reason.NEVER_FITS_CONTEXT
+    assert never_fits(row(1, 40, 1, max_tokens=31).request, engine) is Reason.NEVER_FITS_CONTEXT
+    small = spec(kv_blocks=17, max_context_tokens=70)
+    assert never_fits(row(1, 38, 30).request, small) is None
+    assert never_fits(row(1, 38, 31).request, small) is Reason.NEVER_FITS_KV

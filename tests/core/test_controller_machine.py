@@ -1,0 +1,185 @@
+"""A state machine over the controller with real batchers under it: whatever comes, in whatever order, nobody is lost,
+nobody starves, nothing overflows, and what is not known means the top clock. `HYPOTHESIS_PROFILE=thorough` looks longer.
+"""
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from core.toy import CLOCKS_MHZ, spec, table
+from core.world import World
+from throttllem.core.admission import AdmissionOptions
+from throttllem.core.autoscale import AutoscaleOptions
+from throttllem.core.controller import ControllerOptions
+from throttllem.core.length import MaxTokens, Noisy, Oracle
+from throttllem.core.throttle import ClockPolicy, ThrottleOptions
+from throttllem.core.types import Cancelled, Request, Slo
+
+SIZES = (1, 2, 4)
+CONTEXT = 80
+moments = st.sampled_from([0.0, 0.001, 0.02, 0.3, 2.0])
+promises = st.none() | st.floats(0.02, 3.0)
+slos = st.builds(Slo, e2e_s=promises, tbt_s=st.none() | st.floats(0.005, 0.1), ttft_s=promises)
+
+
+def tables(specs, kind):
+    """The model of each size: whole, of a hull that is soon left, or none."""
+    small = {"max_batch": 2, "max_kv_blocks": 8, "max_prefill_tokens": 24}
+    return {} if kind == "none" else {tp: table(s, **(small if kind == "small" else {})) for tp, s in specs.items()}
+
+
+SPECS = {
+    (tp, chunked, no_evict): spec(
+        tp=tp,
+        kv_blocks=10 * tp,
+        max_batch=2 + tp,
+        max_context_tokens=CONTEXT,
+        prefill_budget_tokens=16,
+        chunked=chunked,
+        no_evict=no_evict,
+    )
+    for tp in SIZES
+    for chunked in (False, True)
+    for no_evict in (False, True)
+}
+TABLES = {
+    (chunked, no_evict, kind): tables({tp: SPECS[tp, chunked, no_evict] for tp in SIZES}, kind)
+    for chunked in (False, True)
+    for no_evict in (False, True)
+    for kind in ("whole", "small", "none")
+}
+
+options = st.builds(
+    lambda policy, chunked, no_evict, kind, scales, predictor, queue, dwell_s, latency_s: ControllerOptions(
+        throttle=ThrottleOptions(policy=policy, fixed_mhz=1000, dwell_s=dwell_s, switch_latency_s=latency_s),
+        slo_aware=policy in {ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY},
+        admission=AdmissionOptions(queue_limit=queue),
+        autoscale=AutoscaleOptions(capacity_rps={1: 1.0, 2: 3.0, 4: 9.0}, interval_s=0.5, window_s=2.0, grace_s=1.0)
+        if scales
+        else None,
+        predictor=predictor,
+        specs={tp: SPECS[tp, chunked, no_evict] for tp in SIZES},
+        tables=TABLES[chunked, no_evict, kind],
+        load_window_s=2.0,
+    ),
+    policy=st.sampled_from(ClockPolicy),
+    chunked=st.booleans(),
+    no_evict=st.booleans(),
+    kind=st.sampled_from(["whole", "whole", "small", "none"]),
+    scales=st.booleans(),
+    predictor=st.sampled_from([Oracle(), MaxTokens(), Noisy(p95_error=0.3), Noisy(p95_error=0.95, seed=3)]),
+    queue=st.sampled_from([2, 1000]),
+    dwell_s=st.sampled_from([0.0, 0.5]),
+    latency_s=st.sampled_from([0.0, 0.2]),
+)
+
+
+class ControllerMachine(RuleBasedStateMachine):
+    @initialize(options=options, tp=st.sampled_from(SIZES))
+    def begin(self, options, tp):
+        self.world = World(options)
+        self.first_tp = tp
+
+    def start(self, tp):
+        return self.world.options.specs[tp]
+
+    def pick(self, data, values):
+        return data.draw(st.sampled_from(sorted(values)))
+
+    # ---- requests --------------------------------------------------------------------------------------------
+
+    @rule(prompt=st.integers(1, 50), answer=st.integers(1, 20), spare=st.integers(0, 20), slo=slos)
+    def arrive(self, prompt, answer, spare, slo):
+        self.world.arrive(
+            Request(
+                id=len(self.world.requests),
+                arrival_s=self.world.now_s,
+                prompt_tokens=prompt,
+                max_tokens=answer + spare,
+                slo=slo,
+                answer_tokens=answer,
+            )
+        )
+
+    @precondition(lambda self: self.world.waiting or self.world.on)
+    @rule(data=st.data())
+    def hang_up(self, data):
+        self.world.cancel(self.pick(data, [*self.world.waiting, *self.world.on]))
+
+    @rule(request_id=st.integers(0, 20))
+    def hang_up_of_nobody(self, request_id):
+        """A client that is gone already, or was never here, changes nothing."""
+        world = self.world
+        if request_id not in world.waiting and request_id not in world.on:
+            assert not [c for c in world.tell(Cancelled(request_id=request_id)) if hasattr(c, "request_id")]
+
+    # ---- engines ---------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.first_tp)
+    @rule()
+    def first_ready(self):
+        """The first engine is started by nobody's command; the controller learns of it when it is ready."""
+        self.world.ready(self.world.keys, self.start(self.first_tp))
+        self.first_tp = None
+
+    @precondition(lambda self: self.world.starting)
+    @rule(data=st.data())
+    def ready(self, data):
+        key = self.pick(data, self.world.starting)
+        self.world.ready(key, self.start(self.world.starting[key]))
+
+    @rule(tp=st.sampled_from(SIZES))
+    def somebody_else_starts_one(self, tp):
+        if len(self.world.up) < 3:
+            self.first_tp = None
+            self.world.ready(self.world.keys, self.start(tp))
+
+    @precondition(lambda self: self.world.up or self.world.starting)
+    @rule(data=st.data())
+    def lose(self, data):
+        self.world.lose(self.pick(data, [*self.world.up, *self.world.starting]))
+
+    @precondition(lambda self: any(up.in_progress for up in self.world.up.values()))
+    @rule(data=st.data(), seconds=moments, times=st.integers(1, 12))
+    def iterate(self, data, seconds, times):
+        key = self.pick(data, [key for key, up in self.world.up.items() if up.in_progress])
+        for _ in range(times):
+            self.world.advance(seconds)
+            if key in self.world.up and self.world.up[key].in_progress:
+                self.world.end_iteration(key)
+
+    # ---- clocks and time -------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.world.switches)
+    @rule(works=st.booleans())
+    def switch(self, works):
+        key, plan = self.world.switches.pop(0)
+        self.world.read_clock(key, plan.mhz if works else None)
+
+    @precondition(lambda self: self.world.up)
+    @rule(data=st.data(), mhz=st.none() | st.sampled_from(CLOCKS_MHZ))
+    def clock_is_not_what_was_asked(self, data, mhz):
+        self.world.read_clock(self.pick(data, self.world.up), mhz)
+
+    @rule(seconds=moments)
+    def time_passes(self, seconds):
+        self.world.advance(seconds)
+
+    # ---- always ----------------------------------------------------------------------------------------------
+
+    @invariant()
+    def nothing_overflows(self):
+        if not hasattr(self, "world"):
+            return
+        for up in self.world.up.values():
+            assert up.batcher.used_blocks <= up.spec.kv_blocks
+            assert not up.spec.no_evict or not up.batcher.preemptions
+
+    def teardown(self):
+        if hasattr(self, "world"):
+            if self.first_tp:
+                self.first_ready()
+            self.world.run_out(self.start)
+            self.world.check_end()
+
+
+TestController = ControllerMachine.TestCase

@@ -1,0 +1,105 @@
+"""The load estimate against a direct sum, and what serving a load for good costs at each clock."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.toy import SPEC, spec, table
+from throttllem.core.load import Load, LoadEstimator, steady_power_w
+
+TABLE = table(SPEC)
+
+arrivals = st.lists(st.tuples(st.floats(0.0, 30.0), st.integers(1, 500), st.integers(1, 500)), min_size=1, max_size=40)
+
+
+@given(arrivals, st.floats(5.0, 60.0), st.floats(1.0, 100.0))
+def test_equals_the_direct_sum(gaps, later_s, window_s):
+    estimator, now_s, seen = LoadEstimator(window_s), 100.0, []
+    for gap_s, prompt, answer in gaps:
+        now_s += gap_s
+        estimator.arrived(now_s, prompt, answer)
+        seen.append((now_s, prompt, answer))
+    now_s += later_s
+    load = estimator.load(now_s)
+    first_s = seen[0][0]
+    if now_s - first_s < window_s / 2:
+        assert load is None
+        return
+    weights = np.array([math.exp(-(now_s - at_s) / window_s) for at_s, _, _ in seen])
+    # The same weights over the time that was seen, were it full of arrivals.
+    assert load.requests_per_s == pytest.approx(
+        weights.sum() / (window_s * (1 - math.exp(-(now_s - first_s) / window_s))), rel=1e-6
+    )
+    assert load.prompt_tokens == pytest.approx(np.average([p for _, p, _ in seen], weights=weights), rel=1e-6)
+    assert load.answer_tokens == pytest.approx(np.average([a for _, _, a in seen], weights=weights), rel=1e-6)
+
+
+def test_nothing_is_said_before_half_a_window():
+    estimator = LoadEstimator(60.0)
+    assert estimator.load(1000.0) is None
+    estimator.arrived(1000.0, 10, 10)
+    assert estimator.load(1029.9) is None
+    assert estimator.load(1030.0) is not None
+
+
+def test_a_steady_rate_is_found_and_forgotten():
+    estimator = LoadEstimator(10.0)
+    for n in range(400):
+        estimator.arrived(n / 4, 30, 7)
+    load = estimator.load(100.0)
+    assert load == Load(
+        requests_per_s=pytest.approx(4.0, rel=0.02), prompt_tokens=pytest.approx(30), answer_tokens=pytest.approx(7)
+    )
+    assert estimator.load(110.0).requests_per_s == pytest.approx(load.requests_per_s / math.e, rel=1e-3)
+
+
+def load(rate):
+    return Load(requests_per_s=rate, prompt_tokens=16.0, answer_tokens=16.0)
+
+
+def test_no_load_costs_idle_power():
+    power_w = steady_power_w(load(1e-6), TABLE, SPEC)
+    top_w = TABLE.watts.max()
+    # The grid of mean rows begins at 0.02: idle 98 % of the time.
+    assert np.all(power_w >= SPEC.idle_w)
+    assert np.all(power_w - SPEC.idle_w < 0.02 * top_w)
+
+
+def test_more_than_the_engine_can_do_is_infinite_first_at_low_clocks():
+    assert np.isinf(steady_power_w(load(1e4), TABLE, SPEC)).all()
+    finite = [int(np.isfinite(steady_power_w(load(rate), TABLE, SPEC)).sum()) for rate in np.linspace(1, 40, 60)]
+    assert finite[0] == len(SPEC.clocks_mhz) and finite[-1] == 0
+    assert finite == sorted(finite, reverse=True)
+    assert any(0 < count < len(SPEC.clocks_mhz) for count in finite)
+    for rate in np.linspace(1, 40, 60):
+        holds = np.isfinite(steady_power_w(load(rate), TABLE, SPEC))
+        assert holds.tolist() == sorted(holds.tolist()), "what a clock can do, every higher one can"
+
+
+def test_peaks_must_fit_the_kv_cache():
+    # One mean request holds (16 + 8) / 4 + 0.5 = 6.5 blocks: 0.85 of 7 blocks hold none.
+    assert np.isinf(steady_power_w(load(0.1), TABLE, spec(kv_blocks=7))).all()
+    assert np.isfinite(steady_power_w(load(0.1), TABLE, spec(kv_blocks=9))).all()
+
+
+@given(st.floats(0.01, 5.0), st.floats(1.05, 3.0))
+def test_more_load_never_costs_less(rate, factor):
+    less, more = (steady_power_w(load(r), TABLE, SPEC) for r in (rate, rate * factor))
+    assert np.all(more >= less * 0.97), "but for the steps of the grid"
+
+
+def test_by_hand_at_a_load_of_one_row():
+    # 0.005 + 0.0092 s at the top clock for one row with 6 to 8 blocks in the table's steps of 4, prompts of 16 tokens.
+    step_s, step_w = TABLE.at(1400, 1, 6, 0)
+    mixed_s, mixed_w = TABLE.at(1400, 1, 6, 16)
+    rate = 0.5
+    share = rate * (mixed_s - step_s)
+    needed = rate * 16 * step_s / (1 - share)
+    mean = next(m for m in (0.02, 0.05, 0.1, 0.2, 0.35) if m >= needed)
+    busy = 1 - math.exp(-mean)
+    active_w = step_w + (mixed_w - step_w) * min(1.0, share / busy)
+    expected_w = busy * active_w + (1 - busy) * SPEC.idle_w
+    assert steady_power_w(load(rate), TABLE, SPEC)[-1] == pytest.approx(expected_w, rel=1e-5)

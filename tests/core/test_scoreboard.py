@@ -1,0 +1,210 @@
+"""The scoreboard: its columns against a dictionary that does the same the slow way, and its single steps by hand."""
+
+import math
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from core.effort import lines_executed
+from core.toy import row
+from throttllem.core.scoreboard import Scoreboard
+from throttllem.core.types import Slo
+
+
+def test_a_row_waits_begins_and_leaves():
+    board = Scoreboard(4)
+    board.dispatch(row(7, 10, 5))
+    assert (len(board), 7 in board, list(board.pending), list(board.running)) == (1, True, [7], [])
+    board.begin(7, 3, 1.5)
+    assert (board.start.tolist(), board.tokens_at_start.tolist(), board.end.tolist()) == ([3], [10], [8])
+    assert (list(board.pending), list(board.running), board.running[7].first_token_s) == ([], [7], 1.5)
+    assert board.remove(7).request.id == 7
+    assert (len(board), board.start.size, 7 in board) == (0, 0, False)
+    with pytest.raises(KeyError):
+        board.remove(7)
+
+
+def test_the_last_row_moves_into_a_gap():
+    board = Scoreboard(4)
+    for key in range(4):
+        board.dispatch(row(key, 10 + key, 5))
+        board.begin(key, key, 0.0)
+    board.remove(1)
+    assert board.tokens_at_start.tolist() == [10, 13, 12]
+    assert [board.row_at(slot).request.id for slot in range(3)] == [0, 3, 2]
+    board.remove(2)
+    assert [board.row_at(slot).request.id for slot in range(2)] == [0, 3]
+    assert board.row_at(1).slot == 1
+
+
+def test_the_deadline_is_the_tighter_of_e2e_and_mean_time_between_tokens():
+    slow = row(1, 4, 11, slo=Slo(e2e_s=30.0, tbt_s=0.5), arrival_s=2.0)
+    assert slow.deadline_s() == 32.0
+    slow.first_token_s = 3.0
+    # Ten gaps of half a second after the first token at 3 s.
+    assert slow.deadline_s() == 8.0
+    slow.lost = True
+    assert (slow.deadline_s(), slow.tbt_s) == (math.inf, math.inf)
+    assert row(2, 4, 11).deadline_s() == math.inf
+
+
+def test_the_tightest_time_between_tokens_is_of_rows_that_are_not_lost():
+    board = Scoreboard(4)
+    assert board.tightest_tbt_s() == math.inf
+    for key, tbt_s in enumerate((0.3, 0.2, 0.1)):
+        board.dispatch(row(key, 4, 9, slo=Slo(tbt_s=tbt_s)))
+    board.begin(1, 0, 0.0)
+    assert board.tightest_tbt_s() == 0.1
+    board.mark_lost(board.pending[2])
+    assert (board.tightest_tbt_s(), board.lost_rows) == (0.2, 1)
+    board.mark_lost(board.running[1])
+    board.mark_lost(board.running[1])
+    assert (board.tightest_tbt_s(), board.lost_rows) == (0.3, 2)
+    assert board.deadline_s.tolist() == [math.inf]
+    board.remove(1)
+    assert board.lost_rows == 1
+
+
+def test_reservations_follow_max_tokens_and_outlive_a_preemption():
+    board = Scoreboard(4)
+    board.dispatch(row(1, 5, 3, max_tokens=8))
+    board.dispatch(row(2, 1, 1))
+    # ceil(13 / 4) + ceil(2 / 4)
+    assert board.reserved_blocks == 4 + 1
+    board.begin(1, 0, 0.0)
+    board.preempt(1, 2)
+    assert board.reserved_blocks == 5
+    board.remove(1)
+    assert board.reserved_blocks == 1
+
+
+def test_preemption_puts_the_row_in_front_with_its_tokens_in_the_prompt():
+    board = Scoreboard(4)
+    for key in range(3):
+        board.dispatch(row(key, 10, 8))
+    board.begin(0, 2, 0.5)
+    board.begin(1, 2, 0.5)
+    board.preempt(1, 5)
+    board.preempt(0, 5)
+    assert list(board.pending) == [0, 1, 2]
+    back = board.pending[0]
+    # Iterations 2, 3, 4 gave three tokens.
+    assert (back.done_tokens, back.prefill_tokens, back.remaining_tokens, back.earliest) == (3, 13, 5, 5)
+    assert board.start.size == 0
+    board.begin(0, 9, 2.0)
+    assert (back.first_token_s, board.end.tolist(), board.tokens_at_start.tolist()) == (0.5, [14], [13])
+    board.preempt(0, 11)
+    assert back.done_tokens == 5
+
+
+def test_an_outgrown_prediction_becomes_max_tokens():
+    board = Scoreboard(4)
+    board.dispatch(row(1, 4, 9, max_tokens=20))
+    board.dispatch(row(2, 4, 5, max_tokens=6, slo=Slo(tbt_s=1.0)))
+    board.begin(1, 0, 0.0)
+    board.begin(2, 0, 0.0)
+    assert board.outgrown(4) == []
+    # After iterations 0 to 4 row 2 has its 5 tokens and is still here.
+    assert [found.request.id for found in board.outgrown(5)] == [2]
+    assert (board.end.tolist(), board.deadline_s.tolist()) == ([9, 6], [math.inf, 5.0])
+    assert board.outgrown(5) == []
+    # It outgrows even max_tokens: one more at a time.
+    for iteration in (6, 7, 8):
+        assert [found.request.id for found in board.outgrown(iteration)] == [2]
+        assert board.end.tolist() == [9, iteration + 1]
+    assert sorted(found.request.id for found in board.outgrown(9)) == [1, 2]
+    assert board.end.tolist() == [20, 10]
+
+
+def test_rows_that_left_or_came_back_do_not_outgrow_what_they_were():
+    board = Scoreboard(4)
+    for key in range(3):
+        board.dispatch(row(key, 4, 5, max_tokens=9))
+        board.begin(key, 0, 0.0)
+    board.remove(0)
+    board.preempt(1, 2)
+    board.begin(1, 4, 1.0)
+    # Row 1 has 3 of its 5 tokens to go from iteration 4 on.
+    assert [found.request.id for found in board.outgrown(6)] == [2]
+    assert [found.request.id for found in board.outgrown(7)] == [1]
+
+
+def test_nothing_is_touched_while_no_prediction_fails():
+    def lines(rows):
+        board = Scoreboard(4)
+        for key in range(rows):
+            board.dispatch(row(key, 4, 50))
+            board.begin(key, 0, 0.0)
+        return lines_executed(lambda: board.outgrown(20))
+
+    assert lines(300) == lines(3)
+
+
+class Columns(RuleBasedStateMachine):
+    """Random life on a scoreboard; the columns must say what the rows say."""
+
+    def __init__(self):
+        super().__init__()
+        self.board = Scoreboard(4)
+        self.rows = {}
+        self.iteration = 0
+
+    @rule(prompt=st.integers(1, 30), answer=st.integers(1, 9), tbt=st.sampled_from([None, 0.25, 0.5]))
+    def dispatch(self, prompt, answer, tbt):
+        key = len(self.rows)
+        self.rows[key] = row(key, prompt, answer, max_tokens=12, slo=Slo(tbt_s=tbt))
+        self.board.dispatch(self.rows[key])
+
+    @precondition(lambda self: self.board.pending)
+    @rule(data=st.data())
+    def begin(self, data):
+        key = data.draw(st.sampled_from(sorted(self.board.pending)))
+        self.board.begin(key, self.iteration, float(self.iteration))
+
+    @precondition(lambda self: self.board.running)
+    @rule(data=st.data())
+    def preempt(self, data):
+        self.board.preempt(data.draw(st.sampled_from(sorted(self.board.running))), self.iteration)
+
+    @precondition(lambda self: len(self.board))
+    @rule(data=st.data())
+    def mark_lost(self, data):
+        self.board.mark_lost(self.rows[data.draw(st.sampled_from(self.here()))])
+
+    @precondition(lambda self: len(self.board))
+    @rule(data=st.data())
+    def remove(self, data):
+        self.board.remove(data.draw(st.sampled_from(self.here())))
+
+    @rule()
+    def step(self):
+        self.iteration += 1
+        late = {
+            key
+            for key, r in self.board.running.items()
+            if r.start + max(1, r.answer_tokens - r.done_tokens) <= self.iteration
+        }
+        assert {found.request.id for found in self.board.outgrown(self.iteration)} == late
+
+    def here(self):
+        return sorted([*self.board.pending, *self.board.running])
+
+    @invariant()
+    def columns_say_what_rows_say(self):
+        board = self.board
+        seen = [board.row_at(slot) for slot in range(len(board.running))]
+        assert {r.request.id: r for r in seen} == board.running
+        assert [r.slot for r in seen] == list(range(len(seen)))
+        assert board.start.tolist() == [r.start for r in seen]
+        assert board.tokens_at_start.tolist() == [r.request.prompt_tokens + r.done_tokens for r in seen]
+        assert board.end.tolist() == [r.start + r.remaining_tokens for r in seen]
+        assert board.deadline_s.tolist() == [r.deadline_s() for r in seen]
+        here = [self.rows[key] for key in self.here()]
+        assert board.lost_rows == sum(r.lost for r in here)
+        assert board.reserved_blocks == sum(-(-(r.request.prompt_tokens + 12) // 4) for r in here)
+        assert board.tightest_tbt_s() == min((r.tbt_s for r in here), default=math.inf)
+        assert all(r.start is None and r.slot == -1 for r in board.pending.values())
+
+
+TestColumns = Columns.TestCase

@@ -1,0 +1,107 @@
+"""A toy engine with an analytic law: spec, physics, performance table and requests, so that nothing is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from throttllem.core.performance import Hull, PerformanceTable
+from throttllem.core.scoreboard import Row
+from throttllem.core.types import EngineSpec, Request, Slo
+
+CLOCKS_MHZ = (600, 800, 1000, 1200, 1400)
+TOP_MHZ = CLOCKS_MHZ[-1]
+SPEC = EngineSpec(
+    gpu="toy",
+    model="toy",
+    tp=1,
+    kv_blocks=64,
+    block_tokens=4,
+    max_batch=8,
+    max_context_tokens=256,
+    prefill_budget_tokens=32,
+    chunked=False,
+    no_evict=True,
+    clocks_mhz=CLOCKS_MHZ,
+    idle_w=40.0,
+    startup_s=5.0,
+)
+
+
+def spec(**changes) -> EngineSpec:
+    return replace(SPEC, **changes)
+
+
+def seconds(tp, clock_mhz, batch, kv_blocks, prefill_tokens):
+    """5 ms that no clock touches, the rest slower as the clock falls; scalars or arrays."""
+    work_s = 0.008 + 0.0005 * batch + 0.0001 * kv_blocks + 0.0003 * prefill_tokens
+    return 0.005 + work_s * (TOP_MHZ / clock_mhz) / tp
+
+
+def watts(tp, clock_mhz, batch):
+    """Idle, a linear and a steep part; all GPUs."""
+    share = clock_mhz / TOP_MHZ
+    return tp * (40.0 + (60.0 * share + 200.0 * share**3) * (0.6 + 0.05 * batch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyPhysics:
+    """The law as the simulated engine wants it."""
+
+    spec: EngineSpec
+
+    def iteration(self, clock_mhz, decode_batch, kv_tokens, prefill_tokens, prefill_pairs):
+        kv_blocks = kv_tokens / self.spec.block_tokens
+        time_s = seconds(self.spec.tp, clock_mhz, decode_batch, kv_blocks, prefill_tokens)
+        return time_s, watts(self.spec.tp, clock_mhz, decode_batch)
+
+    def idle_w(self):
+        return self.spec.idle_w
+
+
+def hull(spec: EngineSpec, **changes) -> Hull:
+    whole = Hull(
+        max_batch=spec.max_batch,
+        max_kv_blocks=spec.kv_blocks,
+        max_prefill_tokens=10_000,
+        min_mhz=spec.clocks_mhz[0],
+        max_mhz=spec.clocks_mhz[-1],
+    )
+    return replace(whole, **changes)
+
+
+def table(spec: EngineSpec, *, kv_step: int = 4, prefill_step: int = 16, **hull_changes) -> PerformanceTable:
+    """The law over every batch, and over KV blocks and prompt tokens in steps (the upper end of each)."""
+    batch_bin, kv_bin, prefill_bin = (
+        -(-np.arange(last + 1) // step)
+        for last, step in ((spec.max_batch, 1), (spec.kv_blocks, kv_step), (spec.max_context_tokens, prefill_step))
+    )
+    prefill, batch, kv, clock = np.meshgrid(
+        np.arange(prefill_bin[-1] + 1) * prefill_step,
+        np.arange(batch_bin[-1] + 1),
+        np.arange(kv_bin[-1] + 1) * kv_step,
+        np.array(spec.clocks_mhz),
+        indexing="ij",
+    )
+    shape = (-1, len(spec.clocks_mhz))
+    return PerformanceTable(
+        clocks_mhz=spec.clocks_mhz,
+        batch_bin=batch_bin.astype(np.int32),
+        kv_bin=kv_bin.astype(np.int32),
+        prefill_bin=prefill_bin.astype(np.int32),
+        seconds=seconds(spec.tp, clock, batch, kv, prefill).reshape(shape).astype(np.float32),
+        watts=watts(spec.tp, clock, batch).reshape(shape).astype(np.float32),
+        hull=hull(spec, **hull_changes),
+    )
+
+
+def request(request_id: int, prompt: int, answer: int, **changes) -> Request:
+    """A request whose max_tokens is its answer, with no promise, arrived at 0."""
+    whole = {"arrival_s": 0.0, "max_tokens": answer, "slo": Slo(), "answer_tokens": answer} | changes
+    return Request(id=request_id, prompt_tokens=prompt, **whole)
+
+
+def row(request_id: int, prompt: int, answer: int, *, earliest: int = 0, **changes) -> Row:
+    """The row of such a request, predicted exactly."""
+    return Row(request=request(request_id, prompt, answer, **changes), answer_tokens=answer, earliest=earliest)

@@ -1,0 +1,268 @@
+"""A controller over real batchers, with time in the test's hands. Every command is checked as it is carried out."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from throttllem.core.controller import Controller, ControllerOptions
+from throttllem.core.engines import Phase
+from throttllem.core.throttle import ClockPolicy
+from throttllem.core.types import (
+    Arrived,
+    Cancel,
+    Cancelled,
+    ClockRead,
+    Dispatch,
+    EngineLost,
+    EngineReady,
+    EngineSpec,
+    Fail,
+    FrequencyPlan,
+    Reason,
+    Reject,
+    Request,
+    SetClock,
+    StartEngine,
+    Stepped,
+    StopEngine,
+    Timer,
+)
+from throttllem.engine.batcher import Batcher
+
+PLANNING = (ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY)
+
+
+@dataclass
+class Up:
+    """An engine that is up: what runs, since when, and the clock that was asked for last."""
+
+    spec: EngineSpec
+    batcher: Batcher
+    asked_mhz: int
+    in_progress: bool = False
+    read_mhz: int | None = None
+    unknown: bool = False
+    hung_up: list[int] = field(default_factory=list)
+
+
+class World:
+    """Events go in by `tell`; requests are in `waiting` (in order), `on` (dispatched) or `ended`."""
+
+    def __init__(self, options: ControllerOptions) -> None:
+        self.options = options
+        self.controller = Controller(options)
+        self.now_s = 0.0
+        self.log = []
+        self.up: dict[int, Up] = {}
+        self.starting: dict[int, int] = {}
+        self.keys = 0
+        self.requests: dict[int, Request] = {}
+        self.waiting: deque[int] = deque()
+        self.on: dict[int, int] = {}
+        self.ended: dict[int, str] = {}
+        self.switches: list[tuple[int, FrequencyPlan]] = []
+
+    # ---- what happens ----------------------------------------------------------------------------------------
+
+    def tell(self, event):
+        commands = self.controller.handle(event, self.now_s)
+        self.log.append((self.now_s, event, commands))
+        for command in commands:
+            self.do(command)
+        for up in self.up.values():
+            self.go(up)
+        self.check()
+        return commands
+
+    def arrive(self, request: Request):
+        self.requests[request.id] = request
+        self.waiting.append(request.id)
+        return self.tell(Arrived(request=request))
+
+    def ready(self, key: int, spec: EngineSpec):
+        self.starting.pop(key, None)
+        self.keys = max(self.keys, key + 1)
+        self.up[key] = Up(spec=spec, batcher=Batcher(spec), asked_mhz=spec.clocks_mhz[-1])
+        return self.tell(EngineReady(engine=key, spec=spec))
+
+    def lose(self, key: int):
+        self.starting.pop(key, None)
+        self.up.pop(key, None)
+        commands = self.tell(EngineLost(engine=key))
+        assert key not in self.on.values(), "what ran on a lost engine has ended"
+        return commands
+
+    def read_clock(self, key: int, mhz: int | None):
+        """A clock that nobody asked for is either corrected or planned from as it is."""
+        if key in self.up:
+            self.up[key].unknown = mhz is None
+            self.up[key].read_mhz = mhz
+        return self.tell(ClockRead(engine=key, mhz=mhz))
+
+    def cancel(self, request_id: int):
+        commands = self.tell(Cancelled(request_id=request_id))
+        assert request_id in self.ended
+        return commands
+
+    def end_iteration(self, key: int):
+        up = self.up[key]
+        outcome = up.batcher.end()
+        up.in_progress = False
+        for request_id in up.hung_up:
+            if request_id not in outcome.finished:
+                up.batcher.cancel(request_id)
+        finished = [request_id for request_id in outcome.finished if request_id not in up.hung_up]
+        up.hung_up.clear()
+        for request_id in finished:
+            self.end(request_id, "finished")
+            del self.on[request_id]
+        return self.tell(
+            Stepped(
+                engine=key,
+                iteration=outcome.index,
+                started=outcome.started,
+                finished=outcome.finished,
+                preempted=outcome.preempted,
+            )
+        )
+
+    def advance(self, seconds: float):
+        """Let time pass, with every timer on the way."""
+        until_s = self.now_s + seconds
+        for _ in range(10_000):
+            due_s = self.controller.next_deadline()
+            if due_s is None or due_s > until_s:
+                self.now_s = until_s
+                return
+            self.now_s = max(self.now_s, due_s)
+            self.tell(Timer())
+            due_s = self.controller.next_deadline()
+            assert due_s is None or due_s > self.now_s, "a timer that has fired must not be due again"
+        raise AssertionError("timers without end")
+
+    def run_out(self, start, rounds: int = 3000):
+        """Everything comes to its end: `start` gives the spec for an engine size."""
+        for _ in range(rounds):
+            if not self.waiting and not self.on:
+                return
+            self.advance(0.02)
+            for key, tp in list(self.starting.items()):
+                self.ready(key, start(tp))
+            for key, plan in self.switches[:]:
+                self.switches.remove((key, plan))
+                self.read_clock(key, plan.mhz)
+            for key in [key for key, up in self.up.items() if up.in_progress]:
+                if key in self.up:
+                    self.end_iteration(key)
+        raise AssertionError(f"starved: waiting {list(self.waiting)}, running {self.on}")
+
+    # ---- commands --------------------------------------------------------------------------------------------
+
+    def do(self, command):
+        match command:
+            case Dispatch(engine=key, request_id=request_id):
+                assert self.waiting.popleft() == request_id, "first come, first dispatched, and only once"
+                self.on[request_id] = key
+                request = self.requests[request_id]
+                self.up[key].batcher.add(
+                    request_id,
+                    prompt_tokens=request.prompt_tokens,
+                    answer_tokens=request.answer_tokens,
+                    max_tokens=request.max_tokens,
+                )
+            case Reject(request_id=request_id):
+                self.waiting.remove(request_id)
+                self.end(request_id, "rejected")
+            case Fail(request_id=request_id):
+                assert self.on.pop(request_id) not in self.up
+                self.end(request_id, "failed")
+            case Cancel(engine=key, request_id=request_id):
+                assert self.on.pop(request_id) == key
+                self.end(request_id, "cancelled")
+                self.hang_up(self.up[key], request_id)
+            case SetClock(engine=key, plan=plan):
+                up = self.up[key]
+                assert plan.mhz in up.spec.clocks_mhz
+                up.asked_mhz = up.read_mhz = plan.mhz
+                self.switches.append((key, plan))
+            case StartEngine(engine=key, tp=tp):
+                assert key >= self.keys
+                self.keys = key + 1
+                self.starting[key] = tp
+            case StopEngine(engine=key):
+                assert key not in self.on.values()
+                up = self.up.pop(key)
+                assert len(up.batcher) == len(up.hung_up)
+
+    def hang_up(self, up: Up, request_id: int):
+        """Between two iterations at once, during one at its end."""
+        if up.in_progress:
+            up.hung_up.append(request_id)
+        else:
+            up.batcher.cancel(request_id)
+
+    def end(self, request_id: int, how: str):
+        assert request_id not in self.ended
+        self.ended[request_id] = how
+
+    def go(self, up: Up):
+        if not up.in_progress and up.batcher.begin() is not None:
+            up.in_progress = True
+            assert up.batcher.used_blocks <= up.spec.kv_blocks
+
+    # ---- what must hold --------------------------------------------------------------------------------------
+
+    def check(self):
+        snapshot = self.controller.snapshot()
+        assert snapshot.queue == len(self.waiting)
+        assert (snapshot.head is None) == (not self.waiting)
+        views = {view.engine: view for view in snapshot.engines}
+        assert {key for key, view in views.items() if view.phase is not Phase.STARTING} == self.up.keys()
+        assert {key for key, view in views.items() if view.phase is Phase.STARTING} == self.starting.keys()
+        assert sum(view.phase is Phase.SERVING for view in views.values()) <= 1
+        for key, up in self.up.items():
+            view = views[key]
+            assert view.running + view.pending == sum(on == key for on in self.on.values())
+            assert view.phase is Phase.SERVING or view.running + view.pending, "empty and not serving: to be stopped"
+            self.check_clock(up, view)
+        deadline_s = self.controller.next_deadline()
+        assert deadline_s is None or math.isfinite(deadline_s)
+
+    def check_clock(self, up: Up, view):
+        """Whatever is not known, or is late already, means the top clock."""
+        top = up.spec.clocks_mhz[-1]
+        if view.plan is not None:
+            assert view.plan.mhz in {up.asked_mhz, up.read_mhz}
+        if self.options.throttle.policy is ClockPolicy.TOP:
+            assert up.asked_mhz == top
+        if self.options.throttle.policy not in PLANNING:
+            return
+        table = self.options.tables.get(view.tp)
+        busy = view.running + view.pending
+        projection = self.controller.projection(view.engine)
+        unknown = up.unknown or view.clock_mhz is None or (busy and (table is None or view.lost_rows))
+        if busy and table is not None and projection is not None and projection.horizon:
+            peaks = (projection.batch, projection.kv_blocks, projection.prefill_tokens)
+            unknown = unknown or not table.inside(*(int(peak.max()) for peak in peaks))
+        if unknown:
+            assert up.asked_mhz == top, view
+            assert view.plan is not None and view.plan.why in {
+                Reason.UNKNOWN_STATE,
+                Reason.OUTSIDE_HULL,
+                Reason.LOST_RUNNING,
+            }
+
+    def check_end(self):
+        """After `run_out`: everybody ended once, the counts agree, and a replay gives the same commands."""
+        assert self.ended.keys() == self.requests.keys()
+        counts = self.controller.snapshot().counts
+        assert counts.arrived == len(self.requests)
+        assert counts.finished == sum(how == "finished" for how in self.ended.values())
+        assert counts.rejected == sum(how == "rejected" for how in self.ended.values())
+        assert counts.failed == sum(how in {"failed", "cancelled"} for how in self.ended.values())
+        again = Controller(self.options)
+        for now_s, event, commands in self.log:
+            assert again.handle(event, now_s) == commands
+        assert again.snapshot() == self.controller.snapshot()

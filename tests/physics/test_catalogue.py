@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from throttllem.physics.catalogue import Catalogue, CatalogueError, UnknownName
+
+GPUS = ["a100-40gb-pcie", "a100-40gb-sxm", "h100-80gb-sxm"]
+MODELS = ["llama-2-13b", "llama-3-70b", "llama-3-8b"]
+TINY = """
+[model.tiny]
+layers = 2
+hidden = 64
+heads = 4
+kv_heads = 2
+head_dim = 16
+intermediate = 128
+vocabulary = 1000
+max_context_tokens = 512
+"""
+
+
+@pytest.fixture
+def extra(tmp_path: Path) -> Path:
+    return tmp_path / "mine.toml"
+
+
+def test_ships_the_contract_names() -> None:
+    catalogue = Catalogue.load()
+    assert sorted(catalogue.gpus) == GPUS
+    assert sorted(catalogue.models) == MODELS
+
+
+def test_clock_grids() -> None:
+    catalogue = Catalogue.load()
+    a100, h100 = catalogue.gpu("a100-40gb-sxm").clocks_mhz, catalogue.gpu("h100-80gb-sxm").clocks_mhz
+    assert (len(a100), a100[0], a100[1], a100[-1]) == (81, 210, 225, 1410)
+    assert (len(h100), h100[0], h100[-1]) == (110, 345, 1980)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llama-2-13b", 13.02), ("llama-3-8b", 8.03), ("llama-3-70b", 70.55)])
+def test_parameters_are_the_published_ones(name: str, billions: float) -> None:
+    assert Catalogue.load().model(name).weight_bytes / 2e9 == pytest.approx(billions, rel=0.002)
+
+
+def test_kv_bytes_by_hand() -> None:
+    assert Catalogue.load().model("llama-2-13b").kv_bytes_per_token == 2 * 40 * 40 * 128 * 2
+    assert Catalogue.load().model("llama-3-8b").kv_bytes_per_token == 2 * 32 * 8 * 128 * 2
+
+
+def test_unknown_name_lists_the_nearest() -> None:
+    catalogue = Catalogue.load()
+    with pytest.raises(UnknownName, match=r"unknown GPU 'a100-40gb': did you mean .*a100-40gb-sxm"):
+        catalogue.gpu("a100-40gb")
+    with pytest.raises(UnknownName, match=r"unknown model 'Llama-2-13B': did you mean llama-2-13b"):
+        catalogue.model("Llama-2-13B")
+    with pytest.raises(UnknownName, match=r"known are llama-2-13b, llama-3-70b, llama-3-8b"):
+        catalogue.model("zzz")
+
+
+def test_extra_file_adds_and_replaces(extra: Path) -> None:
+    extra.write_text(TINY + TINY.replace("tiny", "llama-3-8b"))
+    catalogue = Catalogue.load(extra)
+    assert catalogue.model("tiny").layers == 2
+    assert catalogue.model("llama-3-8b").layers == 2
+    assert catalogue.model("llama-2-13b").layers == 40
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model", "not valid TOML"),
+        ("[models.tiny]", "unknown key 'models': write tables"),
+        ("model = 3", "model: must hold tables"),
+        (TINY.replace("layers = 2\n", ""), "model.tiny.layers: missing; add it"),
+        (TINY + "colour = 1", "model.tiny.colour: unknown key; remove it"),
+        (TINY.replace("layers = 2", "layers = 0"), "model.tiny.layers: .*greater than 0"),
+        (TINY.replace("kv_heads = 2", "kv_heads = 3"), "model.tiny: .*multiple of kv_heads"),
+        (TINY + 'name = "x"', "model.tiny.name: leave it out"),
+    ],
+)
+def test_bad_extra_file_names_file_key_and_fix(extra: Path, text: str, message: str) -> None:
+    extra.write_text(text)
+    with pytest.raises(CatalogueError, match=f"mine.toml: {message}"):
+        Catalogue.load(extra)
+
+
+def test_missing_extra_file(extra: Path) -> None:
+    with pytest.raises(CatalogueError, match=r"mine.toml: cannot be read"):
+        Catalogue.load(extra)
+
+
+def test_constants_are_frozen_and_checked() -> None:
+    gpu = Catalogue.load().gpu("a100-40gb-sxm")
+    with pytest.raises(ValidationError, match="frozen"):
+        gpu.startup_s = 1.0
+    for change, message in (
+        ({"clock_step_mhz": 7}, "clock_step_mhz"),
+        ({"power": gpu.power.model_dump() | {"knee_mhz": 2000.0}}, "power.knee_mhz"),
+        ({"power": gpu.power.model_dump() | {"static_w": 400.0}}, "power.limit_w"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            type(gpu).model_validate(gpu.model_dump() | change)

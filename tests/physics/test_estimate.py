@@ -1,0 +1,62 @@
+import pytest
+
+from throttllem.physics.catalogue import Catalogue
+from throttllem.physics.engine import EnginePhysics
+from throttllem.physics.estimate import estimate
+
+CATALOGUE = Catalogue.load()
+ENGINE = EnginePhysics(CATALOGUE.gpu("a100-40gb-sxm"), CATALOGUE.model("llama-2-13b"), 4)
+
+
+def test_is_the_law_itself() -> None:
+    got = estimate(ENGINE, 1050, 32, 1000, 1024)
+    assert (got.iteration_s, got.power_w) == ENGINE.iteration(1050, 32, 32_000, 1024, 1024**2 / 2)
+    assert set(got.to_json()) == {"iteration_s", "power_w", "basis"}
+    assert set(got.basis) == {"iteration_s", "power_w"}
+
+
+def test_inside_the_fitted_range_is_calibrated() -> None:
+    basis = estimate(ENGINE, 1050, 32, 1000).basis
+    assert basis["iteration_s"].startswith("calibrated: operator latencies")
+    assert basis["power_w"].startswith("calibrated: throttLL'eM")
+
+
+@pytest.mark.parametrize(
+    ("clock_mhz", "batch", "model", "tp", "reason"),
+    [
+        (405, 1, "llama-2-13b", 4, "405 MHz is outside 840 to 1410 MHz"),
+        (1410, 200, "llama-2-13b", 4, "batch 200 is above 128"),
+        (1410, 8, "llama-2-13b", 8, "tp 8 is not among 1, 2, 4"),
+        (1410, 8, "llama-3-8b", 1, "llama-3-8b is not llama-2-13b"),
+    ],
+)
+def test_outside_it_is_modelled_and_says_why(clock_mhz: int, batch: int, model: str, tp: int, reason: str) -> None:
+    engine = EnginePhysics(CATALOGUE.gpu("a100-40gb-sxm"), CATALOGUE.model(model), tp)
+    basis = estimate(engine, clock_mhz, batch, 100).basis["power_w"]
+    assert basis.startswith("modelled: ")
+    assert reason in basis
+
+
+def test_a_users_measured_law_is_called_measured() -> None:
+    gpu = CATALOGUE.gpu("a100-40gb-sxm")
+    mine = gpu.model_copy(update={"time_basis": gpu.time_basis.model_copy(update={"kind": "measured", "source": "me"})})
+    engine = EnginePhysics(mine, CATALOGUE.model("llama-2-13b"), 4)
+    assert estimate(engine, 1410, 1, 100).basis["iteration_s"] == "measured: me"
+    assert estimate(engine, 300, 1, 100).basis["iteration_s"].startswith("modelled: 300 MHz is outside 705 to 1410")
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ((1000, 1, 100, 0), "clock 1000 MHz: a100-40gb-sxm can be set to 210 to 1410 MHz in steps of 15"),
+        ((1425, 1, 100, 0), "clock 1425 MHz"),
+        ((1410, 0, 100, 0), "batch 0: must be 1 or more"),
+        ((1410, 1, 0, 0), "context 0 tokens: llama-2-13b holds 1 to 4096 per request"),
+        ((1410, 1, 4097, 0), "context 4097 tokens"),
+        ((1410, 1, 100, -1), "prefill -1 tokens: llama-2-13b holds 0 to 4096"),
+        ((1410, 100, 4000, 0), "= 400000 tokens: the KV cache of llama-2-13b on 4 x a100-40gb-sxm holds 0 to"),
+    ],
+)
+def test_bad_points_name_value_and_range(point: tuple[int, int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate(ENGINE, *point)
