@@ -39,7 +39,8 @@ class Environment(BaseSettings):
 class LengthOptions:
     """How answers' lengths are predicted in simulation.
 
-    `p95_error` 0 is the oracle; `inflation` None stands for 1 + p95_error (the paper inflates and does not say how far).
+    `p95_error` 0 is the oracle; `inflation` None stands for 1 + p95_error (the paper inflates, but not by how much is
+    left open).
     """
 
     p95_error: float = 0.0
@@ -53,10 +54,11 @@ class LengthOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How the simulated engine batches. The defaults are TensorRT-LLM's way as the paper used it.
+    """How the simulated engine batches. The defaults are TensorRT-LLM's: whole prompts, blocks of 64 tokens, as many
+    requests as the KV cache holds now (its MAX_UTILIZATION; `no_evict` is its GUARANTEED_NO_EVICT).
 
-    `no_evict` False and `chunked` True with `block_tokens` 16 is vLLM's way. `max_tokens` None: the longest answer of
-    the trace, rounded up to a power of two, stands for the limit that clients ask for.
+    `chunked` with `block_tokens` 16 is vLLM's way. `max_tokens` None: the longest answer of the trace, rounded up to a
+    power of two, stands for the limit that clients ask for.
     """
 
     block_tokens: int = 64

@@ -1,5 +1,5 @@
 """A state machine over the controller with real batchers under it: whatever comes, in whatever order, nobody is lost,
-nobody starves, nothing overflows, and what is not known means the top clock. `HYPOTHESIS_PROFILE=thorough` looks longer.
+nobody starves, nothing overflows, and what is not known means the top clock. Profile "thorough" looks longer.
 """
 
 from hypothesis import strategies as st

@@ -6,8 +6,9 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from throttllem.core.controller import Controller, ControllerOptions
+from throttllem.core.controller import Controller
 from throttllem.core.engines import Phase
+from throttllem.core.options import ControllerOptions
 from throttllem.core.throttle import ClockPolicy
 from throttllem.core.types import (
     Arrived,

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from throttllem.core.admission import AdmissionOptions, admit, never_fits
-from throttllem.core.autoscale import AutoscaleOptions, Autoscaler
+from throttllem.core.admission import admit, never_fits
+from throttllem.core.autoscale import Autoscaler
 from throttllem.core.engines import Engines, EngineState, Phase
 from throttllem.core.governor import Governor
-from throttllem.core.length import LengthPredictor, Oracle, predicted_tokens
+from throttllem.core.length import predicted_tokens
 from throttllem.core.load import LoadEstimator
-from throttllem.core.performance import PerformanceTable
+from throttllem.core.options import ControllerOptions
 from throttllem.core.projection import Projection
 from throttllem.core.scoreboard import Row
 from throttllem.core.snapshot import Counts, Snapshot, view
-from throttllem.core.throttle import ThrottleOptions
 from throttllem.core.types import (
     Arrived,
     Cancel,
@@ -46,25 +44,6 @@ from throttllem.core.types import (
 )
 
 Changed = dict[int, EngineState]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerOptions:
-    """Everything the controller can be told. `specs` and `tables` by engine size (tensor parallel degree).
-
-    `slo_aware` False is the baseline: first come first served, no admission control. `inflation` multiplies every
-    length prediction (open in the paper). `load_window_s` is the time constant of the load estimate.
-    """
-
-    throttle: ThrottleOptions
-    slo_aware: bool = True
-    admission: AdmissionOptions = field(default_factory=AdmissionOptions)
-    autoscale: AutoscaleOptions | None = None
-    predictor: LengthPredictor = field(default_factory=Oracle)
-    inflation: float = 1.0
-    specs: Mapping[int, EngineSpec] = field(default_factory=dict)
-    tables: Mapping[int, PerformanceTable] = field(default_factory=dict)
-    load_window_s: float = 60.0
 
 
 class Controller:

@@ -87,9 +87,7 @@ class Governor:
             return FrequencyPlan(mhz=top, why=Reason.LOST_RUNNING)
         if waiting:
             return FrequencyPlan(mhz=top, why=Reason.WAITING)
-        holds, run = feasible(
-            ahead, board, table, delay_s=self._delays(engine, spec, now_s), options=self.options
-        )
+        holds, run = feasible(ahead, board, table, delay_s=self._delays(engine, spec, now_s), options=self.options)
         binding = None if run is None else ahead.binding_row(board, run)
         if self.options.policy is ClockPolicy.THROTTLLEM:
             return self._down_later(engine, lowest_feasible(holds, spec, binding), now_s)

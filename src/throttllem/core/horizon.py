@@ -27,9 +27,9 @@ class Horizon:
     """One engine's projection cut into runs; S runs, R rows (running in scoreboard order, then pending, then extra).
 
     `base_s` is when iteration 0 of the projection began or begins. `cells` (S,) indexes the table, `length` (S,) counts
-    iterations, `prefills` (S,) says whether the run holds prompts. `finish_run` (R,) and `due_s` (R,) are the run that
-    each row ends with and its deadline (inf: none), `e2e_s` (R,) its E2E promise (0: none); `first_run` and `first_due_s` (`pending` rows) are the same for the
-    first token.
+    iterations, `prefills` (S,) says whether the run holds prompts. `finish_run` (R,) is the run that each row ends
+    with, `due_s` (R,) its deadline (inf: none), `e2e_s` (R,) its E2E promise (0: none); `first_run` and `first_due_s`
+    (`pending` rows) are run and deadline of the first token.
     """
 
     base_s: float

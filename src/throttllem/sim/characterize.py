@@ -1,7 +1,8 @@
 """What can an engine bear, and how slow is it then? (the paper: maximum load and E2E SLO of each engine)
 
 Requests with a trace's lengths come as a Poisson stream at the top clock, first come first served, at rising rates. The
-maximum sustainable load is the highest rate at which the queue stays short; the E2E SLO of an engine is its own p99 there.
+maximum sustainable load is the highest rate at which the queue stays short; the E2E SLO of an engine is its own p99
+there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from throttllem.config import Options
-from throttllem.core.controller import Controller, ControllerOptions
+from throttllem.core.controller import Controller
+from throttllem.core.options import ControllerOptions
 from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import Request, Slo
 from throttllem.sim.driver import Machine, Simulation
@@ -20,11 +22,11 @@ from throttllem.sim.recorder import Recorder
 from throttllem.sim.result import RunResult
 from throttllem.sim.traces import Trace
 
-REQUESTS = 3000
+REQUESTS = 2000
 """Requests of one probe."""
 LONGEST_QUEUE_S = 1.0
 """A load is sustained while 99 of 100 requests wait no longer than this for a place in the batch."""
-_STEPS = 8
+_STEPS = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,9 @@ def characterize(
 def sample_requests(
     fleet: Fleet, tp: int, trace: Trace, options: Options, seed: int
 ) -> tuple[list[tuple[int, int, int]], float]:
-    """(prompt, answer, max_tokens) of `REQUESTS` requests drawn from those of the trace that fit, and how many do not."""
+    """(prompt, answer, max_tokens) of `REQUESTS` requests drawn from those of the trace that fit, and the share that
+    does not.
+    """
     limits = answer_limits(trace, fleet, options)
     blocks = -(-(trace.prompt_tokens + limits) // options.engine.block_tokens)
     spec = fleet.specs[tp]

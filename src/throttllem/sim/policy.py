@@ -49,9 +49,6 @@ def parse_policy(name: str, clocks_mhz: tuple[int, ...], sizes: tuple[int, ...])
 def _clock(name: str, base: str, clocks_mhz: tuple[int, ...]) -> int:
     text = base.removeprefix("fixed:")
     if not text.isdecimal() or int(text) not in clocks_mhz:
-        step = clocks_mhz[1] - clocks_mhz[0]
-        raise PolicyError(
-            f"policy {name!r}: {text!r} is no clock of this GPU; it has {clocks_mhz[0]} to {clocks_mhz[-1]} MHz in steps "
-            f"of {step}"
-        )
+        low, high, step = clocks_mhz[0], clocks_mhz[-1], clocks_mhz[1] - clocks_mhz[0]
+        raise PolicyError(f"policy {name!r}: {text!r} is no clock of this GPU: {low} to {high} MHz in steps of {step}")
     return int(text)

@@ -67,7 +67,7 @@ def capacities(
     e2e_slo_s: float | None = None,
     progress: Progress = lambda *_: None,
 ) -> dict[int, Capacity]:
-    """Maximum load and E2E of every size: the largest by itself, the smaller ones under its E2E SLO (or the one given)."""
+    """Maximum load and E2E of every size: the largest by itself, the others under its E2E SLO (or the one given)."""
     found: dict[int, Capacity] = {}
     for done, tp in enumerate(reversed(fleet.sizes)):
         progress("characterising", done / len(fleet.sizes))

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from throttllem.config import Options
-from throttllem.core.controller import Controller, ControllerOptions
+from throttllem.core.controller import Controller
 from throttllem.core.length import LengthPredictor, Noisy, Oracle
+from throttllem.core.options import ControllerOptions
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.types import Request, Slo
 from throttllem.sim.characterize import Capacity, answer_limits
@@ -63,7 +64,7 @@ class Scenario:
                 autoscale=self.options.autoscale.with_capacity(capacity) if policy.autoscale else None,
                 predictor=predictor,
                 inflation=self.options.length.factor,
-                specs=self.fleet.specs if policy.autoscale else {self.largest: self.fleet.specs[self.largest]},
+                specs=self.fleet.specs,
                 tables=self.tables,
             )
         )

@@ -1,0 +1,219 @@
+"""The governor: every reason a plan can give, up at once, down after the dwell, switches that take time and pay."""
+
+import math
+
+import pytest
+
+from core.test_throttle import steps
+from core.toy import CLOCKS_MHZ, SPEC, TOP_MHZ, row, table
+from throttllem.core.engines import EngineState
+from throttllem.core.governor import Governor
+from throttllem.core.load import LoadEstimator
+from throttllem.core.scoreboard import Scoreboard
+from throttllem.core.throttle import ClockPolicy, ThrottleOptions
+from throttllem.core.types import FrequencyPlan, Reason, SetClock, Slo
+
+TICKS = steps([16, 12, 9, 8, 7])
+"""One number of 1/1024 s for each clock, whatever runs."""
+
+
+def governor(policy=ClockPolicy.THROTTLLEM, **changes):
+    plain = {"switch_latency_s": 0.0, "dwell_s": 0.0, "min_saving": 0.0, "margin": 0.0, "reserve": 0.0}
+    return Governor(ThrottleOptions(policy=policy, **plain | changes), LoadEstimator(60.0))
+
+
+def engine(*rows, table=TICKS, clock_mhz=TOP_MHZ, target_mhz=TOP_MHZ, **changes):
+    """An engine in its iteration 0 from second 0 on, with these rows waiting inside it."""
+    board = Scoreboard(SPEC.block_tokens)
+    for waits in rows:
+        board.dispatch(waits)
+    return EngineState(
+        engine=3, tp=1, spec=SPEC, table=table, board=board, clock_mhz=clock_mhz, target_mhz=target_mhz, **changes
+    )
+
+
+def due_in(ticks, key=1):
+    """32 tokens within so many times 32/1024 s."""
+    return row(key, 4, 32, slo=Slo(e2e_s=ticks * 32 / 1024))
+
+
+def settle(governor, engine, now_s=0.0, waiting=False):
+    """The plan, after checking that a command is given exactly if the target changes."""
+    before = engine.target_mhz
+    command = governor.settle(engine, now_s, waiting=waiting)
+    assert engine.target_mhz == engine.plan.mhz
+    if engine.plan.mhz == before:
+        assert command is None
+    else:
+        assert command == SetClock(engine=3, plan=engine.plan) and engine.set_at_s == now_s
+    return engine.plan
+
+
+def plan(mhz, why, binding=None):
+    return FrequencyPlan(mhz=mhz, why=why, binding=binding)
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_policies_that_fix_the_clock(unknown):
+    busy = engine(due_in(7.5), clock_mhz=None if unknown else 800, target_mhz=None if unknown else 800)
+    assert settle(governor(ClockPolicy.TOP), busy) == plan(TOP_MHZ, Reason.FIXED)
+    assert settle(governor(ClockPolicy.FIXED, fixed_mhz=1000), busy) == plan(1000, Reason.FIXED)
+    assert busy.projection is None
+
+
+@pytest.mark.parametrize("policy", [ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY])
+def test_what_is_not_known_means_the_top_clock(policy):
+    relaxed = row(1, 4, 32)
+    low = {"clock_mhz": 600, "target_mhz": 600}
+    asks = governor(policy)
+    assert settle(asks, engine(relaxed, clock_mhz=None, target_mhz=None)) == plan(TOP_MHZ, Reason.UNKNOWN_STATE)
+    assert settle(asks, engine(clock_mhz=None, target_mhz=None)) == plan(TOP_MHZ, Reason.UNKNOWN_STATE)
+    assert settle(asks, engine(relaxed, table=None, **low)) == plan(TOP_MHZ, Reason.OUTSIDE_HULL)
+    assert settle(asks, engine(relaxed, table=table(SPEC, max_kv_blocks=8), **low)) == plan(
+        TOP_MHZ, Reason.OUTSIDE_HULL
+    )
+    assert settle(asks, engine(relaxed, table=table(SPEC, max_kv_blocks=9), **low)).why is not Reason.OUTSIDE_HULL
+
+
+@pytest.mark.parametrize("policy", [ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY])
+def test_who_cannot_make_it_is_lost_and_runs_at_the_top(policy):
+    late = engine(due_in(6.9), row(2, 4, 32), clock_mhz=600, target_mhz=600)
+    assert settle(governor(policy), late) == plan(TOP_MHZ, Reason.LOST_RUNNING)
+    assert (late.board.lost_rows, late.board.pending[1].lost, late.board.pending[2].lost) == (1, True, False)
+    late.board.remove(1)
+    assert settle(governor(policy), late).why is not Reason.LOST_RUNNING
+
+
+def test_somebody_waits():
+    assert settle(governor(), engine(row(1, 4, 32)), waiting=True) == plan(TOP_MHZ, Reason.WAITING)
+
+
+def test_idle_keeps_the_clock():
+    idle = engine(clock_mhz=800, target_mhz=800)
+    assert settle(governor(), idle) == plan(800, Reason.IDLE)
+    assert idle.again_at_s == math.inf
+
+
+@pytest.mark.parametrize(
+    ("ticks", "mhz", "why"),
+    [
+        (16, 600, Reason.LOWEST_CLOCK),
+        (15.9, 800, Reason.LOWEST_FEASIBLE),
+        (9, 1000, Reason.LOWEST_FEASIBLE),
+        (8.5, 1200, Reason.LOWEST_FEASIBLE),
+        (7, 1400, Reason.LOWEST_FEASIBLE),
+    ],
+)
+def test_the_paper_takes_the_lowest_feasible(ticks, mhz, why):
+    chosen = settle(governor(), engine(due_in(ticks)))
+    assert chosen == plan(mhz, why, 1 if why is Reason.LOWEST_FEASIBLE else None)
+
+
+def test_margin_and_reserve_are_kept_back():
+    assert settle(governor(margin=0.25), engine(due_in(12))).mhz == 1000
+    assert settle(governor(reserve=0.25), engine(due_in(12))).mhz == 1000
+    # The promise can be kept (7 of 8), but not with a quarter kept back.
+    assert settle(governor(margin=0.25), engine(due_in(8), clock_mhz=600, target_mhz=600)) == plan(
+        TOP_MHZ, Reason.INFEASIBLE, 1
+    )
+
+
+def test_a_switch_up_takes_its_latency_out_of_the_deadline():
+    # 32 iterations at 1000 MHz: 9/32 s of 10/32; reaching it from 800 MHz takes 1.5/32 s, 1200 MHz would do.
+    slow = {"clock_mhz": 800, "target_mhz": 800}
+    assert settle(governor(), engine(due_in(10), **slow)).mhz == 1000
+    assert settle(governor(switch_latency_s=1.5 / 32), engine(due_in(10), **slow)).mhz == 1200
+    # A clock that is on its way costs what is left of its latency, the one in force nothing.
+    coming = engine(due_in(10), clock_mhz=800, target_mhz=1000, set_at_s=-1 / 32)
+    assert settle(governor(switch_latency_s=1.5 / 32), coming).mhz == 1000
+    there = engine(due_in(10), clock_mhz=1000, target_mhz=1000)
+    assert settle(governor(switch_latency_s=1.5 / 32), there).mhz == 1000
+    # With 4/32 s no higher clock arrives in time: even the top misses it, so the row is lost.
+    assert settle(governor(switch_latency_s=4 / 32), engine(due_in(10), **slow)).why is Reason.LOST_RUNNING
+
+
+@pytest.mark.parametrize(
+    ("clock", "target", "set_at_s", "delay_s"),
+    [
+        (1400, 1400, -9.0, 0.0),
+        (800, 800, -9.0, 0.2),
+        (800, 1400, 0.9, 0.1),
+        (800, 1400, -9.0, 0.0),
+        (1400, 800, 0.9, 0.0),
+    ],
+)
+def test_the_delay_to_the_top_clock(clock, target, set_at_s, delay_s):
+    state = engine(clock_mhz=clock, target_mhz=target, set_at_s=set_at_s)
+    assert governor(switch_latency_s=0.2).top_delay_s(state, 1.0) == pytest.approx(delay_s)
+
+
+def test_down_only_after_the_dwell_and_up_at_once():
+    asks = governor(dwell_s=0.5)
+    busy = engine(due_in(16))
+    assert settle(asks, busy, 0.0) == plan(600, Reason.LOWEST_CLOCK)
+    busy.clock_mhz = 600
+    busy.board.dispatch(due_in(9, key=2))
+    assert settle(asks, busy, 0.01).mhz > 600
+    first = busy.plan.mhz
+    busy.clock_mhz = first
+    busy.board.remove(2)
+    assert settle(asks, busy, 0.02) == plan(first, Reason.DWELL, None)
+    assert busy.again_at_s == pytest.approx(0.01 + 0.5)
+    # By then the deadline is out of reach at the lowest clock; a new one is asked of the same board.
+    busy.board.remove(1)
+    busy.board.dispatch(row(3, 4, 32))
+    assert settle(asks, busy, 0.509) == plan(first, Reason.DWELL)
+    assert settle(asks, busy, 0.51) == plan(600, Reason.LOWEST_CLOCK)
+
+
+def test_least_energy_looks_for_the_least_watts_or_joules():
+    # The toy's law has its least energy per iteration inside the range, so neither end is taken.
+    whole = table(SPEC)
+    chosen = settle(governor(ClockPolicy.LEAST_ENERGY), engine(row(1, 4, 32), table=whole))
+    each_j = [(step_w - SPEC.idle_w) * step_s for step_s, step_w in (whole.at(mhz, 1, 5, 0) for mhz in CLOCKS_MHZ)]
+    assert chosen == plan(CLOCKS_MHZ[each_j.index(min(each_j))], Reason.LEAST_ENERGY)
+
+
+def test_least_energy_says_when_a_promise_stops_it():
+    # Constant watts over steps of 16 to 7 ticks: the top clock is the cheapest, so a steep table is made of the law.
+    whole = table(SPEC)
+    step_s = [whole.at(mhz, 1, 5, 0)[0] for mhz in CLOCKS_MHZ]
+    free = settle(governor(ClockPolicy.LEAST_ENERGY), engine(row(1, 4, 32), table=whole)).mhz
+    index = CLOCKS_MHZ.index(free)
+    tight = row(1, 4, 32, slo=Slo(tbt_s=(step_s[index] + step_s[index + 1]) / 2))
+    assert settle(governor(ClockPolicy.LEAST_ENERGY), engine(tight, table=whole)) == plan(
+        CLOCKS_MHZ[index + 1], Reason.LOWEST_FEASIBLE
+    )
+
+
+def test_least_energy_switches_down_only_for_a_saving_worth_having():
+    whole = table(SPEC)
+    best = settle(governor(ClockPolicy.LEAST_ENERGY), engine(row(1, 4, 32), table=whole)).mhz
+    assert best < TOP_MHZ
+    stingy = settle(governor(ClockPolicy.LEAST_ENERGY, min_saving=0.9), engine(row(1, 4, 32), table=whole))
+    assert stingy == plan(TOP_MHZ, Reason.NOT_WORTH)
+    # Upwards nothing is asked but that it is cheaper.
+    lower = engine(row(1, 4, 32), table=whole, clock_mhz=CLOCKS_MHZ[0], target_mhz=CLOCKS_MHZ[0])
+    if best > CLOCKS_MHZ[0]:
+        assert settle(governor(ClockPolicy.LEAST_ENERGY, min_saving=0.9), lower).mhz == best
+
+
+def test_a_known_load_prices_the_clocks_by_steady_power():
+    load = LoadEstimator(10.0)
+    for n in range(200):
+        load.arrived(n / 4, 16, 16)
+    asks = Governor(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY), load)
+    busy = engine(row(1, 4, 32), table=table(SPEC))
+    settle(asks, busy, 50.0)
+    assert busy.cost_w is not None and busy.cost_at_s == 50.0
+    first = busy.cost_w
+    settle(asks, busy, 50.5)
+    assert busy.cost_w is first
+    settle(asks, busy, 51.0)
+    assert busy.cost_at_s == 51.0
+
+
+def test_while_requests_run_the_clock_is_planned_again_in_time():
+    busy = engine(due_in(16))
+    settle(governor(replan_s=0.75), busy, 2.0 / 1024)
+    assert busy.again_at_s == pytest.approx(0.75 + 2.0 / 1024)
