@@ -1,5 +1,323 @@
-"""The command line."""
+"""The command line: options in, tables and files out. An error is one sentence that says what to mend, exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from throttllem.config import Environment, LengthOptions, Options, changed
+from throttllem.files import ensure_writable_dir, write_aside
+from throttllem.learn.bake import bake
+from throttllem.learn.measure import ProfilePlan
+from throttllem.learn.profile import read_profile, write_profile
+from throttllem.learn.score import score_profile, score_table, write_score_card
+from throttllem.learn.storage import save_table
+from throttllem.learn.train import train as train_trees
+from throttllem.physics.catalogue import Catalogue
+from throttllem.physics.engine import EnginePhysics
+from throttllem.physics.estimate import estimate as estimate_point
+from throttllem.report.output import results_json, show_results
+from throttllem.report.page import write_report
+from throttllem.sim.fleet import build_fleet
+from throttllem.sim.prepare import capacities, profile_fleet
+from throttllem.sim.runs import run_all
+from throttllem.sim.study import MAXIMUM, Study
+from throttllem.sim.traces import load_trace
+
+app = typer.Typer(
+    help="Serve LLMs at the least energy that keeps every latency promise.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Gpu = Annotated[str, typer.Option("--gpu", help="GPU of the catalogue.")]
+Model = Annotated[str, typer.Option("--model", help="Model of the catalogue.")]
+Tp = Annotated[int | None, typer.Option("--tp", help="GPUs of the engine (tensor parallel degree); 4 by default.")]
+Sizes = Annotated[str | None, typer.Option("--sizes", help="Engine sizes instead of --tp, as in 1,2,4.")]
+TraceName = Annotated[
+    str,
+    typer.Option(
+        "--trace",
+        help="CSV (Azure) or JSONL (Mooncake) file, azure-conv-like[:seconds=..], azure-code-like[..] or "
+        "poisson:rate=2,input=1023,output=99,seconds=300.",
+    ),
+]
+Extra = Annotated[Path | None, typer.Option("--catalogue", help="TOML with GPUs and models of your own.")]
+Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", help="Any option as section.name=value, as in throttle.dwell_s=1.")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for report.html.")]
+
+
+@app.command()
+def simulate(
+    gpu: Gpu = "a100-40gb-sxm",
+    model: Model = "llama-2-13b",
+    tp: Tp = None,
+    sizes: Sizes = None,
+    trace: TraceName = "azure-conv-like",
+    policy: Annotated[
+        str, typer.Option("--policy", help="triton, throttllem, least-energy, fixed:<MHz>; each also with +autoscale.")
+    ] = "triton,throttllem,least-energy",
+    length_error: Annotated[float, typer.Option("--length-error", help="Error of length predictions at p95.")] = 0.0,
+    slo_e2e: Annotated[
+        float | None, typer.Option("--slo-e2e", help="Seconds; default: what characterize finds.")
+    ] = None,
+    slo_tbt: Annotated[float, typer.Option("--slo-tbt", help="Seconds, on a request's mean.")] = 0.2,
+    slo_ttft: Annotated[float | None, typer.Option("--slo-ttft", help="Seconds; default: no promise.")] = None,
+    peak_rps: Annotated[
+        str | None,
+        typer.Option(
+            "--peak-rps", help="Scale arrivals: busiest 60 s at this rate, or max: the engine's maximum load."
+        ),
+    ] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", help="Cut the (scaled) trace.")] = None,
+    seed: Seed = 0,
+    count_freed_gpus: Annotated[bool, typer.Option("--count-freed-gpus", help="Count GPUs of no engine too.")] = False,
+    catalogue: Extra = None,
+    setting: Setting = None,
+    json_file: Json = None,
+    out: Out = None,
+) -> None:
+    """What would I save? Replay a trace in virtual time under several policies."""
+    options = changed(Options(length=LengthOptions(p95_error=length_error)), setting or [])
+    study = Study(
+        gpu=gpu,
+        model=model,
+        sizes=_sizes(tp, sizes),
+        trace=trace,
+        policies=tuple(name.strip() for name in policy.split(",") if name.strip()),
+        slo_e2e_s=slo_e2e,
+        slo_tbt_s=slo_tbt,
+        slo_ttft_s=slo_ttft,
+        peak_rps=_peak(peak_rps),
+        seconds=seconds,
+        seed=seed,
+        count_freed_gpus=count_freed_gpus,
+        options=options,
+    )
+    _simulate(study, catalogue, json_file, out)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option("--out", help="Folder for report.html.")] = Path("out/demo")) -> None:
+    """The main job in a minute: half an hour of chat on four simulated A100, three policies, a report."""
+    study = Study(
+        gpu="a100-40gb-sxm",
+        model="llama-2-13b",
+        sizes=(4,),
+        trace="azure-conv-like:seconds=1800",
+        policies=("triton", "throttllem", "least-energy"),
+        peak_rps=MAXIMUM,
+    )
+    _simulate(study, None, None, out)
+
+
+@app.command()
+def characterize(
+    gpu: Gpu = "a100-40gb-sxm",
+    model: Model = "llama-2-13b",
+    tp: Tp = None,
+    sizes: Sizes = None,
+    trace: TraceName = "azure-conv-like",
+    slo_e2e: Annotated[float | None, typer.Option("--slo-e2e", help="Seconds that p99 E2E must keep.")] = None,
+    seed: Seed = 0,
+    catalogue: Extra = None,
+    setting: Setting = None,
+    json_file: Json = None,
+) -> None:
+    """What can each engine bear at the top clock, and how slow is it then? (maximum load, E2E SLO)"""
+    options = changed(Options(), setting or [])
+    fleet = build_fleet(Catalogue.load(catalogue), gpu, model, _sizes(tp, sizes), options.engine)
+    lengths = load_trace(trace, seed=seed)
+    with _progress() as bar:
+        task = bar.add_task("characterising", total=1.0)
+        found = capacities(
+            fleet,
+            lengths,
+            options,
+            _cache(),
+            seed=seed,
+            e2e_slo_s=slo_e2e,
+            progress=lambda what, share: bar.update(task, completed=share),
+        )
+    table = Table("TP", "max load req/s", "E2E p99 s", "TBT p99 ms", "tokens/J", "never fits")
+    for capacity in found.values():
+        table.add_row(
+            str(capacity.tp),
+            f"{capacity.max_rps:.2f}",
+            f"{capacity.e2e_p99_s:.1f}",
+            f"{capacity.tbt_p99_s * 1e3:.0f}",
+            f"{capacity.tokens_per_joule:.3f}",
+            f"{capacity.rejected:.1%}",
+        )
+    Console().print(table)
+    if json_file:
+        _write_json(json_file, {"schema": 1, "capacities": [asdict(capacity) for capacity in found.values()]})
+
+
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Argument(help="CSV or Parquet file to write.")],
+    gpu: Gpu = "a100-40gb-sxm",
+    model: Model = "llama-2-13b",
+    tp: Tp = None,
+    sizes: Sizes = None,
+    rows: Annotated[int, typer.Option("--rows", help="Iterations measured of each size.")] = ProfilePlan().rows,
+    seed: Seed = 0,
+    catalogue: Extra = None,
+    setting: Setting = None,
+) -> None:
+    """Measure the simulated engines over batch, KV, prompt tokens and clock (docs/profile-format.md)."""
+    options = changed(Options(), setting or [])
+    fleet = build_fleet(Catalogue.load(catalogue), gpu, model, _sizes(tp, sizes), options.engine)
+    with _progress() as bar:
+        task = bar.add_task("profiling", total=1.0)
+        frame = profile_fleet(
+            fleet, ProfilePlan(rows=rows, seed=seed), lambda what, share: bar.update(task, completed=share)
+        )
+    write_profile(frame, out)
+    Console().print(f"{frame.height} iterations in {out}")
+
+
+@app.command()
+def train(
+    profile_file: Annotated[Path, typer.Argument(metavar="PROFILE", help="What `profile` wrote, or a real engine's.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the tables and score_card.json.")],
+    catalogue: Extra = None,
+    setting: Setting = None,
+) -> None:
+    """Train the performance model on a profile: a table for each engine size, and a score card."""
+    options = changed(Options(), setting or [])
+    frame = read_profile(profile_file)
+    ensure_writable_dir(out)
+    first = frame.row(0, named=True)
+    sizes = tuple(sorted(set(frame["tp"].to_list())))
+    fleet = build_fleet(Catalogue.load(catalogue), first["gpu"], first["model"], sizes, options.engine)
+    with _progress() as bar:
+        task = bar.add_task("training", total=1.0)
+        trained = train_trees(frame)
+        bar.update(task, completed=0.2)
+        for tp in fleet.sizes:
+            save_table(bake(trained, fleet.specs[tp]), out / f"table-tp{tp}.npz")
+        bar.update(task, completed=0.3)
+        card = score_profile(
+            frame, on_progress=lambda done, total: bar.update(task, completed=0.3 + 0.7 * done / total)
+        )
+    write_score_card(card, out / "score_card.json")
+    Console().print(score_table(card))
+    Console().print(f"tables and score_card.json in {out}")
+
+
+@app.command()
+def estimate(
+    clock: Annotated[int, typer.Option("--clock", help="MHz.")],
+    batch: Annotated[int, typer.Option("--batch", help="Running requests.")],
+    context: Annotated[int, typer.Option("--context", help="Tokens of each running request.")],
+    gpu: Gpu = "a100-40gb-sxm",
+    model: Model = "llama-2-13b",
+    tp: Annotated[int, typer.Option("--tp", help="GPUs of the engine.")] = 4,
+    prefill_tokens: Annotated[int, typer.Option("--prefill-tokens", help="Prompt tokens in the iteration.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    catalogue: Extra = None,
+) -> None:
+    """Seconds and watts of one iteration, and how far each figure is to be believed."""
+    known = Catalogue.load(catalogue)
+    point = estimate_point(EnginePhysics(known.gpu(gpu), known.model(model), tp), clock, batch, context, prefill_tokens)
+    if as_json:
+        sys.stdout.write(json.dumps(point.to_json()) + "\n")
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("iteration", f"{point.iteration_s * 1e3:.2f} ms", point.basis["iteration_s"])
+    table.add_row("power", f"{point.power_w:.0f} W", point.basis["power_w"])
+    Console().print(table)
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; errors that the user can mend are one sentence on stderr."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, OSError) as error:
+        if Environment().debug:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; nothing was written")
+        sys.exit(130)
+
+
+def _simulate(study: Study, catalogue: Path | None, json_file: Path | None, out: Path | None) -> None:
+    known = Catalogue.load(catalogue)
+    if out:
+        ensure_writable_dir(out)
+    if json_file:
+        ensure_writable_dir(json_file.absolute().parent)
+    with _progress() as bar:
+        first = bar.add_task("preparing", total=1.0)
+        scenario, policies = study.prepare(
+            known, _cache(), lambda what, share: bar.update(first, description=what, completed=share)
+        )
+        bar.update(first, description="prepared", completed=1.0)
+        tasks = [bar.add_task(policy.name, total=1.0) for policy in policies]
+        runs = run_all(
+            [(scenario, policy) for policy in policies],
+            workers=Environment().workers,
+            progress=lambda index, share: bar.update(tasks[index], completed=share),
+        )
+    described = scenario.described()
+    show_results(described, runs)
+    if json_file:
+        _write_json(json_file, results_json(described, runs))
+    if out:
+        Console(soft_wrap=True).print(f"report: {write_report(out, described, runs)}")
+
+
+def _sizes(tp: int | None, sizes: str | None) -> tuple[int, ...]:
+    if tp is not None and sizes is not None:
+        raise ValueError("--tp and --sizes: give one of them")
+    if sizes is None:
+        return (4 if tp is None else tp,)
+    try:
+        return tuple(int(size) for size in sizes.split(","))
+    except ValueError:
+        raise ValueError(f"--sizes {sizes}: must be whole numbers with commas between, as in 1,2,4") from None
+
+
+def _peak(text: str | None) -> float | str | None:
+    if text is None or text == MAXIMUM:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--peak-rps {text}: must be requests per second, or {MAXIMUM}") from None
+
+
+def _cache() -> Path:
+    return Environment().cache_dir.expanduser()
+
+
+def _write_json(file: Path, content: dict[str, object]) -> None:
+    with write_aside(file) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:>24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield bar

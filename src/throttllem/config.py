@@ -25,7 +25,7 @@ class OptionError(ValueError):
 
 
 class Environment(BaseSettings):
-    """What is read from the environment (`THROTTLLEM_CACHE_DIR`, `THROTTLLEM_WORKERS`)."""
+    """What is read from the environment: `THROTTLLEM_CACHE_DIR`, `THROTTLLEM_WORKERS`, `THROTTLLEM_DEBUG`."""
 
     model_config = SettingsConfigDict(env_prefix="THROTTLLEM_", frozen=True)
 
@@ -33,6 +33,8 @@ class Environment(BaseSettings):
     """Where trained tables and characterised engines are kept."""
     workers: int = Field(default=2, ge=1, le=64)
     """Policies that are simulated side by side."""
+    debug: bool = False
+    """Show where an error came from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

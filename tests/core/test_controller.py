@@ -302,7 +302,7 @@ def test_a_draining_engine_that_is_lost_is_not_replaced():
     told = loaded()
     told.advance(0.5)
     told.ready(1, SIZES[2])
-    assert names(told.lose(0)) == ["Fail"]
+    assert set(names(told.lose(0))) == {"Fail"}
     told.run_out(SIZES.get)
     told.check_end()
 

@@ -157,7 +157,7 @@ def test_down_only_after_the_dwell_and_up_at_once():
     first = busy.plan.mhz
     busy.clock_mhz = first
     busy.board.remove(2)
-    assert settle(asks, busy, 0.02) == plan(first, Reason.DWELL, None)
+    assert settle(asks, busy, 0.02) == plan(first, Reason.DWELL, 1)
     assert busy.again_at_s == pytest.approx(0.01 + 0.5)
     # By then the deadline is out of reach at the lowest clock; a new one is asked of the same board.
     busy.board.remove(1)
@@ -201,7 +201,7 @@ def test_least_energy_switches_down_only_for_a_saving_worth_having():
 def test_a_known_load_prices_the_clocks_by_steady_power():
     load = LoadEstimator(10.0)
     for n in range(200):
-        load.arrived(n / 4, 16, 16)
+        load.arrived(n / 4, 16, 16, None)
     asks = Governor(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY), load)
     busy = engine(row(1, 4, 32), table=table(SPEC))
     settle(asks, busy, 50.0)

@@ -20,7 +20,7 @@ def test_equals_the_direct_sum(gaps, later_s, window_s):
     estimator, now_s, seen = LoadEstimator(window_s), 100.0, []
     for gap_s, prompt, answer in gaps:
         now_s += gap_s
-        estimator.arrived(now_s, prompt, answer)
+        estimator.arrived(now_s, prompt, answer, None)
         seen.append((now_s, prompt, answer))
     now_s += later_s
     load = estimator.load(now_s)
@@ -40,7 +40,7 @@ def test_equals_the_direct_sum(gaps, later_s, window_s):
 def test_nothing_is_said_before_half_a_window():
     estimator = LoadEstimator(60.0)
     assert estimator.load(1000.0) is None
-    estimator.arrived(1000.0, 10, 10)
+    estimator.arrived(1000.0, 10, 10, None)
     assert estimator.load(1029.9) is None
     assert estimator.load(1030.0) is not None
 
@@ -48,46 +48,66 @@ def test_nothing_is_said_before_half_a_window():
 def test_a_steady_rate_is_found_and_forgotten():
     estimator = LoadEstimator(10.0)
     for n in range(400):
-        estimator.arrived(n / 4, 30, 7)
-    load = estimator.load(100.0)
-    assert load == Load(
-        requests_per_s=pytest.approx(4.0, rel=0.02), prompt_tokens=pytest.approx(30), answer_tokens=pytest.approx(7)
+        estimator.arrived(n / 4, 30, 7, None)
+    found = estimator.load(100.0)
+    assert (found.requests_per_s, found.prompt_tokens, found.answer_tokens) == (
+        pytest.approx(4.0, rel=0.02),
+        pytest.approx(30),
+        pytest.approx(7),
     )
-    assert estimator.load(110.0).requests_per_s == pytest.approx(load.requests_per_s / math.e, rel=1e-3)
+    assert estimator.load(110.0).requests_per_s == pytest.approx(found.requests_per_s / math.e, rel=1e-3)
 
 
-def load(rate):
-    return Load(requests_per_s=rate, prompt_tokens=16.0, answer_tokens=16.0)
+def test_long_answers_tight_promises_and_bursts():
+    estimator = LoadEstimator(10.0)
+    for n in range(400):
+        estimator.arrived(n / 4, 30, 100 if n % 40 == 0 else 10, [None, 9.0, 4.0][n % 3])
+    found = estimator.load(100.0)
+    # One answer in forty is long: below the longest hundredth.
+    assert (found.long_answer_tokens, found.e2e_s) == (100.0, 4.0)
+    lengths = np.array([100.0] + [10.0] * 39)
+    # Inflow over one promise (4 s): the count is Poisson, so variance over squared mean is (1 + CV^2) / n.
+    expected = 1 + 2 * math.sqrt((1 + lengths.var() / lengths.mean() ** 2) / (found.requests_per_s * 4.0))
+    assert found.burst == pytest.approx(expected, rel=1e-6)
+
+
+def load(rate, **changes):
+    plain = {"prompt_tokens": 16.0, "answer_tokens": 16.0, "long_answer_tokens": 16.0, "burst": 1.0, "e2e_s": None}
+    return Load(requests_per_s=rate, **plain | changes)
+
+
+def power_w(load, spec=SPEC, reserve=0.0):
+    return steady_power_w(load, TABLE, spec, reserve=reserve)
 
 
 def test_no_load_costs_idle_power():
-    power_w = steady_power_w(load(1e-6), TABLE, SPEC)
+    idle_w = power_w(load(1e-6))
     top_w = TABLE.watts.max()
     # The grid of mean rows begins at 0.02: idle 98 % of the time.
-    assert np.all(power_w >= SPEC.idle_w)
-    assert np.all(power_w - SPEC.idle_w < 0.02 * top_w)
+    assert np.all(idle_w >= SPEC.idle_w)
+    assert np.all(idle_w - SPEC.idle_w < 0.02 * top_w)
 
 
 def test_more_than_the_engine_can_do_is_infinite_first_at_low_clocks():
-    assert np.isinf(steady_power_w(load(1e4), TABLE, SPEC)).all()
-    finite = [int(np.isfinite(steady_power_w(load(rate), TABLE, SPEC)).sum()) for rate in np.linspace(1, 40, 60)]
+    assert np.isinf(power_w(load(1e4))).all()
+    finite = [int(np.isfinite(power_w(load(rate))).sum()) for rate in np.linspace(1, 40, 60)]
     assert finite[0] == len(SPEC.clocks_mhz) and finite[-1] == 0
     assert finite == sorted(finite, reverse=True)
     assert any(0 < count < len(SPEC.clocks_mhz) for count in finite)
     for rate in np.linspace(1, 40, 60):
-        holds = np.isfinite(steady_power_w(load(rate), TABLE, SPEC))
+        holds = np.isfinite(power_w(load(rate)))
         assert holds.tolist() == sorted(holds.tolist()), "what a clock can do, every higher one can"
 
 
 def test_peaks_must_fit_the_kv_cache():
     # One mean request holds (16 + 8) / 4 + 0.5 = 6.5 blocks: 0.85 of 7 blocks hold none.
-    assert np.isinf(steady_power_w(load(0.1), TABLE, spec(kv_blocks=7))).all()
-    assert np.isfinite(steady_power_w(load(0.1), TABLE, spec(kv_blocks=9))).all()
+    assert np.isinf(power_w(load(0.1), spec(kv_blocks=7))).all()
+    assert np.isfinite(power_w(load(0.1), spec(kv_blocks=9))).all()
 
 
 @given(st.floats(0.01, 5.0), st.floats(1.05, 3.0))
 def test_more_load_never_costs_less(rate, factor):
-    less, more = (steady_power_w(load(r), TABLE, SPEC) for r in (rate, rate * factor))
+    less, more = (power_w(load(r)) for r in (rate, rate * factor))
     assert np.all(more >= less * 0.97), "but for the steps of the grid"
 
 
@@ -102,4 +122,21 @@ def test_by_hand_at_a_load_of_one_row():
     busy = 1 - math.exp(-mean)
     active_w = step_w + (mixed_w - step_w) * min(1.0, share / busy)
     expected_w = busy * active_w + (1 - busy) * SPEC.idle_w
-    assert steady_power_w(load(rate), TABLE, SPEC)[-1] == pytest.approx(expected_w, rel=1e-5)
+    assert power_w(load(rate))[-1] == pytest.approx(expected_w, rel=1e-5)
+
+
+def test_a_clock_must_hold_the_bursts_too():
+    rate = next(r for r in np.linspace(1, 40, 200) if 0 < np.isfinite(power_w(load(r))).sum() < len(SPEC.clocks_mhz))
+    held = np.isfinite(power_w(load(rate)))
+    mean, burst = power_w(load(rate / 2)), power_w(load(rate / 2, burst=2.0))
+    assert np.isfinite(burst).tolist() == held.tolist()
+    # What is paid is the mean all the same.
+    assert burst[held].tolist() == mean[held].tolist()
+
+
+def test_a_long_answer_must_come_in_time():
+    # A row gets a token every 14 to 28 ms: 50 of them within a second only at high clocks.
+    held = np.isfinite(power_w(load(0.5, long_answer_tokens=50, e2e_s=1.0)))
+    assert held.any() and not held.all() and held.tolist() == sorted(held.tolist())
+    stricter = np.isfinite(power_w(load(0.5, long_answer_tokens=50, e2e_s=1.0), reserve=0.2))
+    assert 0 < stricter.sum() < held.sum()

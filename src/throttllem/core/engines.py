@@ -11,15 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-import numpy as np
-import numpy.typing as npt
-
+from throttllem.core.load import Steady
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.projection import Projection
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import EngineSpec, FrequencyPlan
-
-Floats = npt.NDArray[np.float64]
 
 
 class Phase(StrEnum):
@@ -36,8 +32,8 @@ class EngineState:
 
     `iteration` is the one in progress or next to begin, `began_s` when it began. `clock_mhz` is the clock in force as
     far as known, `target_mhz` the one asked for at `set_at_s`. `projection` is the one that the plan rests on.
-    `again_at_s`: when the clock should be planned again at the latest. `cost_w`: what each clock costs at the load of
-    `cost_at_s`.
+    `again_at_s`: when the clock should be planned again at the latest. `steady`: what the load of `steady_at_s`
+    means if it goes on.
     """
 
     engine: int
@@ -55,8 +51,8 @@ class EngineState:
     plan: FrequencyPlan | None = None
     projection: Projection | None = None
     again_at_s: float = math.inf
-    cost_w: Floats | None = None
-    cost_at_s: float = -math.inf
+    steady: Steady | None = None
+    steady_at_s: float = -math.inf
 
     def base_s(self, now_s: float) -> float:
         """When the iteration that a projection starts with began, or begins."""

@@ -12,10 +12,10 @@ import math
 import numpy as np
 
 from throttllem.core.engines import EngineState
-from throttllem.core.horizon import Horizon, look_ahead
-from throttllem.core.load import LoadEstimator, steady_power_w
+from throttllem.core.horizon import look_ahead
+from throttllem.core.load import LoadEstimator, Steady, steady
 from throttllem.core.performance import PerformanceTable
-from throttllem.core.projection import project
+from throttllem.core.projection import Projection, project
 from throttllem.core.throttle import (
     ClockPolicy,
     Floats,
@@ -87,13 +87,34 @@ class Governor:
             return FrequencyPlan(mhz=top, why=Reason.LOST_RUNNING)
         if waiting:
             return FrequencyPlan(mhz=top, why=Reason.WAITING)
-        holds, run = feasible(ahead, board, table, delay_s=self._delays(engine, spec, now_s), options=self.options)
-        binding = None if run is None else ahead.binding_row(board, run)
+        delay_s = self._delays(engine, spec, now_s)
         if self.options.policy is ClockPolicy.THROTTLLEM:
+            holds, run = feasible(
+                ahead, board, table, delay_s=delay_s, margin=self.options.margin, reserve=self.options.reserve
+            )
+            binding = None if run is None else ahead.binding_row(board, run)
             return self._down_later(engine, lowest_feasible(holds, spec, binding), now_s)
-        cost = self._cost(engine, spec, table, ahead, now_s)
-        plan = least_energy(holds, cost, spec, binding)
-        return self._if_worth(engine, spec, self._down_later(engine, plan, now_s), cost)
+        return self._least_energy(engine, spec, table, projection, now_s)
+
+    def _least_energy(
+        self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, projection: Projection, now_s: float
+    ) -> FrequencyPlan:
+        """The cheapest clock at the load as it stands, that keeps every promise though requests go on coming."""
+        board, steady = engine.board, self._steady(engine, spec, table, now_s)
+        ahead = look_ahead(board, spec, table, projection.replenished(), base_s=engine.base_s(now_s))
+        holds, run = feasible(
+            ahead,
+            board,
+            table,
+            delay_s=self._delays(engine, spec, now_s),
+            margin=self.options.margin,
+            reserve=self.options.reserve,
+            stretch=1.0 if steady is None else steady.stretch,
+        )
+        cost = ahead.joules(table, spec.idle_w) if steady is None else steady.watts
+        binding = None if run is None else ahead.binding_row(board, run)
+        plan = self._down_later(engine, least_energy(holds, cost, spec, binding), now_s)
+        return self._if_worth(engine, spec, plan, cost)
 
     def _delays(self, engine: EngineState, spec: EngineSpec, now_s: float) -> Floats:
         """Seconds until each clock is in force; a lower one is never late."""
@@ -102,17 +123,14 @@ class Governor:
         under_way = max(0.0, engine.set_at_s + self.options.switch_latency_s - now_s)
         return np.where(clocks == engine.target_mhz, np.minimum(delays, under_way), delays)
 
-    def _cost(
-        self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, ahead: Horizon, now_s: float
-    ) -> Floats:
-        """What each clock costs: watts at the load as it stands, or joules of the work at hand while it is unknown."""
-        if engine.cost_w is None or now_s - engine.cost_at_s >= self.options.replan_s:
+    def _steady(self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, now_s: float) -> Steady | None:
+        """What the load means if it goes on; None while it is unknown, or too much for every clock."""
+        if now_s - engine.steady_at_s >= self.options.replan_s:
             load = self._load.load(now_s)
-            engine.cost_w = None if load is None else steady_power_w(load, table, spec, reserve=self.options.reserve)
-            engine.cost_at_s = now_s
-        if engine.cost_w is None or not np.isfinite(engine.cost_w).any():
-            return ahead.joules(table, spec.idle_w)
-        return engine.cost_w
+            found = None if load is None else steady(load, table, spec, reserve=self.options.reserve)
+            engine.steady = found if found is not None and np.isfinite(found.watts).any() else None
+            engine.steady_at_s = now_s
+        return engine.steady
 
     def _down_later(self, engine: EngineState, plan: FrequencyPlan, now_s: float) -> FrequencyPlan:
         """A lower clock waits until the last one has been kept for the minimum dwell."""

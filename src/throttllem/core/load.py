@@ -89,24 +89,43 @@ def _burst(answer_tokens: Floats, requests: float) -> float:
     return 1.0 + 2.0 * math.sqrt((1.0 + variation**2) / max(requests, 1.0))
 
 
-def steady_power_w(load: Load, table: PerformanceTable, spec: EngineSpec, *, reserve: float) -> Floats:
-    """Mean watts of the engine at each clock if `load` went on for ever, inf where it cannot, shape (clocks,).
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Steady:
+    """What a load means if it goes on: mean watts of the engine at each clock, inf where the clock does not hold it,
+    and the factor by which prompts that are yet to come stretch every iteration, shape (clocks,) each.
+    """
+
+    watts: Floats
+    stretch: Floats
+
+
+def steady(load: Load, table: PerformanceTable, spec: EngineSpec, *, reserve: float) -> Steady:
+    """Where the engine settles at each clock if `load` went on for ever.
 
     A clock holds a load if the load's bursts leave 0.15 of the KV blocks and a tenth of the batch free, and if a long
     answer still comes within the E2E promise less `reserve` of it. Otherwise sprints at high clocks would have to make
     up for it later, and power is convex in the clock: slow and steady is cheaper than slow, then fast.
     """
-    _, pace_s, held = _settled(load, load.burst, table, spec)
-    mean_w, _, _ = _settled(load, 1.0, table, spec)
+    burst = _settle(load, load.burst, table, spec)
+    mean = _settle(load, 1.0, table, spec)
+    held = burst.held
     if load.e2e_s is not None:
-        held &= load.long_answer_tokens * pace_s <= load.e2e_s * (1.0 - reserve)
-    steady_w: Floats = np.where(held, mean_w, np.inf)
-    return steady_w
+        held = held & (load.long_answer_tokens * burst.pace_s <= load.e2e_s * (1.0 - reserve))
+    return Steady(watts=np.where(held, mean.watts, np.inf), stretch=mean.stretch)
 
 
-def _settled(load: Load, times: float, table: PerformanceTable, spec: EngineSpec) -> tuple[Floats, Floats, Bools]:
-    """Where the engine settles at each clock under `times` the load: mean watts, seconds between two tokens of a row,
-    and whether there is such a point at all, shape (clocks,) each.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Settled:
+    """Mean watts, seconds between two tokens of a row, stretch by prompts, and whether there is such a point at all."""
+
+    watts: Floats
+    pace_s: Floats
+    stretch: Floats
+    held: Bools
+
+
+def _settle(load: Load, times: float, table: PerformanceTable, spec: EngineSpec) -> _Settled:
+    """Where the engine settles at each clock under `times` the load.
 
     Arrivals are Poisson and every request finds a place, so with m rows on the mean the engine is idle e^-m of the time
     (M/G/infinity) and holds b = m / (1 - e^-m) rows while busy. m solves m = (tokens per second) x t(b), with t the
@@ -120,11 +139,16 @@ def _settled(load: Load, times: float, table: PerformanceTable, spec: EngineSpec
     decode, mixed = table.cells(batch, kv, np.zeros_like(batch)), table.cells(batch, kv, prompt)
     step_s = table.seconds[decode].astype(np.float64)
     prefill = np.minimum(rate * np.maximum(table.seconds[mixed] - step_s, 0.0), 0.99)
-    pace_s = step_s / (1.0 - prefill)
+    stretch = 1.0 / (1.0 - prefill)
     fits = (kv <= 0.85 * spec.kv_blocks)[:, None] & (prefill < 0.99)
-    enough = (rows[:, None] >= rate * load.answer_tokens * pace_s) & fits
+    enough = (rows[:, None] >= rate * load.answer_tokens * step_s * stretch) & fits
     at = enough.argmax(axis=0), np.arange(step_s.shape[1])
     idle = np.exp(-rows[at[0]])
     prefill_w = np.minimum(prefill[at] / np.maximum(1.0 - idle, 1e-9), 1.0)
     active_w = table.watts[decode][at] * (1.0 - prefill_w) + table.watts[mixed][at] * prefill_w
-    return (1.0 - idle) * active_w + idle * spec.idle_w, pace_s[at], enough.any(axis=0)
+    return _Settled(
+        watts=(1.0 - idle) * active_w + idle * spec.idle_w,
+        pace_s=(step_s * stretch)[at],
+        stretch=stretch[at],
+        held=enough.any(axis=0),
+    )

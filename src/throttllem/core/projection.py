@@ -11,7 +11,7 @@ cumulative sum gives both arrays. Rows that wait inside the engine begin where t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,13 @@ class Projection:
     prefill_tokens: Ints
     ends: Ints
     starts: Ints
+
+    def replenished(self) -> Projection:
+        """The same rows, if others come as these go: neither batch nor KV ever falls below what it is now."""
+        if not self.batch.size:
+            return self
+        batch, kv = np.maximum(self.batch, self.batch[0]), np.maximum(self.kv_blocks, self.kv_blocks[0])
+        return replace(self, batch=batch, kv_blocks=kv)
 
     @property
     def horizon(self) -> int:

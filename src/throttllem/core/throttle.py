@@ -63,18 +63,26 @@ def doomed(ahead: Horizon, board: Scoreboard, table: PerformanceTable, delay_s: 
 
 
 def feasible(
-    ahead: Horizon, board: Scoreboard, table: PerformanceTable, *, delay_s: Floats, options: ThrottleOptions
+    ahead: Horizon,
+    board: Scoreboard,
+    table: PerformanceTable,
+    *,
+    delay_s: Floats,
+    margin: float,
+    reserve: float,
+    stretch: Floats | float = 1.0,
 ) -> tuple[Bools, int | None]:
     """Clocks at which every promise holds, shape (clocks,), and the run that rules out the next lower one.
 
-    `delay_s` (clocks,) is the time that reaching each clock costs. Time between tokens is checked on every iteration
+    `delay_s` (clocks,) is the time that reaching each clock costs, `stretch` (clocks,) what requests yet to come will
+    add to every iteration. Time between tokens is checked on every iteration
     without prompts (the paper's step-by-step check) and, as a deadline, on each row's mean.
     """
-    keep = 1.0 - options.margin
+    keep = 1.0 - margin
     tbt_s = board.tightest_tbt_s() * keep
-    steps = table.seconds[ahead.cells]
+    steps = table.seconds[ahead.cells] * np.asarray(stretch, dtype=np.float32)
     late = (np.cumsum(steps * ahead.length[:, None], axis=0, dtype=np.float64) + delay_s) > (
-        ahead.slack_s(options.reserve) * keep
+        ahead.slack_s(reserve) * keep
     )[:, None]
     if np.isfinite(tbt_s):
         late |= (steps > tbt_s) & ~ahead.prefills[:, None]

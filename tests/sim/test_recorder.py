@@ -1,0 +1,148 @@
+"""The recorder on figures that can be counted by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from core.toy import request
+from hypothesis import given
+from hypothesis import strategies as st
+
+from throttllem.core.projection import Projection
+from throttllem.core.types import Slo
+from throttllem.engine.batcher import Iteration
+from throttllem.sim.recorder import Life, Recorder, quantiles
+
+
+def iteration(index=0, decode_rows=1, kv_blocks=10, prefills=()):
+    return Iteration(
+        index=index,
+        decode_rows=decode_rows,
+        kv_tokens=4 * kv_blocks,
+        kv_blocks=kv_blocks,
+        prefills=prefills,
+        prefill_tokens=sum(tokens for _, tokens in prefills),
+        prefill_pairs=0.0,
+        preempted=(),
+    )
+
+
+def result(recorder, slo=None, duration_s=10.0, energy_j=100.0):
+    return recorder.result(
+        policy="p", slo=slo or Slo(), duration_s=duration_s, energy_j=energy_j, idle_energy_j=5.0, lost=0, preemptions=0
+    )
+
+
+def life(key, begun_s, first_token_s, ended_s, answer=3, **slo):
+    return Life(request(key, 10, answer, slo=Slo(**slo)), begun_s, first_token_s, ended_s)
+
+
+def book(*lives):
+    recorder = Recorder(bin_s=1.0)
+    recorder.lives = {one.request.id: one for one in lives}
+    return recorder
+
+
+def test_times_of_requests():
+    found = result(book(life(1, 1.0, 2.0, 4.0), life(2, 0.5, 1.0, 1.0, answer=1), life(3, None, None, None)))
+    assert (found.requests, found.completed, found.rejected) == (3, 2, 1)
+    assert (found.prompt_tokens, found.generated_tokens, found.tokens_per_joule) == (20, 4, 0.04)
+    assert found.e2e_s.mean == 2.5 and found.ttft_s.mean == 1.5 and found.queue_s.mean == 0.75
+    # (4 - 2) / 2 gaps; an answer of one token has none.
+    assert found.tpot_s.mean == 1.0
+    assert found.distributions.tpot_s == [1.0] and sorted(found.distributions.e2e_s) == [1.0, 4.0]
+
+
+def test_attainment_counts_the_rejected_as_missed():
+    kept = life(1, 0.0, 1.0, 3.0, e2e_s=3.0, tbt_s=1.0, ttft_s=1.0)
+    slow = life(2, 0.0, 1.0, 3.5, e2e_s=3.0, tbt_s=2.0, ttft_s=0.5)
+    free = life(3, 0.0, 9.0, 99.0)
+    gone = life(4, None, None, None)
+    slo = result(book(kept, slow, free, gone)).slo
+    assert (slo.e2e_attainment, slo.tbt_attainment, slo.ttft_attainment) == (0.5, 0.75, 0.5)
+    assert (slo.attainment, slo.completed_attainment) == (0.5, pytest.approx(2 / 3))
+
+
+def test_nothing_at_all():
+    found = result(Recorder(bin_s=1.0), energy_j=0.0)
+    assert (found.requests, found.tokens_per_joule, found.mean_clock_mhz, found.slo.attainment) == (0, 0.0, 0.0, 0.0)
+    assert found.e2e_s.mean is None and found.tbt_s.p99 is None and found.projection_error is None
+
+
+def test_gaps_count_once_for_each_row_that_decodes():
+    recorder = book(life(1, None, 1.0, 2.0))
+    recorder.iteration(0.0, iteration(decode_rows=0, prefills=((1, 4),)), 9.0, 1.0, 1000, serving=True)
+    recorder.iteration(1.0, iteration(decode_rows=9), 0.01, 1.0, 1000, serving=True)
+    recorder.iteration(2.0, iteration(decode_rows=1), 0.05, 1.0, 1000, serving=True)
+    found = result(recorder)
+    assert found.tbt_s.mean == pytest.approx((9 * 0.01 + 0.05) / 10)
+    assert (found.tbt_s.p50, found.tbt_s.p90, found.tbt_s.p99) == (0.01, 0.01, 0.05)
+    assert sum(found.distributions.tbt_counts) == 10
+    assert len(found.distributions.tbt_edges_s) == len(found.distributions.tbt_counts) + 1
+    assert recorder.lives[1].begun_s == 0.0
+
+
+def test_clock_batch_and_kv_are_means_over_busy_time_of_the_serving_engine():
+    recorder = Recorder(bin_s=1.0)
+    recorder.iteration(0.0, iteration(decode_rows=2, kv_blocks=10), 0.1, 7.0, 1000, serving=True)
+    recorder.iteration(0.5, iteration(decode_rows=4, kv_blocks=30), 0.3, 9.0, 600, serving=True)
+    recorder.iteration(0.5, iteration(decode_rows=9, kv_blocks=99), 0.4, 1.0, 1400, serving=False)
+    recorder.idle(1.0, 2.0, 50.0)
+    series = result(recorder).series
+    assert series.clock_mhz == [pytest.approx(700.0), None]
+    assert series.batch == [pytest.approx(3.5), None] and series.kv_blocks == [pytest.approx(25.0), None]
+    assert series.power_w == [17.0, 50.0] and series.time_s == [0.0, 1.0]
+    assert result(recorder).mean_clock_mhz == pytest.approx((100 + 180 + 560) / 0.8)
+
+
+def test_projection_error_is_the_mean_over_iterations():
+    recorder = Recorder(bin_s=1.0)
+    none = np.zeros(0, dtype=np.int64)
+    projection = Projection(
+        first=5, batch=np.array([4, 2]), kv_blocks=np.array([10, 30]), prefill_tokens=none, ends=none, starts=none
+    )
+    for index, rows, blocks in ((5, 4, 8), (6, 4, 30), (7, 1, 5)):
+        now = iteration(index=index, decode_rows=rows, kv_blocks=blocks)
+        here = recorder.iteration(0.0, now, 0.1, 1.0, 1000, serving=True)
+        recorder.projected(here, now, 0.1, projection, serving=True)
+    # Batch: right, half, all missed (the projection had ended). KV: 2 of 8 too many, right, all missed.
+    error = result(recorder).projection_error
+    assert (error.batch, error.kv) == (pytest.approx((0 + 0.5 + 1) / 3), pytest.approx((0.25 + 0 + 1) / 3))
+    assert result(recorder).series.batch_projected == [pytest.approx((4 + 2 + 0) / 3)]
+
+
+def test_gpus_and_queue_over_time():
+    recorder = Recorder(bin_s=1.0)
+    recorder.state(0.1, 3, 4)
+    recorder.state(0.2, 5, 4)
+    recorder.state(2.5, 1, 5)
+    recorder.state(2.6, 0, 1)
+    recorder.idle(3.0, 5.0, 1.0)
+    recorder.state(4.5, 0, 1)
+    series = result(recorder).series
+    # A bin shows the most GPUs that were up in it, and what was up before where nothing changed.
+    assert series.tp == [4, 4, 5, 1, 1]
+    assert series.queue[0] == 5 and series.queue[2] == 1 and series.queue[4] == 0
+
+
+@given(st.floats(1e-3, 50.0), st.floats(0.0, 1e4), st.floats(0.0, 20.0))
+def test_idle_power_is_spread_evenly(bin_s, from_s, bins):
+    recorder = Recorder(bin_s=bin_s)
+    from_s = min(from_s, 300 * bin_s)
+    to_s = from_s + bins * bin_s
+    recorder.idle(from_s, to_s, 100.0)
+    power_w = result(recorder).series.power_w
+    assert sum(power_w) * bin_s == pytest.approx(100.0 * (to_s - from_s), rel=1e-6, abs=1e-9)
+    assert max(power_w, default=0.0) <= 100.0 * (1 + 1e-6)
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 9.0), st.integers(1, 9)), min_size=1, max_size=30))
+def test_weighted_quantiles_are_those_of_the_repeated_values(pairs):
+    values, weights = np.array([v for v, _ in pairs]), np.array([w for _, w in pairs])
+    repeated = np.repeat(values, weights)
+    found, plain = quantiles(values, weights), quantiles(repeated)
+    assert (found.p50, found.p90, found.p99) == (plain.p50, plain.p90, plain.p99)
+    assert found.mean == pytest.approx(repeated.mean())
+    ranked = sorted(repeated.tolist())
+    assert plain.p50 == ranked[max(0, math.ceil(0.5 * len(ranked)) - 1)]
+    assert plain.p99 == ranked[max(0, math.ceil(0.99 * len(ranked) - 1e-9) - 1)]
