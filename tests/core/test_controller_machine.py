@@ -9,8 +9,8 @@ from core.toy import CLOCKS_MHZ, spec, table
 from core.world import World
 from throttllem.core.admission import AdmissionOptions
 from throttllem.core.autoscale import AutoscaleOptions
-from throttllem.core.controller import ControllerOptions
 from throttllem.core.length import MaxTokens, Noisy, Oracle
+from throttllem.core.options import ControllerOptions
 from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import Cancelled, Request, Slo
 

@@ -205,12 +205,12 @@ def test_a_known_load_prices_the_clocks_by_steady_power():
     asks = Governor(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY), load)
     busy = engine(row(1, 4, 32), table=table(SPEC))
     settle(asks, busy, 50.0)
-    assert busy.cost_w is not None and busy.cost_at_s == 50.0
-    first = busy.cost_w
+    first = busy.steady
+    assert first is not None
     settle(asks, busy, 50.5)
-    assert busy.cost_w is first
+    assert busy.steady is first
     settle(asks, busy, 51.0)
-    assert busy.cost_at_s == 51.0
+    assert busy.steady is not first
 
 
 def test_while_requests_run_the_clock_is_planned_again_in_time():

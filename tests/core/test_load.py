@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.toy import SPEC, spec, table
-from throttllem.core.load import Load, LoadEstimator, steady_power_w
+from throttllem.core.load import Load, LoadEstimator, steady
 
 TABLE = table(SPEC)
 
@@ -77,7 +77,7 @@ def load(rate, **changes):
 
 
 def power_w(load, spec=SPEC, reserve=0.0):
-    return steady_power_w(load, TABLE, spec, reserve=reserve)
+    return steady(load, TABLE, spec, reserve=reserve).watts
 
 
 def test_no_load_costs_idle_power():
@@ -132,6 +132,13 @@ def test_a_clock_must_hold_the_bursts_too():
     assert np.isfinite(burst).tolist() == held.tolist()
     # What is paid is the mean all the same.
     assert burst[held].tolist() == mean[held].tolist()
+
+
+def test_prompts_to_come_stretch_every_iteration():
+    # Two prompts of 16 tokens a second take 2 * 16 * 0.3 ms at the top clock, more at a lower one.
+    stretch = steady(load(2), TABLE, SPEC, reserve=0.0).stretch
+    for found, mhz in zip(stretch, SPEC.clocks_mhz, strict=True):
+        assert found == pytest.approx(1 / (1 - 2 * 16 * 0.0003 * SPEC.clocks_mhz[-1] / mhz), rel=1e-4)
 
 
 def test_a_long_answer_must_come_in_time():

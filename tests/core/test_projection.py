@@ -135,3 +135,17 @@ def test_foresees_what_the_batcher_does(before, after, age, block, chunked):
         done.append((iteration.batch, iteration.kv_blocks, iteration.prefill_tokens))
     seen = [projection.batch.tolist(), projection.kv_blocks.tolist(), projection.prefill_tokens.tolist()]
     assert list(zip(*seen, strict=True)) == done
+
+
+@given(boards())
+def test_replenished_never_falls_below_now(case):
+    board, engine, _, _ = case
+    projection = project(board, engine, first=FIRST)
+    full = projection.replenished()
+    for name in ("batch", "kv_blocks"):
+        before, after = getattr(projection, name), getattr(full, name)
+        assert after.tolist() == [max(value, before[0]) for value in before.tolist()]
+    assert (full.prefill_tokens.tolist(), full.ends.tolist()) == (
+        projection.prefill_tokens.tolist(),
+        projection.ends.tolist(),
+    )

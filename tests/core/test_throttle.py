@@ -12,7 +12,7 @@ from throttllem.core.horizon import look_ahead
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.projection import project
 from throttllem.core.scoreboard import Scoreboard
-from throttllem.core.throttle import ThrottleOptions, doomed, feasible, least_energy, lowest_feasible
+from throttllem.core.throttle import doomed, feasible, least_energy, lowest_feasible
 from throttllem.core.types import Reason, Slo
 
 CLOCKS = len(SPEC.clocks_mhz)
@@ -60,13 +60,13 @@ def boards(draw):
     return board
 
 
-def walk(board, table, projection, column, delay_s):
+def walk(board, table, projection, column, delay_s, stretch=1.0):
     """(iteration, its seconds, when it ends, promises that end with it) at one clock, one iteration after the other."""
     order = [board.row_at(slot) for slot in range(len(board.running))] + list(board.pending.values())
     now_s = delay_s
     for k in range(projection.horizon):
         cell = (int(projection.batch[k]), int(projection.kv_blocks[k]), int(projection.prefill_tokens[k]))
-        step_s = table.at(SPEC.clocks_mhz[column], *cell)[0]
+        step_s = table.at(SPEC.clocks_mhz[column], *cell)[0] * stretch
         now_s += step_s
         due = [
             (r, r.deadline_s() - BASE_S, r.request.slo.e2e_s)
@@ -79,14 +79,14 @@ def walk(board, table, projection, column, delay_s):
         yield k, step_s, now_s, due
 
 
-def naive_holds(board, table, projection, column, delay_s, options):
-    keep = 1 - options.margin
+def naive_holds(board, table, projection, column, delay_s, stretch, margin, reserve):
+    keep = 1 - margin
     tbt_s = min((r.tbt_s for r in board.rows()), default=math.inf)
-    for k, step_s, now_s, due in walk(board, table, projection, column, delay_s):
+    for k, step_s, now_s, due in walk(board, table, projection, column, delay_s, stretch):
         if projection.prefill_tokens[k] == 0 and step_s > tbt_s * keep:
             return False
         for _, due_s, e2e_s in due:
-            if now_s > (due_s - options.reserve * (e2e_s or 0.0)) * keep:
+            if now_s > (due_s - reserve * (e2e_s or 0.0)) * keep:
                 return False
     return True
 
@@ -95,13 +95,19 @@ quarters = st.sampled_from([0.0, 0.25])
 delays = st.lists(st.integers(0, 16).map(lambda n: n / 64), min_size=CLOCKS, max_size=CLOCKS)
 
 
-@given(boards(), tables(), delays, quarters, quarters)
-def test_feasible_and_lowest_equal_the_naive_loops(board, table, delay_s, margin, reserve):
-    options = ThrottleOptions(margin=margin, reserve=reserve)
+stretches = st.lists(st.sampled_from([1.0, 1.25, 1.5]), min_size=CLOCKS, max_size=CLOCKS)
+
+
+@given(boards(), tables(), delays, stretches, quarters, quarters)
+def test_feasible_and_lowest_equal_the_naive_loops(board, table, delay_s, stretch, margin, reserve):
     projection = project(board, SPEC, first=FIRST)
     ahead = look_ahead(board, SPEC, table, projection, base_s=BASE_S)
-    holds, run = feasible(ahead, board, table, delay_s=np.array(delay_s), options=options)
-    expected = [naive_holds(board, table, projection, c, delay_s[c], options) for c in range(CLOCKS)]
+    holds, run = feasible(
+        ahead, board, table, delay_s=np.array(delay_s), margin=margin, reserve=reserve, stretch=np.array(stretch)
+    )
+    expected = [
+        naive_holds(board, table, projection, c, delay_s[c], stretch[c], margin, reserve) for c in range(CLOCKS)
+    ]
     assert holds.tolist() == expected
     binding = None if run is None else ahead.binding_row(board, run)
     plan = lowest_feasible(holds, SPEC, binding)
@@ -147,9 +153,8 @@ def test_the_binding_row_is_the_one_that_stops_us():
         board.dispatch(row(key, 4, answer, slo=Slo(e2e_s=e2e_s), arrival_s=4.0))
         board.begin(key, FIRST - 1, 6.0)
     ahead = look_ahead(board, SPEC, table, project(board, SPEC, first=FIRST), base_s=BASE_S)
-    options = ThrottleOptions(margin=0.0, reserve=0.0)
     # 15 iterations in 50/1024 s: at most 3.3/1024 each, so the fourth clock.
-    holds, run = feasible(ahead, board, table, delay_s=np.zeros(CLOCKS), options=options)
+    holds, run = feasible(ahead, board, table, delay_s=np.zeros(CLOCKS), margin=0.0, reserve=0.0)
     assert holds.tolist() == [False, False, False, True, True]
     assert ahead.binding_row(board, run).request.id == 1
 

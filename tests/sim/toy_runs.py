@@ -6,8 +6,9 @@ from core.toy import ToyPhysics, spec, table
 
 from throttllem.core.admission import AdmissionOptions
 from throttllem.core.autoscale import AutoscaleOptions
-from throttllem.core.controller import Controller, ControllerOptions
+from throttllem.core.controller import Controller
 from throttllem.core.length import Oracle
+from throttllem.core.options import ControllerOptions
 from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import Request, Slo
 from throttllem.engine.simulated import Noise

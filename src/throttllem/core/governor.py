@@ -12,10 +12,10 @@ import math
 import numpy as np
 
 from throttllem.core.engines import EngineState
-from throttllem.core.horizon import look_ahead
+from throttllem.core.horizon import Horizon, look_ahead
 from throttllem.core.load import LoadEstimator, Steady, steady
 from throttllem.core.performance import PerformanceTable
-from throttllem.core.projection import Projection, project
+from throttllem.core.projection import project
 from throttllem.core.throttle import (
     ClockPolicy,
     Floats,
@@ -78,41 +78,43 @@ class Governor:
         if table is None:
             return FrequencyPlan(mhz=top, why=Reason.OUTSIDE_HULL)
         engine.again_at_s = now_s + self.options.replan_s
-        ahead = look_ahead(board, spec, table, projection, base_s=engine.base_s(now_s))
+        least = self.options.policy is ClockPolicy.LEAST_ENERGY
+        seen = projection.replenished() if least else projection
+        ahead = look_ahead(board, spec, table, seen, base_s=engine.base_s(now_s))
         if not ahead.inside_hull:
             return FrequencyPlan(mhz=top, why=Reason.OUTSIDE_HULL)
+        plan = FrequencyPlan(mhz=top, why=Reason.WAITING)
+        if not waiting and not board.lost_rows:
+            plan = self._choose(engine, spec, table, ahead, now_s)
+            if plan.why is not Reason.INFEASIBLE:
+                return plan
+        if least:
+            ahead = look_ahead(board, spec, table, projection, base_s=engine.base_s(now_s))
         for row in doomed(ahead, board, table, self.top_delay_s(engine, now_s)):
             board.mark_lost(row)
-        if board.lost_rows:
-            return FrequencyPlan(mhz=top, why=Reason.LOST_RUNNING)
-        if waiting:
-            return FrequencyPlan(mhz=top, why=Reason.WAITING)
-        delay_s = self._delays(engine, spec, now_s)
-        if self.options.policy is ClockPolicy.THROTTLLEM:
-            holds, run = feasible(
-                ahead, board, table, delay_s=delay_s, margin=self.options.margin, reserve=self.options.reserve
-            )
-            binding = None if run is None else ahead.binding_row(board, run)
-            return self._down_later(engine, lowest_feasible(holds, spec, binding), now_s)
-        return self._least_energy(engine, spec, table, projection, now_s)
+        return FrequencyPlan(mhz=top, why=Reason.LOST_RUNNING) if board.lost_rows else plan
 
-    def _least_energy(
-        self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, projection: Projection, now_s: float
+    def _choose(
+        self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, ahead: Horizon, now_s: float
     ) -> FrequencyPlan:
-        """The cheapest clock at the load as it stands, that keeps every promise though requests go on coming."""
-        board, steady = engine.board, self._steady(engine, spec, table, now_s)
-        ahead = look_ahead(board, spec, table, projection.replenished(), base_s=engine.base_s(now_s))
+        """The paper: the lowest clock that keeps every promise of the requests at hand. Ours: the cheapest at the load
+        as it stands, of those that keep every promise though requests go on coming.
+        """
+        least = self.options.policy is ClockPolicy.LEAST_ENERGY
+        steady = self._steady(engine, spec, table, now_s) if least else None
         holds, run = feasible(
             ahead,
-            board,
+            engine.board,
             table,
             delay_s=self._delays(engine, spec, now_s),
             margin=self.options.margin,
             reserve=self.options.reserve,
             stretch=1.0 if steady is None else steady.stretch,
         )
+        binding = None if run is None else ahead.binding_row(engine.board, run)
+        if not least:
+            return self._down_later(engine, lowest_feasible(holds, spec, binding), now_s)
         cost = ahead.joules(table, spec.idle_w) if steady is None else steady.watts
-        binding = None if run is None else ahead.binding_row(board, run)
         plan = self._down_later(engine, least_energy(holds, cost, spec, binding), now_s)
         return self._if_worth(engine, spec, plan, cost)
 

@@ -97,7 +97,7 @@ def look_ahead(
     np.not_equal(cells[1:], cells[:-1], out=cut[1:size])
     cut[projection.ends] = True
     cut[projection.starts + 1] = True
-    edges = np.flatnonzero(cut)
+    edges = cut.nonzero()[0]
     starts = edges[:-1]
     run_of = np.cumsum(cut) - 1
     due_s = np.concatenate([board.deadline_s, [row.deadline_s() for row in pending]])
@@ -106,7 +106,7 @@ def look_ahead(
     return Horizon(
         base_s=base_s,
         cells=cells[starts],
-        length=np.diff(edges),
+        length=edges[1:] - starts,
         prefills=projection.prefill_tokens[starts] > 0,
         finish_run=run_of[projection.ends] - 1,
         due_s=due_s,

@@ -69,7 +69,7 @@ class Recorder:
         self, at_s: float, iteration: Iteration, seconds: float, joules: float, clock_mhz: int, serving: bool
     ) -> Bin:
         """One iteration of one engine; its bin, so that a projection can be booked beside it."""
-        here = self._bin(at_s)
+        here = self._bin(int(at_s / self.bin_s))
         here.joules += joules
         if serving:
             here.busy_s += seconds
@@ -103,16 +103,13 @@ class Recorder:
 
     def idle(self, from_s: float, to_s: float, watts: float) -> None:
         """Power without an iteration, spread over the bins that it covers."""
-        while from_s < to_s:
-            until_s = min(to_s, (math.floor(from_s / self.bin_s) + 1) * self.bin_s)
-            if until_s <= from_s:
-                until_s = to_s
-            self._bin(from_s).joules += watts * (until_s - from_s)
-            from_s = until_s
+        for index in range(int(from_s / self.bin_s), int(to_s / self.bin_s) + 1):
+            begin_s, end_s = max(from_s, index * self.bin_s), min(to_s, (index + 1) * self.bin_s)
+            self._bin(index).joules += watts * max(0.0, end_s - begin_s)
 
     def state(self, at_s: float, queue: int, gpus: int) -> None:
         """Queue length and GPUs that are up, at a change."""
-        here = self._bin(at_s)
+        here = self._bin(int(at_s / self.bin_s))
         here.queue = max(here.queue, queue)
         self._gpus = gpus
         here.tp = max(here.tp or 0, gpus)
@@ -167,8 +164,7 @@ class Recorder:
             ),
         )
 
-    def _bin(self, at_s: float) -> Bin:
-        index = int(at_s / self.bin_s)
+    def _bin(self, index: int) -> Bin:
         while len(self._bins) <= index:
             self._bins.append(Bin(tp=self._gpus))
         return self._bins[index]

@@ -1,0 +1,143 @@
+"""Speed, measured: one decision at several batch sizes, and virtual seconds per wall second. Run it with `make bench`.
+
+Machines differ and are noisy: medians, p99 and ratios taken side by side in one run are what to quote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from throttllem.config import Environment, Options
+from throttllem.core.controller import Controller
+from throttllem.core.options import ControllerOptions
+from throttllem.core.performance import PerformanceTable
+from throttllem.core.throttle import ClockPolicy, ThrottleOptions
+from throttllem.core.types import Arrived, Cancelled, EngineReady, EngineSpec, Request, Slo, Stepped
+from throttllem.learn.measure import ProfilePlan
+from throttllem.learn.train import Trained, train
+from throttllem.physics.catalogue import Catalogue
+from throttllem.sim.fleet import build_fleet
+from throttllem.sim.policy import parse_policy
+from throttllem.sim.prepare import performance_tables, profile_fleet
+from throttllem.sim.study import Study
+
+SIZES = (32, 128, 256)
+ROUNDS = 400
+SLO = Slo(e2e_s=60.0, tbt_s=0.2)
+
+
+def main() -> None:
+    """Measure everything and print a table; `--json FILE` writes it too."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--json", type=Path)
+    arguments.add_argument("--seconds", type=float, default=3600.0, help="virtual seconds of the chat trace")
+    chosen = arguments.parse_args()
+    # Two rows more than are measured: a full batch would turn the newcomer away without a look at its future.
+    options = replace(Options(), engine=replace(Options().engine, max_batch=max(SIZES) + 2))
+    fleet = build_fleet(Catalogue.load(), "a100-40gb-sxm", "llama-2-13b", (4,), options.engine)
+    cache = Environment().cache_dir.expanduser()
+    table = performance_tables(fleet, cache, seed=0)[4]
+    trained = train(profile_fleet(fleet, ProfilePlan()))
+    results: dict[str, object] = {"clocks": len(fleet.clocks_mhz)}
+    print(f"one decision: admission and clock, {len(fleet.clocks_mhz)} clocks, horizon to the last finish")
+    for policy in (ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY):
+        for rows in SIZES:
+            results[f"{policy.value}-{rows}"] = report(policy, rows, decisions(fleet.specs[4], table, policy, rows))
+    results["trees-128"] = trees(trained, 128)
+    results["simulation"] = simulation(chosen.seconds, cache)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def decisions(spec: EngineSpec, table: PerformanceTable, policy: ClockPolicy, rows: int) -> tuple[list[float], int]:
+    """Seconds of `handle(Arrived)` with `rows` requests running, and the iterations to the last finish."""
+    controller = Controller(
+        ControllerOptions(throttle=ThrottleOptions(policy=policy), specs={spec.tp: spec}, tables={spec.tp: table})
+    )
+    controller.handle(EngineReady(engine=0, spec=spec), 0.0)
+    rng = np.random.default_rng(0)
+    lengths = [(int(rng.integers(50, 400)), int(rng.integers(100, 1000))) for _ in range(rows + ROUNDS)]
+    now_s = 0.0
+    for index in range(rows):
+        controller.handle(Arrived(request=request(index, now_s, *lengths[index])), now_s)
+        now_s += 0.05
+        controller.handle(Stepped(engine=0, iteration=index, started=(index,)), now_s)
+    running = controller.snapshot().engines[0].running
+    assert running == rows, f"{running} of {rows} requests were admitted"
+    taken: list[float] = []
+    for index in range(rows, rows + ROUNDS):
+        newcomer = Arrived(request=request(index, now_s, *lengths[index]))
+        begin = time.perf_counter()
+        controller.handle(newcomer, now_s)
+        taken.append(time.perf_counter() - begin)
+        controller.handle(Cancelled(request_id=index), now_s)
+        now_s += 0.01  # a plan of the load is due now and then, as in a real run
+    projection = controller.projection(0)
+    assert projection is not None
+    return taken, projection.horizon
+
+
+def request(index: int, now_s: float, prompt: int, answer: int) -> Request:
+    """A request whose answer is known."""
+    return Request(id=index, arrival_s=now_s, prompt_tokens=prompt, answer_tokens=answer, max_tokens=1024, slo=SLO)
+
+
+def report(policy: ClockPolicy, rows: int, measured: tuple[list[float], int]) -> dict[str, float]:
+    """Print and return median and p99."""
+    taken, horizon = measured
+    median, p99 = statistics.median(taken), statistics.quantiles(taken, n=100)[98]
+    print(
+        f"  {policy.value:14} {rows:4} running: median {median * 1e3:6.3f} ms, p99 {p99 * 1e3:6.3f} ms, {horizon} its"
+    )
+    return {"median_s": median, "p99_s": p99, "horizon": horizon}
+
+
+def trees(trained: Trained, rows: int) -> dict[str, float]:
+    """The same horizon asked of the trees themselves, as a binary search over the clocks does: 7 times."""
+    horizon = 1000
+    batch = np.linspace(rows, 1, horizon).astype(int)
+    points = np.stack([np.full(horizon, 4), batch, batch * 8, np.full(horizon, 1050), np.zeros(horizon)], axis=1)
+    taken = []
+    for _ in range(9):
+        begin = time.perf_counter()
+        for _ in range(7):
+            trained.seconds.predict(points.astype(np.float64), num_threads=1)
+        taken.append(time.perf_counter() - begin)
+    median = statistics.median(taken)
+    print(f"  the trees themselves, {horizon} iterations x 7 clocks of a binary search: median {median * 1e3:.1f} ms")
+    return {"median_s": median}
+
+
+def simulation(seconds: float, cache: Path) -> dict[str, float]:
+    """Virtual seconds per wall second on one core, a decision at every change."""
+    study = Study(
+        gpu="a100-40gb-sxm",
+        model="llama-2-13b",
+        sizes=(4,),
+        trace=f"azure-conv-like:seconds={seconds:g}",
+        policies=("triton", "throttllem", "least-energy"),
+        peak_rps=None,
+    )
+    scenario, _ = study.prepare(Catalogue.load(), cache)
+    results: dict[str, float] = {}
+    print(f"simulation of {seconds:g} s of chat ({scenario.trace.requests} requests), one core")
+    for name in study.policies:
+        begin = time.perf_counter()
+        run = scenario.run(parse_policy(name, scenario.fleet.clocks_mhz, scenario.fleet.sizes))
+        results[name] = run.duration_s / (time.perf_counter() - begin)
+        print(f"  {name:14} {results[name]:6.0f} virtual s per wall s")
+    results["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory {results['peak_memory_mib']:.0f} MiB")
+    return results
+
+
+if __name__ == "__main__":
+    main()

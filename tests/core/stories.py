@@ -1,0 +1,34 @@
+"""Short stories for the controller: a world with one small engine up, and requests that come to it."""
+
+from core.toy import request, spec, table
+from core.world import World
+from throttllem.core.autoscale import AutoscaleOptions
+from throttllem.core.options import ControllerOptions
+from throttllem.core.throttle import ClockPolicy, ThrottleOptions
+
+SIZES = {tp: spec(tp=tp, kv_blocks=32 * tp) for tp in (1, 2)}
+TABLES = {tp: table(s) for tp, s in SIZES.items()}
+
+
+def options(policy=ClockPolicy.THROTTLLEM, *, aware=True, **changes):
+    whole = {"throttle": ThrottleOptions(policy=policy), "slo_aware": aware, "tables": TABLES}
+    return ControllerOptions(**whole | changes)
+
+
+def scaling(**changes):
+    scale = AutoscaleOptions(capacity_rps={1: 1.0, 2: 10.0}, interval_s=1.0, window_s=2.0, grace_s=5.0, headroom=1.0)
+    return options(autoscale=scale, specs=SIZES, **changes)
+
+
+def world(found=None, tp=1):
+    made = World(found or options())
+    made.ready(0, SIZES[tp])
+    return made
+
+
+def names(commands):
+    return [type(command).__name__ for command in commands]
+
+
+def arrive(world, key, prompt=4, answer=8, **changes):
+    return world.arrive(request(key, prompt, answer, arrival_s=world.now_s, **changes))
