@@ -105,7 +105,8 @@ class Recorder:
         """Power without an iteration, spread over the bins that it covers."""
         for index in range(int(from_s / self.bin_s), int(to_s / self.bin_s) + 1):
             begin_s, end_s = max(from_s, index * self.bin_s), min(to_s, (index + 1) * self.bin_s)
-            self._bin(index).joules += watts * max(0.0, end_s - begin_s)
+            if end_s > begin_s:
+                self._bin(index).joules += watts * (end_s - begin_s)
 
     def state(self, at_s: float, queue: int, gpus: int) -> None:
         """Queue length and GPUs that are up, at a change."""
