@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from throttllem.config import Environment, LengthOptions, Options, changed
+from throttllem.core.types import Slo
 from throttllem.files import ensure_writable_dir, write_aside
 from throttllem.learn.bake import bake
 from throttllem.learn.measure import ProfilePlan
@@ -134,6 +135,7 @@ def characterize(
     sizes: Sizes = None,
     trace: TraceName = "azure-conv-like",
     slo_e2e: Annotated[float | None, typer.Option("--slo-e2e", help="Seconds that p99 E2E must keep.")] = None,
+    slo_tbt: Annotated[float, typer.Option("--slo-tbt", help="Seconds that p99 of the mean TBT must keep.")] = 0.2,
     seed: Seed = 0,
     catalogue: Extra = None,
     setting: Setting = None,
@@ -151,7 +153,7 @@ def characterize(
             options,
             _cache(),
             seed=seed,
-            e2e_slo_s=slo_e2e,
+            promised=Slo(e2e_s=slo_e2e, tbt_s=slo_tbt),
             progress=lambda what, share: bar.update(task, completed=share),
         )
     table = Table("TP", "max load req/s", "E2E p99 s", "TBT p99 ms", "tokens/J", "never fits")

@@ -85,9 +85,10 @@ def test_the_queue_is_bounded():
     assert names(told.ready(0, SPEC))[:2] == ["Dispatch", "Dispatch"]
 
 
-def test_a_lost_request_is_served_at_the_top_clock_and_counted():
+@pytest.mark.parametrize("slo", [Slo(e2e_s=0.001), Slo(tbt_s=0.001), Slo(ttft_s=0.001)])
+def test_a_lost_request_is_served_at_the_top_clock_and_counted(slo):
     told = world()
-    arrive(told, 1, 4, 8, slo=Slo(e2e_s=0.001))
+    arrive(told, 1, 4, 8, slo=slo)
     assert told.controller.snapshot().engines[0].lost_rows == 1
     assert told.up[0].asked_mhz == TOP_MHZ
     told.run_out(SIZES.get)

@@ -1,7 +1,7 @@
 """The projection against a naive loop over rows and iterations, and against what the batcher then does."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.toy import row, spec
@@ -90,6 +90,7 @@ def boards(draw):
     return board, engine, rows, extra
 
 
+@settings(max_examples=max(150, settings().max_examples))
 @given(boards())
 def test_equals_the_naive_loop(case):
     board, engine, rows, extra = case
@@ -105,6 +106,20 @@ def test_equals_the_naive_loop(case):
 def test_the_empty_engine_has_no_future():
     projection = project(Scoreboard(4), spec(), first=3)
     assert (projection.horizon, projection.ends.size, projection.starts.size) == (0, 0, 0)
+
+
+def test_rows_that_should_be_gone_count_for_one_more_iteration():
+    board = Scoreboard(4)
+    for key, answer in enumerate((3, 9)):
+        board.dispatch(row(key, 4, answer))
+        board.begin(key, FIRST - 7, 0.0)
+    projection = project(board, spec(), first=FIRST)
+    # Both hold 4 + 7 tokens now, and the second one 12 in its last iteration.
+    assert (projection.ends.tolist(), projection.batch.tolist(), projection.kv_blocks.tolist()) == (
+        [1, 2],
+        [2, 1],
+        [6, 3],
+    )
 
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(30, 60)), min_size=1, max_size=5)

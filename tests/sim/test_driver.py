@@ -124,6 +124,26 @@ def test_what_never_fits_is_rejected_and_the_rest_served():
     assert (result.completed, result.rejections) == (7, {Reason.NEVER_FITS_CONTEXT: 1})
 
 
+@pytest.mark.parametrize("policy", [ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY])
+@pytest.mark.parametrize("span_s", [3.0, 20.0])
+def test_with_exact_lengths_the_projection_is_what_happens(policy, span_s):
+    """Whole prompts, no preemption: batch and KV blocks of every iteration, whatever arrives in between."""
+    crowd = [
+        Request(
+            id=n,
+            arrival_s=0.37 * n * n % span_s,
+            prompt_tokens=1 + 7 * n % 19,
+            max_tokens=30,
+            slo=Slo(),
+            answer_tokens=1 + 11 * n % 29,
+        )
+        for n in range(60)
+    ]
+    result = simulate(sorted(crowd, key=lambda r: r.arrival_s), policy).result()
+    assert result.completed == 60 and (max(result.series.queue) > 0) == (span_s == 3.0)
+    assert (result.projection_error.batch, result.projection_error.kv) == (0.0, 0.0)
+
+
 def scaled(**changes):
     """Little, much, little."""
     waves = [(0.0, 1.0, 6), (1.0, 8.0, 40), (8.0, 1.0, 8)]

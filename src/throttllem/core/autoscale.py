@@ -1,8 +1,8 @@
 """Which engine size next? (the paper's autoscaler, part 6 of its system)
 
-About every 10 s the measured request rate picks the smallest size whose characterised maximum load covers it. After a
-change upsizing is allowed at once, downsizing only when the grace period is over. Knows nothing of engines: it answers
-with a size, and the controller does the shadow instancing.
+About every 10 s the measured request rate picks the smallest size whose characterised maximum load covers it. Upsizing
+is allowed at once; downsizing only when the grace period after a change is over, and to a size that would have borne
+the busiest moment of it. Knows nothing of engines: it answers with a size, the controller does the shadow instancing.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from dataclasses import dataclass
 class AutoscaleOptions:
     """`capacity_rps` is the characterised maximum load of each size (tensor parallel degree -> requests per second).
 
-    Open in the paper and chosen here: the rate is that of a sliding `window_s`; a size covers `headroom` of its maximum
-    load (1: the paper); `grace_s` must pass after a change before a smaller size is taken.
+    Open in the paper and chosen here: the rate is that of a sliding `window_s`, measured every `interval_s`; a size
+    covers `headroom` of its maximum load (1: the paper); `grace_s` must pass after the start and after every change
+    before a smaller size is taken, and that size must cover every rate measured in it.
     """
 
     capacity_rps: Mapping[int, float]
     interval_s: float = 10.0
     window_s: float = 30.0
-    grace_s: float = 60.0
+    grace_s: float = 120.0
     headroom: float = 0.9
 
 
@@ -33,10 +34,13 @@ class Autoscaler:
     def __init__(self, options: AutoscaleOptions) -> None:
         self.options = options
         self._arrivals: deque[float] = deque()
+        self._rates: deque[tuple[float, float]] = deque()
         self._changed_s: float | None = None
 
     def arrived(self, now_s: float) -> None:
         """Count one request, rejected or not. O(1) amortised."""
+        if self._changed_s is None:
+            self._changed_s = now_s
         self._arrivals.append(now_s)
         self._forget(now_s)
 
@@ -50,13 +54,23 @@ class Autoscaler:
         self._changed_s = now_s
 
     def wanted(self, now_s: float, current_tp: int) -> int:
-        """The size to run from now on; `current_tp` while nothing is to be done."""
+        """The size to run from now on; `current_tp` while nothing is to be done. To be asked every interval."""
         rate = self.rate_rps(now_s)
-        sizes = sorted(self.options.capacity_rps)
-        fitting = [tp for tp in sizes if rate <= self.options.capacity_rps[tp] * self.options.headroom]
-        target = fitting[0] if fitting else sizes[-1]
-        in_grace = self._changed_s is not None and now_s - self._changed_s < self.options.grace_s
-        return current_tp if target < current_tp and in_grace else target
+        self._rates.append((now_s, rate))
+        while self._rates[0][0] <= now_s - self.options.grace_s:
+            self._rates.popleft()
+        target = self._covering(rate)
+        if target >= current_tp:
+            return target
+        if self._changed_s is None or now_s - self._changed_s < self.options.grace_s:
+            return current_tp
+        return min(current_tp, self._covering(max(past for _, past in self._rates)))
+
+    def _covering(self, rate: float) -> int:
+        """The smallest size that covers a rate, the largest if none does."""
+        capacity = self.options.capacity_rps
+        sizes = sorted(capacity)
+        return next((tp for tp in sizes if rate <= capacity[tp] * self.options.headroom), sizes[-1])
 
     def _forget(self, now_s: float) -> None:
         while self._arrivals and self._arrivals[0] <= now_s - self.options.window_s:

@@ -142,15 +142,16 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A claim, what was measured, and what that makes of it. `basis` is what was run, so that it can be run again.
+    """A claim, what was measured, and what that makes of it.
 
-    `broken`: why the claim cannot stand whatever its figures say (promises that were not kept); `detail`: what else
-    was measured.
+    `basis`: what was run, a command where there is one, so that it can be run again. `broken`: why the claim cannot
+    stand whatever its figures say (promises that were not kept). `reason`: told where it fails; `detail`: always.
+    `words` replace the figures where these say too little.
     """
 
     claim: Claim
     ours: tuple[float, ...]
-    basis: str
+    basis: tuple[str, ...]
     detail: str = ""
     reason: str = ""
     broken: str = ""
@@ -203,5 +204,5 @@ class Outcome:
             "verdict": self.standing.value,
             "calibrated": self.claim.calibrated,
             "reason": self.why,
-            "basis": self.basis,
+            "basis": list(self.basis),
         }

@@ -105,6 +105,6 @@ def clock_sweep(catalogue: Catalogue, trace: str, *, seed: int, tp: int = KV_TP)
 
 
 def score_card(catalogue: Catalogue, model: str, sizes: tuple[int, ...], *, seed: int) -> ScoreCard:
-    """The score card of one model's noisy profile."""
+    """The score card of one model's noisy profile; `seed` is that of the profile, as in `throttllem profile`."""
     fleet = build_fleet(catalogue, GPU, model, sizes, Options().engine)
-    return score_profile(profile_fleet(fleet, ProfilePlan(seed=seed)), seed=seed)
+    return score_profile(profile_fleet(fleet, ProfilePlan(seed=seed)))

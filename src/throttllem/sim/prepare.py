@@ -16,6 +16,7 @@ import polars as pl
 
 from throttllem.config import Options
 from throttllem.core.performance import PerformanceTable
+from throttllem.core.types import Slo
 from throttllem.files import ensure_writable_dir, write_aside
 from throttllem.learn.bake import bake
 from throttllem.learn.measure import ProfilePlan, profile_engine
@@ -64,15 +65,16 @@ def capacities(
     cache_dir: Path,
     *,
     seed: int,
-    e2e_slo_s: float | None = None,
+    promised: Slo,
     progress: Progress = lambda *_: None,
 ) -> dict[int, Capacity]:
-    """Maximum load and E2E of every size: the largest by itself, the others under its E2E SLO (or the one given)."""
+    """Maximum load and E2E of every size: the others under the E2E that the largest has, unless one is promised."""
     found: dict[int, Capacity] = {}
     for done, tp in enumerate(reversed(fleet.sizes)):
         progress("characterising", done / len(fleet.sizes))
-        slo_s = e2e_slo_s if e2e_slo_s is not None or not found else found[fleet.sizes[-1]].e2e_p99_s
-        found[tp] = _capacity(fleet, tp, trace, options, cache_dir, seed=seed, e2e_slo_s=slo_s)
+        if found and promised.e2e_s is None:
+            promised = replace(promised, e2e_s=found[fleet.sizes[-1]].e2e_p99_s)
+        found[tp] = _capacity(fleet, tp, trace, options, cache_dir, seed=seed, promised=promised)
     progress("characterising", 1.0)
     return found
 
@@ -86,7 +88,7 @@ def _learn(fleet: Fleet, plan: ProfilePlan, progress: Progress) -> dict[int, Per
 
 
 def _capacity(
-    fleet: Fleet, tp: int, trace: Trace, options: Options, cache_dir: Path, *, seed: int, e2e_slo_s: float | None
+    fleet: Fleet, tp: int, trace: Trace, options: Options, cache_dir: Path, *, seed: int, promised: Slo
 ) -> Capacity:
     lengths = hashlib.sha256(trace.prompt_tokens.tobytes() + trace.answer_tokens.tobytes()).hexdigest()
     alone = replace(fleet, specs={tp: fleet.specs[tp]}, physics={tp: fleet.physics[tp]})
@@ -100,13 +102,13 @@ def _capacity(
         "noise": asdict(options.noise),
         "requests": REQUESTS,
         "seed": seed,
-        "e2e_slo_s": e2e_slo_s,
+        "promised": asdict(promised),
     }
     file = ensure_writable_dir(cache_dir) / f"capacity-{_digest(inputs)}.json"
     try:
         return Capacity(**json.loads(file.read_text())["capacity"])
     except (FileNotFoundError, ValueError, TypeError, KeyError):
-        capacity = characterize(fleet, tp, trace, options, seed=seed, e2e_slo_s=e2e_slo_s)
+        capacity = characterize(fleet, tp, trace, options, seed=seed, promised=promised)
     with write_aside(file) as aside:
         aside.write_text(json.dumps({"inputs": inputs, "capacity": asdict(capacity)}, indent=1))
     return capacity

@@ -56,7 +56,7 @@ class Study:
         trace = lengths if at_most is None else lengths.scaled(peak_rps=at_most)
         tables = performance_tables(fleet, cache_dir, seed=self.seed, progress=progress)
         found = capacities(
-            fleet, lengths, self.options, cache_dir, seed=self.seed, e2e_slo_s=self.slo_e2e_s, progress=progress
+            fleet, lengths, self.options, cache_dir, seed=self.seed, promised=promised, progress=progress
         )
         largest = found[fleet.sizes[-1]]
         if self.peak_rps == MAXIMUM:

@@ -1,0 +1,276 @@
+"""From evidence to outcomes: what was measured for each claim, and why it fails where it does.
+
+One function for each claim or pair of claims; every number in a sentence comes from the runs. Knows nothing of how
+they were run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import fmean
+
+from throttllem.learn.measure import ProfilePlan
+from throttllem.report.claim_list import OURS, PAPER
+from throttllem.report.claims import Claim, Outcome
+from throttllem.report.evidence import (
+    HELD_OUT,
+    Evidence,
+    draw,
+    label,
+    percent,
+    promises_broken,
+    savings,
+    time_by_size,
+    violations,
+)
+from throttllem.report.experiments import BASELINE, GPU, MAIN_MODEL, Comparison
+from throttllem.report.probes import LOW_MHZ
+from throttllem.sim.result import RunResult
+
+Found = dict[str, Outcome]
+PAPER_TBT_S = 0.2
+"""The paper's promise on the mean time between tokens: a reading speed of 250 words a minute."""
+_CLAIMS = {claim.id: claim for claim in (*PAPER, *OURS)}
+
+
+def outcomes(evidence: Evidence) -> list[Outcome]:
+    """One outcome for every claim, in the order of the lists."""
+    parts: tuple[Callable[[Evidence], list[Outcome]], ...] = (
+        *(_model, _projection, _correlation, _clocks, _throttling),
+        *(_autoscaling, _baseline, _promises, _smallest, _ours),
+    )
+    found = {outcome.claim.id: outcome for part in parts for outcome in part(evidence)}
+    return [found[claim_id] for claim_id in _CLAIMS]
+
+
+def _outcome(claim_id: str, ours: tuple[float, ...], basis: tuple[str, ...], **words: str) -> Outcome:
+    claim: Claim = _CLAIMS[claim_id]
+    return Outcome(claim=claim, ours=ours, basis=basis, **words)
+
+
+def _model(evidence: Evidence) -> list[Outcome]:
+    scores = evidence.scores()
+    r2 = {name: score.r2 for name, score in scores.items() if score.r2 is not None}
+    basis = tuple(
+        f"throttllem profile profile.parquet --gpu {card.gpu} --model {card.model} "
+        f"--sizes {','.join(str(score.tp) for score in card.scores if score.tp and score.split == HELD_OUT)} "
+        f"&& throttllem train profile.parquet --out model  # {card.rows:,} rows, 10 % held out"
+        for card in evidence.cards
+    )
+    mape = [score.mape_seconds for score in scores.values()]
+    return [
+        _outcome("model-r2", (min(r2.values()),), basis, detail=_each({k: f"{v:.4f}" for k, v in r2.items()})),
+        _outcome(
+            "model-mae",
+            (fmean(score.mae_ips for score in scores.values()),),
+            basis,
+            detail=_each({name: f"{score.mae_ips:.2f}" for name, score in scores.items()}),
+            reason="An engine of many iterations/s makes a larger error of the same percentage.",
+        ),
+        _outcome(
+            "model-mape",
+            (min(mape), max(mape)),
+            basis,
+            detail=_each({name: percent(score.mape_seconds) for name, score in scores.items()})
+            + f" The profile's own scatter is {percent(ProfilePlan().noise_time)}.",
+        ),
+    ]
+
+
+def _projection(evidence: Evidence) -> list[Outcome]:
+    comparison = evidence.engine(4)
+    error = comparison.runs["throttllem"].projection_error
+    assert error is not None, "throttllem projects"
+    noisy = {
+        each.name: f"{percent(found.batch)} and {percent(found.kv)}"
+        for each in evidence.engines_error
+        if each.study.model == MAIN_MODEL and (found := each.runs["throttllem"].projection_error)
+    }
+    basis = (comparison.basis,)
+    with_error = f"Batch and KV with 30 % length error: {_each(noisy)}"
+    return [
+        _outcome("projection-batch", (error.batch,), basis, detail=with_error),
+        _outcome("projection-kv", (error.kv,), basis),
+    ]
+
+
+def _correlation(evidence: Evidence) -> list[Outcome]:
+    found = evidence.correlation
+    basis = (
+        f"{MAIN_MODEL} TP 4 on {GPU}, top clock, batches of {', '.join(map(str, found.batches))} held while their "
+        f"requests grow from one KV block to all that fits, {found.iterations:,} noisy iterations",
+    )
+    batches = [f"batch {batch}" for batch in found.batches]
+    each = [dict(zip(batches, values, strict=True)) for values in (found.tbt, found.throughput)]
+    details = [_each({name: f"{value:.3f}" for name, value in values.items()}) for values in each]
+    return [
+        _outcome("kv-tbt", (fmean(found.tbt),), basis, detail=details[0]),
+        _outcome("kv-throughput", (fmean(found.throughput),), basis, detail=details[1]),
+    ]
+
+
+def _clocks(evidence: Evidence) -> list[Outcome]:
+    sweep = evidence.sweep
+    basis = (
+        f"throttllem estimate --gpu {GPU} --model {MAIN_MODEL} --tp {sweep.tp} --clock {sweep.best_mhz} "
+        f"--batch {sweep.batch} --context {sweep.context_tokens}  # and every other clock",
+    )
+    return [
+        _outcome(
+            "sweet-spot",
+            (sweep.best_mhz, sweep.tpj_gain, sweep.throughput_loss),
+            basis,
+            detail=f"TP {sweep.tp}, {sweep.batch} requests of {sweep.context_tokens} tokens each.",
+        ),
+        _outcome(
+            "too-low",
+            (sweep.best_mhz,),
+            basis,
+            detail=f"Energy per token is least at {sweep.best_mhz} MHz, {percent(sweep.low_excess)} more at {LOW_MHZ} "
+            f"MHz and {percent(sweep.lowest_excess)} more at the lowest clock.",
+        ),
+    ]
+
+
+def _throttling(evidence: Evidence) -> list[Outcome]:
+    oracle, noisy = evidence.engines, evidence.engines_error
+    saved = [each.saved("throttllem") for each in oracle]
+    gained = [each.gained("throttllem") for each in oracle]
+    weakest = min(oracle, key=lambda each: each.saved("throttllem"))
+    words = {
+        "broken": promises_broken((*oracle, *noisy), "throttllem"),
+        "reason": draw(weakest, "throttllem"),
+        "detail": savings(oracle, "throttllem"),
+    }
+    basis = tuple(each.basis for each in oracle)
+    energy = {**words, "broken": promises_broken(oracle, "throttllem")}
+    with_error = fmean(each.gained("throttllem") for each in noisy)
+    four = evidence.engine(4)
+    return [
+        _outcome("throttle-energy", (fmean(saved), max(saved)), basis, **energy),
+        _outcome(
+            "throttle-tpj",
+            (fmean(gained), max(gained), with_error),
+            (*basis, *(each.basis for each in noisy)),
+            **{**words, "detail": "With 30 % length error, energy: " + savings(noisy, "throttllem")},
+        ),
+        _single("throttle-only-tp4", evidence.sizes, "throttllem", f"TP 4 by itself: {savings((four,), 'throttllem')}"),
+    ]
+
+
+def _single(claim_id: str, comparison: Comparison, policy: str, detail: str = "") -> Outcome:
+    """A claim on one policy over sizes: energy, and tokens per joule where the claim has that figure too."""
+    both = (comparison.saved(policy), comparison.gained(policy))
+    sized = time_by_size(comparison, policy) if policy.endswith("+autoscale") else ""
+    return _outcome(
+        claim_id,
+        both[: len(_CLAIMS[claim_id].figures)],
+        (comparison.basis,),
+        broken=promises_broken((comparison,), policy),
+        reason=draw(comparison, policy),
+        detail=" ".join(part for part in (sized, detail) if part),
+    )
+
+
+def _autoscaling(evidence: Evidence) -> list[Outcome]:
+    return [
+        _single("scale-only", evidence.sizes, "triton+autoscale"),
+        _single("both-oracle", evidence.sizes, "throttllem+autoscale"),
+        _single("both-30", evidence.sizes_error, "throttllem+autoscale"),
+    ]
+
+
+def _baseline(evidence: Evidence) -> list[Outcome]:
+    comparison = evidence.engine(4)
+    run = comparison.baseline
+    detail = (
+        f"{run.energy_j / run.duration_s:,.0f} W at {run.requests / run.duration_s:.2f} requests/s, "
+        f"{run.generated_tokens / max(1, run.completed):.0f} tokens an answer."
+    )
+    return [_outcome("baseline-tpj", (run.tokens_per_joule,), (comparison.basis,), detail=detail)]
+
+
+def _promises(evidence: Evidence) -> list[Outcome]:
+    every = list(evidence.runs_of("throttllem"))
+    e2e = [_p99_kept(run) for _, run in every]
+    tbt = [run.tbt_s.mean is not None and run.tbt_s.mean <= PAPER_TBT_S for _, run in every]
+    late = [_p99(comparison, run) for (comparison, run), kept in zip(every, e2e, strict=True) if not kept]
+    slow = [
+        f"{label(comparison, run)} mean TBT {(run.tbt_s.mean or 0) * 1e3:.0f} ms"
+        for (comparison, run), kept in zip(every, tbt, strict=True)
+        if not kept
+    ]
+    worse = sum((run.e2e_s.p99 or 0) > (comparison.baseline.e2e_s.p99 or 0) for comparison, run in every)
+    sized = [run for _, run in every if run.policy.endswith("+autoscale")]
+    found = _outcome(
+        "slo",
+        (sum(e2e) / len(every), sum(tbt) / len(every)),
+        tuple(comparison.basis for comparison in evidence.comparisons),
+        reason=f"Missed by {'; '.join((*late, *slow))}.",
+        detail=f"E2E p99 above the baseline's in {worse} of {len(every)} runs. {violations([run for _, run in every])} "
+        f"With autoscaling: {violations(sized)[0].lower()}{violations(sized)[1:]}",
+    )
+    return [replace(found, words=f"E2E {sum(e2e)} of {len(every)} runs, TBT {sum(tbt)} of {len(every)}")]
+
+
+def _smallest(evidence: Evidence) -> list[Outcome]:
+    one, four = evidence.engine(1), evidence.engine(4)
+    run = one.baseline
+    assert run.e2e_s.p99 is not None and run.slo.e2e_s is not None
+    saved = {each.name: each.saved("throttllem") for each in (one, four)}
+    text = (
+        f"{_p99(one, run)} at {run.requests / run.duration_s:.2f} requests/s (maximum load "
+        f"{one.capacities[1].max_rps:.2f}, {one.capacities[1].rejected:.1%} of the trace never fits). "
+        f"Saved: {_each({name: percent(value) for name, value in saved.items()})}"
+    ).replace("% of the", " % of the")
+    ours = (run.e2e_s.p99 / run.slo.e2e_s, saved[four.name] - saved[one.name])
+    return [_outcome("tp1", ours, (one.basis, four.basis), detail=text)]
+
+
+def _ours(evidence: Evidence) -> list[Outcome]:
+    oracle, noisy, sizes = evidence.engines, evidence.engines_error, evidence.sizes
+    saved = [each.saved("least-energy") for each in oracle]
+    with_error = fmean(each.saved("least-energy") for each in noisy)
+    both = "least-energy+autoscale"
+    timed = [run for policy in ("throttllem", "least-energy") for _, run in evidence.runs_of(policy)]
+    mean_s = fmean(run.decision_s.mean or 0.0 for run in timed)
+    worst_s = max(run.decision_s.p99 or 0.0 for run in timed)
+    return [
+        _outcome(
+            "ours-least-energy",
+            (fmean(saved), max(saved), with_error),
+            tuple(each.basis for each in (*oracle, *noisy)),
+            detail=" ".join(
+                part
+                for part in (savings(oracle, "least-energy"), promises_broken((*oracle, *noisy), "least-energy"))
+                if part
+            ),
+        ),
+        _outcome(
+            "ours-least-energy-autoscale",
+            (sizes.saved(both), sizes.gained(both)),
+            (sizes.basis,),
+            detail=f"With 30 % length error: {savings((evidence.sizes_error,), both)} "
+            f"{promises_broken((sizes, evidence.sizes_error), both)}".strip(),
+        ),
+        _outcome(
+            "ours-decision-time",
+            (mean_s, worst_s),
+            tuple(each.basis for each in evidence.comparisons),
+            detail="Admission and clock together, measured on this machine while other runs share it.",
+        ),
+    ]
+
+
+def _p99_kept(run: RunResult) -> bool:
+    return run.e2e_s.p99 is not None and (run.slo.e2e_s is None or run.e2e_s.p99 <= run.slo.e2e_s)
+
+
+def _p99(comparison: Comparison, run: RunResult) -> str:
+    beside = "" if run.policy == BASELINE else f" (triton {comparison.baseline.e2e_s.p99 or 0:.1f} s)"
+    return f"{label(comparison, run)} E2E p99 {run.e2e_s.p99 or 0:.1f} s of {run.slo.e2e_s or 0:.1f} s{beside}"
+
+
+def _each(values: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items()) + "."

@@ -1,0 +1,138 @@
+"""`throttllem reproduce`: run the paper's evaluation, judge every claim, show it as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from throttllem.learn.score import ScoreCard
+from throttllem.physics.catalogue import Catalogue
+from throttllem.report.claims import Outcome, Standing
+from throttllem.report.evidence import Evidence
+from throttllem.report.experiments import (
+    LENGTH_ERROR,
+    SECONDS,
+    TRACE,
+    compare,
+    engine_studies,
+    side_by_side,
+    size_study,
+)
+from throttllem.report.findings import outcomes as judged
+from throttllem.report.probes import PROFILED, clock_sweep, kv_correlation, score_card
+from throttllem.sim.prepare import Progress
+from throttllem.sim.study import Study
+
+_STYLES = {
+    Standing.REPRODUCED: "green",
+    Standing.BETTER: "bold green",
+    Standing.NOT_REPRODUCED: "bold red",
+    Standing.CALIBRATED: "dim",
+    Standing.OURS: "cyan",
+}
+_ID_WIDTH, _VERDICT_WIDTH = 18, 14
+
+
+def reproduce(
+    catalogue: Catalogue,
+    cache_dir: Path,
+    *,
+    workers: int,
+    seed: int,
+    trace: str | None = None,
+    seconds: float = SECONDS,
+    progress: Progress = lambda *_: None,
+) -> list[Outcome]:
+    """Every claim of the paper and of ours, in order. `trace` None: the built-in one; `seconds` cuts it once scaled.
+
+    Deterministic but for the decision times. Raises ValueError for a trace that cannot be read.
+    """
+    source = trace or TRACE
+    sweep = clock_sweep(catalogue, source, seed=seed)
+    oracle, noisy = (
+        [
+            *engine_studies(source, length_error=error, seconds=seconds, seed=seed),
+            size_study(source, length_error=error, seconds=seconds, seed=seed),
+        ]
+        for error in (0.0, LENGTH_ERROR)
+    )
+    cards = _prepare(oracle, catalogue, cache_dir, workers=workers, seed=seed, progress=progress)
+    found = compare([*oracle, *noisy], catalogue, cache_dir, workers=workers, progress=progress)
+    *engines, sizes = found[: len(oracle)]
+    *engines_error, sizes_error = found[len(oracle) :]
+    return judged(
+        Evidence(
+            engines=tuple(engines),
+            engines_error=tuple(engines_error),
+            sizes=sizes,
+            sizes_error=sizes_error,
+            cards=cards,
+            correlation=kv_correlation(catalogue, seed=seed),
+            sweep=sweep,
+        )
+    )
+
+
+def claims_table(outcomes: Sequence[Outcome], width: int = 100) -> Group:
+    """The table, the reasons below it as a list, the tally, and what repeats the runs."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=width)
+    table.add_column("id", width=_ID_WIDTH, overflow="fold")
+    table.add_column("claim", ratio=5)
+    table.add_column("paper", ratio=4)
+    table.add_column("ours", ratio=4)
+    table.add_column("verdict", width=_VERDICT_WIDTH, no_wrap=True)
+    for outcome in outcomes:
+        claim = outcome.claim
+        verdict = Text(outcome.standing.value, style=_STYLES[outcome.standing])
+        table.add_row(*(Text(part) for part in (claim.id, claim.text, claim.paper_text, outcome.ours_text)), verdict)
+    reasons = Table.grid(padding=(0, 1, 0, 0))
+    reasons.add_column(width=_ID_WIDTH, overflow="fold")
+    reasons.add_column()
+    for outcome in outcomes:
+        if outcome.why:
+            reasons.add_row(Text(outcome.claim.id), Text(outcome.why))
+    return Group(table, Text(_tally(outcomes), style="bold"), Text(), reasons)
+
+
+def outcomes_json(outcomes: Sequence[Outcome]) -> dict[str, object]:
+    """Schema 1: the tally, and every claim with figure, ours, verdict, reason, criterion and what was run."""
+    return {"schema": 1, "tally": tally(outcomes), "claims": [outcome.to_json() for outcome in outcomes]}
+
+
+def tally(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """How many claims came out how, by verdict."""
+    counts = Counter(outcome.standing for outcome in outcomes)
+    return {standing.value: counts[standing] for standing in Standing}
+
+
+def _tally(outcomes: Sequence[Outcome]) -> str:
+    counts = tally(outcomes)
+    good = counts[Standing.REPRODUCED.value] + counts[Standing.BETTER.value]
+    judged_in_all = good + counts[Standing.NOT_REPRODUCED.value]
+    return (
+        f"{good} of {judged_in_all} claims reproduced, {counts[Standing.BETTER.value]} of them better than the paper; "
+        f"{counts[Standing.CALIBRATED.value]} were calibrated to and do not count."
+    )
+
+
+def _prepare(
+    studies: Sequence[Study], catalogue: Catalogue, cache_dir: Path, *, workers: int, seed: int, progress: Progress
+) -> tuple[ScoreCard, ...]:
+    """Fill the cache with what the studies need, and score the models."""
+    tasks: list[Callable[[], ScoreCard | None]] = [
+        partial(score_card, catalogue, model, sizes, seed=seed) for model, sizes in PROFILED
+    ]
+    tasks += [partial(_warm, study, catalogue, cache_dir) for study in reversed(studies)]
+    done = side_by_side(tasks, workers=workers, what="profiling and characterising", progress=progress)
+    return tuple(card for card in done if card is not None)
+
+
+def _warm(study: Study, catalogue: Catalogue, cache_dir: Path) -> None:
+    study.prepare(catalogue, cache_dir)
