@@ -20,6 +20,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n auto
 
 test-slow: $(STAMP)
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto tests/core/test_controller_machine.py
 	$(BIN)/python -m pytest -n auto -m slow
 
 check: $(STAMP)
@@ -29,7 +30,7 @@ check: $(STAMP)
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 bench: $(STAMP)
-	$(BIN)/python bench/bench.py
+	$(BIN)/python bench/bench.py $(BENCH)
 
 lock:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra dev pyproject.toml -o requirements.lock

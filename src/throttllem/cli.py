@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from throttllem.arguments import (
+    Extra,
+    Gpu,
+    Json,
+    Model,
+    Out,
+    Seed,
+    Setting,
+    Sizes,
+    Tp,
+    TraceName,
+    parsed_peak,
+    parsed_sizes,
+    progress_bar,
+)
 from throttllem.config import Environment, LengthOptions, Options, changed
 from throttllem.core.types import Slo
 from throttllem.files import ensure_writable_dir, write_aside
@@ -41,26 +54,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Gpu = Annotated[str, typer.Option("--gpu", help="GPU of the catalogue.")]
-Model = Annotated[str, typer.Option("--model", help="Model of the catalogue.")]
-Tp = Annotated[int | None, typer.Option("--tp", help="GPUs of the engine (tensor parallel degree); 4 by default.")]
-Sizes = Annotated[str | None, typer.Option("--sizes", help="Engine sizes instead of --tp, as in 1,2,4.")]
-TraceName = Annotated[
-    str,
-    typer.Option(
-        "--trace",
-        help="CSV (Azure) or JSONL (Mooncake) file, azure-conv-like[:seconds=..], azure-code-like[..] or "
-        "poisson:rate=2,input=1023,output=99,seconds=300.",
-    ),
-]
-Extra = Annotated[Path | None, typer.Option("--catalogue", help="TOML with GPUs and models of your own.")]
-Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
-Setting = Annotated[
-    list[str] | None, typer.Option("--set", help="Any option as section.name=value, as in throttle.dwell_s=1.")
-]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder for report.html.")]
 
 
 @app.command()
@@ -98,13 +91,13 @@ def simulate(
     study = Study(
         gpu=gpu,
         model=model,
-        sizes=_sizes(tp, sizes),
+        sizes=parsed_sizes(tp, sizes),
         trace=trace,
         policies=tuple(name.strip() for name in policy.split(",") if name.strip()),
         slo_e2e_s=slo_e2e,
         slo_tbt_s=slo_tbt,
         slo_ttft_s=slo_ttft,
-        peak_rps=_peak(peak_rps),
+        peak_rps=parsed_peak(peak_rps),
         seconds=seconds,
         seed=seed,
         count_freed_gpus=count_freed_gpus,
@@ -143,9 +136,9 @@ def characterize(
 ) -> None:
     """What can each engine bear at the top clock, and how slow is it then? (maximum load, E2E SLO)"""
     options = changed(Options(), setting or [])
-    fleet = build_fleet(Catalogue.load(catalogue), gpu, model, _sizes(tp, sizes), options.engine)
+    fleet = build_fleet(Catalogue.load(catalogue), gpu, model, parsed_sizes(tp, sizes), options.engine)
     lengths = load_trace(trace, seed=seed)
-    with _progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("characterising", total=1.0)
         found = capacities(
             fleet,
@@ -185,8 +178,8 @@ def profile(
 ) -> None:
     """Measure the simulated engines over batch, KV, prompt tokens and clock (docs/profile-format.md)."""
     options = changed(Options(), setting or [])
-    fleet = build_fleet(Catalogue.load(catalogue), gpu, model, _sizes(tp, sizes), options.engine)
-    with _progress() as bar:
+    fleet = build_fleet(Catalogue.load(catalogue), gpu, model, parsed_sizes(tp, sizes), options.engine)
+    with progress_bar() as bar:
         task = bar.add_task("profiling", total=1.0)
         frame = profile_fleet(
             fleet, ProfilePlan(rows=rows, seed=seed), lambda what, share: bar.update(task, completed=share)
@@ -209,7 +202,7 @@ def train(
     first = frame.row(0, named=True)
     sizes = tuple(sorted(set(frame["tp"].to_list())))
     fleet = build_fleet(Catalogue.load(catalogue), first["gpu"], first["model"], sizes, options.engine)
-    with _progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("training", total=1.0)
         trained = train_trees(frame)
         bar.update(task, completed=0.2)
@@ -250,16 +243,14 @@ def estimate(
 
 def main() -> None:
     """Run the command line; errors that the user can mend are one sentence on stderr."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop is an interrupt: what was begun is taken back
     try:
-        app(standalone_mode=True)
+        app()
     except (ValueError, OSError) as error:
         if Environment().debug:
             raise
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; nothing was written")
-        sys.exit(130)
 
 
 def _simulate(study: Study, catalogue: Path | None, json_file: Path | None, out: Path | None) -> None:
@@ -268,7 +259,9 @@ def _simulate(study: Study, catalogue: Path | None, json_file: Path | None, out:
         ensure_writable_dir(out)
     if json_file:
         ensure_writable_dir(json_file.absolute().parent)
-    with _progress() as bar:
+        if json_file.is_dir():
+            raise ValueError(f"--json {json_file}: is a folder; name a file")
+    with progress_bar() as bar:
         first = bar.add_task("preparing", total=1.0)
         scenario, policies = study.prepare(
             known, _cache(), lambda what, share: bar.update(first, description=what, completed=share)
@@ -288,26 +281,6 @@ def _simulate(study: Study, catalogue: Path | None, json_file: Path | None, out:
         Console(soft_wrap=True).print(f"report: {write_report(out, described, runs)}")
 
 
-def _sizes(tp: int | None, sizes: str | None) -> tuple[int, ...]:
-    if tp is not None and sizes is not None:
-        raise ValueError("--tp and --sizes: give one of them")
-    if sizes is None:
-        return (4 if tp is None else tp,)
-    try:
-        return tuple(int(size) for size in sizes.split(","))
-    except ValueError:
-        raise ValueError(f"--sizes {sizes}: must be whole numbers with commas between, as in 1,2,4") from None
-
-
-def _peak(text: str | None) -> float | str | None:
-    if text is None or text == MAXIMUM:
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--peak-rps {text}: must be requests per second, or {MAXIMUM}") from None
-
-
 def _cache() -> Path:
     return Environment().cache_dir.expanduser()
 
@@ -315,11 +288,3 @@ def _cache() -> Path:
 def _write_json(file: Path, content: dict[str, object]) -> None:
     with write_aside(file) as aside:
         aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:>24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield bar

@@ -89,7 +89,7 @@ class ScalingOptions:
 
     interval_s: float = 10.0
     window_s: float = 30.0
-    grace_s: float = 120.0
+    grace_s: float = 300.0
     headroom: float = 0.9
 
     def with_capacity(self, capacity_rps: dict[int, float]) -> AutoscaleOptions:

@@ -55,5 +55,19 @@ def test_grace_forbids_smaller_and_allows_larger():
     assert slow.wanted(110.0, 2) == 1
 
 
-def test_no_change_yet_no_grace():
-    assert fed(0.5).wanted(100.0, 4) == 1
+def test_the_first_arrival_begins_a_grace_period():
+    found = scaler()
+    assert found.wanted(0.0, 4) == 4
+    found.arrived(10.0)
+    assert found.wanted(69.9, 4) == 4
+    assert found.wanted(70.0, 4) == 1
+
+
+def test_a_smaller_size_must_have_borne_the_busiest_moment_of_the_grace_period():
+    found = scaler()
+    found.arrived(1.0)
+    for _ in range(30):
+        found.arrived(99.0)
+    # 1.5 requests per second over 20 s call for size 2, and count for 60 s after they were measured last (at 110 s).
+    wanted = {now_s: found.wanted(now_s, 4) for now_s in map(float, range(100, 190, 10))}
+    assert wanted == {now_s: 2 if now_s < 170 else 1 for now_s in wanted}

@@ -66,8 +66,8 @@ def test_back_to_a_draining_engine_stops_the_idle_one():
     told.ready(0, SIZES[2])
     arrive(told, 0, 4, 200)
     told.end_iteration(0)
-    told.advance(3.0)
-    assert list(told.starting.values()) == [1], "no load: size 1 will do"
+    told.advance(9.0)
+    assert list(told.starting.values()) == [1], "no load, and the first grace period is over: size 1 will do"
     told.ready(1, SIZES[1])
     for key in range(10, 20):
         told.cancel(key) if key in told.on else arrive(told, key, 4, 1)

@@ -24,7 +24,7 @@ class AutoscaleOptions:
     capacity_rps: Mapping[int, float]
     interval_s: float = 10.0
     window_s: float = 30.0
-    grace_s: float = 120.0
+    grace_s: float = 300.0
     headroom: float = 0.9
 
 

@@ -6,7 +6,7 @@ evaluation; the rows `ours-...` are of this project and have no figure to meet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -72,8 +72,9 @@ class Form(StrEnum):
     def text(self, value: float) -> str:
         """The number with its unit."""
         return {
-            Form.LESS: f"{-value * 100:+.1f} %",
-            Form.MORE: f"{value * 100:+.1f} %",
+            # z: a difference that rounds to nothing has no sign of its own.
+            Form.LESS: f"{-value * 100:+z.1f} %",
+            Form.MORE: f"{value * 100:+z.1f} %",
             Form.FACTOR: f"{1 + value:.2f}x",
             Form.SHARE: f"{value * 100:.1f} %",
             Form.FINE: f"{value * 100:.2f} %",
@@ -99,6 +100,19 @@ class Figure:
     def text(self, value: float) -> str:
         """The value with the figure's form and name."""
         return f"{self.form.text(value)} {self.name}".strip()
+
+    def shortfall(self, ours: float) -> str:
+        """What was asked for, where ours is not it; empty where the figure holds."""
+        if self.rule.judge(self.paper, ours) is not Standing.NOT_REPRODUCED:
+            return ""
+        match self.rule:
+            case Rule.GAIN | Rule.STRENGTH | Rule.NEAR:
+                wanted = f"at least {self.form.text(CLOSE * self.paper)} (85 % of {self.form.text(self.paper)})"
+            case Rule.ERROR:
+                wanted = f"at most {self.form.text(self.paper)}"
+            case _:
+                wanted = f"{self.form.text(self.paper)} ({self.rule.value})"
+        return f"{self.text(ours)} where {wanted} was asked for"
 
     @property
     def paper_text(self) -> str:
@@ -166,8 +180,7 @@ class Outcome:
     @property
     def ours_text(self) -> str:
         """Our figures, in the paper's order."""
-        texts = [figure.text(value) for figure, value in zip(self.claim.figures, self.ours, strict=True)]
-        return self.words if self.words is not None else ", ".join(texts)
+        return self.words if self.words is not None else ", ".join(f.text(value) for f, value in self._pairs())
 
     @property
     def why(self) -> str:
@@ -177,7 +190,9 @@ class Outcome:
             case Standing.CALIBRATED:
                 parts.append("The physics was calibrated to this figure: shown, not counted.")
             case Standing.NOT_REPRODUCED:
-                parts += [self.broken, self.reason, f"Asked for: {self.claim.criterion}."]
+                short = "; ".join(filter(None, (f.shortfall(v) for f, v in self._pairs())))
+                parts += [f"{short}.", self.reason] if short else []
+                parts.append(self.broken)
             case Standing.REPRODUCED:
                 parts.append(self._close())
         return " ".join(part for part in (*parts, self.detail) if part)
@@ -185,11 +200,14 @@ class Outcome:
     def _close(self) -> str:
         """How far a gain stays behind the paper's where that counts as reproduced."""
         short = [
-            f"{1 - value / figure.paper:.0%}".replace("%", " %") + f" below {figure.text(figure.paper)}"
-            for figure, value in zip(self.claim.figures, self.ours, strict=True)
+            f"{(1 - value / figure.paper) * 100:.0f} % of the paper's {figure.text(figure.paper)} is missing"
+            for figure, value in self._pairs()
             if figure.rule is Rule.GAIN and value < figure.paper
         ]
         return f"Close: {'; '.join(short)}." if short else ""
+
+    def _pairs(self) -> Iterator[tuple[Figure, float]]:
+        return zip(self.claim.figures, self.ours, strict=True)
 
     def to_json(self) -> dict[str, object]:
         """Plain values: numbers as they are judged (gains as fractions) beside the texts that are shown."""

@@ -70,10 +70,13 @@ def label(comparison: Comparison, run: RunResult) -> str:
 
 
 def promises_broken(comparisons: tuple[Comparison, ...], policy: str) -> str:
-    """Which runs kept fewer promises than half a point under their baseline; empty where none did."""
+    """Which runs kept fewer promises than half a point under their baseline, and how long their requests waited for a
+    place in the batch; empty where none did.
+    """
     worse = [
         f"{label(comparison, comparison.runs[policy])} {percent(comparison.runs[policy].slo.attainment)} "
-        f"(triton {percent(comparison.baseline.slo.attainment)})"
+        f"(triton {percent(comparison.baseline.slo.attainment)}; p99 wait for a place "
+        f"{comparison.runs[policy].queue_s.p99 or 0:.1f} s, triton {comparison.baseline.queue_s.p99 or 0:.1f} s)"
         for comparison in comparisons
         if not is_promise_kept(comparison.runs[policy], comparison.baseline)
     ]
@@ -89,12 +92,13 @@ def savings(comparisons: tuple[Comparison, ...], policy: str) -> str:
 def draw(comparison: Comparison, policy: str) -> str:
     """Watts and clock of a policy beside its baseline's, and whether a cheaper clock was there to be had."""
     run, baseline = comparison.runs[policy], comparison.baseline
-    idle = run.idle_energy_j / run.energy_j
     rate = f"{baseline.requests / baseline.duration_s:.2f} requests/s"
     text = (
-        f"{comparison.name}: triton draws {_watts(baseline)} at {rate} and {baseline.mean_clock_mhz:.0f} MHz, {policy} {_watts(run)} at {run.mean_clock_mhz:.0f} MHz, "
-        f"{percent(idle)} of it with nothing running."
+        f"{comparison.name}: triton draws {_watts(baseline)} at {rate} and {baseline.mean_clock_mhz:.0f} MHz, "
+        f"{policy} {_watts(run)} at {run.mean_clock_mhz:.0f} MHz."
     )
+    idle = run.idle_energy_j / run.energy_j
+    text += f" {percent(idle)} of that with nothing running." if idle > 0.001 else ""
     ours = policy.replace("throttllem", "least-energy")
     if ours != policy and ours in comparison.runs and comparison.runs[ours].energy_j < run.energy_j:
         text += (
@@ -111,13 +115,14 @@ def time_by_size(comparison: Comparison, policy: str) -> str:
     served: defaultdict[int, float] = defaultdict(float)
     for (since_s, tp), (until_s, _) in ends:
         served[tp] += until_s - since_s
-    shares = ", ".join(f"TP {tp} {served[tp] / run.duration_s:.0%}".replace("%", " %") for tp in sorted(served))
+    shares = ", ".join(f"TP {tp} {served[tp] / run.duration_s * 100:.0f} %" for tp in sorted(served))
     loads = ", ".join(f"TP {tp} {comparison.capacities[tp].max_rps:.2f}" for tp in sorted(comparison.capacities))
     headroom = comparison.study.options.autoscale.headroom
     return (
         f"Sizes by share of the time: {shares} ({len(run.sizes) - 1} changes); mean rate "
-        f"{run.requests / run.duration_s:.2f} requests/s, maximum loads {loads}, taken up to {headroom:.0%} of them."
-    ).replace("0% of", "0 % of")
+        f"{comparison.baseline.requests / comparison.baseline.duration_s:.2f} requests/s, maximum loads {loads} "
+        f"(taken up to {headroom * 100:.0f} % of them)."
+    )
 
 
 def violations(runs: list[RunResult]) -> str:
@@ -130,7 +135,7 @@ def violations(runs: list[RunResult]) -> str:
         causes["over the TBT SLO"] += round((1 - run.slo.tbt_attainment) * run.requests) - run.rejected
         causes["marked lost on the way"] += run.lost
     listed = ", ".join(f"{count:,} {cause}" for cause, count in causes.items() if count > 0)
-    return f"Of {total:,} requests: {listed or 'all promises kept'}."
+    return f"{total:,} requests: {listed or 'all promises kept'}."
 
 
 def _watts(run: RunResult) -> str:

@@ -7,7 +7,6 @@ they were run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import fmean
 
 from throttllem.learn.measure import ProfilePlan
@@ -83,12 +82,15 @@ def _projection(evidence: Evidence) -> list[Outcome]:
     error = comparison.runs["throttllem"].projection_error
     assert error is not None, "throttllem projects"
     noisy = {
-        each.name: f"{percent(found.batch)} and {percent(found.kv)}"
+        each.name: f"{found.batch * 100:.2f} % and {found.kv * 100:.2f} %"
         for each in evidence.engines_error
         if each.study.model == MAIN_MODEL and (found := each.runs["throttllem"].projection_error)
     }
     basis = (comparison.basis,)
-    with_error = f"Batch and KV with 30 % length error: {_each(noisy)}"
+    with_error = (
+        "Each iteration against the projection then in force, which is redone whenever a request comes or goes; "
+        f"batch and KV with 30 % length error: {_each(noisy)}"
+    )
     return [
         _outcome("projection-batch", (error.batch,), basis, detail=with_error),
         _outcome("projection-kv", (error.kv,), basis),
@@ -203,15 +205,18 @@ def _promises(evidence: Evidence) -> list[Outcome]:
     ]
     worse = sum((run.e2e_s.p99 or 0) > (comparison.baseline.e2e_s.p99 or 0) for comparison, run in every)
     sized = [run for _, run in every if run.policy.endswith("+autoscale")]
+    words = f"E2E {sum(e2e)} of {len(every)} runs, TBT {sum(tbt)} of {len(every)}"
     found = _outcome(
         "slo",
         (sum(e2e) / len(every), sum(tbt) / len(every)),
         tuple(comparison.basis for comparison in evidence.comparisons),
+        words=words,
         reason=f"Missed by {'; '.join((*late, *slow))}.",
-        detail=f"E2E p99 above the baseline's in {worse} of {len(every)} runs. {violations([run for _, run in every])} "
-        f"With autoscaling: {violations(sized)[0].lower()}{violations(sized)[1:]}",
+        detail=f"E2E p99 above the baseline's in {worse} of {len(every)} runs. "
+        f"All runs, {violations([run for _, run in every])} "
+        f"With autoscaling, {violations(sized)}",
     )
-    return [replace(found, words=f"E2E {sum(e2e)} of {len(every)} runs, TBT {sum(tbt)} of {len(every)}")]
+    return [found]
 
 
 def _smallest(evidence: Evidence) -> list[Outcome]:
@@ -221,11 +226,12 @@ def _smallest(evidence: Evidence) -> list[Outcome]:
     saved = {each.name: each.saved("throttllem") for each in (one, four)}
     text = (
         f"{_p99(one, run)} at {run.requests / run.duration_s:.2f} requests/s (maximum load "
-        f"{one.capacities[1].max_rps:.2f}, {one.capacities[1].rejected:.1%} of the trace never fits). "
-        f"Saved: {_each({name: percent(value) for name, value in saved.items()})}"
-    ).replace("% of the", " % of the")
-    ours = (run.e2e_s.p99 / run.slo.e2e_s, saved[four.name] - saved[one.name])
-    return [_outcome("tp1", ours, (one.basis, four.basis), detail=text)]
+        f"{one.capacities[1].max_rps:.2f}, {percent(one.capacities[1].rejected)} of the trace never fits)."
+    )
+    near = run.e2e_s.p99 / run.slo.e2e_s
+    words = f"p99 {near:.2f} of SLO, saves {percent(saved[one.name])} (TP 4 {percent(saved[four.name])})"
+    ours = (near, saved[four.name] - saved[one.name])
+    return [_outcome("tp1", ours, (one.basis, four.basis), detail=text, words=words)]
 
 
 def _ours(evidence: Evidence) -> list[Outcome]:

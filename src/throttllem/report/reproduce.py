@@ -84,9 +84,9 @@ def claims_table(outcomes: Sequence[Outcome], width: int = 100) -> Group:
     """The table, the reasons below it as a list, the tally, and what repeats the runs."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=width)
     table.add_column("id", width=_ID_WIDTH, overflow="fold")
-    table.add_column("claim", ratio=5)
-    table.add_column("paper", ratio=4)
-    table.add_column("ours", ratio=4)
+    table.add_column("claim", ratio=5, overflow="fold")
+    table.add_column("paper", ratio=4, overflow="fold")
+    table.add_column("ours", ratio=4, overflow="fold")
     table.add_column("verdict", width=_VERDICT_WIDTH, no_wrap=True)
     for outcome in outcomes:
         claim = outcome.claim

@@ -1,6 +1,6 @@
 """What one run of one policy produced: the contract's figures, and the series that the report draws.
 
-`RunResult.to_json()` is the `runs[]` entry of the JSON contract (`docs/contracts.md`). Knows nothing of how it ran.
+`RunResult.to_json()` is the `runs[]` entry of the JSON that `simulate --json` writes. Knows nothing of how it ran.
 """
 
 from __future__ import annotations
