@@ -147,3 +147,18 @@ def test_a_long_answer_must_come_in_time():
     assert held.any() and not held.all() and held.tolist() == sorted(held.tolist())
     stricter = np.isfinite(power_w(load(0.5, long_answer_tokens=50, e2e_s=1.0), reserve=0.2))
     assert 0 < stricter.sum() < held.sum()
+
+
+def test_inflated_predictions_are_corrected_by_what_finished_requests_say():
+    estimator = LoadEstimator(60.0)
+    for n in range(400):
+        estimator.arrived(n / 4, 30, 130, 20.0)
+    before = estimator.load(100.0)
+    for _ in range(31):
+        estimator.finished(130, 100)
+    assert estimator.load(100.0) == before  # too few to be believed
+    estimator.finished(130, 100)
+    after = estimator.load(100.0)
+    assert before is not None and after is not None
+    assert (before.answer_tokens, after.answer_tokens) == pytest.approx((130.0, 100.0))
+    assert after.long_answer_tokens == pytest.approx(100.0)

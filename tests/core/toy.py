@@ -104,4 +104,5 @@ def request(request_id: int, prompt: int, answer: int, **changes) -> Request:
 
 def row(request_id: int, prompt: int, answer: int, *, earliest: int = 0, **changes) -> Row:
     """The row of such a request, predicted exactly."""
-    return Row(request=request(request_id, prompt, answer, **changes), answer_tokens=answer, earliest=earliest)
+    asked = request(request_id, prompt, answer, **changes)
+    return Row(request=asked, predicted_tokens=answer, answer_tokens=answer, earliest=earliest)

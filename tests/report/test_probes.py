@@ -32,5 +32,10 @@ def test_the_sweep_finds_the_cheapest_clock() -> None:
     assert 0 < sweep.throughput_loss < 0.2
 
 
+def test_requests_that_no_engine_holds_are_refused() -> None:
+    with pytest.raises(ValueError, match="a typical request of 900500 tokens does not fit llama-2-13b at TP 4"):
+        clock_sweep(Catalogue.load(), "poisson:input=900000,output=1000", seed=0)
+
+
 def test_every_engine_is_profiled_once() -> None:
     assert sorted((model, tp) for model, sizes in PROFILED for tp in sizes) == sorted(ENGINES)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -10,9 +11,10 @@ from throttllem.physics.catalogue import Catalogue
 from throttllem.report.claim_list import OURS, PAPER
 from throttllem.report.claims import Outcome, Standing
 from throttllem.report.findings import outcomes
-from throttllem.report.reproduce import claims_table, outcomes_json, reproduce, tally
+from throttllem.report.reproduce import check_completed, claims_table, outcomes_json, reproduce, tally
 
 from .evaluation import evidence
+from .factory import make_run
 
 
 def show(found: list[Outcome], width: int) -> list[str]:
@@ -58,6 +60,14 @@ def test_a_trace_that_is_not_there_is_refused_before_anything_runs(tmp_path) -> 
     with pytest.raises((ValueError, OSError), match=r"missing\.csv"):
         reproduce(Catalogue.load(), tmp_path / "cache", workers=1, seed=0, trace=str(tmp_path / "missing.csv"))
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_that_completed_nothing_is_refused() -> None:
+    whole = evidence()
+    check_completed(whole.comparisons)
+    none = replace(whole.sizes, runs=whole.sizes.runs | {"throttllem": make_run(requests=20, rejected=20)})
+    with pytest.raises(ValueError, match="TP 1,2,4 throttllem: none of 20 requests was completed; give a longer trace"):
+        check_completed((*whole.engines, none))
 
 
 @pytest.mark.slow

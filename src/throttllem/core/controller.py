@@ -124,7 +124,9 @@ class Controller:
                 board.begin(request_id, event.iteration, now_s)
         for request_id in event.finished:
             if request_id in board:
-                self._count(finished=1, lost=board.remove(request_id).lost)
+                row = board.remove(request_id)
+                self._count(finished=1, lost=row.lost)
+                self._load.finished(row.predicted_tokens, row.generated_tokens(event.iteration))
         outgrown = board.outgrown(engine.iteration)
         if not (event.started or event.finished or event.preempted or outgrown):
             return None
@@ -146,7 +148,7 @@ class Controller:
             return
         answer_tokens = predicted_tokens(self.options.predictor, request, self.options.inflation)
         self._load.arrived(now_s, request.prompt_tokens, answer_tokens, request.slo.e2e_s)
-        self._queue.append(Row(request=request, answer_tokens=answer_tokens))
+        self._queue.append(Row(request=request, predicted_tokens=answer_tokens, answer_tokens=answer_tokens))
 
     def _cancelled(self, request_id: int, commands: list[Command]) -> Changed:
         for engine in self._engines:

@@ -22,6 +22,7 @@ Bools = npt.NDArray[np.bool_]
 
 _RECENT = 512
 _LONG = 0.99
+_ENOUGH = 32  # finished requests before their lengths are believed more than the predictions
 _MEAN_ROWS = np.concatenate([[0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7], 1.15 ** np.arange(0, 48)])
 
 
@@ -44,7 +45,8 @@ class Load:
 class LoadEstimator:
     """Exponentially weighted arrivals with time constant `window_s`; unbiased from the first second on.
 
-    Long answers and tight promises are looked for among the last `_RECENT` requests.
+    Long answers and tight promises are looked for among the last `_RECENT` requests. Predictions are inflated on
+    purpose; what finished requests say of that is taken out again, or a safe prediction would look like a high load.
     """
 
     def __init__(self, window_s: float) -> None:
@@ -53,6 +55,9 @@ class LoadEstimator:
         self._last_s = 0.0
         self._sums = (0.0, 0.0, 0.0)
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
+        self._finished = 0
+        self._predicted_tokens = 0.0
+        self._answer_tokens = 0.0
 
     def arrived(self, now_s: float, prompt_tokens: int, answer_tokens: int, e2e_s: float | None) -> None:
         """One request came in, with its predicted answer and its promise."""
@@ -64,6 +69,13 @@ class LoadEstimator:
         self._sums = (n * keep + 1.0, prompts * keep + prompt_tokens, answers * keep + answer_tokens)
         self._last_s = now_s
 
+    def finished(self, predicted_tokens: int, answer_tokens: int) -> None:
+        """One request ended with so many tokens."""
+        keep = 1.0 - 1.0 / _RECENT
+        self._finished += 1
+        self._predicted_tokens = keep * self._predicted_tokens + predicted_tokens
+        self._answer_tokens = keep * self._answer_tokens + answer_tokens
+
     def load(self, now_s: float) -> Load | None:
         """The load as it stands; None before half a window has been seen."""
         if self._first_s is None or now_s - self._first_s < self._window_s / 2:
@@ -73,11 +85,12 @@ class LoadEstimator:
         keep = math.exp(-(now_s - self._last_s) / self._window_s)
         recent = np.array(self._recent)
         e2e_s, rate = float(recent[:, 1].min()), n * keep / seen_s
+        truth = self._answer_tokens / self._predicted_tokens if self._finished >= _ENOUGH else 1.0
         return Load(
             requests_per_s=rate,
             prompt_tokens=prompts / n,
-            answer_tokens=answers / n,
-            long_answer_tokens=float(np.quantile(recent[:, 0], _LONG)),
+            answer_tokens=truth * answers / n,
+            long_answer_tokens=truth * float(np.quantile(recent[:, 0], _LONG)),
             burst=_burst(recent[:, 0], rate * (e2e_s if math.isfinite(e2e_s) else self._window_s)),
             e2e_s=e2e_s if math.isfinite(e2e_s) else None,
         )

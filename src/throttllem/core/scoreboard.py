@@ -24,12 +24,13 @@ Floats = npt.NDArray[np.float64]
 class Row:
     """One request on its way through an engine.
 
-    `answer_tokens` is the prediction in force; `earliest` the first iteration that can hold it. `done_tokens` were
-    generated before the last (re)start and are part of the prompt now; `start` is the iteration of the first token
-    since then, None while it waits inside the engine.
+    `predicted_tokens` is the first prediction, `answer_tokens` the one in force; `earliest` the first iteration that can
+    hold the row. `done_tokens` were generated before the last (re)start and are part of the prompt now; `start` is the
+    iteration of the first token since then, None while it waits inside the engine.
     """
 
     request: Request
+    predicted_tokens: int
     answer_tokens: int
     earliest: int = 0
     lost: bool = False
@@ -47,6 +48,10 @@ class Row:
     def remaining_tokens(self) -> int:
         """Tokens still to come after the last (re)start, by the prediction in force."""
         return max(1, self.answer_tokens - self.done_tokens)
+
+    def generated_tokens(self, iteration: int) -> int:
+        """Tokens of the answer that are out when `iteration` is over."""
+        return self.done_tokens + (0 if self.start is None else iteration - self.start + 1)
 
     @property
     def tbt_s(self) -> float:

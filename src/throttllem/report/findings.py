@@ -54,6 +54,7 @@ def _model(evidence: Evidence) -> list[Outcome]:
     basis = tuple(
         f"throttllem profile profile.parquet --gpu {card.gpu} --model {card.model} "
         f"--sizes {','.join(str(score.tp) for score in card.scores if score.tp and score.split == HELD_OUT)} "
+        f"--seed {evidence.sizes.study.seed} "
         f"&& throttllem train profile.parquet --out model  # {card.rows:,} rows, 10 % held out"
         for card in evidence.cards
     )

@@ -84,11 +84,18 @@ def kv_correlation(catalogue: Catalogue, *, seed: int) -> KvCorrelation:
 
 
 def clock_sweep(catalogue: Catalogue, trace: str, *, seed: int, tp: int = KV_TP) -> ClockSweep:
-    """The largest batch of the trace's typical requests, half-way through their answers, at every clock."""
+    """The largest batch of the trace's typical requests, half-way through their answers, at every clock.
+
+    Raises ValueError where not even one of them fits.
+    """
     physics = EnginePhysics(catalogue.gpu(GPU), catalogue.model(MAIN_MODEL), tp)
     lengths = load_trace(trace, seed=seed)
     context = round(float(np.mean(lengths.prompt_tokens + lengths.answer_tokens / 2)))
     batch = min(Options().engine.max_batch, physics.kv_capacity_tokens() // context)
+    if batch < 1:
+        raise ValueError(
+            f"{trace}: a typical request of {context} tokens does not fit {MAIN_MODEL} at TP {tp} on {GPU}"
+        )
     points = {mhz: physics.iteration(mhz, batch, batch * context, 0, 0.0) for mhz in physics.gpu.clocks_mhz}
     joules = {mhz: math.prod(point) / batch for mhz, point in points.items()}
     best, top = min(joules, key=joules.__getitem__), max(points)

@@ -15,11 +15,12 @@ from rich.text import Text
 from throttllem.learn.score import ScoreCard
 from throttllem.physics.catalogue import Catalogue
 from throttllem.report.claims import Outcome, Standing
-from throttllem.report.evidence import Evidence
+from throttllem.report.evidence import Evidence, label
 from throttllem.report.experiments import (
     LENGTH_ERROR,
     SECONDS,
     TRACE,
+    Comparison,
     compare,
     engine_studies,
     side_by_side,
@@ -52,7 +53,8 @@ def reproduce(
 ) -> list[Outcome]:
     """Every claim of the paper and of ours, in order. `trace` None: the built-in one; `seconds` cuts it once scaled.
 
-    Deterministic but for the decision times. Raises ValueError for a trace that cannot be read.
+    Deterministic but for the decision times. Raises ValueError for a trace that cannot be read or leaves an engine
+    without a completed request.
     """
     source = trace or TRACE
     sweep = clock_sweep(catalogue, source, seed=seed)
@@ -65,6 +67,7 @@ def reproduce(
     )
     cards = _prepare(oracle, catalogue, cache_dir, workers=workers, seed=seed, progress=progress)
     found = compare([*oracle, *noisy], catalogue, cache_dir, workers=workers, progress=progress)
+    check_completed(found)
     *engines, sizes = found[: len(oracle)]
     *engines_error, sizes_error = found[len(oracle) :]
     return judged(
@@ -110,6 +113,17 @@ def tally(outcomes: Sequence[Outcome]) -> dict[str, int]:
     """How many claims came out how, by verdict."""
     counts = Counter(outcome.standing for outcome in outcomes)
     return {standing.value: counts[standing] for standing in Standing}
+
+
+def check_completed(comparisons: Sequence[Comparison]) -> None:
+    """Raises ValueError for a run in which no request was completed: nothing can be said of it."""
+    for comparison in comparisons:
+        for run in comparison.runs.values():
+            if not run.completed:
+                raise ValueError(
+                    f"{label(comparison, run)}: none of {run.requests} requests was completed; give a longer trace, or "
+                    f"one whose requests fit ({comparison.command})"
+                )
 
 
 def _tally(outcomes: Sequence[Outcome]) -> str:

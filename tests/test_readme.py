@@ -1,0 +1,195 @@
+"""README and docs say what is so: links lead somewhere, commands are accepted, examples run, figures are computed."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from core.toy import row, spec
+
+from throttllem.cli import app
+from throttllem.core.projection import project
+from throttllem.core.scoreboard import Scoreboard
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+LIFE = ROOT / "docs/life-of-a-request.md"
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def bash_blocks(text):
+    return [body for language, body in _FENCE.findall(text) if language in {"bash", "sh", "console"}]
+
+
+def command_lines(block):
+    """The `throttllem ...` lines of a block as lists of words; a backslash at the end goes on in the next line."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("throttllem ")]
+
+
+def anchor(heading):
+    """As GitHub makes it: lower case, punctuation dropped, spaces to hyphens."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def link_faults(page):
+    faults = []
+    for target in _LINK.findall(_FENCE.sub("", page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, fragment = target.partition("#")
+        there = page.parent / name if name else page
+        if not there.exists():
+            faults.append(f"{page.name}: {target} is not there")
+        elif fragment and fragment not in map(anchor, re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)):
+            faults.append(f"{page.name}: {target} is no heading of {there.name}")
+    return faults
+
+
+def command_fault(words):
+    """What the real command line says against these words, parsed but not run; None if it takes them."""
+    command = typer.main.get_command(app).commands.get(words[0])
+    if command is None:
+        return f"there is no command {words[0]}"
+    try:
+        with command.make_context(words[0], words[1:]):
+            return None
+    except Exception as error:
+        return f"{shlex.join(words)}: {error}"
+
+
+def table_rows(text, first_cell):
+    """Cells of the table whose header begins with `first_cell`, header left out."""
+    lines = iter(text.splitlines())
+    next(line for line in lines if line.startswith(f"| {first_cell} |"))
+    next(lines)
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+# ---- the rules, over this repository --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    assert link_faults(page) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_accepted(page):
+    examples = [words for block in bash_blocks(page.read_text()) for words in command_lines(block)]
+    assert [fault for words in examples if (fault := command_fault(words))] == []
+
+
+def test_every_command_is_shown():
+    readme = (ROOT / "README.md").read_text()
+    shown = {words[0] for block in bash_blocks(readme) for words in command_lines(block)}
+    shown |= set(re.findall(r"`throttllem (\w+)", readme)) | set(re.findall(r"^make (\w+)", readme, re.MULTILINE))
+    assert set(typer.main.get_command(app).commands) - shown == set()
+
+
+def test_commands_named_in_passing_exist():
+    commands = typer.main.get_command(app).commands
+    named = {name for page in PAGES for name in re.findall(r"`throttllem ([a-z]+)[ `]", page.read_text())}
+    assert named - set(commands) == set()
+
+
+def test_options_named_in_passing_exist():
+    commands = typer.main.get_command(app).commands.values()
+    known = {name for command in commands for parameter in command.params for name in parameter.opts}
+    named = set(re.findall(r"`(--[a-z0-9-]+)", (ROOT / "README.md").read_text()))
+    assert named - known == set()
+
+
+def test_names_in_the_life_of_a_request_exist():
+    named = re.findall(r"`([\w/]+)\.py::([\w.]+)`", LIFE.read_text())
+    assert len(named) > 30
+    for file, name in named:
+        found = importlib.import_module(f"throttllem.{file.replace('/', '.')}")
+        for part in name.split("."):
+            assert hasattr(found, part), f"{file}.py has no {name}"
+            found = getattr(found, part)
+
+
+def test_projection_by_hand_is_what_the_code_projects():
+    text = LIFE.read_text()
+    requests = {name: (int(q), int(r), int(s)) for name, q, r, s in table_rows(text, "request")}
+    by_hand = [[int(cell) for cell in cells] for cells in table_rows(text, "k")]
+    first = by_hand[0][0]
+    engine = spec(block_tokens=4, chunked=False)
+    board, alone = Scoreboard(engine.block_tokens), []
+    for key, (prompt, answer, start) in enumerate(requests.values()):
+        mine = Scoreboard(engine.block_tokens)
+        for one in (board, mine):
+            one.dispatch(row(key, prompt, answer, earliest=start))
+            if start <= first:
+                one.begin(key, start, 0.0)
+        alone.append(project(mine, engine, first=first).kv_blocks.tolist())
+    ours = project(board, engine, first=first)
+    blocks = [[*own, *[0] * ours.horizon][: ours.horizon] for own in alone]
+    columns = [range(first, first + ours.horizon), *blocks, ours.batch, ours.kv_blocks, ours.prefill_tokens]
+    assert by_hand == [list(map(int, cells)) for cells in zip(*columns, strict=True)]
+
+
+def test_picture_is_small():
+    picture = (ROOT / "docs/report.png").read_bytes()
+    assert len(picture) < 300_000
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(picture[16:20], "big") == 1200
+
+
+@pytest.mark.slow
+def test_examples_run(tmp_path):
+    blocks = [block for page in PAGES for block in bash_blocks(page.read_text()) if any(command_lines(block))]
+    assert blocks
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "THROTTLLEM_CACHE_DIR": str(tmp_path / "cache")}
+    folder = tmp_path / "examples"
+    folder.mkdir()
+    for block in blocks:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            check=False,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+    assert (folder / "out/my/report.html").stat().st_size > 100_000
+
+
+# ---- the rules, over pages that break them --------------------------------------------------------------------
+
+
+def test_link_rule_sees(tmp_path):
+    page = tmp_path / "a.md"
+    page.write_text("# Where to go?\n[a](b.md) [c](#where-to-go) [d](#nowhere) [e](https://x.example) ![f](a.md)\n")
+    assert link_faults(page) == ["a.md: b.md is not there", "a.md: #nowhere is no heading of a.md"]
+
+
+@pytest.mark.parametrize(
+    ("line", "fine"),
+    [
+        ("throttllem simulate --trace my.csv \\\n    --slo-e2e 15  # seconds", True),
+        ("throttllem estimate --clock 1050 --batch 3 --context 9", True),
+        ("throttllem simulate --tracy my.csv", False),
+        ("throttllem simulate --slo-e2e soon", False),
+        ("throttllem estimate --clock 1050", False),
+        ("throttllem emulate", False),
+    ],
+)
+def test_command_rule_sees(line, fine):
+    (words,) = command_lines(line)
+    assert (command_fault(words) is None) is fine
