@@ -26,10 +26,13 @@ class AdmissionOptions:
     """What the paper leaves open about admission.
 
     `margin`: the fraction of every remaining time budget that is kept back for the model's error (0: the paper).
+    `patience`: the fraction of its E2E promise for which a request may be held back for the deadlines of others; then
+    it joins as soon as KV and TBT allow, or a queue once built up would never drain (infinite: the paper).
     `queue_limit`: requests that may wait before more are rejected.
     """
 
     margin: float = 0.05
+    patience: float = 0.1
     queue_limit: int = 10_000
 
 
@@ -53,11 +56,13 @@ def admit(
     base_s: float,
     delay_s: float,
     margin: float,
+    patient: bool = True,
 ) -> Verdict:
     """Check one request against an engine's coming iterations.
 
     `first` and `base_s`: the iteration in progress or next to begin, and when it began. `delay_s`: what reaching the
-    top clock costs before it is in force. An empty engine admits whatever `never_fits` let through, if only as lost.
+    top clock costs before it is in force. A request that is no longer `patient` does not wait for the deadlines of
+    others. An empty engine admits whatever `never_fits` let through, if only as lost.
     """
     alone = len(board) == 0
     if not alone and (why := _no_room(board, spec, newcomer)):
@@ -68,7 +73,7 @@ def admit(
         return Verdict(kind=VerdictKind.WAIT, why=Reason.KV)
     if not ahead.inside_hull:
         return _ADMIT  # nothing is known of the speed out here: the controller runs at the top clock
-    return _check_times(ahead, board, table, newcomer, delay_s, margin, alone)
+    return _check_times(ahead, board, table, newcomer, delay_s, margin, alone=alone, patient=patient)
 
 
 def _no_room(board: Scoreboard, spec: EngineSpec, newcomer: Row) -> Reason | None:
@@ -86,7 +91,9 @@ def _check_times(
     newcomer: Row,
     delay_s: float,
     margin: float,
+    *,
     alone: bool,
+    patient: bool,
 ) -> Verdict:
     tbt_s = min(board.tightest_tbt_s(), newcomer.tbt_s)
     step_s = table.seconds[ahead.cells, -1]
@@ -96,7 +103,7 @@ def _check_times(
     own_due_s, own_first_due_s = ahead.due_s[-1] - ahead.base_s, ahead.first_due_s[-1] - ahead.base_s
     ahead.due_s[-1] = ahead.first_due_s[-1] = np.inf
     late = np.flatnonzero(spent > ahead.slack_s() * (1.0 - margin))
-    if late.size:
+    if late.size and patient:
         row = ahead.binding_row(board, int(late[0]))
         return Verdict(kind=VerdictKind.WAIT, why=Reason.E2E, binding=row.request.id if row else None)
     in_time = spent[ahead.finish_run[-1]] <= own_due_s and spent[ahead.first_run[-1]] <= own_first_due_s

@@ -235,6 +235,8 @@ class Controller:
             base_s=engine.base_s(now_s),
             delay_s=self._governor.top_delay_s(engine, now_s),
             margin=self.options.admission.margin,
+            patient=now_s - row.request.arrival_s
+            < self.options.admission.patience * (row.request.slo.e2e_s or math.inf),
         )
 
     def _settle(self, engine: EngineState, now_s: float, commands: list[Command]) -> None:

@@ -24,8 +24,9 @@ Floats = npt.NDArray[np.float64]
 class Row:
     """One request on its way through an engine.
 
-    `predicted_tokens` is the first prediction, `answer_tokens` the one in force; `earliest` the first iteration that can
-    hold the row. `done_tokens` were generated before the last (re)start and are part of the prompt now; `start` is the
+    `predicted_tokens` is the first prediction, `answer_tokens` the one in force; `earliest` is the first iteration that
+    can hold the row.
+    `done_tokens` were generated before the last (re)start and are part of the prompt now; `start` is the
     iteration of the first token since then, None while it waits inside the engine.
     """
 
