@@ -1,6 +1,8 @@
 """README and docs say what is so: links lead somewhere, commands are accepted, examples run, figures are computed."""
 
 import importlib
+import itertools
+import json
 import os
 import re
 import shlex
@@ -64,17 +66,21 @@ def command_fault(words):
         return f"{shlex.join(words)}: {error}"
 
 
-def table_rows(text, first_cell):
-    """Cells of the table whose header begins with `first_cell`, header left out."""
-    lines = iter(text.splitlines())
-    next(line for line in lines if line.startswith(f"| {first_cell} |"))
-    next(lines)
-    rows = []
-    for line in lines:
-        if not line.startswith("|"):
-            return rows
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows
+def table_rows(text, header, nth=0):
+    """Cells of the nth table whose header begins so, header left out."""
+    lines = text.splitlines()
+    begin = [number for number, line in enumerate(lines) if line.startswith(f"| {header} |")][nth]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[begin + 2 :])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def run_in(folder, block, cache):
+    """Run a block as a shell whose throttllem is ours."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "THROTTLLEM_CACHE_DIR": str(cache)}
+    bash = ["bash", "-euo", "pipefail", "-c", block]
+    done = subprocess.run(bash, cwd=folder, env=environment, capture_output=True, check=False, text=True, timeout=900)
+    assert done.returncode == 0, f"{block}\n{done.stderr}"
 
 
 # ---- the rules, over this repository --------------------------------------------------------------------------
@@ -150,24 +156,30 @@ def test_picture_is_small():
 
 @pytest.mark.slow
 def test_examples_run(tmp_path):
-    blocks = [block for page in PAGES for block in bash_blocks(page.read_text()) if any(command_lines(block))]
+    blocks = [block for page in PAGES for block in bash_blocks(page.read_text()) if command_lines(block)]
     assert blocks
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "THROTTLLEM_CACHE_DIR": str(tmp_path / "cache")}
     folder = tmp_path / "examples"
     folder.mkdir()
     for block in blocks:
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            check=False,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, f"{block}\n{done.stderr}"
+        run_in(folder, block, tmp_path / "cache")
     assert (folder / "out/my/report.html").stat().st_size > 100_000
+
+
+@pytest.mark.slow
+def test_published_figures_are_what_comes_out(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    (sized,) = (block for block in bash_blocks(readme) if "--sizes" in block)
+    demo = "throttllem simulate --trace azure-conv-like:seconds=1800 --peak-rps max"  # what `throttllem demo` runs
+    for nth, command in enumerate((demo, sized.strip())):
+        run_in(tmp_path, f"{command} --json {nth}.json", tmp_path / "cache")
+        runs = json.loads((tmp_path / f"{nth}.json").read_text())["runs"]
+        rows = table_rows(readme, "policy | energy kJ", nth)
+        assert len(rows) == len(runs)
+        for run, (policy, *cells) in zip(runs, rows, strict=True):
+            shown = [float(cell.replace(",", "").split()[0]) for cell in cells]
+            ours = [run["energy_j"] / 1e3, run["tokens_per_joule"], 100 * run["slo"]["attainment"], run["e2e_s"]["p99"]]
+            assert policy.startswith(f"`{run['policy']}`")
+            assert shown == pytest.approx(ours, rel=0.02), policy
 
 
 # ---- the rules, over pages that break them --------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from throttllem.config import Environment
+from throttllem.files import ensure_writable_dir, write_aside
 from throttllem.sim.study import MAXIMUM
 
 Gpu = Annotated[str, typer.Option("--gpu", help="GPU of the catalogue.")]
@@ -63,3 +66,21 @@ def progress_bar() -> Iterator[Progress]:
     columns = (TextColumn("{task.description:>24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         yield bar
+
+
+def check_target(json_file: Path) -> None:
+    """Better now than after a long run."""
+    ensure_writable_dir(json_file.absolute().parent)
+    if json_file.is_dir():
+        raise ValueError(f"--json {json_file}: is a folder; name a file")
+
+
+def cache_dir() -> Path:
+    """Where tables and characterisations are kept."""
+    return Environment().cache_dir.expanduser()
+
+
+def write_json(file: Path, content: dict[str, object]) -> None:
+    """Whole or not at all."""
+    with write_aside(file) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

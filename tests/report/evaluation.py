@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from throttllem.learn.score import QUICK, Score, ScoreCard
 from throttllem.report.evidence import HELD_OUT, Evidence
-from throttllem.report.experiments import Comparison, engine_studies, size_study
+from throttllem.report.experiments import Comparison, engine_studies, half_load_study, size_study
 from throttllem.report.probes import PROFILED, ClockSweep, KvCorrelation
 from throttllem.sim.characterize import Capacity
 from throttllem.sim.result import RunResult
@@ -65,6 +65,7 @@ def evidence(*, attainment: float = 0.999, mae: float = 0.5) -> Evidence:
         engines_error=tuple(noisy[:-1]),
         sizes=oracle[-1],
         sizes_error=noisy[-1],
+        sizes_half=comparison(half_load_study("poisson", seconds=60.0, seed=3), attainment),
         cards=tuple(card(model, sizes, mae) for model, sizes in PROFILED),
         correlation=KvCorrelation(batches=(8, 16), tbt=(0.9, 0.98), throughput=(-0.9, -0.8), iterations=10),
         sweep=ClockSweep(

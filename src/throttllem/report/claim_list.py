@@ -114,6 +114,15 @@ OURS = (
         figures=(_shown(Form.LESS), _shown(Form.FACTOR, "tokens/J")),
     ),
     Claim(
+        id="ours-half-load",
+        text="sizes 1, 2, 4 at half the load: energy against fixed TP 4",
+        figures=(
+            _shown(Form.LESS, "scaling"),
+            _shown(Form.LESS, "throttllem too"),
+            _shown(Form.LESS, "least-energy too"),
+        ),
+    ),
+    Claim(
         id="ours-decision-time",
         text="one decision: mean, worst p99 of a run",
         figures=(_shown(Form.MILLISECONDS, "mean", "35 ms, model and scheduler"), _shown(Form.MILLISECONDS, "p99")),

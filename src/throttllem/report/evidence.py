@@ -19,19 +19,22 @@ HELD_OUT = "random 90/10"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What the outcomes are made of: runs by engine and over sizes, each with oracle lengths and with 30 % error."""
+    """What the outcomes are made of: runs by engine and over sizes, each with oracle lengths and with 30 % error, and
+    over sizes at about half the load.
+    """
 
     engines: tuple[Comparison, ...]
     engines_error: tuple[Comparison, ...]
     sizes: Comparison
     sizes_error: Comparison
+    sizes_half: Comparison
     cards: tuple[ScoreCard, ...]
     correlation: KvCorrelation
     sweep: ClockSweep
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
-        """All of them."""
+        """Those of the paper's evaluation."""
         return (*self.engines, *self.engines_error, self.sizes, self.sizes_error)
 
     def engine(self, tp: int) -> Comparison:

@@ -9,7 +9,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +35,8 @@ TRACE = "azure-conv-like:seconds=3600"
 """Stands for the paper's Azure trace where no file is given."""
 SECONDS = 1800.0
 """A small engine would otherwise take half a day for the trace, scaled to its own maximum load."""
+HALF_RPS = 4.0
+"""Busiest minute of a lighter load, about half of what TP 4 bears: there an autoscaler has something to choose."""
 BASELINE = "triton"
 
 T = TypeVar("T")
@@ -100,6 +102,12 @@ def size_study(trace: str, *, length_error: float, seconds: float, seed: int) ->
     both = ("throttllem+autoscale", "least-energy+autoscale")
     policies = (BASELINE, *both) if length_error else (BASELINE, "triton+autoscale", "throttllem", *both)
     return _study(MAIN_MODEL, SIZES, policies, trace, length_error, seconds, seed)
+
+
+def half_load_study(trace: str, *, seconds: float, seed: int) -> Study:
+    """The autoscaling test again at a load that TP 4 is too large for, oracle lengths."""
+    full = size_study(trace, length_error=0.0, seconds=seconds, seed=seed)
+    return replace(full, peak_rps=HALF_RPS)
 
 
 def _study(

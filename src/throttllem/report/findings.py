@@ -262,6 +262,12 @@ def _ours(evidence: Evidence) -> list[Outcome]:
             f"{promises_broken((sizes, evidence.sizes_error), both)}".strip(),
         ),
         _outcome(
+            "ours-half-load",
+            tuple(evidence.sizes_half.saved(policy) for policy in ("triton+autoscale", "throttllem+autoscale", both)),
+            (evidence.sizes_half.basis,),
+            detail=f"{time_by_size(evidence.sizes_half, both)} {promises_broken((evidence.sizes_half,), both)}".strip(),
+        ),
+        _outcome(
             "ours-decision-time",
             (mean_s, worst_s),
             tuple(each.basis for each in evidence.comparisons),

@@ -23,6 +23,7 @@ from throttllem.report.experiments import (
     Comparison,
     compare,
     engine_studies,
+    half_load_study,
     side_by_side,
     size_study,
 )
@@ -66,16 +67,18 @@ def reproduce(
         for error in (0.0, LENGTH_ERROR)
     )
     cards = _prepare(oracle, catalogue, cache_dir, workers=workers, seed=seed, progress=progress)
-    found = compare([*oracle, *noisy], catalogue, cache_dir, workers=workers, progress=progress)
+    half = half_load_study(source, seconds=seconds, seed=seed)
+    found = compare([*oracle, *noisy, half], catalogue, cache_dir, workers=workers, progress=progress)
     check_completed(found)
     *engines, sizes = found[: len(oracle)]
-    *engines_error, sizes_error = found[len(oracle) :]
+    *engines_error, sizes_error, sizes_half = found[len(oracle) :]
     return judged(
         Evidence(
             engines=tuple(engines),
             engines_error=tuple(engines_error),
             sizes=sizes,
             sizes_error=sizes_error,
+            sizes_half=sizes_half,
             cards=cards,
             correlation=kv_correlation(catalogue, seed=seed),
             sweep=sweep,
