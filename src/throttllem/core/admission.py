@@ -32,7 +32,7 @@ class AdmissionOptions:
     """
 
     margin: float = 0.05
-    patience: float = 0.1
+    patience: float = 0.2
     queue_limit: int = 10_000
 
 
