@@ -102,15 +102,21 @@ class Governor:
         """
         least = self.options.policy is ClockPolicy.LEAST_ENERGY
         steady = self._steady(engine, spec, table, now_s) if least else None
-        holds, run = feasible(
-            ahead,
-            engine.board,
-            table,
-            delay_s=self._delays(engine, spec, now_s),
-            margin=self.options.margin,
-            reserve=self.options.reserve,
-            stretch=1.0 if steady is None else steady.stretch,
-        )
+        delay_s = self._delays(engine, spec, now_s)
+        # What is kept back for requests yet to come may be used when nothing else will do.
+        tries = [(self.options.reserve, 1.0 if steady is None else steady.stretch), *([(0.0, 1.0)] if least else [])]
+        for reserve, stretch in tries:
+            holds, run = feasible(
+                ahead,
+                engine.board,
+                table,
+                delay_s=delay_s,
+                margin=self.options.margin,
+                reserve=reserve,
+                stretch=stretch,
+            )
+            if holds.any():
+                break
         binding = None if run is None else ahead.binding_row(engine.board, run)
         if not least:
             return self._down_later(engine, lowest_feasible(holds, spec, binding), now_s)
