@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
 from throttllem.arguments import (
@@ -146,7 +147,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        if Environment().debug:
+        if not isinstance(error, ValidationError) and Environment().debug:
             raise
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
         sys.exit(2)

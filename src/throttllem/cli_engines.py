@@ -23,6 +23,7 @@ from throttllem.arguments import (
     Tp,
     TraceName,
     cache_dir,
+    check_target,
     parsed_sizes,
     progress_bar,
     write_json,
@@ -59,6 +60,8 @@ def characterize(
 ) -> None:
     """What can each engine bear at the top clock, and how slow is it then? (maximum load, E2E SLO)"""
     options = changed(Options(), setting or [])
+    if json_file:
+        check_target(json_file)
     fleet = build_fleet(Catalogue.load(catalogue), gpu, model, parsed_sizes(tp, sizes), options.engine)
     lengths = load_trace(trace, seed=seed)
     with progress_bar() as bar:

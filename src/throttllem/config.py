@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -18,6 +18,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from throttllem.core.admission import AdmissionOptions
 from throttllem.core.autoscale import AutoscaleOptions
 from throttllem.core.throttle import ThrottleOptions
+from throttllem.core.types import check
+
+_RESOLVED = ("policy", "fixed_mhz", "capacity_rps")
+"""What a run's --policy and the characterisation say."""
 
 
 class OptionError(ValueError):
@@ -41,12 +45,16 @@ class Environment(BaseSettings):
 class LengthOptions:
     """How answers' lengths are predicted in simulation.
 
-    `p95_error` 0 is the oracle; `inflation` None stands for 1 + p95_error (the paper inflates, but not by how much is
-    left open).
+    `predictor` is "oracle" or "max-tokens" (knows nothing). `p95_error` is the oracle's relative error at p95;
+    `inflation` None stands for 1 + p95_error (the paper inflates and leaves open by how much).
     """
 
+    predictor: Literal["oracle", "max-tokens"] = "oracle"
     p95_error: float = 0.0
     inflation: float | None = None
+
+    def __post_init__(self) -> None:
+        check("length", p95_error=(self.p95_error, 0, 0.99), inflation=(self.factor, 0.1, 100))
 
     @property
     def factor(self) -> float:
@@ -70,6 +78,11 @@ class EngineOptions:
     no_evict: bool = False
     max_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        check("engine", block_tokens=(self.block_tokens, 1, 1024), max_batch=(self.max_batch, 1, 4096))
+        check("engine", prefill_budget_tokens=(self.prefill_budget_tokens, 16, 1 << 20))
+        check("engine", max_tokens=(1 if self.max_tokens is None else self.max_tokens, 1, 1 << 20))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noise:
@@ -82,25 +95,8 @@ class Noise:
     time: float = 0.02
     power: float = 0.03
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScalingOptions:
-    """The autoscaler's options; see `core.autoscale.AutoscaleOptions`."""
-
-    interval_s: float = 10.0
-    window_s: float = 30.0
-    grace_s: float = 300.0
-    headroom: float = 0.9
-
-    def with_capacity(self, capacity_rps: dict[int, float]) -> AutoscaleOptions:
-        """The core's options for engines of these characterised loads."""
-        return AutoscaleOptions(
-            capacity_rps=capacity_rps,
-            interval_s=self.interval_s,
-            window_s=self.window_s,
-            grace_s=self.grace_s,
-            headroom=self.headroom,
-        )
+    def __post_init__(self) -> None:
+        check("noise", time=(self.time, 0, 1), power=(self.power, 0, 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +105,7 @@ class Options:
 
     throttle: ThrottleOptions = field(default_factory=ThrottleOptions)
     admission: AdmissionOptions = field(default_factory=AdmissionOptions)
-    autoscale: ScalingOptions = field(default_factory=ScalingOptions)
+    autoscale: AutoscaleOptions = field(default_factory=AutoscaleOptions)
     length: LengthOptions = field(default_factory=LengthOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     noise: Noise = field(default_factory=Noise)
@@ -124,7 +120,7 @@ def changed(options: Options, settings: Iterable[str]) -> Options:
             f"{part.name}.{leaf.name}"
             for part in fields(options)
             for leaf in fields(getattr(options, part.name))
-            if leaf.name not in ("policy", "fixed_mhz")  # a run's --policy says both
+            if leaf.name not in _RESOLVED
         ]
         if not equals or path.strip() not in known:
             near = difflib.get_close_matches(path.strip(), known, n=3, cutoff=0.4) or known

@@ -6,8 +6,8 @@ about 16 ms, with the newcomer about 19.
 
 import pytest
 
-from core.toy import row, spec, table
-from throttllem.core.admission import admit, never_fits
+from core.toy import request, row, spec, table
+from throttllem.core.admission import AdmissionOptions, admit, never_fits
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import Reason, Slo, Verdict, VerdictKind
 
@@ -22,10 +22,11 @@ def board_with(slo=None, spec=WIDE, **changes):
     return board
 
 
-def check(board, newcomer=None, spec=WIDE, *, delay_s=0.0, margin=0.0, base_s=0.0, **hull):
+def check(board, newcomer=None, spec=WIDE, *, delay_s=0.0, margin=0.0, base_s=0.0, patient=True, **hull):
     newcomer = newcomer or row(2, 100, 80)
     before = (len(board), board.reserved_blocks)
-    verdict = admit(board, spec, table(WIDE, **hull), newcomer, first=0, base_s=base_s, delay_s=delay_s, margin=margin)
+    times = {"first": 0, "base_s": base_s, "delay_s": delay_s, "margin": margin}
+    verdict = admit(board, spec, table(WIDE, **hull), newcomer, **times, patient=patient)
     assert (len(board), board.reserved_blocks) == before, "the request joins virtually only"
     return verdict
 
@@ -85,7 +86,7 @@ def test_the_first_token_of_another_is_kept():
     board.dispatch(row(3, 32, 20, slo=Slo(ttft_s=0.11)))
     # Both prompts go before the newcomer's; its own 100 tokens come after their first tokens.
     assert check(board) == ADMIT
-    assert check(board, delay_s=0.05) == wait(Reason.E2E, 1)
+    assert check(board, delay_s=0.05) == wait(Reason.TTFT, 1)
 
 
 @pytest.mark.parametrize("why", ["delay", "margin", "base"])
@@ -98,7 +99,7 @@ def test_what_eats_into_a_deadline(why):
 
 
 def test_a_lost_row_binds_nobody():
-    board = board_with(Slo(e2e_s=0.1, tbt_s=0.001))
+    board = board_with(Slo(e2e_s=0.1, tbt_s=0.017))
     assert check(board) == wait(Reason.TBT)
     board.mark_lost(board.running[1])
     assert check(board) == ADMIT
@@ -119,10 +120,31 @@ def test_the_empty_engine_takes_whatever_could_ever_fit():
 
 
 def test_outside_the_hull_only_room_is_checked():
-    tight = board_with(Slo(e2e_s=0.1, tbt_s=0.001))
+    tight = board_with(Slo(e2e_s=0.1, tbt_s=0.017))
     assert check(tight, max_batch=1) == ADMIT
     assert check(tight, max_batch=2) == wait(Reason.TBT)
     assert check(tight, spec=spec(kv_blocks=64, no_evict=False), max_batch=1) == wait(Reason.KV)
+
+
+def test_who_has_waited_long_enough_joins_over_the_promises_of_others_but_not_over_kv():
+    for promise in (Slo(e2e_s=1.05), Slo(tbt_s=0.017)):
+        assert check(board_with(promise)).kind is VerdictKind.WAIT
+        assert check(board_with(promise), patient=False) == ADMIT
+    assert check(board_with(), row(2, 100, 80, slo=Slo(e2e_s=0.5)), patient=False) == LOST
+    assert check(board_with(), spec=spec(kv_blocks=64, no_evict=False), patient=False) == wait(Reason.KV)
+
+
+def test_patience_is_a_share_of_the_shortest_promise():
+    options = AdmissionOptions(patience=0.2)
+    hurried, relaxed = (request(1, 8, 8, slo=slo, arrival_s=5.0) for slo in (Slo(e2e_s=10, ttft_s=1), Slo(e2e_s=10)))
+    assert [options.is_patient(hurried, 5.0 + waited) for waited in (0.19, 0.21)] == [True, False]
+    assert [options.is_patient(relaxed, 5.0 + waited) for waited in (1.99, 2.01)] == [True, False]
+    assert options.is_patient(request(1, 8, 8, slo=Slo(tbt_s=0.1)), 1e9)
+
+
+def test_nobody_waits_for_a_time_between_tokens_that_no_row_alone_could_keep():
+    assert check(board_with(Slo(tbt_s=0.0145)), row(2, 1, 80, slo=Slo())) == wait(Reason.TBT)
+    assert check(board_with(), row(2, 1, 80, slo=Slo(tbt_s=0.0130))) == LOST
 
 
 def test_what_never_fits():

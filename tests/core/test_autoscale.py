@@ -42,7 +42,7 @@ def test_the_rate_of_the_first_seconds_is_over_one_interval_at_least():
     for _ in range(10):
         found.arrived(1.0)
     assert found.rate_rps(1.0) == pytest.approx(1.0)
-    assert found.rate_rps(15.0) == pytest.approx(10 / 15)
+    assert found.rate_rps(15.0) == pytest.approx(10 / 14)
 
 
 def test_grace_forbids_smaller_and_allows_larger():

@@ -201,7 +201,7 @@ def test_least_energy_switches_down_only_for_a_saving_worth_having():
 def test_a_known_load_prices_the_clocks_by_steady_power():
     load = LoadEstimator(10.0)
     for n in range(200):
-        load.arrived(n / 4, 16, 16, None)
+        load.arrived(n / 4, 16, 16, Slo())
     asks = Governor(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY), load)
     busy = engine(row(1, 4, 32), table=table(SPEC))
     settle(asks, busy, 50.0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from core.toy import SPEC, spec, table
 from throttllem.core.load import Load, LoadEstimator, steady
+from throttllem.core.types import Slo
 
 TABLE = table(SPEC)
 
@@ -20,7 +21,7 @@ def test_equals_the_direct_sum(gaps, later_s, window_s):
     estimator, now_s, seen = LoadEstimator(window_s), 100.0, []
     for gap_s, prompt, answer in gaps:
         now_s += gap_s
-        estimator.arrived(now_s, prompt, answer, None)
+        estimator.arrived(now_s, prompt, answer, Slo())
         seen.append((now_s, prompt, answer))
     now_s += later_s
     load = estimator.load(now_s)
@@ -40,7 +41,7 @@ def test_equals_the_direct_sum(gaps, later_s, window_s):
 def test_nothing_is_said_before_half_a_window():
     estimator = LoadEstimator(60.0)
     assert estimator.load(1000.0) is None
-    estimator.arrived(1000.0, 10, 10, None)
+    estimator.arrived(1000.0, 10, 10, Slo())
     assert estimator.load(1029.9) is None
     assert estimator.load(1030.0) is not None
 
@@ -48,7 +49,7 @@ def test_nothing_is_said_before_half_a_window():
 def test_a_steady_rate_is_found_and_forgotten():
     estimator = LoadEstimator(10.0)
     for n in range(400):
-        estimator.arrived(n / 4, 30, 7, None)
+        estimator.arrived(n / 4, 30, 7, Slo())
     found = estimator.load(100.0)
     assert (found.requests_per_s, found.prompt_tokens, found.answer_tokens) == (
         pytest.approx(4.0, rel=0.02),
@@ -61,7 +62,7 @@ def test_a_steady_rate_is_found_and_forgotten():
 def test_long_answers_tight_promises_and_bursts():
     estimator = LoadEstimator(10.0)
     for n in range(400):
-        estimator.arrived(n / 4, 30, 100 if n % 40 == 0 else 10, [None, 9.0, 4.0][n % 3])
+        estimator.arrived(n / 4, 30, 100 if n % 40 == 0 else 10, Slo(e2e_s=[None, 9.0, 4.0][n % 3]))
     found = estimator.load(100.0)
     # One answer in forty is long: below the longest hundredth.
     assert (found.long_answer_tokens, found.e2e_s) == (100.0, 4.0)
@@ -152,7 +153,7 @@ def test_a_long_answer_must_come_in_time():
 def test_inflated_predictions_are_corrected_by_what_finished_requests_say():
     estimator = LoadEstimator(60.0)
     for n in range(400):
-        estimator.arrived(n / 4, 30, 130, 20.0)
+        estimator.arrived(n / 4, 30, 130, Slo(e2e_s=20.0))
     before = estimator.load(100.0)
     for _ in range(31):
         estimator.finished(130, 100)

@@ -69,13 +69,13 @@ def walk(board, table, projection, column, delay_s, stretch=1.0):
         step_s = table.at(SPEC.clocks_mhz[column], *cell)[0] * stretch
         now_s += step_s
         due = [
-            (r, r.deadline_s() - BASE_S, r.request.slo.e2e_s)
+            (r, r.deadline_s() - BASE_S, r.request.slo.e2e_s, 0.1 * r.tbt_s * max(1, r.answer_tokens - 1))
             for r, end in zip(order, projection.ends, strict=True)
             if end == k + 1
         ]
         for r, start in zip(board.pending.values(), projection.starts, strict=True):
             if start == k and r.request.slo.ttft_s and not r.lost:
-                due.append((r, r.request.arrival_s + r.request.slo.ttft_s - BASE_S, None))
+                due.append((r, r.request.arrival_s + r.request.slo.ttft_s - BASE_S, None, math.inf))
         yield k, step_s, now_s, due
 
 
@@ -85,8 +85,8 @@ def naive_holds(board, table, projection, column, delay_s, stretch, margin, rese
     for k, step_s, now_s, due in walk(board, table, projection, column, delay_s, stretch):
         if projection.prefill_tokens[k] == 0 and step_s > tbt_s * keep:
             return False
-        for _, due_s, e2e_s in due:
-            if now_s > (due_s - reserve * (e2e_s or 0.0)) * keep:
+        for _, due_s, e2e_s, most_s in due:
+            if now_s > (due_s - min(reserve * (e2e_s or 0.0), most_s)) * keep:
                 return False
     return True
 
@@ -128,7 +128,7 @@ def test_doomed_equals_the_naive_loop(board, table, delay_s):
     projection = project(board, SPEC, first=FIRST)
     ahead = look_ahead(board, SPEC, table, projection, base_s=BASE_S)
     walked = walk(board, table, projection, CLOCKS - 1, delay_s)
-    late = {r.request.id for _, _, now_s, due in walked for r, due_s, _ in due if now_s > due_s}
+    late = {r.request.id for _, _, now_s, due in walked for r, due_s, *_ in due if now_s > due_s}
     assert {r.request.id for r in doomed(ahead, board, table, delay_s)} == late
 
 

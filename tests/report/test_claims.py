@@ -44,6 +44,9 @@ def test_every_claim_of_the_paper_is_there_once_and_ours_are_marked() -> None:
         (Rule.ERROR, 0.0019, 0.0018, Standing.BETTER),
         (Rule.ERROR, 0.0019, 0.0019, Standing.REPRODUCED),
         (Rule.ERROR, 0.0019, 0.002, Standing.NOT_REPRODUCED),
+        (Rule.AT_MOST, 0.5, 0.4, Standing.REPRODUCED),
+        (Rule.AT_MOST, 0.5, 0.5, Standing.REPRODUCED),
+        (Rule.AT_MOST, 0.5, 0.51, Standing.NOT_REPRODUCED),
         (Rule.STRENGTH, -0.92, -0.99, Standing.REPRODUCED),
         (Rule.STRENGTH, -0.92, 0.99, Standing.NOT_REPRODUCED),
         (Rule.STRENGTH, 0.92, 0.7, Standing.NOT_REPRODUCED),
@@ -83,6 +86,12 @@ def test_what_was_calibrated_is_never_counted(ours: float) -> None:
     found = outcome((ours,), of=claim(calibrated=True), broken="promises")
     assert found.standing is Standing.CALIBRATED
     assert "not counted" in found.why
+
+
+def test_a_calibration_point_that_is_missed_says_so_instead() -> None:
+    found = outcome((0.9,), of=claim(calibrated=True), reason="Missed by far.", detail="More.")
+    assert found.standing is Standing.CALIBRATED
+    assert found.why == "Missed by far. More."
 
 
 def test_broken_promises_undo_a_saving() -> None:

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 
 from throttllem.report import experiments
-from throttllem.report.experiments import ENGINES, compare, engine_studies, side_by_side, size_study
+from throttllem.report.experiments import ENGINES, compare, engine_studies, size_study, summed
 
 from .evaluation import comparison
 
@@ -40,24 +38,12 @@ def test_saved_and_gained_are_against_triton() -> None:
     assert each.saved("triton") == each.gained("triton") == 0
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_tasks_come_back_in_their_order(workers: int) -> None:
-    shares: list[float] = []
-    results = side_by_side(
-        [partial(divmod, number, 2) for number in range(5)],
-        workers=workers,
-        what="dividing",
-        progress=lambda what, share: shares.append(share),
-    )
-    assert results == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
-    assert shares == sorted(shares) and shares[-1] == 1.0
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_task_that_fails_is_heard_of(workers: int) -> None:
-    tasks = [partial(divmod, 1, number) for number in (1, 0)]
-    with pytest.raises(ZeroDivisionError):
-        side_by_side(tasks, workers=workers, what="dividing", progress=lambda *_: None)
+def test_the_progress_of_many_is_that_of_one_thing() -> None:
+    heard: list[tuple[str, float]] = []
+    report = summed("dividing", 2, lambda what, share: heard.append((what, share)))
+    for index, share in ((1, 0.5), (0, 1.0), (1, 1.0)):
+        report(index, share)
+    assert heard == [("dividing", share) for share in (0.0, 0.25, 0.75, 1.0)]
 
 
 def test_results_go_to_the_study_that_asked(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

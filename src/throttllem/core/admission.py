@@ -6,6 +6,7 @@ time between tokens, every row's deadline and not only the newcomer's. Knows not
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from throttllem.core.horizon import Horizon, look_ahead
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.projection import project
 from throttllem.core.scoreboard import Row, Scoreboard
-from throttllem.core.types import EngineSpec, Reason, Request, Verdict, VerdictKind
+from throttllem.core.types import EngineSpec, Reason, Request, Verdict, VerdictKind, check
 
 _ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
 _LOST = Verdict(kind=VerdictKind.LOST, why=Reason.OWN_DEADLINE)
@@ -26,14 +27,25 @@ class AdmissionOptions:
     """What the paper leaves open about admission.
 
     `margin`: the fraction of every remaining time budget that is kept back for the model's error (0: the paper).
-    `patience`: the fraction of its E2E promise for which a request may be held back for the deadlines of others; then
-    it joins as soon as KV and TBT allow, or a queue once built up would never drain (infinite: the paper).
+    `patience`: the fraction of its E2E promise (of its TTFT promise, if that is shorter) for which a request may be
+    held back for the promises of others; then it joins as soon as KV and batch allow, or a queue once built up would
+    never drain (infinite: the paper).
     `queue_limit`: requests that may wait before more are rejected.
     """
 
     margin: float = 0.05
     patience: float = 0.2
     queue_limit: int = 10_000
+
+    def __post_init__(self) -> None:
+        check("admission", margin=(self.margin, 0, 0.9), patience=(self.patience, 0, math.inf))
+        check("admission", queue_limit=(self.queue_limit, 1, math.inf))
+
+    def is_patient(self, request: Request, now_s: float) -> bool:
+        """May this request still be held back for others?"""
+        slo = request.slo
+        shortest_s = min(slo.e2e_s or math.inf, slo.ttft_s or math.inf)
+        return now_s - request.arrival_s < self.patience * shortest_s
 
 
 def never_fits(request: Request, spec: EngineSpec) -> Reason | None:
@@ -97,14 +109,22 @@ def _check_times(
 ) -> Verdict:
     tbt_s = min(board.tightest_tbt_s(), newcomer.tbt_s)
     step_s = table.seconds[ahead.cells, -1]
-    if bool(np.any(step_s[~ahead.prefills] > tbt_s * (1.0 - margin))):
+    slow = step_s[~ahead.prefills] > tbt_s * (1.0 - margin)
+    lightest_s, _ = table.at(table.clocks_mhz[-1], 1, 1, 0)
+    hopeless = lightest_s > tbt_s  # not even a row alone keeps it: nobody need wait for it
+    if bool(slow.any()) and (alone or (patient and not hopeless)):
         return _LOST if alone else Verdict(kind=VerdictKind.WAIT, why=Reason.TBT)
     spent = ahead.seconds(table, _TOP)[:, 0] + delay_s
     own_due_s, own_first_due_s = ahead.due_s[-1] - ahead.base_s, ahead.first_due_s[-1] - ahead.base_s
     ahead.due_s[-1] = ahead.first_due_s[-1] = np.inf
     late = np.flatnonzero(spent > ahead.slack_s() * (1.0 - margin))
+    first_late = spent[ahead.first_run] > (ahead.first_due_s - ahead.base_s) * (1.0 - margin)
+    if bool(first_late.any()) and patient:
+        return Verdict(
+            kind=VerdictKind.WAIT, why=Reason.TTFT, binding=ahead.pending[int(first_late.argmax())].request.id
+        )
     if late.size and patient:
         row = ahead.binding_row(board, int(late[0]))
         return Verdict(kind=VerdictKind.WAIT, why=Reason.E2E, binding=row.request.id if row else None)
     in_time = spent[ahead.finish_run[-1]] <= own_due_s and spent[ahead.first_run[-1]] <= own_first_due_s
-    return _ADMIT if in_time and not newcomer.lost else _LOST
+    return _ADMIT if in_time and not newcomer.lost and lightest_s <= newcomer.tbt_s else _LOST

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from throttllem.core.types import check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,11 +23,15 @@ class AutoscaleOptions:
     before a smaller size is taken, and that size must cover every rate measured in it.
     """
 
-    capacity_rps: Mapping[int, float]
+    capacity_rps: Mapping[int, float] = field(default_factory=dict)
     interval_s: float = 10.0
     window_s: float = 30.0
     grace_s: float = 300.0
     headroom: float = 0.9
+
+    def __post_init__(self) -> None:
+        check("autoscale", interval_s=(self.interval_s, 0.01, 3600), window_s=(self.window_s, 0.01, 86400))
+        check("autoscale", grace_s=(self.grace_s, 0, 86400), headroom=(self.headroom, 0.01, 10))
 
 
 class Autoscaler:
@@ -35,19 +41,21 @@ class Autoscaler:
         self.options = options
         self._arrivals: deque[float] = deque()
         self._rates: deque[tuple[float, float]] = deque()
+        self._first_s: float | None = None
         self._changed_s: float | None = None
 
     def arrived(self, now_s: float) -> None:
         """Count one request, rejected or not. O(1) amortised."""
-        if self._changed_s is None:
-            self._changed_s = now_s
+        if self._first_s is None:
+            self._first_s = self._changed_s = now_s
         self._arrivals.append(now_s)
         self._forget(now_s)
 
     def rate_rps(self, now_s: float) -> float:
         """Requests per second over the window (over the time seen, while that is shorter)."""
         self._forget(now_s)
-        return len(self._arrivals) / max(min(self.options.window_s, now_s), self.options.interval_s)
+        seen_s = 0.0 if self._first_s is None else now_s - self._first_s
+        return len(self._arrivals) / max(min(self.options.window_s, seen_s), self.options.interval_s)
 
     def changed(self, now_s: float) -> None:
         """A change of size was completed: the grace period begins."""

@@ -77,7 +77,7 @@ class Controller:
             case EngineReady(engine=key, spec=spec):
                 changed = self._ready(key, spec, now_s)
             case EngineLost(engine=key):
-                self._engine_lost(key, commands)
+                changed = self._engine_lost(key, now_s, commands)
             case ClockRead(engine=key, mhz=mhz):
                 changed = self._clock_read(key, mhz, now_s)
             case Timer():
@@ -129,6 +129,7 @@ class Controller:
                 self._load.finished(row.predicted_tokens, row.generated_tokens(event.iteration))
         outgrown = board.outgrown(engine.iteration)
         if not (event.started or event.finished or event.preempted or outgrown):
+            engine.in_progress = len(board) > 0
             return None
         engine.in_progress = False
         return {engine.engine: engine}
@@ -147,13 +148,14 @@ class Controller:
             self._reject(request.id, why, commands)
             return
         answer_tokens = predicted_tokens(self.options.predictor, request, self.options.inflation)
-        self._load.arrived(now_s, request.prompt_tokens, answer_tokens, request.slo.e2e_s)
+        self._load.arrived(now_s, request.prompt_tokens, answer_tokens, request.slo)
         self._queue.append(Row(request=request, predicted_tokens=answer_tokens, answer_tokens=answer_tokens))
 
     def _cancelled(self, request_id: int, commands: list[Command]) -> Changed:
         for engine in self._engines:
             if request_id in engine.board:
                 engine.board.remove(request_id)
+                engine.in_progress = engine.in_progress and len(engine.board) > 0
                 self._count(failed=1)
                 commands.append(Cancel(engine=engine.engine, request_id=request_id))
                 return {engine.engine: engine}
@@ -168,16 +170,19 @@ class Controller:
         engine = self._engines.ready(key, spec)
         return {} if engine is None else self._serve(engine, now_s)
 
-    def _engine_lost(self, key: int, commands: list[Command]) -> None:
-        """What ran is gone; another engine of the size is started unless one serves or starts already."""
+    def _engine_lost(self, key: int, now_s: float, commands: list[Command]) -> Changed:
+        """What ran is gone; one that drains serves again, or else another is started unless one starts already."""
         engine = self._engines.remove(key)
         if engine is None:
-            return
+            return {}
         for row in engine.board.rows():
             self._count(failed=1)
             commands.append(Fail(request_id=row.request.id, why=Reason.ENGINE_LOST))
-        if all(state.phase is Phase.DRAINING for state in self._engines):
+        if self._engines.serving is None and (draining := self._engines.draining()):
+            return self._serve(draining, now_s)
+        if not len(self._engines):
             self._start(engine.tp, commands)
+        return {}
 
     def _clock_read(self, key: int, mhz: int | None, now_s: float) -> Changed:
         """An unknown clock is asked for again, at the top; one that did not follow is planned from as it is."""
@@ -235,8 +240,7 @@ class Controller:
             base_s=engine.base_s(now_s),
             delay_s=self._governor.top_delay_s(engine, now_s),
             margin=self.options.admission.margin,
-            patient=now_s - row.request.arrival_s
-            < self.options.admission.patience * (row.request.slo.e2e_s or math.inf),
+            patient=self.options.admission.is_patient(row.request, now_s),
         )
 
     def _settle(self, engine: EngineState, now_s: float, commands: list[Command]) -> None:

@@ -72,6 +72,14 @@ class Engines:
     def __iter__(self) -> Iterator[EngineState]:
         return iter(self._states.values())
 
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def draining(self) -> EngineState | None:
+        """The largest engine that drains, if one does."""
+        found = [state for state in self if state.phase is Phase.DRAINING]
+        return max(found, key=lambda state: state.tp, default=None)
+
     def get(self, engine: int) -> EngineState | None:
         """The engine of that id, if it is known and up or starting."""
         return self._states.get(engine)

@@ -17,6 +17,7 @@ from throttllem.core.load import LoadEstimator, Steady, steady
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.projection import project
 from throttllem.core.throttle import (
+    Bools,
     ClockPolicy,
     Floats,
     ThrottleOptions,
@@ -115,6 +116,7 @@ class Governor:
                 reserve=reserve,
                 stretch=stretch,
             )
+            holds = holds & self._first_token_in_time(ahead, table)
             if holds.any():
                 break
         binding = None if run is None else ahead.binding_row(engine.board, run)
@@ -123,6 +125,15 @@ class Governor:
         cost = ahead.joules(table, spec.idle_w) if steady is None else steady.watts
         plan = self._down_later(engine, least_energy(holds, cost, spec, binding), now_s)
         return self._if_worth(engine, spec, plan, cost)
+
+    def _first_token_in_time(self, ahead: Horizon, table: PerformanceTable) -> Bools:
+        """Clocks at which whoever comes next has its first token in time: one prompt is under way, then two are taken,
+        its own among them.
+        """
+        ttft_s, prompt_tokens = self._load.first_token
+        spent = 3.0 * table.seconds[table.with_prompt(int(ahead.cells[0]), prompt_tokens)]
+        in_time: Bools = spent <= ttft_s * (1.0 - self.options.margin)
+        return in_time
 
     def _delays(self, engine: EngineState, spec: EngineSpec, now_s: float) -> Floats:
         """Seconds until each clock is in force; a lower one is never late."""

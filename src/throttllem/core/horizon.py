@@ -28,7 +28,8 @@ class Horizon:
 
     `base_s` is when iteration 0 of the projection began or begins. `cells` (S,) indexes the table, `length` (S,) counts
     iterations, `prefills` (S,) says whether the run holds prompts. `finish_run` (R,) is the run that each row ends
-    with, `due_s` (R,) its deadline (inf: none), `e2e_s` (R,) its E2E promise (0: none); `first_run` and `first_due_s`
+    with, `due_s` (R,) its deadline (inf: none), `e2e_s` (R,) its E2E promise (0: none) and `spare_s` (R,) the most
+    that a reserve may take of it; `first_run` and `first_due_s`
     (`pending` rows) are run and deadline of the first token.
     """
 
@@ -39,6 +40,7 @@ class Horizon:
     finish_run: Ints
     due_s: Floats
     e2e_s: Floats
+    spare_s: Floats
     first_run: Ints
     first_due_s: Floats
     pending: tuple[Row, ...]
@@ -59,10 +61,10 @@ class Horizon:
     def slack_s(self, reserve: float = 0.0) -> Floats:
         """The tightest promise that each run's end must keep, seconds after `base_s`, shape (S,).
 
-        `reserve` is the fraction of every E2E promise that is kept back.
+        `reserve` is the fraction of a row's E2E promise that is kept back from its deadline, whichever promise made it.
         """
         slack = np.full(self.cells.size, math.inf)
-        np.minimum.at(slack, self.finish_run, self.due_s - reserve * self.e2e_s)
+        np.minimum.at(slack, self.finish_run, self.due_s - np.minimum(reserve * self.e2e_s, self.spare_s))
         np.minimum.at(slack, self.first_run, self.first_due_s)
         return slack - self.base_s
 
@@ -111,6 +113,7 @@ def look_ahead(
         finish_run=run_of[projection.ends] - 1,
         due_s=due_s,
         e2e_s=np.concatenate([board.e2e_s, [row.request.slo.e2e_s or 0.0 for row in pending]]),
+        spare_s=np.concatenate([board.spare_s, [row.spare_s() for row in pending]]),
         first_run=run_of[projection.starts + 1] - 1,
         first_due_s=first_due,
         pending=tuple(pending),

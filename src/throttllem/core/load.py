@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from throttllem.core.performance import PerformanceTable
-from throttllem.core.types import EngineSpec
+from throttllem.core.types import EngineSpec, Slo
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 _RECENT = 512
+_REFRESH = 32
 _LONG = 0.99
 _ENOUGH = 32  # finished requests before their lengths are believed more than the predictions
 _MEAN_ROWS = np.concatenate([[0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7], 1.15 ** np.arange(0, 48)])
@@ -54,14 +55,21 @@ class LoadEstimator:
         self._first_s: float | None = None
         self._last_s = 0.0
         self._sums = (0.0, 0.0, 0.0)
-        self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
+        self.first_token: tuple[float, int] = (math.inf, 0)
+        """The tightest promise of a first token among recent requests, seconds (inf: none), and their long prompts."""
+        self._arrived = 0
+        self._recent: deque[tuple[int, float, int, float]] = deque(maxlen=_RECENT)
         self._finished = 0
         self._predicted_tokens = 0.0
         self._answer_tokens = 0.0
 
-    def arrived(self, now_s: float, prompt_tokens: int, answer_tokens: int, e2e_s: float | None) -> None:
-        """One request came in, with its predicted answer and its promise."""
-        self._recent.append((answer_tokens, math.inf if e2e_s is None else e2e_s))
+    def arrived(self, now_s: float, prompt_tokens: int, answer_tokens: int, slo: Slo) -> None:
+        """One request came in, with its predicted answer and its promises."""
+        self._recent.append((answer_tokens, slo.e2e_s or math.inf, prompt_tokens, slo.ttft_s or math.inf))
+        self._arrived += 1
+        if self._arrived % _REFRESH == 1:
+            prompts_tokens, ttft_s = np.array(self._recent)[:, 2:].T
+            self.first_token = (float(ttft_s.min()), math.ceil(np.quantile(prompts_tokens, _LONG)))
         if self._first_s is None:
             self._first_s = self._last_s = now_s
         keep = math.exp(-(now_s - self._last_s) / self._window_s)

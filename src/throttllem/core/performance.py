@@ -71,6 +71,12 @@ class PerformanceTable:
         cells += self._kv_offset.take(kv_blocks, mode="clip")
         return cells
 
+    def with_prompt(self, cell: int, prefill_tokens: int) -> int:
+        """The row of the same batch and KV use with `prefill_tokens` prompt tokens instead."""
+        each: int = self.seconds.shape[0] // (int(self.prefill_bin[-1]) + 1)
+        offset: int = int(self._prefill_offset.take(prefill_tokens, mode="clip"))
+        return cell % each + offset
+
     def inside(self, batch_max: int, kv_max: int, prefill_max: int) -> bool:
         """Was everything up to this batch, KV blocks and prefill tokens profiled? If not: the top clock."""
         hull = self.hull

@@ -60,6 +60,10 @@ class Row:
         tbt_s = self.request.slo.tbt_s
         return math.inf if tbt_s is None or self.lost else tbt_s
 
+    def spare_s(self) -> float:
+        """What a reserve may take from the deadline at most: a tenth of what a TBT promise gives."""
+        return 0.1 * self.tbt_s * max(1, self.answer_tokens - 1)
+
     def deadline_s(self) -> float:
         """When the last token is due: E2E, and the mean time between tokens once the first is out; inf if lost."""
         if self.lost:
@@ -86,7 +90,7 @@ class Scoreboard:
         self._block_tokens = block_tokens
         self._slots: list[Row] = []
         self._columns: Ints = np.zeros((3, 64), dtype=np.int64)
-        self._promises: Floats = np.zeros((3, 64))
+        self._promises: Floats = np.zeros((4, 64))
         self._ends: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
@@ -119,6 +123,11 @@ class Scoreboard:
     def e2e_s(self) -> Floats:
         """The E2E promise of each running row, 0 where there is none, shape (rows,)."""
         return self._promises[2, : len(self._slots)]
+
+    @property
+    def spare_s(self) -> Floats:
+        """What a reserve may take from each running row's deadline at most, inf where no TBT binds, shape (rows,)."""
+        return self._promises[3, : len(self._slots)]
 
     def row_at(self, slot: int) -> Row:
         """The running row behind one index of the columns."""
@@ -201,7 +210,8 @@ class Scoreboard:
         assert row.start is not None
         end = row.start + row.remaining_tokens
         self._columns[:, row.slot] = (row.start, row.prefill_tokens, end)
-        self._promises[:, row.slot] = (row.deadline_s(), row.tbt_s, row.request.slo.e2e_s or 0.0)
+        e2e_s = row.request.slo.e2e_s or 0.0
+        self._promises[:, row.slot] = (row.deadline_s(), row.tbt_s, e2e_s, row.spare_s())
         heapq.heappush(self._ends, (end, row.request.id))
 
     def _leave(self, request_id: int) -> Row:

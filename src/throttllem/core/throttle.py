@@ -16,7 +16,7 @@ import numpy.typing as npt
 from throttllem.core.horizon import Horizon
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.scoreboard import Row, Scoreboard
-from throttllem.core.types import EngineSpec, FrequencyPlan, Reason
+from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, check
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -38,8 +38,9 @@ class ThrottleOptions:
     `switch_latency_s`: how long the old clock stays in force after a set (200 ms in the paper; 4.5 ms median on an
     A800, arXiv 2502.20075). `dwell_s`: a clock is kept at least this long before a lower one. `min_saving`: the least
     predicted saving, as a fraction, for which a lower clock is set. `replan_s`: the longest time between two plans
-    while requests run. `margin`: as in admission. `reserve`: the fraction of every E2E promise that a clock must not
-    use up, kept for the prompts of requests that are yet to come (0: the paper). `fixed_mhz`: for FIXED.
+    while requests run. `margin`: as in admission. `reserve`: the fraction of a request's E2E promise
+    that a clock must leave before its deadline, E2E or TBT (of a TBT deadline at most a tenth), for the prompts of
+    requests that are yet to come (0: the paper). `fixed_mhz`: for FIXED.
     """
 
     policy: ClockPolicy = ClockPolicy.THROTTLLEM
@@ -50,6 +51,11 @@ class ThrottleOptions:
     replan_s: float = 1.0
     margin: float = 0.05
     reserve: float = 0.05
+
+    def __post_init__(self) -> None:
+        check("throttle", switch_latency_s=(self.switch_latency_s, 0, 60), dwell_s=(self.dwell_s, 0, 3600))
+        check("throttle", min_saving=(self.min_saving, 0, 1), replan_s=(self.replan_s, 0.01, 3600))
+        check("throttle", margin=(self.margin, 0, 0.9), reserve=(self.reserve, 0, 0.9))
 
 
 def doomed(ahead: Horizon, board: Scoreboard, table: PerformanceTable, delay_s: float) -> list[Row]:

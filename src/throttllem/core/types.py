@@ -66,6 +66,13 @@ class EngineSpec:
     startup_s: float
 
 
+def check(section: str, **values: tuple[float, float, float]) -> None:
+    """Raise ValueError for the first of `name=(value, least, most)` that is out of range, or no number."""
+    for name, (value, least, most) in values.items():
+        if not least <= value <= most:
+            raise ValueError(f"{section}.{name} = {value}: must be between {least:g} and {most:g}")
+
+
 class Reason(StrEnum):
     """Why a verdict or a plan came out as it did. Shown to people: dashboards, logs, errors."""
 

@@ -41,7 +41,7 @@ class SimulatedEngine:
         self._physics = physics
         self._noise = noise
         self._rng = np.random.default_rng(seed)
-        self._draws: list[float] = []
+        self._draws: list[tuple[float, ...]] = []
 
     def step(self) -> tuple[Iteration, float, float] | None:
         """Begin the next iteration: what is in it, its seconds, its watts (all GPUs). None: nothing to run."""
@@ -57,8 +57,9 @@ class SimulatedEngine:
         )
         if not self._draws:
             scatter = self._rng.standard_normal((2048, 2)) * (self._noise.time, self._noise.power)
-            self._draws = np.exp(scatter).ravel().tolist()
-        seconds, watts = seconds * self._draws.pop(), watts * self._draws.pop()
+            self._draws = list(map(tuple, np.exp(scatter).tolist()))
+        slower, hotter = self._draws.pop()
+        seconds, watts = seconds * slower, watts * hotter
         for request_id in iteration.preempted:
             self.ledger.pause(request_id)
         self.ledger.iteration(seconds * watts, iteration.decode_rows, iteration.prefills)

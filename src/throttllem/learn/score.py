@@ -1,7 +1,8 @@
 """The score card: how well the trees tell what they were not shown, by engine size and over all.
 
 A random split of a dense profile proves little, so whole clocks, whole batch sizes and the fullest caches are left
-out as well. Scores the trees, which the baked table equals.
+out as well. What is scored are trees of the `QUICK` settings, a new pair for each fold. What ships is baked from a
+pair of the full settings on every row, which leaves nothing to score it with: the scores stand for it, no more.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ class Rule(StrEnum):
     BELOW = "below the figure"
     GAIN = "at least 85 % of the paper's gain; better above it"
     ERROR = "at most the paper's error; better below it"
+    AT_MOST = "at most the figure"
     STRENGTH = "the same sign and at least 85 % as strong"
     EVERY = "in every run"
     NEAR = "at least 85 % of the figure"
@@ -50,6 +51,8 @@ class Rule(StrEnum):
                 holds, better = ours >= CLOSE * paper, ours > paper
             case Rule.ERROR:
                 holds, better = ours <= paper, ours < paper
+            case Rule.AT_MOST:
+                holds, better = ours <= paper, False
             case Rule.STRENGTH:
                 holds, better = ours * paper > 0 and abs(ours) >= CLOSE * abs(paper), False
             case Rule.EVERY | Rule.NEAR:
@@ -108,7 +111,7 @@ class Figure:
         match self.rule:
             case Rule.GAIN | Rule.STRENGTH | Rule.NEAR:
                 wanted = f"at least {self.form.text(CLOSE * self.paper)} (85 % of {self.form.text(self.paper)})"
-            case Rule.ERROR:
+            case Rule.ERROR | Rule.AT_MOST:
                 wanted = f"at most {self.form.text(self.paper)}"
             case _:
                 wanted = f"{self.form.text(self.paper)} ({self.rule.value})"
@@ -123,7 +126,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """One claim. `calibrated`: the figure helped to set the constants of the physics, so meeting it proves nothing."""
+    """One claim. `calibrated`: a calibration point of the physics, shown and not counted: meeting it proves nothing."""
 
     id: str
     text: str
@@ -159,7 +162,8 @@ class Outcome:
     """A claim, what was measured, and what that makes of it.
 
     `basis`: what was run, a command where there is one, so that it can be run again. `broken`: why the claim cannot
-    stand whatever its figures say (promises that were not kept). `reason`: told where it fails; `detail`: always.
+    stand whatever its figures say (promises that were not kept). `reason`: told where it fails, and where a calibration
+    point is not met; `detail`: always.
     `words` replace the figures where these say too little.
     """
 
@@ -188,7 +192,7 @@ class Outcome:
         parts: list[str] = []
         match self.standing:
             case Standing.CALIBRATED:
-                parts.append("The physics was calibrated to this figure: shown, not counted.")
+                parts.append(self.reason or "The physics was calibrated to this figure: shown, not counted.")
             case Standing.NOT_REPRODUCED:
                 short = "; ".join(filter(None, (f.shortfall(v) for f, v in self._pairs())))
                 parts += [f"{short}.", self.reason] if short else []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from throttllem.learn.score import Score, ScoreCard
-from throttllem.report.experiments import MAIN_MODEL, Comparison
+from throttllem.report.experiments import BASELINE, MAIN_MODEL, Comparison
 from throttllem.report.probes import ClockSweep, KvCorrelation
 from throttllem.report.verdict import is_promise_kept
 from throttllem.sim.result import RunResult
@@ -70,6 +70,17 @@ def label(comparison: Comparison, run: RunResult) -> str:
     """Engine, policy and predictor of a run."""
     error = f" at {comparison.length_error * 100:.0f} % length error" if comparison.length_error else ""
     return f"{comparison.name} {run.policy}{error}"
+
+
+def each_of(values: dict[str, str]) -> str:
+    """Names with their values, as a sentence."""
+    return ", ".join(f"{name} {value}" for name, value in values.items()) + "."
+
+
+def p99_of(comparison: Comparison, run: RunResult) -> str:
+    """The E2E p99 of a run, what was promised, and its baseline's."""
+    beside = "" if run.policy == BASELINE else f" (triton {comparison.baseline.e2e_s.p99 or 0:.1f} s)"
+    return f"{label(comparison, run)} E2E p99 {run.e2e_s.p99 or 0:.1f} s of {run.slo.e2e_s or 0:.1f} s{beside}"
 
 
 def promises_broken(comparisons: tuple[Comparison, ...], policy: str) -> str:

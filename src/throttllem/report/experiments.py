@@ -5,13 +5,9 @@ Knows nothing of claims. Every comparison can be repeated with the `throttllem s
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from throttllem.config import LengthOptions, Options
 from throttllem.physics.catalogue import Catalogue
@@ -19,6 +15,7 @@ from throttllem.sim.characterize import Capacity
 from throttllem.sim.policy import Policy
 from throttllem.sim.prepare import Progress
 from throttllem.sim.result import RunResult
+from throttllem.sim.runs import Progress as TaskProgress
 from throttllem.sim.runs import run_all
 from throttllem.sim.scenario import Scenario
 from throttllem.sim.study import MAXIMUM, Study
@@ -38,8 +35,6 @@ SECONDS = 1800.0
 HALF_RPS = 4.0
 """Busiest minute of a lighter load, about half of what TP 4 bears: there an autoscaler has something to choose."""
 BASELINE = "triton"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,15 +127,10 @@ def compare(
     """Run every policy of every study, all side by side. What the studies need should be in the cache already."""
     prepared = [study.prepare(catalogue, cache_dir) for study in studies]
     jobs = [(scenario, policy) for scenario, policies in prepared for policy in policies]
-    shares = [0.0] * len(jobs)
-
-    def report(index: int, share: float) -> None:
-        shares[index] = share
-        progress(f"simulating {len(jobs)} runs", sum(shares) / len(jobs))
-
     # The longest first, so that the last ones to end are short.
     order = sorted(range(len(jobs)), key=lambda index: _effort(*jobs[index]), reverse=True)
-    done = run_all([jobs[i] for i in order], workers=workers, progress=lambda at, share: report(order[at], share))
+    whole = summed(f"simulating {len(jobs)} runs", len(jobs), progress)
+    done = run_all([jobs[index] for index in order], workers=workers, progress=whole)
     results = iter(run for _, run in sorted(zip(order, done, strict=True), key=lambda pair: pair[0]))
     return [
         Comparison(
@@ -150,33 +140,18 @@ def compare(
     ]
 
 
+def summed(what: str, tasks: int, progress: Progress) -> TaskProgress:
+    """The progress of tasks of equal weight, told as that of one thing."""
+    shares = [0.0] * tasks
+    progress(what, 0.0)
+
+    def report(index: int, share: float) -> None:
+        shares[index] = share
+        progress(what, sum(shares) / tasks)
+
+    return report
+
+
 def _effort(scenario: Scenario, policy: Policy) -> int:
     """Grows with the time that a run takes: each request is decided upon, unless the clock is fixed."""
     return scenario.trace.requests * (4 if policy.slo_aware else 1)
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that are ended with the block, whatever ends it."""
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def side_by_side(tasks: Sequence[Callable[[], T]], *, workers: int, what: str, progress: Progress) -> list[T]:
-    """The results of tasks that can be pickled, in their order; in this process where there is one worker."""
-    progress(what, 0.0)
-    results: list[T] = []
-    if workers == 1:
-        for task in tasks:
-            results.append(task())
-            progress(what, len(results) / len(tasks))
-        return results
-    with _pool(min(workers, len(tasks))) as pool:
-        futures = [pool.submit(task) for task in tasks]
-        for count, future in enumerate(as_completed(futures), start=1):
-            future.result()
-            progress(what, count / len(tasks))
-        return [future.result() for future in futures]

@@ -16,20 +16,22 @@ from throttllem.report.evidence import (
     HELD_OUT,
     Evidence,
     draw,
+    each_of,
     label,
+    p99_of,
     percent,
     promises_broken,
     savings,
     time_by_size,
     violations,
 )
-from throttllem.report.experiments import BASELINE, GPU, MAIN_MODEL, Comparison
+from throttllem.report.experiments import GPU, MAIN_MODEL, Comparison
 from throttllem.report.probes import LOW_MHZ
-from throttllem.sim.result import RunResult
 
-Found = dict[str, Outcome]
-PAPER_TBT_S = 0.2
-"""The paper's promise on the mean time between tokens: a reading speed of 250 words a minute."""
+_FITTED = (
+    "The power law of this GPU is calibrated to the paper's own sweet spot: the saving shows how much of the possible "
+    "is found, not that the hardware saves it."
+)
 _CLAIMS = {claim.id: claim for claim in (*PAPER, *OURS)}
 
 
@@ -60,19 +62,19 @@ def _model(evidence: Evidence) -> list[Outcome]:
     )
     mape = [score.mape_seconds for score in scores.values()]
     return [
-        _outcome("model-r2", (min(r2.values()),), basis, detail=_each({k: f"{v:.4f}" for k, v in r2.items()})),
+        _outcome("model-r2", (min(r2.values()),), basis, detail=each_of({k: f"{v:.4f}" for k, v in r2.items()})),
         _outcome(
             "model-mae",
             (fmean(score.mae_ips for score in scores.values()),),
             basis,
-            detail=_each({name: f"{score.mae_ips:.2f}" for name, score in scores.items()}),
+            detail=each_of({name: f"{score.mae_ips:.2f}" for name, score in scores.items()}),
             reason="An engine of many iterations/s makes a larger error of the same percentage.",
         ),
         _outcome(
             "model-mape",
             (min(mape), max(mape)),
             basis,
-            detail=_each({name: percent(score.mape_seconds) for name, score in scores.items()})
+            detail=each_of({name: percent(score.mape_seconds) for name, score in scores.items()})
             + f" The profile's own scatter is {percent(ProfilePlan().noise_time)}.",
         ),
     ]
@@ -88,13 +90,14 @@ def _projection(evidence: Evidence) -> list[Outcome]:
         if each.study.model == MAIN_MODEL and (found := each.runs["throttllem"].projection_error)
     }
     basis = (comparison.basis,)
-    with_error = (
-        "Each iteration against the projection then in force, which is redone whenever a request comes or goes; "
-        f"batch and KV with 30 % length error: {_each(noisy)}"
+    redone = (
+        "The projection in force is redone whenever a request comes or goes, so meeting this figure proves little "
+        "and never counts as better."
     )
+    with_error = f"Batch and KV with 30 % length error: {each_of(noisy)}"
     return [
-        _outcome("projection-batch", (error.batch,), basis, detail=with_error),
-        _outcome("projection-kv", (error.kv,), basis),
+        _outcome("projection-batch", (error.batch,), basis, detail=f"{redone} {with_error}"),
+        _outcome("projection-kv", (error.kv,), basis, detail=redone),
     ]
 
 
@@ -106,7 +109,7 @@ def _correlation(evidence: Evidence) -> list[Outcome]:
     )
     batches = [f"batch {batch}" for batch in found.batches]
     each = [dict(zip(batches, values, strict=True)) for values in (found.tbt, found.throughput)]
-    details = [_each({name: f"{value:.3f}" for name, value in values.items()}) for values in each]
+    details = [each_of({name: f"{value:.3f}" for name, value in values.items()}) for values in each]
     return [
         _outcome("kv-tbt", (fmean(found.tbt),), basis, detail=details[0]),
         _outcome("kv-throughput", (fmean(found.throughput),), basis, detail=details[1]),
@@ -144,7 +147,7 @@ def _throttling(evidence: Evidence) -> list[Outcome]:
     words = {
         "broken": promises_broken((*oracle, *noisy), "throttllem"),
         "reason": draw(weakest, "throttllem"),
-        "detail": savings(oracle, "throttllem"),
+        "detail": f"{savings(oracle, 'throttllem')} {_FITTED}",
     }
     basis = tuple(each.basis for each in oracle)
     energy = {**words, "broken": promises_broken(oracle, "throttllem")}
@@ -156,9 +159,14 @@ def _throttling(evidence: Evidence) -> list[Outcome]:
             "throttle-tpj",
             (fmean(gained), max(gained), with_error),
             (*basis, *(each.basis for each in noisy)),
-            **{**words, "detail": "With 30 % length error, energy: " + savings(noisy, "throttllem")},
+            **{**words, "detail": f"With 30 % length error, energy: {savings(noisy, 'throttllem')} {_FITTED}"},
         ),
-        _single("throttle-only-tp4", evidence.sizes, "throttllem", f"TP 4 by itself: {savings((four,), 'throttllem')}"),
+        _single(
+            "throttle-only-tp4",
+            evidence.sizes,
+            "throttllem",
+            f"TP 4 by itself: {savings((four,), 'throttllem')} {_FITTED}",
+        ),
     ]
 
 
@@ -179,8 +187,8 @@ def _single(claim_id: str, comparison: Comparison, policy: str, detail: str = ""
 def _autoscaling(evidence: Evidence) -> list[Outcome]:
     return [
         _single("scale-only", evidence.sizes, "triton+autoscale"),
-        _single("both-oracle", evidence.sizes, "throttllem+autoscale"),
-        _single("both-30", evidence.sizes_error, "throttllem+autoscale"),
+        _single("both-oracle", evidence.sizes, "throttllem+autoscale", _FITTED),
+        _single("both-30", evidence.sizes_error, "throttllem+autoscale", _FITTED),
     ]
 
 
@@ -191,16 +199,23 @@ def _baseline(evidence: Evidence) -> list[Outcome]:
         f"{run.energy_j / run.duration_s:,.0f} W at {run.requests / run.duration_s:.2f} requests/s, "
         f"{run.generated_tokens / max(1, run.completed):.0f} tokens an answer."
     )
-    return [_outcome("baseline-tpj", (run.tokens_per_joule,), (comparison.basis,), detail=detail)]
+    paper = _CLAIMS["baseline-tpj"].figures[0].paper
+    off = run.tokens_per_joule / paper - 1
+    reason = (
+        f"A calibration point, so shown and not counted; the physics is not fitted to it yet and misses it by "
+        f"{percent(abs(off))} ({'above' if off > 0 else 'below'} the paper's {paper:g}). Our engine draws"
+    )
+    return [_outcome("baseline-tpj", (run.tokens_per_joule,), (comparison.basis,), reason=reason, detail=detail)]
 
 
 def _promises(evidence: Evidence) -> list[Outcome]:
     every = list(evidence.runs_of("throttllem"))
-    e2e = [_p99_kept(run) for _, run in every]
-    tbt = [run.tbt_s.mean is not None and run.tbt_s.mean <= PAPER_TBT_S for _, run in every]
-    late = [_p99(comparison, run) for (comparison, run), kept in zip(every, e2e, strict=True) if not kept]
+    e2e = [_is_kept(run.e2e_s.p99, run.slo.e2e_s) for _, run in every]
+    tbt = [_is_kept(run.tpot_s.p99, run.slo.tbt_s) for _, run in every]
+    late = [p99_of(comparison, run) for (comparison, run), kept in zip(every, e2e, strict=True) if not kept]
     slow = [
-        f"{label(comparison, run)} mean TBT {(run.tbt_s.mean or 0) * 1e3:.0f} ms"
+        f"{label(comparison, run)} mean TBT p99 {(run.tpot_s.p99 or 0) * 1e3:.0f} ms of "
+        f"{(run.slo.tbt_s or 0) * 1e3:.0f} ms"
         for (comparison, run), kept in zip(every, tbt, strict=True)
         if not kept
     ]
@@ -226,13 +241,15 @@ def _smallest(evidence: Evidence) -> list[Outcome]:
     assert run.e2e_s.p99 is not None and run.slo.e2e_s is not None
     saved = {each.name: each.saved("throttllem") for each in (one, four)}
     text = (
-        f"{_p99(one, run)} at {run.requests / run.duration_s:.2f} requests/s (maximum load "
+        f"{p99_of(one, run)} at {run.requests / run.duration_s:.2f} requests/s (maximum load "
         f"{one.capacities[1].max_rps:.2f}, {percent(one.capacities[1].rejected)} of the trace never fits)."
     )
     near = run.e2e_s.p99 / run.slo.e2e_s
     words = f"p99 {near:.2f} of SLO, saves {percent(saved[one.name])} (TP 4 {percent(saved[four.name])})"
-    ours = (near, saved[four.name] - saved[one.name])
-    return [_outcome("tp1", ours, (one.basis, four.basis), detail=text, words=words)]
+    # Where TP 4 saves nothing there is no half of it: TP 1 counts as saving as much.
+    share = saved[one.name] / saved[four.name] if saved[four.name] > 0 else 1.0
+    reason = f"throttllem saves {percent(saved[one.name])} at TP 1 and {percent(saved[four.name])} at TP 4."
+    return [_outcome("tp1", (near, share), (one.basis, four.basis), reason=reason, detail=text, words=words)]
 
 
 def _ours(evidence: Evidence) -> list[Outcome]:
@@ -276,14 +293,5 @@ def _ours(evidence: Evidence) -> list[Outcome]:
     ]
 
 
-def _p99_kept(run: RunResult) -> bool:
-    return run.e2e_s.p99 is not None and (run.slo.e2e_s is None or run.e2e_s.p99 <= run.slo.e2e_s)
-
-
-def _p99(comparison: Comparison, run: RunResult) -> str:
-    beside = "" if run.policy == BASELINE else f" (triton {comparison.baseline.e2e_s.p99 or 0:.1f} s)"
-    return f"{label(comparison, run)} E2E p99 {run.e2e_s.p99 or 0:.1f} s of {run.slo.e2e_s or 0:.1f} s{beside}"
-
-
-def _each(values: dict[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items()) + "."
+def _is_kept(found_s: float | None, promised_s: float | None) -> bool:
+    return found_s is not None and (promised_s is None or found_s <= promised_s)

@@ -24,12 +24,13 @@ from throttllem.report.experiments import (
     compare,
     engine_studies,
     half_load_study,
-    side_by_side,
     size_study,
+    summed,
 )
 from throttllem.report.findings import outcomes as judged
 from throttllem.report.probes import PROFILED, clock_sweep, kv_correlation, score_card
 from throttllem.sim.prepare import Progress
+from throttllem.sim.runs import Task, side_by_side
 from throttllem.sim.study import Study
 
 _STYLES = {
@@ -135,7 +136,7 @@ def _tally(outcomes: Sequence[Outcome]) -> str:
     judged_in_all = good + counts[Standing.NOT_REPRODUCED.value]
     return (
         f"{good} of {judged_in_all} claims reproduced, {counts[Standing.BETTER.value]} of them better than the paper; "
-        f"{counts[Standing.CALIBRATED.value]} were calibrated to and do not count."
+        f"{counts[Standing.CALIBRATED.value]} are calibration points and do not count."
     )
 
 
@@ -143,13 +144,17 @@ def _prepare(
     studies: Sequence[Study], catalogue: Catalogue, cache_dir: Path, *, workers: int, seed: int, progress: Progress
 ) -> tuple[ScoreCard, ...]:
     """Fill the cache with what the studies need, and score the models."""
-    tasks: list[Callable[[], ScoreCard | None]] = [
-        partial(score_card, catalogue, model, sizes, seed=seed) for model, sizes in PROFILED
-    ]
+    tasks: list[Task[ScoreCard | None]] = [partial(_card, catalogue, model, sizes, seed) for model, sizes in PROFILED]
     tasks += [partial(_warm, study, catalogue, cache_dir) for study in reversed(studies)]
-    done = side_by_side(tasks, workers=workers, what="profiling and characterising", progress=progress)
+    whole = summed("profiling and characterising", len(tasks), progress)
+    done = side_by_side(tasks, workers=workers, progress=whole)
     return tuple(card for card in done if card is not None)
 
 
-def _warm(study: Study, catalogue: Catalogue, cache_dir: Path) -> None:
-    study.prepare(catalogue, cache_dir)
+def _card(catalogue: Catalogue, model: str, sizes: tuple[int, ...], seed: int, _: Callable[[float], None]) -> ScoreCard:
+    return score_card(catalogue, model, sizes, seed=seed)
+
+
+def _warm(study: Study, catalogue: Catalogue, cache_dir: Path, report: Callable[[float], None]) -> None:
+    # Each stage begins at 0 again; the probes take most of the time, so theirs is the share that is told.
+    study.prepare(catalogue, cache_dir, lambda what, share: report(share if what == "characterising" else 0.0))

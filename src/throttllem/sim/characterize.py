@@ -7,7 +7,7 @@ engine is its own p99 there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +27,8 @@ REQUESTS = 2000
 LONGEST_QUEUE_S = 1.0
 """A load is sustained while 99 of 100 requests wait no longer than this for a place in the batch."""
 _STEPS = 7
+METHOD = {"requests": REQUESTS, "longest_queue_s": LONGEST_QUEUE_S, "steps": _STEPS}
+"""What a cached characterisation depends on besides its inputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +48,16 @@ def characterize(fleet: Fleet, tp: int, trace: Trace, options: Options, *, seed:
     """Find one engine's maximum load by bisection between nothing and its saturated throughput.
 
     99 of 100 requests must keep what is `promised`: time between tokens, and E2E and TTFT where given (sizes that share
-    the E2E SLO of the largest). Raises ValueError if no request of the trace fits the engine.
+    the E2E SLO of the largest). `max_rps` 0: no load at all does; the p99 figures are then those at the highest load
+    that keeps the queue short. Raises ValueError if no request of the trace fits the engine.
     """
+    found = _bisect(fleet, tp, trace, options, seed=seed, promised=promised)
+    if found.max_rps == 0.0 and promised != Slo():  # what it cannot keep says nothing of how fast it is
+        found = replace(_bisect(fleet, tp, trace, options, seed=seed, promised=Slo()), max_rps=0.0)
+    return found
+
+
+def _bisect(fleet: Fleet, tp: int, trace: Trace, options: Options, *, seed: int, promised: Slo) -> Capacity:
     requests, rejected = sample_requests(fleet, tp, trace, options, seed)
     saturated = _probe(fleet, tp, requests, options, rps=1e6, seed=seed)
     low, high = 0.0, saturated.completed / saturated.duration_s

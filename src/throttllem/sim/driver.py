@@ -217,8 +217,7 @@ class Simulation:
     def _end_iteration(self, key: int, up: Running) -> None:
         outcome, energies = up.engine.finish()
         for request_id in outcome.started:
-            life = self._recorder.lives[request_id]
-            life.first_token_s = self.now_s if life.first_token_s is None else life.first_token_s
+            self._recorder.token(request_id, self.now_s)
         for request_id, energy_j in energies.items():
             life = self._recorder.lives[request_id]
             life.ended_s, life.energy_j = self.now_s, energy_j

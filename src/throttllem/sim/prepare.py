@@ -1,7 +1,7 @@
 """What is slow once: trained tables and characterised engines, kept in a cache under the inputs that made them.
 
-A file's name is the digest of everything that it depends on, so a changed catalogue, option or trace makes a new one
-and nothing is ever stale. A file that cannot be read is made again.
+A file's name is the digest of what it depends on (engines as they behave at sample points, options, lengths, versions),
+so a changed catalogue, option or trace makes a new one. A file that cannot be read is made again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import polars as pl
@@ -22,7 +23,7 @@ from throttllem.learn.bake import bake
 from throttllem.learn.measure import ProfilePlan, profile_engine
 from throttllem.learn.storage import TableFileError, load_table, save_table
 from throttllem.learn.train import TrainSettings, train
-from throttllem.sim.characterize import REQUESTS, Capacity, characterize
+from throttllem.sim.characterize import METHOD, Capacity, characterize
 from throttllem.sim.fleet import Fleet
 from throttllem.sim.traces import Trace
 
@@ -100,7 +101,7 @@ def _capacity(
         "lengths": lengths,
         "engine": asdict(options.engine),
         "noise": asdict(options.noise),
-        "requests": REQUESTS,
+        "method": METHOD,
         "seed": seed,
         "promised": asdict(promised),
     }
@@ -115,4 +116,5 @@ def _capacity(
 
 
 def _digest(*inputs: object) -> str:
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
+    versions = [version(name) for name in ("throttllem", "lightgbm", "numpy")]
+    return hashlib.sha256(json.dumps([versions, *inputs], sort_keys=True).encode()).hexdigest()[:20]

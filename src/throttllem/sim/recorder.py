@@ -26,6 +26,8 @@ class Life:
     begun_s: float | None = None
     first_token_s: float | None = None
     ended_s: float | None = None
+    paused_s: float | None = None
+    """Since when a preempted request has given no token."""
     energy_j: float = 0.0
 
 
@@ -81,11 +83,23 @@ class Recorder:
         if iteration.decode_rows:
             self._gaps_s.append(seconds)
             self._gap_rows.append(iteration.decode_rows)
+        for request_id in iteration.preempted:
+            self.lives[request_id].paused_s = at_s
         for request_id, _ in iteration.prefills:
             life = self.lives[request_id]
             if life.begun_s is None:
                 life.begun_s = at_s
         return here
+
+    def token(self, request_id: int, at_s: float) -> None:
+        """A request gave its first token, or its first after a preemption: that wait is a gap like any other."""
+        life = self.lives[request_id]
+        if life.first_token_s is None:
+            life.first_token_s = at_s
+        elif life.paused_s is not None:
+            self._gaps_s.append(at_s - life.paused_s)
+            self._gap_rows.append(1)
+        life.paused_s = None
 
     def projected(self, here: Bin, iteration: Iteration, seconds: float, projection: Projection, serving: bool) -> None:
         """What was projected for this iteration against what it is; a projection that ended too early says 0."""

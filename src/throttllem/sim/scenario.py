@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 from throttllem.config import Options
 from throttllem.core.controller import Controller
-from throttllem.core.length import LengthPredictor, Noisy, Oracle
+from throttllem.core.length import LengthPredictor, MaxTokens, Noisy, Oracle
 from throttllem.core.options import ControllerOptions
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.types import Request, Slo
@@ -53,21 +53,25 @@ class Scenario:
 
     def controller(self, policy: Policy) -> Controller:
         """A controller for one policy, with everything it may know."""
-        error = self.options.length.p95_error
-        predictor: LengthPredictor = Noisy(p95_error=error, seed=self.seed) if error else Oracle()
         capacity = {tp: capacity.max_rps for tp, capacity in self.capacities.items()}
         return Controller(
             ControllerOptions(
                 throttle=replace(self.options.throttle, policy=policy.clock, fixed_mhz=policy.fixed_mhz),
                 slo_aware=policy.slo_aware,
                 admission=self.options.admission,
-                autoscale=self.options.autoscale.with_capacity(capacity) if policy.autoscale else None,
-                predictor=predictor,
+                autoscale=replace(self.options.autoscale, capacity_rps=capacity) if policy.autoscale else None,
+                predictor=self._predictor(),
                 inflation=self.options.length.factor,
                 specs=self.fleet.specs,
                 tables=self.tables,
             )
         )
+
+    def _predictor(self) -> LengthPredictor:
+        length = self.options.length
+        if length.predictor == "max-tokens":
+            return MaxTokens()
+        return Noisy(p95_error=length.p95_error, seed=self.seed) if length.p95_error else Oracle()
 
     @property
     def largest(self) -> int:

@@ -49,6 +49,8 @@ class Study:
         promised = Slo(e2e_s=self.slo_e2e_s, tbt_s=self.slo_tbt_s, ttft_s=self.slo_ttft_s)
         if not self.policies:
             raise ValueError("no policy given: name one or more, as in --policy triton,throttllem")
+        if len(set(self.policies)) < len(self.policies):
+            raise ValueError(f"--policy {','.join(self.policies)}: a policy is named twice")
         fleet = build_fleet(catalogue, self.gpu, self.model, self.sizes, self.options.engine)
         policies = [parse_policy(name, fleet.clocks_mhz, fleet.sizes) for name in self.policies]
         lengths = load_trace(self.trace, seed=self.seed)
@@ -59,6 +61,11 @@ class Study:
             fleet, lengths, self.options, cache_dir, seed=self.seed, promised=promised, progress=progress
         )
         largest = found[fleet.sizes[-1]]
+        if self.peak_rps == MAXIMUM and not largest.max_rps:
+            raise ValueError(
+                f"--peak-rps {MAXIMUM}: TP {largest.tp} sustains no load at all under these promises; loosen "
+                "--slo-e2e, --slo-tbt or --slo-ttft, or give a rate"
+            )
         if self.peak_rps == MAXIMUM:
             trace = lengths.scaled(peak_rps=largest.max_rps)
         scenario = Scenario(
