@@ -182,3 +182,21 @@ def test_an_unchanged_iteration_is_o1():
         return lines_executed(lambda: controller.handle(Stepped(engine=0, iteration=1), 0.2))
 
     assert lines(300) == lines(3)
+
+
+def test_a_cancelled_batch_leaves_no_iteration_in_progress():
+    """Slack is counted from the iteration under way; one that was cancelled away must not lend its beginning."""
+    plans = []
+    for cancelled in (False, True):
+        told = world()
+        arrive(told, 0, 4, 8)
+        told.end_iteration(0)
+        if cancelled:
+            told.cancel(0)
+        else:
+            while told.on:
+                told.end_iteration(0)
+        told.now_s = 30.0
+        commands = arrive(told, 1, 4, 100, slo=Slo(e2e_s=2.0))
+        plans.append((names(commands), told.controller.snapshot().engines[0].plan))
+    assert plans[0] == plans[1]

@@ -105,3 +105,16 @@ def test_without_an_autoscaler_a_second_engine_takes_over_too():
     told.run_out(SIZES.get)
     assert told.up.keys() == {1}
     told.check_end()
+
+
+def test_an_engine_that_drains_serves_again_when_its_successor_is_lost():
+    told = loaded()
+    told.advance(0.5)
+    told.ready(1, SIZES[2])
+    assert told.controller.serving() == 1
+    commands = told.lose(1)
+    assert told.controller.serving() == 0
+    assert "StartEngine" not in names(commands)
+    arrive(told, 9, 4, 4)
+    told.run_out(SIZES.get)
+    told.check_end()

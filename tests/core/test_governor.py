@@ -217,3 +217,20 @@ def test_while_requests_run_the_clock_is_planned_again_in_time():
     busy = engine(due_in(16))
     settle(governor(replan_s=0.75), busy, 2.0 / 1024)
     assert busy.again_at_s == pytest.approx(0.75 + 2.0 / 1024)
+
+
+def test_room_is_left_for_the_first_token_of_whoever_comes_next():
+    """Three prompts' iterations of 7 to 16 ticks fit the promise, at the clocks where they do."""
+    for ticks, mhz in ((60, CLOCKS_MHZ[0]), (30, CLOCKS_MHZ[2]), (20, TOP_MHZ)):
+        asks = governor()
+        for _ in range(2):
+            asks._load.arrived(0.0, 4, 32, Slo(ttft_s=ticks / 1024))
+        assert settle(asks, engine(row(1, 4, 32))).mhz == mhz
+
+
+def test_least_energy_uses_its_reserve_before_the_top_clock_and_the_paper_does_not():
+    # 32 iterations within 7.5 ticks each hold at the top clock only; with a tenth kept back they hold nowhere.
+    for policy, why in ((ClockPolicy.LEAST_ENERGY, Reason.LEAST_ENERGY), (ClockPolicy.THROTTLLEM, Reason.INFEASIBLE)):
+        found = settle(governor(policy, reserve=0.1), engine(due_in(7.5)))
+        assert found.mhz == TOP_MHZ
+        assert (found.why is Reason.INFEASIBLE) == (why is Reason.INFEASIBLE)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.toy import row, spec
+from core.toy import SPEC, row, spec
 from throttllem.core.projection import project
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.engine.batcher import Batcher
@@ -164,3 +164,16 @@ def test_replenished_never_falls_below_now(case):
         projection.prefill_tokens.tolist(),
         projection.ends.tolist(),
     )
+
+
+def test_replenished_never_falls_below_what_is_now():
+    board = Scoreboard(4)
+    for key, answer in enumerate((3, 9, 30)):
+        board.dispatch(row(key, 8, answer))
+        board.begin(key, 0, 0.0)
+    plain = project(board, SPEC, first=1)
+    full = plain.replenished()
+    assert plain.batch.min() == 1
+    assert full.batch.tolist() == [3] * plain.horizon
+    assert (full.kv_blocks == [max(blocks, int(plain.kv_blocks[0])) for blocks in plain.kv_blocks]).all()
+    assert (full.ends == plain.ends).all()

@@ -7,6 +7,7 @@ import pytest
 from core.toy import request
 from hypothesis import given
 from hypothesis import strategies as st
+from sim.toy_runs import simulate, specs_of
 
 from throttllem.core.projection import Projection
 from throttllem.core.types import Slo
@@ -147,3 +148,13 @@ def test_weighted_quantiles_are_those_of_the_repeated_values(pairs):
     ranked = sorted(repeated.tolist())
     assert plain.p50 == ranked[max(0, math.ceil(0.5 * len(ranked)) - 1)]
     assert plain.p99 == ranked[max(0, math.ceil(0.99 * len(ranked) - 1e-9) - 1)]
+
+
+def test_the_wait_of_a_preempted_row_is_a_gap_like_any_other():
+    requests = [request(key, 8, 40, max_tokens=40, arrival_s=0.0, slo=Slo()) for key in range(12)]
+    run = simulate(requests, specs=specs_of(no_evict=False))
+    result = run.result()
+    assert result.preemptions > 0
+    gaps = sum(r.answer_tokens - 1 for r in requests)
+    assert sum(run.recorder._gap_rows) == gaps
+    assert result.tbt_s.mean == pytest.approx(result.tpot_s.mean, rel=1e-6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 from rich.console import Console
@@ -29,5 +29,13 @@ def show_results(scenario: Mapping[str, object], runs: Sequence[RunResult], cons
     for run in runs:
         if run is not baseline:
             console.print(verdict(run, baseline), highlight=False)
-    for reason, count in baseline.rejections.items():
-        console.print(f"{count} of {baseline.requests} requests were rejected: {reason}", highlight=False)
+    for line in _rejected(runs):
+        console.print(line, highlight=False)
+
+
+def _rejected(runs: Sequence[RunResult]) -> Iterator[str]:
+    """How many requests were rejected and why, and by whom where policies differ."""
+    for reason in dict.fromkeys(reason for run in runs for reason in run.rejections):
+        counts = {run.policy: run.rejections.get(reason, 0) for run in runs}
+        who = "" if len(set(counts.values())) == 1 else ": " + ", ".join(f"{name} {n}" for name, n in counts.items())
+        yield f"{max(counts.values())} of {runs[0].requests} requests were rejected: {reason}{who}"
