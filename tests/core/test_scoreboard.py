@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from core.effort import lines_executed
-from core.toy import row
-from throttllem.core.scoreboard import Scoreboard
+from core.toy import request, row
+from throttllem.core.scoreboard import Row, Scoreboard
 from throttllem.core.types import Slo
 
 
@@ -208,3 +208,13 @@ class Columns(RuleBasedStateMachine):
 
 
 TestColumns = Columns.TestCase
+
+
+def test_a_mean_is_not_spread_over_tokens_that_inflation_added():
+    board = Scoreboard(4)
+    asked = request(1, 8, 13, max_tokens=64, arrival_s=0.0, slo=Slo(tbt_s=0.25))
+    board.dispatch(Row(request=asked, predicted_tokens=13, answer_tokens=13, sure_tokens=9))
+    board.begin(1, 0, 1.0)
+    assert board.deadline_s.tolist() == [1.0 + 8 * 0.25]
+    assert [r.answer_tokens for r in board.outgrown(13)] == [64]
+    assert board.deadline_s.tolist() == [1.0 + 63 * 0.25]

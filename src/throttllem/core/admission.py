@@ -17,8 +17,8 @@ from throttllem.core.projection import project
 from throttllem.core.scoreboard import Row, Scoreboard
 from throttllem.core.types import EngineSpec, Reason, Request, Verdict, VerdictKind, check
 
-_ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
-_LOST = Verdict(kind=VerdictKind.LOST, why=Reason.OWN_DEADLINE)
+ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
+LOST = Verdict(kind=VerdictKind.LOST, why=Reason.OWN_DEADLINE)
 _TOP = slice(-1, None)
 
 
@@ -84,7 +84,7 @@ def admit(
     if ahead.kv_peak > spec.kv_blocks and not alone:
         return Verdict(kind=VerdictKind.WAIT, why=Reason.KV)
     if not ahead.inside_hull:
-        return _ADMIT  # nothing is known of the speed out here: the controller runs at the top clock
+        return ADMIT  # nothing is known of the speed out here: the controller runs at the top clock
     return _check_times(ahead, board, table, newcomer, delay_s, margin, alone=alone, patient=patient)
 
 
@@ -113,7 +113,7 @@ def _check_times(
     lightest_s, _ = table.at(table.clocks_mhz[-1], 1, 1, 0)
     hopeless = lightest_s > tbt_s  # not even a row alone keeps it: nobody need wait for it
     if bool(slow.any()) and (alone or (patient and not hopeless)):
-        return _LOST if alone else Verdict(kind=VerdictKind.WAIT, why=Reason.TBT)
+        return LOST if alone else Verdict(kind=VerdictKind.WAIT, why=Reason.TBT)
     spent = ahead.seconds(table, _TOP)[:, 0] + delay_s
     own_due_s, own_first_due_s = ahead.due_s[-1] - ahead.base_s, ahead.first_due_s[-1] - ahead.base_s
     ahead.due_s[-1] = ahead.first_due_s[-1] = np.inf
@@ -127,4 +127,4 @@ def _check_times(
         row = ahead.binding_row(board, int(late[0]))
         return Verdict(kind=VerdictKind.WAIT, why=Reason.E2E, binding=row.request.id if row else None)
     in_time = spent[ahead.finish_run[-1]] <= own_due_s and spent[ahead.first_run[-1]] <= own_first_due_s
-    return _ADMIT if in_time and not newcomer.lost and lightest_s <= newcomer.tbt_s else _LOST
+    return ADMIT if in_time and not newcomer.lost and lightest_s <= newcomer.tbt_s else LOST

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from dataclasses import replace
 
-from throttllem.core.admission import admit, never_fits
+from throttllem.core.admission import ADMIT, admit, never_fits
 from throttllem.core.autoscale import Autoscaler
 from throttllem.core.engines import Engines, EngineState, Phase
 from throttllem.core.governor import Governor
@@ -147,9 +147,10 @@ class Controller:
         if why is not None:
             self._reject(request.id, why, commands)
             return
-        answer_tokens = predicted_tokens(self.options.predictor, request, self.options.inflation)
-        self._load.arrived(now_s, request.prompt_tokens, answer_tokens, request.slo)
-        self._queue.append(Row(request=request, predicted_tokens=answer_tokens, answer_tokens=answer_tokens))
+        tokens = predicted_tokens(self.options.predictor, request, self.options.inflation)
+        sure_tokens = math.ceil(tokens / max(1.0, self.options.inflation))
+        self._load.arrived(now_s, request.prompt_tokens, tokens, request.slo)
+        self._queue.append(Row(request=request, predicted_tokens=tokens, answer_tokens=tokens, sure_tokens=sure_tokens))
 
     def _cancelled(self, request_id: int, commands: list[Command]) -> Changed:
         for engine in self._engines:
@@ -226,11 +227,10 @@ class Controller:
             larger = any(never_fits(row.request, other) is None for other in self._engines.specs())
             return Verdict(kind=VerdictKind.WAIT if larger else VerdictKind.REJECT, why=why)
         if not self.options.slo_aware:
-            return Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
+            return ADMIT
         if engine.table is None:
-            room = len(engine.board) < spec.max_batch
-            kind, why = (VerdictKind.ADMIT, Reason.FITS) if room else (VerdictKind.WAIT, Reason.BATCH)
-            return Verdict(kind=kind, why=why)
+            full = len(engine.board) >= spec.max_batch
+            return Verdict(kind=VerdictKind.WAIT, why=Reason.BATCH) if full else ADMIT
         return admit(
             engine.board,
             spec,

@@ -24,15 +24,16 @@ Floats = npt.NDArray[np.float64]
 class Row:
     """One request on its way through an engine.
 
-    `predicted_tokens` is the first prediction, `answer_tokens` the one in force; `earliest` is the first iteration that
-    can hold the row.
-    `done_tokens` were generated before the last (re)start and are part of the prompt now; `start` is the
-    iteration of the first token since then, None while it waits inside the engine.
+    `predicted_tokens` is the first prediction, inflated; `sure_tokens` the same before inflation (None: not inflated);
+    `answer_tokens` the prediction in force. `earliest` is the first iteration that can hold the row. `done_tokens` were
+    generated before the last (re)start and are part of the prompt now; `start` is the iteration of the first token
+    since then, None while it waits inside the engine.
     """
 
     request: Request
     predicted_tokens: int
     answer_tokens: int
+    sure_tokens: int | None = None
     earliest: int = 0
     lost: bool = False
     done_tokens: int = 0
@@ -50,6 +51,13 @@ class Row:
         """Tokens still to come after the last (re)start, by the prediction in force."""
         return max(1, self.answer_tokens - self.done_tokens)
 
+    @property
+    def gaps(self) -> int:
+        """Gaps between tokens that a mean may be spread over: those of the answer as far as it is sure to come."""
+        outgrown = self.answer_tokens > self.predicted_tokens
+        tokens = self.answer_tokens if outgrown or self.sure_tokens is None else self.sure_tokens
+        return max(1, tokens - 1)
+
     def generated_tokens(self, iteration: int) -> int:
         """Tokens of the answer that are out when `iteration` is over."""
         return self.done_tokens + (0 if self.start is None else iteration - self.start + 1)
@@ -62,7 +70,7 @@ class Row:
 
     def spare_s(self) -> float:
         """What a reserve may take from the deadline at most: a tenth of what a TBT promise gives."""
-        return 0.1 * self.tbt_s * max(1, self.answer_tokens - 1)
+        return 0.1 * self.tbt_s * self.gaps
 
     def deadline_s(self) -> float:
         """When the last token is due: E2E, and the mean time between tokens once the first is out; inf if lost."""
@@ -72,7 +80,7 @@ class Row:
         if slo.e2e_s is not None:
             due_s = self.request.arrival_s + slo.e2e_s
         if slo.tbt_s is not None and self.first_token_s is not None:
-            due_s = min(due_s, self.first_token_s + slo.tbt_s * max(1, self.answer_tokens - 1))
+            due_s = min(due_s, self.first_token_s + slo.tbt_s * self.gaps)
         return due_s
 
 
