@@ -156,7 +156,7 @@ def test_a_stopped_run_leaves_nothing_half_written(stop, cache_dir, tmp_path):
     environment = {**os.environ, "THROTTLLEM_CACHE_DIR": str(cache_dir), "THROTTLLEM_WORKERS": "2"}
     command = [str(Path(sys.executable).with_name("throttllem")), *arguments]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.PIPE)
-    time.sleep(15)
+    time.sleep(6)
     assert process.poll() is None, process.stderr.read()
     process.send_signal(stop)
     process.communicate(timeout=30)
