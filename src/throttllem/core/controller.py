@@ -186,14 +186,14 @@ class Controller:
         return {}
 
     def _clock_read(self, key: int, mhz: int | None, now_s: float) -> Changed:
-        """An unknown clock is asked for again, at the top; one that did not follow is planned from as it is."""
+        """An unknown clock is asked for again, at the top; one that did not follow is planned and asked for again."""
         engine = self._engines.get(key)
         if engine is None:
             return {}
         engine.clock_mhz = mhz
         under_way = now_s < engine.set_at_s + self.options.throttle.switch_latency_s
         if mhz is None or (mhz != engine.target_mhz and not under_way):
-            engine.target_mhz = mhz
+            engine.target_mhz = None  # whatever was asked for is not what is: the next plan is asked for anew
             return {key: engine}
         return {}
 
