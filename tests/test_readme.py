@@ -62,7 +62,7 @@ def command_fault(words):
     try:
         with command.make_context(words[0], words[1:]):
             return None
-    except Exception as error:
+    except typer.exceptions.TyperException as error:
         return f"{shlex.join(words)}: {error}"
 
 

@@ -22,7 +22,7 @@ def table(**changes: object) -> PerformanceTable:
         "watts": cells * np.array([[10.0, 100.0]], dtype=np.float32),
         "hull": HULL,
     }
-    return PerformanceTable(**(values | changes))  # type: ignore[arg-type]
+    return PerformanceTable(**(values | changes))
 
 
 def test_cells_are_prefill_then_batch_then_kv() -> None:
@@ -87,4 +87,4 @@ def test_parts_that_do_not_fit_together(changes: dict[str, object], message: str
 
 def test_a_table_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        table().hull = HULL  # type: ignore[misc]
+        table().hull = HULL

@@ -37,9 +37,9 @@ def spec(tp: int, **changes: object) -> EngineSpec:
         "idle_w": 50.0,
         "startup_s": 20.0,
     }
-    return EngineSpec(**(values | changes))  # type: ignore[arg-type]
+    return EngineSpec(**(values | changes))
 
 
 def profile(rows: int = 6000, sizes: tuple[int, ...] = (1, 2), **plan: float) -> pl.DataFrame:
-    chosen = ProfilePlan(rows=rows, **plan)  # type: ignore[arg-type]
+    chosen = ProfilePlan(rows=rows, **plan)
     return pl.concat([profile_engine(AnalyticEngine(tp), spec(tp), chosen) for tp in sizes])

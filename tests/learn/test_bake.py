@@ -156,4 +156,4 @@ def test_the_hull_is_that_of_the_profile(tables: dict[int, PerformanceTable]) ->
 )
 def test_an_engine_that_was_not_profiled(trained: Trained, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bake(trained, dataclasses.replace(spec(1), **changes))  # type: ignore[arg-type]
+        bake(trained, dataclasses.replace(spec(1), **changes))

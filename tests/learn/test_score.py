@@ -107,6 +107,6 @@ def test_written_whole(tmp_path: Path, card: ScoreCard) -> None:
 def test_table_shows_every_score(card: ScoreCard) -> None:
     console = Console(file=io.StringIO(), width=120)
     console.print(score_table(card))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()
     assert all(name in text for name in SPLITS)
     assert f"{card.score('random 90/10').mape_seconds:.1%}" in text
