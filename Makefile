@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-slow check bench lock clean
+.PHONY: setup demo test test-slow check bench fidelity lock clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/bench.py $(BENCH)
+
+fidelity: $(STAMP)
+	$(BIN)/python -m tools.fidelity $(FIDELITY)
 
 lock:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra dev pyproject.toml -o requirements.lock

@@ -24,6 +24,7 @@ from throttllem.core.types import Arrived, Cancelled, EngineReady, EngineSpec, R
 from throttllem.learn.measure import ProfilePlan
 from throttllem.learn.train import Trained, train
 from throttllem.physics.catalogue import Catalogue
+from throttllem.physics.engine import EnginePhysics
 from throttllem.sim.fleet import build_fleet
 from throttllem.sim.policy import parse_policy
 from throttllem.sim.prepare import performance_tables, profile_fleet
@@ -52,6 +53,7 @@ def main() -> None:
         for rows in SIZES:
             results[f"{policy.value}-{rows}"] = report(policy, rows, decisions(fleet.specs[4], table, policy, rows))
     results["trees-128"] = trees(trained, 128)
+    results["estimates"] = estimates()
     results["simulation"] = simulation(chosen.seconds, cache)
     if chosen.json:
         chosen.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -114,6 +116,31 @@ def trees(trained: Trained, rows: int) -> dict[str, float]:
     median = statistics.median(taken)
     print(f"  the trees themselves, {horizon} iterations x 7 clocks of a binary search: median {median * 1e3:.1f} ms")
     return {"median_s": median}
+
+
+def estimates() -> dict[str, float]:
+    """Iterations per second that the physics answers for: decode alone, with a prompt, and above the power limit."""
+    catalogue = Catalogue.load()
+    gpu, model = catalogue.gpu("a100-40gb-sxm"), catalogue.model("llama-2-13b")
+    engine = EnginePhysics(gpu, model, 4)
+    tight = EnginePhysics(gpu.model_copy(update={"power": gpu.power.model_copy(update={"limit_w": 200.0})}), model, 4)
+    rng = np.random.default_rng(0)
+    clocks = rng.choice(gpu.clocks_mhz, 20_000).tolist()
+    batches, prompts = rng.integers(1, 100, 20_000).tolist(), rng.integers(1, 2048, 20_000).tolist()
+    decode = [(clock, batch, 1000 * batch, 0, 0.0) for clock, batch in zip(clocks, batches, strict=True)]
+    mixed = [(*point[:3], prompt, prompt**2 / 2) for point, prompt in zip(decode, prompts, strict=True)]
+    kinds = {"decode": (engine, decode), "mixed": (engine, mixed), "limited": (tight, mixed)}
+    rates: dict[str, float] = {}
+    for name, (physics, points) in kinds.items():
+        taken = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            for point in points:
+                physics.iteration(*point)
+            taken.append(time.perf_counter() - begin)
+        rates[name] = len(points) / statistics.median(taken)
+    print("the physics: " + ", ".join(f"{name} {rate:,.0f} iterations/s" for name, rate in rates.items()))
+    return rates
 
 
 def simulation(seconds: float, cache: Path) -> dict[str, float]:

@@ -29,6 +29,7 @@ from throttllem.arguments import (
     progress_bar,
     write_json,
 )
+from throttllem.cli_calibrate import calibrate
 from throttllem.cli_engines import characterize, estimate, profile, train
 from throttllem.config import Environment, LengthOptions, Options, changed
 from throttllem.files import ensure_writable_dir
@@ -47,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (characterize, profile, train, estimate):
+for command in (characterize, profile, train, calibrate, estimate):
     app.command()(command)
 
 

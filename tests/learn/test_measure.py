@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from throttllem.learn.measure import Iterates, ProfilePlan, batch_sizes, profile_engine
-from throttllem.learn.profile import COLUMNS
+from throttllem.learn.profile import COLUMNS, OPTIONAL
 
 from .analytic import AnalyticEngine, profile, spec
 
@@ -24,7 +24,7 @@ class Recorder:
 
 
 def test_columns_are_those_of_the_format(measured: pl.DataFrame) -> None:
-    assert measured.columns == [column.name for column in COLUMNS]
+    assert measured.columns == [column.name for column in (*COLUMNS, *OPTIONAL)]
     assert measured["tp"].unique().sort().to_list() == [1, 2]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from throttllem.learn.profile import COLUMNS, ProfileError, read_profile, write_profile
+from throttllem.learn.profile import COLUMNS, OPTIONAL, ProfileError, read_profile, write_profile
 
 HEADER = "gpu,model,tp,block_tokens,batch,kv_blocks,clock_mhz,prefill_tokens,seconds,watts"
 GOOD = "a100-40gb-sxm,llama-2-13b,2,64,32,410,1410,0,0.0187,612"
@@ -50,6 +50,7 @@ def test_other_columns_and_another_order_do_no_harm(tmp_path: Path) -> None:
         (",612", ",0", "line 3, column watts: '0': must be above 0"),
         (",32,", ",0,", "line 3, column batch: '0': must be at least 1"),
         (",32,", ",1.5,", "line 3, column batch: '1.5': not a whole number"),
+        (",32,", ",1e30,", "line 3, column batch: '1e30': too large a number"),
         (",1410,0,", ",1410,-1,", "line 3, column prefill_tokens: '-1': must be at least 0"),
         (",2,64", ",8,64", "line 3, column tp: 8: unknown engine size; known: 1, 2, 4"),
         (",64,", ",16,", "line 3, column block_tokens: 16: a profile is of one block_tokens, and row 1 says 64"),
@@ -108,4 +109,4 @@ def test_the_documented_example_is_a_profile(tmp_path: Path) -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     example = text.split("```csv\n")[1].split("```")[0]
     assert read_profile(write(tmp_path, *example.splitlines())).height >= 3
-    assert all(f"`{column.name}`" in text for column in COLUMNS)
+    assert all(f"`{column.name}`" in text for column in (*COLUMNS, *OPTIONAL))

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from throttllem.physics.catalogue import Catalogue, CatalogueError, UnknownName
 
-GPUS = ["a100-40gb-pcie", "a100-40gb-sxm", "h100-80gb-sxm"]
+GPUS = ["a100-40gb-pcie", "a100-40gb-sxm", "a40-48gb", "h100-80gb-sxm"]
 MODELS = ["llama-2-13b", "llama-3-70b", "llama-3-8b"]
 TINY = """
 [model.tiny]

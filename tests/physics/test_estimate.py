@@ -37,6 +37,39 @@ def test_outside_it_is_modelled_and_says_why(clock_mhz: int, batch: int, model: 
     assert reason in basis
 
 
+def test_what_the_clock_does_elsewhere_is_modelled() -> None:
+    engine = EnginePhysics(CATALOGUE.gpu("a100-40gb-sxm"), CATALOGUE.model("llama-2-13b"), 2)
+    assert estimate(engine, 1410, 8, 3000).basis["iteration_s"].startswith("calibrated")
+    basis = estimate(engine, 1395, 8, 3000).basis["iteration_s"]
+    assert basis.startswith("modelled: the clock's effect at tp 2 (fitted at 1, 4); the clock's effect at context 3000")
+
+
+@pytest.mark.parametrize(
+    ("clock_mhz", "batch", "context", "prefill", "kind"),
+    [
+        (1410, 32, 500, 0, "measured: within 10% of mean watts"),
+        (1080, 35, 500, 0, "measured"),
+        (795, 32, 500, 0, "calibrated"),
+        (1410, 25, 500, 0, "calibrated"),
+        (1410, 32, 500, 64, "calibrated"),
+        (600, 32, 500, 0, "modelled"),
+    ],
+)
+def test_close_to_a_measured_point_is_measured(
+    clock_mhz: int, batch: int, context: int, prefill: int, kind: str
+) -> None:
+    engine = EnginePhysics(CATALOGUE.gpu("a100-40gb-pcie"), CATALOGUE.model("llama-3-8b"), 1)
+    assert estimate(engine, clock_mhz, batch, context, prefill).basis["power_w"].startswith(kind)
+    assert not estimate(engine, clock_mhz, batch, context, prefill).basis["iteration_s"].startswith("measured")
+
+
+def test_summed_operators_are_measured_at_the_top_clock_only() -> None:
+    engine = EnginePhysics(CATALOGUE.gpu("h100-80gb-sxm"), CATALOGUE.model("llama-3-70b"), 4)
+    assert estimate(engine, 1980, 64, 1100).basis["iteration_s"].startswith("measured")
+    assert estimate(engine, 1980, 64, 1500).basis["iteration_s"].startswith("calibrated")
+    assert estimate(engine, 1380, 64, 1100).basis["iteration_s"].startswith("calibrated")
+
+
 def test_a_users_measured_law_is_called_measured() -> None:
     gpu = CATALOGUE.gpu("a100-40gb-sxm")
     mine = gpu.model_copy(update={"time_basis": gpu.time_basis.model_copy(update={"kind": "measured", "source": "me"})})

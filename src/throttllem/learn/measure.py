@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from throttllem.core.types import EngineSpec
-from throttllem.learn.profile import COLUMNS
+from throttllem.learn.profile import COLUMNS, OPTIONAL
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""
@@ -86,7 +86,7 @@ def profile_engine(
             on_progress(done, len(points))
     if on_progress:
         on_progress(len(points), len(points))
-    schema = {column.name: column.dtype for column in COLUMNS}
+    schema = {column.name: column.dtype for column in (*COLUMNS, *OPTIONAL)}
     frame = pl.DataFrame(rows, schema=schema, orient="row")
     return frame.with_columns(
         seconds=frame["seconds"] * np.exp(rng.normal(0.0, plan.noise_time, len(rows))),
@@ -105,17 +105,18 @@ def batch_sizes(max_batch: int) -> list[int]:
 def _measure(engine: Iterates, spec: EngineSpec, point: Point) -> tuple[object, ...]:
     # Of each row's last block about half is filled.
     waste = point.decode_batch * (spec.block_tokens - 1) // 2
+    pairs = sum(tokens * tokens for tokens in point.prompts) / 2
     seconds, watts = engine.iteration(
         point.clock_mhz,
         point.decode_batch,
         point.decode_blocks * spec.block_tokens - waste,
         sum(point.prompts),
-        sum(tokens * tokens for tokens in point.prompts) / 2,
+        pairs,
     )
     batch = point.decode_batch + len(point.prompts)
     kv_blocks = point.decode_blocks + sum(_blocks(tokens, spec) for tokens in point.prompts)
     asked = (batch, kv_blocks, point.clock_mhz, sum(point.prompts))
-    return (spec.gpu, spec.model, spec.tp, spec.block_tokens, *asked, seconds, watts)
+    return (spec.gpu, spec.model, spec.tp, spec.block_tokens, *asked, seconds, watts, len(point.prompts), pairs)
 
 
 def _corners(spec: EngineSpec) -> Iterator[Point]:

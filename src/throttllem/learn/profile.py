@@ -39,7 +39,14 @@ COLUMNS = (
     Column(name="seconds", dtype=pl.Float64, least=0.0, above=True),
     Column(name="watts", dtype=pl.Float64, least=0.0, above=True),
 )
+OPTIONAL = (
+    Column(name="prompts", dtype=pl.Int64, least=0),
+    Column(name="prefill_pairs", dtype=pl.Float64, least=0.0),
+)
+"""Kept where the file has them: what `batch` and `prefill_tokens` leave open, and `calibrate` can use."""
 SAME_THROUGHOUT = ("gpu", "model", "block_tokens")
+_LARGEST_WHOLE = 2.0**53
+"""Whole numbers above it are not exact in the doubles that they are read as."""
 
 
 class ProfileError(ValueError):
@@ -58,7 +65,8 @@ def read_profile(path: Path, sizes: Collection[int] | None = None) -> pl.DataFra
         raise ProfileError(f"{path}: missing column {', '.join(missing)}; there are: {', '.join(frame.columns)}")
     if frame.is_empty():
         raise ProfileError(f"{path}: no rows")
-    checked = pl.DataFrame([_checked(path, frame[column.name], column) for column in COLUMNS])
+    there = [*COLUMNS, *(column for column in OPTIONAL if column.name in frame.columns)]
+    checked = pl.DataFrame([_checked(path, frame[column.name], column) for column in there])
     for name in SAME_THROUGHOUT:
         others = checked[name] != checked[name][0]
         _refuse(path, checked[name], others, f"a profile is of one {name}, and row 1 says {checked[name][0]!r}")
@@ -76,6 +84,11 @@ def write_profile(profile: pl.DataFrame, path: Path) -> None:
             profile.write_csv(unfinished)
         else:
             profile.write_parquet(unfinished)
+
+
+def place(path: Path, row: int) -> str:
+    """Where row `row` (from 0) of a profile stands, for people: a CSV's line, the header being line 1; else a row."""
+    return f"line {row + 2}" if path.suffix.lower() == CSV else f"row {row + 1}"
 
 
 def _ending(path: Path) -> str:
@@ -111,6 +124,7 @@ def _checked(path: Path, values: pl.Series, column: Column) -> pl.Series:
     _refuse(path, values, numbers.is_null() | ~numbers.is_finite().fill_null(False), "not a finite number")
     if column.dtype == pl.Int64:
         _refuse(path, values, numbers != numbers.round(), "not a whole number")
+        _refuse(path, values, numbers.abs() > _LARGEST_WHOLE, "too large a number")
     if column.least is not None:
         low = numbers <= column.least if column.above else numbers < column.least
         _refuse(path, values, low, f"must be {'above' if column.above else 'at least'} {column.least:g}")
@@ -118,9 +132,8 @@ def _checked(path: Path, values: pl.Series, column: Column) -> pl.Series:
 
 
 def _refuse(path: Path, values: pl.Series, bad: pl.Series, why: str) -> None:
-    """Raise for the first bad value. Rows count from 1; in a CSV the line is given, the header being line 1."""
+    """Raise for the first bad value."""
     rows = bad.arg_true()
     if len(rows):
         row = int(rows[0])
-        place = f"line {row + 2}" if path.suffix.lower() == CSV else f"row {row + 1}"
-        raise ProfileError(f"{path}, {place}, column {values.name}: {values[row]!r}: {why}")
+        raise ProfileError(f"{path}, {place(path, row)}, column {values.name}: {values[row]!r}: {why}")

@@ -1,8 +1,8 @@
 """What the clock does to the parts of the time and of the power; everything here is relative to the top clock.
 
-Time: compute follows 1 / f; memory is untouched above its knee and follows 1 / f below it, smoothly;
-fixed kernel times, all-reduce and host do not follow it. Power: the switching part follows f V(f)^2, V being flat
-below a knee.
+Time: compute follows 1 / f, all but a few percent; memory is untouched above its knee and follows 1 / f below it,
+smoothly; a share of the fixed kernel and all-reduce latencies follows 1 / f; the host does not. Power: the switching
+part follows f V(f)^2, V being flat below a knee.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ class ClockScale(NamedTuple):
 
     compute: float
     memory: float
+    latency: float
     switching: float
 
 
 def clock_scale(time: TimeLaw, power: PowerLaw, clock_mhz: float, top_mhz: float) -> ClockScale:
     """The factors at `clock_mhz` (docs/physics.md, "The clock")."""
-    compute = top_mhz / clock_mhz
+    slower = top_mhz / clock_mhz
+    computes = max(1.0, (time.compute_knee_mhz or top_mhz) / clock_mhz)
     return ClockScale(
-        compute=compute,
+        compute=1 + time.compute_clock_share * (computes - 1),
         memory=_memory(time, clock_mhz) / _memory(time, top_mhz),
-        switching=_voltage_squared(power, clock_mhz, top_mhz) / (1 + power.voltage_rise) / compute,
+        latency=1 + time.latency_clock_share * (slower - 1),
+        switching=_voltage_squared(power, clock_mhz, top_mhz) / (1 + power.voltage_rise) / slower,
     )
 
 

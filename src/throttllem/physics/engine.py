@@ -22,15 +22,40 @@ class ModelDoesNotFit(ValueError):  # noqa: N818 - the name says what happened
     """Weights and activations leave no room for a KV cache, or the heads cannot be shared out."""
 
 
-class _Watts(NamedTuple):
-    """Watts of one GPU, with the fractions that turn seconds of work into seconds at the hardware's own peak."""
+class _Coefficients(NamedTuple):
+    """Everything that an iteration at one clock is made of: seconds, as in `load.Load`, and watts, of all GPUs.
 
-    base: float
-    memory: float
-    core: float
-    compute: float
-    gemm_bandwidth: float
-    decode_bandwidth: float
+    The factors of the clock are in; watts of traffic and of switching are per second of the time that they go with.
+    """
+
+    weights: float
+    row_gemm_memory: float
+    row_gemm_compute: float
+    head_row_compute: float
+    row_streamed: float
+    kv_token: float
+    kv_row: float
+    walk_token: float
+    pair: float
+    prefill_token: float
+    prefill_walk_token: float
+    fixed: float
+    decode_fixed: float
+    prefill_fixed: float
+    one_step_rows: float
+    one_step_row: float
+    two_step_row: float
+    two_step: float
+    large_rows: float
+    large: float
+    norm: float
+    inverse_norm: float
+    host_request: float
+    base_w: float
+    gemm_traffic_w: float
+    kv_traffic_w: float
+    core_w: float
+    compute_w: float
 
 
 class EnginePhysics:
@@ -40,14 +65,12 @@ class EnginePhysics:
         self.gpu, self.model, self.tp = gpu, model, tp
         _check_fit(gpu, model, tp)
         self._load = load(gpu, model, tp)
-        self._watts = _watts(gpu)
-        self._norm, self._inverse_norm = gpu.time.gemm_norm, 1 / gpu.time.gemm_norm
-        self._host_s, self._host_request_s = gpu.time.host_s, gpu.time.host_request_s
-        self._limit_w = gpu.power.limit_w * tp
+        self._limit_w, self._base_w = gpu.power.limit_w * tp, (gpu.power.idle_w + gpu.power.static_w) * tp
         self._clocks = gpu.clocks_mhz
-        self._ladder = tuple(self._scale(clock) for clock in self._clocks)
-        self._switching = tuple(scale.switching for scale in self._ladder)
-        self._scales: dict[float, ClockScale] = dict(zip(self._clocks, self._ladder, strict=True))
+        scales = [self._scale(clock) for clock in self._clocks]
+        self._ladder = tuple(self._at(scale) for scale in scales)
+        self._switching = tuple(scale.switching for scale in scales)
+        self._coefficients: dict[float, _Coefficients] = dict(zip(self._clocks, self._ladder, strict=True))
 
     def kv_capacity_tokens(self) -> int:
         """Tokens of KV cache that weights and activations leave room for, on the fullest GPU."""
@@ -76,89 +99,119 @@ class EnginePhysics:
         pairs (half the square of a whole prompt). Above the power limit the clock gives way, as the GPU's does.
         Raises ValueError for a clock outside the GPU's range.
         """
-        scale = self._scales.get(clock_mhz) or self._new_scale(clock_mhz)
-        time_s, power_w = self._uncapped(scale, decode_batch, kv_tokens, prefill_tokens, prefill_pairs)
-        if power_w <= self._limit_w:
-            return time_s, power_w
-        return self._capped(clock_mhz, decode_batch, kv_tokens, prefill_tokens, prefill_pairs)
-
-    def _uncapped(
-        self, scale: ClockScale, decode_batch: int, kv_tokens: int, prefill_tokens: int, prefill_pairs: float
-    ) -> tuple[float, float]:
-        compute, memory, switching = scale
-        (
-            weights_s, row_gemm_memory_s, row_gemm_compute_s, head_row_compute_s, row_elementwise_s, kv_token_s, pair_s,
-            prefill_token_s, kernel_s, decode_kernel_s, prefill_kernel_s, allreduce_s, row_allreduce_s,
-        ) = self._load  # fmt: skip
-        base_w, memory_w, core_w, compute_w, gemm_bandwidth, decode_bandwidth = self._watts
-        rows = decode_batch + prefill_tokens
-        sampled = decode_batch
-        if decode_batch:
-            kernel_s += decode_kernel_s
-        if prefill_tokens:
-            kernel_s += prefill_kernel_s
-            sampled += 1
-        gemm_memory_s = weights_s + row_gemm_memory_s * rows
-        gemm_compute_s = row_gemm_compute_s * rows + head_row_compute_s * sampled
-        norm = self._norm
-        gemm_s = ((gemm_memory_s * memory) ** norm + (gemm_compute_s * compute) ** norm) ** self._inverse_norm
-        rows_s = row_elementwise_s * rows + prefill_token_s * prefill_tokens
-        kv_s = kv_token_s * kv_tokens
-        pairs_s = pair_s * prefill_pairs
-        busy_s = gemm_s + (rows_s + kv_s) * memory + pairs_s * compute
-        waiting_s = kernel_s + allreduce_s + row_allreduce_s * rows + self._host_s + self._host_request_s * decode_batch
-        time_s = busy_s + waiting_s
-        traffic_w = memory_w * ((gemm_memory_s + rows_s) * gemm_bandwidth + kv_s * decode_bandwidth)
-        switching_w = core_w * busy_s + compute_w * (gemm_compute_s + pairs_s) * compute
-        return time_s, (base_w + (traffic_w + switching * switching_w) / time_s) * self.tp
+        at = self._coefficients.get(clock_mhz) or self._new_clock(clock_mhz)
+        found = _iteration(at, decode_batch, kv_tokens, prefill_tokens, prefill_pairs)
+        if found[1] <= self._limit_w:
+            return found
+        return self._capped(clock_mhz, found, (decode_batch, kv_tokens, prefill_tokens, prefill_pairs))
 
     def _capped(
-        self, clock_mhz: float, decode_batch: int, kv_tokens: int, prefill_tokens: int, prefill_pairs: float
+        self, clock_mhz: float, asked: tuple[float, float], batch: tuple[int, int, int, float]
     ) -> tuple[float, float]:
-        """Seconds and watts at the clock where the power equals the limit.
+        """Seconds and watts at the clock where the power equals the limit, `asked` being those at `clock_mhz`.
 
         Power is nearly a straight line over the switching factor: false position finds the two neighbouring clocks
         around the limit, whatever clock was asked for, and a straight line between them the rest.
         """
-        batch = (decode_batch, kv_tokens, prefill_tokens, prefill_pairs)
         limit_w, ladder, switching = self._limit_w, self._ladder, self._switching
-        low, high = 0, bisect_left(self._clocks, clock_mhz)
-        below, above = self._uncapped(ladder[low], *batch), self._uncapped(ladder[high], *batch)
-        if below[1] > limit_w:
-            return below
+        high, above = bisect_left(self._clocks, clock_mhz), asked
+        if self._clocks[high] != clock_mhz:
+            above = _iteration(ladder[high], *batch)
+        low, below_s, below_w, low_switching = -1, 0.0, self._base_w, 0.0
         while high - low > 1:
-            share = (limit_w - below[1]) / (above[1] - below[1])
-            guess = bisect_left(switching, switching[low] + share * (switching[high] - switching[low]))
+            share = (limit_w - below_w) / (above[1] - below_w)
+            guess = bisect_left(switching, low_switching + share * (switching[high] - low_switching))
             middle = min(max(guess, low + 1), high - 1)
-            at = self._uncapped(ladder[middle], *batch)
+            at = _iteration(ladder[middle], *batch)
             if at[1] <= limit_w:
-                low, below = middle, at
+                low, (below_s, below_w), low_switching = middle, at, switching[middle]
             else:
                 high, above = middle, at
-        share = (limit_w - below[1]) / (above[1] - below[1])
-        return below[0] + share * (above[0] - below[0]), limit_w
+        if low < 0:
+            return above
+        share = (limit_w - below_w) / (above[1] - below_w)
+        return below_s + share * (above[0] - below_s), limit_w
 
-    def _new_scale(self, clock_mhz: float) -> ClockScale:
+    def _new_clock(self, clock_mhz: float) -> _Coefficients:
         low, high = self.gpu.clock_min_mhz, self.gpu.clock_max_mhz
         if not low <= clock_mhz <= high:
             raise ValueError(f"clock {clock_mhz} MHz: {self.gpu.name} runs at {low} to {high} MHz")
-        scale = self._scales[clock_mhz] = self._scale(clock_mhz)
-        return scale
+        at = self._coefficients[clock_mhz] = self._at(self._scale(clock_mhz))
+        return at
 
     def _scale(self, clock_mhz: float) -> ClockScale:
         return clock_scale(self.gpu.time, self.gpu.power, clock_mhz, self.gpu.clock_max_mhz)
 
+    def _at(self, scale: ClockScale) -> _Coefficients:
+        compute, memory, latency, switching = scale
+        work, law, power, tp = self._load, self.gpu.time, self.gpu.power, self.tp
+        return _Coefficients(
+            weights=work.weights_s * memory,
+            row_gemm_memory=work.row_gemm_memory_s * memory,
+            row_gemm_compute=work.row_gemm_compute_s * compute,
+            head_row_compute=work.head_row_compute_s * compute,
+            row_streamed=work.row_elementwise_s * memory,
+            kv_token=work.kv_token_s * memory,
+            kv_row=work.kv_row_s * memory,
+            walk_token=work.walk_token_s * latency,
+            pair=work.pair_s * compute,
+            prefill_token=work.prefill_token_s * memory,
+            prefill_walk_token=work.prefill_walk_token_s * compute,
+            fixed=(work.layers_kernel_s + work.allreduce_s) * latency + law.host_s,
+            decode_fixed=work.decode_kernel_s * latency,
+            prefill_fixed=work.prefill_kernel_s * latency,
+            one_step_rows=work.one_step_rows,
+            one_step_row=work.one_step_row_s * latency,
+            two_step_row=work.two_step_row_s * latency,
+            two_step=work.two_step_s * latency,
+            large_rows=work.large_rows,
+            large=work.large_s * latency,
+            norm=law.gemm_norm,
+            inverse_norm=1 / law.gemm_norm,
+            host_request=law.host_request_s,
+            base_w=self._base_w,
+            gemm_traffic_w=power.memory_w * law.gemm_bandwidth_fraction * tp / memory,
+            kv_traffic_w=power.memory_w * law.decode_bandwidth_fraction * tp / memory,
+            core_w=switching * power.core_w * tp,
+            compute_w=switching * power.compute_w * tp,
+        )
 
-def _watts(gpu: Gpu) -> _Watts:
-    power, time = gpu.power, gpu.time
-    return _Watts(
-        base=power.idle_w + power.static_w,
-        memory=power.memory_w,
-        core=power.core_w,
-        compute=power.compute_w,
-        gemm_bandwidth=time.gemm_bandwidth_fraction,
-        decode_bandwidth=time.decode_bandwidth_fraction,
-    )
+
+def _iteration(
+    at: _Coefficients, decode_batch: int, kv_tokens: int, prefill_tokens: int, prefill_pairs: float
+) -> tuple[float, float]:
+    """Seconds and watts of one iteration, power limit aside: the law itself."""
+    (
+        weights_s, row_gemm_memory_s, row_gemm_compute_s, head_row_compute_s, row_streamed_s, kv_token_s, kv_row_s,
+        walk_token_s, pair_s, prefill_token_s, prefill_walk_token_s, waiting_s, decode_fixed_s, prefill_fixed_s,
+        one_step_rows, row_link_s, two_step_row_s, two_step_s, large_rows, large_s, norm, inverse_norm, host_request_s,
+        base_w, gemm_traffic_w, kv_traffic_w, core_w, compute_w,
+    ) = at  # fmt: skip
+    rows = decode_batch + prefill_tokens
+    gemm_memory_s = weights_s + row_gemm_memory_s * rows
+    gemm_compute_s = row_gemm_compute_s * rows + head_row_compute_s * decode_batch
+    streamed_s, read_s = row_streamed_s * rows, kv_token_s * kv_tokens + kv_row_s * decode_batch
+    attention_s = tensor_s = 0.0
+    if prefill_tokens:
+        waiting_s += prefill_fixed_s
+        gemm_compute_s += head_row_compute_s
+        streamed_s += prefill_token_s * prefill_tokens
+        tensor_s = pair_s * prefill_pairs
+        attention_s = tensor_s + prefill_walk_token_s * prefill_tokens
+    if rows >= one_step_rows:
+        row_link_s = two_step_row_s
+        waiting_s += two_step_s if rows < large_rows else large_s
+    waiting_s += row_link_s * rows
+    if decode_batch:
+        waiting_s += decode_fixed_s + host_request_s * decode_batch
+        if walk_token_s:
+            walk_s = walk_token_s * kv_tokens / decode_batch - read_s
+            if walk_s > 0:
+                waiting_s += walk_s
+    busy_s = (gemm_memory_s**norm + gemm_compute_s**norm) ** inverse_norm + streamed_s + read_s + attention_s
+    time_s = busy_s + waiting_s
+    traffic = gemm_traffic_w * (gemm_memory_s + streamed_s) + kv_traffic_w * read_s
+    return time_s, base_w + (traffic + core_w * busy_s + compute_w * (gemm_compute_s + tensor_s)) / time_s
 
 
 def _free_bytes(gpu: Gpu, model: Model, tp: int) -> float:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from throttllem.physics.engine import EnginePhysics
-from throttllem.physics.laws import Basis
+from throttllem.physics.laws import Basis, MeasuredPoints
+
+NEAR = 0.1
+"""A figure is called measured where a measured point is this close in clock, batch and context."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +39,25 @@ def estimate(
     pairs = prefill_tokens**2 / 2
     iteration_s, power_w = physics.iteration(clock_mhz, batch, batch * context_tokens, prefill_tokens, pairs)
     basis = {
-        "iteration_s": _basis(physics.gpu.time_basis, physics, clock_mhz, batch),
-        "power_w": _basis(physics.gpu.power_basis, physics, clock_mhz, batch),
+        "iteration_s": _basis(physics.gpu.time_basis, physics, clock_mhz, batch, context_tokens, prefill_tokens),
+        "power_w": _basis(physics.gpu.power_basis, physics, clock_mhz, batch, context_tokens, prefill_tokens),
     }
     return Estimate(iteration_s=iteration_s, power_w=power_w, basis=basis)
+
+
+def reach(physics: EnginePhysics) -> dict[str, dict[str, object]]:
+    """Of this engine's seconds and watts: `kind` of the law, `clocks_mhz` [from, to] of its range, `why` if modelled.
+
+    What a whole simulation is worth; single points say more.
+    """
+    bases = {"seconds": physics.gpu.time_basis, "watts": physics.gpu.power_basis}
+    return {figure: _reach(basis, physics) for figure, basis in bases.items()}
+
+
+def _reach(basis: Basis, physics: EnginePhysics) -> dict[str, object]:
+    outside = _outside(basis, physics, basis.clock_min_mhz, 1, 1)
+    kind = "modelled" if outside else basis.kind
+    return {"kind": kind, "clocks_mhz": [basis.clock_min_mhz, basis.clock_max_mhz], "why": "; ".join(outside)}
 
 
 def _check_clock(physics: EnginePhysics, clock_mhz: int) -> None:
@@ -67,8 +85,29 @@ def _check_tokens(physics: EnginePhysics, batch: int, context_tokens: int, prefi
         )
 
 
-def _basis(basis: Basis, physics: EnginePhysics, clock_mhz: int, batch: int) -> str:
-    """The law's own basis inside the range that it was fitted in, "modelled" and the reason outside."""
+def _basis(
+    basis: Basis, physics: EnginePhysics, clock_mhz: int, batch: int, context_tokens: int, prefill_tokens: int
+) -> str:
+    """Measured close by; else the law's own basis inside the range that it was fitted in; else modelled, and why."""
+    if not prefill_tokens:
+        for points in basis.measured:
+            if _measured(points, physics, clock_mhz, batch, context_tokens):
+                return f"measured: within {NEAR:.0%} of {points.source}"
+    outside = _outside(basis, physics, clock_mhz, batch, context_tokens)
+    if basis.kind == "modelled" or not outside:
+        return f"{basis.kind}: {basis.source}"
+    return f"modelled: {'; '.join(outside)} ({basis.kind} there: {basis.source})"
+
+
+def _measured(points: MeasuredPoints, physics: EnginePhysics, clock_mhz: int, batch: int, context_tokens: int) -> bool:
+    if physics.model.name not in points.models or physics.tp not in points.tp:
+        return False
+    asked = ((clock_mhz, points.clocks_mhz), (batch, points.batches), (context_tokens, points.contexts_tokens))
+    return all(not known or any(abs(value / each - 1) <= NEAR for each in known) for value, known in asked)
+
+
+def _outside(basis: Basis, physics: EnginePhysics, clock_mhz: int, batch: int, context_tokens: int) -> list[str]:
+    """Which parts of a point lie outside of what the law was fitted to."""
     outside = []
     if not basis.clock_min_mhz <= clock_mhz <= basis.clock_max_mhz:
         outside.append(f"{clock_mhz} MHz is outside {basis.clock_min_mhz} to {basis.clock_max_mhz} MHz")
@@ -78,6 +117,12 @@ def _basis(basis: Basis, physics: EnginePhysics, clock_mhz: int, batch: int) -> 
         outside.append(f"tp {physics.tp} is not among {', '.join(map(str, basis.tp))}")
     if basis.models and physics.model.name not in basis.models:
         outside.append(f"{physics.model.name} is not {' or '.join(basis.models)}")
-    if basis.kind == "modelled" or not outside:
-        return f"{basis.kind}: {basis.source}"
-    return f"modelled: {'; '.join(outside)} ({basis.kind} there: {basis.source})"
+    if basis.context_max_tokens and context_tokens > basis.context_max_tokens:
+        outside.append(f"context {context_tokens} is above {basis.context_max_tokens}")
+    below = basis.below_top
+    if below and clock_mhz < physics.gpu.clock_max_mhz:
+        if physics.tp not in below.tp:
+            outside.append(f"the clock's effect at tp {physics.tp} (fitted at {', '.join(map(str, below.tp))})")
+        if context_tokens > below.context_max_tokens:
+            outside.append(f"the clock's effect at context {context_tokens} (fitted up to {below.context_max_tokens})")
+    return outside

@@ -28,20 +28,38 @@ class TimeLaw(Frozen):
     gemm_kernel_s: NonNegativeFloat
     decode_bandwidth_fraction: float = Fraction
     decode_kernel_s: NonNegativeFloat
+    decode_row_s: NonNegativeFloat
+    """Per running request and KV head of one GPU: its query, its output and the last tile of its keys, half full."""
+    decode_split_s: NonNegativeFloat
+    """Added per layer of grouped heads: their kernel splits a long context over thread blocks and merges the parts."""
+    decode_walk_token_s: NonNegativeFloat
+    """Heads not grouped: one thread block walks a head's whole context, in this time per token; 0 if it is split."""
     prefill_peak_fraction: float = Fraction
     prefill_bandwidth_fraction: float = Fraction
     prefill_kernel_s: NonNegativeFloat
+    prefill_walk_token_s: NonNegativeFloat
+    """Per layer and prompt token: the last tile of queries sees all of the prompt, and is waited for."""
     layer_kernel_s: NonNegativeFloat
     """Norms, rotary embedding, activation function of one layer, besides their memory traffic."""
     allreduce_s: NonNegativeFloat
     allreduce_gpu_s: NonNegativeFloat
     """Added to `allreduce_s` for every GPU of the engine."""
+    allreduce_step_s: NonNegativeFloat
+    """Added by the second step (reduce, then gather) that larger messages between more than two GPUs take."""
+    allreduce_large_s: NonNegativeFloat
+    """Added from `load.LARGE_ALLREDUCE_BYTES` on, which a library call carries instead of the engine's own kernel."""
     allreduce_bytes_per_s: PositiveFloat
-    """Bus bandwidth of a ring: the message crosses it 2 (tp - 1) / tp times."""
+    """Into one GPU: tp - 1 messages in one step, 2 (tp - 1) / tp of a message in two."""
     host_s: NonNegativeFloat
     host_request_s: NonNegativeFloat
     memory_knee_mhz: NonNegativeFloat
     memory_sharpness: float = Field(ge=1)
+    compute_knee_mhz: PositiveFloat | None = None
+    """Compute-bound work is no faster above it: the power limit held the measured operators there. None: the top."""
+    compute_clock_share: float = Field(default=1.0, ge=0, le=1)
+    """Part of compute-bound time that follows the clock."""
+    latency_clock_share: float = Field(ge=0, le=1)
+    """Part of the fixed kernel and all-reduce latencies that follows the clock; the rest is memory's and the link's."""
 
 
 class PowerLaw(Frozen):
@@ -66,6 +84,24 @@ class PowerLaw(Frozen):
     voltage_exponent: PositiveFloat
 
 
+class MeasuredPoints(Frozen):
+    """Points that somebody measured: every combination of these values; an empty list stands for any."""
+
+    source: str
+    models: tuple[str, ...]
+    tp: tuple[PositiveInt, ...]
+    clocks_mhz: tuple[PositiveInt, ...]
+    batches: tuple[PositiveInt, ...]
+    contexts_tokens: tuple[PositiveInt, ...] = ()
+
+
+class BelowTop(Frozen):
+    """Where the effect of the clock was fitted. At the top clock it does not matter."""
+
+    tp: tuple[PositiveInt, ...]
+    context_max_tokens: PositiveInt
+
+
 class Basis(Frozen):
     """Where a law comes from, and the range in which that holds; outside it the figure is merely modelled."""
 
@@ -77,3 +113,8 @@ class Basis(Frozen):
     batch_max: PositiveInt
     models: tuple[str, ...] = ()
     """Models that it holds for; empty: any."""
+    context_max_tokens: PositiveInt | None = None
+    """Tokens of a running request up to which it was fitted; None: any."""
+    below_top: BelowTop | None = None
+    """None: fitted at every clock of the range alike."""
+    measured: tuple[MeasuredPoints, ...] = ()

@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from throttllem.physics.catalogue import Gpu, Model
+from throttllem.physics.laws import TimeLaw
 
 GEMMS_PER_LAYER = 4
 """qkv, output, gate with up, down."""
 ALLREDUCES_PER_LAYER = 2
 """After attention and after the feed-forward part (Megatron-LM, arXiv 1909.08053)."""
+LARGE_ALLREDUCE_BYTES = 2.0**23
+"""From this message size on, vLLM (custom_all_reduce.py, max_size) leaves the all-reduce to NCCL."""
 _ROW_ELEMENTWISE = 8
 """Hidden-sized reads and writes of a row by two norms with residuals: in, residual in, residual out, out, twice."""
 
@@ -28,13 +31,36 @@ class Load(NamedTuple):
     """Rows whose next token is sampled go through the head too."""
     row_elementwise_s: float
     kv_token_s: float
+    kv_row_s: float
+    walk_token_s: float
+    """Decode attention lasts at least this per token of the mean context."""
     pair_s: float
     prefill_token_s: float
+    prefill_walk_token_s: float
     layers_kernel_s: float
     decode_kernel_s: float
     prefill_kernel_s: float
     allreduce_s: float
-    row_allreduce_s: float
+    one_step_rows: float
+    """Below so many rows an all-reduce takes one step, at `one_step_row_s` each; from there on two."""
+    one_step_row_s: float
+    two_step_row_s: float
+    two_step_s: float
+    large_rows: float
+    large_s: float
+    """Added to `allreduce_s` from `large_rows` on, in place of `two_step_s`."""
+
+
+class _AllReduce(NamedTuple):
+    """The all-reduce part of a Load."""
+
+    allreduce_s: float = 0.0
+    one_step_rows: float = 0.0
+    one_step_row_s: float = 0.0
+    two_step_row_s: float = 0.0
+    two_step_s: float = 0.0
+    large_rows: float = 0.0
+    large_s: float = 0.0
 
 
 def load(gpu: Gpu, model: Model, tp: int) -> Load:
@@ -44,9 +70,8 @@ def load(gpu: Gpu, model: Model, tp: int) -> Load:
     gemm_peak = gpu.peak_flop_per_s * law.gemm_peak_fraction
     head = model.vocabulary * model.hidden / tp
     parameters = model.layers * model.layer_parameters / tp
-    allreduces = ALLREDUCES_PER_LAYER * model.layers if tp > 1 else 0
-    ring = 2 * (tp - 1) / tp * model.hidden * value / law.allreduce_bytes_per_s
     query_width = model.heads * model.head_dim
+    grouped = model.heads > model.kv_heads
     attention_io = 2 * (model.heads + _kv_heads(model, tp) * tp) / tp * model.head_dim * value
     return Load(
         weights_s=(parameters + head) * value / gemm_bandwidth,
@@ -55,13 +80,37 @@ def load(gpu: Gpu, model: Model, tp: int) -> Load:
         head_row_compute_s=2 * head / gemm_peak,
         row_elementwise_s=model.layers * _elementwise(model, tp) * value / gemm_bandwidth,
         kv_token_s=kv_bytes_per_token(model, tp) / (gpu.bandwidth_bytes_per_s * law.decode_bandwidth_fraction),
+        kv_row_s=model.layers * _kv_heads(model, tp) * law.decode_row_s,
+        walk_token_s=0.0 if grouped else model.layers * law.decode_walk_token_s,
         pair_s=4 * query_width * model.layers / tp / (gpu.peak_flop_per_s * law.prefill_peak_fraction),
         prefill_token_s=model.layers * attention_io / (gpu.bandwidth_bytes_per_s * law.prefill_bandwidth_fraction),
+        prefill_walk_token_s=model.layers * law.prefill_walk_token_s,
         layers_kernel_s=(GEMMS_PER_LAYER * model.layers + 1) * law.gemm_kernel_s + model.layers * law.layer_kernel_s,
-        decode_kernel_s=model.layers * law.decode_kernel_s,
+        decode_kernel_s=model.layers * (law.decode_kernel_s + (law.decode_split_s if grouped else 0.0)),
         prefill_kernel_s=model.layers * law.prefill_kernel_s,
-        allreduce_s=allreduces * (law.allreduce_s + tp * law.allreduce_gpu_s),
-        row_allreduce_s=allreduces * ring,
+        **_allreduce(law, model, tp)._asdict(),
+    )
+
+
+def _allreduce(law: TimeLaw, model: Model, tp: int) -> _AllReduce:
+    """All of one iteration: in one step every GPU reads the others' messages whole, in two steps a share of each.
+
+    The cheaper one is taken; two GPUs read as much either way.
+    """
+    if tp == 1:
+        return _AllReduce()
+    count, row_bytes = ALLREDUCES_PER_LAYER * model.layers, model.hidden * model.bytes_per_value
+    message_s = count * row_bytes / law.allreduce_bytes_per_s
+    one_step_row_s, two_step_row_s = (tp - 1) * message_s, 2 * (tp - 1) / tp * message_s
+    step_s = count * law.allreduce_step_s if tp > 2 else 0.0
+    return _AllReduce(
+        allreduce_s=count * (law.allreduce_s + tp * law.allreduce_gpu_s),
+        one_step_rows=step_s / (one_step_row_s - two_step_row_s) if tp > 2 else 0.0,
+        one_step_row_s=one_step_row_s,
+        two_step_row_s=two_step_row_s,
+        two_step_s=step_s,
+        large_rows=LARGE_ALLREDUCE_BYTES / row_bytes,
+        large_s=step_s + count * law.allreduce_large_s,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from typing import Any
 
 from rich.console import Console
 
@@ -21,15 +22,17 @@ def results_json(scenario: Mapping[str, object], runs: Sequence[RunResult]) -> d
     return {"schema": 1, "scenario": {**scenario, "versions": versions}, "runs": [run.to_json() for run in runs]}
 
 
-def show_results(scenario: Mapping[str, object], runs: Sequence[RunResult], console: Console | None = None) -> None:
-    """Print the table, a sentence for each policy, and why requests were rejected."""
+def show_results(scenario: Mapping[str, Any], runs: Sequence[RunResult], console: Console | None = None) -> None:
+    """Print the table, a sentence for each policy, why requests were rejected, and how far the physics is to be
+    believed there.
+    """
     console = console or Console()
     console.print(results_table(runs, width=console.width))
     baseline = baseline_of(runs)
     for run in runs:
         if run is not baseline:
             console.print(verdict(run, baseline), highlight=False)
-    for line in _rejected(runs):
+    for line in (*_rejected(runs), _trusted(scenario, runs)):
         console.print(line, highlight=False)
 
 
@@ -39,3 +42,17 @@ def _rejected(runs: Sequence[RunResult]) -> Iterator[str]:
         counts = {run.policy: run.rejections.get(reason, 0) for run in runs}
         who = "" if len(set(counts.values())) == 1 else ": " + ", ".join(f"{name} {n}" for name, n in counts.items())
         yield f"{max(counts.values())} of {runs[0].requests} requests were rejected: {reason}{who}"
+
+
+def _trusted(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> str:
+    """What the simulated GPU's figures rest on, for the largest engine, and which runs left that range."""
+    parts = []
+    for figure, reach in scenario["engines"][-1]["physics"].items():
+        low, high = reach["clocks_mhz"]
+        beyond = [run.policy for run in runs if not low <= run.mean_clock_mhz <= high]
+        if reach["why"]:
+            parts.append(f"{figure} are modelled, not measured ({reach['why']})")
+        else:
+            outside = f" (modelled where {', '.join(beyond)} ran)" if beyond else ""
+            parts.append(f"{figure} {reach['kind']} from {low} to {high} MHz{outside}")
+    return f"Simulated GPU: {'; '.join(parts)}."

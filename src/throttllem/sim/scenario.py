@@ -15,6 +15,7 @@ from throttllem.core.length import LengthPredictor, MaxTokens, Noisy, Oracle
 from throttllem.core.options import ControllerOptions
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.types import Request, Slo
+from throttllem.physics.estimate import reach
 from throttllem.sim.characterize import Capacity, answer_limits
 from throttllem.sim.driver import Machine, Simulation, Watch
 from throttllem.sim.fleet import Fleet
@@ -127,6 +128,7 @@ class Scenario:
             "capacities": [asdict(self.capacities[tp]) for tp in sorted(self.capacities)],
             "engines": [
                 {key: value for key, value in asdict(self.fleet.specs[tp]).items() if key != "clocks_mhz"}
+                | {"physics": reach(self.fleet.physics[tp])}
                 for tp in self.fleet.sizes
             ],
             "options": asdict(self.options),

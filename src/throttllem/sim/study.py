@@ -56,7 +56,8 @@ class Study:
         lengths = load_trace(self.trace, seed=self.seed)
         at_most = None if self.peak_rps in (None, MAXIMUM) else float(self.peak_rps or 0)
         trace = lengths if at_most is None else lengths.scaled(peak_rps=at_most)
-        tables = performance_tables(fleet, cache_dir, seed=self.seed, progress=progress)
+        learned = any(policy.slo_aware for policy in policies)  # nothing else asks for a prediction
+        tables = performance_tables(fleet, cache_dir, seed=self.seed, progress=progress) if learned else {}
         found = capacities(
             fleet, lengths, self.options, cache_dir, seed=self.seed, promised=promised, progress=progress
         )

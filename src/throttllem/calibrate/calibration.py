@@ -1,0 +1,221 @@
+"""From measured iterations of one model on one kind of GPU to that GPU's constants, and how far they can be trusted.
+
+The constants that the measurements can move are fitted, the others stay those of a GPU that is known (`like`). The
+error that counts is that of what a fit did not see: every clock, batch size and engine size is left out in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from throttllem.calibrate.bands import bands
+from throttllem.calibrate.errors import Errors, held_out
+from throttllem.calibrate.fit import Constant, Fit, Fitted, fit, with_constants
+from throttllem.calibrate.points import Point, sample
+from throttllem.calibrate.prior import around, priors
+from throttllem.calibrate.refuse import FEWEST_IN_GROUP, check_enough, check_fit, check_gpu, check_repeats, check_slope
+from throttllem.physics.catalogue import Gpu, Model
+from throttllem.physics.engine import EnginePhysics
+
+Progress = Callable[[int, int], None]
+"""Called with (fits done, fits in all)."""
+Relative = NDArray[np.float64]
+"""Signed relative errors, one line per point: of seconds, of watts."""
+
+MOST_ROWS = 1500
+FOLD_ROWS = 400
+"""A fold is a fit of its own, and there may be twenty: fewer rows for each, evenly chosen."""
+MOST_CLOCK_FOLDS = 8
+MOST_BATCH_FOLDS = 6
+SCATTER = (0.04, 0.05)
+"""Of measured seconds and watts, taken until a first fit has told (published A100 and H100 measurements)."""
+LEAST_SCATTER = 0.01
+SENSITIVE = 0.5
+"""A constant whose own spread moves all residuals together by less than half a standard deviation is not fitted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Errors of what a fit did not see; `held_out` says what that was ("nothing": the fit on everything)."""
+
+    held_out: str
+    seconds: Errors
+    watts: Errors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The calibrated GPU. `fitted` are the constants that moved; all others are those of `like`."""
+
+    gpu: Gpu
+    like: str
+    fitted: tuple[Fitted, ...]
+    scores: tuple[Score, ...]
+    rows: int
+    rows_fitted: int
+
+    def constants(self) -> Iterator[tuple[str, float, Fitted | None]]:
+        """Every constant of the laws that can be fitted: path, value, and what its fit says (None: it was kept)."""
+        moved = {one.constant.path: one for one in self.fitted}
+        for path in priors(self.gpu):
+            law, _, name = path.partition(".")
+            yield path, float(getattr(getattr(self.gpu, law), name)), moved.get(path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What every fit of one calibration shares."""
+
+    like: Gpu
+    model: Model
+    constants: tuple[Constant, ...]
+    scatter: tuple[float, float] = SCATTER
+
+    def fit(self, points: Sequence[Point], most: int) -> Fit:
+        """To an even sample of at most `most` points. Outliers pull with constant force only."""
+        chosen = sample(points, most)
+        return fit(self.like, self.constants, lambda gpu: self.residuals(gpu, chosen), robust=True)
+
+    def residuals(self, gpu: Gpu, points: Sequence[Point]) -> NDArray[np.float64]:
+        """Logarithms of law over measurement, in standard deviations of the measurement."""
+        return (np.log1p(errors(gpu, self.model, points)) / self.scatter).ravel()
+
+
+def calibrate_points(
+    points: Sequence[Point], like: Gpu, model: Model, file: Path, on_progress: Progress = lambda *_: None
+) -> Calibration:
+    """Fit, and score what is held out. `file` names the profile in errors.
+
+    Raises ProfileError (file, reason, rows) for measurements that are too few, contradictory, not this GPU's, or that
+    the law cannot follow.
+    """
+    splits = dict(_splits(points))
+    done, total = 0, 1 + sum(len({group(point) for point in points}) for group in splits.values())
+    on_progress(done, total)
+    task, best = fit_points(points, like, model, file)
+
+    def fold(left: list[Point]) -> Gpu:
+        nonlocal done
+        done += 1
+        on_progress(done, total)
+        return task.fit(left, FOLD_ROWS).gpu
+
+    scores = [_score("nothing", errors(best.gpu, model, points))]
+    for name, group in splits.items():
+        scores.append(_score(name, held_out(points, group, fold, lambda gpu, left: errors(gpu, model, left))))
+    on_progress(total, total)
+    return Calibration(
+        gpu=best.gpu,
+        like=like.name,
+        fitted=best.constants,
+        scores=tuple(scores),
+        rows=len(points),
+        rows_fitted=min(len(points), MOST_ROWS),
+    )
+
+
+def fit_points(points: Sequence[Point], like: Gpu, model: Model, file: Path) -> tuple[Task, Fit]:
+    """The fit to everything, and how further fits are to be made. Raises ProfileError as `calibrate_points`."""
+    check(points, like, model, file)
+    task = Task(like=like, model=model, constants=tuple(_bounded(like)))
+    task = replace(task, constants=tuple(_sensitive(task, sample(points, FOLD_ROWS))))
+    task = replace(task, scatter=_scatter(task, points))
+    best = task.fit(points, MOST_ROWS)
+    check_fit(points, errors(best.gpu, model, points), file)
+    clocks = sorted({point.clock_mhz for point in points})
+    return task, replace(best, constants=tuple(_honest(one, clocks) for one in best.constants))
+
+
+def check(points: Sequence[Point], like: Gpu, model: Model, file: Path) -> None:
+    """Everything that can be refused before a fit; ProfileError says why (file, rows, remedy)."""
+    check_enough(points, file)
+    check_gpu(points, like, model, file)
+    check_repeats(points, file)
+    at_top = [point._replace(clock_mhz=like.clock_max_mhz) for point in points]
+    top_s = (1 + errors(like, model, at_top)[:, 0]) * [point.seconds for point in points]
+    check_slope(points, top_s, file)
+
+
+def errors(gpu: Gpu, model: Model, points: Sequence[Point]) -> Relative:
+    """Of the law against every point."""
+    engines = {tp: EnginePhysics(gpu, model, tp) for tp in {point.tp for point in points}}
+    law = np.array([engines[point.tp].iteration(*point.asked) for point in points])
+    measured = np.array([(point.seconds, point.watts) for point in points])
+    return np.asarray(law / measured - 1, dtype=float)
+
+
+def _bounded(like: Gpu) -> Iterator[Constant]:
+    """The priors around `like`; static watts stay below what the power limit leaves of the idle watts."""
+    for constant in around(like, priors(like), like):
+        if constant.path == "power.static_w":
+            yield replace(constant, high=0.9 * (like.power.limit_w - like.power.idle_w))
+        else:
+            yield constant
+
+
+def _sensitive(task: Task, points: Sequence[Point]) -> Iterator[Constant]:
+    """Constants that these points can say anything of: prompts' ones need prompts, all-reduce's several GPUs."""
+    before = task.residuals(task.like, points)
+    for constant in task.constants:
+        moved = min(constant.start * np.exp(constant.spread), 0.999 * constant.high)
+        down = max(constant.start * np.exp(-constant.spread), 1.001 * constant.low)
+        for value in (moved, down):
+            after = task.residuals(with_constants(task.like, {constant.path: float(value)}), points)
+            if np.linalg.norm(after - before) > SENSITIVE:
+                yield constant
+                break
+
+
+def _scatter(task: Task, points: Sequence[Point]) -> tuple[float, float]:
+    """Standard deviations of seconds and watts about a first fit: half of them lie within 0.67 of it.
+
+    What the fit itself took away is given back: n points about p moved constants scatter like n - p.
+    """
+    chosen = sample(points, FOLD_ROWS)
+    first = task.fit(chosen, FOLD_ROWS)
+    middle = np.median(np.abs(errors(first.gpu, task.model, chosen)), axis=0) / 0.6745
+    found = []
+    for law, size, assumed in zip(("time.", "power."), middle.tolist(), SCATTER, strict=True):
+        mine = [one for one in first.constants if one.constant.path.startswith(law)]
+        moved = sum(1 - (one.error / one.constant.spread) ** 2 for one in mine)
+        left = len(chosen) - moved
+        found.append(max(LEAST_SCATTER, size * (len(chosen) / left) ** 0.5) if left > moved else assumed)
+    return found[0], found[1]
+
+
+def _honest(fitted: Fitted, clocks: Sequence[int]) -> Fitted:
+    """A knee between two measured clocks may lie anywhere there: half of the gap is its least uncertainty.
+
+    The curvature at the optimum, which the fit goes by, does not see that beyond the next clock all is flat again.
+    """
+    if not fitted.constant.path.endswith("knee_mhz"):
+        return fitted
+    nearest = min(range(len(clocks)), key=lambda index: abs(clocks[index] - fitted.value))
+    beside = clocks[max(nearest - 1, 0) : nearest + 2]
+    gap_mhz = max(above - below for below, above in pairwise(beside))
+    return replace(fitted, error=max(fitted.error, gap_mhz / 2 / fitted.value))
+
+
+def _splits(points: Sequence[Point]) -> Iterator[tuple[str, Callable[[Point], Hashable]]]:
+    clocks = bands([point.clock_mhz for point in points], MOST_CLOCK_FOLDS, FEWEST_IN_GROUP)
+    batches = bands([point.batch for point in points], MOST_BATCH_FOLDS, FEWEST_IN_GROUP)
+    sizes = {point.tp: point.tp for point in points}
+    yield _named("clock", clocks), lambda point: clocks[point.clock_mhz]
+    yield _named("batch size", batches), lambda point: batches[point.batch]
+    if len(sizes) > 1:
+        yield _named("tp", sizes), lambda point: point.tp
+
+
+def _named(what: str, groups: dict[int, int]) -> str:
+    count = len(set(groups.values()))
+    return f"each {what}" if count == len(groups) else f"each of {count} bands of {what}s"
+
+
+def _score(name: str, relative: Relative) -> Score:
+    return Score(held_out=name, seconds=Errors.of(relative[:, 0]), watts=Errors.of(relative[:, 1]))

@@ -1,0 +1,148 @@
+"""A calibrated GPU as a catalogue file: every key, and beside each constant how far it is to be believed.
+
+The text is read again and compared before anyone sees the file. Knows nothing of how constants were found.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from throttllem.calibrate.calibration import Calibration, Score
+from throttllem.calibrate.fit import Fitted
+from throttllem.calibrate.points import Point
+from throttllem.files import write_aside
+from throttllem.physics.catalogue import Gpu, Model
+from throttllem.physics.laws import Basis
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_AT_EDGE = 1e-3
+_COMMENT_COLUMN = 48
+
+
+def check_name(name: str) -> str:
+    """A name that TOML takes without quotes; ValueError otherwise."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"--name {printable(name)}: a GPU's name is made of letters, digits, - and _, 80 at most")
+    return name
+
+
+def basis(points: Sequence[Point], model: str, source: str) -> Basis:
+    """The range that a profile covers: its clocks, sizes, batches, mean contexts, and its model alone."""
+    clocks = [point.clock_mhz for point in points]
+    contexts = [point.kv_tokens / point.decode_batch for point in points if point.decode_batch]
+    return Basis(
+        kind="calibrated",
+        source=source,
+        clock_min_mhz=min(clocks),
+        clock_max_mhz=max(clocks),
+        tp=tuple(sorted({point.tp for point in points})),
+        batch_max=max(point.batch for point in points),
+        models=(model,),
+        context_max_tokens=max(1, round(max(contexts))) if contexts else None,
+    )
+
+
+def entry(calibration: Calibration, name: str, covered: Basis, model: Model | None = None) -> str:
+    """The TOML text, with `model` beside the GPU (one that does not ship, so that the file suffices).
+
+    Raises ValueError if it would not read back as the GPU that was fitted.
+    """
+    gpu = calibration.gpu.model_copy(update={"name": name, "time_basis": covered, "power_basis": covered})
+    text = "\n".join([*_heading(calibration, covered), "", *_tables(gpu, calibration), *_model(model)]) + "\n"
+    try:
+        Gpu.model_validate({"name": name, **tomllib.loads(text)["gpu"][name]})
+    except ValidationError as error:
+        raise ValueError(
+            f"the fitted constants are no possible GPU ({error.errors()[0]['msg']}); nothing was written. "
+            f"Is {calibration.like} near enough to it (--like)?"
+        ) from error
+    return text
+
+
+def write_entry(text: str, path: Path) -> None:
+    """Whole or not at all."""
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def verdict(fitted: Fitted | None, like: str) -> str:
+    """What is to be said of one constant; None: it was not fitted."""
+    if fitted is None:
+        return f"kept from {like}: this profile does not determine it"
+    where = "" if not _at_edge(fitted) else ", at the end of what is possible"
+    if fitted.determined:
+        return f"fitted, +- {fitted.error:.1%}{where}"
+    return f"fitted, +- {fitted.error:.0%}{where}: determined only together with others, starting from {like}"
+
+
+def printable(text: str) -> str:
+    """Without what would break a line or a file."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _at_edge(fitted: Fitted) -> bool:
+    constant = fitted.constant
+    return fitted.value <= constant.low * (1 + _AT_EDGE) or fitted.value >= constant.high * (1 - _AT_EDGE)
+
+
+def _heading(calibration: Calibration, covered: Basis) -> Iterator[str]:
+    yield f"# {printable(covered.source)}; {printable(', '.join(covered.models))}."
+    yield "# Written by `throttllem calibrate`; docs/calibrate.md explains it. Use it with --catalogue."
+    yield "# Relative errors (median, p90, worst) by what the fit did not see:"
+    for score in calibration.scores:
+        yield f"#   {score.held_out + ':':40} seconds {_three(score, 'seconds')}; watts {_three(score, 'watts')}"
+    yield "# What is kept from another GPU is its data sheet and its fit: correct what you know better."
+
+
+def _three(score: Score, what: str) -> str:
+    errors = score.seconds if what == "seconds" else score.watts
+    return f"{errors.median:.1%}, {errors.p90:.1%}, {errors.worst:.1%}"
+
+
+def _tables(gpu: Gpu, calibration: Calibration) -> Iterator[str]:
+    """The GPU's own keys, then a table for each group of them."""
+    fitted = {one.constant.path: one for one in calibration.fitted}
+    entries = gpu.model_dump(exclude={"name"}, exclude_none=True)
+    tables = {key: value for key, value in entries.items() if isinstance(value, Mapping)}
+    yield f"[gpu.{gpu.name}]"
+    for key, value in entries.items():
+        if key not in tables:
+            yield _line(key, value, verdict(fitted.get(key), calibration.like))
+    for table, values in tables.items():
+        yield f"\n[gpu.{gpu.name}.{table}]"
+        for key, value in values.items():
+            if value == ():
+                continue
+            measured = table in ("time_basis", "power_basis")
+            one = fitted.get(f"{table}.{key}")
+            yield _line(key, value, "" if measured else verdict(one, calibration.like), rounded=one is not None)
+
+
+def _model(model: Model | None) -> Iterator[str]:
+    if model is None:
+        return
+    yield f"\n[model.{model.name if _NAME.fullmatch(model.name) else json.dumps(model.name)}]"
+    for key, value in model.model_dump(exclude={"name"}).items():
+        yield _line(key, value, "")
+
+
+def _line(key: str, value: object, comment: str, *, rounded: bool = False) -> str:
+    text = f"{key} = {_toml(value, rounded)}"
+    return f"{text:{_COMMENT_COLUMN}}# {comment}" if comment else text
+
+
+def _toml(value: object, rounded: bool) -> str:
+    match value:
+        case float():
+            return f"{value:.5g}" if rounded else repr(value)
+        case str():
+            return json.dumps(printable(value), ensure_ascii=False)
+        case list() | tuple():
+            return f"[{', '.join(_toml(each, rounded) for each in value)}]"
+    return str(value)

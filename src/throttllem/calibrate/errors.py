@@ -1,0 +1,58 @@
+"""How far a law is from measurements, in three numbers, and the same with groups of them held out.
+
+Knows nothing of what is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+P = TypeVar("P")
+M = TypeVar("M")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """Absolute relative errors (1 = 100 %) of `count` points."""
+
+    count: int
+    mean: float
+    median: float
+    p90: float
+    worst: float
+
+    @classmethod
+    def of(cls, relative: ArrayLike) -> Self:
+        """Of signed relative errors, any shape, at least one. Raises ValueError for none and for what is not finite."""
+        found = np.abs(np.asarray(relative, dtype=float)).ravel()
+        if not found.size or not np.isfinite(found).all():
+            raise ValueError("errors: at least one, and all of them finite")
+        return cls(
+            count=found.size,
+            mean=float(found.mean()),
+            median=float(np.median(found)),
+            p90=float(np.quantile(found, 0.9)),
+            worst=float(found.max()),
+        )
+
+
+def held_out(
+    points: Sequence[P],
+    group: Callable[[P], Hashable],
+    fit: Callable[[list[P]], M],
+    errors: Callable[[M, list[P]], NDArray[np.float64]],
+) -> NDArray[np.float64]:
+    """Each group of points left out in turn: fit to the others, and its signed relative errors, group after group.
+
+    Groups come in the order of their first point.
+    """
+    found = []
+    for left_out in dict.fromkeys(group(point) for point in points):
+        fitted = fit([point for point in points if group(point) != left_out])
+        found.append(errors(fitted, [point for point in points if group(point) == left_out]))
+    return np.concatenate(found)

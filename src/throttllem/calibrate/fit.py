@@ -1,0 +1,110 @@
+"""The most probable constants of a GPU, given what was measured and what is known beforehand.
+
+Every constant is positive, so the fit moves its logarithm: a prior of 0.3 says "within about 30 %". A constant that
+the measurements say nothing about stays where the prior puts it, and is said to be so; few points never break the fit.
+Knows nothing of files nor of what the residuals are made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from throttllem.physics.catalogue import Gpu
+
+Residuals = Callable[[Gpu], NDArray[np.float64]]
+"""Errors of a GPU's law against the measurements, each divided by the measurement's own standard deviation."""
+
+DETERMINED = 0.5
+"""A constant whose uncertainty fell below this part of its prior's was determined by the measurements."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constant:
+    """One constant to fit: `path` within the GPU's entry ("time.host_s"), the prior's middle, its spread in logarithm.
+
+    `low` and `high` bound it.
+    """
+
+    path: str
+    start: float
+    spread: float
+    low: float = 0.0
+    high: float = math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """What became of a constant: `error` is the standard deviation of its logarithm after the fit."""
+
+    constant: Constant
+    value: float
+    error: float
+
+    @property
+    def determined(self) -> bool:
+        """Whether the measurements, rather than the prior, say what it is."""
+        return self.error < DETERMINED * self.constant.spread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """The GPU with the fitted constants in it, and each of them."""
+
+    gpu: Gpu
+    constants: tuple[Fitted, ...]
+
+
+def fit(gpu: Gpu, constants: Sequence[Constant], residuals: Residuals, *, robust: bool = False) -> Fit:
+    """Least squares over the residuals and the priors together (maximum a posteriori).
+
+    `robust` lets a residual far out pull with constant force only (Charbonnier's loss). Raises ValueError if a
+    residual is not finite.
+    """
+    starts = np.log([constant.start for constant in constants])
+    spreads = np.array([constant.spread for constant in constants])
+    low = np.array([math.log(constant.low) if constant.low > 0 else -math.inf for constant in constants])
+    high = np.array([math.log(constant.high) for constant in constants])
+
+    def all_residuals(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+        found = residuals(_moved(gpu, constants, logs))
+        if not np.isfinite(found).all():
+            raise ValueError(f"{gpu.name}: the law gives no finite time or power at a measured point")
+        if robust:
+            found = np.sign(found) * np.sqrt(2 * (np.sqrt(1 + found**2) - 1))
+        return np.concatenate([found, (logs - starts) / spreads])
+
+    inside = np.clip(starts, np.nextafter(low, np.inf), np.nextafter(high, -np.inf))
+    # "exact" decomposes the Jacobian with threads, which take 200 times as long where other work shares the cores;
+    # "lsmr" needs two constants or more.
+    solver = "lsmr" if len(constants) > 1 else "exact"
+    best = least_squares(all_residuals, inside, bounds=(low, high), x_scale=spreads, tr_solver=solver)
+    errors = np.sqrt(np.diag(np.linalg.inv(best.jac.T @ best.jac)))
+    fitted = (
+        Fitted(constant=constant, value=float(math.exp(log)), error=float(error))
+        for constant, log, error in zip(constants, best.x, errors, strict=True)
+    )
+    return Fit(gpu=_moved(gpu, constants, best.x), constants=tuple(fitted))
+
+
+def with_constants(gpu: Gpu, values: Mapping[str, float]) -> Gpu:
+    """The GPU with constants put in by path ("power.core_w", "startup_s"), unchecked: a fit moves within bounds."""
+    own: dict[str, object] = {}
+    laws: dict[str, dict[str, float]] = {}
+    for path, value in values.items():
+        law, dot, name = path.partition(".")
+        if dot:
+            laws.setdefault(law, {})[name] = value
+        else:
+            own[path] = value
+    own |= {law: getattr(gpu, law).model_copy(update=update) for law, update in laws.items()}
+    return gpu.model_copy(update=own)
+
+
+def _moved(gpu: Gpu, constants: Sequence[Constant], logs: NDArray[np.float64]) -> Gpu:
+    return with_constants(gpu, {c.path: float(value) for c, value in zip(constants, np.exp(logs), strict=True)})

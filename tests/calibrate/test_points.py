@@ -1,0 +1,81 @@
+"""A profile's columns as the law takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from throttllem.calibrate.points import Point, points_of, sample
+from throttllem.config import EngineOptions
+from throttllem.learn.measure import ProfilePlan, profile_engine
+from throttllem.learn.profile import ProfileError
+from throttllem.sim.fleet import build_fleet
+
+from .synthetic import CATALOGUE, LIKE, MODEL, measure
+
+FILE = Path("p.csv")
+ROW = {
+    "tp": 1, "block_tokens": 16, "batch": 4, "kv_blocks": 40, "clock_mhz": 1410, "prefill_tokens": 0,
+    "seconds": 0.02, "watts": 300.0,
+}  # fmt: skip
+
+
+def one(**changed) -> Point:
+    (point,) = points_of(pl.DataFrame([ROW | changed]), MODEL, FILE)
+    return point
+
+
+def test_decode_alone_fills_half_of_each_last_block():
+    assert one()[4:8] == (4, 40 * 16 - 4 * 15 // 2, 0, 0.0)
+
+
+def test_prompts_are_the_fewest_that_the_context_allows():
+    # 64 of the 68 blocks are the prompt's.
+    assert one(prefill_tokens=1024, kv_blocks=68)[4:8] == (3, 4 * 16 - 3 * 15 // 2, 1024, 1024**2 / 2)
+    assert one(prefill_tokens=2 * MODEL.max_context_tokens, kv_blocks=2000).decode_batch == 2
+
+
+def test_a_profile_may_say_more_of_its_prompts():
+    assert one(prefill_tokens=1000, kv_blocks=100, prompts=2)[4:8] == (2, 36 * 16 - 15, 1000, 250_000.0)
+    assert one(prefill_tokens=1000, kv_blocks=100, prompts=2, prefill_pairs=3e5).prefill_pairs == 3e5
+
+
+def test_decode_rows_read_a_token_each_at_least_and_none_reads_none():
+    assert one(kv_blocks=1).kv_tokens == 4
+    assert one(batch=1, prefill_tokens=500).kv_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"batch": 1, "prefill_tokens": 9000}, "p.csv, line 2: 9000 prefill_tokens are 2 prompts or more"),
+        ({"prompts": 5, "prefill_tokens": 50}, "5 prompts"),
+        ({"prompts": 1}, "1 prompts and 0 prefill_tokens contradict each other"),
+        ({"prompts": 0, "prefill_tokens": 5}, "0 prompts and 5 prefill_tokens contradict"),
+        ({"prompts": 3, "prefill_tokens": 2}, "3 prompts and 2 prefill_tokens contradict"),
+    ],
+)
+def test_impossible_prompts_are_refused(changed, words):
+    with pytest.raises(ProfileError, match=words):
+        one(**changed)
+
+
+def test_what_profile_writes_is_read_as_it_was_measured():
+    """The law at the point read from each row is the measurement, up to the blocks' rounding."""
+    fleet = build_fleet(CATALOGUE, LIKE.name, MODEL.name, (1,), EngineOptions())
+    plan = ProfilePlan(rows=300, noise_time=0.0, noise_power=0.0)
+    profile = profile_engine(fleet.physics[1], fleet.specs[1], plan)
+    for point in points_of(profile, MODEL, FILE):
+        assert fleet.physics[1].iteration(*point.asked)[0] == pytest.approx(point.seconds, rel=0.01)
+
+
+def test_a_sample_is_even_and_the_same_again():
+    points = measure(LIKE)
+    common = [point for point in points if point.batch == 4] * 20
+    chosen = sample([*points, *common], 80)
+    assert len(chosen) == 80 and chosen == sample([*points, *common], 80)
+    # 40 clocks and batches and sizes, with and without a prompt, and batch 4 is far the most frequent.
+    assert len({(point.tp, point.clock_mhz, point.batch, point.prefill_tokens > 0) for point in chosen}) >= 75
+    assert sample(points, 10**6) == points

@@ -1,0 +1,104 @@
+"""What is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from throttllem.calibrate.calibration import check, fit_points
+from throttllem.calibrate.points import Point
+from throttllem.learn.profile import ProfileError
+from throttllem.physics.engine import EnginePhysics
+
+from .synthetic import BATCHES, CLOCKS, LIKE, MODEL, measure
+
+FILE = Path("p.csv")
+GOOD = measure(LIKE)
+
+
+def refused(points: list[Point]) -> str:
+    with pytest.raises(ProfileError) as error:
+        check([point._replace(row=row) for row, point in enumerate(points)], LIKE, MODEL, FILE)
+    return str(error.value)
+
+
+def test_good_points_pass_and_so_do_fifteen():
+    check(GOOD, LIKE, MODEL, FILE)
+    few = measure(LIKE, clocks=CLOCKS[::2], batches=(1, 8, 64), sizes=(1,))
+    check([point for number, point in enumerate(few) if number % 12 in (0, 3, 5, 8, 11)], LIKE, MODEL, FILE)
+
+
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [
+        (measure(LIKE, clocks=CLOCKS[:2]), "p.csv: 2 of the 3 distinct clocks that a fit needs (405 and 660)"),
+        (measure(LIKE, clocks=CLOCKS[:1]), "1 of the 3 distinct clocks that a fit needs (405)"),
+        (measure(LIKE, batches=BATCHES[:1]), "1 of the 2 distinct batch sizes that a fit needs (1)"),
+        (measure(LIKE, clocks=CLOCKS[:3], batches=(4, 8), sizes=(1,))[::2][:12], "12 rows are too few: a fit needs 3"),
+        ([*measure(LIKE, batches=(4,)), *measure(LIKE, batches=(8,))[:4]], "2 groups of batch sizes"),
+    ],
+)  # fmt: skip
+def test_too_few(points, words):
+    assert words in refused(points)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"clock_mhz": 1425}, "p.csv, line 9: 1425 MHz, and a100-40gb-sxm runs at 210 to 1410 MHz"),
+        ({"clock_mhz": 195}, "195 MHz"),
+        ({"tp": 1, "watts": 490.0}, "line 9: 490 W, and the power limit of 1 x a100-40gb-sxm is 400 W"),
+        ({"tp": 2, "watts": 90.0}, "90 W of all GPUs together, and 2 x a100-40gb-sxm draw 110 W idle"),
+        ({"seconds": 2e4}, "20000 seconds, and an iteration takes"),
+        ({"tp": 3}, "p.csv: tp 3: llama-3-8b has 32 heads, which 3 GPUs cannot share"),
+    ],
+)
+def test_what_this_gpu_cannot_do(changed, words):
+    found = refused([*GOOD[:7], GOOD[7]._replace(**changed), *GOOD[8:]])
+    assert words in found and "--like" in found
+
+
+@pytest.mark.parametrize(("what", "factor"), [("seconds", 1.6), ("watts", 0.6)])
+def test_one_point_measured_twice_far_apart(what, factor):
+    again = GOOD[50]._replace(**{what: getattr(GOOD[50], what) * factor})
+    found = refused([*GOOD, again])
+    assert "line 52" in found and f"line {len(GOOD) + 2}" in found and f"{what}; scatter explains" in found
+    check([*GOOD, GOOD[50]._replace(**{what: getattr(GOOD[50], what) * (1 + (factor - 1) / 4)})], LIKE, MODEL, FILE)
+
+
+def test_seconds_that_fall_with_the_clock():
+    backwards = [point._replace(clock_mhz=CLOCKS[0] + CLOCKS[-1] - point.clock_mhz) for point in GOOD]
+    assert "at tp 1 seconds fall as the clock falls (like clock^0." in refused(backwards)
+    one_size = [point if point.tp == 1 else wrong for point, wrong in zip(GOOD, backwards, strict=True)]
+    found = refused(one_size)
+    assert "at tp 2 seconds fall" in found
+    # The worst are rows of that size: the second half of the lines.
+    assert all(int(part.split()[1].rstrip(",.")) > len(GOOD) // 2 for part in found.split("worst: ")[1].split(", "))
+
+
+def test_seconds_that_the_clock_does_not_move_are_no_contradiction():
+    flat = [point._replace(clock_mhz=1410) for point in GOOD]
+    same = [
+        point._replace(seconds=point.seconds * top.seconds / now.seconds)
+        for point, now, top in zip(GOOD, measure_at(GOOD), measure_at(flat), strict=True)
+    ]
+    check(same, LIKE, MODEL, FILE)
+
+
+def measure_at(points: list[Point]) -> list[Point]:
+    """The same loads, without scatter."""
+    return [point._replace(seconds=law[0]) for point, law in zip(points, map(_law, points), strict=True)]
+
+
+def _law(point: Point) -> tuple[float, float]:
+    return EnginePhysics(LIKE, MODEL, point.tp).iteration(*point.asked)
+
+
+def test_points_that_no_law_follows_are_named():
+    """Every fourth row eight times as slow: each is possible, all together are not."""
+    torn = [point._replace(seconds=point.seconds * (1 if point.row % 4 else 8)) for point in GOOD]
+    with pytest.raises(
+        ProfileError, match=r"(half|a tenth) of the seconds are off by \d+% .*worst: line \d+, line \d+"
+    ):
+        fit_points(torn, LIKE, MODEL, FILE)
