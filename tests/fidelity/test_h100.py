@@ -38,7 +38,7 @@ def test_groups_hold_every_point_once() -> None:
 @pytest.mark.parametrize(("at", "idle"), [(point(4, 780, 0.5), 0.2), (point(8, 1380, 7.0), 0.0)])
 def test_the_law_over_a_run_gives_the_watts_of_the_run(at: LoadPoint, idle: float) -> None:
     engine = EnginePhysics(CATALOGUE.gpu(GPU), CATALOGUE.model(MODEL), at.tp)
-    served = simulate(CATALOGUE, at, requests=300, seeds=(0,))
+    served = simulate(CATALOGUE, at, requests=600, seeds=(0,))
     assert mean_power_w(engine, at, served) == pytest.approx(served.power_w, rel=0.01)
     assert served.idle == pytest.approx(idle, abs=0.05)
 
@@ -46,7 +46,7 @@ def test_the_law_over_a_run_gives_the_watts_of_the_run(at: LoadPoint, idle: floa
 def test_more_load_takes_longer_in_the_simulator_and_in_its_shadow() -> None:
     engine = EnginePhysics(CATALOGUE.gpu(GPU), CATALOGUE.model(MODEL), 8)
     low, high = point(8, 1380, 2.0), point(8, 1380, 8.0)
-    runs = [simulate(CATALOGUE, at, requests=300, seeds=(0,)) for at in (low, high)]
+    runs = [simulate(CATALOGUE, at, requests=600, seeds=(0,)) for at in (low, high)]
     shadows = [settle(engine, at) for at in (low, high)]
     simulated = runs[1].tpot_p99_s / runs[0].tpot_p99_s
     assert simulated > 1.3
@@ -77,11 +77,11 @@ def test_the_shipped_catalogue_serves_as_was_measured() -> None:
     points = read_points(DATA)
     assert len(points) == 47
     some = points[::4]
-    served = [simulate(CATALOGUE, at, requests=300, seeds=(0,)) for at in some]
+    served = [simulate(CATALOGUE, at, requests=600, seeds=(0,)) for at in some]
     found = np.array([[each.power_w, each.tpot_p99_s, each.ttft_p99_s] for each in served])
     truth = np.array([[at.power_w, at.tpot_p99_s, at.ttft_p99_s] for at in some])
     medians = np.median(np.abs(found / truth - 1), axis=0)
     print(f"H100 under load: watts {medians[0]:.1%}, p99 TPOT {medians[1]:.1%}, p99 TTFT {medians[2]:.1%}")
     assert medians[0] < 0.04
-    assert medians[1] < 0.14
+    assert medians[1] < 0.08
     assert medians[2] < 0.15

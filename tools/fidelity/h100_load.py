@@ -158,6 +158,6 @@ def _draw(column: int, points: Sequence[LoadPoint], shipped: Figures, unseen: Fi
             axes.plot(rates, unseen[at, column] * scale, "--", color=colour, linewidth=1)
         axes.set_title(f"TP {tp}")
         axes.set_xlabel("offered load / requests per s")
-        axes.set_ylim(bottom=0)
+    figure.axes[0].set_ylim(bottom=0)  # the panels share it, so only once all lines are there
     figure.axes[0].set_ylabel(UNITS[column])
     figure.axes[0].legend()
