@@ -84,7 +84,7 @@ def test_targets_are_met(found: Section) -> None:
 def test_every_fold_is_reported_and_bounded(found: Section) -> None:
     means = {(row.what.split()[0], row.held_out): row.errors.mean for row in found.rows}
     folds = {held_out for _, held_out in means}
-    assert len(folds) == 3 + len(FEW)
+    assert len(folds) == 4 + len(FEW)
     assert {"nothing", "each clock", "each batch"} < folds
     for (what, _), mean in means.items():
         assert mean < (0.05 if what == "slow-down" else 0.07)

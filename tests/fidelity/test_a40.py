@@ -16,7 +16,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the reference data (.
 
 
 def cell(clock_mhz: Edges, prefill_tokens: Edges, decode_batch: Edges, power_w: float = 1.0) -> Cell:
-    return Cell(clock_mhz=clock_mhz, prefill_tokens=prefill_tokens, decode_batch=decode_batch, count=1, power_w=power_w)
+    return Cell(clock_mhz=clock_mhz, prefill_tokens=prefill_tokens, decode_batch=decode_batch, power_w=power_w)
 
 
 def cells_of(engine: EnginePhysics) -> list[Cell]:

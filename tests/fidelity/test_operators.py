@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from throttllem.calibrate.fit import with_constants
 from throttllem.physics.catalogue import Catalogue, Gpu, Model
-from tools.fidelity.operator_laws import ALLREDUCE, DECODE, GEMM, OPERATORS, PREFILL, put
+from tools.fidelity.operator_laws import ALLREDUCE, DECODE, GEMM, OPERATORS, PREFILL
 from tools.fidelity.operator_tables import CONTEXTS, Iteration, OperatorTables, Table, compose
 from tools.fidelity.operators import bare, physics_s, refit, section
 from tools.fidelity.section import DATA, Section
@@ -109,7 +110,8 @@ def test_a_fit_finds_the_constants_from_which_the_tables_were_made() -> None:
 
 def test_a_fit_sees_only_what_it_is_shown_and_leaves_zeros_alone() -> None:
     h100 = CATALOGUE.gpu("h100-80gb-sxm")
-    fitted = put(h100, DECODE.fit(h100, {key: s for key, s in DECODE.points(TABLES).items() if key[2] > 64}))
+    found = DECODE.fit(h100, {key: s for key, s in DECODE.points(TABLES).items() if key[2] > 64})
+    fitted = with_constants(h100, {each.constant.path: each.value for each in found})
     assert fitted.time.decode_walk_token_s == fitted.time.decode_split_s == 0
     assert fitted.time.gemm_kernel_s == h100.time.gemm_kernel_s
     assert fitted.time.decode_kernel_s != h100.time.decode_kernel_s

@@ -38,9 +38,9 @@ def test_an_iteration_by_hand() -> None:
     gemm = ((memory * scale.memory) ** law.gemm_norm + (compute * scale.compute) ** law.gemm_norm) ** (
         1 / law.gemm_norm
     )
-    rows = 108 * costs.row_elementwise_s + 100 * costs.prefill_token_s
+    rows, prompt = 108 * costs.row_elementwise_s, 100 * costs.prefill_token_s
     kv, pairs = 8000 * costs.kv_token_s + 8 * costs.kv_row_s, 5000 * costs.pair_s
-    busy = gemm + (rows + kv) * scale.memory + (pairs + 100 * costs.prefill_walk_token_s) * scale.compute
+    busy = gemm + (rows + prompt + kv) * scale.memory + (pairs + 100 * costs.prefill_walk_token_s) * scale.compute
     kernels = costs.layers_kernel_s + costs.decode_kernel_s + costs.prefill_kernel_s
     assert costs.one_step_rows < 108 < costs.large_rows
     fixed = (kernels + costs.allreduce_s + costs.two_step_s) * scale.latency
@@ -48,6 +48,7 @@ def test_an_iteration_by_hand() -> None:
     link = 108 * costs.two_step_row_s * scale.latency
     seconds = busy + fixed + walk + link + law.host_s + 8 * law.host_request_s
     traffic = (memory + rows) * law.gemm_bandwidth_fraction + kv * law.decode_bandwidth_fraction
+    traffic += prompt * law.prefill_bandwidth_fraction
     switching = power.core_w * busy + power.compute_w * (compute + pairs) * scale.compute
     watts = power.idle_w + power.static_w + (power.memory_w * traffic + scale.switching * switching) / seconds
     got = EnginePhysics(gpu, model, 4).iteration(1005, 8, 8000, 100, 5000.0)

@@ -2,7 +2,7 @@ import pytest
 
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
-from throttllem.physics.estimate import estimate
+from throttllem.physics.estimate import estimate, reach
 
 CATALOGUE = Catalogue.load()
 ENGINE = EnginePhysics(CATALOGUE.gpu("a100-40gb-sxm"), CATALOGUE.model("llama-2-13b"), 4)
@@ -16,17 +16,16 @@ def test_is_the_law_itself() -> None:
 
 
 def test_inside_the_fitted_range_is_calibrated() -> None:
-    basis = estimate(ENGINE, 1050, 32, 1000).basis
-    assert basis["iteration_s"].startswith("calibrated: operator latencies")
-    assert basis["power_w"].startswith("calibrated: throttLL'eM")
+    assert estimate(ENGINE, 1410, 32, 1000).basis["iteration_s"].startswith("calibrated: operator latencies")
+    assert estimate(ENGINE, 1050, 32, 1000).basis["power_w"].startswith("calibrated: throttLL'eM")
 
 
 @pytest.mark.parametrize(
     ("clock_mhz", "batch", "model", "tp", "reason"),
     [
-        (405, 1, "llama-2-13b", 4, "405 MHz is outside 840 to 1410 MHz"),
+        (405, 1, "llama-2-13b", 4, "405 MHz is outside 990 to 1410 MHz"),
         (1410, 200, "llama-2-13b", 4, "batch 200 is above 128"),
-        (1410, 8, "llama-2-13b", 8, "tp 8 is not among 1, 2, 4"),
+        (1410, 8, "llama-2-13b", 8, "tp 8 is not among 4"),
         (1410, 8, "llama-3-8b", 1, "llama-3-8b is not llama-2-13b"),
     ],
 )
@@ -41,18 +40,20 @@ def test_what_the_clock_does_elsewhere_is_modelled() -> None:
     engine = EnginePhysics(CATALOGUE.gpu("a100-40gb-sxm"), CATALOGUE.model("llama-2-13b"), 2)
     assert estimate(engine, 1410, 8, 3000).basis["iteration_s"].startswith("calibrated")
     basis = estimate(engine, 1395, 8, 3000).basis["iteration_s"]
-    assert basis.startswith("modelled: the clock's effect at tp 2 (fitted at 1, 4); the clock's effect at context 3000")
+    assert basis.startswith("modelled: the clock's effect at tp 2 (fitted at 1); the clock's effect at context 3000")
 
 
 @pytest.mark.parametrize(
     ("clock_mhz", "batch", "context", "prefill", "kind"),
     [
-        (1410, 32, 500, 0, "measured: within 10% of mean watts"),
-        (1080, 35, 500, 0, "measured"),
-        (795, 32, 500, 0, "calibrated"),
-        (1410, 25, 500, 0, "calibrated"),
-        (1410, 32, 500, 64, "calibrated"),
-        (600, 32, 500, 0, "modelled"),
+        (1410, 32, 900, 0, "measured: within 10% of mean watts"),
+        (1080, 35, 900, 0, "measured"),
+        (795, 32, 900, 0, "calibrated"),
+        (1410, 25, 900, 0, "calibrated"),
+        (1410, 32, 500, 0, "calibrated"),
+        (1410, 32, 900, 64, "calibrated"),
+        (1410, 8, 3000, 0, "modelled"),
+        (600, 32, 900, 0, "modelled"),
     ],
 )
 def test_close_to_a_measured_point_is_measured(
@@ -68,6 +69,17 @@ def test_summed_operators_are_measured_at_the_top_clock_only() -> None:
     assert estimate(engine, 1980, 64, 1100).basis["iteration_s"].startswith("measured")
     assert estimate(engine, 1980, 64, 1500).basis["iteration_s"].startswith("calibrated")
     assert estimate(engine, 1380, 64, 1100).basis["iteration_s"].startswith("calibrated")
+
+
+def test_the_reach_of_a_whole_simulation() -> None:
+    gpu, model = CATALOGUE.gpu("a100-40gb-sxm"), CATALOGUE.model("llama-2-13b")
+    four, eight = (reach(EnginePhysics(gpu, model, tp), 1200) for tp in (4, 8))
+    assert four["seconds"]["kind"] == four["watts"]["kind"] == "calibrated"
+    assert four["seconds"]["below_top"] == "the clock's effect at tp 4 (fitted at 1)"
+    assert four["watts"] == {"kind": "calibrated", "why": "", "clocks_mhz": [990, 1410], "below_top": ""}
+    assert eight["watts"]["kind"] == "modelled"
+    assert eight["watts"]["why"] == "tp 8 is not among 4"
+    assert "context 3000 is above 1300" in str(reach(EnginePhysics(gpu, model, 4), 3000)["watts"]["why"])
 
 
 def test_a_users_measured_law_is_called_measured() -> None:

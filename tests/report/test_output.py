@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -7,25 +8,28 @@ from throttllem.report.output import show_results
 
 from .factory import make_run
 
-CALIBRATED = {"kind": "calibrated", "clocks_mhz": [840, 1410], "why": ""}
+CALIBRATED = {"kind": "calibrated", "why": "", "clocks_mhz": [840, 1410], "below_top": ""}
 
 
 @pytest.mark.parametrize(
-    ("reach", "line"),
+    ("reach", "said"),
     [
         (CALIBRATED, "watts calibrated from 840 to 1410 MHz."),
         (
-            CALIBRATED | {"clocks_mhz": [1200, 1410]},
-            "watts calibrated from 1200 to 1410 MHz (modelled where throttllem ran).",
+            CALIBRATED | {"clocks_mhz": [1200, 1410], "below_top": "the clock's effect at tp 2 (fitted at 1)"},
+            "watts calibrated from 1200 to 1410 MHz (modelled where throttllem ran; below the top clock modelled: "
+            "the clock's effect at tp 2 (fitted at 1)).",
         ),
         (
             CALIBRATED | {"kind": "modelled", "why": "tp 8 is not among 4"},
-            "watts are modelled, not measured (tp 8 is not among 4).",
+            "watts modelled, not measured (tp 8 is not among 4).",
         ),
     ],
 )
-def test_says_what_the_simulated_gpu_rests_on(reach: dict[str, object], line: str) -> None:
-    scenario = {"engines": [{"physics": {"seconds": CALIBRATED, "watts": reach}}]}
+def test_says_what_the_simulated_gpu_rests_on(reach: dict[str, object], said: str) -> None:
+    scenario = {"engines": [{"tp": 2, "physics": {"seconds": CALIBRATED, "watts": reach}}]}
     console = Console(file=io.StringIO(), width=400)
-    show_results(scenario, [make_run("triton"), make_run("throttllem", energy=0.7)], console)
-    assert console.file.getvalue().rstrip().endswith(f"Simulated GPU: seconds calibrated from 840 to 1410 MHz; {line}")
+    top = replace(make_run("triton"), mean_clock_mhz=1410.0000000000139)  # a mean over many iterations
+    show_results(scenario, [top, make_run("throttllem", energy=0.7)], console)
+    beginning = "Simulated GPU, TP 2: seconds calibrated from 840 to 1410 MHz; "
+    assert console.file.getvalue().rstrip().endswith(beginning + said)

@@ -47,15 +47,14 @@ class Cell:
     clock_mhz: Edges
     prefill_tokens: Edges
     decode_batch: Edges
-    count: int
     power_w: float
 
 
 def read_cells(data: Path) -> list[Cell]:
     """31 cells over 18,000 batches (JonnyKong/vidur)."""
     return [
-        Cell(clock_mhz=(a, b), prefill_tokens=(c, d), decode_batch=(e, f), count=count, power_w=watts)
-        for a, b, c, d, e, f, count, watts in pl.read_csv(data / FILE).iter_rows()
+        Cell(clock_mhz=(a, b), prefill_tokens=(c, d), decode_batch=(e, f), power_w=watts)
+        for a, b, c, d, e, f, _, watts in pl.read_csv(data / FILE).iter_rows()
     ]
 
 

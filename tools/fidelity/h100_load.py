@@ -5,7 +5,7 @@ Every figure comes out of the simulator at the measured rate, batching and all; 
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from tools.fidelity.load_fit import LoadFit, fit_load, with_gpu
 from tools.fidelity.load_runs import GPU, LoadPoint, read_points, simulate
 from tools.fidelity.section import ErrorRow, Plot, Section, Target
 
-REQUESTS, SEEDS = 1000, (0, 1)
-"""Of each judged load. The p99 of 1,000 requests scatters by 2 % in TPOT and 5 % in TTFT between seeds."""
+REQUESTS, SEEDS = 1000, (0, 1, 2)
+"""Of each judged load."""
 FIGURES = ("watts", "p99 TPOT", "p99 TTFT")
 UNITS = ("power of all GPUs / W", "p99 TPOT / ms", "p99 TTFT / ms")
 NAMES = ("h100_watts", "h100_tpot", "h100_ttft")
@@ -40,7 +40,13 @@ class Fold:
 
     at: tuple[int, ...]
     fitted: LoadFit | None
-    figures: Figures
+    by_seed: NDArray[np.float64]
+    """Of shape (seeds, points, 3)."""
+
+    @property
+    def figures(self) -> Figures:
+        """The means over the seeds."""
+        return np.asarray(self.by_seed.mean(axis=0))
 
 
 def section(data: Path, catalogue: Catalogue) -> Section:
@@ -61,7 +67,7 @@ def section(data: Path, catalogue: Catalogue) -> Section:
             for column, figure in enumerate(FIGURES)
             for held_out, found in folds_of
         ),
-        targets=_targets(errors(points, by_clock)),
+        targets=_targets(points, by_clock),
         plots=tuple(_plot(column, points, shipped, by_clock) for column in range(len(FIGURES))),
         constants={GPU: whole.fitted.values},
     )
@@ -81,10 +87,10 @@ def errors(points: Sequence[LoadPoint], folds: Sequence[Fold]) -> Figures:
     return np.concatenate([fold.figures / measured[list(fold.at)] - 1 for fold in folds])
 
 
-def judge(catalogue: Catalogue, points: Sequence[LoadPoint]) -> Figures:
-    """What the simulator says of each point."""
-    served = [simulate(catalogue, point, requests=REQUESTS, seeds=SEEDS) for point in points]
-    return np.array([[each.power_w, each.tpot_p99_s, each.ttft_p99_s] for each in served])
+def judge(catalogue: Catalogue, points: Sequence[LoadPoint]) -> NDArray[np.float64]:
+    """What the simulator says of each point, seed by seed: shape (seeds, points, 3)."""
+    served = [[simulate(catalogue, point, requests=REQUESTS, seeds=(seed,)) for point in points] for seed in SEEDS]
+    return np.array([[[each.power_w, each.tpot_p99_s, each.ttft_p99_s] for each in run] for run in served])
 
 
 def _measured(points: Sequence[LoadPoint]) -> Figures:
@@ -92,28 +98,32 @@ def _measured(points: Sequence[LoadPoint]) -> Figures:
 
 
 def _shipped(catalogue: Catalogue, points: Sequence[LoadPoint], _: Callable[[float], None]) -> Fold:
-    return Fold(at=tuple(range(len(points))), fitted=None, figures=judge(catalogue, points))
+    return Fold(at=tuple(range(len(points))), fitted=None, by_seed=judge(catalogue, points))
 
 
 def _whole(catalogue: Catalogue, points: Sequence[LoadPoint], _: Callable[[float], None]) -> Fold:
-    return Fold(at=(), fitted=fit_load(catalogue, points), figures=np.empty((0, len(FIGURES))))
+    return Fold(at=(), fitted=fit_load(catalogue, points), by_seed=np.empty((len(SEEDS), 0, len(FIGURES))))
 
 
 def _fold(catalogue: Catalogue, points: Sequence[LoadPoint], at: tuple[int, ...], _: Callable[[float], None]) -> Fold:
     fitted = fit_load(catalogue, [point for index, point in enumerate(points) if index not in at])
-    return Fold(at=at, fitted=fitted, figures=judge(with_gpu(catalogue, fitted.gpu), [points[index] for index in at]))
+    return Fold(at=at, fitted=fitted, by_seed=judge(with_gpu(catalogue, fitted.gpu), [points[index] for index in at]))
 
 
-def _targets(found: Figures) -> tuple[Target, ...]:
-    medians = np.median(np.abs(found), axis=0)
+def _targets(points: Sequence[LoadPoint], folds: Sequence[Fold]) -> tuple[Target, ...]:
+    medians = np.median(np.abs(errors(points, folds)), axis=0)
+    each = [[replace(fold, by_seed=fold.by_seed[[seed]]) for fold in folds] for seed in range(len(SEEDS))]
+    spread = np.array([np.median(np.abs(errors(points, run)), axis=0) for run in each])
     return tuple(
         Target(
-            what=f"{figure}, each clock left out: median error",
+            what=f"{figure}, each clock left out: median error (of single runs)",
             limit=f"{limit:.0%}",
-            found=f"{median:.1%}",
+            found=f"{median:.1%} ({low:.1%} to {high:.1%})",
             met=bool(median <= limit),
         )
-        for figure, limit, median in zip(FIGURES, LIMITS, medians, strict=True)
+        for figure, limit, median, low, high in zip(
+            FIGURES, LIMITS, medians, spread.min(axis=0), spread.max(axis=0), strict=True
+        )
     )
 
 

@@ -4,7 +4,7 @@ A kernel is described by its rows at the highest limit alone (kernel_law.py); al
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from tools.fidelity.section import ErrorRow, Plot, Section, Target
 
 FEW = (1005, 1200, 1410)
 """The only clocks that one fit may see, beside 705 MHz of the sweep."""
+SPREAD, RATIO = 0.01, 1.38
 _FEW_SWEEP = (705, 1005, 1200, 1410)
 _NAMES = {MEMORY: "memory-bound kernel", COMPUTE: "compute-bound kernel"}
 Found = dict[str, NDArray[np.float64]]
@@ -31,7 +32,8 @@ def section(data: Path, catalogue: Catalogue) -> Section:
     """Time and watts of all 70 runs: shipped constants, clocks and limits left out."""
     rows = read_kernels(data)
     gpu = catalogue.gpu(GPU)
-    found = {"nothing": _errors(gpu, rows, rows)} | _held_out(data, catalogue, rows)
+    folds = _clock_folds(data, catalogue, rows)
+    found = {"nothing": _errors(gpu, rows, rows)} | _held_out(data, catalogue, rows, folds)
     return Section(
         title="A100: two kernels under clocks and power limits",
         text=_TEXT,
@@ -40,18 +42,25 @@ def section(data: Path, catalogue: Catalogue) -> Section:
             for held_out, by_what in found.items()
             for what, errors in by_what.items()
         ),
-        targets=_targets(gpu, rows),
+        targets=_targets(gpu, folds, rows),
         plots=_plots(gpu, rows),
     )
 
 
-def _held_out(data: Path, catalogue: Catalogue, rows: Sequence[KernelRow]) -> dict[str, Found]:
-    """Clocks are left out of the serving sweep too, which the same constants are fitted to."""
+def _clock_folds(data: Path, catalogue: Catalogue, rows: Sequence[KernelRow]) -> dict[int, Gpu]:
+    """Refits without each clock, which is left out of the serving sweep too: the same constants are fitted to it."""
+    cells, gpu, model = read_sweep(data), catalogue.gpu(GPU), catalogue.model(MODEL)
+    clocks = sorted({row.clock_mhz for row in rows})
+    return {clock: refit(gpu, model, *without_clock(cells, rows, clock)).law.gpu for clock in clocks}
+
+
+def _held_out(
+    data: Path, catalogue: Catalogue, rows: Sequence[KernelRow], folds: Mapping[int, Gpu]
+) -> dict[str, Found]:
     cells, gpu, model = read_sweep(data), catalogue.gpu(GPU), catalogue.model(MODEL)
     clocks, limits = [], []
-    for clock in sorted({row.clock_mhz for row in rows}):
-        fewer_cells, seen = without_clock(cells, rows, clock)
-        fitted = refit(gpu, model, fewer_cells, seen).law.gpu
+    for clock, fitted in folds.items():
+        seen = [row for row in rows if row.clock_mhz != clock]
         clocks.append(_errors(fitted, seen, [row for row in rows if row.clock_mhz == clock]))
     for limit_w in sorted({row.limit_w for row in rows}):
         seen = [row for row in rows if row.limit_w != limit_w]
@@ -80,32 +89,56 @@ def _joined(parts: Sequence[Found]) -> Found:
     return {what: np.concatenate([part[what] for part in parts]) for what in parts[0]}
 
 
-def _targets(gpu: Gpu, rows: Sequence[KernelRow]) -> tuple[Target, ...]:
-    memory = _times(gpu, rows, MEMORY)
-    errors = Errors.of([ours / measured - 1 for ours, measured in memory])
-    slowest = max(ours for ours, _ in memory) / min(ours for ours, _ in memory) - 1
-    compute = _times(gpu, rows, COMPUTE)
-    ratio, measured_ratio = (compute[0][i] / compute[-1][i] for i in (0, 1))
+def _targets(gpu: Gpu, folds: Mapping[int, Gpu], rows: Sequence[KernelRow]) -> tuple[Target, ...]:
+    errors = Errors.of([ours / measured - 1 for ours, measured in _times(gpu, rows, MEMORY)])
+    spreads = {clock: _spread(fitted, rows) for clock, fitted in folds.items()}
+    ratios = {clock: _slow_down(fitted, rows) for clock, fitted in folds.items()}
+    wide, far = max(spreads, key=spreads.__getitem__), max(ratios, key=lambda clock: abs(ratios[clock] - RATIO))
+    measured = _times(gpu, rows, COMPUTE)
     return (
         Target(
             what="memory-bound, 1,005 to 1,410 MHz: worst error in time",
             limit="1 %",
             found=f"{errors.worst:.1%}",
-            met=errors.worst <= 0.01,
+            met=errors.worst <= SPREAD,
         ),
         Target(
-            what="memory-bound, 1,005 to 1,410 MHz: the law's own spread",
+            what="memory-bound, 1,005 to 1,410 MHz: the law's own spread, as shipped",
             limit="1 %",
-            found=f"{slowest:.1%}",
-            met=slowest <= 0.01,
+            found=f"{_spread(gpu, rows):.1%}",
+            met=_spread(gpu, rows) <= SPREAD,
         ),
         Target(
-            what="compute-bound, time at 1,005 MHz over that at 1,410",
+            what="the same, each clock left out: worst",
+            limit="1 %",
+            found=f"{spreads[wide]:.1%} (without {wide:,} MHz)",
+            met=spreads[wide] <= SPREAD,
+        ),
+        Target(
+            what="compute-bound, time at 1,005 MHz over that at 1,410, as shipped",
             limit="1.38 +- 0.02",
-            found=f"{ratio:.3f} (measured {measured_ratio:.3f})",
-            met=math.isclose(ratio, 1.38, abs_tol=0.02),
+            found=f"{_slow_down(gpu, rows):.3f} (measured {measured[0][1] / measured[-1][1]:.3f})",
+            met=math.isclose(_slow_down(gpu, rows), RATIO, abs_tol=0.02),
+        ),
+        Target(
+            what="the same, each clock left out: worst",
+            limit="1.38 +- 0.02",
+            found=f"{ratios[far]:.3f} (without {far:,} MHz)",
+            met=math.isclose(ratios[far], RATIO, abs_tol=0.02),
         ),
     )
+
+
+def _spread(gpu: Gpu, rows: Sequence[KernelRow]) -> float:
+    """The memory-bound kernel's longest time over its shortest, less one."""
+    times = [ours for ours, _ in _times(gpu, rows, MEMORY)]
+    return max(times) / min(times) - 1
+
+
+def _slow_down(gpu: Gpu, rows: Sequence[KernelRow]) -> float:
+    """The compute-bound kernel's time at the lowest clock over that at the highest."""
+    times = [ours for ours, _ in _times(gpu, rows, COMPUTE)]
+    return times[0] / times[-1]
 
 
 def _times(gpu: Gpu, rows: Sequence[KernelRow], name: str) -> list[tuple[float, float]]:
@@ -176,6 +209,8 @@ _TEXT = (
     "The compute-bound kernel follows the clock in proportion from 1,110 to 1,305 MHz, is 1.3 % faster than that at "
     "1,005 MHz, and at 1,410 MHz is held by its limit a little (296 of 300 W, 0.4 % slower): 1.38 between the ends, "
     "where 1,410 / 1,005 is 1.403. The share of compute time that follows the clock takes both in.\n\n"
+    "Without 1,005 MHz no kernel is left near the memory knee, and the serving sweep's rows at 900 MHz, which scatter "
+    "by 4 %, place it a little higher: that fold has the stream kernel slow down by 1.2 %, and misses its 1 %.\n\n"
     "A held kernel's mean is not the limit itself: the compute-bound kernel's is 1 % under it, that of the stream "
     "kernel, which alternates between five loops of different power, 3 %: the law holds the mean at the limit. For the "
     "same reason the stream kernel loses 2 % of its time at 150 W where the law has it lose 0.3 %. At one clock the "

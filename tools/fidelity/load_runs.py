@@ -5,6 +5,7 @@ shadow, quick enough for a fit. Knows nothing of fits.
 """
 
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -75,7 +76,10 @@ def read_points(data: Path) -> list[LoadPoint]:
 
 
 def simulate(catalogue: Catalogue, point: LoadPoint, *, requests: int, seeds: Iterable[int]) -> Served:
-    """The means over runs of about `requests` requests each, one per seed."""
+    """The means over runs of about `requests` requests each, one per seed.
+
+    Every point draws arrivals of its own: with common ones an unlucky draw would bias all points alike.
+    """
     runs = [_run(catalogue, point, requests, seed) for seed in seeds]
     return Served(
         power_w=_mean(result.energy_j / result.duration_s for result, _ in runs),
@@ -142,6 +146,7 @@ class _Watched(EnginePhysics):
 
 def _run(catalogue: Catalogue, point: LoadPoint, requests: int, seed: int) -> tuple[RunResult, _Watched]:
     options, rate = Options(), point.requests_per_s
+    seed = zlib.crc32(f"{point.tp} {point.clock_mhz} {rate} {seed}".encode())
     fleet = build_fleet(catalogue, GPU, MODEL, (point.tp,), options.engine)
     watched = _Watched(catalogue.gpu(GPU), catalogue.model(MODEL), point.tp)
     lengths = f"input={PROMPT_TOKENS},output={ANSWER_TOKENS}"

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from throttllem.calibrate.fit import Fitted, fit, with_constants
+from throttllem.calibrate.fit import Fitted, fit
 from throttllem.calibrate.prior import around
 from throttllem.physics.catalogue import Gpu
 from throttllem.physics.load import LARGE_ALLREDUCE_BYTES
@@ -130,11 +130,6 @@ ALLREDUCE = Operator(
     wanted=lambda key: 2**12 <= key[1] <= 2**26,
 )
 OPERATORS = (GEMM, DECODE, PREFILL, ALLREDUCE)
-
-
-def put(gpu: Gpu, fitted: Iterable[Fitted]) -> Gpu:
-    """The GPU with these constants."""
-    return with_constants(gpu, {found.constant.path: found.value for found in fitted})
 
 
 def _columns(points: Table) -> list[Array]:

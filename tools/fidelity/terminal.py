@@ -26,11 +26,10 @@ def print_section(console: Console, section: Section, *, constants: bool) -> Non
             console.print(f"  {gpu}: " + ", ".join(f"{path} = {value:.4g}" for path, value in values.items()))
 
 
-def print_verdict(console: Console, sections: Sequence[Section]) -> int:
-    """How many targets are met, and those that are not; 0 if all are, 1 otherwise."""
+def print_verdict(console: Console, sections: Sequence[Section]) -> None:
+    """How many targets are met, and those that are not."""
     targets = [target for section in sections for target in section.targets]
     missed = [target for target in targets if not target.met]
     console.print(f"{len(targets) - len(missed)} of {len(targets)} targets met")
     for target in missed:
         console.print(f"  [red]not met[/]: {target.what}: {target.found} (target {target.limit})")
-    return 1 if missed else 0

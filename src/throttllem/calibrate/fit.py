@@ -64,7 +64,7 @@ def fit(gpu: Gpu, constants: Sequence[Constant], residuals: Residuals, *, robust
     """Least squares over the residuals and the priors together (maximum a posteriori).
 
     `robust` lets a residual far out pull with constant force only (Charbonnier's loss). Raises ValueError if a
-    residual is not finite.
+    residual is not finite or the fit does not converge.
     """
     starts = np.log([constant.start for constant in constants])
     spreads = np.array([constant.spread for constant in constants])
@@ -84,6 +84,8 @@ def fit(gpu: Gpu, constants: Sequence[Constant], residuals: Residuals, *, robust
     # "lsmr" needs two constants or more.
     solver = "lsmr" if len(constants) > 1 else "exact"
     best = least_squares(all_residuals, inside, bounds=(low, high), x_scale=spreads, tr_solver=solver)
+    if not best.success:
+        raise ValueError(f"{gpu.name}: the fit did not converge in {best.nfev} steps: {best.message}")
     errors = np.sqrt(np.diag(np.linalg.inv(best.jac.T @ best.jac)))
     fitted = (
         Fitted(constant=constant, value=float(math.exp(log)), error=float(error))

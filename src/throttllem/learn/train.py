@@ -17,7 +17,8 @@ import polars as pl
 from throttllem.core.performance import Hull
 
 FEATURES = ("tp", "batch", "kv_blocks", "clock_mhz", "prefill_tokens")
-SECONDS_DIRECTION = (0, 1, 1, -1, 1)
+# The same KV in fewer, longer requests may take longer: heads that are not grouped are walked one by one (A100).
+SECONDS_DIRECTION = (0, 0, 1, -1, 1)
 # KV reads stall arithmetic: watts may fall or rise with them, and with the rows that share an iteration.
 WATTS_DIRECTION = (0, 0, 0, 1, 0)
 FEWEST_ROWS = 100

@@ -24,7 +24,7 @@ class ClockScale(NamedTuple):
 def clock_scale(time: TimeLaw, power: PowerLaw, clock_mhz: float, top_mhz: float) -> ClockScale:
     """The factors at `clock_mhz` (docs/physics.md, "The clock")."""
     slower = top_mhz / clock_mhz
-    computes = max(1.0, (time.compute_knee_mhz or top_mhz) / clock_mhz)
+    computes = max(1.0, min(time.compute_knee_mhz or top_mhz, top_mhz) / clock_mhz)
     return ClockScale(
         compute=1 + time.compute_clock_share * (computes - 1),
         memory=_memory(time, clock_mhz) / _memory(time, top_mhz),

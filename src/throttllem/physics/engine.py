@@ -54,6 +54,7 @@ class _Coefficients(NamedTuple):
     base_w: float
     gemm_traffic_w: float
     kv_traffic_w: float
+    prompt_traffic_w: float
     core_w: float
     compute_w: float
 
@@ -172,6 +173,7 @@ class EnginePhysics:
             base_w=self._base_w,
             gemm_traffic_w=power.memory_w * law.gemm_bandwidth_fraction * tp / memory,
             kv_traffic_w=power.memory_w * law.decode_bandwidth_fraction * tp / memory,
+            prompt_traffic_w=power.memory_w * law.prefill_bandwidth_fraction * tp / memory,
             core_w=switching * power.core_w * tp,
             compute_w=switching * power.compute_w * tp,
         )
@@ -185,19 +187,19 @@ def _iteration(
         weights_s, row_gemm_memory_s, row_gemm_compute_s, head_row_compute_s, row_streamed_s, kv_token_s, kv_row_s,
         walk_token_s, pair_s, prefill_token_s, prefill_walk_token_s, waiting_s, decode_fixed_s, prefill_fixed_s,
         one_step_rows, row_link_s, two_step_row_s, two_step_s, large_rows, large_s, norm, inverse_norm, host_request_s,
-        base_w, gemm_traffic_w, kv_traffic_w, core_w, compute_w,
+        base_w, gemm_traffic_w, kv_traffic_w, prompt_traffic_w, core_w, compute_w,
     ) = at  # fmt: skip
     rows = decode_batch + prefill_tokens
     gemm_memory_s = weights_s + row_gemm_memory_s * rows
     gemm_compute_s = row_gemm_compute_s * rows + head_row_compute_s * decode_batch
     streamed_s, read_s = row_streamed_s * rows, kv_token_s * kv_tokens + kv_row_s * decode_batch
-    attention_s = tensor_s = 0.0
+    attention_s = tensor_s = prompt_s = 0.0
     if prefill_tokens:
         waiting_s += prefill_fixed_s
         gemm_compute_s += head_row_compute_s
-        streamed_s += prefill_token_s * prefill_tokens
+        prompt_s = prefill_token_s * prefill_tokens
         tensor_s = pair_s * prefill_pairs
-        attention_s = tensor_s + prefill_walk_token_s * prefill_tokens
+        attention_s = tensor_s + prompt_s + prefill_walk_token_s * prefill_tokens
     if rows >= one_step_rows:
         row_link_s = two_step_row_s
         waiting_s += two_step_s if rows < large_rows else large_s
@@ -210,7 +212,7 @@ def _iteration(
                 waiting_s += walk_s
     busy_s = (gemm_memory_s**norm + gemm_compute_s**norm) ** inverse_norm + streamed_s + read_s + attention_s
     time_s = busy_s + waiting_s
-    traffic = gemm_traffic_w * (gemm_memory_s + streamed_s) + kv_traffic_w * read_s
+    traffic = gemm_traffic_w * (gemm_memory_s + streamed_s) + kv_traffic_w * read_s + prompt_traffic_w * prompt_s
     return time_s, base_w + (traffic + core_w * busy_s + compute_w * (gemm_compute_s + tensor_s)) / time_s
 
 

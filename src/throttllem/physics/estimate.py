@@ -45,19 +45,25 @@ def estimate(
     return Estimate(iteration_s=iteration_s, power_w=power_w, basis=basis)
 
 
-def reach(physics: EnginePhysics) -> dict[str, dict[str, object]]:
-    """Of this engine's seconds and watts: `kind` of the law, `clocks_mhz` [from, to] of its range, `why` if modelled.
+def reach(physics: EnginePhysics, context_tokens: int) -> dict[str, dict[str, object]]:
+    """What a simulation of this engine rests on, by "seconds" and "watts", for requests of about `context_tokens`.
 
-    What a whole simulation is worth; single points say more.
+    `kind` of the law at the top clock, with `why` where it is modelled; `clocks_mhz` [from, to] of its range;
+    `below_top` says what of the clock's effect is modelled within that range. Single points say more.
     """
     bases = {"seconds": physics.gpu.time_basis, "watts": physics.gpu.power_basis}
-    return {figure: _reach(basis, physics) for figure, basis in bases.items()}
+    return {figure: _reach(basis, physics, context_tokens) for figure, basis in bases.items()}
 
 
-def _reach(basis: Basis, physics: EnginePhysics) -> dict[str, object]:
-    outside = _outside(basis, physics, basis.clock_min_mhz, 1, 1)
-    kind = "modelled" if outside else basis.kind
-    return {"kind": kind, "clocks_mhz": [basis.clock_min_mhz, basis.clock_max_mhz], "why": "; ".join(outside)}
+def _reach(basis: Basis, physics: EnginePhysics, context_tokens: int) -> dict[str, object]:
+    at_top = _outside(basis, physics, basis.clock_max_mhz, 1, context_tokens)
+    below = [part for part in _outside(basis, physics, basis.clock_min_mhz, 1, context_tokens) if part not in at_top]
+    return {
+        "kind": "modelled" if at_top else basis.kind,
+        "why": "; ".join(at_top),
+        "clocks_mhz": [basis.clock_min_mhz, basis.clock_max_mhz],
+        "below_top": "; ".join(below),
+    }
 
 
 def _check_clock(physics: EnginePhysics, clock_mhz: int) -> None:

@@ -202,8 +202,8 @@ def _baseline(evidence: Evidence) -> list[Outcome]:
     paper = _CLAIMS["baseline-tpj"].figures[0].paper
     off = run.tokens_per_joule / paper - 1
     reason = (
-        f"A calibration point, so shown and not counted; the physics is not fitted to it yet and misses it by "
-        f"{percent(abs(off))} ({'above' if off > 0 else 'below'} the paper's {paper:g}). Our engine draws"
+        f"A calibration point, so shown and not counted; the physics was fitted to it and is {percent(abs(off))} "
+        f"{'above' if off > 0 else 'below'} the paper's {paper:g}. Our engine draws"
     )
     return [_outcome("baseline-tpj", (run.tokens_per_joule,), (comparison.basis,), reason=reason, detail=detail)]
 

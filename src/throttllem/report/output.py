@@ -45,14 +45,19 @@ def _rejected(runs: Sequence[RunResult]) -> Iterator[str]:
 
 
 def _trusted(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> str:
-    """What the simulated GPU's figures rest on, for the largest engine, and which runs left that range."""
+    """What the simulated GPU's figures rest on, and which runs' mean clocks left that range: for the largest engine."""
+    engine = scenario["engines"][-1]
     parts = []
-    for figure, reach in scenario["engines"][-1]["physics"].items():
+    for figure, reach in engine["physics"].items():
         low, high = reach["clocks_mhz"]
-        beyond = [run.policy for run in runs if not low <= run.mean_clock_mhz <= high]
+        beyond = [run.policy for run in runs if not low <= round(run.mean_clock_mhz) <= high]
+        doubts = [
+            *([f"modelled where {', '.join(beyond)} ran"] if beyond else []),
+            *([f"below the top clock modelled: {reach['below_top']}"] if reach["below_top"] else []),
+        ]
         if reach["why"]:
-            parts.append(f"{figure} are modelled, not measured ({reach['why']})")
+            parts.append(f"{figure} modelled, not measured ({reach['why']})")
         else:
-            outside = f" (modelled where {', '.join(beyond)} ran)" if beyond else ""
-            parts.append(f"{figure} {reach['kind']} from {low} to {high} MHz{outside}")
-    return f"Simulated GPU: {'; '.join(parts)}."
+            said = f" ({'; '.join(doubts)})" if doubts else ""
+            parts.append(f"{figure} {reach['kind']} from {low} to {high} MHz{said}")
+    return f"Simulated GPU, TP {engine['tp']}: {'; '.join(parts)}."

@@ -90,7 +90,7 @@ def clock_sweep(catalogue: Catalogue, trace: str, *, seed: int, tp: int = KV_TP)
     """
     physics = EnginePhysics(catalogue.gpu(GPU), catalogue.model(MAIN_MODEL), tp)
     lengths = load_trace(trace, seed=seed)
-    context = round(float(np.mean(lengths.prompt_tokens + lengths.answer_tokens / 2)))
+    context = lengths.mean_context_tokens
     batch = min(Options().engine.max_batch, physics.kv_capacity_tokens() // context)
     if batch < 1:
         raise ValueError(

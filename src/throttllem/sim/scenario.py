@@ -128,7 +128,7 @@ class Scenario:
             "capacities": [asdict(self.capacities[tp]) for tp in sorted(self.capacities)],
             "engines": [
                 {key: value for key, value in asdict(self.fleet.specs[tp]).items() if key != "clocks_mhz"}
-                | {"physics": reach(self.fleet.physics[tp])}
+                | {"physics": reach(self.fleet.physics[tp], self.trace.mean_context_tokens)}
                 for tp in self.fleet.sizes
             ],
             "options": asdict(self.options),

@@ -48,6 +48,11 @@ class Trace:
         return self.arrival_s.size
 
     @property
+    def mean_context_tokens(self) -> int:
+        """Tokens of a typical running request: its prompt and half of its answer."""
+        return round(float((self.prompt_tokens + self.answer_tokens / 2).mean()))
+
+    @property
     def duration_s(self) -> float:
         """Seconds from the first arrival to the last; 0 where all come at once."""
         return float(self.arrival_s[-1])
