@@ -46,14 +46,13 @@ def test_profile_calibrate_estimate_simulate(monkeypatch, capsys):
     write_catalogue("real-gpu", Path("real.toml"), seed=4)
     write_catalogue("known-gpu", Path("known.toml"))
     engine = ("--gpu", "real-gpu", "--model", MODEL.name, "--tp", "1")
-    assert run(monkeypatch, "profile", "p.csv", *engine, "--rows", "120", "--catalogue", "real.toml") == 0
+    assert run(monkeypatch, "profile", "p.csv", *engine, "--rows", "45", "--catalogue", "real.toml") == 0
     fit = ("calibrate", "p.csv", "--out", "my.toml", "--name", "my-gpu")
     assert run(monkeypatch, *fit, "--like", "known-gpu", "--catalogue", "known.toml") == 0
     said = capsys.readouterr().out
     for words in (
         "held out",
         "nothing",
-        "bands of clocks",
         "bands of clocks",
         "bands of batch sizes",
         "power.core_w",
@@ -67,7 +66,7 @@ def test_profile_calibrate_estimate_simulate(monkeypatch, capsys):
         assert got == pytest.approx(wanted, rel=0.08)
     own = ("--gpu", "my-gpu", "--model", MODEL.name, "--tp", "1", "--catalogue", "my.toml")
     assert run(monkeypatch, "estimate", *own, "--clock", "960", "--batch", "8", "--context", "500") == 0
-    assert "calibrated: fitted to p.csv, 126 rows" in capsys.readouterr().out
+    assert "calibrated: fitted to p.csv, 51 rows" in capsys.readouterr().out
     trace = ("--trace", "poisson:rate=1,input=300,output=20,seconds=20")
     assert run(monkeypatch, "simulate", *own, *trace, "--policy", "triton,fixed:960", "--slo-e2e", "30") == 0
     assert "fixed:960" in capsys.readouterr().out
@@ -108,6 +107,47 @@ def test_refusals_are_one_sentence_and_write_nothing(arguments, words, monkeypat
     for word in words:
         assert word in error
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["p.csv", "slow.toml"]
+
+
+def small_profile(
+    path: str = "p.csv", clocks: tuple[int, ...] = (405, 900, 1410), watts: float = 1.0, tp: int = 1
+) -> None:
+    points = measure(LIKE, clocks=clocks, batches=(2, 32), sizes=(tp,))
+    write_profile(frame([point._replace(watts=point.watts * watts) for point in points], gpu="coarse"), Path(path))
+
+
+@pytest.mark.parametrize("out", ["p.csv", "./p.csv", "link.toml", "coarse.toml"])
+def test_what_is_read_is_not_overwritten(out, monkeypatch, capsys):
+    small_profile()
+    write_catalogue("coarse", Path("coarse.toml"))
+    Path("link.toml").symlink_to("p.csv")
+    before = [Path(name).read_bytes() for name in ("p.csv", "coarse.toml")]
+    assert run(monkeypatch, "calibrate", "p.csv", "--out", out, "--catalogue", "coarse.toml") == 2
+    assert "name another file" in capsys.readouterr().err
+    assert [Path(name).read_bytes() for name in ("p.csv", "coarse.toml")] == before
+
+
+def test_folders_are_made_only_for_what_is_written(monkeypatch, capsys):
+    write_catalogue("coarse", Path("coarse.toml"))
+    small_profile("bad.csv", clocks=(405, 900))
+    new = ("--out", "new/dir/a.toml", "--catalogue", "coarse.toml")
+    assert run(monkeypatch, "calibrate", "bad.csv", *new) == 2
+    assert "2 of the 3 distinct clocks" in capsys.readouterr().err and not Path("new").exists()
+    small_profile()
+    assert run(monkeypatch, "calibrate", "p.csv", *new) == 0
+    assert set(Catalogue.load(Path("new/dir/a.toml")).gpus) >= {"coarse"}
+    assert run(monkeypatch, "calibrate", "p.csv", "--out", "p.csv/a.toml", "--catalogue", "coarse.toml") == 2
+    assert "a file stands where a folder is needed" in capsys.readouterr().err
+
+
+def test_doubts_are_printed_and_written(monkeypatch, capsys):
+    write_catalogue("coarse", Path("coarse.toml"))
+    small_profile(watts=0.5, tp=2)
+    assert run(monkeypatch, "calibrate", "p.csv", "--out", "one.toml", "--catalogue", "coarse.toml") == 0
+    for told in (capsys.readouterr().err.splitlines(), Path("one.toml").read_text().splitlines()):
+        assert any("warning: at tp 2" in line.lower() and line.endswith("watts of one GPU?") for line in told)
+    assert run(monkeypatch, "calibrate", "p.csv", "--out", "two.toml", "--catalogue", "one.toml") == 0
+    assert "warning: coarse was itself fitted to p.csv" in capsys.readouterr().err
 
 
 def test_an_unknown_model_is_told_how_to_be_added(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +13,10 @@ from rich.table import Table
 
 from throttllem.arguments import Extra, progress_bar
 from throttllem.calibrate.calibration import Calibration, calibrate_points
-from throttllem.calibrate.entry import basis, check_name, entry, printable, write_entry
-from throttllem.calibrate.fit import Fitted
+from throttllem.calibrate.doubts import fitted_to, seen_before
+from throttllem.calibrate.entry import absent, basis, check_name, entry, printable, write_entry
 from throttllem.calibrate.points import points_of
+from throttllem.calibrate.refuse import percent
 from throttllem.files import ensure_writable_dir
 from throttllem.learn.profile import ProfileError, read_profile
 from throttllem.physics.catalogue import Catalogue, Gpu, Model, UnknownName
@@ -33,21 +35,26 @@ def calibrate(
     catalogue: Extra = None,
 ) -> None:
     """Fit the physics to a GPU or model of your own: a catalogue entry, and its errors on what the fit did not see."""
+    _check_target(out, profile_file, catalogue)
     known = Catalogue.load(catalogue)
     frame = read_profile(profile_file)
     gpu, model = _like(known, frame, like, profile_file), _model(known, frame, profile_file)
     new_name = check_name(name if name is not None else str(frame["gpu"][0]))
     points = points_of(frame, model, profile_file)
-    _check_target(out)
     with progress_bar() as bar:
         task = bar.add_task("fitting", total=1.0)
         calibration = calibrate_points(
             points, gpu, model, profile_file, lambda done, total: bar.update(task, completed=done / total)
         )
-    source = f"fitted to {printable(profile_file.name)}, {frame.height} rows"
+    source_name = printable(profile_file.name)
+    calibration = replace(calibration, doubts=(*seen_before(gpu, source_name), *calibration.doubts))
+    source = f"{fitted_to(source_name)}, {frame.height} rows"
     covered = basis(points, model.name, source)
     new_model = None if Catalogue.load().models.get(model.name) == model else model
-    write_entry(entry(calibration, new_name, covered, new_model), out)
+    text = entry(calibration, new_name, covered, new_model)
+    if not out.exists():
+        ensure_writable_dir(out.absolute().parent)
+    write_entry(text, out)
     _show(calibration, new_name, out)
 
 
@@ -74,18 +81,31 @@ def _model(known: Catalogue, frame: pl.DataFrame, file: Path) -> Model:
         ) from error
 
 
-def _check_target(out: Path) -> None:
-    """Better now than after the fits."""
+def _check_target(out: Path, profile_file: Path, catalogue: Path | None) -> None:
+    """Better now than after the fits. Folders that are missing are made only when there is something to write."""
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder; name a file")
+    if _same(out, profile_file):
+        raise ValueError(f"--out {out}: is the profile itself, which would be replaced; name another file")
+    if catalogue is not None and _same(out, catalogue):
+        raise ValueError(
+            f"--out {out}: is the --catalogue file, whose other entries would be lost; name another file, and copy "
+            f"the new entry over afterwards"
+        )
     if not out.exists() or out.is_file():
-        ensure_writable_dir(out.absolute().parent)
+        ensure_writable_dir(next(folder for folder in out.absolute().parents if folder.exists()))
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _show(calibration: Calibration, name: str, out: Path) -> None:
     console = Console()
     console.print(_errors_table(calibration, name))
     console.print(_constants_table(calibration))
+    for doubt in calibration.doubts:
+        Console(soft_wrap=True, stderr=True).print(f"warning: {doubt}", markup=False)
     said = f"[gpu.{name}] is in {out}: use it with --catalogue."
     if calibration.like != name:
         said += f" Memory, clocks, power limit and idle watts are those of {calibration.like}: mend what differs."
@@ -100,7 +120,7 @@ def _errors_table(calibration: Calibration, name: str) -> Table:
         for figure in ("median", "p90", "worst"):
             table.add_column(f"{what}\n{figure}", justify="right")
     for score in calibration.scores:
-        cells = [f"{value:.1%}" for e in (score.seconds, score.watts) for value in (e.median, e.p90, e.worst)]
+        cells = [percent(value) for e in (score.seconds, score.watts) for value in (e.median, e.p90, e.worst)]
         table.add_row(score.held_out, str(score.seconds.count), *cells)
     return table
 
@@ -112,12 +132,11 @@ def _constants_table(calibration: Calibration) -> Table:
     table.add_column("+-", justify="right")
     table.add_column("determined?")
     for path, value, fitted in calibration.constants():
-        uncertainty = "" if fitted is None else f"{fitted.error:.1%}"
-        table.add_row(path, f"{value:.4g}", uncertainty, _determined(fitted, calibration.like))
+        if fitted is None:
+            lacks = absent(calibration.gpu, path)
+            said = f"no, 0 in {calibration.like}" if lacks else f"no, kept from {calibration.like}"
+            table.add_row(path, f"{value:.4g}", "", said)
+        else:
+            said = "yes" if fitted.determined else "with others only"
+            table.add_row(path, f"{value:.4g}", percent(fitted.error), said)
     return table
-
-
-def _determined(fitted: Fitted | None, like: str) -> str:
-    if fitted is None:
-        return f"no, kept from {like}"
-    return "yes" if fitted.determined else "with others only"

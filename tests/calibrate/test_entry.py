@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from throttllem.calibrate.calibration import Calibration, Score
-from throttllem.calibrate.entry import basis, check_name, entry, verdict, write_entry
+from throttllem.calibrate.entry import basis, check_name, entry, write_entry
 from throttllem.calibrate.errors import Errors
 from throttllem.calibrate.fit import Constant, Fitted, with_constants
 from throttllem.physics.catalogue import Catalogue
@@ -49,7 +50,27 @@ def test_the_comment_says_where_a_constant_comes_from():
         "a100-40gb-sxm"
     )
     assert lines["memory_w"].endswith("# kept from a100-40gb-sxm: this profile does not determine it")
-    assert verdict(None, "x") == "kept from x: this profile does not determine it"
+
+
+def test_what_is_never_fitted_is_not_blamed_on_the_profile():
+    h100 = CATALOGUE.gpus["h100-80gb-sxm"]
+    alone = Calibration(gpu=h100, like="h100", fitted=(), scores=(), rows=1, rows_fitted=1)
+    text = entry(alone, "mine", basis(POINTS, MODEL.name, "x"))
+    said = {line.split(" = ")[0]: line.split("# ")[1] for line in text.splitlines() if " = " in line and "# " in line}
+    for key in ("limit_w", "memory_bytes", "clock_max_mhz", "peak_flop_per_s"):
+        assert said[key] == "data sheet, from h100"
+    for key in ("idle_w", "bare_idle_w", "startup_s", "compute_clock_share", "compute_knee_mhz"):
+        assert said[key] == "not fitted, from h100"
+    for key in ("decode_split_s", "decode_walk_token_s"):
+        assert said[key] == "0 in h100: that effect is not fitted"
+    for key in ("static_w", "core_w", "host_s"):
+        assert said[key] == "kept from h100: this profile does not determine it"
+
+
+def test_doubts_are_in_the_file():
+    doubtful = replace(FITTED, doubts=("watts of\none GPU?",))
+    text = entry(doubtful, "mine", basis(POINTS, MODEL.name, "x"))
+    assert "\n# WARNING: watts of?one GPU?\n" in text and "gpu" in tomllib.loads(text)
 
 
 def test_errors_and_range_are_in_the_file():

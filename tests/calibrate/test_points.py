@@ -43,8 +43,9 @@ def test_a_profile_may_say_more_of_its_prompts():
 
 
 def test_decode_rows_read_a_token_each_at_least_and_none_reads_none():
-    assert one(kv_blocks=1).kv_tokens == 4
-    assert one(batch=1, prefill_tokens=500).kv_tokens == 0
+    # Two prompts of 24 tokens would hold four of the five blocks; of 47 and 1, three.
+    assert one(batch=4, prompts=2, prefill_tokens=48, kv_blocks=5).kv_tokens == 2
+    assert one(batch=1, prefill_tokens=500, kv_blocks=32).kv_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -55,11 +56,34 @@ def test_decode_rows_read_a_token_each_at_least_and_none_reads_none():
         ({"prompts": 1}, "1 prompts and 0 prefill_tokens contradict each other"),
         ({"prompts": 0, "prefill_tokens": 5}, "0 prompts and 5 prefill_tokens contradict"),
         ({"prompts": 3, "prefill_tokens": 2}, "3 prompts and 2 prefill_tokens contradict"),
+        ({"kv_blocks": 3}, "3 kv_blocks for a batch of 4, and each request holds one"),
+        ({"prefill_tokens": 1000, "kv_blocks": 62}, "62 kv_blocks, and 1000 prefill_tokens .* hold 63 at least"),
+        ({"prefill_tokens": 1000, "kv_blocks": 65, "prompts": 1}, "65 kv_blocks, .* hold 66 at least"),
+        ({"prefill_tokens": 600, "prefill_pairs": 40_000.0}, "40000 prefill_pairs, .* 45000 to "),
+        ({"prefill_tokens": 600, "prompts": 2, "prefill_pairs": 88_000.0}, "88000 prefill_pairs, .* 90000 to "),
+        (
+            {"prefill_tokens": 600, "prompts": 1, "kv_blocks": 42, "prefill_pairs": 250_000.0},
+            "250000 prefill_pairs, .* have 180000 to 221400",
+        ),
+        ({"prefill_pairs": 9.0}, "9 prefill_pairs, and 0 prefill_tokens .* have 0 to 0"),
+        ({"batch": 2**53, "kv_blocks": 7}, r"7 kv_blocks for a batch of 9.0072e\+15,"),
     ],
 )
 def test_impossible_prompts_are_refused(changed, words):
     with pytest.raises(ProfileError, match=words):
         one(**changed)
+
+
+def test_pairs_may_be_rounded_and_of_a_later_chunk():
+    whole = {"prefill_tokens": 600, "prompts": 1, "kv_blocks": 400}
+    for pairs in (600 * 599 / 2, 600 * 601 / 2, 1.80e5, 600 * (5000 + 300)):
+        assert one(**whole, prefill_pairs=pairs).prefill_pairs == pairs
+
+
+def test_the_first_bad_row_is_named_and_all_are_counted():
+    rows = [ROW, ROW | {"kv_blocks": 2}, ROW, ROW | {"kv_blocks": 1}]
+    with pytest.raises(ProfileError, match=r"p.csv, line 3: 2 kv_blocks .*\(2 of 4 rows cannot be\): correct these"):
+        points_of(pl.DataFrame(rows), MODEL, FILE)
 
 
 def test_what_profile_writes_is_read_as_it_was_measured():

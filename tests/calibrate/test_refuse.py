@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from throttllem.calibrate.calibration import check, fit_points
 from throttllem.calibrate.points import Point
+from throttllem.calibrate.refuse import check_fit, check_held_out, percent
 from throttllem.learn.profile import ProfileError
-from throttllem.physics.engine import EnginePhysics
 
 from .synthetic import BATCHES, CLOCKS, LIKE, MODEL, measure
 
@@ -52,6 +53,7 @@ def test_too_few(points, words):
         ({"tp": 2, "watts": 90.0}, "90 W of all GPUs together, and 2 x a100-40gb-sxm draw 110 W idle"),
         ({"seconds": 2e4}, "20000 seconds, and an iteration takes"),
         ({"tp": 3}, "p.csv: tp 3: llama-3-8b has 32 heads, which 3 GPUs cannot share"),
+        ({"tp": 1, "kv_tokens": 10**12}, "line 9: 1e+12 tokens in the KV cache, and the whole memory of 1 x a100"),
     ],
 )
 def test_what_this_gpu_cannot_do(changed, words):
@@ -67,34 +69,6 @@ def test_one_point_measured_twice_far_apart(what, factor):
     check([*GOOD, GOOD[50]._replace(**{what: getattr(GOOD[50], what) * (1 + (factor - 1) / 4)})], LIKE, MODEL, FILE)
 
 
-def test_seconds_that_fall_with_the_clock():
-    backwards = [point._replace(clock_mhz=CLOCKS[0] + CLOCKS[-1] - point.clock_mhz) for point in GOOD]
-    assert "at tp 1 seconds fall as the clock falls (like clock^0." in refused(backwards)
-    one_size = [point if point.tp == 1 else wrong for point, wrong in zip(GOOD, backwards, strict=True)]
-    found = refused(one_size)
-    assert "at tp 2 seconds fall" in found
-    # The worst are rows of that size: the second half of the lines.
-    assert all(int(part.split()[1].rstrip(",.")) > len(GOOD) // 2 for part in found.split("worst: ")[1].split(", "))
-
-
-def test_seconds_that_the_clock_does_not_move_are_no_contradiction():
-    flat = [point._replace(clock_mhz=1410) for point in GOOD]
-    same = [
-        point._replace(seconds=point.seconds * top.seconds / now.seconds)
-        for point, now, top in zip(GOOD, measure_at(GOOD), measure_at(flat), strict=True)
-    ]
-    check(same, LIKE, MODEL, FILE)
-
-
-def measure_at(points: list[Point]) -> list[Point]:
-    """The same loads, without scatter."""
-    return [point._replace(seconds=law[0]) for point, law in zip(points, map(_law, points), strict=True)]
-
-
-def _law(point: Point) -> tuple[float, float]:
-    return EnginePhysics(LIKE, MODEL, point.tp).iteration(*point.asked)
-
-
 def test_points_that_no_law_follows_are_named():
     """Every fourth row eight times as slow: each is possible, all together are not."""
     torn = [point._replace(seconds=point.seconds * (1 if point.row % 4 else 8)) for point in GOOD]
@@ -102,3 +76,23 @@ def test_points_that_no_law_follows_are_named():
         ProfileError, match=r"(half|a tenth) of the seconds are off by \d+% .*worst: line \d+, line \d+"
     ):
         fit_points(torn, LIKE, MODEL, FILE)
+
+
+def test_every_row_beyond_the_limit_is_counted():
+    assert "line 2: 900 W" in (found := refused([p._replace(watts=900.0 * p.tp) for p in GOOD[:80]] + GOOD[80:]))
+    assert "(80 of 160 rows cannot be)" in found
+
+
+def test_absurd_errors_are_told_in_few_words():
+    with pytest.raises(ProfileError, match=r"half of the seconds are off by more than 1,000% \(allowed: 25%\)"):
+        check_fit(GOOD, np.full((len(GOOD), 2), 1e97), FILE)
+    assert (percent(1e97), percent(0.0312), percent(9.87, 0)) == ("more than 1,000%", "3.1%", "987%")
+
+
+@pytest.mark.parametrize(("median", "p90"), [(0.22, 0.3), (0.1, 0.45)])
+def test_held_out_watts_too_far_off(median, p90):
+    relative = np.zeros((100, 2))
+    relative[:60, 1], relative[60:, 1] = median, p90
+    check_held_out("each clock", np.minimum(relative, 0.19), FILE)
+    with pytest.raises(ProfileError, match=r"with each clock left out of the fit in turn, (half|a tenth) of the watts"):
+        check_held_out("each clock", relative, FILE)

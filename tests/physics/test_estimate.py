@@ -46,7 +46,7 @@ def test_what_the_clock_does_elsewhere_is_modelled() -> None:
 @pytest.mark.parametrize(
     ("clock_mhz", "batch", "context", "prefill", "kind"),
     [
-        (1410, 32, 900, 0, "measured: within 10% of mean watts"),
+        (1410, 32, 900, 0, "measured: a source lies within 10% of this point"),
         (1080, 35, 900, 0, "measured"),
         (795, 32, 900, 0, "calibrated"),
         (1410, 25, 900, 0, "calibrated"),

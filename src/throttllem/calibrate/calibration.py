@@ -15,11 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from throttllem.calibrate.bands import bands
+from throttllem.calibrate.compare import check_seconds, check_units, check_watts
+from throttllem.calibrate.doubts import at_odds, one_gpu
 from throttllem.calibrate.errors import Errors, held_out
 from throttllem.calibrate.fit import Constant, Fit, Fitted, fit, with_constants
 from throttllem.calibrate.points import Point, sample
 from throttllem.calibrate.prior import around, priors
-from throttllem.calibrate.refuse import FEWEST_IN_GROUP, check_enough, check_fit, check_gpu, check_repeats, check_slope
+from throttllem.calibrate.refuse import (
+    FEWEST_IN_GROUP,
+    check_engines,
+    check_enough,
+    check_figures,
+    check_fit,
+    check_held_out,
+    check_repeats,
+)
+from throttllem.learn.profile import ProfileError
 from throttllem.physics.catalogue import Gpu, Model
 from throttllem.physics.engine import EnginePhysics
 
@@ -51,7 +62,10 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """The calibrated GPU. `fitted` are the constants that moved; all others are those of `like`."""
+    """The calibrated GPU. `fitted` are the constants that moved; all others are those of `like`.
+
+    `doubts` are sentences for whoever reads the result: what was not refused, and should be looked at.
+    """
 
     gpu: Gpu
     like: str
@@ -59,6 +73,7 @@ class Calibration:
     scores: tuple[Score, ...]
     rows: int
     rows_fitted: int
+    doubts: tuple[str, ...] = ()
 
     def constants(self) -> Iterator[tuple[str, float, Fitted | None]]:
         """Every constant of the laws that can be fitted: path, value, and what its fit says (None: it was kept)."""
@@ -75,12 +90,21 @@ class Task:
     like: Gpu
     model: Model
     constants: tuple[Constant, ...]
+    file: Path
     scatter: tuple[float, float] = SCATTER
 
     def fit(self, points: Sequence[Point], most: int) -> Fit:
-        """To an even sample of at most `most` points. Outliers pull with constant force only."""
+        """To an even sample of at most `most` points. Outliers pull with constant force only.
+
+        Raises ProfileError where no constants can be found.
+        """
         chosen = sample(points, most)
-        return fit(self.like, self.constants, lambda gpu: self.residuals(gpu, chosen), robust=True)
+        try:
+            return fit(self.like, self.constants, lambda gpu: self.residuals(gpu, chosen), robust=True)
+        except ValueError as error:
+            raise ProfileError(
+                f"{self.file}: {error}. Remove rows that contradict each other, or name a nearer GPU with --like"
+            ) from error
 
     def residuals(self, gpu: Gpu, points: Sequence[Point]) -> NDArray[np.float64]:
         """Logarithms of law over measurement, in standard deviations of the measurement."""
@@ -108,7 +132,11 @@ def calibrate_points(
 
     scores = [_score("nothing", errors(best.gpu, model, points))]
     for name, group in splits.items():
-        scores.append(_score(name, held_out(points, group, fold, lambda gpu, left: errors(gpu, model, left))))
+        relative = held_out(points, group, fold, lambda gpu, left: errors(gpu, model, left))
+        # Of a size left out nothing tells how its GPUs are joined: an error there is no fault of the rows.
+        if name != "each tp":
+            check_held_out(name, relative, file)
+        scores.append(_score(name, relative))
     on_progress(total, total)
     return Calibration(
         gpu=best.gpu,
@@ -117,13 +145,14 @@ def calibrate_points(
         scores=tuple(scores),
         rows=len(points),
         rows_fitted=min(len(points), MOST_ROWS),
+        doubts=(*one_gpu(points, _law(like, model, points)[:, 1], like.name), *at_odds(best.constants, like.name)),
     )
 
 
 def fit_points(points: Sequence[Point], like: Gpu, model: Model, file: Path) -> tuple[Task, Fit]:
     """The fit to everything, and how further fits are to be made. Raises ProfileError as `calibrate_points`."""
     check(points, like, model, file)
-    task = Task(like=like, model=model, constants=tuple(_bounded(like)))
+    task = Task(like=like, model=model, constants=tuple(_bounded(like)), file=file)
     task = replace(task, constants=tuple(_sensitive(task, sample(points, FOLD_ROWS))))
     task = replace(task, scatter=_scatter(task, points))
     best = task.fit(points, MOST_ROWS)
@@ -135,19 +164,27 @@ def fit_points(points: Sequence[Point], like: Gpu, model: Model, file: Path) -> 
 def check(points: Sequence[Point], like: Gpu, model: Model, file: Path) -> None:
     """Everything that can be refused before a fit; ProfileError says why (file, rows, remedy)."""
     check_enough(points, file)
-    check_gpu(points, like, model, file)
+    check_engines(points, like, model, file)
+    measured = np.log([(point.seconds, point.watts) for point in points])
+    law = np.log(_law(like, model, points))
+    check_units(measured, law, like.name, file)
+    check_figures(points, like, file)
     check_repeats(points, file)
-    at_top = [point._replace(clock_mhz=like.clock_max_mhz) for point in points]
-    top_s = (1 + errors(like, model, at_top)[:, 0]) * [point.seconds for point in points]
-    check_slope(points, top_s, file)
+    top = np.log(_law(like, model, [point._replace(clock_mhz=like.clock_max_mhz) for point in points]))
+    check_seconds(points, measured, top, file)
+    check_watts(points, measured, law, top, like.name, file)
 
 
 def errors(gpu: Gpu, model: Model, points: Sequence[Point]) -> Relative:
     """Of the law against every point."""
-    engines = {tp: EnginePhysics(gpu, model, tp) for tp in {point.tp for point in points}}
-    law = np.array([engines[point.tp].iteration(*point.asked) for point in points])
     measured = np.array([(point.seconds, point.watts) for point in points])
-    return np.asarray(law / measured - 1, dtype=float)
+    return np.asarray(_law(gpu, model, points) / measured - 1, dtype=float)
+
+
+def _law(gpu: Gpu, model: Model, points: Sequence[Point]) -> NDArray[np.float64]:
+    """Seconds and watts of every point."""
+    engines = {tp: EnginePhysics(gpu, model, tp) for tp in {point.tp for point in points}}
+    return np.array([engines[point.tp].iteration(*point.asked) for point in points])
 
 
 def _bounded(like: Gpu) -> Iterator[Constant]:

@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from throttllem.calibrate.calibration import Calibration, Score
 from throttllem.calibrate.fit import Fitted
 from throttllem.calibrate.points import Point
+from throttllem.calibrate.prior import around, priors
+from throttllem.calibrate.refuse import percent
 from throttllem.files import write_aside
 from throttllem.physics.catalogue import Gpu, Model
 from throttllem.physics.laws import Basis
@@ -23,6 +25,7 @@ from throttllem.physics.laws import Basis
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _AT_EDGE = 1e-3
 _COMMENT_COLUMN = 48
+_DATA_SHEET = ("memory_bytes", "bandwidth_bytes_per_s", "peak_flop_per_s", "power.limit_w")
 
 
 def check_name(name: str) -> str:
@@ -71,10 +74,25 @@ def write_entry(text: str, path: Path) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def verdict(fitted: Fitted | None, like: str) -> str:
-    """What is to be said of one constant; None: it was not fitted."""
-    if fitted is None:
-        return f"kept from {like}: this profile does not determine it"
+def kept(gpu: Gpu, path: str, like: str) -> str:
+    """Why a key of the entry that no fit moved is what it is; `gpu` has it from `like`."""
+    every = priors(gpu)
+    if path in _DATA_SHEET or path.startswith("clock_"):
+        return f"data sheet, from {like}"
+    if path not in every:
+        return f"not fitted, from {like}"
+    if absent(gpu, path):
+        return f"0 in {like}: that effect is not fitted"
+    return f"kept from {like}: this profile does not determine it"
+
+
+def absent(gpu: Gpu, path: str) -> bool:
+    """Whether a constant that could be fitted is left alone because the GPU lacks its effect."""
+    return not around(gpu, [path], gpu)
+
+
+def verdict(fitted: Fitted, like: str) -> str:
+    """What is to be said of a fitted constant."""
     where = "" if not _at_edge(fitted) else ", at the end of what is possible"
     if fitted.determined:
         return f"fitted, +- {fitted.error:.1%}{where}"
@@ -97,12 +115,14 @@ def _heading(calibration: Calibration, covered: Basis) -> Iterator[str]:
     yield "# Relative errors (median, p90, worst) by what the fit did not see:"
     for score in calibration.scores:
         yield f"#   {score.held_out + ':':40} seconds {_three(score, 'seconds')}; watts {_three(score, 'watts')}"
-    yield "# What is kept from another GPU is its data sheet and its fit: correct what you know better."
+    yield "# What is from another GPU is its data sheet and its fit: correct what you know better."
+    for doubt in calibration.doubts:
+        yield f"# WARNING: {printable(doubt)}"
 
 
 def _three(score: Score, what: str) -> str:
     errors = score.seconds if what == "seconds" else score.watts
-    return f"{errors.median:.1%}, {errors.p90:.1%}, {errors.worst:.1%}"
+    return ", ".join(percent(each) for each in (errors.median, errors.p90, errors.worst))
 
 
 def _tables(gpu: Gpu, calibration: Calibration) -> Iterator[str]:
@@ -113,15 +133,19 @@ def _tables(gpu: Gpu, calibration: Calibration) -> Iterator[str]:
     yield f"[gpu.{gpu.name}]"
     for key, value in entries.items():
         if key not in tables:
-            yield _line(key, value, verdict(fitted.get(key), calibration.like))
+            yield _line(key, value, kept(gpu, key, calibration.like))
     for table, values in tables.items():
         yield f"\n[gpu.{gpu.name}.{table}]"
         for key, value in values.items():
             if value == ():
                 continue
-            measured = table in ("time_basis", "power_basis")
-            one = fitted.get(f"{table}.{key}")
-            yield _line(key, value, "" if measured else verdict(one, calibration.like), rounded=one is not None)
+            path = f"{table}.{key}"
+            one = fitted.get(path)
+            if table in ("time_basis", "power_basis"):
+                said = ""
+            else:
+                said = verdict(one, calibration.like) if one else kept(gpu, path, calibration.like)
+            yield _line(key, value, said, rounded=one is not None)
 
 
 def _model(model: Model | None) -> Iterator[str]:

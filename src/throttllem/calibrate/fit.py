@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,9 +82,11 @@ def fit(gpu: Gpu, constants: Sequence[Constant], residuals: Residuals, *, robust
 
     inside = np.clip(starts, np.nextafter(low, np.inf), np.nextafter(high, -np.inf))
     # "exact" decomposes the Jacobian with threads, which take 200 times as long where other work shares the cores;
-    # "lsmr" needs two constants or more.
-    solver = "lsmr" if len(constants) > 1 else "exact"
-    best = least_squares(all_residuals, inside, bounds=(low, high), x_scale=spreads, tr_solver=solver)
+    # "lsmr" needs two constants or more, and by default stops far from a step's end where constants are confounded.
+    how: dict[str, Any] = {"tr_solver": "exact"}
+    if len(constants) > 1:
+        how = {"tr_solver": "lsmr", "tr_options": {"atol": 1e-12, "btol": 1e-12, "maxiter": 100 * len(constants)}}
+    best = least_squares(all_residuals, inside, bounds=(low, high), x_scale=spreads, **how)
     if not best.success:
         raise ValueError(f"{gpu.name}: the fit did not converge in {best.nfev} steps: {best.message}")
     errors = np.sqrt(np.diag(np.linalg.inv(best.jac.T @ best.jac)))

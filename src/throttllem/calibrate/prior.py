@@ -59,13 +59,18 @@ def priors(gpu: Gpu) -> dict[str, Constant]:
 def around(gpu: Gpu, paths: Iterable[str], known: Gpu | None = None) -> list[Constant]:
     """The priors of `paths`; with `known`, their middles are that GPU's own constants.
 
-    A constant of 0 says that the GPU has no such effect: it is left out.
+    A constant of 0 says that the GPU has no such effect: it is left out. But for power.static_w, which every GPU has
+    to some degree (where it is 0, idle_w holds it): it starts from the general prior.
     """
     chosen = [priors(gpu)[path] for path in paths]
     if known is None:
         return chosen
-    values = [_value(known, constant.path) for constant in chosen]
-    return [replace(constant, start=value) for constant, value in zip(chosen, values, strict=True) if value]
+    moved = [replace(constant, start=_value(known, constant.path) or _start(constant)) for constant in chosen]
+    return [constant for constant in moved if constant.start]
+
+
+def _start(constant: Constant) -> float:
+    return constant.start if constant.path == "power.static_w" else 0.0
 
 
 def _value(gpu: Gpu, path: str) -> float:
