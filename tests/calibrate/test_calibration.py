@@ -145,3 +145,11 @@ class Stuck:
     def fit(self, points: list[Point], most: int) -> Fit:
         slow = LIKE.model_copy(update={"bandwidth_bytes_per_s": LIKE.bandwidth_bytes_per_s / 3})
         return Fit(gpu=slow, constants=())
+
+
+def test_a_memory_knee_that_starts_below_all_clocks_is_found():
+    true = with_constants(LIKE, {"time.memory_knee_mhz": 1150.0})
+    low = with_constants(LIKE, {"time.memory_knee_mhz": 450.0})
+    points = measure(true, clocks=(960, 1110, 1260, 1410), sizes=(1,), seed=3)
+    _, best = fit_points(points, low, MODEL, Path("p.csv"))
+    assert best.gpu.time.memory_knee_mhz == pytest.approx(1150, rel=0.05)

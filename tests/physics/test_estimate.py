@@ -79,7 +79,7 @@ def test_the_reach_of_a_whole_simulation() -> None:
     assert four["watts"] == {"kind": "calibrated", "why": "", "clocks_mhz": [990, 1410], "below_top": ""}
     assert eight["watts"]["kind"] == "modelled"
     assert eight["watts"]["why"] == "tp 8 is not among 4"
-    assert "context 3000 is above 1300" in str(reach(EnginePhysics(gpu, model, 4), 3000)["watts"]["why"])
+    assert "context 3000 (fitted up to 1300)" in str(reach(EnginePhysics(gpu, model, 4), 3000)["seconds"]["below_top"])
 
 
 def test_a_users_measured_law_is_called_measured() -> None:
