@@ -17,6 +17,7 @@ from throttllem.calibrate.doubts import fitted_to, seen_before
 from throttllem.calibrate.entry import absent, basis, check_name, entry, printable, write_entry
 from throttllem.calibrate.points import points_of
 from throttllem.calibrate.refuse import percent
+from throttllem.calibrate.sheet import with_sheet
 from throttllem.files import ensure_writable_dir
 from throttllem.learn.profile import ProfileError, read_profile
 from throttllem.physics.catalogue import Catalogue, Gpu, Model, UnknownName
@@ -32,13 +33,20 @@ def calibrate(
         str | None,
         typer.Option("--like", help="GPU that lends data sheet and first guesses; default: the profile's GPU."),
     ] = None,
+    sheet: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sheet", help="key=value of the data sheet, instead of --like's; repeat. clock_max_mhz, limit_w ..."
+        ),
+    ] = None,
     catalogue: Extra = None,
 ) -> None:
     """Fit the physics to a GPU or model of your own: a catalogue entry, and its errors on what the fit did not see."""
     _check_target(out, profile_file, catalogue)
     known = Catalogue.load(catalogue)
     frame = read_profile(profile_file)
-    gpu, model = _like(known, frame, like, profile_file), _model(known, frame, profile_file)
+    gpu = with_sheet(_like(known, frame, like, profile_file), sheet or ())
+    model = _model(known, frame, profile_file)
     new_name = check_name(name if name is not None else str(frame["gpu"][0]))
     points = points_of(frame, model, profile_file)
     with progress_bar() as bar:
@@ -108,7 +116,7 @@ def _show(calibration: Calibration, name: str, out: Path) -> None:
         Console(soft_wrap=True, stderr=True).print(f"warning: {doubt}", markup=False)
     said = f"[gpu.{name}] is in {out}: use it with --catalogue."
     if calibration.like != name:
-        said += f" Memory, clocks, power limit and idle watts are those of {calibration.like}: mend what differs."
+        said += f" Memory, clocks, power limit and idle watts are those of {calibration.like} (or of --sheet)."
     Console(soft_wrap=True).print(said, markup=False)
 
 

@@ -39,7 +39,7 @@ HELD_OUT_MEDIAN, HELD_OUT_P90 = 0.2, 0.4
 """Of clocks or batch sizes left out. Of eight GPUs of the laws' kind, at three clocks and 36 rows with 10 % scatter,
 the worst had 10 and 24 %; watts of other rows had 32 and 58 %, seconds of other rows 60 and 233 %."""
 SHOWN = 5
-_REMEDY = "or name a GPU that can with --like; --catalogue may bring it, with its data sheet's figures"
+_REMEDY = "or name a GPU that can with --like, or correct its data sheet with --sheet"
 
 
 def check_enough(points: Sequence[Point], file: Path) -> None:

@@ -98,7 +98,9 @@ def _basis(
     if not prefill_tokens:
         for points in basis.measured:
             if _measured(points, physics, clock_mhz, batch, context_tokens):
-                return f"measured: a source lies within {NEAR:.0%} of this point, the figure is the law's: {points.source}"
+                return (
+                    f"measured: a source lies within {NEAR:.0%} of this point, the figure is the law's: {points.source}"
+                )
     outside = _outside(basis, physics, clock_mhz, batch, context_tokens)
     if basis.kind == "modelled" or not outside:
         return f"{basis.kind}: {basis.source}"
