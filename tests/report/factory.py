@@ -93,6 +93,7 @@ def make_run(
         idle_energy_j=0.06 * energy_j,
         tokens_per_joule=tokens / energy_j if energy_j else 0.0,
         mean_clock_mhz=1410 * energy,
+        busy_s_by_mhz={round(1410 * energy): duration_s},
         clock_switches=0 if energy == 1 else 1234,
         preemptions=0,
         ttft_s=quantiles(0.3),

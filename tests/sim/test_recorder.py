@@ -95,6 +95,7 @@ def test_clock_batch_and_kv_are_means_over_busy_time_of_the_serving_engine():
     assert series.batch == [pytest.approx(3.5), None] and series.kv_blocks == [pytest.approx(25.0), None]
     assert series.power_w == [17.0, 50.0] and series.time_s == [0.0, 1.0]
     assert result(recorder).mean_clock_mhz == pytest.approx((100 + 180 + 560) / 0.8)
+    assert result(recorder).busy_s_by_mhz == {600: 0.3, 1000: 0.1, 1400: 0.4}
 
 
 def test_projection_error_is_the_mean_over_iterations():

@@ -13,6 +13,7 @@ from throttllem.report.table import results_table
 from throttllem.report.verdict import baseline_of, verdict
 from throttllem.sim.result import RunResult
 
+_NOTEWORTHY = 0.005
 _VERSIONS = ("throttllem", "numpy", "lightgbm")
 
 
@@ -45,14 +46,15 @@ def _rejected(runs: Sequence[RunResult]) -> Iterator[str]:
 
 
 def _trusted(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> str:
-    """What the simulated GPU's figures rest on, and which runs' mean clocks left that range: for the largest engine."""
+    """What the simulated GPU's figures rest on, for the largest engine, and how much of each run was outside of it."""
     engine = scenario["engines"][-1]
     parts = []
     for figure, reach in engine["physics"].items():
         low, high = reach["clocks_mhz"]
-        beyond = [run.policy for run in runs if not low <= round(run.mean_clock_mhz) <= high]
+        beyond = {run.policy: _share_outside(run, low, high) for run in runs}
+        ran = ", ".join(f"{share:.0%} of {policy}'s time" for policy, share in beyond.items() if share >= _NOTEWORTHY)
         doubts = [
-            *([f"modelled where {', '.join(beyond)} ran"] if beyond else []),
+            *([f"modelled for {ran}"] if ran else []),
             *([f"below the top clock modelled: {reach['below_top']}"] if reach["below_top"] else []),
         ]
         if reach["why"]:
@@ -61,3 +63,10 @@ def _trusted(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> str:
             said = f" ({'; '.join(doubts)})" if doubts else ""
             parts.append(f"{figure} {reach['kind']} from {low} to {high} MHz{said}")
     return f"Simulated GPU, TP {engine['tp']}: {'; '.join(parts)}."
+
+
+def _share_outside(run: RunResult, low_mhz: int, high_mhz: int) -> float:
+    """Of the time of a run's iterations, the part at clocks outside of that range."""
+    busy_s = sum(run.busy_s_by_mhz.values())
+    outside_s = sum(seconds for mhz, seconds in run.busy_s_by_mhz.items() if not low_mhz <= mhz <= high_mhz)
+    return outside_s / busy_s if busy_s else 0.0

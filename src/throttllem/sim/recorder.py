@@ -61,8 +61,7 @@ class Recorder:
     _bins: list[Bin] = field(default_factory=list)
     _gaps_s: list[float] = field(default_factory=list)
     _gap_rows: list[int] = field(default_factory=list)
-    _busy_s: float = 0.0
-    _clock_time: float = 0.0
+    _busy_s: dict[int, float] = field(default_factory=dict)
     _projected: int = 0
     _batch_error: float = 0.0
     _kv_error: float = 0.0
@@ -78,8 +77,7 @@ class Recorder:
             here.clock += clock_mhz * seconds
             here.batch += iteration.batch * seconds
             here.kv += iteration.kv_blocks * seconds
-        self._busy_s += seconds
-        self._clock_time += clock_mhz * seconds
+        self._busy_s[clock_mhz] = self._busy_s.get(clock_mhz, 0.0) + seconds
         if iteration.decode_rows:
             self._gaps_s.append(seconds)
             self._gap_rows.append(iteration.decode_rows)
@@ -145,6 +143,7 @@ class Recorder:
         generated = sum(life.request.answer_tokens or 0 for life in done)
         e2e, ttft, tpot, queue = (_times(done, kind) for kind in ("e2e", "ttft", "tpot", "queue"))
         gaps, rows = np.asarray(self._gaps_s), np.asarray(self._gap_rows)
+        busy_s = sum(self._busy_s.values())
         return RunResult(
             policy=policy,
             requests=len(self.lives),
@@ -157,7 +156,8 @@ class Recorder:
             energy_j=energy_j,
             idle_energy_j=idle_energy_j,
             tokens_per_joule=generated / energy_j if energy_j else 0.0,
-            mean_clock_mhz=self._clock_time / self._busy_s if self._busy_s else 0.0,
+            mean_clock_mhz=sum(mhz * s for mhz, s in self._busy_s.items()) / busy_s if busy_s else 0.0,
+            busy_s_by_mhz=dict(sorted(self._busy_s.items())),
             clock_switches=self.switches,
             preemptions=preemptions,
             ttft_s=quantiles(ttft),

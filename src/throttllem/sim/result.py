@@ -89,6 +89,8 @@ class RunResult:
     idle_energy_j: float
     tokens_per_joule: float
     mean_clock_mhz: float
+    busy_s_by_mhz: dict[int, float]
+    """Seconds of iterations at each clock, over all engines."""
     clock_switches: int
     preemptions: int
     ttft_s: Quantiles
