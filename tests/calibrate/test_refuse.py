@@ -96,3 +96,7 @@ def test_held_out_watts_too_far_off(median, p90):
     check_held_out("each clock", np.minimum(relative, 0.19), FILE)
     with pytest.raises(ProfileError, match=r"with each clock left out of the fit in turn, (half|a tenth) of the watts"):
         check_held_out("each clock", relative, FILE)
+
+
+def test_one_batch_size_is_named_before_few_rows():
+    assert "1 of the 2 distinct batch sizes" in refused(measure(LIKE, batches=(4,), sizes=(1,))[::4])

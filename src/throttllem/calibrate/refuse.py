@@ -44,17 +44,19 @@ _REMEDY = "or name a GPU that can with --like, or correct its data sheet with --
 
 def check_enough(points: Sequence[Point], file: Path) -> None:
     """Raises ProfileError for too few clocks, batch sizes, or rows at them."""
-    for what, values, fewest in (
+    axes = (
         ("clocks", [point.clock_mhz for point in points], FEWEST_CLOCKS),
         ("batch sizes", [point.batch for point in points], FEWEST_BATCHES),
-    ):
+    )
+    for what, values, fewest in axes:
         distinct = sorted(set(values))
         if len(distinct) < fewest:
             raise ProfileError(
                 f"{file}: {len(distinct)} of the {fewest} distinct {what} that a fit needs ({distinct[0]}"
                 f"{' and ' + str(distinct[1]) if len(distinct) > 1 else ''}); measure more, the ends first"
             )
-        groups = len(set(bands(values, most=len(distinct), fewest=FEWEST_IN_GROUP).values()))
+    for what, values, fewest in axes:
+        groups = len(set(bands(values, most=len(set(values)), fewest=FEWEST_IN_GROUP).values()))
         if groups < fewest:
             raise ProfileError(
                 f"{file}: {len(points)} rows are too few: a fit needs {fewest} groups of {what} with at least "
