@@ -52,6 +52,10 @@ for command in (characterize, profile, train, calibrate, estimate):
     app.command()(command)
 
 
+_INTERRUPTED = 130
+"""Exit code of a command that a signal ended (128 + SIGINT)."""
+
+
 @app.command()
 def simulate(
     gpu: Gpu = "a100-40gb-sxm",
@@ -147,6 +151,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop is an interrupt: what was begun is taken back
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            Console(stderr=True).print("interrupted")
+        raise
     except (ValueError, OSError) as error:
         if not isinstance(error, ValidationError) and Environment().debug:
             raise

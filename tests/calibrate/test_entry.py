@@ -80,6 +80,8 @@ def test_errors_and_range_are_in_the_file():
     assert covered["kind"] == "calibrated" and covered["source"] == "fitted to p.csv, 160 rows"
     assert (covered["clock_min_mhz"], covered["clock_max_mhz"], covered["batch_max"]) == (405, 1410, 128)
     assert (covered["tp"], covered["models"]) == ([1, 2], ["llama-3-8b"])
+    held_out = next(score for score in FITTED.scores if "clock" in score.held_out)
+    assert covered["median_error"] == pytest.approx(held_out.watts.median, abs=6e-4)
     assert 900 <= covered["context_max_tokens"] <= 1300
 
 

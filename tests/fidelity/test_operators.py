@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from throttllem.calibrate.fit import with_constants
 from throttllem.physics.catalogue import Catalogue, Gpu, Model
-from tools.fidelity.operator_laws import ALLREDUCE, DECODE, GEMM, OPERATORS, PREFILL
+from tools.fidelity.operator_laws import ALLREDUCE, DECODE, GEMM, OPERATORS, PREFILL, Operator
 from tools.fidelity.operator_tables import CONTEXTS, Iteration, OperatorTables, Table, compose
 from tools.fidelity.operators import bare, physics_s, refit, section
 from tools.fidelity.section import DATA, Section
@@ -29,10 +29,9 @@ def law_tables(gpu: Gpu) -> OperatorTables:
     prefill = {(*pair, 1, n): 0.0 for pair in [*heads, *((h, h) for h in alone)] for n in CONTEXTS}
     allreduce = {(gpus, 2**power): 0.0 for gpus in (2, 4, 8) for power in range(10, 28)}
 
-    def filled(operator: object, table: dict[tuple[int, ...], float], drop: bool = False) -> Table:
+    def filled(operator: Operator, table: dict[tuple[int, ...], float], drop: bool = False) -> Table:
         keys = [(key[0], key[1], key[3]) if drop else key for key in table]
-        law = operator.law  # type: ignore[attr-defined]
-        seconds = law(gpu, *(np.array(column, dtype=float) for column in zip(*keys, strict=True)))
+        seconds = operator.law(gpu, *(np.array(column, dtype=float) for column in zip(*keys, strict=True)))
         return dict(zip(table, seconds.tolist(), strict=True))
 
     return OperatorTables(

@@ -71,6 +71,12 @@ def test_summed_operators_are_measured_at_the_top_clock_only() -> None:
     assert estimate(engine, 1380, 64, 1100).basis["iteration_s"].startswith("calibrated")
 
 
+def test_says_how_far_off_it_was_where_it_was_held_out() -> None:
+    pcie = EnginePhysics(CATALOGUE.gpu("a100-40gb-pcie"), CATALOGUE.model("llama-3-8b"), 1)
+    assert estimate(pcie, 795, 32, 900).basis["power_w"].endswith("; held out, it was 4.4% off (median)")
+    assert "held out" not in estimate(ENGINE, 1050, 32, 1000).basis["power_w"]  # calibration points only
+
+
 def test_the_reach_of_a_whole_simulation() -> None:
     gpu, model = CATALOGUE.gpu("a100-40gb-sxm"), CATALOGUE.model("llama-2-13b")
     four, eight = (reach(EnginePhysics(gpu, model, tp), 1200) for tp in (4, 8))
@@ -84,7 +90,11 @@ def test_the_reach_of_a_whole_simulation() -> None:
 
 def test_a_users_measured_law_is_called_measured() -> None:
     gpu = CATALOGUE.gpu("a100-40gb-sxm")
-    mine = gpu.model_copy(update={"time_basis": gpu.time_basis.model_copy(update={"kind": "measured", "source": "me"})})
+    mine = gpu.model_copy(
+        update={
+            "time_basis": gpu.time_basis.model_copy(update={"kind": "measured", "source": "me", "median_error": None})
+        }
+    )
     engine = EnginePhysics(mine, CATALOGUE.model("llama-2-13b"), 4)
     assert estimate(engine, 1410, 1, 100).basis["iteration_s"] == "measured: me"
     assert estimate(engine, 300, 1, 100).basis["iteration_s"].startswith("modelled: 300 MHz is outside 705 to 1410")

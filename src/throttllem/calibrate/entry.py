@@ -56,7 +56,12 @@ def entry(calibration: Calibration, name: str, covered: Basis, model: Model | No
 
     Raises ValueError if it would not read back as the GPU that was fitted.
     """
-    gpu = calibration.gpu.model_copy(update={"name": name, "time_basis": covered, "power_basis": covered})
+    bases = {"time_basis": covered, "power_basis": covered}
+    for score in calibration.scores:
+        if "clock" in score.held_out:
+            found = {"time_basis": score.seconds.median, "power_basis": score.watts.median}
+            bases = {key: covered.model_copy(update={"median_error": round(off, 3)}) for key, off in found.items()}
+    gpu = calibration.gpu.model_copy(update={"name": name} | bases)
     text = "\n".join([*_heading(calibration, covered), "", *_tables(gpu, calibration), *_model(model)]) + "\n"
     try:
         Gpu.model_validate({"name": name, **tomllib.loads(text)["gpu"][name]})

@@ -103,7 +103,8 @@ def _basis(
                 )
     outside = _outside(basis, physics, clock_mhz, batch, context_tokens)
     if basis.kind == "modelled" or not outside:
-        return f"{basis.kind}: {basis.source}"
+        off = "" if basis.median_error is None else f"; held out, it was {basis.median_error:.1%} off (median)"
+        return f"{basis.kind}: {basis.source}{off}"
     return f"modelled: {'; '.join(outside)} ({basis.kind} there: {basis.source})"
 
 

@@ -117,4 +117,6 @@ class Basis(Frozen):
     """Tokens of a running request up to which it was fitted; None: any."""
     below_top: BelowTop | None = None
     """None: fitted at every clock of the range alike."""
+    median_error: NonNegativeFloat | None = None
+    """Relative, of what was held out when the law was fitted (`make fidelity`, `calibrate`); None: not known."""
     measured: tuple[MeasuredPoints, ...] = ()
