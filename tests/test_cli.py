@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from throttllem import cli
+from command import run
 
 SHORT = "poisson:rate=1,input=300,output=40,seconds=40"
 
@@ -27,13 +26,6 @@ def environment(monkeypatch: pytest.MonkeyPatch, cache_dir: Path, tmp_path: Path
     monkeypatch.setenv("THROTTLLEM_CACHE_DIR", str(cache_dir))
     monkeypatch.setenv("THROTTLLEM_WORKERS", "1")
     monkeypatch.chdir(tmp_path)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["throttllem", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
 
 
 BAD = [

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
+from calibrate.synthetic import LIKE, MODEL, changed_gpu, frame, measure
+from command import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.calibrate.synthetic import LIKE, MODEL, changed_gpu, frame, measure
-from throttllem import cli
 from throttllem.calibrate.calibration import Calibration
 from throttllem.calibrate.entry import basis, entry
 from throttllem.cli_calibrate import calibrate
@@ -26,13 +25,6 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("THROTTLLEM_WORKERS", "1")
     monkeypatch.setenv("COLUMNS", "150")
     monkeypatch.chdir(tmp_path)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["throttllem", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
 
 
 def write_catalogue(name: str, path: Path, seed: int | None = None, **changed: int) -> None:

@@ -74,6 +74,9 @@ def test_summed_operators_are_measured_at_the_top_clock_only() -> None:
 def test_says_how_far_off_it_was_where_it_was_held_out() -> None:
     pcie = EnginePhysics(CATALOGUE.gpu("a100-40gb-pcie"), CATALOGUE.model("llama-3-8b"), 1)
     assert estimate(pcie, 795, 32, 900).basis["power_w"].endswith("; held out, it was 4.4% off (median)")
+    h100 = EnginePhysics(CATALOGUE.gpu("h100-80gb-sxm"), CATALOGUE.model("llama-3-70b"), 4)
+    assert "it was 2.4% off" in estimate(h100, 1980, 24, 900).basis["iteration_s"]
+    assert "it was 7.4% off" in estimate(h100, 1380, 24, 900).basis["iteration_s"]
     assert "held out" not in estimate(ENGINE, 1050, 32, 1000).basis["power_w"]  # calibration points only
 
 

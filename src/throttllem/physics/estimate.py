@@ -103,8 +103,10 @@ def _basis(
                 )
     outside = _outside(basis, physics, clock_mhz, batch, context_tokens)
     if basis.kind == "modelled" or not outside:
-        off = "" if basis.median_error is None else f"; held out, it was {basis.median_error:.1%} off (median)"
-        return f"{basis.kind}: {basis.source}{off}"
+        below = basis.below_top if clock_mhz < physics.gpu.clock_max_mhz else None
+        off = below.median_error if below else basis.median_error
+        said = "" if off is None else f"; held out, it was {off:.1%} off (median)"
+        return f"{basis.kind}: {basis.source}{said}"
     return f"modelled: {'; '.join(outside)} ({basis.kind} there: {basis.source})"
 
 

@@ -100,6 +100,8 @@ class BelowTop(Frozen):
 
     tp: tuple[PositiveInt, ...]
     context_max_tokens: PositiveInt
+    median_error: NonNegativeFloat
+    """Relative, of the figure at clocks that were held out."""
 
 
 class Basis(Frozen):
@@ -118,5 +120,8 @@ class Basis(Frozen):
     below_top: BelowTop | None = None
     """None: fitted at every clock of the range alike."""
     median_error: NonNegativeFloat | None = None
-    """Relative, of what was held out when the law was fitted (`make fidelity`, `calibrate`); None: not known."""
+    """Relative, of what was held out when the law was fitted (`make fidelity`, `calibrate`); None: not known.
+
+    At the top clock alone where there is a `below_top`, which has its own.
+    """
     measured: tuple[MeasuredPoints, ...] = ()
