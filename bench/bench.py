@@ -19,15 +19,15 @@ from throttllem.config import Environment, Options
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
 from throttllem.core.performance import PerformanceTable
+from throttllem.core.policy import parse_policy
 from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import Arrived, Cancelled, EngineReady, EngineSpec, Request, Slo, Stepped
+from throttllem.engine.fleet import build_fleet
 from throttllem.learn.measure import ProfilePlan
+from throttllem.learn.tables import performance_tables, profile_fleet
 from throttllem.learn.train import Trained, train
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
-from throttllem.sim.fleet import build_fleet
-from throttllem.sim.policy import parse_policy
-from throttllem.sim.prepare import performance_tables, profile_fleet
 from throttllem.sim.study import Study
 
 SIZES = (32, 128, 256)

@@ -30,18 +30,19 @@ from throttllem.arguments import (
 )
 from throttllem.config import Options, changed
 from throttllem.core.types import Slo
+from throttllem.engine.fleet import build_fleet
 from throttllem.files import ensure_writable_dir
 from throttllem.learn.bake import bake
 from throttllem.learn.measure import ProfilePlan
 from throttllem.learn.profile import read_profile, write_profile
 from throttllem.learn.score import score_profile, score_table, write_score_card
 from throttllem.learn.storage import save_table
+from throttllem.learn.tables import profile_fleet
 from throttllem.learn.train import train as train_trees
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 from throttllem.physics.estimate import estimate as estimate_point
-from throttllem.sim.fleet import build_fleet
-from throttllem.sim.prepare import capacities, profile_fleet
+from throttllem.sim.prepare import capacities
 from throttllem.sim.traces import load_trace
 
 

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import polars as pl
 
 from throttllem.config import Options
+from throttllem.core.policy import parse_policy
 from throttllem.core.types import Slo
+from throttllem.engine.fleet import Fleet, build_fleet
 from throttllem.physics.catalogue import Catalogue, Gpu, Model
 from throttllem.physics.engine import EnginePhysics
-from throttllem.sim.fleet import Fleet, build_fleet
-from throttllem.sim.policy import parse_policy
 from throttllem.sim.result import RunResult
 from throttllem.sim.scenario import Scenario
 from throttllem.sim.traces import load_trace

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from throttllem.config import LengthOptions, Options
+from throttllem.core.policy import Policy
+from throttllem.learn.tables import Progress
 from throttllem.physics.catalogue import Catalogue
 from throttllem.sim.characterize import Capacity
-from throttllem.sim.policy import Policy
-from throttllem.sim.prepare import Progress
 from throttllem.sim.result import RunResult
 from throttllem.sim.runs import Progress as TaskProgress
 from throttllem.sim.runs import run_all

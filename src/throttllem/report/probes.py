@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from throttllem.config import Options
+from throttllem.engine.fleet import build_fleet
 from throttllem.engine.simulated import SimulatedEngine
 from throttllem.learn.measure import ProfilePlan
 from throttllem.learn.score import ScoreCard, score_profile
+from throttllem.learn.tables import profile_fleet
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 from throttllem.report.experiments import ENGINES, GPU, MAIN_MODEL, SIZES
-from throttllem.sim.fleet import build_fleet
-from throttllem.sim.prepare import profile_fleet
 from throttllem.sim.traces import load_trace
 
 KV_TP = 4

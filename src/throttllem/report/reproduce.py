@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from throttllem.learn.score import ScoreCard
+from throttllem.learn.tables import Progress
 from throttllem.physics.catalogue import Catalogue
 from throttllem.report.claims import Outcome, Standing
 from throttllem.report.evidence import Evidence, label
@@ -29,7 +30,6 @@ from throttllem.report.experiments import (
 )
 from throttllem.report.findings import outcomes as judged
 from throttllem.report.probes import PROFILED, clock_sweep, kv_correlation, score_card
-from throttllem.sim.prepare import Progress
 from throttllem.sim.runs import Task, side_by_side
 from throttllem.sim.study import Study
 

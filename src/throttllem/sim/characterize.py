@@ -16,8 +16,8 @@ from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
 from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import Request, Slo
+from throttllem.engine.fleet import Fleet
 from throttllem.sim.driver import Machine, Simulation
-from throttllem.sim.fleet import Fleet
 from throttllem.sim.recorder import Recorder
 from throttllem.sim.result import RunResult
 from throttllem.sim.traces import Trace

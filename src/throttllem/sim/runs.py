@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
-from throttllem.sim.policy import Policy
+from throttllem.core.policy import Policy
 from throttllem.sim.result import RunResult
 from throttllem.sim.scenario import Scenario
 

@@ -14,12 +14,12 @@ from throttllem.core.controller import Controller
 from throttllem.core.length import LengthPredictor, MaxTokens, Noisy, Oracle
 from throttllem.core.options import ControllerOptions
 from throttllem.core.performance import PerformanceTable
+from throttllem.core.policy import Policy
 from throttllem.core.types import Request, Slo
+from throttllem.engine.fleet import Fleet
 from throttllem.physics.estimate import reach
 from throttllem.sim.characterize import Capacity, answer_limits
 from throttllem.sim.driver import Machine, Simulation, Watch
-from throttllem.sim.fleet import Fleet
-from throttllem.sim.policy import Policy
 from throttllem.sim.recorder import Recorder
 from throttllem.sim.result import RunResult
 from throttllem.sim.traces import Trace

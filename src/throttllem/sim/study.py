@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from throttllem.config import Options
+from throttllem.core.policy import Policy, parse_policy
 from throttllem.core.types import Slo
+from throttllem.engine.fleet import build_fleet
+from throttllem.learn.tables import Progress, performance_tables
 from throttllem.physics.catalogue import Catalogue
-from throttllem.sim.fleet import build_fleet
-from throttllem.sim.policy import Policy, parse_policy
-from throttllem.sim.prepare import Progress, capacities, performance_tables
+from throttllem.sim.prepare import capacities
 from throttllem.sim.scenario import Scenario
 from throttllem.sim.traces import Trace, load_trace
 
