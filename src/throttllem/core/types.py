@@ -30,7 +30,12 @@ class Slo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request as the front door saw it. `answer_tokens` is known in simulation only (oracle predictors)."""
+    """One request as the front door saw it. `answer_tokens` is known in simulation only (oracle predictors).
+
+    `sequences` answers are generated side by side, each over a prompt of `prompt_tokens` (their mean); their prompts are
+    processed one after the other. `caller` and `model` (as the client named it) tell requests apart for the prediction
+    of lengths only.
+    """
 
     id: int
     arrival_s: float
@@ -38,6 +43,9 @@ class Request:
     max_tokens: int
     slo: Slo
     answer_tokens: int | None = None
+    sequences: int = 1
+    caller: str = ""
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,11 +195,32 @@ class ClockRead:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progressed:
+    """A running request has given `tokens` tokens of its answer so far, which is not what its iterations say."""
+
+    engine: int
+    request_id: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What an engine says of itself after the iteration told last: sequences that run and wait in it, and KV blocks in
+    use (None: it does not say). Others may use the engine too, and prompts may share blocks.
+    """
+
+    engine: int
+    running: int
+    waiting: int
+    kv_blocks: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timer:
     """The deadline that the core asked for has come."""
 
 
-Event = Arrived | Cancelled | Stepped | EngineReady | EngineLost | ClockRead | Timer
+Event = Arrived | Cancelled | Stepped | Progressed | Observed | EngineReady | EngineLost | ClockRead | Timer
 
 
 # ---- commands: what the core wants done ----------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The HTTP front door: the control core in front of live engines."""

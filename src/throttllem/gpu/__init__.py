@@ -1,0 +1,1 @@
+"""GPUs as the gateway sees them: a clock to set, a counter to read."""
