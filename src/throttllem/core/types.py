@@ -32,9 +32,8 @@ class Slo:
 class Request:
     """One request as the front door saw it. `answer_tokens` is known in simulation only (oracle predictors).
 
-    `sequences` answers are generated side by side, each over a prompt of `prompt_tokens` (their mean); their prompts are
-    processed one after the other. `caller` and `model` (as the client named it) tell requests apart for the prediction
-    of lengths only.
+    `sequences` answers are generated side by side, each over a prompt of `prompt_tokens` (their mean), each prompt
+    processed for itself. `caller` and `model` (as the client named it) are for the prediction of lengths only.
     """
 
     id: int

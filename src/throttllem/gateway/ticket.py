@@ -1,21 +1,24 @@
 """A request's way through the gateway as the HTTP side sees it: it waits for its place, reports its tokens, ends once.
 
-The driver makes tickets (`gateway/driver.py`); the HTTP side uses one like this:
-
-    with models.driver(ask.model).ticket(ask, count, slo, caller) as ticket:   # raises Refused: no place for it, ever
-        engine, call_id = await ticket.place()                                 # raises Refused: queue, promise, engine
-        async with engine.open(call) as reply:
-            async for chunk in reply.chunks: ticket.tokens(n) ...
-        ticket.finish(tokens)                                                  # leaving without it: cancelled
+async with models.ticket(ask, count, slo, caller, streams=True) as ticket:  # RefusedError: never any place for it
+    engine, request_id = await ticket.place()                    # RefusedError: queue, promise, no engine
+    async with engine.open(call) as reply:
+        async for chunk in reply.chunks: ticket.tokens(n) ...    # RefusedError: engine lost, silent too long
+    receipt = ticket.finish(tokens)                              # leaving without it: cancelled
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
+
+from throttllem.core.types import Slo
+from throttllem.engine.live import Ask, LiveEngine, PromptCount
+from throttllem.gateway.status import GatewayStatus
 
 
-class Refused(Exception):
-    """A request that is not served. `status`, `kind` and `code` as in OpenAI's error body; `retry_after_s` for 429/503."""
+class RefusedError(Exception):
+    """A request that is not served (any further). `status`, `kind`, `code`: OpenAI's error; `retry_after_s`: 429, 503."""
 
     def __init__(
         self, status: int, message: str, *, kind: str, code: str | None = None, retry_after_s: int | None = None
@@ -40,3 +43,41 @@ class Receipt:
     mean_itl_ms: float | None
     energy_joules: float | None
     clock_mhz: int | None
+
+
+class Ticket(Protocol):
+    """One controlled request. Belongs to the task that entered it; that task is interrupted if the engine is lost."""
+
+    async def __aenter__(self) -> Ticket:
+        """Hand the request to the core."""
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Cancel what did not finish; RefusedError in place of an interruption by the driver."""
+
+    async def place(self) -> tuple[LiveEngine, int]:
+        """Wait for a place in an engine: the engine, and the id to name in `Call.request_id`."""
+
+    def tokens(self, count: int = 1) -> None:
+        """So many tokens of the answer came (all choices together)."""
+
+    def finish(self, tokens: int | None = None) -> Receipt:
+        """The answer is complete; `tokens` in all, where the engine said so. Call it before the last chunk is sent."""
+
+
+class Models(Protocol):
+    """All models behind the gateway: what the HTTP side sees of the driver."""
+
+    def names(self) -> tuple[str, ...]:
+        """Names that clients may use."""
+
+    async def count(self, ask: Ask) -> PromptCount:
+        """Tokens of a prompt. Raises RefusedError (404 unknown model, 400 not countable, 502/503 engine)."""
+
+    def ticket(self, ask: Ask, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Ticket:
+        """A ticket for a controlled request; `streams`: tokens will be told as they come."""
+
+    def passage(self, model: str | None) -> LiveEngine:
+        """The engine for a request that is not under control (None: the first model). Raises RefusedError (404, 503)."""
+
+    def status(self) -> GatewayStatus:
+        """Everything that may be shown."""
