@@ -4,10 +4,16 @@ With the toy's table an iteration of b rows and v blocks takes 13 + 0.5 b + 0.1 
 about 16 ms, with the newcomer about 19.
 """
 
+import math
+from dataclasses import replace
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core.toy import request, row, spec, table
-from throttllem.core.admission import AdmissionOptions, admit, never_fits
+from throttllem.core.admission import AdmissionOptions, Unmeetable, admit, give_up_s, never_fits
+from throttllem.core.drift import Others
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import Reason, Slo, Verdict, VerdictKind
 
@@ -53,6 +59,37 @@ def test_the_checks_come_in_the_papers_order():
 def test_places_come_before_all_of_them():
     full = spec(kv_blocks=10, max_batch=1)
     assert check(board_with(spec=full), spec=full) == wait(Reason.BATCH)
+
+
+def test_all_sequences_must_find_a_place():
+    engine = spec(kv_blocks=200, max_batch=4, no_evict=False)
+    assert check(board_with(spec=engine), row(2, 100, 80, sequences=3), spec=engine) == ADMIT
+    assert check(board_with(spec=engine), row(2, 100, 80, sequences=4), spec=engine) == wait(Reason.BATCH)
+    # Row 1 takes 25 blocks in the end, each sequence 45.
+    tight = spec(kv_blocks=155, no_evict=False)
+    assert check(board_with(spec=tight), row(2, 100, 80, sequences=3), spec=tight) == ADMIT
+    assert check(board_with(spec=tight), row(2, 100, 80, sequences=4), spec=tight) == wait(Reason.KV)
+
+
+def test_what_others_hold_is_not_given_away():
+    engine = spec(kv_blocks=200, max_batch=8, no_evict=False)
+    board = board_with(spec=engine)
+    board.others = Others(batch=6)
+    assert check(board, row(2, 100, 80), spec=engine) == ADMIT
+    board.others = Others(batch=7)
+    assert check(board, row(2, 100, 80), spec=engine) == wait(Reason.BATCH)
+    # 65 blocks at iteration 59.
+    board.others = Others(batch=1, kv_blocks=136)
+    assert check(board, row(2, 100, 80), spec=engine) == wait(Reason.KV)
+    board.others = Others(batch=1, kv_blocks=135)
+    assert check(board, row(2, 100, 80), spec=engine) == ADMIT
+    board.others = Others(batch=-1, kv_blocks=-40)
+    tight = spec(kv_blocks=64, no_evict=False)
+    assert check(board, row(2, 100, 80), spec=tight) == ADMIT, "shared blocks make room"
+    never = spec(kv_blocks=80, max_batch=8, no_evict=True)
+    assert check(board, row(2, 100, 80), spec=never) == ADMIT, "25 and 45 are reserved"
+    board.others = Others(kv_blocks=11)
+    assert check(board, row(2, 100, 80), spec=never) == wait(Reason.KV)
 
 
 def test_an_engine_that_never_evicts_wants_the_whole_reservation():
@@ -155,3 +192,49 @@ def test_what_never_fits():
     small = spec(kv_blocks=17, max_context_tokens=70)
     assert never_fits(row(1, 38, 30).request, small) is None
     assert never_fits(row(1, 38, 31).request, small) is Reason.NEVER_FITS_KV
+    # Three times ceil(21 / 4) blocks of 17, and never more sequences than the engine runs side by side.
+    assert never_fits(row(1, 20, 0, max_tokens=0, sequences=3).request, small) is None
+    assert never_fits(row(1, 20, 1, sequences=3).request, small) is Reason.NEVER_FITS_KV
+    assert never_fits(row(1, 1, 1, sequences=8).request, small) is None
+    assert never_fits(row(1, 1, 1, sequences=9).request, small) is Reason.BATCH
+
+
+def test_what_becomes_of_the_unmeetable_is_one_of_two():
+    assert not AdmissionOptions().rejects
+    assert AdmissionOptions(unmeetable=Unmeetable("reject")).rejects
+    with pytest.raises(ValueError, match=r"admission\.unmeetable = 'drop': must be 'serve' or 'reject'"):
+        AdmissionOptions(unmeetable="drop")
+
+
+def test_when_it_is_of_no_use_to_wait_any_longer():
+    """A prompt of 64 tokens takes 13 + 0.5 + 0.4 (4 blocks: a bin) + 19.2 ms, each of 9 more tokens 13.9 ms."""
+    model = table(WIDE)
+    prefill_s, step_s = 0.0331, 0.0139
+
+    def gives_up(answer=10, **slo):
+        return give_up_s(row(1, 64, answer, slo=Slo(**slo), arrival_s=5.0), [model])
+
+    assert gives_up() == math.inf
+    assert gives_up(ttft_s=2.0) == pytest.approx(7.0 - prefill_s)
+    assert gives_up(e2e_s=2.0) == pytest.approx(7.0 - prefill_s - 9 * step_s)
+    assert gives_up(e2e_s=2.0, ttft_s=1.0) == pytest.approx(6.0 - prefill_s)
+    assert gives_up(e2e_s=2.0, tbt_s=0.0138) == -math.inf
+    assert gives_up(e2e_s=2.0, tbt_s=0.0140) == pytest.approx(7.0 - prefill_s - 9 * step_s)
+    assert give_up_s(row(1, 64, 10, slo=Slo(ttft_s=2.0)), []) == math.inf
+    fast = replace(model, seconds=model.seconds / 2)
+    asked = row(1, 64, 10, slo=Slo(ttft_s=2.0))
+    assert give_up_s(asked, [model, fast]) == pytest.approx(2.0 - prefill_s / 2), "the fastest size may take it"
+
+
+@given(
+    prompt=st.integers(1, 120),
+    answer=st.integers(1, 80),
+    sequences=st.integers(1, 4),
+    late_s=st.floats(0.0, 3.0),
+    slo=st.builds(Slo, e2e_s=st.floats(0.05, 2.0), ttft_s=st.none() | st.floats(0.02, 1.0)),
+)
+def test_who_gives_up_would_have_been_lost(prompt, answer, sequences, late_s, slo):
+    """The bound is cheap, but never wrong: admission on an empty engine finds the same."""
+    newcomer = row(2, prompt, answer, slo=slo, sequences=sequences)
+    if give_up_s(newcomer, [table(WIDE)]) <= late_s:
+        assert check(Scoreboard(WIDE.block_tokens), newcomer, base_s=late_s) == LOST

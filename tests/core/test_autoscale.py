@@ -37,6 +37,12 @@ def test_the_rate_is_that_of_the_window():
     assert found.rate_rps(120.0) == 0.0
 
 
+def test_a_request_counts_as_often_as_it_has_sequences():
+    found = scaler()
+    found.arrived(1.0, 10)
+    assert found.rate_rps(1.0) == pytest.approx(1.0)
+
+
 def test_the_rate_of_the_first_seconds_is_over_one_interval_at_least():
     found = scaler()
     for _ in range(10):

@@ -7,17 +7,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from core.toy import CLOCKS_MHZ, spec, table
 from core.world import World
-from throttllem.core.admission import AdmissionOptions
+from throttllem.core.admission import AdmissionOptions, Unmeetable
 from throttllem.core.autoscale import AutoscaleOptions
 from throttllem.core.length import MaxTokens, Noisy, Oracle
+from throttllem.core.online import Online, OnlineOptions
 from throttllem.core.options import ControllerOptions
 from throttllem.core.throttle import ClockPolicy, ThrottleOptions
-from throttllem.core.types import Cancelled, Request, Slo
+from throttllem.core.types import Cancelled, Observed, Progressed, Request, Slo
 
 SIZES = (1, 2, 4)
 CONTEXT = 80
 moments = st.sampled_from([0.0, 0.001, 0.02, 0.3, 2.0])
 promises = st.none() | st.floats(0.02, 3.0)
+sequences = st.sampled_from([1, 1, 1, 2, 3, 4])
 slos = st.builds(Slo, e2e_s=promises, tbt_s=st.none() | st.floats(0.005, 0.1), ttft_s=promises)
 
 
@@ -47,12 +49,14 @@ TABLES = {
     for no_evict in (False, True)
     for kind in ("whole", "small", "none")
 }
+LEARNS = Online(OnlineOptions(exceed=0.5, prior_answers=1.0, own_level_answers=1))
+"""Says something after one answer; every world has a copy of its own."""
 
 options = st.builds(
-    lambda policy, chunked, no_evict, kind, scales, predictor, queue, dwell_s, latency_s: ControllerOptions(
+    lambda policy, chunked, no_evict, kind, scales, predictor, queue, unmeetable, dwell_s, latency_s: ControllerOptions(
         throttle=ThrottleOptions(policy=policy, fixed_mhz=1000, dwell_s=dwell_s, switch_latency_s=latency_s),
         slo_aware=policy in {ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY},
-        admission=AdmissionOptions(queue_limit=queue),
+        admission=AdmissionOptions(queue_limit=queue, unmeetable=unmeetable),
         autoscale=AutoscaleOptions(capacity_rps={1: 1.0, 2: 3.0, 4: 9.0}, interval_s=0.5, window_s=2.0, grace_s=1.0)
         if scales
         else None,
@@ -66,8 +70,9 @@ options = st.builds(
     no_evict=st.booleans(),
     kind=st.sampled_from(["whole", "whole", "small", "none"]),
     scales=st.booleans(),
-    predictor=st.sampled_from([Oracle(), MaxTokens(), Noisy(p95_error=0.3), Noisy(p95_error=0.95, seed=3)]),
+    predictor=st.sampled_from([Oracle(), MaxTokens(), Noisy(p95_error=0.3), Noisy(p95_error=0.95, seed=3), LEARNS]),
     queue=st.sampled_from([2, 1000]),
+    unmeetable=st.sampled_from(Unmeetable),
     dwell_s=st.sampled_from([0.0, 0.5]),
     latency_s=st.sampled_from([0.0, 0.2]),
 )
@@ -87,8 +92,8 @@ class ControllerMachine(RuleBasedStateMachine):
 
     # ---- requests --------------------------------------------------------------------------------------------
 
-    @rule(prompt=st.integers(1, 50), answer=st.integers(1, 20), spare=st.integers(0, 20), slo=slos)
-    def arrive(self, prompt, answer, spare, slo):
+    @rule(prompt=st.integers(1, 50), answer=st.integers(1, 20), spare=st.integers(0, 20), slo=slos, sequences=sequences)
+    def arrive(self, prompt, answer, spare, slo, sequences):
         self.world.arrive(
             Request(
                 id=len(self.world.requests),
@@ -97,6 +102,7 @@ class ControllerMachine(RuleBasedStateMachine):
                 max_tokens=answer + spare,
                 slo=slo,
                 answer_tokens=answer,
+                sequences=sequences,
             )
         )
 
@@ -147,6 +153,22 @@ class ControllerMachine(RuleBasedStateMachine):
             self.world.advance(seconds)
             if key in self.world.up and self.world.up[key].in_progress:
                 self.world.end_iteration(key)
+
+    # ---- what engines say of themselves ----------------------------------------------------------------------
+
+    @rule(engine=st.integers(0, 3), request_id=st.integers(0, 20), tokens=st.integers(-2, 60))
+    def progressed(self, engine, request_id, tokens):
+        """Whether it is so or not, of a request that is there or not."""
+        self.world.tell(Progressed(engine=engine, request_id=request_id, tokens=tokens))
+
+    @rule(
+        engine=st.integers(0, 3),
+        running=st.integers(0, 8),
+        waiting=st.integers(0, 8),
+        kv_blocks=st.none() | st.integers(0, 50),
+    )
+    def observed(self, engine, running, waiting, kv_blocks):
+        self.world.tell(Observed(engine=engine, running=running, waiting=waiting, kv_blocks=kv_blocks))
 
     # ---- clocks and time -------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.toy import request
-from throttllem.core.length import MaxTokens, Noisy, Oracle, predicted_tokens
+from throttllem.core.length import MaxTokens, Noisy, Oracle, predicted_tokens, sure_tokens
 
 ANSWER = 1_000_000
 
@@ -80,6 +80,45 @@ class Says:
 )
 def test_inflation_and_clipping(guess, inflation, tokens):
     assert predicted_tokens(Says(guess), request(1, 10, 5, max_tokens=100), inflation) == tokens
+
+
+class Bounds(Says):
+    """Says `guess`, and bounds the answer."""
+
+    def __init__(self, guess, most):
+        super().__init__(guess)
+        self.most = most
+
+    def bound(self, request):
+        return self.most
+
+    def forget(self, request):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("guess", "most", "tokens", "sure"),
+    [
+        (10.2, 40.5, 41, 11),
+        (10.0, 400.0, 100, 10),
+        (10.0, None, 100, 10),
+        (None, None, 100, 100),
+        (None, 40.0, 40, 40),
+        (60.0, 40.0, 40, 40),
+        (0.2, 0.1, 1, 1),
+        (math.nan, math.inf, 100, 100),
+    ],
+)
+def test_a_bound_is_not_inflated(guess, most, tokens, sure):
+    asked = request(1, 10, 5, max_tokens=100)
+    assert predicted_tokens(Bounds(guess, most), asked, 3.0) == tokens
+    assert sure_tokens(Bounds(guess, most), asked, tokens, 3.0) == sure
+
+
+def test_what_inflation_added_is_not_sure():
+    asked = request(1, 10, 5, max_tokens=100)
+    assert sure_tokens(Says(10), asked, predicted_tokens(Says(10), asked, 1.5), 1.5) == 10
+    assert sure_tokens(Says(10), asked, predicted_tokens(Says(10), asked, 0.5), 0.5) == 5
 
 
 @given(st.integers(0, 2**63), st.integers(0, 2**63))

@@ -38,6 +38,18 @@ def test_equals_the_direct_sum(gaps, later_s, window_s):
     assert load.answer_tokens == pytest.approx(np.average([a for _, _, a in seen], weights=weights), rel=1e-6)
 
 
+def test_several_sequences_are_as_many_requests():
+    wide, single = LoadEstimator(10.0), LoadEstimator(10.0)
+    for at_s, width in ((0.0, 1), (3.0, 4), (5.0, 2)):
+        wide.arrived(at_s, 10 * width, 20, Slo(), width)
+        for _ in range(width):
+            single.arrived(at_s, 10 * width, 20, Slo())
+    found, expected = wide.load(9.0), single.load(9.0)
+    assert found.requests_per_s == pytest.approx(expected.requests_per_s)
+    assert found.prompt_tokens == pytest.approx(expected.prompt_tokens)
+    assert found.answer_tokens == pytest.approx(expected.answer_tokens)
+
+
 def test_nothing_is_said_before_half_a_window():
     estimator = LoadEstimator(60.0)
     assert estimator.load(1000.0) is None

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.toy import SPEC, row, spec
+from throttllem.core.drift import Others
 from throttllem.core.projection import project
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.engine.batcher import Batcher
@@ -27,33 +28,43 @@ def naive_packing(left, decode_rows, spec, slots):
 
 
 def naive(board, spec, pending):
-    """(batch, KV blocks, prompt tokens) of every coming iteration, row by row."""
+    """(batch, KV blocks, prompt tokens) of every coming iteration, row by row, prompt by prompt."""
     lives = [
-        [FIRST, r.start, r.prefill_tokens, max(r.start + r.remaining_tokens, FIRST + 1)] for r in board_rows(board)
+        [FIRST, r.start, r.prefill_tokens, max(r.start + r.remaining_tokens, FIRST + 1), r.sequences]
+        for r in board_rows(board)
     ]
-    running, placed, left, k, prefill = len(lives), [], [r.prefill_tokens for r in pending], FIRST, []
-    while len([life for life in placed if life[1] is not None]) < len(pending):
+    prompts = [r for r in pending for _ in range(r.sequences)]
+    decoding = sum(life[4] for life in lives) + max(0, board.others.batch)
+    placed, left, k, prefill = [], [r.prefill_tokens for r in prompts], FIRST, []
+    while len([life for life in placed if life[1] is not None]) < len(prompts):
         done = len([life for life in placed if life[1] is not None])
-        there = [left[j] for j in range(done, len(pending)) if pending[j].earliest <= k]
-        taken = naive_packing(there, running + done, spec, max(1, spec.max_batch - running - done))
+        there = [left[j] for j in range(done, len(prompts)) if prompts[j].earliest <= k]
+        taken = naive_packing(there, decoding + done, spec, max(1, spec.max_batch - decoding - done))
         for j, tokens in enumerate(taken, start=done):
             if j == len(placed):
-                placed.append([k, None, pending[j].prefill_tokens, None])
+                placed.append([k, None])
             left[j] -= tokens
             if left[j] == 0:
-                placed[j][1], placed[j][3] = k, k + pending[j].remaining_tokens
+                placed[j][1] = k
         prefill.append(sum(taken))
         k += 1
-    lives += placed
+    starts = []
+    for r in pending:  # a row begins with its first prompt and starts with its last
+        mine, placed = placed[: r.sequences], placed[r.sequences :]
+        starts.append(mine[-1][1])
+        lives.append([mine[0][0], starts[-1], r.prefill_tokens, starts[-1] + r.remaining_tokens, r.sequences])
     horizon = max((life[3] for life in lives), default=FIRST) - FIRST
     out = np.zeros((3, horizon), dtype=np.int64)
     for k in range(FIRST, FIRST + horizon):
-        for begin, start, prompt, end in lives:
+        for begin, start, prompt, end, width in lives:
             if begin <= k < end:
-                out[0, k - FIRST] += 1
-                out[1, k - FIRST] += -(-(prompt + max(0, k - start)) // spec.block_tokens)
+                out[0, k - FIRST] += width
+                out[1, k - FIRST] += -(-(prompt + max(0, k - start)) // spec.block_tokens) * width
+    if board.others != Others():
+        out[0] = np.maximum(out[0] + board.others.batch, 1)
+        out[1] = np.maximum(out[1] + board.others.kv_blocks, 1)
     out[2, : len(prefill)] = prefill
-    return out, [life[3] - FIRST for life in lives], [life[1] - FIRST for life in placed]
+    return out, [life[3] - FIRST for life in lives], [start - FIRST for start in starts]
 
 
 def board_rows(board):
@@ -62,7 +73,10 @@ def board_rows(board):
 
 @st.composite
 def boards(draw):
-    """A scoreboard in the middle of its life, the engine's spec, and perhaps one request more."""
+    """A scoreboard in the middle of its life, the engine's spec, and perhaps one request more. In half of the cases
+    some requests have several sequences, and the engine holds more, or less, than ours.
+    """
+    widths = draw(st.sampled_from([st.just(1), st.integers(1, 4)]))
     engine = spec(
         block_tokens=draw(st.integers(1, 64)),
         max_batch=draw(st.integers(1, 12)),
@@ -73,7 +87,7 @@ def boards(draw):
     for key, (prompt, age, left) in enumerate(
         draw(st.lists(st.tuples(st.integers(1, 100), st.integers(1, 60), st.integers(-3, 60)), max_size=6))
     ):
-        board.dispatch(row(key, prompt, max(1, age + left)))
+        board.dispatch(row(key, prompt, max(1, age + left), sequences=draw(widths)))
         board.begin(key, FIRST - age, 0.0)
     earliest = 0
     waiting = draw(
@@ -82,11 +96,13 @@ def boards(draw):
     rows = []
     for key, (prompt, answer, done, later) in enumerate(waiting, start=100):
         earliest += later
-        rows.append(row(key, prompt, answer, earliest=FIRST + earliest - 1))
+        rows.append(row(key, prompt, answer, earliest=FIRST + earliest - 1, sequences=draw(widths)))
         rows[-1].done_tokens = min(done, answer + 1)
     extra = rows.pop() if rows and draw(st.booleans()) else None
     for waits in rows:
         board.dispatch(waits)
+    if draw(st.booleans()):
+        board.others = Others(batch=draw(st.integers(-5, 5)), kv_blocks=draw(st.integers(-20, 20)))
     return board, engine, rows, extra
 
 
@@ -101,6 +117,21 @@ def test_equals_the_naive_loop(case):
     assert projection.starts.tolist() == starts
     assert (projection.first, projection.horizon) == (FIRST, expected.shape[1])
     assert len(board.pending) == len(rows), "the extra row joins virtually only"
+
+
+def test_a_request_of_several_sequences_is_as_many_requests():
+    """With whole prompts in one iteration, three answers of one request are three requests of one answer."""
+
+    def board(widths):
+        made = Scoreboard(4)
+        for key, width in enumerate(widths):
+            made.dispatch(row(key, 10, 9, sequences=width))
+        return made
+
+    wide, single = (project(board(widths), spec(prefill_budget_tokens=100), first=0) for widths in ((3,), (1, 1, 1)))
+    for name in ("batch", "kv_blocks", "prefill_tokens"):
+        np.testing.assert_array_equal(getattr(wide, name), getattr(single, name))
+    assert (wide.ends.tolist(), wide.starts.tolist()) == ([9], [0])
 
 
 def test_the_empty_engine_has_no_future():

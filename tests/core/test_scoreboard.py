@@ -8,7 +8,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from core.effort import lines_executed
 from core.toy import request, row
-from throttllem.core.scoreboard import Row, Scoreboard
+from throttllem.core.drift import Own
+from throttllem.core.row import Row
+from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import Slo
 
 
@@ -130,6 +132,44 @@ def test_rows_that_left_or_came_back_do_not_outgrow_what_they_were():
     assert [found.request.id for found in board.outgrown(7)] == [1]
 
 
+def test_a_correction_moves_start_and_end():
+    board = Scoreboard(4)
+    board.dispatch(row(1, 10, 8))
+    board.begin(1, 0, 0.0)
+    # Iterations 0 to 5 should have given six tokens; it has four.
+    board.correct(1, 4, 5, 1.0)
+    held = board.running[1]
+    assert (held.generated_tokens(5), board.start.tolist(), board.end.tolist()) == (4, [2], [10])
+    assert board.kv_blocks(5) == 4, "13 tokens"
+    assert board.outgrown(8) == [] and [found.request.id for found in board.outgrown(10)] == [1]
+    board.correct(1, 12, 10, 1.0)
+    assert (held.generated_tokens(10), board.start.tolist()) == (12, [-1])
+
+
+def test_a_correction_lets_a_waiting_row_begin():
+    board = Scoreboard(4)
+    board.dispatch(row(1, 10, 8))
+    board.correct(1, 3, 7, 1.5)
+    held = board.running[1]
+    assert (held.generated_tokens(7), held.first_token_s, board.end.tolist()) == (3, 1.5, [13])
+    board.preempt(1, 9)
+    # Four tokens were out and are in the prompt; fewer than that can be right, too.
+    assert board.pending[1].prefill_tokens == 14
+    board.correct(1, 2, 9, 2.0)
+    assert (held.generated_tokens(9), held.prefill_tokens, held.first_token_s) == (2, 11, 1.5)
+    assert board.kv_blocks(9) == 3
+
+
+def test_corrections_do_not_pile_up():
+    board = Scoreboard(4)
+    board.dispatch(row(1, 10, 100_000))
+    board.begin(1, 0, 0.0)
+    for iteration in range(2000):
+        board.correct(1, 1 + iteration // 2, iteration, 1.0)
+    assert len(board._ends) < 100
+    assert [found.request.id for found in board.outgrown(101_001)] == [1]
+
+
 def test_nothing_is_touched_while_no_prediction_fails():
     def lines(rows):
         board = Scoreboard(4)
@@ -150,10 +190,15 @@ class Columns(RuleBasedStateMachine):
         self.rows = {}
         self.iteration = 0
 
-    @rule(prompt=st.integers(1, 30), answer=st.integers(1, 9), tbt=st.sampled_from([None, 0.25, 0.5]))
-    def dispatch(self, prompt, answer, tbt):
+    @rule(
+        prompt=st.integers(1, 30),
+        answer=st.integers(1, 9),
+        tbt=st.sampled_from([None, 0.25, 0.5]),
+        sequences=st.integers(1, 3),
+    )
+    def dispatch(self, prompt, answer, tbt, sequences):
         key = len(self.rows)
-        self.rows[key] = row(key, prompt, answer, max_tokens=12, slo=Slo(tbt_s=tbt))
+        self.rows[key] = row(key, prompt, answer, max_tokens=12, slo=Slo(tbt_s=tbt), sequences=sequences)
         self.board.dispatch(self.rows[key])
 
     @precondition(lambda self: self.board.pending)
@@ -166,6 +211,13 @@ class Columns(RuleBasedStateMachine):
     @rule(data=st.data())
     def preempt(self, data):
         self.board.preempt(data.draw(st.sampled_from(sorted(self.board.running))), self.iteration)
+
+    @precondition(lambda self: len(self.board))
+    @rule(data=st.data(), tokens=st.integers(1, 20))
+    def correct(self, data, tokens):
+        row = self.rows[data.draw(st.sampled_from(self.here()))]
+        self.board.correct(row.request.id, tokens, self.iteration, float(self.iteration))
+        assert row.generated_tokens(self.iteration) == tokens
 
     @precondition(lambda self: len(self.board))
     @rule(data=st.data())
@@ -202,7 +254,17 @@ class Columns(RuleBasedStateMachine):
         assert board.deadline_s.tolist() == [r.deadline_s() for r in seen]
         here = [self.rows[key] for key in self.here()]
         assert board.lost_rows == sum(r.lost for r in here)
-        assert board.reserved_blocks == sum(-(-(r.request.prompt_tokens + 12) // 4) for r in here)
+        assert board.reserved_blocks == sum(-(-(r.request.prompt_tokens + 12) // 4) * r.sequences for r in here)
+        assert board.widths.tolist() == [r.sequences for r in seen]
+        assert board.wide_rows == sum(r.sequences > 1 for r in here)
+        assert board.sequences == sum(r.sequences for r in here)
+        waiting = board.pending.values()
+        assert board.own(self.iteration + 5) == Own(
+            running=sum(r.sequences for r in seen),
+            kv_blocks=sum(-(-(r.prefill_tokens + self.iteration + 5 - r.start) // 4) * r.sequences for r in seen),
+            pending=sum(r.sequences for r in waiting),
+            pending_blocks=sum(-(-r.prefill_tokens // 4) * r.sequences for r in waiting),
+        )
         assert board.tightest_tbt_s() == min((r.tbt_s for r in here), default=math.inf)
         assert all(r.start is None and r.slot == -1 for r in board.pending.values())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from core.lanes import Lanes
 from throttllem.core.controller import Controller
 from throttllem.core.engines import Phase
 from throttllem.core.options import ControllerOptions
@@ -41,6 +43,7 @@ class Up:
 
     spec: EngineSpec
     batcher: Batcher
+    lanes: Lanes
     asked_mhz: int
     in_progress: bool = False
     read_mhz: int | None = None
@@ -53,7 +56,7 @@ class World:
 
     def __init__(self, options: ControllerOptions) -> None:
         self.options = options
-        self.controller = Controller(options)
+        self.controller = Controller(self.fresh())
         self.now_s = 0.0
         self.log = []
         self.up: dict[int, Up] = {}
@@ -64,6 +67,10 @@ class World:
         self.on: dict[int, int] = {}
         self.ended: dict[int, str] = {}
         self.switches: list[tuple[int, FrequencyPlan]] = []
+
+    def fresh(self) -> ControllerOptions:
+        """What a controller learns is its own."""
+        return replace(self.options, predictor=copy.deepcopy(self.options.predictor))
 
     # ---- what happens ----------------------------------------------------------------------------------------
 
@@ -85,7 +92,8 @@ class World:
     def ready(self, key: int, spec: EngineSpec):
         self.starting.pop(key, None)
         self.keys = max(self.keys, key + 1)
-        self.up[key] = Up(spec=spec, batcher=Batcher(spec), asked_mhz=spec.clocks_mhz[-1])
+        batcher = Batcher(spec)
+        self.up[key] = Up(spec=spec, batcher=batcher, lanes=Lanes(batcher), asked_mhz=spec.clocks_mhz[-1])
         return self.tell(EngineReady(engine=key, spec=spec))
 
     def lose(self, key: int):
@@ -109,24 +117,18 @@ class World:
 
     def end_iteration(self, key: int):
         up = self.up[key]
-        outcome = up.batcher.end()
+        iteration, started, finished, preempted = up.lanes.end()
         up.in_progress = False
         for request_id in up.hung_up:
-            if request_id not in outcome.finished:
-                up.batcher.cancel(request_id)
-        finished = [request_id for request_id in outcome.finished if request_id not in up.hung_up]
+            if request_id not in finished:
+                up.lanes.cancel(request_id)
+        ended = [request_id for request_id in finished if request_id not in up.hung_up]
         up.hung_up.clear()
-        for request_id in finished:
+        for request_id in ended:
             self.end(request_id, "finished")
             del self.on[request_id]
         return self.tell(
-            Stepped(
-                engine=key,
-                iteration=outcome.index,
-                started=outcome.started,
-                finished=outcome.finished,
-                preempted=outcome.preempted,
-            )
+            Stepped(engine=key, iteration=iteration, started=started, finished=finished, preempted=preempted)
         )
 
     def advance(self, seconds: float):
@@ -166,15 +168,9 @@ class World:
             case Dispatch(engine=key, request_id=request_id):
                 assert self.waiting.popleft() == request_id, "first come, first dispatched, and only once"
                 self.on[request_id] = key
-                request = self.requests[request_id]
-                self.up[key].batcher.add(
-                    request_id,
-                    prompt_tokens=request.prompt_tokens,
-                    answer_tokens=request.answer_tokens,
-                    max_tokens=request.max_tokens,
-                )
+                self.up[key].lanes.add(self.requests[request_id])
             case Reject(request_id=request_id):
-                self.waiting.remove(request_id)
+                self.waiting.remove(request_id)  # from anywhere: it may have waited in vain
                 self.end(request_id, "rejected")
             case Fail(request_id=request_id):
                 assert self.on.pop(request_id) not in self.up
@@ -195,14 +191,14 @@ class World:
             case StopEngine(engine=key):
                 assert key not in self.on.values()
                 up = self.up.pop(key)
-                assert len(up.batcher) == len(up.hung_up)
+                assert len(up.batcher) == sum(len(up.lanes.open[request_id]) for request_id in up.hung_up)
 
     def hang_up(self, up: Up, request_id: int):
         """Between two iterations at once, during one at its end."""
         if up.in_progress:
             up.hung_up.append(request_id)
         else:
-            up.batcher.cancel(request_id)
+            up.lanes.cancel(request_id)
 
     def end(self, request_id: int, how: str):
         assert request_id not in self.ended
@@ -263,7 +259,7 @@ class World:
         assert counts.finished == sum(how == "finished" for how in self.ended.values())
         assert counts.rejected == sum(how == "rejected" for how in self.ended.values())
         assert counts.failed == sum(how in {"failed", "cancelled"} for how in self.ended.values())
-        again = Controller(self.options)
+        again = Controller(self.fresh())
         for now_s, event, commands in self.log:
             assert again.handle(event, now_s) == commands
         assert again.snapshot() == self.controller.snapshot()

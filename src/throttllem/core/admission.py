@@ -7,19 +7,29 @@ time between tokens, every row's deadline and not only the newcomer's. Knows not
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 
 from throttllem.core.horizon import Horizon, look_ahead
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.projection import project
-from throttllem.core.scoreboard import Row, Scoreboard
+from throttllem.core.row import Row
+from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import EngineSpec, Reason, Request, Verdict, VerdictKind, check
 
 ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
 LOST = Verdict(kind=VerdictKind.LOST, why=Reason.OWN_DEADLINE)
 _TOP = slice(-1, None)
+
+
+class Unmeetable(StrEnum):
+    """What becomes of a request whose own promise cannot be kept: served as lost, or rejected."""
+
+    SERVE = "serve"
+    REJECT = "reject"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +41,21 @@ class AdmissionOptions:
     held back for the promises of others; then it joins as soon as KV and batch allow, or a queue once built up would
     never drain (infinite: the paper).
     `queue_limit`: requests that may wait before more are rejected.
+    `unmeetable`: what becomes of a request that cannot keep its own promise when its turn comes, or while it waits
+    ("serve": the paper). One that was let in in time is served in any case.
     """
 
     margin: float = 0.05
     patience: float = 0.2
     queue_limit: int = 10_000
+    unmeetable: Unmeetable = Unmeetable.SERVE
 
     def __post_init__(self) -> None:
         check("admission", margin=(self.margin, 0, 0.9), patience=(self.patience, 0, math.inf))
         check("admission", queue_limit=(self.queue_limit, 1, math.inf))
+        if self.unmeetable not in list(Unmeetable):
+            known = " or ".join(repr(kind.value) for kind in Unmeetable)
+            raise ValueError(f"admission.unmeetable = {self.unmeetable!r}: must be {known}")
 
     def is_patient(self, request: Request, now_s: float) -> bool:
         """May this request still be held back for others?"""
@@ -47,13 +63,44 @@ class AdmissionOptions:
         shortest_s = min(slo.e2e_s or math.inf, slo.ttft_s or math.inf)
         return now_s - request.arrival_s < self.patience * shortest_s
 
+    @property
+    def rejects(self) -> bool:
+        """Is a request rejected rather than served late?"""
+        return self.unmeetable == Unmeetable.REJECT
+
+
+def give_up_s(row: Row, tables: Iterable[PerformanceTable]) -> float:
+    """From when on a request that still waits cannot keep its promises even alone at the top clock; inf: never.
+
+    A bound from below, of the fastest of `tables`: its prompts in chunks as large as any that were profiled, then the
+    predicted tokens at the lightest iteration. -inf: it never could, not even at once.
+    """
+    request, times_s = row.request, []
+    for table in tables:
+        largest, top = table.prefill_bin.size - 1, table.clocks_mhz[-1]
+        chunks, rest = divmod(request.prompt_tokens * request.sequences, max(1, largest))
+        prefill_s = chunks * table.at(top, 1, 1, largest)[0] + (table.at(top, 1, 1, rest)[0] if rest else 0.0)
+        step_s, _ = table.at(top, request.sequences, 1, 0)
+        times_s.append(_give_up_s(row, prefill_s, step_s))
+    return max(times_s, default=math.inf)
+
+
+def _give_up_s(row: Row, prefill_s: float, step_s: float) -> float:
+    slo = row.request.slo
+    if slo.tbt_s is not None and step_s > slo.tbt_s:
+        return -math.inf
+    whole_s = prefill_s + (row.remaining_tokens - 1) * step_s
+    return row.request.arrival_s + min((slo.ttft_s or math.inf) - prefill_s, (slo.e2e_s or math.inf) - whole_s)
+
 
 def never_fits(request: Request, spec: EngineSpec) -> Reason | None:
     """Why an engine could not hold this request even alone; None if it could."""
-    tokens = request.prompt_tokens + request.max_tokens
+    tokens, sequences = request.prompt_tokens + request.max_tokens, request.sequences
     if tokens > spec.max_context_tokens:
         return Reason.NEVER_FITS_CONTEXT
-    if -(-tokens // spec.block_tokens) > spec.kv_blocks:
+    if sequences > spec.max_batch:
+        return Reason.BATCH
+    if -(-tokens // spec.block_tokens) * sequences > spec.kv_blocks:
         return Reason.NEVER_FITS_KV
     return None
 
@@ -88,10 +135,16 @@ def admit(
     return _check_times(ahead, board, table, newcomer, delay_s, margin, alone=alone, patient=patient)
 
 
+def batch_full(board: Scoreboard, spec: EngineSpec, newcomer: Row) -> bool:
+    """Is there no place left for all sequences of this request?"""
+    return board.sequences + max(0, board.others.batch) + newcomer.sequences > spec.max_batch
+
+
 def _no_room(board: Scoreboard, spec: EngineSpec, newcomer: Row) -> Reason | None:
-    if len(board) >= spec.max_batch:
+    if batch_full(board, spec, newcomer):
         return Reason.BATCH
-    if spec.no_evict and board.reserved_blocks + board.reservation(newcomer.request) > spec.kv_blocks:
+    reserved = board.reserved_blocks + max(0, board.others.kv_blocks)
+    if spec.no_evict and reserved + board.reservation(newcomer.request) > spec.kv_blocks:
         return Reason.KV
     return None
 

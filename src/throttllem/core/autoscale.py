@@ -44,11 +44,11 @@ class Autoscaler:
         self._first_s: float | None = None
         self._changed_s: float | None = None
 
-    def arrived(self, now_s: float) -> None:
-        """Count one request, rejected or not. O(1) amortised."""
+    def arrived(self, now_s: float, sequences: int = 1) -> None:
+        """Count one request, rejected or not, as often as it has sequences. O(1) amortised."""
         if self._first_s is None:
             self._first_s = self._changed_s = now_s
-        self._arrivals.append(now_s)
+        self._arrivals.extend([now_s] * sequences)
         self._forget(now_s)
 
     def rate_rps(self, now_s: float) -> float:

@@ -1,49 +1,44 @@
 """Events in, commands out: one controller over all engines of one model (aioquic's shape; the paper's section on the
 system). It owns the queue, one scoreboard per engine and the clock each should run at. It never reads a clock: time is
 an argument, and `next_deadline` says when it wants a `Timer`. The order of work after any event is always the same:
-book what happened, let the queue's head in while it fits, then plan the clock of every engine that changed.
+book what happened, let the queue's head in while it fits, then plan the clock of every engine that changed. All of it
+can be pickled, in mid-run too.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from dataclasses import replace
 
-from throttllem.core.admission import ADMIT, admit, never_fits
 from throttllem.core.autoscale import Autoscaler
+from throttllem.core.booking import Booking
 from throttllem.core.engines import Engines, EngineState, Phase
+from throttllem.core.entrance import Changed, Entrance
+from throttllem.core.foresight import Foresight
 from throttllem.core.governor import Governor
-from throttllem.core.length import predicted_tokens
 from throttllem.core.load import LoadEstimator
 from throttllem.core.options import ControllerOptions
 from throttllem.core.projection import Projection
-from throttllem.core.scoreboard import Row
-from throttllem.core.snapshot import Counts, Snapshot, view
+from throttllem.core.snapshot import Snapshot, view
 from throttllem.core.types import (
     Arrived,
     Cancel,
     Cancelled,
     ClockRead,
     Command,
-    Dispatch,
     EngineLost,
     EngineReady,
     EngineSpec,
     Event,
     Fail,
+    Observed,
+    Progressed,
     Reason,
-    Reject,
     Request,
     StartEngine,
     Stepped,
     StopEngine,
     Timer,
-    Verdict,
-    VerdictKind,
 )
-
-Changed = dict[int, EngineState]
 
 
 class Controller:
@@ -51,25 +46,25 @@ class Controller:
 
     def __init__(self, options: ControllerOptions) -> None:
         self.options = options
-        self._queue: deque[Row] = deque()
-        self._head: Verdict | None = None
         self._engines = Engines(options.specs if options.autoscale else {}, options.tables)
         self._load = LoadEstimator(options.load_window_s)
+        self._foresight = Foresight(options.predictor, options.inflation)
+        self._booking = Booking(self._load, self._foresight)
         self._governor = Governor(options.throttle, self._load)
+        self._entrance = Entrance(options, self._engines, self._governor, self._foresight, self._booking)
         self._autoscaler = Autoscaler(options.autoscale) if options.autoscale else None
         self._autoscale_at_s: float | None = None
-        self._counts = Counts()
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """Take one event in; what to do about it, in order. `now_s` never goes back."""
         commands: list[Command] = []
         changed: Changed = {}
         match event:
-            case Stepped():
-                stepped = self._stepped(event, now_s)
-                if stepped is None:
+            case Stepped() | Progressed() | Observed():
+                engine = self._engines.get(event.engine)
+                if engine is None or not self._book(engine, event, now_s):
                     return commands
-                changed = stepped
+                changed[engine.engine] = engine
             case Arrived(request=request):
                 self._arrived(request, now_s, commands)
             case Cancelled(request_id=request_id):
@@ -83,7 +78,8 @@ class Controller:
             case Timer():
                 changed = {state.engine: state for state in self._engines if state.again_at_s <= now_s}
         changed |= self._autoscale(now_s, commands)
-        self._let_in(now_s, commands, changed)
+        self._entrance.give_up(now_s, commands, changed)
+        self._entrance.let_in(now_s, commands, changed)
         for engine in changed.values():
             self._settle(engine, now_s, commands)
         return commands
@@ -93,6 +89,7 @@ class Controller:
         again_s = min((engine.again_at_s for engine in self._engines), default=math.inf)
         if self._autoscale_at_s is not None:
             again_s = min(again_s, self._autoscale_at_s)
+        again_s = min(again_s, self._entrance.give_up_s())
         return again_s if again_s < math.inf else None
 
     def projection(self, engine: int) -> Projection | None:
@@ -107,64 +104,46 @@ class Controller:
     def snapshot(self) -> Snapshot:
         """All that others may know, frozen. O(engines)."""
         views = tuple(view(state) for state in self._engines)
-        return Snapshot(queue=len(self._queue), head=self._head, engines=views, counts=self._counts)
+        return Snapshot(
+            queue=len(self._entrance),
+            head=self._entrance.head,
+            engines=views,
+            counts=self._booking.counts,
+            lengths=self._foresight.score,
+        )
 
-    def _stepped(self, event: Stepped, now_s: float) -> Changed | None:
-        """Book an iteration; None if nothing changed but the iteration's number. O(1) then."""
-        engine = self._engines.get(event.engine)
-        if engine is None or engine.spec is None:
-            return None
-        engine.iteration, engine.began_s = event.iteration + 1, now_s
-        board = engine.board
-        for request_id in event.preempted:
-            if request_id in board.running:
-                board.preempt(request_id, event.iteration)
-        for request_id in event.started:
-            if request_id in board.pending:
-                board.begin(request_id, event.iteration, now_s)
-        for request_id in event.finished:
-            if request_id in board:
-                row = board.remove(request_id)
-                self._count(finished=1, lost=row.lost)
-                self._load.finished(row.predicted_tokens, row.generated_tokens(event.iteration))
-        outgrown = board.outgrown(engine.iteration)
-        if not (event.started or event.finished or event.preempted or outgrown):
-            engine.in_progress = len(board) > 0
-            return None
-        engine.in_progress = False
-        return {engine.engine: engine}
+    def _book(self, engine: EngineState, event: Stepped | Progressed | Observed, now_s: float) -> bool:
+        """Book what an engine told; True if it calls for a new plan."""
+        if engine.spec is None:
+            return False
+        match event:
+            case Stepped():
+                return self._booking.stepped(engine, event, now_s)
+            case Progressed():
+                return self._booking.progressed(engine, event, now_s)
+            case Observed():
+                return self._booking.observed(engine, event)
 
     def _arrived(self, request: Request, now_s: float, commands: list[Command]) -> None:
-        self._count(arrived=1)
+        self._booking.count(arrived=1)
         if self._autoscaler:
-            self._autoscaler.arrived(now_s)
+            self._autoscaler.arrived(now_s, request.sequences)
             if self._autoscale_at_s is None:
                 self._autoscale_at_s = now_s + self._autoscaler.options.interval_s
-        reasons = [never_fits(request, spec) for spec in self._engines.specs()]
-        why = reasons[-1] if reasons and all(reasons) else None
-        if why is None and len(self._queue) >= self.options.admission.queue_limit:
-            why = Reason.QUEUE_FULL
-        if why is not None:
-            self._reject(request.id, why, commands)
-            return
-        tokens = predicted_tokens(self.options.predictor, request, self.options.inflation)
-        sure_tokens = math.ceil(tokens / max(1.0, self.options.inflation))
-        self._load.arrived(now_s, request.prompt_tokens, tokens, request.slo)
-        self._queue.append(Row(request=request, predicted_tokens=tokens, answer_tokens=tokens, sure_tokens=sure_tokens))
+        row = self._entrance.arrived(request, commands)
+        if row is not None:
+            tokens, sequences = row.predicted_tokens, request.sequences
+            self._load.arrived(now_s, request.prompt_tokens, tokens, request.slo, sequences)
 
     def _cancelled(self, request_id: int, commands: list[Command]) -> Changed:
         for engine in self._engines:
             if request_id in engine.board:
-                engine.board.remove(request_id)
+                self._foresight.dropped(engine.board.remove(request_id))
                 engine.in_progress = engine.in_progress and len(engine.board) > 0
-                self._count(failed=1)
+                self._booking.count(failed=1)
                 commands.append(Cancel(engine=engine.engine, request_id=request_id))
                 return {engine.engine: engine}
-        for row in self._queue:
-            if row.request.id == request_id:
-                self._queue.remove(row)
-                self._reject(request_id, Reason.CANCELLED, commands)
-                break
+        self._entrance.cancelled(request_id, commands)
         return {}
 
     def _ready(self, key: int, spec: EngineSpec, now_s: float) -> Changed:
@@ -177,7 +156,8 @@ class Controller:
         if engine is None:
             return {}
         for row in engine.board.rows():
-            self._count(failed=1)
+            self._foresight.dropped(row)
+            self._booking.count(failed=1)
             commands.append(Fail(request_id=row.request.id, why=Reason.ENGINE_LOST))
         if self._engines.serving is None and (draining := self._engines.draining()):
             return self._serve(draining, now_s)
@@ -197,52 +177,6 @@ class Controller:
             return {key: engine}
         return {}
 
-    def _let_in(self, now_s: float, commands: list[Command], changed: Changed) -> None:
-        """Dispatch the queue's head while it may join; a request never overtakes another."""
-        self._head = None
-        engine = self._engines.serving
-        while self._queue:
-            if engine is None or engine.spec is None:
-                self._head = Verdict(kind=VerdictKind.WAIT, why=Reason.NO_ENGINE)
-                return
-            row = self._queue[0]
-            row.earliest = engine.iteration + engine.in_progress
-            verdict = self._verdict(engine, engine.spec, row, now_s)
-            changed[engine.engine] = engine
-            if verdict.kind is VerdictKind.WAIT:
-                self._head = verdict
-                return
-            self._queue.popleft()
-            if verdict.kind is VerdictKind.REJECT:
-                self._reject(row.request.id, verdict.why, commands)
-                continue
-            row.lost = verdict.kind is VerdictKind.LOST
-            engine.board.dispatch(row)
-            self._count(dispatched=1)
-            commands.append(Dispatch(engine=engine.engine, request_id=row.request.id))
-
-    def _verdict(self, engine: EngineState, spec: EngineSpec, row: Row, now_s: float) -> Verdict:
-        why = never_fits(row.request, spec)
-        if why is not None:  # on this engine; if a larger one can hold it, the autoscaler will bring that up
-            larger = any(never_fits(row.request, other) is None for other in self._engines.specs())
-            return Verdict(kind=VerdictKind.WAIT if larger else VerdictKind.REJECT, why=why)
-        if not self.options.slo_aware:
-            return ADMIT
-        if engine.table is None:
-            full = len(engine.board) >= spec.max_batch
-            return Verdict(kind=VerdictKind.WAIT, why=Reason.BATCH) if full else ADMIT
-        return admit(
-            engine.board,
-            spec,
-            engine.table,
-            row,
-            first=engine.iteration,
-            base_s=engine.base_s(now_s),
-            delay_s=self._governor.top_delay_s(engine, now_s),
-            margin=self.options.admission.margin,
-            patient=self.options.admission.is_patient(row.request, now_s),
-        )
-
     def _settle(self, engine: EngineState, now_s: float, commands: list[Command]) -> None:
         """Plan the clock of an engine that changed; one that has drained is stopped."""
         if engine.spec is None:
@@ -251,7 +185,8 @@ class Controller:
             self._engines.remove(engine.engine)
             commands.append(StopEngine(engine=engine.engine))
             return
-        waiting = bool(self._queue) and engine.phase is Phase.SERVING
+        engine.others = engine.board.others
+        waiting = len(self._entrance) > 0 and engine.phase is Phase.SERVING
         command = self._governor.settle(engine, now_s, waiting=waiting)
         if command:
             commands.append(command)
@@ -266,7 +201,7 @@ class Controller:
         self._autoscale_at_s = now_s + self._autoscaler.options.interval_s
         if serving is None or any(state.phase is Phase.STARTING for state in self._engines):
             return {}
-        wanted = max(self._autoscaler.wanted(now_s, serving.tp), self._least_size())
+        wanted = max(self._autoscaler.wanted(now_s, serving.tp), self._entrance.least_size())
         if wanted == serving.tp:
             return {}
         draining = [state for state in self._engines if state.tp == wanted]
@@ -274,13 +209,6 @@ class Controller:
             return self._serve(draining[0], now_s)
         self._start(wanted, commands)
         return {}
-
-    def _least_size(self) -> int:
-        """The smallest size that the queue's head fits on, so that it cannot starve."""
-        if not self._queue:
-            return 0
-        head = self._queue[0].request
-        return min((tp for tp, spec in self.options.specs.items() if never_fits(head, spec) is None), default=0)
 
     def _serve(self, engine: EngineState, now_s: float) -> Changed:
         before = self._engines.serve(engine)
@@ -290,11 +218,3 @@ class Controller:
 
     def _start(self, tp: int, commands: list[Command]) -> None:
         commands.append(StartEngine(engine=self._engines.start(tp).engine, tp=tp))
-
-    def _reject(self, request_id: int, why: Reason, commands: list[Command]) -> None:
-        self._count(rejected=1)
-        commands.append(Reject(request_id=request_id, why=why))
-
-    def _count(self, **more: int) -> None:
-        counts = self._counts
-        self._counts = replace(counts, **{name: getattr(counts, name) + by for name, by in more.items()})

@@ -18,6 +18,7 @@ class EnergyLedger:
         self._per_row_j = 0.0
         self._joined_at: dict[int, float] = {}
         self._own_j: dict[int, float] = {}
+        self._rows: dict[int, int] = {}
 
     def idle(self, joules: float) -> None:
         """Energy spent with no request running."""
@@ -40,14 +41,16 @@ class EnergyLedger:
         for request_id, share in chunks:
             self._own_j[request_id] = self._own_j.get(request_id, 0.0) + each * share
 
-    def join(self, request_id: int) -> None:
-        """A request decodes from the next iteration on."""
+    def join(self, request_id: int, rows: int = 1) -> None:
+        """A request decodes `rows` rows from the next iteration on."""
         self._joined_at[request_id] = self._per_row_j
+        self._rows[request_id] = rows
 
     def pause(self, request_id: int) -> None:
         """A request no longer decodes but has not ended (preemption)."""
         joined = self._joined_at.pop(request_id, self._per_row_j)
-        self._own_j[request_id] = self._own_j.get(request_id, 0.0) + self._per_row_j - joined
+        share = self._per_row_j - joined
+        self._own_j[request_id] = self._own_j.get(request_id, 0.0) + share * self._rows.pop(request_id, 1)
 
     def leave(self, request_id: int) -> float:
         """A request ended; what it cost in all, joules."""
@@ -56,4 +59,5 @@ class EnergyLedger:
 
     def open_j(self) -> float:
         """Energy of the requests that have not ended."""
-        return sum(self._own_j.values()) + sum(self._per_row_j - at for at in self._joined_at.values())
+        joined = ((self._per_row_j - at) * self._rows[request_id] for request_id, at in self._joined_at.items())
+        return sum(self._own_j.values()) + sum(joined)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from throttllem.core.drift import DriftMeter, Others
 from throttllem.core.load import Steady
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.projection import Projection
@@ -28,12 +29,12 @@ class Phase(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class EngineState:
-    """All that the controller knows of one engine. The controller and its governor are its only writers.
+    """All that the controller knows of one engine. The controller, its books and its governor are its only writers.
 
     `iteration` is the one in progress or next to begin, `began_s` when it began. `clock_mhz` is the clock in force as
     far as known, `target_mhz` the one asked for at `set_at_s`. `projection` is the one that the plan rests on.
     `again_at_s`: when the clock should be planned again at the latest. `steady`: what the load of `steady_at_s`
-    means if it goes on.
+    means if it goes on. `stale`: rows were corrected since the last iteration. `others` are those last planned for.
     """
 
     engine: int
@@ -53,6 +54,14 @@ class EngineState:
     again_at_s: float = math.inf
     steady: Steady | None = None
     steady_at_s: float = -math.inf
+    stale: bool = False
+    others: Others = field(default_factory=Others)
+    drift: DriftMeter = field(default_factory=DriftMeter)
+
+    @property
+    def told(self) -> int:
+        """The iteration told last; -1 before the first."""
+        return self.iteration - 1
 
     def base_s(self, now_s: float) -> float:
         """When the iteration that a projection starts with began, or begins."""

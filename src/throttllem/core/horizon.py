@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.projection import Projection
-from throttllem.core.scoreboard import Row, Scoreboard
+from throttllem.core.row import Row
+from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import EngineSpec
 
 Ints = npt.NDArray[np.int64]

@@ -63,8 +63,8 @@ class LoadEstimator:
         self._predicted_tokens = 0.0
         self._answer_tokens = 0.0
 
-    def arrived(self, now_s: float, prompt_tokens: int, answer_tokens: int, slo: Slo) -> None:
-        """One request came in, with its predicted answer and its promises."""
+    def arrived(self, now_s: float, prompt_tokens: int, answer_tokens: int, slo: Slo, sequences: int = 1) -> None:
+        """One request came in, with its predicted answer and its promises; `sequences` answers are so many requests."""
         self._recent.append((answer_tokens, slo.e2e_s or math.inf, prompt_tokens, slo.ttft_s or math.inf))
         self._arrived += 1
         if self._arrived % _REFRESH == 1:
@@ -74,7 +74,11 @@ class LoadEstimator:
             self._first_s = self._last_s = now_s
         keep = math.exp(-(now_s - self._last_s) / self._window_s)
         n, prompts, answers = self._sums
-        self._sums = (n * keep + 1.0, prompts * keep + prompt_tokens, answers * keep + answer_tokens)
+        self._sums = (
+            n * keep + sequences,
+            prompts * keep + sequences * prompt_tokens,
+            answers * keep + sequences * answer_tokens,
+        )
         self._last_s = now_s
 
     def finished(self, predicted_tokens: int, answer_tokens: int) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from throttllem.core.packing import pack
-from throttllem.core.scoreboard import Row, Scoreboard
+from throttllem.core.row import Row
+from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import EngineSpec
 
 Ints = npt.NDArray[np.int64]
@@ -56,12 +57,16 @@ def project(board: Scoreboard, spec: EngineSpec, *, first: int, extra: Row | Non
     """Project one engine from iteration `first`, the one in progress or next to begin.
 
     `extra` is a request that joins virtually, behind everything that waits in the engine. Rows in the scoreboard that
-    should be gone already count for one more iteration. Cost: O(rows x answer / block_tokens + horizon), vectorised.
+    should be gone already count for one more iteration. What else the engine holds is in every iteration.
+    Cost: O(rows x answer / block_tokens + horizon), vectorised.
     """
     pending = list(board.pending.values())
     if extra is not None:
         pending.append(extra)
-    begins, starts, prefill = _place(pending, len(board.running), spec, first)
+    wide = board.wide_rows > 0 or (extra is not None and extra.sequences > 1)
+    decoding = board.running_sequences + max(0, board.others.batch)
+    place = _place_wide if wide else _place
+    begins, starts, prefill = place(pending, decoding, spec, first)
     tokens_now = board.tokens_at_start + (first - board.start)
     left = np.maximum(board.end - first, 1)
     running = len(left)
@@ -73,29 +78,49 @@ def project(board: Scoreboard, spec: EngineSpec, *, first: int, extra: Row | Non
     begin[running:] = begins
     grow_from = np.zeros(left.size, dtype=np.int64)
     grow_from[running:] = starts
-    batch, kv_blocks = _accumulate(tokens_now, begin, grow_from, left, spec.block_tokens)
+    widths = np.concatenate([board.widths, [row.sequences for row in pending]]).astype(np.int64) if wide else None
+    batch, kv_blocks = _accumulate(tokens_now, begin, grow_from, left, spec.block_tokens, widths)
+    if board.others.batch or board.others.kv_blocks:
+        batch = np.maximum(batch + board.others.batch, 1)
+        kv_blocks = np.maximum(kv_blocks + board.others.kv_blocks, 1)
     padded = np.zeros(batch.size, dtype=np.int64)
     padded[: len(prefill)] = prefill
     return Projection(first=first, batch=batch, kv_blocks=kv_blocks, prefill_tokens=padded, ends=left, starts=starts)
 
 
-def _accumulate(tokens: Ints, begin: Ints, grow_from: Ints, end: Ints, block: int) -> tuple[Ints, Ints]:
-    """Batch and KV blocks per offset, from each row's tokens at `grow_from`; shapes (rows,) in, (horizon,) out."""
+def _accumulate(
+    tokens: Ints, begin: Ints, grow_from: Ints, end: Ints, block: int, widths: Ints | None
+) -> tuple[Ints, Ints]:
+    """Batch and KV blocks per offset, from each row's tokens at `grow_from`; shapes (rows,) in, (horizon,) out.
+
+    `widths` are the sequences of each row, None if all have one.
+    """
     horizon = int(end.max(initial=0))
     size = horizon + 1
     if horizon == 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    batch = np.bincount(begin, minlength=size) - np.bincount(end, minlength=size)
+    batch = _sums(begin, widths, size) - _sums(end, widths, size)
     # A row needs a new block where its tokens go from a multiple of `block` to one more.
     first_growth = grow_from + (-tokens) % block + 1
     events = np.maximum((end - first_growth + block - 1) // block, 0)
     total = int(events.sum())
     nth = np.arange(total) - np.repeat(np.cumsum(events) - events, events)
-    kv = np.bincount(np.repeat(first_growth, events) + block * nth, minlength=size)
+    each = None if widths is None else np.repeat(widths, events)
+    kv = _sums(np.repeat(first_growth, events) + block * nth, each, size)
     blocks = -(-tokens // block)
+    gone = blocks + events
+    if widths is not None:
+        blocks, gone = blocks * widths, gone * widths
     kv = kv + np.bincount(begin, weights=blocks, minlength=size).astype(np.int64)
-    kv -= np.bincount(end, weights=blocks + events, minlength=size).astype(np.int64)
+    kv -= np.bincount(end, weights=gone, minlength=size).astype(np.int64)
     return np.cumsum(batch)[:horizon], np.cumsum(kv)[:horizon]
+
+
+def _sums(at: Ints, weights: Ints | None, size: int) -> Ints:
+    """How much falls on each offset, shape (size,)."""
+    if weights is None:
+        return np.bincount(at, minlength=size)
+    return np.bincount(at, weights=weights, minlength=size).astype(np.int64)
 
 
 def _place(pending: Sequence[Row], running: int, spec: EngineSpec, first: int) -> tuple[list[int], Ints, list[int]]:
@@ -123,3 +148,16 @@ def _place(pending: Sequence[Row], running: int, spec: EngineSpec, first: int) -
                 starts.append(offset)
         prefill.append(sum(taken))
     return begins, np.array(starts, dtype=np.int64), prefill
+
+
+def _place_wide(
+    pending: Sequence[Row], running: int, spec: EngineSpec, first: int
+) -> tuple[list[int], Ints, list[int]]:
+    """The same where rows have several sequences, each with a prompt of its own: a row begins with its first prompt and
+    gives its first token with its last one.
+    """
+    prompts = [row for row in pending for _ in range(row.sequences)]
+    begins, starts, prefill = _place(prompts, running, spec, first)
+    after = np.cumsum([row.sequences for row in pending], dtype=np.int64)
+    firsts = [int(last) - row.sequences for last, row in zip(after, pending, strict=True)]
+    return [begins[index] for index in firsts], starts[after - 1], prefill

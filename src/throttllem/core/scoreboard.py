@@ -9,103 +9,73 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
+from throttllem.core.blocks import GrowingBlocks
+from throttllem.core.drift import Others, Own
+from throttllem.core.row import Row
 from throttllem.core.types import Request
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(slots=True, kw_only=True)
-class Row:
-    """One request on its way through an engine.
-
-    `predicted_tokens` is the first prediction, inflated; `sure_tokens` the same before inflation (None: not inflated);
-    `answer_tokens` the prediction in force. `earliest` is the first iteration that can hold the row. `done_tokens` were
-    generated before the last (re)start and are part of the prompt now; `start` is the iteration of the first token
-    since then, None while it waits inside the engine.
-    """
-
-    request: Request
-    predicted_tokens: int
-    answer_tokens: int
-    sure_tokens: int | None = None
-    earliest: int = 0
-    lost: bool = False
-    done_tokens: int = 0
-    start: int | None = None
-    first_token_s: float | None = None
-    slot: int = -1
-
-    @property
-    def prefill_tokens(self) -> int:
-        """Tokens that a (re)start must process: the prompt, and what a preemption threw away."""
-        return self.request.prompt_tokens + self.done_tokens
-
-    @property
-    def remaining_tokens(self) -> int:
-        """Tokens still to come after the last (re)start, by the prediction in force."""
-        return max(1, self.answer_tokens - self.done_tokens)
-
-    @property
-    def gaps(self) -> int:
-        """Gaps between tokens that a mean may be spread over: those of the answer as far as it is sure to come."""
-        outgrown = self.answer_tokens > self.predicted_tokens
-        tokens = self.answer_tokens if outgrown or self.sure_tokens is None else self.sure_tokens
-        return max(1, tokens - 1)
-
-    def generated_tokens(self, iteration: int) -> int:
-        """Tokens of the answer that are out when `iteration` is over."""
-        return self.done_tokens + (0 if self.start is None else iteration - self.start + 1)
-
-    @property
-    def tbt_s(self) -> float:
-        """The promise on the time between tokens, inf where there is none or the row is lost."""
-        tbt_s = self.request.slo.tbt_s
-        return math.inf if tbt_s is None or self.lost else tbt_s
-
-    def spare_s(self) -> float:
-        """What a reserve may take from the deadline at most: a tenth of what a TBT promise gives."""
-        return 0.1 * self.tbt_s * self.gaps
-
-    def deadline_s(self) -> float:
-        """When the last token is due: E2E, and the mean time between tokens once the first is out; inf if lost."""
-        if self.lost:
-            return math.inf
-        slo, due_s = self.request.slo, math.inf
-        if slo.e2e_s is not None:
-            due_s = self.request.arrival_s + slo.e2e_s
-        if slo.tbt_s is not None and self.first_token_s is not None:
-            due_s = min(due_s, self.first_token_s + slo.tbt_s * self.gaps)
-        return due_s
+Renew = Callable[[Request, int], float | None]
+"""Tokens of an answer that has outgrown its prediction, given those that are out; None: max_tokens."""
 
 
 class Scoreboard:
     """Rows of one engine: `pending` (dispatched, no token yet) and running ones.
 
-    `lost_rows` counts the lost among them; `reserved_blocks` is what an engine that never evicts has set aside.
+    `lost_rows` counts the lost among them, `wide_rows` those of several sequences; `reserved_blocks` is what an engine
+    that never evicts has set aside. `others` is what the engine holds beside these rows.
     """
 
     def __init__(self, block_tokens: int) -> None:
         self.pending: dict[int, Row] = {}
         self.running: dict[int, Row] = {}
         self.lost_rows = 0
+        self.wide_rows = 0
         self.reserved_blocks = 0
+        self.others = Others()
         self._block_tokens = block_tokens
         self._slots: list[Row] = []
-        self._columns: Ints = np.zeros((3, 64), dtype=np.int64)
+        self._columns: Ints = np.zeros((4, 64), dtype=np.int64)
         self._promises: Floats = np.zeros((4, 64))
         self._ends: list[tuple[int, int]] = []
+        self._growing = GrowingBlocks(block_tokens)
+        self._pending_sequences = 0
+        self._pending_blocks = 0
 
     def __len__(self) -> int:
         return len(self.pending) + len(self.running)
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self.pending or request_id in self.running
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of all rows."""
+        return self._growing.sequences + self._pending_sequences
+
+    @property
+    def running_sequences(self) -> int:
+        """Sequences of the running rows."""
+        return self._growing.sequences
+
+    def kv_blocks(self, iteration: int) -> int:
+        """KV blocks of the running rows in an iteration that none of them begins after. O(1) in rows."""
+        return self._growing.at(iteration)
+
+    def own(self, iteration: int) -> Own:
+        """What the engine should hold of ours in such an iteration. O(1)."""
+        return Own(
+            running=self._growing.sequences,
+            kv_blocks=self._growing.at(iteration),
+            pending=self._pending_sequences,
+            pending_blocks=self._pending_blocks,
+        )
 
     @property
     def start(self) -> Ints:
@@ -121,6 +91,11 @@ class Scoreboard:
     def end(self) -> Ints:
         """First iteration that each running row is no longer part of, by prediction, shape (rows,)."""
         return self._columns[2, : len(self._slots)]
+
+    @property
+    def widths(self) -> Ints:
+        """Sequences of each running row, shape (rows,)."""
+        return self._columns[3, : len(self._slots)]
 
     @property
     def deadline_s(self) -> Floats:
@@ -152,17 +127,20 @@ class Scoreboard:
 
     def reservation(self, request: Request) -> int:
         """KV blocks that an engine which never evicts sets aside for a request."""
-        return -(-(request.prompt_tokens + request.max_tokens) // self._block_tokens)
+        return -(-(request.prompt_tokens + request.max_tokens) // self._block_tokens) * request.sequences
 
     def dispatch(self, row: Row) -> None:
         """A request goes to the engine and waits for its first token there."""
         self.pending[row.request.id] = row
         self.lost_rows += row.lost
+        self.wide_rows += row.request.sequences > 1
         self.reserved_blocks += self.reservation(row.request)
+        self._wait(row, row.request.sequences)
 
     def begin(self, request_id: int, iteration: int, now_s: float) -> None:
         """The engine gave the first token (or the first after a preemption) of a pending row."""
         row = self.pending.pop(request_id)
+        self._wait(row, -row.request.sequences)
         row.start = iteration
         if row.first_token_s is None:
             row.first_token_s = now_s
@@ -172,12 +150,33 @@ class Scoreboard:
             self._promises = np.concatenate([self._promises, np.zeros_like(self._promises)], axis=1)
         self._slots.append(row)
         self.running[request_id] = row
+        self._growing.add(row.prefill_tokens, iteration, row.request.sequences)
+        self._write(row)
+
+    def correct(self, request_id: int, tokens: int, iteration: int, now_s: float) -> None:
+        """A row (each of its sequences) has `tokens` tokens out when `iteration` is over, whatever its start says.
+
+        Its KV then is its prompt and those tokens less one, and its predicted end moves along; a pending row begins.
+        """
+        if request_id in self.pending:
+            self.begin(request_id, iteration, now_s)
+        row = self.running[request_id]
+        assert row.start is not None
+        self._growing.remove(row.prefill_tokens, row.start, row.request.sequences)
+        row.done_tokens = min(row.done_tokens, tokens - 1)
+        row.start = iteration + 1 - (tokens - row.done_tokens)
+        self._growing.add(row.prefill_tokens, row.start, row.request.sequences)
         self._write(row)
 
     def remove(self, request_id: int) -> Row:
         """A row ended, wherever it stood."""
-        row = self.pending.pop(request_id, None) or self._leave(request_id)
+        row = self.pending.pop(request_id, None)
+        if row is None:
+            row = self._leave(request_id)
+        else:
+            self._wait(row, -row.request.sequences)
         self.lost_rows -= row.lost
+        self.wide_rows -= row.request.sequences > 1
         self.reserved_blocks -= self.reservation(row.request)
         return row
 
@@ -189,6 +188,7 @@ class Scoreboard:
         row.start = None
         row.earliest = iteration
         self.pending = {request_id: row, **self.pending}
+        self._wait(row, row.request.sequences)
 
     def mark_lost(self, row: Row) -> None:
         """A row can no longer keep its promises: it binds nothing from now on."""
@@ -197,8 +197,9 @@ class Scoreboard:
         if row.start is not None:
             self._write(row)
 
-    def outgrown(self, iteration: int) -> list[Row]:
-        """Rows that were to be gone before `iteration` and are not: their answer becomes max_tokens (the paper).
+    def outgrown(self, iteration: int, renew: Renew | None = None) -> list[Row]:
+        """Rows that were to be gone before `iteration` and are not: `renew` says what to expect now, or else their
+        answer becomes max_tokens (the paper).
 
         A row that outgrew even that is given one more token at a time: the engine knows better. O(1) when none did.
         """
@@ -209,21 +210,34 @@ class Scoreboard:
             if row is None or row.start is None or row.start + row.remaining_tokens != end:
                 continue
             generated = row.done_tokens + iteration - row.start
-            row.answer_tokens = max(row.request.max_tokens, generated + 1)
+            expected = renew(row.request, generated) if renew and generated < row.request.max_tokens else None
+            most = row.request.max_tokens
+            tokens = most if expected is None or not math.isfinite(expected) else min(most, math.ceil(expected))
+            row.answer_tokens = max(tokens, generated + 1)
             self._write(row)
             found.append(row)
         return found
 
+    def _wait(self, row: Row, sequences: int) -> None:
+        """Count a pending row in, or out if negative."""
+        self._pending_sequences += sequences
+        self._pending_blocks += -(-row.prefill_tokens // self._block_tokens) * sequences
+
     def _write(self, row: Row) -> None:
         assert row.start is not None
         end = row.start + row.remaining_tokens
-        self._columns[:, row.slot] = (row.start, row.prefill_tokens, end)
+        self._columns[:, row.slot] = (row.start, row.prefill_tokens, end, row.request.sequences)
         e2e_s = row.request.slo.e2e_s or 0.0
         self._promises[:, row.slot] = (row.deadline_s(), row.tbt_s, e2e_s, row.spare_s())
         heapq.heappush(self._ends, (end, row.request.id))
+        if len(self._ends) > 4 * len(self._slots) + 64:  # mostly ends of rows that left or were corrected
+            self._ends = [(int(end), held.request.id) for end, held in zip(self.end, self._slots, strict=True)]
+            heapq.heapify(self._ends)
 
     def _leave(self, request_id: int) -> Row:
         row = self.running.pop(request_id)
+        assert row.start is not None
+        self._growing.remove(row.prefill_tokens, row.start, row.request.sequences)
         last = self._slots.pop()
         if last is not row:
             self._columns[:, row.slot] = self._columns[:, last.slot]

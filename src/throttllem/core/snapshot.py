@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from throttllem.core.drift import Drift
 from throttllem.core.engines import EngineState, Phase
+from throttllem.core.length import LengthScore
 from throttllem.core.types import FrequencyPlan, Verdict
 
 
@@ -22,7 +24,11 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineView:
-    """One engine. `clock_mhz` None: unknown; `plan` None: not planned yet."""
+    """One engine. `clock_mhz` None: unknown; `plan` None: not planned yet.
+
+    `kv_blocks` is the scoreboard's estimate for the iteration told last, `foreign` the sequences of others in the
+    engine.
+    """
 
     engine: int
     tp: int
@@ -33,16 +39,23 @@ class EngineView:
     pending: int
     lost_rows: int
     iteration: int
+    kv_blocks: int = 0
+    foreign: int = 0
+    drift: Drift = field(default_factory=Drift)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The whole controller. `head` says why the head of the queue waits, None if nothing does."""
+    """The whole controller. `head` says why the head of the queue waits, None if nothing does.
+
+    `lengths`: how the predictions of finished requests came out.
+    """
 
     queue: int
     head: Verdict | None
     engines: tuple[EngineView, ...]
     counts: Counts
+    lengths: LengthScore = field(default_factory=LengthScore)
 
 
 def view(state: EngineState) -> EngineView:
@@ -57,4 +70,7 @@ def view(state: EngineState) -> EngineView:
         pending=len(state.board.pending),
         lost_rows=state.board.lost_rows,
         iteration=state.iteration,
+        kv_blocks=state.board.kv_blocks(state.told),
+        foreign=max(0, state.board.others.batch),
+        drift=state.drift.drift(),
     )

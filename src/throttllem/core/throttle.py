@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from throttllem.core.horizon import Horizon
 from throttllem.core.performance import PerformanceTable
-from throttllem.core.scoreboard import Row, Scoreboard
+from throttllem.core.row import Row
+from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, check
 
 Floats = npt.NDArray[np.float64]

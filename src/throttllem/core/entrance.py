@@ -1,0 +1,140 @@
+"""Who comes in, who waits, who is turned away: the queue in front of the engine that serves.
+
+The head of the queue is asked for whenever something changed; a request never overtakes another. Knows nothing of how
+clocks are chosen or engines are started.
+"""
+
+from __future__ import annotations
+
+import math
+
+from throttllem.core.admission import ADMIT, admit, batch_full, give_up_s, never_fits
+from throttllem.core.booking import Booking
+from throttllem.core.engines import Engines, EngineState
+from throttllem.core.foresight import Foresight
+from throttllem.core.governor import Governor
+from throttllem.core.options import ControllerOptions
+from throttllem.core.queue import Queue
+from throttllem.core.row import Row
+from throttllem.core.types import Command, Dispatch, EngineSpec, Reason, Reject, Request, Verdict, VerdictKind
+
+Changed = dict[int, EngineState]
+
+
+class Entrance:
+    """The queue of one controller. `head` says why its head waits, None if nothing does."""
+
+    def __init__(
+        self,
+        options: ControllerOptions,
+        engines: Engines,
+        governor: Governor,
+        foresight: Foresight,
+        booking: Booking,
+    ) -> None:
+        self.head: Verdict | None = None
+        self._options = options
+        self._engines = engines
+        self._governor = governor
+        self._foresight = foresight
+        self._booking = booking
+        self._queue = Queue()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def arrived(self, request: Request, commands: list[Command]) -> Row | None:
+        """A request joins the queue; None if it was turned away at once."""
+        reasons = [never_fits(request, spec) for spec in self._engines.specs()]
+        why = reasons[-1] if reasons and all(reasons) else None
+        if why is None and len(self._queue) >= self._options.admission.queue_limit:
+            why = Reason.QUEUE_FULL
+        if why is not None:
+            self._reject(request.id, why, commands)
+            return None
+        row = self._foresight.row(request)
+        gives_up = self._options.slo_aware and self._options.admission.rejects
+        self._queue.push(row, give_up_s(row, self._options.tables.values()) if gives_up else math.inf)
+        return row
+
+    def cancelled(self, request_id: int, commands: list[Command]) -> None:
+        """The client of a request that may wait here is gone."""
+        row = self._queue.take(request_id)
+        if row is not None:
+            self._turn_away(row, Reason.CANCELLED, commands)
+
+    def least_size(self) -> int:
+        """The smallest size that the queue's head fits on, so that it cannot starve."""
+        row = self._queue.head()
+        if row is None:
+            return 0
+        fitting = [tp for tp, spec in self._options.specs.items() if never_fits(row.request, spec) is None]
+        return min(fitting, default=0)
+
+    def give_up_s(self) -> float:
+        """When the next request that waits can no longer keep its promise; inf where nothing is known of the speed."""
+        serving = self._engines.serving
+        return math.inf if serving and serving.table is None else self._queue.give_up_s()
+
+    def give_up(self, now_s: float, commands: list[Command], changed: Changed) -> None:
+        """Turn away who waits in vain, so that the client hears early."""
+        if self.give_up_s() > now_s:
+            return
+        for row in self._queue.expired(now_s):
+            self._turn_away(row, Reason.OWN_DEADLINE, commands)
+        if self._engines.serving:
+            changed[self._engines.serving.engine] = self._engines.serving
+
+    def let_in(self, now_s: float, commands: list[Command], changed: Changed) -> None:
+        """Dispatch the queue's head while it may join; a request never overtakes another."""
+        self.head = None
+        engine = self._engines.serving
+        while row := self._queue.head():
+            if engine is None or engine.spec is None:
+                self.head = Verdict(kind=VerdictKind.WAIT, why=Reason.NO_ENGINE)
+                return
+            row.earliest = engine.iteration + engine.in_progress
+            verdict = self._verdict(engine, engine.spec, row, now_s)
+            changed[engine.engine] = engine
+            if verdict.kind is VerdictKind.WAIT:
+                self.head = verdict
+                return
+            self._queue.take(row.request.id)
+            lost = verdict.kind is VerdictKind.LOST
+            if verdict.kind is VerdictKind.REJECT or (lost and self._options.admission.rejects):
+                self._turn_away(row, verdict.why, commands)
+                continue
+            row.lost = lost
+            engine.board.dispatch(row)
+            self._booking.count(dispatched=1)
+            commands.append(Dispatch(engine=engine.engine, request_id=row.request.id))
+
+    def _verdict(self, engine: EngineState, spec: EngineSpec, row: Row, now_s: float) -> Verdict:
+        why = never_fits(row.request, spec)
+        if why is not None:  # on this engine; if a larger one can hold it, the autoscaler will bring that up
+            larger = any(never_fits(row.request, other) is None for other in self._engines.specs())
+            return Verdict(kind=VerdictKind.WAIT if larger else VerdictKind.REJECT, why=why)
+        if not self._options.slo_aware:
+            return ADMIT
+        if engine.table is None:
+            full = len(engine.board) > 0 and batch_full(engine.board, spec, row)
+            return Verdict(kind=VerdictKind.WAIT, why=Reason.BATCH) if full else ADMIT
+        return admit(
+            engine.board,
+            spec,
+            engine.table,
+            row,
+            first=engine.iteration,
+            base_s=engine.base_s(now_s),
+            delay_s=self._governor.top_delay_s(engine, now_s),
+            margin=self._options.admission.margin,
+            patient=self._options.admission.is_patient(row.request, now_s),
+        )
+
+    def _turn_away(self, row: Row, why: Reason, commands: list[Command]) -> None:
+        self._foresight.dropped(row)
+        self._reject(row.request.id, why, commands)
+
+    def _reject(self, request_id: int, why: Reason, commands: list[Command]) -> None:
+        self._booking.count(rejected=1)
+        commands.append(Reject(request_id=request_id, why=why))

@@ -1,0 +1,103 @@
+"""A controller can be written down in mid-run and goes on as if nothing had happened: the recorder relies on it."""
+
+import pickle
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.stories import SIZES, options, scaling, world
+from core.toy import request
+from throttllem.core.admission import AdmissionOptions, Unmeetable
+from throttllem.core.autoscale import AutoscaleOptions
+from throttllem.core.controller import Controller
+from throttllem.core.length import Noisy
+from throttllem.core.online import Online, OnlineOptions
+from throttllem.core.throttle import ClockPolicy
+from throttllem.core.types import Observed, Progressed, Slo
+
+MOVES = ("arrive", "arrive", "arrive", "step", "step", "step", "wait", "cancel", "progress", "observe", "clock", "lose")
+OPTIONS = (
+    lambda: options(predictor=Online(OnlineOptions(exceed=0.5, prior_answers=1.0))),
+    lambda: options(ClockPolicy.LEAST_ENERGY, admission=AdmissionOptions(unmeetable=Unmeetable.REJECT)),
+    lambda: scaling(predictor=Noisy(p95_error=0.5)),
+)
+moves = st.lists(st.tuples(st.sampled_from(MOVES), st.integers(1, 30), st.integers(1, 3)), min_size=5, max_size=60)
+
+
+class Twins(Controller):
+    """Two controllers that are asked the same; they must say the same."""
+
+    def __init__(self, first, second):
+        self.pair = first, second
+
+    def handle(self, event, now_s):
+        one, two = (twin.handle(event, now_s) for twin in self.pair)
+        assert one == two
+        assert self.pair[0].next_deadline() == self.pair[1].next_deadline()
+        assert self.pair[0].snapshot() == self.pair[1].snapshot()
+        return one
+
+    def __getattr__(self, name):
+        return getattr(self.pair[0], name)
+
+    def next_deadline(self):
+        return self.pair[0].next_deadline()
+
+    def snapshot(self):
+        return self.pair[0].snapshot()
+
+    def projection(self, engine):
+        return self.pair[0].projection(engine)
+
+
+def play(told, kind, size, width):
+    """One thing happens."""
+    match kind:
+        case "wait":
+            told.advance(size / 10)
+        case "cancel" if size in told.on or size in told.waiting:
+            told.cancel(size)
+        case "progress":
+            told.tell(Progressed(engine=0, request_id=size, tokens=width))
+        case "observe":
+            told.tell(Observed(engine=0, running=width, waiting=0, kv_blocks=size))
+        case _:
+            play_more(told, kind, size, width)
+
+
+def play_more(told, kind, size, width):
+    match kind:
+        case "arrive":
+            key = len(told.requests)
+            promises = Slo(e2e_s=size / 5, tbt_s=0.05 if size % 2 else None, ttft_s=1.0 if size % 3 else None)
+            asked = {"arrival_s": told.now_s, "max_tokens": 40, "slo": promises, "sequences": width}
+            told.arrive(request(key, size, 1 + size // width, **asked))
+        case "step":
+            for key in [key for key, up in told.up.items() if up.in_progress] * size:
+                if key in told.up and told.up[key].in_progress:
+                    told.advance(0.02)
+                    told.end_iteration(key)
+        case "clock" if told.switches:
+            key, plan = told.switches.pop(0)
+            told.read_clock(key, plan.mhz if size % 4 else None)
+        case "lose" if size == 30 and told.up:
+            told.lose(min(told.up))
+
+
+@settings(deadline=None)
+@given(moves, st.integers(0, 60), st.sampled_from(OPTIONS))
+def test_a_copy_goes_on_with_the_same_commands(story, when, made):
+    told = world(made())
+    for index, (kind, size, width) in enumerate(story):
+        if index == when % len(story):
+            told.controller = Twins(told.controller, pickle.loads(pickle.dumps(told.controller)))
+        play(told, kind, size, width)
+    told.run_out(SIZES.get)
+    assert told.ended.keys() == told.requests.keys()
+
+
+def test_nothing_in_the_options_stands_in_the_way():
+    found = options(
+        autoscale=AutoscaleOptions(capacity_rps={1: 1.0, 2: 10.0}), specs=SIZES, predictor=Online(OnlineOptions())
+    )
+    assert pickle.loads(pickle.dumps(Controller(found))).snapshot() == Controller(found).snapshot()

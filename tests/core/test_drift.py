@@ -1,0 +1,69 @@
+"""The engine's word against the scoreboard's: what counts as a difference, and what waiting rows explain."""
+
+import pytest
+
+from throttllem.core.drift import Drift, DriftMeter, Others, Own
+from throttllem.core.types import Observed
+
+OWN = Own(running=4, kv_blocks=40, pending=2, pending_blocks=10)
+
+
+def told(running, waiting=0, kv_blocks=None):
+    return Observed(engine=0, running=running, waiting=waiting, kv_blocks=kv_blocks)
+
+
+@pytest.mark.parametrize(
+    ("observed", "others"),
+    [
+        # Ours alone: both wait, one is prefilled, both are; one that is not there yet is nobody's loss.
+        (told(4, 2, 40), Others()),
+        (told(5, 1, 46), Others()),
+        (told(6, 0, 50), Others()),
+        (told(4, 0, 40), Others()),
+        # Somebody else runs, or waits.
+        (told(9, 0, 90), Others(batch=3, kv_blocks=40)),
+        (told(4, 5, 40), Others(batch=3)),
+        (told(5, 2, 45), Others(batch=1)),
+        # A row of ours is held up: it waits in the engine (then all are there), or is not there at all.
+        (told(3, 3, 30), Others(kv_blocks=-10)),
+        (told(3, 2, 30), Others(batch=-1, kv_blocks=-10)),
+        (told(0, 0, 0), Others(batch=-4, kv_blocks=-40)),
+        # Prompts explain blocks only if one can be under way.
+        (told(4, 2, 45), Others(kv_blocks=5)),
+        (told(5, 1, 55), Others(kv_blocks=5)),
+        # Shared blocks.
+        (told(4, 2, 33), Others(kv_blocks=-7)),
+    ],
+)
+def test_who_else_is_in_the_engine(observed, others):
+    assert DriftMeter().compare(observed, OWN, Others()) == others
+
+
+def test_what_the_engine_does_not_say_stays_as_it_was():
+    meter = DriftMeter()
+    assert meter.compare(told(5, 2), OWN, Others(kv_blocks=12)) == Others(batch=1, kv_blocks=12)
+    assert meter.drift() == Drift(batch=0, mean_batch=0.0)
+
+
+def test_the_figures():
+    meter = DriftMeter()
+    assert meter.drift() == Drift()
+    for observed in (told(3, 2, 30), told(8, 0, 52), told(4, 2)):
+        meter.compare(observed, OWN, Others())
+    meter.corrections = 7
+    # Batch -1, +2, 0; blocks -10, +2.
+    assert meter.drift() == Drift(batch=0, kv_blocks=2, mean_batch=1.0, mean_kv_blocks=6.0, corrections=7)
+
+
+@pytest.mark.parametrize(
+    ("others", "moved"),
+    [
+        (Others(batch=3, kv_blocks=50), False),
+        (Others(batch=4, kv_blocks=50), True),
+        (Others(batch=3, kv_blocks=59), False),
+        (Others(batch=3, kv_blocks=60), True),
+        (Others(batch=3, kv_blocks=40), True),
+    ],
+)
+def test_a_sequence_or_a_hundredth_of_the_blocks_calls_for_a_plan(others, moved):
+    assert others.moved(Others(batch=3, kv_blocks=50), 1000) is moved
