@@ -1,0 +1,1 @@
+"""The length predictor against recorded answers: `make lengths`."""
