@@ -1,0 +1,138 @@
+"""Recorded flights: a world of toy engines whose controller is recorded, and random histories of it."""
+
+from __future__ import annotations
+
+import random
+
+from core.toy import CLOCKS_MHZ, spec, table
+from core.world import World
+from hypothesis import strategies as st
+
+from throttllem.core.admission import AdmissionOptions
+from throttllem.core.autoscale import AutoscaleOptions
+from throttllem.core.length import Noisy
+from throttllem.core.options import ControllerOptions
+from throttllem.core.throttle import ClockPolicy, ThrottleOptions
+from throttllem.core.types import Observed, Progressed, Request, Slo
+from throttllem.gateway.recorder import Recorder
+
+SIZES = (1, 2, 4)
+SPECS = {
+    tp: spec(tp=tp, kv_blocks=10 * tp, max_batch=2 + tp, max_context_tokens=80, prefill_budget_tokens=16, chunked=True)
+    for tp in SIZES
+}
+TABLES = {tp: table(some) for tp, some in SPECS.items()}
+OPTIONS = ControllerOptions(
+    throttle=ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY),
+    admission=AdmissionOptions(queue_limit=6),
+    autoscale=AutoscaleOptions(capacity_rps={1: 1.0, 2: 3.0, 4: 9.0}, interval_s=0.5, window_s=2.0, grace_s=1.0),
+    predictor=Noisy(p95_error=0.5),
+    specs=SPECS,
+    tables=TABLES,
+    load_window_s=2.0,
+)
+
+
+class Recorded:
+    """A controller whose every call is recorded."""
+
+    def __init__(self, controller, recorder):
+        self.controller = controller
+        self.recorder = recorder
+
+    def __getattr__(self, name):
+        return getattr(self.controller, name)
+
+    def handle(self, event, now_s):
+        commands = self.controller.handle(event, now_s)
+        self.recorder.record(now_s, event, commands)
+        return commands
+
+
+def recorder_of(folder, controller, **changes):
+    said = []
+    limits = {"file_bytes": 1 << 20, "files": 4, "model": "toy/model", "policy": "least-energy", "say": said.append}
+    recorder = Recorder(folder, controller, **(limits | changes))
+    recorder.said = said
+    return recorder
+
+
+def recorded_world(folder, options=OPTIONS, **changes):
+    """A world whose recorder has been started."""
+    world = World(options)
+    recorder = recorder_of(folder, world.controller, **changes)
+    recorder.start()
+    world.controller = Recorded(world.controller, recorder)
+    return world, recorder
+
+
+def history(seed):
+    """What happens, one letter each, with two numbers for it; often time enough at the end for answers to finish."""
+    dice = random.Random(seed)
+    weights = [dice.random() ** 2 for _ in DEEDS]
+    deeds = dice.choices(DEEDS, weights, k=dice.randrange(50))
+    ends = [("i", 7, 1)] * dice.randrange(9)
+    return [*((deed, dice.randrange(41), dice.randrange(41)) for deed in deeds), *ends]
+
+
+DEEDS = "aaiiiooprtlcuu"
+deeds = st.builds(history, st.integers(0, 2**32))
+"""Short lists that shrink well hardly ever get a request to its end; these do."""
+
+
+def fly(world, some):
+    """Let a history happen; what is impossible just then does not."""
+    world.ready(world.keys, SPECS[1])
+    for deed, one, two in some:
+        _happen(world, deed, one, two)
+
+
+def busy(world, rounds):
+    """A long history without chance."""
+    world.ready(world.keys, SPECS[2])
+    for number in range(rounds):
+        _happen(world, "aiiioit"[number % 7], number % 23, number % 17)
+
+
+def _happen(world, deed, one, two):  # noqa: C901
+    up = sorted(world.up)
+    key = up[one % len(up)] if up else 0
+    match deed:
+        case "a":
+            slo = Slo(e2e_s=(None, 0.2, 2.0)[one % 3], tbt_s=(None, 0.05)[two % 2], ttft_s=(None, 0.3)[one % 2])
+            world.arrive(
+                Request(
+                    id=len(world.requests),
+                    arrival_s=world.now_s,
+                    prompt_tokens=1 + one,
+                    max_tokens=1 + two + one % 5,
+                    slo=slo,
+                    answer_tokens=1 + two,
+                    caller=f"caller {one % 3}",
+                )
+            )
+        case "i":
+            for _ in range(1 + one % 8):
+                world.advance(0.013 * (1 + two))
+                if key in world.up and world.up[key].in_progress:
+                    world.end_iteration(key)
+        case "o" if up:
+            world.tell(Observed(engine=key, running=one % 5, waiting=two % 3, kv_blocks=(None, two)[one % 2]))
+        case "p" if world.on:
+            request_id = sorted(world.on)[one % len(world.on)]
+            world.tell(Progressed(engine=world.on[request_id], request_id=request_id, tokens=1 + two))
+        case "r" if up:
+            world.read_clock(key, (None, *CLOCKS_MHZ)[two % 6])
+        case "t":
+            world.advance(one / 7)
+        case "l" if len(up) > 1:
+            world.lose(key)
+        case "c" if world.on or world.waiting:
+            known = sorted([*world.on, *world.waiting])
+            world.cancel(known[one % len(known)])
+        case "u" if world.starting:
+            starting = min(world.starting)
+            world.ready(starting, SPECS[world.starting[starting]])
+    for engine, plan in world.switches[:]:
+        world.switches.remove((engine, plan))
+        world.read_clock(engine, plan.mhz)

@@ -1,0 +1,227 @@
+"""A controller as bytes and back; and bytes of a stranger, which run nothing."""
+
+import contextlib
+import io
+import pickle
+from array import array
+from collections import OrderedDict, deque
+from dataclasses import replace
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+from core.toy import table
+from core.world import World
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.flights import OPTIONS, SPECS, TABLES, busy, deeds, fly
+from throttllem.core.controller import Controller
+from throttllem.core.online import Online
+from throttllem.core.types import Request, Slo, Timer
+from throttllem.gateway.checkpoint import CheckpointError, fill, load, make_blank, save, table_digest
+
+DIGESTS = {table_digest(one): one for one in TABLES.values()}
+
+
+def copied(controller):
+    return load(save(controller, table_digest), DIGESTS.__getitem__)
+
+
+@given(deeds, deeds)
+def test_a_copy_goes_on_as_the_original_does(before, after):
+    world = World(OPTIONS)
+    fly(world, before)
+    again = copied(world.controller)
+    assert again.snapshot() == world.controller.snapshot()
+    assert again.next_deadline() == world.controller.next_deadline()
+    mark = len(world.log)
+    fly(world, after)
+    for now_s, event, commands in world.log[mark:]:
+        assert again.handle(event, now_s) == commands
+    assert again.snapshot() == world.controller.snapshot()
+
+
+def test_what_is_shared_stays_shared_and_arrays_stay_exact():
+    world = World(OPTIONS)
+    busy(world, 60)
+    controller = copied(world.controller)
+    assert controller._engines.serving in list(controller._engines)
+    assert controller._governor._load is controller._load
+    assert controller.options.tables[2] is TABLES[2]
+    for state, before in zip(controller._engines, world.controller._engines, strict=True):
+        assert state.table is (None if before.table is None else controller.options.tables[state.tp])
+        assert np.array_equal(state.board._columns, before.board._columns)
+        assert state.board._columns.flags.writeable
+
+
+def test_a_predictor_that_learns_goes_along():
+    predictor = Online()
+    for number in range(300):
+        request = Request(id=number, arrival_s=0, prompt_tokens=number % 70, max_tokens=200, slo=Slo(), model="m")
+        predictor.bound(request)
+        if number % 7:  # the others are running still, their bounds given out
+            predictor.learn(request, 3 + number % 90)
+    again = copied(Controller(replace(OPTIONS, predictor=predictor))).options.predictor
+    assert again.state() == predictor.state()
+    assert again._issued == predictor._issued
+    assert again.bound(request) == predictor.bound(request)
+    again.learn(request, 5)
+    assert again.state() != predictor.state()
+
+
+class Elsewhere:
+    """A predictor that is not of the core."""
+
+    def predict(self, request):
+        return 1.0
+
+
+def test_a_controller_with_a_stranger_in_it_is_not_written():
+    with pytest.raises(CheckpointError, match=r"cannot be written down: .*Elsewhere is nothing that a checkpoint"):
+        save(Controller(replace(OPTIONS, predictor=Elsewhere())), table_digest)
+
+
+PLAIN = [
+    deque([1, 2], maxlen=2),
+    OrderedDict(a=1),
+    MappingProxyType({"a": 1}),
+    array("d", [1.5]),
+    np.float32(1.5),
+    np.arange(6).reshape(2, 3),
+    {(1, "x"): frozenset({3})},
+    -float("inf"),
+    2**90,
+]
+
+
+@pytest.mark.parametrize("value", PLAIN, ids=lambda value: type(value).__name__)
+def test_plain_values_come_back(value):
+    controller = Controller(OPTIONS)
+    controller.extra = value
+    again = copied(controller).extra
+    assert type(again) is type(value)
+    assert np.array_equal(again, value) if isinstance(value, np.ndarray) else again == value
+    assert getattr(again, "maxlen", None) == getattr(value, "maxlen", None)
+
+
+def test_the_digest_of_a_table_is_of_its_contents():
+    assert table_digest(table(SPECS[1])) == table_digest(TABLES[1])
+    assert len({table_digest(one) for one in TABLES.values()}) == len(TABLES)
+    watts = TABLES[1].watts.copy()
+    watts[0, 0] += 1
+    assert table_digest(replace_watts(TABLES[1], watts)) != table_digest(TABLES[1])
+
+
+def replace_watts(one, watts):
+    names = ("clocks_mhz", "batch_bin", "kv_bin", "prefill_bin", "seconds", "hull")
+    return type(one)(watts=watts, **{name: getattr(one, name) for name in names})
+
+
+# ---- strangers -----------------------------------------------------------------------------------------------
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+MAKERS = b"cthrottllem.gateway.checkpoint\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (pickle.dumps(Calls(eval, "1/0"), protocol=4), r"names builtins.eval, which is not allowed: refused"),
+        (pickle.dumps(Calls(print, "owned"), protocol=4), r"names builtins.print, which is not allowed"),
+        (pickle.dumps(Calls(io.open, "/dev/null"), protocol=4), r"which is not allowed"),
+        (pickle.dumps(np.zeros(2), protocol=4), "is not allowed"),
+        (pickle.dumps(Timer(), protocol=4), "uses NEWOBJ, which is not allowed: refused"),
+        (pickle.dumps(Calls(eval, "1/0"), protocol=0), "uses GLOBAL, which is not allowed"),
+        (b"cos\nsystem\n(S'true'\ntR.", "uses GLOBAL, which is not allowed"),
+        (b"(S'true'\nios\nsystem\n.", "is not allowed"),
+        (b"\x80\x04\x82\x01.", "uses EXT1"),
+        (b"\x80\x04}}b.", "uses BUILD, which is not allowed: refused"),
+        (b"\x80\x04\x8c\x07../../x\x94Q.", "by what is no digest"),
+        (b"\x80\x04K\x01.", "holds a int, not a controller"),
+        (b"", "damaged"),
+        (b"\x80\x04\x95garbage", "damaged"),
+    ],
+    ids=lambda value: None if isinstance(value, bytes) else "",
+)
+def test_a_strange_pickle_is_refused(data, said):
+    with pytest.raises(CheckpointError, match=said):
+        load(data, DIGESTS.__getitem__)
+
+
+def call(maker, *arguments):
+    """A pickle that calls one of the callables that are allowed."""
+    out = io.BytesIO()
+    pickler = pickle.Pickler(out, protocol=4)
+    pickler.dump(arguments)
+    body = out.getvalue()[2:-1]  # between PROTO and STOP
+    name = maker.encode()
+    module = b"throttllem.gateway.checkpoint"
+    stack_global = b"\x8c%c%s\x8c%c%s\x93" % (len(module), module, len(name), name)
+    frameless = body[9:] if body[:1] == b"\x95" else body
+    return b"\x80\x04" + stack_global + frameless + b"R."
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (call("make_blank", "os:_wrap_close"), "which is not of the core: refused"),
+        (call("make_blank", "throttllem.core.length:NormalDist"), "no class of the core: refused"),
+        (call("make_blank", "throttllem.core.length:math"), "no class of the core: refused"),
+        (call("make_blank", "throttllem.core.length:Oracle.__init__"), "not of the core: refused"),
+        (call("make_blank", "throttllem.core.types:Yesterday"), "holds a Yesterday, which this build does not have"),
+        (call("make_blank", "throttllem.core.yesterday:Row"), "holds a Row, which this build does not have"),
+        (call("make_member", "throttllem.core.types:Request", 1), "has no members"),
+        (call("make_member", "throttllem.core.types:Reason", "because"), "'because' is not a valid Reason"),
+        (call("make_tuple", "throttllem.core.types:Request", [1]), "is no named tuple"),
+        (call("fill", [], {"a": 1}), "not of the core: refused"),
+        (call("make_array", "|O8", (1,), b"\0" * 8), "numbers of type '|O8': refused"),
+        (call("make_array", "<f8", (5,), b"\0" * 8), "damaged"),
+        (call("save", 1, 2), "save, which is not allowed"),
+    ],
+    ids=range(13),
+)
+def test_what_is_allowed_cannot_be_misused(data, said):
+    with pytest.raises(CheckpointError, match=said.replace("|", r"\|")):
+        load(data, DIGESTS.__getitem__)
+
+
+def test_fields_of_a_class_are_not_set():
+    with pytest.raises(CheckpointError, match="refused"):
+        fill(Controller, {"handle": 1})
+    with pytest.raises(CheckpointError, match="sets '__class__': refused"):
+        fill(Controller(OPTIONS), {"__class__": int})
+
+
+@given(st.integers(0, 2**32), st.integers(1, 255))
+def test_damage_ends_in_one_kind_of_error(where, change):
+    """Or in a controller: a number can change and still be one."""
+    data = bytearray(WHOLE)
+    data[where % len(data)] ^= change
+    with contextlib.suppress(CheckpointError):
+        load(bytes(data), DIGESTS.__getitem__)
+
+
+def whole():
+    world = World(OPTIONS)
+    busy(world, 30)
+    return save(world.controller, table_digest)
+
+
+WHOLE = whole()
+
+
+def test_fields_that_are_new_get_their_defaults():
+    request = make_blank("throttllem.core.types:Request")
+    fill(request, {"id": 1, "arrival_s": 0.0, "prompt_tokens": 1, "max_tokens": 2, "slo": Slo()})
+    assert request == Request(id=1, arrival_s=0.0, prompt_tokens=1, max_tokens=2, slo=Slo())
