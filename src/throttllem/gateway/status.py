@@ -34,13 +34,19 @@ class Drift:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
     """Joules of one engine's GPUs since the gateway started: requests' and idle; `top_j` what the same work would have
-    taken at the top clock, by the model (None: there is no model). The saving is an estimate for that reason.
+    taken at the top clock, by the model, with the idle time left over (None: there is no model). The saving is an
+    estimate for that reason.
     """
 
     total_j: float = 0.0
     idle_j: float = 0.0
     top_j: float | None = None
     watts: float = 0.0
+
+    @property
+    def saved(self) -> float | None:
+        """The fraction of `top_j` that was not taken, negative where it took more; None: nothing to compare."""
+        return 1.0 - self.total_j / self.top_j if self.top_j else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +118,18 @@ class ModelStatus:
     prompt_tokens: int = 0
     generated_tokens: int = 0
 
+    @property
+    def title(self) -> str:
+        """The first of its names; its first engine's where no engine has told one yet."""
+        return next(iter(self.names), self.engines[0].name if self.engines else "unknown")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayStatus:
-    """The whole gateway. `now_s` is its own time line, from 0 at its start; `phase` "serving" or "draining"."""
+    """The whole gateway. `now_s` is its own time line, from 0 at its start; `phase` "serving" or "draining".
+
+    `uncontrolled`: requests that were passed on to an engine without control so far.
+    """
 
     version: str
     policy: str
@@ -123,3 +137,4 @@ class GatewayStatus:
     now_s: float
     slo: Slo
     models: tuple[ModelStatus, ...]
+    uncontrolled: int = 0

@@ -1,0 +1,118 @@
+"""A gateway that holds still: a status with a figure in every field, and a stand-in for the models that tells it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from throttllem.core.engines import Phase
+from throttllem.core.snapshot import Counts, EngineView
+from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, Slo, Verdict, VerdictKind
+from throttllem.engine.live import Ask, LiveEngine, PromptCount, Report
+from throttllem.gateway.status import (
+    Ahead,
+    Drift,
+    Energy,
+    EngineStatus,
+    GatewayStatus,
+    Kept,
+    LengthStatus,
+    ModelStatus,
+)
+from throttllem.gateway.ticket import Ticket
+
+HOSTILE = '"\\</script><img src=x onerror=alert(1)>\n$&'
+SPEC = EngineSpec(
+    gpu="a100-40gb-sxm",
+    model="llama-3-8b",
+    tp=1,
+    kv_blocks=2310,
+    block_tokens=64,
+    max_batch=64,
+    max_context_tokens=8192,
+    prefill_budget_tokens=8192,
+    chunked=True,
+    no_evict=False,
+    clocks_mhz=(210, 810, 1410),
+    idle_w=48.0,
+    startup_s=20.0,
+)
+VIEW = EngineView(
+    engine=0,
+    tp=1,
+    phase=Phase.SERVING,
+    clock_mhz=1050,
+    plan=FrequencyPlan(mhz=1065, why=Reason.LOWEST_FEASIBLE, binding=4182),
+    running=17,
+    pending=2,
+    lost_rows=1,
+    iteration=9001,
+    foreign=3,
+)
+UP = EngineStatus(
+    name="a100-0",
+    kind="simulated",
+    gpu="a100-40gb-sxm",
+    model="llama-3-8b",
+    tp=1,
+    state="up",
+    notes=("trained at the first start",),
+    spec=SPEC,
+    view=VIEW,
+    clock_mhz=1050,
+    kv_blocks=1234,
+    report=Report(running=18, waiting=1, kv_blocks=1230),
+    drift=Drift(batch=1.0, kv_blocks=-4.0, mean_batch=0.25, mean_kv_blocks=3.5, corrections=21),
+    energy=Energy(total_j=81_000.0, idle_j=9_000.0, top_j=100_000.0, watts=187.0),
+    ahead=Ahead(at_s=(0.0, 5.0, 12.0), batch=(17, 9, 1), kv_blocks=(1234, 1500, 90)),
+    decision="one clock lower breaks an SLO",
+)
+DOWN = EngineStatus(
+    name=HOSTILE, kind="openai", gpu="h100-80gb-sxm", model="llama-3-8b", tp=2, state="down", trouble=f"no {HOSTILE}"
+)
+MODEL = ModelStatus(
+    names=("llama", "alias"),
+    queue=5,
+    head=Verdict(kind=VerdictKind.WAIT, why=Reason.E2E, binding=4100),
+    counts=Counts(arrived=1511, dispatched=1500, finished=1470, rejected=6, failed=7, lost=8),
+    engines=(UP, DOWN),
+    recent=Kept(promised=200, kept=197, e2e_missed=2, tbt_missed=1),
+    ever=Kept(promised=1400, kept=1379, e2e_missed=12, tbt_missed=5, ttft_missed=4),
+    length=LengthStatus(seen=1470, exceeded=0.094, mean_error_tokens=41.5),
+    prompt_tokens=350_000,
+    generated_tokens=180_000,
+)
+STATUS = GatewayStatus(
+    version="0.1.0",
+    policy="throttllem",
+    phase="serving",
+    now_s=432.5,
+    slo=Slo(e2e_s=12.5, tbt_s=0.2),
+    models=(MODEL,),
+    uncontrolled=13,
+)
+EMPTY = GatewayStatus(version="0.1.0", policy="triton", phase="draining", now_s=0.0, slo=Slo(), models=())
+
+
+class Still:
+    """Stands for the models of a gateway; `gateway` is what it tells."""
+
+    def __init__(self, gateway: GatewayStatus = STATUS) -> None:
+        self.gateway = gateway
+
+    def status(self) -> GatewayStatus:
+        return self.gateway
+
+    def at(self, now_s: float) -> None:
+        self.gateway = replace(self.gateway, now_s=now_s)
+
+    def names(self) -> tuple[str, ...]:
+        raise AssertionError("a page asks for the status alone")
+
+    async def count(self, ask: Ask) -> PromptCount:
+        raise AssertionError("a page asks for the status alone")
+
+    def ticket(self, ask: Ask, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Ticket:
+        raise AssertionError("a page asks for the status alone")
+
+    def passage(self, model: str | None) -> LiveEngine:
+        raise AssertionError("a page asks for the status alone")
