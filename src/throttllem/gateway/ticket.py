@@ -18,7 +18,7 @@ from throttllem.gateway.status import GatewayStatus
 
 
 class RefusedError(Exception):
-    """A request that is not served (any further). `status`, `kind`, `code`: OpenAI's error; `retry_after_s`: 429, 503."""
+    """A request that is not served (further). `status`, `kind`, `code` as in OpenAI; `retry_after_s` for 429, 503."""
 
     def __init__(
         self, status: int, message: str, *, kind: str, code: str | None = None, retry_after_s: int | None = None
@@ -77,7 +77,7 @@ class Models(Protocol):
         """A ticket for a controlled request; `streams`: tokens will be told as they come."""
 
     def passage(self, model: str | None) -> LiveEngine:
-        """The engine for a request that is not under control (None: the first model). Raises RefusedError (404, 503)."""
+        """The engine of a request without control (None: the first model). Raises RefusedError (404, 503)."""
 
     def status(self) -> GatewayStatus:
         """Everything that may be shown."""

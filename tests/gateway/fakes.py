@@ -1,0 +1,215 @@
+"""Honest stand-ins for the HTTP side's tests: models that place a request at once in front of a real HTTP engine.
+
+They refuse what they are told to refuse, write down what happened, and raise on what they do not know.
+"""
+
+import asyncio
+import contextlib
+import json
+from dataclasses import dataclass, field, replace
+
+import aiohttp
+
+from tests.gateway.upstream import Engine, engine_server
+from throttllem.core.snapshot import Counts
+from throttllem.core.types import Slo
+from throttllem.engine.http import Upstream
+from throttllem.engine.live import PromptCount
+from throttllem.gateway.app import build_app, build_private_app
+from throttllem.gateway.serve_http import run
+from throttllem.gateway.settings import LimitOptions, ServeOptions, ServerOptions
+from throttllem.gateway.status import EngineStatus, GatewayStatus, Kept, LengthStatus, ModelStatus
+from throttllem.gateway.ticket import Receipt, RefusedError
+
+
+@dataclass
+class Live:
+    """The LiveEngine of `Engine`, over HTTP."""
+
+    upstream: Upstream
+
+    async def count(self, ask):
+        return PromptCount(tokens=3, by="fake", exact=True)
+
+    def open(self, call):
+        return self.upstream.open(call)
+
+
+@dataclass(eq=False)
+class Ticket:
+    """Ends exactly once: "finished", "cancelled" or "refused"."""
+
+    models: "Models"
+    ask: object
+    slo: Slo
+    caller: str
+    streams: bool
+    counted: int = 0
+    finished: int | None = None
+    ends: list = field(default_factory=list)
+    failure: RefusedError | None = None
+
+    async def __aenter__(self):
+        self.task = asyncio.current_task()
+        if self.models.refuse is not None:
+            self.ends.append("refused")
+            raise self.models.refuse
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        if not self.ends:
+            self.ends.append("refused" if self.failure else "cancelled")
+        if self.failure is not None and isinstance(error, asyncio.CancelledError):
+            self.task.uncancel()
+            raise self.failure from None
+
+    async def place(self):
+        await self.models.open.wait()
+        return self.models.engine, id(self)
+
+    def tokens(self, count=1):
+        assert not self.ends and count > 0
+        self.counted += count
+
+    def finish(self, tokens=None):
+        assert not self.ends
+        self.ends.append("finished")
+        self.finished = tokens
+        return Receipt(
+            queue_time_ms=1.5, time_to_first_token_ms=2.5, mean_itl_ms=None, energy_joules=0.25, clock_mhz=1410
+        )
+
+    def interrupt(self, failure):
+        self.failure = failure
+        self.task.cancel()
+
+
+@dataclass
+class Models:
+    """`ticket.Models` over one engine that is called "tiny". While `open` is not set, requests wait for a place."""
+
+    engine: Live
+    refuse: RefusedError | None = None
+    state: str = "up"
+    tickets: list = field(default_factory=list)
+    open: asyncio.Event = field(default_factory=asyncio.Event)
+    broken: bool = False
+
+    def names(self):
+        return ("tiny", "org/other")
+
+    def _known(self, name):
+        if self.broken:
+            raise KeyError("a secret of the inside")
+        if name not in self.names():
+            raise RefusedError(404, f"no model {name!r}", kind="invalid_request_error", code="model_not_found")
+
+    async def count(self, ask):
+        self._known(ask.model)
+        return await self.engine.count(ask)
+
+    def ticket(self, ask, count, slo, caller, *, streams):
+        ticket = Ticket(models=self, ask=ask, slo=slo, caller=caller, streams=streams)
+        self.tickets.append(ticket)
+        return ticket
+
+    def passage(self, model):
+        self._known("tiny" if model is None else model)
+        return self.engine
+
+    def status(self):
+        engine = EngineStatus(
+            name="e",
+            kind="openai",
+            gpu="g",
+            model="m",
+            tp=1,
+            state=self.state,
+            trouble=None if self.state == "up" else "x",
+        )
+        model = ModelStatus(
+            names=self.names(),
+            queue=0,
+            head=None,
+            counts=Counts(),
+            engines=(engine,),
+            recent=Kept(),
+            ever=Kept(),
+            length=LengthStatus(),
+        )
+        return GatewayStatus(version="1", policy="p", phase="serving", now_s=0.0, slo=Slo(), models=(model,))
+
+
+@dataclass
+class House:
+    """A running gateway: `url` of the API, `private` of the metrics port, and everything behind."""
+
+    url: str
+    private: str | None
+    models: Models
+    engine: Engine
+    gateway: object
+    stop: asyncio.Event
+    serving: asyncio.Task
+    http: aiohttp.ClientSession
+
+    async def post(self, path, body, headers=()):
+        """Status, headers and body of an answer."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with self.http.post(self.url + path, data=data, headers=dict(headers)) as response:
+            return response.status, response.headers, await response.read()
+
+    async def get(self, path, method="GET", headers=()):
+        async with self.http.request(method, self.url + path, headers=dict(headers)) as response:
+            return response.status, response.headers, await response.read()
+
+    @property
+    def ticket(self):
+        """The only ticket, which must have ended exactly once."""
+        (ticket,) = self.models.tickets
+        assert len(ticket.ends) == 1
+        return ticket
+
+
+@contextlib.asynccontextmanager
+async def house(*, server=None, limits=None, extra_routes=(), **options):
+    """A gateway on loopback in front of a real HTTP engine, torn down without a trace."""
+    engine = Engine()
+    listening = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+    limits = limits or LimitOptions()
+    serve = ServeOptions(server=replace(server or ServerOptions(), port=0), limits=limits, **options)
+    async with engine_server(engine) as address, aiohttp.ClientSession() as http:
+        upstream = Upstream(address)
+        models = Models(engine=Live(upstream))
+        models.open.set()
+        gateway = build_app(
+            models, serve, metrics_page=lambda status: ("text/plain", b"up 1\n"), extra_routes=extra_routes
+        )
+        private = build_private_app(gateway) if serve.server.metrics_port is not None else None
+        serving = asyncio.create_task(run(gateway, private, serve, on_listening=listening.set_result, stop=stop))
+        await asyncio.wait({serving, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            await serving
+        urls = [f"http://{host}:{port}" for host, port in listening.result()]
+        yield House(
+            url=urls[0],
+            private=urls[1] if len(urls) > 1 else None,
+            models=models,
+            engine=engine,
+            gateway=gateway,
+            stop=stop,
+            serving=serving,
+            http=http,
+        )
+        await http.close()
+        stop.set()
+        await serving
+        await upstream.close()
+
+
+async def until(condition):
+    """Wait for it, at most some seconds."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.002)

@@ -1,0 +1,274 @@
+"""The driver's side of the gateway on a loop whose time is virtual: sleeping costs nothing, and nothing is late."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+from dataclasses import dataclass, field, replace
+
+from core.toy import CLOCKS_MHZ, ToyPhysics, spec, table
+
+from throttllem.config import Noise
+from throttllem.core.controller import Controller
+from throttllem.core.options import ControllerOptions
+from throttllem.core.throttle import ClockPolicy, ThrottleOptions
+from throttllem.core.types import Slo
+from throttllem.engine.live import Ask, Call, EngineError, PromptCount
+from throttllem.engine.realtime import RealtimeEngine
+from throttllem.gateway.booking import Booking
+from throttllem.gateway.driver import Driver
+from throttllem.gateway.energy_meter import EnergyMeter
+from throttllem.gateway.link import Link
+from throttllem.gateway.models import AllModels, Served
+from throttllem.gateway.settings import LimitOptions
+from throttllem.gpu.simulated import SimulatedGpu
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Time goes by only while nothing else is to be done; waiting for nothing for ever is an error."""
+
+    def __init__(self):
+        super().__init__()
+        self.now_s = 0.0
+        self._real_select = self._selector.select
+        self._selector.select = self._select
+
+    def time(self):
+        return self.now_s
+
+    def _select(self, timeout=None):
+        found = self._real_select(0)
+        if not found and timeout is None:
+            raise RuntimeError("everybody waits, and nothing will ever happen")
+        if not found and timeout > 0:
+            self.now_s += timeout
+        return found
+
+
+def virtually(coroutine):
+    """Run it to its end in virtual time; whoever is still about then is an error."""
+
+    async def whole():
+        found = await coroutine
+        await asyncio.sleep(0.01)
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not left, left
+        return found
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(whole())
+
+
+@dataclass
+class Seen:
+    """The witness: everything that was handled and every end."""
+
+    handled_: list = field(default_factory=list)
+    ends: list = field(default_factory=list)
+
+    def handled(self, now_s, event, commands, seconds):
+        assert not self.handled_ or now_s >= self.handled_[-1][0]
+        self.handled_.append((now_s, event, tuple(commands)))
+
+    def ended(self, visit, kept):
+        assert visit.request.id not in {other.request.id for other, _ in self.ends}, "it ended twice"
+        self.ends.append((visit, kept))
+
+    def events(self, kind):
+        return [event for _, event, _ in self.handled_ if isinstance(event, kind)]
+
+    def commands(self, kind):
+        return [command for _, _, commands in self.handled_ for command in commands if isinstance(command, kind)]
+
+
+class Killable:
+    """A simulated engine that can be killed and comes back when it is let. `mute`: it says nothing of its steps,
+    `numbered`: it says no more of them than vLLM's plug-in does.
+    """
+
+    def __init__(self, *arguments, mute=False, numbered=False, **options):
+        self.make = lambda: RealtimeEngine(*arguments, **options)
+        self.inner = self.make()
+        self.named = not (mute or numbered)
+        self.mute = mute
+        self.gone = False
+        self.connects = 0
+
+    async def connect(self):
+        self.connects += 1
+        if self.gone:
+            raise EngineError("nobody is there", status=503)
+        return replace(await self.inner.connect(), exact=self.named, named=self.named)
+
+    async def count(self, ask):
+        return await self.inner.count(ask)
+
+    def open(self, call):
+        return self.inner.open(call)
+
+    async def watch(self, tell):
+        def some(report):
+            if not self.mute:
+                tell(report if self.named else anonymous(report))
+
+        await self.inner.watch(some)
+
+    async def kill(self, *, back=True):
+        self.gone = not back
+        before, self.inner = self.inner, self.make()
+        await before.close("it was killed")
+
+
+def anonymous(report):
+    """What vLLM's plug-in tells of a step: counts, no names, no joules."""
+    return replace(report, started=None, finished=None, prefills=(), joules=None)
+
+
+@dataclass
+class Rig:
+    """A driver with everything behind it; `models` is what the HTTP side sees."""
+
+    driver: Driver
+    models: AllModels
+    seen: Seen
+
+    @property
+    def link(self):
+        return self.driver.links[0]
+
+    def ledgers(self):
+        """Joules of ended requests, of open ones, idle ones, and the counters'."""
+        meters = [link.booking.meter for link in self.driver.links]
+        ended_j = sum(visit.energy_j or 0.0 for visit, _ in self.seen.ends)
+        open_j = sum(meter.ledger.open_j() for meter in meters)
+        idle_j = sum(meter.ledger.idle_j for meter in meters)
+        return ended_j, open_j, idle_j, sum(meter.gpu.read().energy_j for meter in meters)
+
+    def balanced(self):
+        ended_j, open_j, idle_j, counter_j = self.ledgers()
+        return math.isclose(ended_j + open_j + idle_j, counter_j, rel_tol=1e-9, abs_tol=1e-9)
+
+    async def up(self):
+        while any(link.state == "starting" for link in self.driver.links):
+            await asyncio.sleep(0.01)
+
+    async def ask(self, **more):
+        return await ask(self.models, **more)
+
+
+def toy_link(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, name="toy", controller=None, **changes):
+    some = spec(tp=tp, **({"kv_blocks": 200, "max_batch": 8, "no_evict": False, "chunked": True} | changes))
+    physics = ToyPhysics(spec=some)
+    device = gpu or SimulatedGpu(
+        CLOCKS_MHZ,
+        switch_latency_s=0.05,
+        watts=lambda mhz, work: physics.iteration(mhz, work.decode_rows, work.kv_tokens, work.prefill_tokens, 0.0)[1],
+        idle_w=some.idle_w,
+        now=now,
+    )
+    engine = Killable(
+        some,
+        physics,
+        noise=Noise(time=0.02, power=0.03),
+        seed=(tp,),
+        gpu=device,
+        name=name,
+        now=now,
+        mute=mute,
+        numbered=numbered,
+    )
+    meter = EnergyMeter(gpu=device, idle_w=some.idle_w, table=table_ or table(some))
+    link = Link(
+        name=f"toy-{tp}",
+        kind="simulated",
+        tp=tp,
+        catalogue_gpu="toy",
+        catalogue_model="toy",
+        engine=engine,
+        gpu=device,
+        booking=Booking(meter=meter, now=now, kv_blocks=lambda: 1),
+        now=now,
+    )
+    return link, some
+
+
+@contextlib.asynccontextmanager
+async def rig(*, policy=ClockPolicy.LEAST_ENERGY, sizes=(1,), tables=True, limits=None, slo=None, core=None, **changes):
+    """A running driver over toy engines, stopped and looked over at the end. `changes`: of the links and their specs."""
+    now = asyncio.get_running_loop().time
+    pairs = [toy_link(now, tp=tp, **changes) for tp in sizes]
+    specs = {some.tp: some for _, some in pairs}
+    aware = policy in (ClockPolicy.LEAST_ENERGY, ClockPolicy.THROTTLLEM)
+    options = ControllerOptions(
+        throttle=ThrottleOptions(policy=policy, switch_latency_s=0.05, dwell_s=0.2),
+        slo_aware=aware,
+        specs=specs,
+        tables={tp: table(some) for tp, some in specs.items()} if tables and aware else {},
+        **(core or {}),
+    )
+    seen = Seen()
+    driver = Driver(
+        controller=Controller(options),
+        links=tuple(link for link, _ in pairs),
+        limits=limits or LimitOptions(),
+        now=now,
+        witness=seen,
+    )
+    models = AllModels(
+        served=(Served(driver=driver),), version="1", policy=policy.value, slo=slo or Slo(), now=now
+    )
+    whole = Rig(driver=driver, models=models, seen=seen)
+    await models.start()
+    try:
+        yield whole
+    finally:
+        await models.stop()
+    assert not driver.open()
+    for link in driver.links:
+        assert (link.key, link.state, link.booking.open) == (None, "down", {})
+    assert whole.balanced(), whole.ledgers()
+
+
+def asked(*, tokens=8, stream=True, prompt="one two three", choices=1, model="toy", limit=None):
+    body = {"model": model, "prompt": prompt, "max_tokens": limit or tokens, "min_tokens": tokens, "ignore_eos": True}
+    body |= {"stream": stream}  # the engine gives one answer: who asks for several is told each token so often
+    return Ask(
+        path="/v1/completions",
+        model=model,
+        body=body,
+        prompts=(prompt,),
+        max_tokens=limit or tokens,
+        choices=choices,
+        stream=stream,
+    )
+
+
+async def ask(models, *, slo=None, count=6, hang_up_after=None, on_ticket=None, **more):
+    """One request as the HTTP side takes it through; its receipt."""
+    it = asked(**more)
+    counted = PromptCount(tokens=count, by="test", exact=True)
+    async with models.ticket(it, counted, slo or Slo(), "", streams=it.stream) as ticket:
+        if on_ticket is not None:
+            on_ticket(ticket)
+        engine, request_id = await ticket.place()
+        call = Call(
+            method="POST",
+            path=it.path,
+            headers=(),
+            body=json.dumps(it.body).encode(),
+            request_id=request_id,
+            ask=it,
+        )
+        async with engine.open(call) as reply:
+            assert reply.status == 200, b"".join([chunk async for chunk in reply.chunks])
+            told = 0
+            async for chunk in reply.chunks:
+                tokens = it.choices * chunk.count(b"index") if it.stream else 0
+                if tokens:
+                    ticket.tokens(tokens)
+                told += tokens
+                if hang_up_after is not None and told >= hang_up_after:
+                    return None
+            return ticket.finish(it.max_tokens * it.choices)

@@ -1,0 +1,41 @@
+import json
+
+import pytest
+
+from throttllem.engine.live import EngineError
+from throttllem.gateway.errors import HttpError, as_http, invalid, not_allowed, unavailable
+from throttllem.gateway.ticket import RefusedError
+
+
+def told(error):
+    seen = as_http(error)
+    return seen.status, json.loads(seen.body)["error"], dict(seen.headers)
+
+
+def test_a_refusal_keeps_its_words_and_says_when_to_come_back():
+    refusal = RefusedError(429, "full", kind="rate_limit_error", code="queue_full", retry_after_s=3)
+    assert told(refusal) == (
+        429,
+        {"message": "full", "type": "rate_limit_error", "param": None, "code": "queue_full"},
+        {b"retry-after": b"3"},
+    )
+    assert told(RefusedError(400, "no", kind="k"))[2] == {}
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_an_engine_error_keeps_its_status(status):
+    seen, body, _ = told(EngineError("gone", status=status))
+    assert (seen, body["message"], body["type"]) == (status, "gone", "engine_error")
+
+
+def test_anything_else_tells_nothing_of_the_inside():
+    status, body, _ = told(KeyError("secret"))
+    assert status == 500
+    assert "secret" not in json.dumps(body) and body["code"] == "internal_error"
+
+
+def test_our_own_errors():
+    assert told(invalid("n: wrong", "n"))[1]["param"] == "n"
+    assert told(not_allowed("PUT", "/x", "GET"))[2] == {b"allow": b"GET"}
+    assert told(unavailable("later", code="c", retry_after_s=2))[2] == {b"retry-after": b"2", b"connection": b"close"}
+    assert as_http(error := HttpError(418, "tea")) is error

@@ -1,0 +1,97 @@
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.gateway.upstream import chat_chunk, chat_events, completion_events, sse
+from throttllem.gateway.meter import Meter, split_events
+
+
+def measured(chunks):
+    meter = Meter()
+    tokens = sum(map(meter.feed, chunks)) + meter.close()
+    return tokens, meter.done, meter.failed, meter.used
+
+
+def compact(events):
+    """As vLLM writes JSON: without blanks."""
+    return [
+        event
+        if b"[DONE]" in event
+        else b"data: " + json.dumps(json.loads(event[6:]), separators=(",", ":")).encode() + b"\n\n"
+        for event in events
+    ]
+
+
+@pytest.mark.parametrize("written", [list, compact])
+def test_counts_what_carries_content(written):
+    assert measured(written(completion_events(5))) == (5, True, False, None)
+    assert measured(written(chat_events(5))) == (5, True, False, None)
+    assert measured(written(chat_events(5, usage=True))) == (5, True, False, 5)
+
+
+@pytest.mark.parametrize(
+    ("delta", "tokens"),
+    [
+        ({"role": "assistant", "content": ""}, 0),
+        ({"role": "assistant", "content": None, "refusal": None}, 0),
+        ({"role": "assistant"}, 0),
+        ({}, 0),
+        ({"content": ""}, 1),
+        ({"content": "x"}, 1),
+        ({"role": "assistant", "content": "x"}, 1),
+        ({"content": '"choices":[] data: [DONE] "delta":{}'}, 1),
+        ({"content": None, "reasoning_content": "x"}, 1),
+        ({"tool_calls": [{"index": 0}]}, 1),
+    ],
+)
+def test_chunks_that_only_open_or_close_are_no_tokens(delta, tokens):
+    assert measured([sse(chat_chunk(delta))])[0] == tokens
+    assert measured(compact([sse(chat_chunk(delta))]))[0] == tokens
+
+
+def test_other_kinds_of_events():
+    assert measured([b": ping\n\n", b"event: x\nid: 7\ndata: {}\n\n", b"retry: 5\n\n"])[0] == 1
+    assert measured([b"data:[DONE]\n\n"])[:2] == (0, True)
+    assert measured([b'data: {"choices": [], "usage": null}\n\n'])[0] == 0
+    assert measured([b'data: {"text_output": "x", "error": null}\n\n'])[:3] == (1, False, False)
+
+
+@pytest.mark.parametrize("error", [b'{"error": {"message": "x"}}', b'{"error":"x"}', b'{ "error" : "x"}'])
+def test_an_engines_error_is_seen(error):
+    assert measured([b"data: " + error + b"\n\n"])[:3] == (0, False, True)
+
+
+def test_last_event_may_lack_its_blank_line():
+    assert measured([b"data: {}\n\ndata: [DONE]"])[:2] == (1, True)
+
+
+STREAM = chat_events(6, usage=True) + completion_events(3)
+
+
+@given(
+    cuts=st.lists(st.integers(0, len(b"".join(STREAM))), max_size=30),
+    ends=st.lists(st.sampled_from([b"\n\n", b"\r\n\r\n", b"\r\r"]), min_size=len(STREAM), max_size=len(STREAM)),
+)
+def test_events_may_be_cut_anywhere(cuts, ends):
+    data = b"".join(event.removesuffix(b"\n\n") + end for event, end in zip(STREAM, ends, strict=True))
+    cuts = [0, *sorted(cuts), len(data)]
+    chunks = [data[start:end] for start, end in itertools.pairwise(cuts)]
+    assert measured(chunks) == (9, True, False, 6)
+
+
+@given(st.binary(max_size=300), st.integers(1, 300))
+def test_garbage_is_bounded_however_it_is_cut(data, size):
+    chunks = [data[at : at + size] for at in range(0, len(data), size)]
+    events, tail = split_events(data)
+    assert b"".join(events) + tail == data
+    assert measured(chunks)[0] <= len(events) + 1
+
+
+def test_endless_event_is_not_kept():
+    meter = Meter()
+    for _ in range(40):
+        meter.feed(b"x" * 65536)
+    assert meter.feed(b"\n\ndata: {}\n\n") == 1

@@ -1,0 +1,157 @@
+"""A real engine over HTTP for the gateway's tests: what vLLM would say, and the many ways in which engines fail."""
+
+import asyncio
+import contextlib
+import json
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+
+def sse(value):
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def chat_chunk(delta, **more):
+    return {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": "tiny"} | {
+        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}],
+        **more,
+    }
+
+
+def chat_events(words, usage=False):
+    """A chat answer as vLLM streams it."""
+    events = [sse(chat_chunk({"role": "assistant", "content": ""}))]
+    events += [sse(chat_chunk({"content": f"w{number} "})) for number in range(words)]
+    if usage:
+        counts = {"prompt_tokens": 3, "completion_tokens": words, "total_tokens": 3 + words}
+        events.append(sse(chat_chunk({}, usage=counts) | {"choices": []}))
+    return [*events, b"data: [DONE]\n\n"]
+
+
+def completion_events(words):
+    base = {"id": "t1", "object": "text_completion", "created": 1, "model": "tiny"}
+    choice = {"index": 0, "logprobs": None, "finish_reason": None}
+    events = [sse(base | {"choices": [choice | {"text": f"w{number} "}]}) for number in range(words)]
+    return [*events, b"data: [DONE]\n\n"]
+
+
+async def refusal():
+    return web.json_response({"error": {"message": "too many"}}, status=503, headers={"retry-after": "7"})
+
+
+async def half(request):
+    """A body that ends before its length."""
+    response = web.StreamResponse(headers={"content-length": "1000"})
+    await response.prepare(request)
+    await response.write(b"x" * 10)
+    await asyncio.sleep(0.01)
+    request.transport.abort()
+    return response
+
+
+async def garbage(request):
+    request.transport.write(b"this is not HTTP\r\n\r\n")
+    request.transport.close()
+    return web.Response()
+
+
+@dataclass
+class Engine:
+    """A real HTTP engine. A body's `play` says how it answers; `seen` are the requests, `left` those cut short."""
+
+    seen: list = field(default_factory=list)
+    left: int = 0
+    sent: bytes = b""
+    sent_bytes: int = 0
+    running: int = 0
+
+    def app(self):
+        app = web.Application(client_max_size=1 << 26)
+        app.router.add_route("*", "/{path:.*}", self.serve)
+        return app
+
+    async def serve(self, request):
+        body = await request.read()
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        self.seen.append((request.method, request.raw_path, headers, body))
+        try:
+            fields = json.loads(body) if body[:1] == b"{" else {}
+        except ValueError:
+            return web.json_response({"error": {"message": "?", "type": "invalid_request_error"}}, status=400)
+        self.running += 1
+        try:
+            return await self.play(request, fields)
+        except (asyncio.CancelledError, ConnectionError):
+            self.left += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def play(self, request, fields):
+        limit = fields.get("max_tokens")
+        words = min(limit, 5000) if isinstance(limit, int) and limit > 0 else 3
+        events = chat_events(words)
+        ways = {
+            "long": lambda: self.stream(request, [b"data: " + b"x" * 65536 + b"\n\n"] * 4000),
+            "no-done": lambda: self.stream(request, events[:-1]),
+            "error-event": lambda: self.stream(request, [*events[:2], sse({"error": {"message": "oh"}}), events[-1]]),
+            "break-off": lambda: self.stream(request, events[:-2], abort=True),
+            "break-event": lambda: self.stream(request, [*events[:-2], b'data: {"cut'], abort=True),
+            "hang": lambda: self.stream(request, events[:-2], hang=True),
+            "refuse": refusal,
+            "garbage": lambda: garbage(request),
+            "half": lambda: half(request),
+            "silent": lambda: asyncio.sleep(3600),
+            None: lambda: self.usual(request, fields, words),
+        }
+        return await ways[fields.get("play")]()
+
+    async def usual(self, request, fields, words):
+        if request.path.endswith("generate_stream"):
+            return await self.stream(request, [sse({"text_output": f"w{number}"}) for number in range(words)])
+        if request.path in ("/v1/completions", "/v1/chat/completions"):
+            return await self.generate(request, fields, words)
+        return web.Response(
+            body=b"\x00plain\xff",
+            headers={"x-engine": "yes", "x-request-id": "engine", "connection": "x-drop", "x-drop": "1"},
+        )
+
+    async def generate(self, request, fields, words):
+        chat = request.path.endswith("chat/completions")
+        if fields.get("stream"):
+            usage = bool((fields.get("stream_options") or {}).get("include_usage"))
+            return await self.stream(request, chat_events(words, usage) if chat else completion_events(words))
+        text = "w " * words
+        choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        counts = {"prompt_tokens": 3, "completion_tokens": words, "total_tokens": 3 + words}
+        answer = {"id": "a", "created": 1, "model": "tiny", "object": "chat.completion" if chat else "text_completion"}
+        answer |= {"choices": [choice | {"index": 0, "finish_reason": "length"}], "usage": counts}
+        self.sent = json.dumps(answer, indent=1).encode()
+        return web.Response(body=self.sent, content_type="application/json", headers={"x-engine": "yes"})
+
+    async def stream(self, request, events, *, hang=False, abort=False):
+        response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8", "x-engine": "yes"})
+        await response.prepare(request)
+        self.sent = b"".join(events) if len(events) < 1000 else b""
+        for event in events:
+            await response.write(event)
+            self.sent_bytes += len(event)
+        if hang:
+            await asyncio.sleep(3600)
+        if abort:
+            await asyncio.sleep(0.01)
+            request.transport.abort()
+        return response
+
+
+@contextlib.asynccontextmanager
+async def engine_server(engine):
+    runner = web.AppRunner(engine.app(), handler_cancellation=True, shutdown_timeout=0.01)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
