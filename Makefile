@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-slow check bench fidelity lock clean
+.PHONY: setup demo test test-slow test-real engines check bench fidelity lengths evaluation lock clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,13 @@ test-slow: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto tests/core/test_controller_machine.py
 	$(BIN)/python -m pytest -n auto -m slow
 
+# Real engines, pinned, each in an environment of its own: about 3 GB. ENGINES="vllm triton" names some only.
+engines: $(STAMP)
+	$(BIN)/python -m tools.engines $(ENGINES) --into .engines
+
+test-real: $(STAMP)
+	$(BIN)/python -m pytest -m real tests/real
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,6 +41,13 @@ bench: $(STAMP)
 
 fidelity: $(STAMP)
 	$(BIN)/python -m tools.fidelity $(FIDELITY)
+
+lengths: $(STAMP)
+	$(BIN)/python -m tools.lengths $(LENGTHS)
+
+# The gateway in front of the real engines of `make engines`: about an hour. EVALUATION="--only clients" runs some of it.
+evaluation: $(STAMP)
+	$(BIN)/python -m tools.evaluation $(EVALUATION)
 
 lock:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra dev pyproject.toml -o requirements.lock

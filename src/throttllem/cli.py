@@ -31,6 +31,8 @@ from throttllem.arguments import (
 )
 from throttllem.cli_calibrate import calibrate
 from throttllem.cli_engines import characterize, estimate, profile, train
+from throttllem.cli_replay import replay
+from throttllem.cli_serve import serve
 from throttllem.config import Environment, LengthOptions, Options, changed
 from throttllem.files import ensure_writable_dir
 from throttllem.physics.catalogue import Catalogue
@@ -48,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (characterize, profile, train, calibrate, estimate):
+for command in (serve, replay, characterize, profile, train, calibrate, estimate):
     app.command()(command)
 
 

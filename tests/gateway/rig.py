@@ -52,7 +52,7 @@ def virtually(coroutine):
 
     async def whole():
         found = await coroutine
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)  # an iteration that was begun is ended
         left = asyncio.all_tasks() - {asyncio.current_task()}
         assert not left, left
         return found

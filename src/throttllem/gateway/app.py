@@ -44,13 +44,14 @@ _CROWDED_RETRY_S = 1
 class Gateway:
     """One ASGI application; `private` is another, for the metrics port. `watch` must run beside them."""
 
-    def __init__(self, models: Models, options: ServeOptions, pages: Pages) -> None:
+    def __init__(self, models: Models, options: ServeOptions, pages: Pages, on_response: Callable[[int], None]) -> None:
         self.draining = False
         self._models = models
         self._options = options
         self._limits = options.limits
         self._access = Access(options.server.api_keys)
         self._pages = pages
+        self._on_response = on_response
         self._open: set[Exchange] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,6 +115,8 @@ class Gateway:
         finally:
             exchange.release()
             self._open.discard(exchange)
+            if exchange.status is not None:
+                self._on_response(exchange.status)
 
     async def _serve(self, exchange: Exchange, route: Callable[[Exchange], Awaitable[None]]) -> None:
         try:
@@ -238,10 +241,15 @@ class Gateway:
 
 
 def build_app(
-    models: Models, options: ServeOptions, *, metrics_page: MetricsPage, extra_routes: Sequence[Route] = ()
+    models: Models,
+    options: ServeOptions,
+    *,
+    metrics_page: MetricsPage,
+    extra_routes: Sequence[Route] = (),
+    on_response: Callable[[int], None] = lambda _: None,
 ) -> Gateway:
-    """The gateway in front of `models`; `extra_routes` are served where `/metrics` is."""
-    return Gateway(models, options, Pages(models, metrics_page, extra_routes))
+    """The gateway in front of `models`; `extra_routes` are served where `/metrics` is; `on_response` hears statuses."""
+    return Gateway(models, options, Pages(models, metrics_page, extra_routes), on_response)
 
 
 def build_private_app(gateway: Gateway) -> ASGIApp:

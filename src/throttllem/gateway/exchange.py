@@ -46,6 +46,7 @@ class Exchange:
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.started = self.finished = self.events = self.blocked = False
         self.moves = 0
+        self.status: int | None = None
         self.cause: Cause | None = None
         self.receive = receive
         self._send = send
@@ -110,6 +111,7 @@ class Exchange:
         self.started = True
         self.events = events and not any(name == b"content-length" for name, _ in headers)
         marked = [*headers, (b"x-request-id", self.request_id.encode())]
+        self.status = status
         await self._put({"type": "http.response.start", "status": status, "headers": marked})
 
     async def write(self, chunk: bytes) -> None:

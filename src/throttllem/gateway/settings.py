@@ -85,6 +85,7 @@ class EngineEntry:
     served_as: str | None = None
     tokenizer: Path | None = None
     stats: str | None = None
+    metrics_url: str | None = None
     max_batch: int | None = None
     max_context_tokens: int | None = None
     kv_blocks: int | None = None
@@ -115,8 +116,11 @@ class LiveLengthOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecorderOptions:
-    """The flight recorder: `files` files of at most `file_bytes` each in `folder` (None: nothing is recorded)."""
+    """The flight recorder: `files` files of about `file_bytes` each per model, in `folder` (None: `flight` in the
+    state's folder).
+    """
 
+    enabled: bool = True
     folder: Path | None = None
     file_bytes: int = 32 * 1024 * 1024
     files: int = 4
@@ -125,14 +129,18 @@ class RecorderOptions:
         check("recorder", file_bytes=(self.file_bytes, 64 * 1024, 1 << 40), files=(self.files, 2, 1000))
 
 
+RESOLVED = ("throttle.policy", "throttle.fixed_mhz")
+"""What `policy` says."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
     """Everything `serve` can be told. `slo` is the promise of a request that names none; `classes` are promises by
-    name, chosen with the header `x-slo-class`. `state_dir` keeps what survives a restart (None: nothing does).
-    `catalogue`: GPUs and models of your own.
+    name, chosen with the header `x-slo-class`. `state_dir` keeps what survives a restart: what was learned of
+    answers' lengths, and the flight recorder's files. `catalogue`: GPUs and models of your own.
     """
 
-    policy: str = "throttllem"
+    policy: str = "least-energy"
     server: ServerOptions = field(default_factory=ServerOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
     engines: tuple[EngineEntry, ...] = (EngineEntry(),)
@@ -145,5 +153,5 @@ class ServeOptions:
     recorder: RecorderOptions = field(default_factory=RecorderOptions)
     batching: EngineOptions = field(default_factory=EngineOptions)
     noise: Noise = field(default_factory=Noise)
-    state_dir: Path | None = None
+    state_dir: Path = Path("~/.local/state/throttllem")
     catalogue: Path | None = None

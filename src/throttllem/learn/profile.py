@@ -6,11 +6,12 @@ Checks what it reads and names file, row and column of what is wrong. Knows noth
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 
+from throttllem.core.types import EngineSpec
 from throttllem.files import write_aside
 
 PARQUET = ".parquet"
@@ -42,8 +43,27 @@ COLUMNS = (
 OPTIONAL = (
     Column(name="prompts", dtype=pl.Int64, least=0),
     Column(name="prefill_pairs", dtype=pl.Float64, least=0.0),
+    Column(name="max_batch", dtype=pl.Int64, least=1),
+    Column(name="kv_capacity_blocks", dtype=pl.Int64, least=1),
+    Column(name="prefill_budget_tokens", dtype=pl.Int64, least=1),
+    Column(name="max_context_tokens", dtype=pl.Int64, least=1),
+    Column(name="point", dtype=pl.Int64, least=0),
+    Column(name="seconds_by", dtype=pl.String),
+    Column(name="watts_by", dtype=pl.String),
+    Column(name="any_clock", dtype=pl.Int64, least=0),
 )
-"""Kept where the file has them: what `batch` and `prefill_tokens` leave open, and `calibrate` can use."""
+"""Kept where the file has them: what `batch` and `prefill_tokens` leave open, and `calibrate` can use; what a live
+engine said of itself, which of its rows were measured together, and how.
+"""
+SIMULATED = ("prompts", "prefill_pairs")
+"""The optional columns of a simulated engine's profile."""
+CAPACITIES = {
+    "max_batch": "max_batch",
+    "kv_capacity_blocks": "kv_blocks",
+    "prefill_budget_tokens": "prefill_budget_tokens",
+    "max_context_tokens": "max_context_tokens",
+}
+"""Columns that hold the engine's capacities, by the field of its spec; the same in every row of a size."""
 SAME_THROUGHOUT = ("gpu", "model", "block_tokens")
 _LARGEST_WHOLE = 2.0**53
 """Whole numbers above it are not exact in the doubles that they are read as."""
@@ -70,6 +90,10 @@ def read_profile(path: Path, sizes: Collection[int] | None = None) -> pl.DataFra
     for name in SAME_THROUGHOUT:
         others = checked[name] != checked[name][0]
         _refuse(path, checked[name], others, f"a profile is of one {name}, and row 1 says {checked[name][0]!r}")
+    for name in CAPACITIES:
+        if name in checked.columns:
+            firsts = checked.select(pl.col(name).first().over("tp")).to_series()
+            _refuse(path, checked[name], checked[name] != firsts, "an engine size has one capacity throughout")
     if sizes is not None:
         known = ", ".join(str(size) for size in sorted(sizes))
         _refuse(path, checked["tp"], ~checked["tp"].is_in(sorted(sizes)), f"unknown engine size; known: {known}")
@@ -84,6 +108,15 @@ def write_profile(profile: pl.DataFrame, path: Path) -> None:
             profile.write_csv(unfinished)
         else:
             profile.write_parquet(unfinished)
+
+
+def spec_of(profile: pl.DataFrame, spec: EngineSpec) -> EngineSpec:
+    """`spec` with the capacities that a profile carries of this size; as it is where it carries none."""
+    if not set(CAPACITIES) <= set(profile.columns):
+        return spec
+    row = profile.filter(pl.col("tp") == spec.tp).row(0, named=True)
+    capacities = {of: int(row[name]) for name, of in CAPACITIES.items()}
+    return replace(spec, block_tokens=int(row["block_tokens"]), **capacities)
 
 
 def place(path: Path, row: int) -> str:
