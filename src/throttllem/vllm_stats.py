@@ -1,0 +1,116 @@
+"""vLLM's side of exact progress: a stat logger that sends every engine step to the gateway.
+
+Runs inside vLLM's API server (plug-in group `vllm.stat_logger_plugins`), so it needs vLLM and the standard library
+only, and never raises into it. `THROTTLLEM_STATS` says where to: a Unix socket's path or HOST:PORT of loopback; the
+capacities that vLLM does not tell otherwise go to its own `/metrics` as `throttllem_engine_info`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from typing import Any
+
+from prometheus_client import REGISTRY, Gauge
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from throttllem.engine.stats import StepStats, parse_address
+
+VARIABLE = "THROTTLLEM_STATS"
+INFO = "throttllem_engine_info"
+logger = logging.getLogger("vllm.throttllem")
+
+
+class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
+    """Sends the steps of engine `engine_index` of this process; nothing if no address is set."""
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        self._config = vllm_config
+        self._index = engine_index
+        self._boot = time.time_ns()
+        self._sequence = 0
+        self._step = 0
+        self._usage = 0.0
+        self._socket: socket.socket | None = None
+        self._address: str | tuple[str, int] = ""
+        try:
+            self._open(os.environ.get(VARIABLE, ""))
+        except (OSError, ValueError) as error:
+            logger.warning("throttllem: no steps are sent: %s", error)
+
+    def _open(self, text: str) -> None:
+        # Steps of several engines or API servers behind one address are parts, which nobody can put together.
+        if not text or self._index:
+            return
+        family, self._address = parse_address(text)
+        self._socket = socket.socket(family, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        """One step of the engine has ended."""
+        if self._socket is None or scheduler_stats is None:
+            return
+        try:
+            datagram = self._stats(scheduler_stats, iteration_stats).pack()
+            self._socket.sendto(datagram, self._address)
+        except OSError:
+            # Nobody listens, or too slowly: the next sequence number shows the gap.
+            pass
+        except Exception:
+            logger.exception("throttllem: this vLLM does not tell its steps as expected; none is sent any more")
+            self.close()
+
+    def _stats(self, scheduler: Any, iteration: Any) -> StepStats:
+        usage, details = float(scheduler.kv_cache_usage), scheduler.iteration_details
+        # A step without tokens computed part of a prompt, or nothing at all (it only freed what was aborted).
+        computed = details is not None or iteration is not None or usage > self._usage
+        step = self._step if computed else None
+        self._sequence, self._step, self._usage = self._sequence + 1, self._step + computed, usage
+        prompt_tokens = iteration.prompt_token_stats.computed if iteration is not None else 0
+        return StepStats(
+            boot=self._boot,
+            sequence=self._sequence,
+            step=step,
+            monotonic_s=time.monotonic(),
+            running=scheduler.num_running_reqs,
+            waiting=scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs,
+            kv_usage=usage,
+            prompt_tokens=prompt_tokens if details is None else details.num_ctx_tokens,
+            generated_tokens=iteration.num_generation_tokens if iteration is not None else 0,
+            preemptions=iteration.num_preempted_reqs if iteration is not None else 0,
+            decode_rows=None if details is None else details.num_generation_requests,
+            seconds=None if details is None else details.elapsed_ms / 1000,
+        )
+
+    def close(self) -> None:
+        """Send nothing any more."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def log_engine_initialized(self) -> None:
+        """The engine is up: its capacities are known now."""
+        try:
+            self._tell_capacities()
+        except Exception:
+            logger.exception("throttllem: this vLLM does not tell its capacities as expected")
+
+    def _tell_capacities(self) -> None:
+        if self._index or INFO in REGISTRY._names_to_collectors:
+            return
+        scheduler = self._config.scheduler_config
+        labels = {
+            "stats": os.environ.get(VARIABLE, "") if self._socket is not None else "",
+            "max_num_seqs": str(scheduler.max_num_seqs),
+            "max_num_batched_tokens": str(scheduler.max_num_batched_tokens),
+            "chunked_prefill": str(int(scheduler.enable_chunked_prefill)),
+            "engines": str(self._config.parallel_config.data_parallel_size),
+            "api_servers": str(self._config.parallel_config._api_process_count),
+        }
+        Gauge(INFO, "What the gateway must know of this engine", list(labels), multiprocess_mode="mostrecent").labels(
+            **labels
+        ).set(1)

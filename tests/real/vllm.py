@@ -1,0 +1,59 @@
+"""A real vLLM with the plug-in, and engines on it, for the tests of this folder."""
+
+import asyncio
+import json
+import os
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+from tests.engine.contract import CHECKS
+from tests.engine.upstreams import eventually
+from throttllem.engine.openai import OpenaiEngine
+from tools.engines.vllm_server import FLAGS, MODEL, vllm_server
+
+ENVIRONMENT = Path(__file__).parents[2] / ".engines/vllm"
+CARD = {"gpu": "a100-40gb-sxm", "model": "llama-3-8b", "tp": 1, "clocks_mhz": (210, 1410), "idle_w": 50.0}
+DEADLY = CHECKS[-2:]
+"""They end the engine: each has one of its own."""
+
+
+@contextmanager
+def started(model, folder, *, flags=FLAGS):
+    """A vLLM with the plug-in, beside which this process keeps off its core."""
+    address = str(folder / "steps.sock")
+    before = os.sched_getaffinity(0)
+    environment = {"THROTTLLEM_STATS": address, "VLLM_SERVER_DEV_MODE": "1"}
+    with vllm_server(
+        ENVIRONMENT, model, folder / "vllm.log", flags=flags, environment=environment, say=print
+    ) as server:
+        os.sched_setaffinity(0, server.cores)
+        try:
+            yield server, address
+        finally:
+            os.sched_setaffinity(0, before)
+
+
+@asynccontextmanager
+async def engine_of(url, **options):
+    engine = OpenaiEngine(url=url, scrape_s=0.1, **CARD | options)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def body(tokens, *, stream=True, prompt="def main():", **more):
+    fields = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": stream}
+    return json.dumps({"temperature": 0, **fields, **more}).encode()
+
+
+@asynccontextmanager
+async def watched(engine):
+    told = []
+    task = asyncio.create_task(engine.watch(told.append))
+    try:
+        await eventually(lambda: told or task.done())
+        yield told, task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,63 @@
+"""Makes a tiny random Llama with a tokenizer and a chat template, for engines that only have to be real, not clever.
+
+Run by the Python of an engine's own environment: `python tools/engines/tiny_model.py FOLDER`. It needs no network: the
+tokenizer is trained on the standard library's sources. Text and speed mean nothing; tokens, batches and KV blocks do.
+"""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch  # type: ignore[import-not-found, unused-ignore]
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (  # type: ignore[import-not-found, unused-ignore]
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 8192
+BEGIN, END = "<s>", "</s>"
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]\n{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer: every text has tokens, and tokens join to the text."""
+    sources = sorted(str(path) for path in Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    trained = ByteLevelBPETokenizer()
+    trained.train(sources, vocab_size=VOCABULARY, special_tokens=[BEGIN, END], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token=BEGIN, eos_token=END)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def make_model(folder: Path) -> None:
+    """Four layers of width 256 with two KV heads: 8 MB, a few milliseconds per token on one core."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def main() -> None:
+    """Write both into the folder named on the command line."""
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    make_tokenizer(folder)
+    make_model(folder)
+
+
+if __name__ == "__main__":
+    main()
