@@ -180,8 +180,8 @@ def test_step_numbers_count_from_the_first_and_may_jump():
     assert progress.token(1) == [stepped(1, started=(1,))]
     assert progress.report(Report(running=1, waiting=0, step=101)) == [Observed(engine=3, running=1, waiting=0)]
     assert progress.report(Report(running=1, waiting=0, step=121))[0] == stepped(21)
-    assert progress.token(1) == [progressed(1, 2)]
-    assert progress.ended(1, 2) == [stepped(21, finished=(1,))]
+    assert progress.token(1) == []  # one event of several tokens, as a busy engine sends them
+    assert progress.ended(1, 2) == [progressed(1, 2), stepped(21, finished=(1,))]
 
 
 def test_a_token_may_come_before_the_report_of_its_step():
@@ -231,3 +231,20 @@ def test_exact_reports_are_told_as_they_are_and_nothing_else():
     assert progress.report(Report(running=1, waiting=0)) == []
     assert progress.report(Report(running=1, waiting=0, step=41, started=(), finished=())) == [stepped(1)]
     assert progress.iteration == 1
+
+
+def test_tokens_are_those_of_the_steps_where_events_hold_several():
+    progress = Progress(3, exact=False)
+    progress.dispatched(1, streams=True)
+    progress.report(Report(running=1, waiting=0, step=100))
+    progress.token(1)
+    start = progress.iteration
+    progress.report(Report(running=1, waiting=0, step=110))
+    progress.token(1)
+    told = progress.iteration - start + 1
+    assert progress.tokens(1) == told > 2
+    assert [event for event in progress.ended(1, None) if isinstance(event, Progressed)] == []
+    progress.dispatched(2, streams=True)
+    progress.token(2)
+    assert progressed(2, 5) in progress.ended(2, 5)
+    assert progress.tokens(2) is None

@@ -74,7 +74,8 @@ class Reply:
 class Connected:
     """What an engine says of itself when it is reached. `models` are the names that it serves; `default_max_tokens` is
     what it takes where a completion names no limit (None: as much as its context holds). `exact` says that `watch` will
-    report every step, `named` that its reports name who started and finished in it. `notes` are for people: what was assumed, what is missing and what that costs.
+    report every step, `named` that its reports name who started and finished in it. `notes` are for people: what was
+    assumed, what is missing and what that costs.
     """
 
     spec: EngineSpec

@@ -6,7 +6,8 @@ stands in iteration p is of p + 1 at the earliest; a first token is of a later i
 its request was sent; and since one burst of tokens is read before the next but one, no token is of an iteration older
 than the one before the latest. The latest of these lower bounds is the iteration: it lags a little, it never runs
 ahead, so a chunk with several tokens or another order within a burst does no harm. Step numbers, where the engine
-tells them, lift it to what it is.
+tells them, lift it to what it is; a stream that lags behind them then only shows that events hold several tokens, as
+those of a busy vLLM do (1.7 to 3.6 on the mean, measured with 32 streams on two cores).
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ class Progress:
         self._streams_prove = True
 
     @property
+    def _steps(self) -> bool:
+        """Does the engine number its steps?"""
+        return self._first_step is not None
+
+    @property
     def iteration(self) -> int:
         """The iteration told last, -1 before the first."""
         return self._iteration
@@ -100,7 +106,7 @@ class Progress:
         if row is None or self.exact:
             self._leave(request_id)
             return []
-        known = row.streams or tokens is not None
+        known = (row.streams and not self._steps) or tokens is not None
         row.tokens = row.tokens if tokens is None else tokens
         began = [row] if row.start is None and (row.tokens > 0 or not known) else []
         events = self._reach(max(self._iteration, row.sent + 1), began)
@@ -109,6 +115,15 @@ class Progress:
             events.append(Progressed(engine=self.engine, request_id=request_id, tokens=max(1, row.length)))
         events.append(Stepped(engine=self.engine, iteration=self._iteration, finished=(request_id,)))
         return events
+
+    def tokens(self, request_id: int) -> int | None:
+        """Tokens of a request so far, of all its sequences together, as well as can be told; None: not known."""
+        row = self._rows.get(request_id)
+        if row is None:
+            return None
+        if self._steps and row.start is not None:
+            return max(row.tokens, (self._iteration - row.start + 1) * row.sequences)
+        return row.tokens if row.streams else None
 
     def dropped(self, request_id: int) -> None:
         """A request was cancelled, or failed: forget it."""
@@ -174,6 +189,8 @@ class Progress:
         """A row whose tokens are not those of its iterations: thrown out in between, or several in a chunk."""
         assert row.start is not None
         ahead = self._iteration - row.start + 1 - row.length
+        if self._steps and ahead > 0:
+            return
         if abs(ahead) < _TOLERATED_TOKENS or row.sequences > 1 or self._iteration - row.corrected < _CORRECT_EVERY:
             return
         row.start += ahead
