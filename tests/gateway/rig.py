@@ -23,6 +23,7 @@ from throttllem.gateway.energy_meter import EnergyMeter
 from throttllem.gateway.link import Link
 from throttllem.gateway.models import AllModels, Served
 from throttllem.gateway.settings import LimitOptions
+from throttllem.gateway.top_clock import TopClock
 from throttllem.gpu.simulated import SimulatedGpu
 
 
@@ -179,7 +180,7 @@ def toy_link(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, na
         mute=mute,
         numbered=numbered,
     )
-    meter = EnergyMeter(gpu=device, idle_w=some.idle_w, table=table_ or table(some))
+    meter = EnergyMeter(gpu=device, top=TopClock(table=table_ or table(some)))
     link = Link(
         name=f"toy-{tp}",
         kind="simulated",
@@ -196,7 +197,7 @@ def toy_link(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, na
 
 @contextlib.asynccontextmanager
 async def rig(*, policy=ClockPolicy.LEAST_ENERGY, sizes=(1,), tables=True, limits=None, slo=None, core=None, **changes):
-    """A running driver over toy engines, stopped and looked over at the end. `changes`: of the links and their specs."""
+    """A running driver over toy engines, looked over at its end. `changes`: of the links and their specs."""
     now = asyncio.get_running_loop().time
     pairs = [toy_link(now, tp=tp, **changes) for tp in sizes]
     specs = {some.tp: some for _, some in pairs}
@@ -216,9 +217,7 @@ async def rig(*, policy=ClockPolicy.LEAST_ENERGY, sizes=(1,), tables=True, limit
         now=now,
         witness=seen,
     )
-    models = AllModels(
-        served=(Served(driver=driver),), version="1", policy=policy.value, slo=slo or Slo(), now=now
-    )
+    models = AllModels(served=(Served(driver=driver),), version="1", policy=policy.value, slo=slo or Slo(), now=now)
     whole = Rig(driver=driver, models=models, seen=seen)
     await models.start()
     try:

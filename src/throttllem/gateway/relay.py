@@ -46,17 +46,21 @@ async def _events(exchange: Exchange, reply: Reply, ticket: Ticket, *, counted: 
     meter = Meter()
     held = _Held() if metrics else None
     receipt: Receipt | None = None
-    await exchange.start(_status(reply), _headers(reply.headers, _LENGTH if metrics else frozenset()), events=True)
-    async for chunk in reply.chunks:
-        count = meter.feed(chunk)
-        if count and counted:
-            ticket.tokens(count)
-        if meter.done and receipt is None and not meter.failed:
-            receipt = ticket.finish(meter.used)
-        if held is None:
-            await exchange.write(chunk)
-        elif ready := held.feed(chunk, receipt):
-            await exchange.write(ready)
+    await exchange.start(_status(reply), _headers(reply.headers, _LENGTH), events=True)
+    try:
+        async for chunk in reply.chunks:
+            count = meter.feed(chunk)
+            if count and counted:
+                ticket.tokens(count)
+            if meter.done and receipt is None and not meter.failed:
+                receipt = ticket.finish(meter.used)
+            if held is None:
+                await exchange.write(chunk)
+            elif ready := held.feed(chunk, receipt):
+                await exchange.write(ready)
+    except EngineError:
+        if receipt is None:  # after [DONE] the answer is whole, whatever becomes of its connection
+            raise
     if (count := meter.close()) and counted:
         ticket.tokens(count)
     if receipt is None and not meter.failed:

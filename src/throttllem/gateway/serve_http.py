@@ -162,7 +162,7 @@ def _bound(host: str, port: int, option: str) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise OSError(error.errno, f"server.host = {host!r}: {error.strerror}") from error
+        raise OSError(f"server.host = {host!r}: {error.strerror}") from error
     # A name like localhost may have an address of each kind; clients try IPv4 in any case.
     family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
     sock = socket.socket(family, kind, protocol)
@@ -176,4 +176,6 @@ def _bound(host: str, port: int, option: str) -> socket.socket:
 
 
 def _taken(error: OSError, option: str, host: str, port: int) -> OSError:
-    return OSError(error.errno, f"{option} = {port}: cannot listen on {host}:{port}: {error.strerror}")
+    taken = OSError(f"{option} = {port}: cannot listen on {host}:{port}: {error.strerror}")
+    taken.errno = error.errno  # set beside the words, it is not said to people
+    return taken

@@ -1,0 +1,167 @@
+"""`serve --check`: the resolved configuration, where each value came from, and what it would do. Changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from throttllem.core.options import ControllerOptions
+from throttllem.engine.live import Connected, EngineError
+from throttllem.files import WriteError, writable_dir
+from throttllem.gateway.build import Gateway, build_gateway
+from throttllem.gateway.link import Link
+from throttllem.gateway.serve_http import bind
+from throttllem.gateway.settings import ServeOptions
+from throttllem.tree import leaves
+
+_REACH_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of the answer. `mark`: "ok", "--" (to be known), "!!" (trouble); `fatal`: serve would not start."""
+
+    mark: str
+    text: str
+    fatal: bool = False
+
+
+async def check_configuration(options: ServeOptions, origins: dict[str, str], cache_dir: Path) -> list[Finding]:
+    """Everything worth saying, in the order in which `serve` would come to it."""
+    findings = [
+        *_values(options, origins),
+        *_ports(options),
+        *_access(options),
+        *_folders(options),
+        *_promises(options),
+    ]
+    try:
+        gateway = build_gateway(options, cache_dir, version="", now=time.monotonic, learn=False)
+    except (ValueError, OSError) as error:
+        return [*findings, Finding(mark="!!", text=str(error), fatal=True)]
+    return [*findings, *await _engines(gateway, options)]
+
+
+def _values(options: ServeOptions, origins: dict[str, str]) -> Iterator[Finding]:
+    """Every option that was set, and where."""
+    for path, value in leaves(options):
+        if path in origins:
+            yield Finding(mark="ok", text=f"{path} = {value}   ({origins[path]})")
+    yield Finding(mark="--", text="everything else has its default (docs/configuration.md)")
+
+
+def _ports(options: ServeOptions) -> Iterator[Finding]:
+    try:
+        bind(options.server).close()
+    except OSError as error:
+        yield Finding(mark="!!", text=str(error), fatal=True)
+        return
+    server = options.server
+    private = f", metrics and dashboard on port {server.metrics_port}" if server.metrics_port is not None else ""
+    yield Finding(mark="ok", text=f"would listen on {server.host}:{server.port}{private}")
+
+
+def _access(options: ServeOptions) -> Iterator[Finding]:
+    server = options.server
+    if server.api_keys:
+        yield Finding(mark="ok", text=f"{len(server.api_keys)} API keys: a request must carry one of them")
+    elif server.host in {"127.0.0.1", "localhost", "::1"}:
+        yield Finding(mark="ok", text="no API keys: everybody on this machine may ask")
+    else:
+        yield Finding(
+            mark="!!", text=f"no API keys, and {server.host} is not loopback: everybody who reaches it may ask"
+        )
+
+
+def _folders(options: ServeOptions) -> Iterator[Finding]:
+    state = options.state_dir.expanduser()
+    try:
+        writable_dir(state)
+    except WriteError as error:
+        yield Finding(mark="!!", text=f"state_dir: {error}", fatal=True)
+        return
+    yield Finding(mark="ok", text=f"what is learned of answers' lengths is kept in {state}")
+    recorder = options.recorder
+    if recorder.enabled:
+        folder = (recorder.folder or options.state_dir / "flight").expanduser()
+        most = recorder.files * recorder.file_bytes / 2**20
+        yield Finding(mark="ok", text=f"flight recorder: {folder}, at most {most:.0f} MiB per model")
+
+
+def _promises(options: ServeOptions) -> Iterator[Finding]:
+    for name, slo in (("by default", options.slo), *((f"class {name}", slo) for name, slo in options.classes.items())):
+        parts = [
+            f"{part[:-2].upper()} {getattr(slo, part):g} s"
+            for part in ("e2e_s", "tbt_s", "ttft_s")
+            if getattr(slo, part)
+        ]
+        yield Finding(mark="ok" if parts else "--", text=f"promise {name}: {', '.join(parts) or 'none'}")
+
+
+async def _engines(gateway: Gateway, options: ServeOptions) -> list[Finding]:
+    findings = []
+    for model in gateway.models.served:
+        aware = model.driver.controller.options.slo_aware
+        scales = model.driver.controller.options.autoscale is not None
+        largest = max(link.tp for link in model.driver.links)
+        for link in model.driver.links:
+            findings += await _engine(link, model.driver.controller.options, options)
+            if link.tp < largest and not scales:
+                findings.append(_never_started(link, options.policy))
+            if aware and link.tp not in model.driver.controller.options.tables:
+                findings.append(_no_table(link))
+    return findings
+
+
+async def _engine(link: Link, core: ControllerOptions, options: ServeOptions) -> list[Finding]:
+    try:
+        async with asyncio.timeout(_REACH_S):
+            connected = await link.engine.connect()
+    except TimeoutError:
+        return [Finding(mark="!!", text=f"engine {link.name}: no answer within {_REACH_S:g} s")]
+    except EngineError as error:
+        return [Finding(mark="!!", text=f"engine {link.name}: {error}; serve would wait for it")]
+    finally:
+        if link.close is not None:
+            await link.close()
+    return [Finding(mark="ok", text=_described(link, connected, core, options)), *_notes(link, connected)]
+
+
+def _described(link: Link, connected: Connected, core: ControllerOptions, options: ServeOptions) -> str:
+    spec, clocks = connected.spec, connected.spec.clocks_mhz
+    table = core.tables.get(link.tp)
+    if table is not None:
+        clocks = table.clocks_mhz
+    return (
+        f"engine {link.name} serves {', '.join(connected.models)}: {spec.kv_blocks} KV blocks of {spec.block_tokens} "
+        f"tokens, {spec.max_batch} requests, context {spec.max_context_tokens}; policy {options.policy} would choose "
+        f"among {len(clocks)} clocks, {clocks[0]} to {clocks[-1]} MHz, of a simulated {link.catalogue_gpu}"
+    )
+
+
+def _notes(link: Link, connected: Connected) -> Iterator[Finding]:
+    for note in connected.notes:
+        yield Finding(mark="--", text=f"engine {link.name}: {note}")
+
+
+def _never_started(link: Link, policy: str) -> Finding:
+    return Finding(
+        mark="!!",
+        text=f"engine {link.name} would never be used: policy {policy} serves the largest size; {policy}+autoscale "
+        "chooses among them",
+    )
+
+
+def _no_table(link: Link) -> Finding:
+    if link.kind == "simulated":
+        return Finding(
+            mark="--", text=f"engine {link.name}: its performance table is trained at the first start (cached)"
+        )
+    return Finding(
+        mark="--",
+        text=f"engine {link.name} has no performance table: top clock, no admission by promises; "
+        f"`throttllem profile --url ...`, `throttllem train`, then tables = FOLDER",
+    )

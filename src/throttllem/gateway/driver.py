@@ -1,0 +1,294 @@
+"""The wall-clock driver of one model: events into the core as they happen, its commands carried out on real engines.
+
+It owns the clock and the open requests; every decision is the core's. Events go through an inbox, so the core sees
+one after the other and time never goes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from time import perf_counter
+from typing import Protocol
+
+from throttllem.core.controller import Controller
+from throttllem.core.types import (
+    Arrived,
+    Cancel,
+    Cancelled,
+    Command,
+    Dispatch,
+    EngineSpec,
+    Event,
+    Fail,
+    Observed,
+    Progressed,
+    Reason,
+    Reject,
+    SetClock,
+    StartEngine,
+    Stepped,
+    StopEngine,
+    Timer,
+)
+from throttllem.engine.live import EngineError
+from throttllem.gateway import refusals
+from throttllem.gateway.inbox import Inbox
+from throttllem.gateway.link import Link
+from throttllem.gateway.promises import Promises, judged
+from throttllem.gateway.settings import LimitOptions
+from throttllem.gateway.ticket import RefusedError
+from throttllem.gateway.visit import Visit
+from throttllem.gateway.watchdog import sweep, tick
+
+log = logging.getLogger("throttllem.gateway")
+
+_UNKNOWN_RETRY_S = 5
+_LONGEST_RETRY_S = 60
+
+
+class Witness(Protocol):
+    """Whoever keeps what happened: the flight recorder and the histograms of metrics."""
+
+    def handled(self, now_s: float, event: Event, commands: list[Command] | None, seconds: float) -> None:
+        """The core took `event` in, in `seconds`, and answered with `commands` (None: it raised)."""
+
+    def ended(self, visit: Visit, kept: bool | None) -> None:
+        """A request ended; `kept`: all its promises, None if it had none or its client left."""
+
+
+class Driver:
+    """One controller and the engines of one model. `start`, then requests as `Visit`s, then `stop`."""
+
+    def __init__(
+        self,
+        *,
+        controller: Controller,
+        links: tuple[Link, ...],
+        limits: LimitOptions,
+        now: Callable[[], float],
+        witness: Witness,
+    ) -> None:
+        self.controller = controller
+        self.links = links
+        self.limits = limits
+        self.now = now
+        self.promises = Promises()
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self._witness = witness
+        self._visits: dict[int, Visit] = {}
+        self._next_id = 0
+        self._inbox = Inbox(self._handle, self._arm, now)
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due_s = math.inf
+        self._finishes: deque[float] = deque(maxlen=64)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # ---- life ------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Bring up the largest engine; the core starts others as it needs them."""
+        max(self.links, key=lambda link: link.tp).start(0, self.tell)
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(work) for work in (sweep(self), *(tick(link) for link in self.links))]
+
+    async def stop(self) -> None:
+        """Let go of everything; requests that still run end with an error."""
+        for visit in list(self._visits.values()):
+            self.fail(visit, refusals.draining())
+        self._inbox.drain()
+        if self._timer:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for link in self.links:
+            await link.stop()
+
+    # ---- requests --------------------------------------------------------------------------------------------
+
+    def fresh_id(self) -> int:
+        """An id that no request had."""
+        self._next_id += 1
+        return self._next_id
+
+    def arrive(self, visit: Visit) -> None:
+        """A request came in."""
+        self._visits[visit.request.id] = visit
+        self.tell(Arrived(request=visit.request))
+
+    def finish(self, visit: Visit, tokens: int | None) -> None:
+        """A request has its whole answer."""
+        visit.ended = True
+        self._visits.pop(visit.request.id, None)
+        if visit.link is not None:
+            if tokens is None:
+                visit.generated_tokens = max(visit.generated_tokens, visit.link.tokens_of(visit.request.id))
+            visit.energy_j = visit.link.ended(visit.request.id, tokens)
+        self._finishes.append(self.now())
+        self._book(visit, served=True)
+
+    def leave(self, visit: Visit, error: BaseException | None = None) -> None:
+        """The HTTP side is done with a request that did not finish: its client left (`error`: a cancel), or the engine
+        failed it, or answered with an error of its own (None).
+        """
+        visit.ended = True
+        engine_failed = isinstance(error, EngineError)
+        if visit.link is not None and visit.link.state == "up" and (engine_failed or error is None):
+            self._leave_suspect(visit, visit.link)
+        else:
+            self._forget(visit)
+        self._book(visit, served=None if not engine_failed else False)
+
+    def fail(self, visit: Visit, failure: RefusedError) -> None:
+        """End a request from this side, if it has not ended."""
+        if visit.ended:
+            return
+        self._forget(visit)
+        visit.refuse(failure)
+        self._book(visit, served=False)
+
+    def spec(self) -> EngineSpec | None:
+        """The engine that takes new requests, or the one that did last."""
+        serving = self.controller.serving()
+        found = [link for link in self.links if link.connected and link.key == serving and serving is not None]
+        found = found or [link for link in self.links if link.connected]
+        return found[0].connected.spec if found and found[0].connected else None
+
+    def link(self) -> Link | None:
+        """The engine that takes new requests now."""
+        serving = self.controller.serving()
+        return next((link for link in self.links if serving is not None and link.key == serving), None)
+
+    def retry_after_s(self) -> int:
+        """When a refused client may well find a place: the queue ahead of it, at the pace of the last minute."""
+        now_s = self.now()
+        recent = [at_s for at_s in self._finishes if now_s - at_s < _LONGEST_RETRY_S]
+        if not recent:
+            return _UNKNOWN_RETRY_S
+        pace = len(recent) / max(1.0, now_s - recent[0])
+        return max(1, min(_LONGEST_RETRY_S, math.ceil((self.controller.snapshot().queue + 1) / pace)))
+
+    def open(self) -> tuple[Visit, ...]:
+        """Requests that have not ended."""
+        return tuple(self._visits.values())
+
+    # ---- the core --------------------------------------------------------------------------------------------
+
+    def tell(self, event: Event) -> None:
+        """Hand an event to the core and do what it says; what only tells of progress goes in soon."""
+        if isinstance(event, Stepped | Progressed | Observed):
+            self._inbox.note(event)
+        else:
+            self._inbox.tell(event)
+
+    def _handle(self, event: Event, now_s: float) -> None:
+        before = perf_counter()
+        try:
+            commands = self.controller.handle(event, now_s)
+        except Exception:
+            self._witness.handled(now_s, event, None, perf_counter() - before)
+            raise
+        self._witness.handled(now_s, event, commands, perf_counter() - before)
+        for command in commands:
+            self._do(command)
+
+    def _arm(self) -> None:
+        """A timer for the core's deadline, never early."""
+        due_s = self.controller.next_deadline()
+        due_s = math.inf if due_s is None else due_s
+        if due_s == self._timer_due_s and self._timer is not None:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._timer_due_s = due_s
+        if due_s < math.inf:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, due_s - self.now()), self._due)
+
+    def _due(self) -> None:
+        self._timer = None
+        if self.now() < self._timer_due_s:  # the loop's clock is coarser than ours
+            self._timer = asyncio.get_running_loop().call_later(0.001, self._due)
+            return
+        self.tell(Timer())
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case Dispatch(engine=key, request_id=request_id):
+                self._dispatch(key, request_id)
+            case Reject(request_id=request_id, why=why) | Fail(request_id=request_id, why=why):
+                self._refuse(request_id, why)
+            case StartEngine(engine=key, tp=tp):
+                self._start(key, tp)
+            case SetClock(engine=key) | StopEngine(engine=key):
+                self._on_engine(key, command)
+            case Cancel():
+                pass  # whoever cancelled has let go of it already
+
+    def _refuse(self, request_id: int, why: Reason) -> None:
+        visit = self._visits.pop(request_id, None)
+        if visit is None:
+            return
+        if visit.link is not None:
+            visit.energy_j = visit.link.dropped(request_id)
+        visit.refuse(refusals.refused(why, visit.request, self.spec(), self.retry_after_s()))
+        self._book(visit, served=False)
+
+    def _on_engine(self, key: int, command: SetClock | StopEngine) -> None:
+        link = self._by_key(key)
+        if link is None:
+            return
+        if isinstance(command, SetClock):
+            link.set_clock(command.plan)
+        else:
+            link.retire()
+
+    def _dispatch(self, key: int, request_id: int) -> None:
+        visit, link = self._visits[request_id], self._by_key(key)
+        assert link is not None, f"the core dispatched to engine {key}, which no link holds"
+        request = visit.request
+        link.dispatched(
+            request_id, streams=visit.streams, sequences=request.sequences, prompt_tokens=request.prompt_tokens
+        )
+        visit.admitted(link, self.now())
+
+    def _start(self, key: int, tp: int) -> None:
+        free = [link for link in self.links if link.key is None and link.tp == tp]
+        assert free, f"the core asked for a second engine of TP {tp}"
+        free[0].start(key, self.tell)
+
+    def _by_key(self, key: int) -> Link | None:
+        return next((link for link in self.links if link.key == key), None)
+
+    # ---- ends ------------------------------------------------------------------------------------------------
+
+    def _forget(self, visit: Visit) -> None:
+        if self._visits.pop(visit.request.id, None) is None:
+            return
+        self.tell(Cancelled(request_id=visit.request.id))
+        if visit.link is not None:
+            visit.energy_j = visit.link.dropped(visit.request.id)
+
+    def _leave_suspect(self, visit: Visit, link: Link) -> None:
+        """Its place stays taken until the engine is known to be well, or whoever waits would follow it to its end."""
+        request_id = visit.request.id
+        self._visits.pop(request_id, None)
+        visit.energy_j = link.dropped(request_id)
+        link.suspect(lambda: self.tell(Cancelled(request_id=request_id)))
+
+    def _book(self, visit: Visit, *, served: bool | None) -> None:
+        """`served` None: the client left, and no promise was kept or broken."""
+        if visit.generated_tokens or served:
+            self.prompt_tokens += visit.request.prompt_tokens * visit.request.sequences
+        self.generated_tokens += visit.generated_tokens
+        kept: bool | None = None
+        if served is not None:
+            verdict = judged(visit.request.slo, visit.seen(), served=served)
+            self.promises.ended(verdict, self.now())
+            kept = bool(verdict.kept) if verdict.promised else None
+        self._witness.ended(visit, kept)

@@ -1,0 +1,103 @@
+"""Joules of one engine's GPUs, shared among the requests that caused them, and what the top clock would have taken.
+
+The counter is the GPU's own: whatever it rose by since the last step belongs to that step, so the shares of all
+requests and the idle part always add up to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from throttllem.core.energy import EnergyLedger
+from throttllem.core.performance import PerformanceTable
+from throttllem.core.types import EngineSpec
+from throttllem.gateway.status import Energy
+from throttllem.gateway.top_clock import TopClock
+from throttllem.gpu.device import Gpu, Work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One iteration: what ran, and who pays: `rows` that decode in the ledger and (request id, prompt tokens) of
+    `prefills`. `kv_blocks` are held.
+    """
+
+    work: Work
+    rows: int
+    kv_blocks: int
+    prefills: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class EnergyMeter:
+    """The energy of one engine. One writer: its booking.
+
+    `top` None: there is no model to say what the top clock would have taken.
+    """
+
+    gpu: Gpu
+    top: TopClock | None = None
+    ledger: EnergyLedger = field(default_factory=EnergyLedger)
+    _counted_j: float = 0.0
+    _open: set[int] = field(default_factory=set)
+
+    @property
+    def table(self) -> PerformanceTable | None:
+        """The model of the engine's speed and power, if there is one."""
+        return self.top.table if self.top else None
+
+    def begin(self, spec: EngineSpec) -> None:
+        """From here on the counter's rise is ours."""
+        if self.top:
+            self.top.spec = spec
+        self._counted_j = self.gpu.read().energy_j
+
+    def step(self, step: Step) -> None:
+        """Book an iteration."""
+        clock_mhz = self.gpu.read().clock_mhz
+        self.gpu.worked(step.work)
+        joules = self._since_last()
+        self.ledger.iteration(joules, step.rows, step.prefills)
+        self._open.update(request_id for request_id, _ in step.prefills)
+        if self.top:
+            prompts = len(step.prefills)
+            self.top.step(step.work, kv_blocks=step.kv_blocks, prompts=prompts, clock_mhz=clock_mhz, joules=joules)
+
+    def idle(self, seconds: float) -> None:
+        """Book time in which nothing ran."""
+        if seconds > 0:
+            self.gpu.idled(seconds)
+            joules = self._since_last()
+            self.ledger.idle(joules)
+            if self.top:
+                self.top.idle(seconds, joules)
+
+    def joined(self, request_id: int, rows: int) -> None:
+        """A request decodes `rows` rows from the next iteration on."""
+        self._open.add(request_id)
+        self.ledger.join(request_id, rows)
+
+    def paused(self, request_id: int) -> None:
+        """A request was thrown out of the KV cache and waits again."""
+        self.ledger.pause(request_id)
+
+    def left(self, request_id: int) -> float | None:
+        """A request ended: its joules, None if it never ran."""
+        if request_id not in self._open:
+            return None
+        self._open.discard(request_id)
+        return self.ledger.leave(request_id)
+
+    def energy(self) -> Energy:
+        """The totals so far."""
+        return Energy(
+            total_j=self.ledger.total_j,
+            idle_j=self.ledger.idle_j,
+            top_j=self.top.joules() if self.top else None,
+            watts=self.gpu.read().watts,
+        )
+
+    def _since_last(self) -> float:
+        counter_j = self.gpu.read().energy_j
+        before_j, self._counted_j = self._counted_j, counter_j
+        return counter_j - before_j

@@ -1,0 +1,256 @@
+"""One configured engine and its GPUs: reached, watched, lost and reached again; its steps booked as energy.
+
+The driver owns the core; a link tells it events and is told when to start, to stop and which clock to set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+from throttllem.core.types import ClockRead, EngineLost, EngineReady, Event, FrequencyPlan, Progressed, Stepped
+from throttllem.engine.live import Connected, EngineError, LiveEngine, Report
+from throttllem.engine.progress import Progress
+from throttllem.gateway.booking import Booking
+from throttllem.gpu.device import Gpu
+
+log = logging.getLogger("throttllem.gateway")
+
+Tell = Callable[[Event], None]
+_FIRST_RETRY_S = 0.2
+_LONGEST_RETRY_S = 2.0
+_CLOCK_RETRY_S = 1.0
+_CLOCK = "clock: "
+
+
+@dataclass(slots=True)
+class Link:
+    """One engine. `key` is the core's id for it while the core knows it, None otherwise."""
+
+    name: str
+    kind: str
+    tp: int
+    catalogue_gpu: str
+    catalogue_model: str
+    engine: LiveEngine
+    gpu: Gpu
+    booking: Booking
+    now: Callable[[], float]
+    close: Callable[[], Awaitable[None]] | None = None
+    key: int | None = None
+    state: str = "down"
+    trouble: str | None = None
+    connected: Connected | None = None
+    progress: Progress | None = None
+    report: Report | None = None
+    last_sign_s: float = 0.0
+    _tell: Tell | None = None
+    _task: asyncio.Task[None] | None = None
+    _checking: asyncio.Task[None] | None = None
+    _if_well: list[Callable[[], None]] = field(default_factory=list)
+    _retiring: asyncio.Task[None] | None = None
+    _clock_tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _wanted_mhz: int | None = None
+    _clock_fails: bool = False
+
+    # ---- life ------------------------------------------------------------------------------------------------
+
+    def start(self, key: int, tell: Tell) -> None:
+        """Bring it up (or wait until it is) under this id; the core hears when it is ready."""
+        self.key, self._tell = key, tell
+        self.state, self.trouble = "starting", None
+        self._task = asyncio.get_running_loop().create_task(self._live(key, tell), name=f"engine {self.name}")
+
+    def retire(self) -> None:
+        """Let go of it, beside whatever else goes on; it may be started again at any time."""
+        self.key, self.state = None, "down"
+        self.booking.end()
+        tasks = [task for task in (self._task, self._checking, *self._clock_tasks) if task is not None]
+        before = [self._retiring] if self._retiring is not None else []
+        self._retiring = asyncio.get_running_loop().create_task(self._let_go(tasks, before))
+
+    async def stop(self) -> None:
+        """Let go of it."""
+        self.retire()
+        assert self._retiring is not None
+        await self._retiring
+
+    async def _let_go(self, tasks: list[asyncio.Task[None]], before: list[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, *before, return_exceptions=True)
+        if self.close is not None:
+            await self.close()
+
+    def suspect(self, well: Callable[[], None] = lambda: None) -> None:
+        """A request saw the engine fail: find out at once whether it is there, and call `well` if it is."""
+        self._if_well.append(well)
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.get_running_loop().create_task(self._check())
+
+    async def _live(self, key: int, tell: Tell) -> None:
+        if self._retiring is not None:
+            await asyncio.wait({self._retiring})
+        connected = await self._reach()
+        self.connected, self.report, self.trouble = connected, None, None
+        self.progress = Progress(key, exact=connected.named)
+        clock = await self._clock_in_force(connected.spec.clocks_mhz[-1])
+        self.last_sign_s = self.now()
+        self.booking.begin(connected.spec)
+        self.state = "up"
+        log.info("engine %s is up: %s", self.name, ", ".join(connected.models))
+        tell(EngineReady(engine=key, spec=connected.spec))
+        tell(ClockRead(engine=key, mhz=clock))
+        try:
+            await self.engine.watch(self._reported)
+        except EngineError as error:
+            self.lose(str(error))
+        except Exception as error:  # whatever it is: an engine that is not watched must not look well
+            log.exception("engine %s cannot be watched", self.name)
+            self.lose(f"it cannot be watched: {error!r}")
+
+    async def _reach(self) -> Connected:
+        pause_s = _FIRST_RETRY_S
+        while True:
+            try:
+                return await self.engine.connect()
+            except EngineError as error:
+                if self.trouble != str(error):
+                    log.warning("engine %s is not there: %s", self.name, error)
+                self.trouble = str(error)
+            except Exception as error:
+                log.exception("engine %s cannot be reached", self.name)
+                self.trouble = f"it cannot be reached: {error!r}"
+            await asyncio.sleep(pause_s)
+            pause_s = min(_LONGEST_RETRY_S, pause_s * 1.5)
+
+    async def _check(self) -> None:
+        while self._if_well:
+            waiting, self._if_well = self._if_well, []
+            key = self.key
+            try:
+                await self.engine.connect()
+            except EngineError as error:
+                if self.key == key:
+                    self.lose(str(error))
+            finally:
+                for well in waiting:  # an engine that was lost the core has forgotten: then this is no news
+                    well()
+
+    def lose(self, why: str) -> None:
+        """The engine is gone; what ran on it is lost, and the core decides what comes next."""
+        if self.key is None or self.state != "up":
+            return
+        log.error("engine %s is lost: %s", self.name, why)
+        self.trouble, self.state = why, "down"
+        key, self.key = self.key, None
+        self.booking.end()
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+        assert self._tell is not None
+        self._tell(EngineLost(engine=key))
+
+    # ---- clock -----------------------------------------------------------------------------------------------
+
+    def set_clock(self, plan: FrequencyPlan) -> None:
+        """Set the clock beside whatever else goes on; the core hears what came of it."""
+        self._wanted_mhz = plan.mhz
+        task = asyncio.get_running_loop().create_task(self._set_clock(plan.mhz))
+        self._clock_tasks.add(task)
+        task.add_done_callback(self._clock_tasks.discard)
+
+    async def _set_clock(self, mhz: int) -> None:
+        if self._clock_fails:  # the core asks again at once
+            await asyncio.sleep(_CLOCK_RETRY_S)
+            if mhz != self._wanted_mhz:
+                return
+        read = await self._clock_in_force(mhz)
+        if self.key is not None and self._tell is not None:
+            self._tell(ClockRead(engine=self.key, mhz=read))
+
+    async def _clock_in_force(self, mhz: int) -> int | None:
+        """Set a clock; the one in force then, None if it is not known."""
+        try:
+            read, trouble = await self.gpu.set_clock(mhz), "it cannot be read"
+        except OSError as error:
+            read, trouble = None, str(error)
+        self._clock_fails = read is None
+        if read is not None:
+            self.trouble = None if (self.trouble or "").startswith(_CLOCK) else self.trouble
+        elif self.trouble != _CLOCK + trouble:
+            self.trouble = _CLOCK + trouble
+            log.error("engine %s: %d MHz was not set: %s", self.name, mhz, trouble)
+        return read
+
+    # ---- requests --------------------------------------------------------------------------------------------
+
+    def dispatched(self, request_id: int, *, streams: bool, sequences: int, prompt_tokens: int) -> None:
+        """A request is about to be sent."""
+        if self.progress is None:
+            return
+        if not self.booking.open:
+            self.last_sign_s = self.now()
+        self.booking.dispatched(request_id, sequences, prompt_tokens * sequences)
+        self.progress.dispatched(request_id, streams=streams, sequences=sequences)
+
+    def token(self, request_id: int, count: int) -> None:
+        """Tokens of a request came."""
+        if self.progress is not None and request_id in self.booking:
+            self.last_sign_s = self.now()
+            self._take(self.progress.token(request_id, count))
+
+    def tokens_of(self, request_id: int) -> int:
+        """Tokens of a request so far, as well as can be told."""
+        return (self.progress and self.progress.tokens(request_id)) or 0
+
+    def ended(self, request_id: int, tokens: int | None) -> float | None:
+        """A request has its whole answer; its joules."""
+        if self.progress is not None and request_id in self.booking:
+            self.last_sign_s = self.now()
+            self._take(self.progress.ended(request_id, tokens))
+        return self.booking.left(request_id)
+
+    def dropped(self, request_id: int) -> float | None:
+        """A request is gone before its end; its joules."""
+        if self.progress is not None:
+            self.progress.dropped(request_id)
+        return self.booking.left(request_id)
+
+    def tick(self, step_s: float) -> None:
+        """Time passes without any sign of progress to be had (no report, no stream)."""
+        if self.progress is not None:
+            self._take(self.progress.tick(step_s))
+
+    def _reported(self, report: Report) -> None:
+        if self.progress is None:
+            return
+        before = self.report
+        self.report = report
+        if report.step is not None and (before is None or report.step != before.step):
+            self.last_sign_s = self.now()
+        if report.joules is not None:
+            for request_id in report.preempted:  # before the iteration, not in it
+                self.booking.paused(request_id)
+            self.booking.exact(report)
+        elif report.prompt_tokens:
+            self.booking.prompts(report.prompt_tokens)
+        self._take(self.progress.report(report), exact=report.joules is not None)
+
+    def _take(self, events: Iterable[Event], *, exact: bool = False) -> None:
+        """Hand events on to the core; steps that are not booked yet are booked by the time that they took."""
+        assert self._tell is not None
+        for event in events:
+            match event:
+                case Stepped(started=started, preempted=preempted, finished=finished):
+                    if not exact:
+                        self.booking.stepped(started)
+                    for request_id in started:
+                        self.booking.joined(request_id)
+                    for request_id in (*preempted, *finished):
+                        self.booking.paused(request_id)
+                case Progressed(request_id=request_id):
+                    self.booking.joined(request_id)
+            if self.key is not None:
+                self._tell(event)

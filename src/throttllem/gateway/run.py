@@ -1,0 +1,137 @@
+"""A gateway from its start to its end: ports taken first, engines reached while it listens, what was learned saved.
+
+Knows nothing of the command line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import uvloop
+
+from throttllem.files import ensure_writable_dir
+from throttllem.gateway.app import build_app, build_private_app
+from throttllem.gateway.build import Gateway, build_gateway
+from throttllem.gateway.dashboard import dashboard_routes
+from throttllem.gateway.history import History
+from throttllem.gateway.metrics import metrics_page
+from throttllem.gateway.serve_http import Sockets, bind, run
+from throttllem.gateway.settings import ServeOptions
+from throttllem.learn.lengths import save_lengths
+from throttllem.learn.tables import Progress
+
+log = logging.getLogger("throttllem.gateway")
+
+Say = Callable[[str], None]
+_SAVE_EVERY_S = 30.0
+_FLUSH_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A gateway that holds its ports and has everything that is slow behind it. `serve` once."""
+
+    options: ServeOptions
+    gateway: Gateway
+    sockets: Sockets
+
+    def serve(self, say: Say) -> None:
+        """Serve until a signal; returns when running requests have ended and everything is saved."""
+        uvloop.run(self.serving(say))
+
+    async def serving(self, say: Say, stop: asyncio.Event | None = None) -> None:
+        """The same on the loop that runs; `stop` does what a signal does."""
+        gateway, options, history = self.gateway, self.options, History()
+        models = gateway.models
+        app = build_app(
+            models,
+            options,
+            metrics_page=lambda status: metrics_page(status, gateway.histograms),
+            extra_routes=dashboard_routes(models, history),
+            on_response=gateway.histograms.http,
+        )
+        private = build_private_app(app) if self.sockets.private is not None else None
+        for recorder in gateway.recorders:
+            recorder.start()
+        await models.start()
+        beside = [asyncio.create_task(work) for work in (history.run(models), self._flushes(), self._saves())]
+        for task in beside:
+            task.add_done_callback(_missed)
+        try:
+            await run(
+                app,
+                private,
+                options,
+                sockets=self.sockets,
+                on_listening=lambda addresses: self._greet(say, addresses),
+                on_drain=lambda: self._drain(say),
+                stop=stop,
+            )
+        finally:
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+            await models.stop()
+            self._save()
+            for recorder in gateway.recorders:
+                recorder.close()
+        say("stopped")
+
+    def _greet(self, say: Say, addresses: tuple[tuple[str, int], ...]) -> None:
+        urls = [f"http://{f'[{host}]' if ':' in host else host}:{port}" for host, port in addresses]
+        engines = [link.name for model in self.gateway.models.served for link in model.driver.links]
+        say(f"throttllem {self.gateway.models.version}: policy {self.options.policy}, engine {', '.join(engines)}")
+        say(f"API        {urls[0]}/v1")
+        say(f"dashboard  {urls[-1]}/dashboard   metrics  {urls[-1]}/metrics")
+
+    def _drain(self, say: Say) -> None:
+        self.gateway.models.draining = True
+        running = sum(len(model.driver.open()) for model in self.gateway.models.served)
+        say(f"stopping: {running} requests have up to {self.options.limits.drain_s:g} s; again to stop at once")
+
+    async def _flushes(self) -> None:
+        while True:
+            await asyncio.sleep(_FLUSH_EVERY_S)
+            for recorder in self.gateway.recorders:
+                recorder.flush()
+
+    async def _saves(self) -> None:
+        while True:
+            await asyncio.sleep(_SAVE_EVERY_S)
+            self._save()
+
+    def _save(self) -> None:
+        for file, predictor in self.gateway.predictors:
+            if trouble := save_lengths(predictor, file):
+                log.warning("%s", trouble)
+
+
+def _missed(task: asyncio.Task[None]) -> None:
+    """Say that something beside the serving has failed; serving goes on without it."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s failed", task.get_coro(), exc_info=error)
+
+
+def run_gateway(options: ServeOptions, cache_dir: Path, *, progress: Progress = lambda *_: None) -> Prepared:
+    """Take the ports, then do what is slow. Raises ValueError and OSError for what cannot be."""
+    sockets = bind(options.server)
+    try:
+        ensure_writable_dir(options.state_dir.expanduser())
+        began_s = time.monotonic()
+        gateway = build_gateway(
+            options,
+            cache_dir,
+            version=version("throttllem"),
+            now=lambda: time.monotonic() - began_s,
+            progress=progress,
+        )
+    except BaseException:
+        sockets.close()
+        raise
+    return Prepared(options=options, gateway=gateway, sockets=sockets)

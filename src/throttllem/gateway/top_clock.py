@@ -1,0 +1,110 @@
+"""What would the same load have taken at the top clock? An estimate by the model, a slice of time after the other.
+
+A lower clock makes iterations longer, so more requests share each of them: counting the same iterations at the top
+clock would forget that there would be more of them, with fewer requests each. So every slice's load is put to the
+core's model of an engine that settles (`core.load.steady`), once at the clocks that were in force and once at the top;
+the measured joules are scaled by the ratio. Requests are taken to come when they come, whatever the clock is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from throttllem.core.load import Load, steady
+from throttllem.core.performance import PerformanceTable
+from throttllem.core.types import EngineSpec
+from throttllem.gpu.device import Work
+
+_SLICE_S = 30.0
+
+
+@dataclass(slots=True)
+class _Slice:
+    """What was booked in some seconds; `busy_s` by column of the table."""
+
+    seconds: float = 0.0
+    joules: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    kv_blocks: int = 0
+    prompts: int = 0
+    prompt_tokens: int = 0
+    busy_s: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class TopClock:
+    """The estimate of one engine. `spec` None: it was not up yet."""
+
+    table: PerformanceTable
+    spec: EngineSpec | None = None
+    _closed_j: float = 0.0
+    _slice: _Slice = field(default_factory=_Slice)
+
+    def idle(self, seconds: float, joules: float) -> None:
+        """Time in which nothing ran."""
+        self._slice.seconds += seconds
+        self._slice.joules += joules
+        self._close()
+
+    def step(self, work: Work, *, kv_blocks: int, prompts: int, clock_mhz: int | None, joules: float) -> None:
+        """An iteration at a clock (None: unknown, which is taken for the top)."""
+        here, clocks = self._slice, self.table.clocks_mhz
+        column = clocks.index(clock_mhz) if clock_mhz in clocks else len(clocks) - 1
+        here.seconds += work.seconds
+        here.joules += joules
+        here.steps += 1
+        here.tokens += work.decode_rows
+        here.kv_blocks += kv_blocks
+        here.prompts += prompts
+        here.prompt_tokens += work.prefill_tokens
+        here.busy_s[column] = here.busy_s.get(column, 0.0) + work.seconds
+        self._close()
+
+    def joules(self) -> float:
+        """What everything so far would have taken."""
+        return self._closed_j + self._at_top(self._slice)
+
+    def _close(self) -> None:
+        if self._slice.seconds >= _SLICE_S:
+            self._closed_j += self._at_top(self._slice)
+            self._slice = _Slice()
+
+    def _at_top(self, here: _Slice) -> float:
+        busy_s = sum(here.busy_s.values())
+        if self.spec is None or busy_s <= 0 or set(here.busy_s) == {len(self.table.clocks_mhz) - 1}:
+            return here.joules
+        watts = self._settled(here, self.spec)
+        used = sum(watts[column] * seconds for column, seconds in here.busy_s.items()) / busy_s
+        if math.isfinite(used) and math.isfinite(watts[-1]):
+            return here.joules * watts[-1] / used
+        return self._same_steps(here, busy_s, self.spec)
+
+    def _settled(self, here: _Slice, spec: EngineSpec) -> list[float]:
+        """Mean watts at each clock if the slice's load went on for ever; inf where the clock does not hold it."""
+        prompts, answer = max(1, here.prompts), here.tokens / max(1, here.prompts)
+        load = Load(
+            requests_per_s=prompts / here.seconds,
+            prompt_tokens=here.prompt_tokens / prompts,
+            answer_tokens=answer,
+            long_answer_tokens=answer,
+            burst=1.0,
+            e2e_s=None,
+        )
+        watts: list[float] = steady(load, self.table, spec, reserve=0.0).watts.tolist()
+        return watts
+
+    def _same_steps(self, here: _Slice, busy_s: float, spec: EngineSpec) -> float:
+        """The engine is full at every clock, or nearly: the same iterations, and idle for the rest of the time."""
+        each = (here.tokens + here.prompts, here.kv_blocks, here.prompt_tokens)
+        cell = self.table.cells(*(np.array([total // here.steps]) for total in each))[0]
+        seconds, watts = self.table.seconds[cell], self.table.watts[cell]
+        joules = idle_s = 0.0
+        for column, spent_s in here.busy_s.items():
+            faster = float(seconds[-1] / seconds[column])
+            joules += here.joules * spent_s / busy_s * faster * float(watts[-1] / watts[column])
+            idle_s += spent_s * max(0.0, 1.0 - faster)
+        return joules + idle_s * spec.idle_w

@@ -1,0 +1,122 @@
+"""A driver as others may see it: frozen status out of the core's snapshot, the links and the promises."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from throttllem.core.snapshot import EngineView, Snapshot
+from throttllem.core.types import FrequencyPlan
+from throttllem.gateway.driver import Driver
+from throttllem.gateway.link import Link
+from throttllem.gateway.status import Ahead, Drift, EngineStatus, LengthStatus, ModelStatus
+
+_POINTS = 120
+_STALLED_AFTER_S = 10.0
+
+
+def model_status(driver: Driver, names: tuple[str, ...]) -> ModelStatus:
+    """One model: its queue, its engines, what the core decided."""
+    snapshot = driver.controller.snapshot()
+    now_s = driver.now()
+    return ModelStatus(
+        names=names,
+        queue=snapshot.queue,
+        head=snapshot.head,
+        counts=snapshot.counts,
+        engines=tuple(_engine_status(driver, link, snapshot) for link in driver.links),
+        recent=driver.promises.recent(now_s),
+        ever=driver.promises.ever,
+        length=_length_status(snapshot),
+        prompt_tokens=driver.prompt_tokens,
+        generated_tokens=driver.generated_tokens,
+    )
+
+
+def decision(plan: FrequencyPlan | None) -> str:
+    """A plan in words."""
+    if plan is None:
+        return "no decision yet"
+    bound = f" (request {plan.binding})" if plan.binding is not None else ""
+    return f"{plan.mhz} MHz: {plan.why.value}{bound}"
+
+
+def _engine_status(driver: Driver, link: Link, snapshot: Snapshot) -> EngineStatus:
+    view = next((view for view in snapshot.engines if view.engine == link.key), None)
+    connected = link.connected
+    notes = connected.notes if connected else ()
+    if view is not None and view.foreign > 0:
+        notes = (
+            *notes,
+            f"{view.foreign} sequences in this engine are not ours: does another gateway or client use it?",
+        )
+    state, trouble = _state(driver, link)
+    spec = connected.spec if connected else None
+    return EngineStatus(
+        name=link.name,
+        kind=link.kind,
+        gpu=link.catalogue_gpu,
+        model=link.catalogue_model,
+        tp=link.tp,
+        state=state,
+        trouble=trouble,
+        notes=notes,
+        spec=spec,
+        view=view,
+        clock_mhz=link.gpu.read().clock_mhz,
+        kv_blocks=view.kv_blocks if view else 0,
+        report=link.report,
+        drift=_drift(view),
+        energy=link.booking.meter.energy(),
+        ahead=_ahead(driver, link, view),
+        decision=decision(view.plan if view else None),
+    )
+
+
+def _state(driver: Driver, link: Link) -> tuple[str, str | None]:
+    """Up means that it also moves: one that holds requests and gives no sign has stalled."""
+    still_s = driver.now() - link.last_sign_s
+    if link.state == "up" and link.booking.open and still_s > min(_STALLED_AFTER_S, driver.limits.silence_s / 2):
+        return "stalled", f"no sign of progress for {still_s:.0f} s"
+    return link.state, link.trouble
+
+
+def _drift(view: EngineView | None) -> Drift:
+    if view is None:
+        return Drift()
+    drift = view.drift
+    return Drift(
+        batch=drift.batch,
+        kv_blocks=drift.kv_blocks,
+        mean_batch=drift.mean_batch,
+        mean_kv_blocks=drift.mean_kv_blocks,
+        corrections=drift.corrections,
+    )
+
+
+def _ahead(driver: Driver, link: Link, view: EngineView | None) -> Ahead:
+    """The projection at the clock planned, thinned; empty where there is none, or no model to say how long it takes."""
+    table = link.booking.meter.table
+    projection = None if link.key is None else driver.controller.projection(link.key)
+    if table is None or projection is None or view is None or not projection.horizon:
+        return Ahead()
+    passed = min(max(0, view.iteration - projection.first), projection.horizon - 1)
+    batch, kv = projection.batch[passed:], projection.kv_blocks[passed:]
+    plan = view.plan.mhz if view.plan else table.clocks_mhz[-1]
+    column = table.clocks_mhz.index(plan) if plan in table.clocks_mhz else -1
+    seconds = table.seconds[table.cells(batch, kv, projection.prefill_tokens[passed:]), column]
+    at_s = np.concatenate([[0.0], np.cumsum(seconds, dtype=np.float64)[:-1]])
+    picked = np.unique(np.linspace(0, batch.size - 1, min(_POINTS, batch.size)).astype(np.int64))
+    return Ahead(
+        at_s=tuple(at_s[picked].round(3).tolist()),
+        batch=tuple(batch[picked].tolist()),
+        kv_blocks=tuple(kv[picked].tolist()),
+    )
+
+
+def _length_status(snapshot: Snapshot) -> LengthStatus:
+    score = snapshot.lengths
+    if not score.seen:
+        return LengthStatus()
+    return LengthStatus(
+        seen=score.seen, exceeded=score.exceeded / score.seen, mean_error_tokens=score.error_tokens / score.seen
+    )

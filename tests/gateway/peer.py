@@ -1,0 +1,159 @@
+"""A vLLM-like engine over HTTP whose requests really run, and a whole gateway in this process in front of anything."""
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from tests.engine.vllm_peer import VllmPeer
+from tests.gateway.upstream import Engine
+from throttllem.gateway.run import run_gateway
+from throttllem.gateway.settings import RESOLVED, ServeOptions
+from throttllem.tree import build, from_settings
+from tools.evaluation.fault_client import Client
+from tools.evaluation.garbage_engine import CHUNK
+
+
+class Peer(VllmPeer):
+    """Comes and goes on one port. While `held` is clear its streams stand still; they end as `tokens` events did."""
+
+    def __init__(self):
+        super().__init__()
+        self.engine = Engine()
+        self.held = asyncio.Event()
+        self.held.set()
+        self.open = 0
+        self.port = 0
+        self._runner = None
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def page(self):
+        self.running = self.open
+        return super().page()
+
+    async def _complete(self, request):
+        fields = await request.json()
+        self.open += 1
+        try:
+            if fields.get("stream"):
+                return await self._stream(request, fields["max_tokens"])
+            for _ in range(fields["max_tokens"]):
+                await self._step()
+            return web.json_response({"choices": [{"text": "a"}], "usage": {"completion_tokens": fields["max_tokens"]}})
+        finally:
+            self.open -= 1
+
+    async def _stream(self, request, tokens):
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(tokens):
+            await self._step()
+            await response.write(CHUNK)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _step(self):
+        await asyncio.sleep(0.001)
+        await self.held.wait()
+
+    async def start(self):
+        self.started += 1
+        app = web.Application()
+        for (method, path), handler in self.routes().items():
+            app.router.add_route(method, path, handler)
+        app.router.add_post("/v1/completions", self._complete)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.01)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+
+    async def kill(self):
+        """Every connection breaks off."""
+        for connection in list(self._runner.server.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        await self._runner.cleanup()
+
+    async def __aenter__(self):
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_):
+        with contextlib.suppress(RuntimeError):
+            await self.kill()
+
+
+@dataclass
+class Whole:
+    """A running gateway with everything in it."""
+
+    client: Client
+    gateway: object
+    stop: asyncio.Event
+    serving: asyncio.Task
+    said: list = field(default_factory=list)
+
+    @property
+    def driver(self):
+        return self.gateway.models.served[0].driver
+
+    @property
+    def link(self):
+        return self.driver.links[0]
+
+    def held(self):
+        """Everything that must be nothing when nobody asks."""
+        snapshot = self.driver.controller.snapshot()
+        rows = sum(view.running + view.pending for view in snapshot.engines)
+        booking = self.link.booking
+        return len(self.driver.open()), snapshot.queue, rows, len(booking.open), len(booking.meter._open)
+
+    async def up(self):
+        await until(lambda: self.link.state == "up")
+
+    async def empty(self, peer=None):
+        """A fresh request is served, and nothing is left."""
+        await self.up()
+        assert (await self.client.ask(tokens=2)).served
+        await until(lambda: not any(self.held()) and (peer is None or not peer.open))
+
+
+@contextlib.asynccontextmanager
+async def whole(folder, *settings, url=None, model="tiny", adjust=lambda gateway: None):
+    """The gateway of these settings, stopped at the end; nothing of it may be left then."""
+    given = {
+        "policy": "triton" if url is None else "least-energy",
+        "server.port": "0",
+        "state_dir": str(folder / "state"),
+        "recorder.enabled": "false",
+    }
+    if url is not None:
+        given |= {"engines.0.kind": "openai", "engines.0.url": url, "engines.0.max_batch": "8"}
+    given |= dict(setting.split("=", 1) for setting in settings)
+    options, _ = build(ServeOptions, [from_settings([f"{name}={value}" for name, value in given.items()])], RESOLVED)
+    before = asyncio.all_tasks()
+    prepared = run_gateway(options, folder / "cache")
+    adjust(prepared.gateway)
+    host, port = prepared.sockets.addresses()[0]
+    stop, said = asyncio.Event(), []
+    async with Client(f"http://{host}:{port}", model if url else "llama-3-8b") as client:
+        serving = asyncio.create_task(prepared.serving(said.append, stop))
+        try:
+            await until(lambda: said or serving.done())
+            yield Whole(client=client, gateway=prepared.gateway, stop=stop, serving=serving, said=said)
+        finally:
+            stop.set()
+            await asyncio.wait_for(serving, 10)
+    await until(lambda: not asyncio.all_tasks() - before - {asyncio.current_task()})
+
+
+async def until(holds, within_s=8.0):
+    """Wait for it, at most some seconds."""
+    async with asyncio.timeout(within_s):
+        while not holds():
+            await asyncio.sleep(0.005)

@@ -1,0 +1,109 @@
+"""Steps as energy, by exact reports, by prompt counts and by the time passed; nothing is booked twice or to nobody."""
+
+import pytest
+from core.toy import CLOCKS_MHZ, spec
+
+from throttllem.engine.live import Report
+from throttllem.gateway.booking import Booking
+from throttllem.gateway.energy_meter import EnergyMeter
+from throttllem.gpu.simulated import SimulatedGpu
+
+
+class Desk:
+    """A booking whose time is set by hand; its GPU draws 100 W for anything and 40 W for nothing."""
+
+    def __init__(self):
+        self.now_s = 0.0
+        gpu = SimulatedGpu(CLOCKS_MHZ, switch_latency_s=0.0, watts=lambda mhz, work: 100.0, idle_w=40.0)
+        self.meter = EnergyMeter(gpu=gpu)
+        self.booking = Booking(meter=self.meter, now=lambda: self.now_s, kv_blocks=lambda: 3)
+        self.booking.begin(spec())
+
+    def after(self, seconds):
+        self.now_s += seconds
+        return self.booking
+
+    def exact(self, *, joules, seconds=1.0, rows=0, prefills=()):
+        self.booking.exact(
+            Report(running=0, waiting=0, step=1, seconds=seconds, joules=joules, decode_rows=rows, prefills=prefills)
+        )
+
+    @property
+    def balance(self):
+        ledger = self.meter.ledger
+        return ledger.total_j, ledger.idle_j, ledger.open_j()
+
+
+def test_time_is_shared_among_those_who_decode():
+    desk = Desk()
+    desk.after(1.0).dispatched(1, 1, 10)
+    desk.after(2.0).stepped((1,))
+    desk.booking.joined(1)
+    desk.after(1.0).stepped(())
+    desk.booking.dispatched(2, 3, 30)
+    desk.after(1.0).stepped((2,))
+    desk.booking.joined(2)
+    desk.after(4.0).stepped(())
+    assert desk.booking.left(1) == pytest.approx(200.0 + 100.0 + 100.0 / 31 + 100.0)
+    assert desk.booking.left(2) == pytest.approx(100.0 * 30 / 31 + 300.0)
+    assert desk.balance == (pytest.approx(840.0), pytest.approx(40.0), 0.0)
+
+
+def test_prompts_are_those_of_who_came_first():
+    desk = Desk()
+    desk.booking.dispatched(1, 1, 10)
+    desk.booking.dispatched(2, 1, 30)
+    desk.after(1.0).prompts(20)
+    desk.after(1.0).prompts(20)
+    desk.booking.stepped((1, 2))
+    assert desk.booking.left(1) == pytest.approx(50.0)
+    assert desk.booking.left(2) == pytest.approx(150.0)
+
+
+def test_who_leaves_pays_until_he_leaves():
+    desk = Desk()
+    desk.booking.dispatched(1, 1, 10)
+    desk.after(1.0).stepped((1,))
+    desk.booking.joined(1)
+    assert desk.after(2.0).left(1) == pytest.approx(300.0)
+    assert desk.booking.left(1) is None
+    desk.after(1.0).idle()
+    assert desk.balance == (pytest.approx(340.0), pytest.approx(40.0), 0.0)
+
+
+def test_an_engine_that_is_lost_is_paid_for_by_who_was_in_it():
+    desk = Desk()
+    desk.booking.dispatched(1, 1, 10)
+    desk.after(1.0).stepped((1,))
+    desk.booking.joined(1)
+    desk.after(1.0).end()
+    desk.after(50.0).idle()
+    desk.booking.begin(spec())
+    assert desk.after(1.0).left(1) == pytest.approx(200.0)
+    assert desk.balance == (pytest.approx(200.0 + 40.0), pytest.approx(40.0), 0.0)
+
+
+def test_exact_reports_are_shared_among_those_who_are_here():
+    desk = Desk()
+    desk.booking.dispatched(1, 1, 4)
+    desk.booking.dispatched(2, 1, 4)
+    desk.after(1.0)
+    desk.exact(joules=80.0, prefills=((1, 4), (2, 4)))
+    desk.booking.joined(1)
+    desk.booking.joined(2)
+    assert desk.booking.left(2) == pytest.approx(40.0)  # in mid-iteration: the engine still counts it
+    desk.after(1.0)
+    desk.exact(joules=60.0, rows=2)
+    desk.booking.paused(1)  # its last token: its client has yet to read it
+    desk.after(1.0)
+    desk.exact(joules=30.0, rows=1, prefills=((9, 5),))
+    assert desk.booking.left(1) == pytest.approx(100.0)
+    total_j, idle_j, open_j = desk.balance
+    assert (total_j, idle_j, open_j) == (pytest.approx(170.0), pytest.approx(30.0), 0.0)
+
+
+def test_idle_time_before_an_exact_report_is_not_that_of_its_iteration():
+    desk = Desk()
+    desk.after(5.0)
+    desk.exact(joules=10.0, seconds=2.0)
+    assert desk.balance == (pytest.approx(130.0), pytest.approx(130.0), 0.0)

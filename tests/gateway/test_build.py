@@ -1,0 +1,143 @@
+"""From options to a gateway: what is built, and what is refused before a port is served."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+from core.toy import spec, table
+
+from throttllem.core.autoscale import AutoscaleOptions
+from throttllem.core.throttle import ClockPolicy
+from throttllem.gateway.build import build_gateway, groups
+from throttllem.gateway.settings import EngineEntry, LiveLengthOptions, RecorderOptions, ServeOptions
+from throttllem.learn.storage import save_table
+
+A100 = tuple(range(210, 1411, 15))
+
+
+def built(tmp_path, *, learn=False, **options):
+    whole = ServeOptions(state_dir=tmp_path / "state", **options)
+    return build_gateway(whole, tmp_path / "cache", version="1", now=time.monotonic, learn=learn)
+
+
+def trained(tmp_path, clocks=A100, tp=1):
+    """A folder with a table of the toy's law for `clocks`."""
+    some = spec(tp=tp, clocks_mhz=clocks)
+    save_table(
+        replace(table(some), clocks_mhz=clocks) if len(clocks) == 5 else widened(some), tmp_path / f"table-tp{tp}.npz"
+    )
+    return tmp_path
+
+
+def widened(some):
+    toy = table(spec())
+    columns = [min(4, index * 5 // len(some.clocks_mhz)) for index in range(len(some.clocks_mhz))]
+    return replace(toy, clocks_mhz=some.clocks_mhz, seconds=toy.seconds[:, columns], watts=toy.watts[:, columns])
+
+
+def test_one_model_in_two_sizes_and_another():
+    entries = (
+        EngineEntry(tp=2),
+        EngineEntry(kind="openai", url="http://x", served_as="other"),
+        EngineEntry(tp=1),
+    )
+    assert sorted([entry.tp for entry in group] for group in groups(entries)) == [[1], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ((), "none is configured"),
+        ((EngineEntry(), EngineEntry()), "two of model llama-3-8b with tp = 1: one engine of each size"),
+        (
+            (EngineEntry(), EngineEntry(gpu="h100-80gb-sxm")),
+            "two models are called llama-3-8b: give each its own served_as",
+        ),
+        (
+            (EngineEntry(served_as="x"), EngineEntry(model="llama-2-13b", served_as="x")),
+            "two models are called x",
+        ),
+    ],
+)
+def test_engines_that_cannot_be_told_apart(entries, said):
+    with pytest.raises(ValueError, match=said):
+        groups(entries)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"policy": "least-enrgy"}, "did you mean 'least-energy'"),
+        ({"policy": "fixed:1"}, "no clock of this GPU"),
+        ({"policy": "least-energy+autoscale"}, "give two or more"),
+        (
+            {"policy": "triton+autoscale", "engines": (EngineEntry(tp=1), EngineEntry(tp=2))},
+            r"\[autoscale.capacity_rps\] must give the requests/s that each size bears \(1, 2\)",
+        ),
+        ({"engines": (EngineEntry(gpu="a100"),)}, "a100-40gb-sxm"),
+        ({"engines": (EngineEntry(model="llama"),)}, "llama-3-8b"),
+        ({"engines": (EngineEntry(tp=3),)}, "heads"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(tmp_path, options, said):
+    with pytest.raises(ValueError, match=said):
+        built(tmp_path, **options)
+
+
+def test_policies(tmp_path):
+    for name, policy, aware in (
+        ("triton", ClockPolicy.TOP, False),
+        ("fixed:1110", ClockPolicy.FIXED, False),
+        ("throttllem", ClockPolicy.THROTTLLEM, True),
+        ("least-energy", ClockPolicy.LEAST_ENERGY, True),
+    ):
+        (served,) = built(tmp_path, policy=name).models.served
+        options = served.driver.controller.options
+        assert (options.throttle.policy, options.slo_aware, options.autoscale) == (policy, aware, None)
+    assert not list(tmp_path.iterdir()), "building touches no file"
+
+
+def test_sizes_with_autoscale(tmp_path):
+    scale = AutoscaleOptions(capacity_rps={1: 2.0, 2: 5.0})
+    entries = (EngineEntry(tp=2), EngineEntry(tp=1))
+    gateway = built(tmp_path, policy="triton+autoscale", engines=entries, autoscale=scale)
+    (served,) = gateway.models.served
+    assert sorted(link.tp for link in served.driver.links) == [1, 2]
+    assert served.driver.controller.options.autoscale == scale
+
+
+def test_tables_from_a_folder(tmp_path):
+    entry = EngineEntry(kind="openai", url="http://127.0.0.1:1", tables=trained(tmp_path))
+    (served,) = built(tmp_path, engines=(entry,)).models.served
+    assert served.driver.controller.options.tables[1].clocks_mhz == A100
+    assert served.driver.links[0].booking.meter.table is served.driver.controller.options.tables[1]
+
+
+def test_tables_that_are_not_there_or_of_another_gpu(tmp_path):
+    with pytest.raises(ValueError, match=r"table-tp1\.npz: no such file"):
+        built(tmp_path, engines=(EngineEntry(tables=tmp_path),))
+    trained(tmp_path, clocks=(600, 800, 1000, 1200, 1401))
+    with pytest.raises(ValueError, match="was learned at 1401 MHz, which a100-40gb-sxm does not have"):
+        built(tmp_path, engines=(EngineEntry(tables=tmp_path),))
+
+
+def test_names_that_are_no_file_names(tmp_path):
+    entry = EngineEntry(kind="openai", url="http://127.0.0.1:1", served_as="org/../model")
+    gateway = built(tmp_path, engines=(entry,))
+    ((file, _),) = gateway.predictors
+    assert file.parent == tmp_path / "state"
+    assert gateway.models.names() == ("org/../model",)
+
+
+def test_what_was_learned_is_there_again_and_damage_is_said(tmp_path, caplog):
+    ((file, _),) = built(tmp_path).predictors
+    file.parent.mkdir()
+    file.write_text(json.dumps({"mark": "throttllem lengths", "lengths": 7}))
+    built(tmp_path)
+    assert "Lengths are learned anew" in caplog.text
+
+
+def test_without_learning_and_without_recording(tmp_path):
+    gateway = built(tmp_path, length=LiveLengthOptions(predictor="max-tokens"), recorder=RecorderOptions(enabled=False))
+    assert (gateway.predictors, gateway.recorders) == ((), ())

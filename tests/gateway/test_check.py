@@ -1,0 +1,103 @@
+"""`serve --check`: says what would be, for good, bad and unreachable configurations, and changes nothing."""
+
+import asyncio
+import socket
+
+from gateway.fakes import Engine, engine_server
+from gateway.test_build import trained
+from throttllem.core.types import Slo
+from throttllem.gateway.check import check_configuration
+from throttllem.gateway.settings import EngineEntry, RecorderOptions, ServeOptions, ServerOptions
+
+
+def found(tmp_path, origins=None, **options):
+    """The findings, after making sure that nothing was left behind."""
+    options.setdefault("server", ServerOptions(port=0))
+    options.setdefault("state_dir", tmp_path / "state")
+    before = sorted(tmp_path.rglob("*"))
+    findings = asyncio.run(check_configuration(ServeOptions(**options), origins or {}, tmp_path / "cache"))
+    assert sorted(tmp_path.rglob("*")) == before
+    return findings
+
+
+def said(findings):
+    return "\n".join(f"{finding.mark} {finding.text}" for finding in findings)
+
+
+def test_what_the_defaults_would_do(tmp_path):
+    findings = found(tmp_path, {"slo.e2e_s": "x.toml:3"}, slo=Slo(e2e_s=9.0))
+    text = said(findings)
+    assert not any(finding.fatal for finding in findings)
+    assert "ok slo.e2e_s = 9.0   (x.toml:3)" in text
+    assert "would listen on 127.0.0.1:0" in text
+    assert "everybody on this machine may ask" in text
+    assert f"kept in {tmp_path / 'state'}" in text
+    assert "promise by default: E2E 9 s" in text
+    assert "policy least-energy would choose among 81 clocks, 210 to 1410 MHz, of a simulated a100-40gb-sxm" in text
+    assert "its performance table is trained at the first start" in text
+
+
+def test_a_port_that_is_taken(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        findings = found(tmp_path, server=ServerOptions(port=port))
+    (fatal,) = [finding for finding in findings if finding.fatal]
+    assert fatal.text == f"server.port = {port}: cannot listen on 127.0.0.1:{port}: Address already in use"
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    findings = found(tmp_path, state_dir=tmp_path / "file" / "state")
+    (fatal,) = [finding for finding in findings if finding.fatal]
+    assert "state_dir: cannot write" in fatal.text
+    assert "a file stands where a folder is needed" in fatal.text
+
+
+def test_what_build_refuses_is_fatal(tmp_path):
+    findings = found(tmp_path, engines=(EngineEntry(tp=3),))
+    assert [finding.fatal for finding in findings].count(True) == 1
+    assert findings[-1].fatal
+
+
+def test_an_engine_that_is_not_there_is_waited_for(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    entry = EngineEntry(kind="openai", url=f"http://127.0.0.1:{port}")
+    findings = found(tmp_path, engines=(entry,))
+    text = said(findings)
+    assert not any(finding.fatal for finding in findings)
+    assert f"!! engine openai-llama-3-8b-tp1: the engine at http://127.0.0.1:{port} cannot be reached" in text
+    assert "serve would wait for it" in text
+    assert "has no performance table: top clock" in text
+
+
+def test_an_engine_that_is_something_else(tmp_path):
+    async def run():
+        async with engine_server(Engine()) as url:
+            entry = EngineEntry(kind="openai", url=url, tables=trained(tmp_path))
+            options = ServeOptions(server=ServerOptions(port=0), state_dir=tmp_path, engines=(entry,))
+            return await check_configuration(options, {}, tmp_path)
+
+    text = said(asyncio.run(run()))
+    assert "!! engine openai-llama-3-8b-tp1: " in text
+    assert "has no performance table" not in text
+
+
+def test_sizes_that_nothing_would_start(tmp_path):
+    text = said(found(tmp_path, engines=(EngineEntry(tp=1), EngineEntry(tp=2))))
+    assert "!! engine simulated-llama-3-8b-tp1 would never be used" in text
+    assert "simulated-llama-3-8b-tp2 would never" not in text
+
+
+def test_who_may_ask_and_what_is_recorded(tmp_path):
+    text = said(found(tmp_path, server=ServerOptions(host="0.0.0.0", port=0)))
+    assert "!! no API keys, and 0.0.0.0 is not loopback" in text
+    assert "flight recorder: " in text
+    server = ServerOptions(port=0, metrics_port=0, api_keys=("a", "b"))
+    text = said(
+        found(tmp_path, server=server, recorder=RecorderOptions(enabled=False), classes={"gold": Slo(tbt_s=0.1)})
+    )
+    assert "2 API keys" in text
+    assert "metrics and dashboard on port 0" in text
+    assert "promise class gold: TBT 0.1 s" in text
+    assert "flight recorder" not in text

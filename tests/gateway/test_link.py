@@ -1,0 +1,116 @@
+"""One engine's life: reached, lost, reached again, let go; its clock beside all that."""
+
+import asyncio
+
+from gateway.rig import rig, virtually
+from throttllem.core.types import ClockRead, EngineLost, EngineReady, FrequencyPlan, Reason
+
+
+def plan(mhz):
+    return FrequencyPlan(mhz=mhz, why=Reason.FIXED)
+
+
+def test_its_first_word_is_what_it_is_and_at_which_clock():
+    async def run():
+        async with rig() as it:
+            await it.link.gpu.set_clock(600)
+            await it.up()
+            return [event for _, event, _ in it.seen.handled_], it.link.gpu.read().clock_mhz
+
+    (ready, clock), in_force = virtually(run())
+    assert isinstance(ready, EngineReady)
+    assert (clock, in_force) == (ClockRead(engine=0, mhz=1400), 1400)
+
+
+def test_one_that_is_lost_is_reached_again_under_another_id_and_said_once(caplog):
+    async def run():
+        async with rig() as it:
+            await it.up()
+            await it.link.engine.kill(back=False)
+            await asyncio.sleep(20.0)
+            assert (it.link.state, it.link.trouble) == ("starting", "nobody is there")
+            it.link.engine.gone = False
+            await it.up()
+            return it.link.trouble, it.seen.events(EngineLost), it.link.key
+
+    trouble, lost, key = virtually(run())
+    assert (trouble, len(lost), key) == (None, 1, 1)
+    assert caplog.text.count("is not there") == 1
+
+
+def test_whatever_goes_wrong_while_it_is_watched_it_is_lost_and_reached_again(caplog):
+    async def run():
+        async with rig() as it:
+            healthy = it.link.engine.watch
+
+            async def broken(tell):
+                it.link.engine.watch = healthy
+                raise ZeroDivisionError("a fault of ours")
+
+            it.link.engine.watch = broken
+            await it.up()
+            await asyncio.sleep(0.5)
+            return it.link.state, await it.ask() is not None
+
+    assert virtually(run()) == ("up", True)
+    assert "cannot be watched" in caplog.text
+
+
+def test_whatever_goes_wrong_while_it_is_reached_it_is_tried_again(caplog):
+    async def run():
+        async with rig() as it:
+            healthy = it.link.engine.connect
+
+            async def broken():
+                it.link.engine.connect = healthy
+                raise ZeroDivisionError("a fault of ours")
+
+            it.link.engine.connect = broken
+            await asyncio.sleep(1.0)
+            return it.link.state
+
+    assert virtually(run()) == "up"
+    assert "cannot be reached" in caplog.text
+
+
+def test_a_clock_that_is_not_the_planned_one_is_put_back():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            for mhz in (600, 1200, 800):
+                it.link.set_clock(plan(mhz))
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            return it.link.gpu.read().clock_mhz, it.link._clock_tasks
+
+    assert virtually(run()) == (1400, set())
+
+
+def test_what_is_told_of_one_that_was_let_go_goes_nowhere():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            it.link.set_clock(plan(600))
+            it.link.retire()
+            before = len(it.seen.handled_)
+            it.link.token(1, 1)
+            assert it.link.ended(1, 1) is None
+            assert it.link.dropped(1) is None
+            it.link.lose("again")
+            await asyncio.sleep(1.0)
+            return len(it.seen.handled_) - before
+
+    assert virtually(run()) == 0
+
+
+def test_a_well_engine_is_asked_once_for_many_doubts():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            before, well = it.link.engine.connects, []
+            for number in range(5):
+                it.link.suspect(lambda number=number: well.append(number))
+            await asyncio.sleep(0.01)
+            return it.link.engine.connects - before, well
+
+    assert virtually(run()) == (1, [0, 1, 2, 3, 4])

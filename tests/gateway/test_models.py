@@ -1,0 +1,127 @@
+"""Which driver serves a name, how long one waits until anybody can say, and what a request may ask for."""
+
+import asyncio
+
+import pytest
+
+from gateway.rig import asked, rig, virtually
+from throttllem.core.types import Slo
+from throttllem.engine.live import EngineError, PromptCount
+from throttllem.gateway.models import Served
+from throttllem.gateway.settings import LimitOptions
+from throttllem.gateway.ticket import RefusedError
+
+SHORT = LimitOptions(engine_wait_s=2.0)
+
+
+async def refusal(coroutine):
+    with pytest.raises(RefusedError) as found:
+        await coroutine
+    return found.value.status, found.value.code
+
+
+def test_a_name_that_nobody_has():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            assert it.models.names() == ("toy",)
+            with pytest.raises(RefusedError, match="there is: toy"):
+                it.models.passage("other")
+            return await refusal(it.models.count(asked(model="other")))
+
+    assert virtually(run()) == (404, "model_not_found")
+
+
+def test_an_engine_that_comes_late_is_waited_for():
+    async def run():
+        async with rig(limits=SHORT) as it:
+            it.link.engine.gone = True
+            counting = asyncio.ensure_future(it.models.count(asked()))
+            await asyncio.sleep(1.0)
+            it.link.engine.gone = False
+            return (await counting).tokens, it.driver.now()
+
+    tokens, now_s = virtually(run())
+    assert tokens == 4
+    assert now_s < 2.5
+
+
+def test_an_engine_that_comes_late_under_another_name():
+    async def run():
+        async with rig(limits=SHORT) as it:
+            return await refusal(it.models.count(asked(model="guess")))
+
+    assert virtually(run()) == (404, "model_not_found")
+
+
+def test_an_engine_that_does_not_come():
+    async def run():
+        async with rig(limits=SHORT) as it:
+            it.link.engine.gone = True
+            it.models.status()
+            found = await refusal(it.models.count(asked()))
+            with pytest.raises(RefusedError, match="no engine is up: nobody is there"):
+                it.models.passage(None)
+            with pytest.raises(RefusedError, match="no engine is up"):
+                it.models.ticket(asked(), PromptCount(tokens=1, by="t", exact=True), Slo(), "", streams=True)
+            return *found, it.driver.now()
+
+    status, code, now_s = virtually(run())
+    assert (status, code) == (503, "no_engine")
+    assert 2.0 <= now_s <= 2.2
+
+
+def test_an_engine_that_cannot_count_is_looked_at():
+    async def run():
+        async with rig() as it:
+            await it.up()
+
+            async def fails(ask):
+                raise EngineError("it broke off", status=504)
+
+            it.link.engine.count = fails
+            before = it.link.engine.connects
+            found = await refusal(it.models.count(asked()))
+            await asyncio.sleep(0.01)
+            return *found, it.link.engine.connects - before
+
+    assert virtually(run()) == (504, "engine_failed", 1)
+
+
+def test_while_draining_nobody_comes_in():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            it.models.draining = True
+            assert it.models.status().phase == "draining"
+            return await refusal(it.models.count(asked()))
+
+    assert virtually(run()) == (503, "draining")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chat", "tokens", "limit"),
+    [(7, False, 10, 7), (None, True, 10, 246), (None, False, 10, 16), (None, False, 250, 6), (None, True, 300, 1)],
+)
+def test_the_longest_answer(wanted, chat, tokens, limit):
+    async def run():
+        async with rig() as it:
+            await it.up()
+            ask = asked()
+            ask = type(ask)(path=ask.path, model="toy", body={}, prompts=("x",), messages=chat, max_tokens=wanted)
+            count = PromptCount(tokens=tokens, by="t", exact=True)
+            return it.models.ticket(ask, count, Slo(), "me", streams=True).request
+
+    request = virtually(run())
+    assert (request.prompt_tokens, request.max_tokens, request.caller, request.model) == (tokens, limit, "me", "toy")
+
+
+def test_a_model_may_be_called_otherwise():
+    async def run():
+        async with rig() as it:
+            it.models.served = (Served(driver=it.driver, names=("mine",)),)
+            await it.up()
+            assert it.models.passage("mine") is it.models.passage(None)
+            return it.models.names(), it.models.uncontrolled, await refusal(it.models.count(asked()))
+
+    assert virtually(run()) == (("mine",), 2, (404, "model_not_found"))

@@ -1,0 +1,65 @@
+"""The estimate of what the top clock would have taken, against an engine that ran there."""
+
+import asyncio
+import random
+
+import pytest
+from core.toy import spec, table
+
+from gateway.rig import rig, virtually
+from throttllem.core.throttle import ClockPolicy
+from throttllem.gateway.top_clock import TopClock
+from throttllem.gpu.device import Work
+
+
+async def energy(policy, gap_s, count):
+    """Joules of `count` requests that come when they come, the estimate of the top clock for them, and the clocks."""
+    async with rig(policy=policy, max_batch=64, kv_blocks=2000) as it:
+        await it.up()
+        dice, tasks = random.Random(3), []
+        for _ in range(count):
+            tasks.append(asyncio.ensure_future(it.ask(tokens=dice.randint(20, 60), stream=False)))
+            await asyncio.sleep(dice.expovariate(1 / gap_s))
+        await asyncio.gather(*tasks)
+        await asyncio.sleep(count * gap_s * 1.3 + 20.0 - it.driver.now())
+        return it.link.booking.meter.energy(), it.link.gpu.read().clock_mhz
+
+
+@pytest.mark.parametrize(("gap_s", "count"), [(3.0, 30), (0.4, 60)])
+def test_it_is_about_what_the_top_clock_takes(gap_s, count):
+    (truth, top), (slow, low) = (
+        virtually(energy(policy, gap_s, count)) for policy in (ClockPolicy.TOP, ClockPolicy.THROTTLLEM)
+    )
+    assert (top, low) == (1400, 600)
+    assert slow.top_j == pytest.approx(truth.total_j, rel=0.15)
+    assert slow.total_j < truth.total_j
+    assert truth.top_j == pytest.approx(truth.total_j)
+    assert truth.saved == pytest.approx(0.0)
+
+
+def work(**more):
+    return Work(seconds=0.1, decode_rows=4, kv_tokens=100, prefill_tokens=0, prefill_pairs=0.0, **more)
+
+
+def test_idle_time_and_unknown_clocks_are_as_they_were():
+    top = TopClock(table=table(spec()), spec=spec())
+    top.idle(100.0, 4000.0)
+    top.step(work(), kv_blocks=3, prompts=0, clock_mhz=None, joules=7.0)
+    top.step(work(), kv_blocks=3, prompts=0, clock_mhz=1399, joules=5.0)
+    assert top.joules() == pytest.approx(4012.0)
+
+
+def test_before_the_engine_was_up_nothing_is_made_up():
+    top = TopClock(table=table(spec()))
+    top.step(work(), kv_blocks=3, prompts=0, clock_mhz=600, joules=5.0)
+    assert top.joules() == 5.0
+
+
+def test_an_engine_that_is_full_does_the_same_steps_faster():
+    some, law = spec(max_batch=4), table(spec(max_batch=4))
+    top = TopClock(table=law, spec=some)
+    for _ in range(200):
+        top.step(work(), kv_blocks=20, prompts=0, clock_mhz=600, joules=10.0)
+    slow, fast = (law.at(clock, 4, 20, 0) for clock in (600, 1400))
+    same = 2000.0 * (fast[0] * fast[1]) / (slow[0] * slow[1]) + 20.0 * (1 - fast[0] / slow[0]) * some.idle_w
+    assert top.joules() == pytest.approx(same, rel=0.15)
