@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from throttllem.arguments import (
@@ -30,11 +32,16 @@ from throttllem.arguments import (
 )
 from throttllem.config import Options, changed
 from throttllem.core.types import Slo
-from throttllem.engine.fleet import build_fleet
+from throttllem.engine.fleet import Fleet, build_fleet
+from throttllem.engine.live import EngineError
 from throttllem.files import ensure_writable_dir
 from throttllem.learn.bake import bake
+from throttllem.learn.live import Device
+from throttllem.learn.live_plan import POINTS, LivePlan
+from throttllem.learn.live_run import chosen_clocks, profile_live
+from throttllem.learn.live_target import Target, parsed_capacities, parsed_clocks, parsed_kind
 from throttllem.learn.measure import ProfilePlan
-from throttllem.learn.profile import read_profile, write_profile
+from throttllem.learn.profile import check_ending, read_profile, spec_of, write_profile
 from throttllem.learn.score import score_profile, score_table, write_score_card
 from throttllem.learn.storage import save_table
 from throttllem.learn.tables import profile_fleet
@@ -94,24 +101,92 @@ def characterize(
 def profile(
     out: Annotated[Path, typer.Argument(help="CSV or Parquet file to write.")],
     gpu: Gpu = "a100-40gb-sxm",
-    model: Model = "llama-2-13b",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model of the catalogue; llama-2-13b, with --url llama-3-8b.")
+    ] = None,
     tp: Tp = None,
     sizes: Sizes = None,
     rows: Annotated[int, typer.Option("--rows", help="Iterations measured of each size.")] = ProfilePlan().rows,
     seed: Seed = 0,
     catalogue: Extra = None,
     setting: Setting = None,
+    url: Annotated[str | None, typer.Option("--url", help="Measure the live engine there.")] = None,
+    engine_kind: Annotated[str, typer.Option("--engine-kind", help="With --url: openai or triton.")] = "openai",
+    served_as: Annotated[str | None, typer.Option("--served-as", help="What the live engine calls the model.")] = None,
+    stats: Annotated[str | None, typer.Option("--stats", help="Where vLLM's plug-in sends its steps.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="tokenizer.json of the live engine.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="File with the key of the live engine.")
+    ] = None,
+    capacity: Annotated[
+        list[str] | None, typer.Option("--capacity", help="What the live engine does not tell, as in max_batch=64.")
+    ] = None,
+    clocks: Annotated[
+        str | None, typer.Option("--clocks", help="With --url: MHz, as in 1410,1050; default: 8 of them.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", help="With --url: measure for so long.")] = None,
+    points: Annotated[
+        int | None, typer.Option("--points", help=f"With --url: so many points; {POINTS} without --seconds.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="With --url: go on where the last run ended.")] = False,
 ) -> None:
-    """Measure the simulated engines over batch, KV, prompt tokens and clock (docs/profile-format.md)."""
+    """Measure engines, simulated or live, over batch, KV, prompt tokens and clock (docs/profile-format.md)."""
     options = changed(Options(), setting or [])
-    fleet = build_fleet(Catalogue.load(catalogue), gpu, model, parsed_sizes(tp, sizes), options.engine)
+    known = Catalogue.load(catalogue)
+    if url is None:
+        fleet = build_fleet(known, gpu, model or "llama-2-13b", parsed_sizes(tp, sizes), options.engine)
+        return _profile_simulated(fleet, ProfilePlan(rows=rows, seed=seed), out)
+    size = parsed_sizes(tp or (1 if sizes is None else None), sizes)
+    target = Target(
+        url=url,
+        kind=parsed_kind(engine_kind),
+        fleet=build_fleet(known, gpu, model or "llama-3-8b", size, options.engine),
+        served_as=served_as,
+        stats=stats,
+        tokenizer=tokenizer,
+        api_key=None if api_key_file is None else api_key_file.read_text(encoding="utf-8").strip(),
+        capacities=parsed_capacities(capacity or []),
+    )
+    plan = LivePlan(points=POINTS if seconds is None and points is None else points, seconds=seconds, seed=seed)
+    device = target.device(chosen_clocks(target.fleet.clocks_mhz, parsed_clocks(clocks)))
+    return _profile_live(target, device, plan, out, resume=resume)
+
+
+def _profile_simulated(fleet: Fleet, plan: ProfilePlan, out: Path) -> None:
     with progress_bar() as bar:
         task = bar.add_task("profiling", total=1.0)
-        frame = profile_fleet(
-            fleet, ProfilePlan(rows=rows, seed=seed), lambda what, share: bar.update(task, completed=share)
-        )
+        frame = profile_fleet(fleet, plan, lambda what, share: bar.update(task, completed=share))
     write_profile(frame, out)
     Console().print(f"{frame.height} iterations in {out}")
+
+
+def _profile_live(target: Target, device: Device, plan: LivePlan, out: Path, *, resume: bool) -> None:
+    check_ending(out)
+    console = Console(stderr=True, soft_wrap=True)
+    columns = (TextColumn("{task.description:>28}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("connecting", total=1.0)
+
+        async def run() -> int:
+            engine = target.engine()
+            try:
+                return await profile_live(
+                    engine,
+                    device,
+                    plan,
+                    out,
+                    resume=resume,
+                    served_as=target.served_as,
+                    say=lambda line: console.print(line, markup=False, highlight=False),
+                    progress=lambda what, share: bar.update(task, description=what, completed=share),
+                )
+            except EngineError as error:
+                raise ValueError(str(error)) from error
+            finally:
+                await engine.close()
+
+        rows = asyncio.run(run())
+    Console().print(f"{rows} rows in {out}")
 
 
 def train(
@@ -132,13 +207,13 @@ def train(
         trained = train_trees(frame)
         bar.update(task, completed=0.2)
         for tp in fleet.sizes:
-            save_table(bake(trained, fleet.specs[tp]), out / f"table-tp{tp}.npz")
+            save_table(bake(trained, spec_of(frame, fleet.specs[tp])), out / f"table-tp{tp}.npz")
         bar.update(task, completed=0.3)
         card = score_profile(
             frame, on_progress=lambda done, total: bar.update(task, completed=0.3 + 0.7 * done / total)
         )
     write_score_card(card, out / "score_card.json")
-    Console().print(score_table(card))
+    Console().print(score_table(card) if card.scores else "too few rows to hold any out: there are no scores")
     Console().print(f"tables and score_card.json in {out}")
 
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,21 @@ def write_aside(path: Path) -> Iterator[Path]:
             _flush(target.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def writable_dir(path: Path) -> None:
+    """Could `ensure_writable_dir` make or use this folder? Makes nothing. Raises WriteError if it could not."""
+    try:
+        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    except OSError as error:
+        raise _refusal(path, error) from error
+    if not there.is_dir():
+        raise _refusal(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise _refusal(path, error) from error
 
 
 def ensure_writable_dir(path: Path) -> Path:

@@ -90,8 +90,23 @@ def test_a_split_that_cannot_be_made_is_left_out(measured: pl.DataFrame) -> None
 
 
 def test_too_small_a_profile() -> None:
-    with pytest.raises(ValueError, match="takes at least 2000"):
-        score_profile(profile(rows=500, sizes=(1,)))
+    with pytest.raises(ValueError, match="takes at least 100"):
+        score_profile(profile(rows=90, sizes=(1,)))
+    few = profile(rows=100, sizes=(1,))
+    assert "random 90/10" not in {score.split for score in score_profile(few, QUICKER).scores}
+
+
+def test_rows_measured_together_are_held_out_together(measured: pl.DataFrame) -> None:
+    points = measured.with_columns(point=pl.int_range(pl.len()) // 20)
+    (held_out,) = splits_of(points, 0)["random 90/10"]
+    numbers = points["point"].to_numpy()
+    assert 0 < held_out.sum() < len(numbers)
+    assert not set(numbers[held_out]) & set(numbers[~held_out])
+
+
+def test_seconds_that_stand_for_every_clock_say_nothing_of_clocks(measured: pl.DataFrame) -> None:
+    assert "clocks left out" not in splits_of(measured.with_columns(any_clock=pl.lit(1)), 0)
+    assert "clocks left out" in splits_of(measured.with_columns(any_clock=pl.lit(0)), 0)
 
 
 def test_written_whole(tmp_path: Path, card: ScoreCard) -> None:

@@ -112,7 +112,8 @@ def _cache(page: bytes) -> dict[str, Any]:
 
 def _plugin(page: bytes) -> dict[str, Any]:
     labels = next((sample.labels for sample in samples(page, PLUGIN_INFO)), None)
-    if labels is None:
+    # A gateway in front of the engine has an information of that name too.
+    if labels is None or "max_num_seqs" not in labels:
         return {}
     engines = int(labels.get("engines", "1"))
     return {

@@ -43,6 +43,9 @@ COLUMNS = (
 OPTIONAL = (
     Column(name="prompts", dtype=pl.Int64, least=0),
     Column(name="prefill_pairs", dtype=pl.Float64, least=0.0),
+)
+"""Kept where the file has them: what `batch` and `prefill_tokens` leave open, and `calibrate` can use."""
+LIVE = (
     Column(name="max_batch", dtype=pl.Int64, least=1),
     Column(name="kv_capacity_blocks", dtype=pl.Int64, least=1),
     Column(name="prefill_budget_tokens", dtype=pl.Int64, least=1),
@@ -52,18 +55,9 @@ OPTIONAL = (
     Column(name="watts_by", dtype=pl.String),
     Column(name="any_clock", dtype=pl.Int64, least=0),
 )
-"""Kept where the file has them: what `batch` and `prefill_tokens` leave open, and `calibrate` can use; what a live
-engine said of itself, which of its rows were measured together, and how.
-"""
-SIMULATED = ("prompts", "prefill_pairs")
-"""The optional columns of a simulated engine's profile."""
-CAPACITIES = {
-    "max_batch": "max_batch",
-    "kv_capacity_blocks": "kv_blocks",
-    "prefill_budget_tokens": "prefill_budget_tokens",
-    "max_context_tokens": "max_context_tokens",
-}
-"""Columns that hold the engine's capacities, by the field of its spec; the same in every row of a size."""
+"""Kept likewise: what a live engine said of itself, which of its rows were measured together, and how."""
+CAPACITIES = ("max_batch", "kv_capacity_blocks", "prefill_budget_tokens", "max_context_tokens")
+"""Columns that hold the engine's capacities; the same in every row of a size."""
 SAME_THROUGHOUT = ("gpu", "model", "block_tokens")
 _LARGEST_WHOLE = 2.0**53
 """Whole numbers above it are not exact in the doubles that they are read as."""
@@ -85,7 +79,7 @@ def read_profile(path: Path, sizes: Collection[int] | None = None) -> pl.DataFra
         raise ProfileError(f"{path}: missing column {', '.join(missing)}; there are: {', '.join(frame.columns)}")
     if frame.is_empty():
         raise ProfileError(f"{path}: no rows")
-    there = [*COLUMNS, *(column for column in OPTIONAL if column.name in frame.columns)]
+    there = [*COLUMNS, *(column for column in (*OPTIONAL, *LIVE) if column.name in frame.columns)]
     checked = pl.DataFrame([_checked(path, frame[column.name], column) for column in there])
     for name in SAME_THROUGHOUT:
         others = checked[name] != checked[name][0]
@@ -115,13 +109,30 @@ def spec_of(profile: pl.DataFrame, spec: EngineSpec) -> EngineSpec:
     if not set(CAPACITIES) <= set(profile.columns):
         return spec
     row = profile.filter(pl.col("tp") == spec.tp).row(0, named=True)
-    capacities = {of: int(row[name]) for name, of in CAPACITIES.items()}
-    return replace(spec, block_tokens=int(row["block_tokens"]), **capacities)
+    return replace(
+        spec,
+        block_tokens=row["block_tokens"],
+        max_batch=row["max_batch"],
+        kv_blocks=row["kv_capacity_blocks"],
+        prefill_budget_tokens=row["prefill_budget_tokens"],
+        max_context_tokens=row["max_context_tokens"],
+    )
+
+
+def capacities_of(spec: EngineSpec) -> dict[str, int]:
+    """What a profile carries of an engine's capacities, by column."""
+    values = (spec.max_batch, spec.kv_blocks, spec.prefill_budget_tokens, spec.max_context_tokens)
+    return dict(zip(CAPACITIES, values, strict=True))
 
 
 def place(path: Path, row: int) -> str:
     """Where row `row` (from 0) of a profile stands, for people: a CSV's line, the header being line 1; else a row."""
     return f"line {row + 2}" if path.suffix.lower() == CSV else f"row {row + 1}"
+
+
+def check_ending(path: Path) -> None:
+    """Raise ProfileError for a name that no profile can have: better now than after a long run."""
+    _ending(path)
 
 
 def _ending(path: Path) -> str:

@@ -19,7 +19,7 @@ import polars as pl
 from rich.table import Table
 
 from throttllem.files import write_aside
-from throttllem.learn.train import FEWEST_ROWS, TrainSettings, train
+from throttllem.learn.train import FEWEST_ROWS, TrainSettings, measured_rows, repeated, settings_for, train
 
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -82,16 +82,17 @@ class Pair:
 
 def score_profile(
     profile: pl.DataFrame,
-    settings: TrainSettings = QUICK,
+    settings: TrainSettings | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> ScoreCard:
     """Train once per fold of every split and score what was held out. Same inputs, same card.
 
-    Raises ValueError for a profile too small to learn from a tenth of it.
+    A profile too small to hold anything out of it has no scores. Raises ValueError for one too small to train on.
     """
-    if profile.height < 20 * FEWEST_ROWS:
-        raise ValueError(f"a profile of {profile.height} rows: a score card takes at least {20 * FEWEST_ROWS}")
+    if (rows := measured_rows(profile)) < FEWEST_ROWS:
+        raise ValueError(f"a profile of {rows} rows: a score card takes at least {FEWEST_ROWS}")
+    settings = settings or settings_for(profile, QUICK)
     splits = splits_of(profile, seed)
     total = sum(len(folds) for folds in splits.values())
     sizes = profile["tp"].to_numpy()
@@ -115,18 +116,22 @@ def score_profile(
 def splits_of(profile: pl.DataFrame, seed: int) -> dict[str, list[Mask]]:
     """By name, the rows that each fold holds out. The folds of one split do not overlap.
 
-    A split that the profile cannot be put to (a single batch size, say) is left out.
+    Rows that were measured together (`point`) are held out together: they are too much alike to tell of each other.
+    A split that the profile cannot be put to is left out: a single batch size, say, seconds that no clock was set for,
+    or too few rows to learn from beside those that are held out.
     """
     drawn = np.random.default_rng(seed).random(profile.height)
+    if "point" in profile.columns:
+        drawn = drawn[np.unique(profile["point"].to_numpy(), return_inverse=True)[1]]
     fullest = pl.col("kv_blocks") > 0.8 * pl.col("kv_blocks").max().over("tp")
     splits: dict[str, list[Mask]] = {
         "random 90/10": [drawn >= 0.9],
         "random 10/90": [drawn >= 0.1],
-        "clocks left out": list(_groups(profile["clock_mhz"], CLOCK_BAND)),
+        "clocks left out": [] if repeated(profile) else list(_groups(profile["clock_mhz"], CLOCK_BAND)),
         "batch sizes left out": list(_groups(profile["batch"], 1)),
         "top fifth of KV left out": [profile.select(fullest).to_series().to_numpy()],
     }
-    return {name: folds for name, folds in splits.items() if folds and not any(fold.all() for fold in folds)}
+    return {name: folds for name, folds in splits.items() if folds and all(_usable(profile, fold) for fold in folds)}
 
 
 def write_score_card(card: ScoreCard, path: Path) -> None:
@@ -152,6 +157,10 @@ def score_table(card: ScoreCard) -> Table:
             end_section=score.tp == card.scores[-1].tp,
         )
     return table
+
+
+def _usable(profile: pl.DataFrame, held_out: Mask) -> bool:
+    return bool(held_out.any()) and measured_rows(profile.filter(~held_out)) >= FEWEST_ROWS
 
 
 def _groups(values: pl.Series, band: int) -> Iterator[Mask]:

@@ -6,7 +6,7 @@ Monotone where physics is: a slower clock, a larger batch, more KV or more promp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightgbm
@@ -22,6 +22,8 @@ SECONDS_DIRECTION = (0, 0, 1, -1, 1)
 # KV reads stall arithmetic: watts may fall or rise with them, and with the rows that share an iteration.
 WATTS_DIRECTION = (0, 0, 0, 1, 0)
 FEWEST_ROWS = 100
+ROWS_PER_LEAF_ROW = 100
+"""A leaf needs one row more for each so many of the profile, up to the setting."""
 KV = FEATURES.index("kv_blocks")
 
 
@@ -69,9 +71,9 @@ class Trained:
 
 def train(profile: pl.DataFrame, settings: TrainSettings | None = None) -> Trained:
     """Train on a checked profile of one GPU and model. Same profile and settings, same trees."""
-    if profile.height < FEWEST_ROWS:
-        raise ValueError(f"a profile of {profile.height} rows: training takes at least {FEWEST_ROWS}")
-    settings = settings or TrainSettings()
+    if measured_rows(profile) < FEWEST_ROWS:
+        raise ValueError(f"a profile of {measured_rows(profile)} rows: training takes at least {FEWEST_ROWS}")
+    settings = settings or settings_for(profile)
     points = matrix(profile)
     points[:, KV] = _snapped(points[:, KV], settings.kv_bins)
     seconds = profile["seconds"].to_numpy()
@@ -85,6 +87,27 @@ def train(profile: pl.DataFrame, settings: TrainSettings | None = None) -> Train
         block_tokens=first["block_tokens"],
         hulls=_hulls(profile),
     )
+
+
+def settings_for(profile: pl.DataFrame, of: TrainSettings | None = None) -> TrainSettings:
+    """Settings (the default ones) for a profile of this many measured rows: of few rows, smaller leaves.
+
+    A row that stands for every clock is one measurement, however many clocks it is repeated for.
+    """
+    settings = of or TrainSettings()
+    rows = measured_rows(profile)
+    least = min(settings.min_rows_in_leaf, max(2, rows // ROWS_PER_LEAF_ROW))
+    return replace(settings, min_rows_in_leaf=least * profile.height // rows)
+
+
+def measured_rows(profile: pl.DataFrame) -> int:
+    """Rows, those that were measured once and stand for several clocks counted once."""
+    return profile.height // profile["clock_mhz"].n_unique() if repeated(profile) else profile.height
+
+
+def repeated(profile: pl.DataFrame) -> bool:
+    """Whether the seconds of every row were measured once, and stand for all its clocks."""
+    return "any_clock" in profile.columns and bool((profile["any_clock"] == 1).all())
 
 
 def matrix(profile: pl.DataFrame) -> npt.NDArray[np.float64]:

@@ -1,0 +1,114 @@
+"""The engine and the GPUs that a live profile is taken of, from what the command line says. Reaches nothing yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from throttllem.engine.fleet import Fleet
+from throttllem.engine.openai import OpenaiEngine
+from throttllem.engine.triton import TritonEngine
+from throttllem.engine.triton_facts import Given
+from throttllem.gpu.device import Work
+from throttllem.gpu.simulated import SimulatedGpu
+from throttllem.learn.live import Device
+
+Kind = Literal["openai", "triton"]
+KINDS: tuple[Kind, ...] = ("openai", "triton")
+OVERRIDES = ("max_batch", "max_context_tokens", "kv_blocks", "block_tokens")
+SCRAPE_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One engine of the one size in `fleet`. `capacities` stand in for what it does not tell."""
+
+    url: str
+    kind: Kind
+    fleet: Fleet
+    served_as: str | None = None
+    stats: str | None = None
+    tokenizer: Path | None = None
+    metrics_url: str | None = None
+    api_key: str | None = None
+    capacities: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"--url {self.url}: must begin with http:// or https://")
+        if len(self.fleet.sizes) != 1:
+            raise ValueError("--url: one engine has one size; give --tp")
+
+    def engine(self) -> OpenaiEngine | TritonEngine:
+        """The engine, not reached yet."""
+        spec, given = next(iter(self.fleet.specs.values())), dict(self.capacities)
+        if self.kind == "triton":
+            return TritonEngine(
+                self.url,
+                spec,
+                model=self.served_as,
+                given=Given(
+                    kv_blocks=given.get("kv_blocks"),
+                    block_tokens=given.get("block_tokens"),
+                    max_batch=given.get("max_batch"),
+                    max_context_tokens=given.get("max_context_tokens"),
+                ),
+                tokenizer=self.tokenizer,
+                metrics_url=self.metrics_url,
+                api_key=self.api_key,
+            )
+        return OpenaiEngine(
+            url=self.url,
+            gpu=spec.gpu,
+            model=spec.model,
+            tp=spec.tp,
+            clocks_mhz=spec.clocks_mhz,
+            idle_w=spec.idle_w,
+            tokenizer=self.tokenizer,
+            stats=self.stats,
+            api_key=self.api_key,
+            scrape_s=SCRAPE_S,
+            **given,
+        )
+
+    def device(self, clocks_mhz: tuple[int, ...]) -> Device:
+        """The simulated GPUs of the catalogue, whose watts are modelled."""
+        ((tp, spec),) = self.fleet.specs.items()
+        physics = self.fleet.physics[tp]
+
+        def watts(mhz: int, work: Work) -> float:
+            return physics.iteration(mhz, work.decode_rows, work.kv_tokens, work.prefill_tokens, work.prefill_pairs)[1]
+
+        gpu = SimulatedGpu(spec.clocks_mhz, switch_latency_s=0.0, watts=watts, idle_w=spec.idle_w)
+        return Device(gpu=gpu, clocks_mhz=clocks_mhz, modelled=watts)
+
+
+def parsed_kind(text: str) -> Kind:
+    """`--engine-kind`. Raises ValueError."""
+    for kind in KINDS:
+        if text == kind:
+            return kind
+    raise ValueError(f"--engine-kind {text}: must be one of {', '.join(KINDS)}")
+
+
+def parsed_capacities(texts: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """`--capacity name=value`, any number of them. Raises ValueError."""
+    found = []
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in OVERRIDES or not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"--capacity {text}: write NAME=N, as in kv_blocks=4096; names are {', '.join(OVERRIDES)}")
+        found.append((name, int(value)))
+    return tuple(found)
+
+
+def parsed_clocks(text: str | None) -> tuple[int, ...] | None:
+    """`--clocks`. Raises ValueError."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(clock) for clock in text.split(","))
+    except ValueError:
+        raise ValueError(f"--clocks {text}: must be MHz with commas between, as in 1410,1050") from None
