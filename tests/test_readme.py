@@ -6,8 +6,14 @@ import json
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,8 +31,18 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def bash_blocks(text):
-    return [body for language, body in _FENCE.findall(text) if language in {"bash", "sh", "console"}]
+def bash_blocks(text, languages=("bash", "sh")):
+    """Blocks of commands: those that run anywhere (bash), and those that need an engine of the reader's (sh)."""
+    return [body for language, body in _FENCE.findall(text) if language in languages]
+
+
+def parted(block):
+    """The commands before one that serves, that one (None: there is none), and those to be given while it does."""
+    lines = block.replace("\\\n", " ").splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("throttllem serve") and "--check" not in shlex.split(line, comments=True):
+            return "\n".join(lines[:number]), line, "\n".join(lines[number + 1 :])
+    return block, None, ""
 
 
 def command_lines(block):
@@ -74,13 +90,50 @@ def table_rows(text, header, nth=0):
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-def run_in(folder, block, cache):
-    """Run a block as a shell whose throttllem is ours."""
+def environment(folder, cache):
+    """A shell's, whose throttllem is ours and keeps nothing outside the folder."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "THROTTLLEM_CACHE_DIR": str(cache)}
+    ours = {"THROTTLLEM_CACHE_DIR": str(cache), "THROTTLLEM_STATE_DIR": str(folder / "state")}
+    return os.environ | {"PATH": path, "THROTTLLEM_SERVER__PORT": str(free_port())} | ours
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def run_in(folder, block, cache, variables=None):
+    """Run a block of a shell; what it printed. Ports that a page names are free ones here."""
+    variables = variables or environment(folder, cache)
+    block = block.replace(":8000", f":{variables['THROTTLLEM_SERVER__PORT']}").replace(" 9090", f" {free_port()}")
     bash = ["bash", "-euo", "pipefail", "-c", block]
-    done = subprocess.run(bash, cwd=folder, env=environment, capture_output=True, check=False, text=True, timeout=900)
+    done = subprocess.run(bash, cwd=folder, env=variables, capture_output=True, check=False, text=True, timeout=900)
     assert done.returncode == 0, f"{block}\n{done.stderr}"
+    return done.stdout
+
+
+@contextmanager
+def serving(folder, command, variables):
+    """The gateway of this command while in the block, ended by SIGTERM."""
+    health = f"http://127.0.0.1:{variables['THROTTLLEM_SERVER__PORT']}/health"
+    with (folder / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {command}"], cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        for _ in range(1200):
+            try:
+                with urllib.request.urlopen(health, timeout=5):
+                    break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, (folder / "serve.log").read_text()
+                time.sleep(0.1)
+        yield
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, (folder / "serve.log").read_text()
+    finally:
+        process.kill()
+        process.wait()
 
 
 # ---- the rules, over this repository --------------------------------------------------------------------------
@@ -147,8 +200,9 @@ def test_projection_by_hand_is_what_the_code_projects():
     assert by_hand == [list(map(int, cells)) for cells in zip(*columns, strict=True)]
 
 
-def test_picture_is_small():
-    picture = (ROOT / "docs/report.png").read_bytes()
+@pytest.mark.parametrize("name", ["report", "dashboard"])
+def test_picture_is_small(name):
+    picture = (ROOT / f"docs/{name}.png").read_bytes()
     assert len(picture) < 300_000
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(picture[16:20], "big") == 1200
@@ -156,13 +210,29 @@ def test_picture_is_small():
 
 @pytest.mark.slow
 def test_examples_run(tmp_path):
-    blocks = [block for page in PAGES for block in bash_blocks(page.read_text()) if command_lines(block)]
+    blocks = [block for page in PAGES for block in bash_blocks(page.read_text(), ("bash",)) if command_lines(block)]
     assert blocks
     folder = tmp_path / "examples"
     folder.mkdir()
     for block in blocks:
-        run_in(folder, block, tmp_path / "cache")
+        if parted(block)[1] is None:
+            run_in(folder, block, tmp_path / "cache")
     assert (folder / "out/my/report.html").stat().st_size > 100_000
+
+
+@pytest.mark.slow
+def test_served_examples_run(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    (served,) = [parts for block in bash_blocks(readme, ("bash",)) if (parts := parted(block))[1] is not None]
+    (client,) = bash_blocks(readme, ("python",))
+    before, command, then = served
+    assert before == ""
+    variables = environment(tmp_path, tmp_path / "cache")
+    with serving(tmp_path, command, variables):
+        stream = run_in(tmp_path, then, None, variables)
+        assert stream.rstrip().endswith("data: [DONE]")
+        assert '"energy_joules":' in stream
+        assert "energy_joules" in run_in(tmp_path, f"python - <<'END'\n{client}END", None, variables)
 
 
 @pytest.mark.slow
@@ -205,3 +275,12 @@ def test_link_rule_sees(tmp_path):
 def test_command_rule_sees(line, fine):
     (words,) = command_lines(line)
     assert (command_fault(words) is None) is fine
+
+
+def test_what_serves_is_told_from_what_checks():
+    assert parted("cd a\nthrottllem serve \\\n  --port 1 # stay\ncurl b") == (
+        "cd a",
+        "throttllem serve    --port 1 # stay",
+        "curl b",
+    )
+    assert parted("throttllem serve --check") == ("throttllem serve --check", None, "")

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from throttllem.arguments import Setting, cache_dir, progress_bar
 from throttllem.gateway.check import check_configuration
@@ -74,16 +73,21 @@ def serve(
     _log_to_stderr(log_level)
     console = Console(stderr=not check, soft_wrap=True)
     if check:
-        findings = asyncio.run(check_configuration(options, origins, cache_dir()))
-        for finding in findings:
-            console.print(f"{finding.mark} {escape(finding.text)}", highlight=False)
-        raise typer.Exit(code=2 if any(finding.fatal for finding in findings) else 0)
+        raise typer.Exit(code=_explain(options, origins, console))
     with progress_bar() as bar:
         task = bar.add_task("preparing", total=1.0)
         gateway = run_gateway(
             options, cache_dir(), progress=lambda what, share: bar.update(task, description=what, completed=share)
         )
-    gateway.serve(lambda line: console.print(line, highlight=False))
+    gateway.serve(lambda line: console.print(line, highlight=False, markup=False))
+
+
+def _explain(options: ServeOptions, origins: dict[str, str], console: Console) -> int:
+    """Print what `--check` found; the exit code."""
+    findings = asyncio.run(check_configuration(options, origins, cache_dir()))
+    for finding in findings:
+        console.print(f"{finding.mark} {finding.text}", highlight=False, markup=False)
+    return 2 if any(finding.fatal for finding in findings) else 0
 
 
 def _log_to_stderr(level: str) -> None:

@@ -157,3 +157,26 @@ async def until(holds, within_s=8.0):
     async with asyncio.timeout(within_s):
         while not holds():
             await asyncio.sleep(0.005)
+
+
+def with_peer(check, folder, *settings, **options):
+    async def main():
+        async with Peer() as peer, whole(folder, *settings, url=peer.url, **options) as there:
+            await there.up()
+            found = await check(there, peer)
+            await there.empty(peer)
+            return found
+
+    return asyncio.run(main())
+
+
+def asks(there, count, tokens):
+    """Streams and others in turn."""
+    return [asyncio.create_task(there.client.ask(tokens=tokens, stream=n % 2 > 0, hang_s=10)) for n in range(count)]
+
+
+async def told(asked):
+    answers = await asyncio.gather(*asked)
+    for answer in answers:
+        answer.check()
+    return answers

@@ -23,6 +23,7 @@ from throttllem.gateway.energy_meter import EnergyMeter
 from throttllem.gateway.link import Link
 from throttllem.gateway.models import AllModels, Served
 from throttllem.gateway.settings import LimitOptions
+from throttllem.gateway.ticket import RefusedError
 from throttllem.gateway.top_clock import TopClock
 from throttllem.gpu.simulated import SimulatedGpu
 
@@ -271,3 +272,19 @@ async def ask(models, *, slo=None, count=6, hang_up_after=None, on_ticket=None, 
                 if hang_up_after is not None and told >= hang_up_after:
                     return None
             return ticket.finish(it.max_tokens * it.choices)
+
+
+async def outcome(request):
+    """What became of a request: "served", the refusal's code, "engine" or "cancelled"."""
+    try:
+        return "left" if await request is None else "served"
+    except RefusedError as error:
+        assert error.retry_after_s is None or 1 <= error.retry_after_s <= 60
+        return error.code
+    except EngineError:
+        return "engine"
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        while task.cancelling():
+            task.uncancel()
+        return "cancelled"

@@ -1,7 +1,6 @@
 """Faults around a whole gateway: whoever asked hears its end once, and nothing is left. Real HTTP on both sides."""
 
 import asyncio
-import json
 import logging
 import resource
 from dataclasses import replace
@@ -9,37 +8,14 @@ from dataclasses import replace
 import pytest
 from core.toy import spec, table
 
-from tests.gateway.peer import Peer, until, whole
+from tests.gateway.peer import Peer, asks, told, until, whole, with_peer
 from throttllem.gateway.run import run_gateway
 from throttllem.gateway.settings import ServeOptions, ServerOptions
 from throttllem.learn.storage import save_table
-from tools.evaluation.fault_client import connection, head, tallied
+from tools.evaluation.fault_client import tallied
 from tools.evaluation.garbage_engine import ANSWERS, CHUNK, PAGES, GarbageEngine, garbage_engine
 
 GOOD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + CHUNK + b"data: [DONE]\n\n"
-
-
-def with_peer(check, folder, *settings, **options):
-    async def main():
-        async with Peer() as peer, whole(folder, *settings, url=peer.url, **options) as there:
-            await there.up()
-            found = await check(there, peer)
-            await there.empty(peer)
-            return found
-
-    return asyncio.run(main())
-
-
-def asks(there, count, tokens):
-    """Streams and others in turn."""
-    return [asyncio.create_task(there.client.ask(tokens=tokens, stream=n % 2 > 0, hang_s=10)) for n in range(count)]
-
-
-async def told(asked):
-    answers = await asyncio.gather(*asked)
-    for answer in answers:
-        answer.check()
-    return answers
 
 
 def codes(answers):
@@ -128,6 +104,52 @@ def test_engine_answers_garbage(tmp_path):
     asyncio.run(main())
 
 
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "served"),
+    [
+        (STREAM + b"transfer-encoding: chunked\r\n\r\ne\r\ndata: [DONE]\n\n\r\n", True),
+        (STREAM + b"content-length: 999\r\n\r\ndata: [DONE]\n\n", True),
+        (STREAM + b"content-length: 999\r\n\r\n" + CHUNK, False),
+    ],
+    ids=["after its end", "after its end, of another length", "before its end"],
+)
+def test_stream_breaks_off(tmp_path, answer, served):
+    async def main():
+        engine = GarbageEngine(answer=answer)
+        async with garbage_engine(engine) as url, whole(tmp_path, url=url) as there:
+            await there.up()
+            return await told(asks(there, 2, 3))
+
+    for found in asyncio.run(main()):
+        assert found.broken is None and (found.served, found.error is None) == (served, served), found
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        STREAM + b"connection: close\r\n\r\n" + CHUNK + b'data: {"error": {"message": "dead"}}\n\ndata: [DONE]\n\n',
+        b'HTTP/1.1 500 Oh\r\ncontent-length: 32\r\n\r\n{"error": {"message": "broken"}}',
+    ],
+    ids=["in its stream", "by its status"],
+)
+def test_what_the_engine_itself_calls_an_error_is_a_broken_promise(tmp_path, answer):
+    async def main():
+        engine = GarbageEngine(answer=answer)
+        async with garbage_engine(engine) as url, whole(tmp_path, "slo.e2e_s=60", url=url) as there:
+            await there.up()
+            answers = [await there.client.ask(stream=True) for _ in range(2)]
+            await until(lambda: there.driver.promises.ever.promised == 2)
+            await until(lambda: not any(there.held()))
+            return answers, there.driver.promises.ever.kept
+
+    answers, kept = asyncio.run(main())
+    assert [found.body for found in answers] == [answer.partition(b"\r\n\r\n")[2]] * 2
+    assert kept == 0
+
+
 @pytest.mark.parametrize(
     "name", ["JSON of another shape in /v1/models", "no numbers in /metrics", "no count in /tokenize"]
 )
@@ -162,38 +184,6 @@ def test_another_gateway_on_the_engine_is_said_aloud(tmp_path, caplog):
     assert any("not ours" in note for note in notes)
     assert 'throttllem_foreign_sequences{engine="openai-llama-3-8b-tp1",model="tiny"} 3.0' in page
     assert caplog.text.count("not ours") == 1
-
-
-# ---- clients -------------------------------------------------------------------------------------------------
-
-
-def request(there, **more):
-    body = json.dumps(there.client.fields(**more)).encode()
-    return head(len(body)) + body
-
-
-@pytest.mark.parametrize("stage", ["body", "half", "queued", "first token", "stream", "end"])
-def test_client_is_gone(tmp_path, stage):
-    async def check(there, peer):
-        if stage in ("queued", "first token"):
-            peer.held.clear()
-        full = asks(there, 2, 3) if stage == "queued" else []
-        await until(lambda: peer.open == len(full))
-        async with connection(there.client.url) as (reader, writer):
-            sent = request(there, tokens=3 if stage == "end" else 2000)
-            writer.write({"body": head(99), "half": sent[:-9]}.get(stage, sent))
-            if stage == "queued":
-                await until(lambda: there.driver.controller.snapshot().queue == 1)
-            elif stage == "first token":
-                await until(lambda: peer.open == 1)
-            elif stage in ("stream", "end"):
-                await reader.readuntil({"stream": b"data:", "end": b"[DONE]\n\n"}[stage])
-        if stage == "queued":
-            await until(lambda: not there.driver.controller.snapshot().queue)
-        peer.held.set()
-        assert all(answer.served for answer in await told(full))
-
-    with_peer(check, tmp_path, "engines.0.max_batch=2")
 
 
 # ---- the gateway ---------------------------------------------------------------------------------------------

@@ -25,11 +25,19 @@ _LENGTH = frozenset({"content-length"})
 async def relay(
     exchange: Exchange, reply: Reply, ticket: Ticket, *, stream: bool, metrics: bool, held_bytes: int
 ) -> None:
-    """The reply of a controlled request. An engine's error passes as it is and leaves the ticket unfinished."""
+    """The reply of a controlled request. An engine's error passes as it is and leaves the ticket unfinished.
+
+    Raises EngineError, also for an error that the engine has told the client itself by then.
+    """
     if reply.status >= 300:
         await forward(exchange, reply)
+        if reply.status >= 500:
+            raise EngineError(f"the engine answered {reply.status}")
     elif _is_stream(reply.headers):
-        await _events(exchange, reply, ticket, counted=stream, metrics=metrics)
+        meter = Meter()
+        await _events(exchange, reply, ticket, meter, counted=stream, metrics=metrics)
+        if meter.failed:
+            raise EngineError("the engine told an error in its stream")
     else:
         await _whole(exchange, reply, ticket, metrics=metrics, held_bytes=held_bytes)
 
@@ -42,8 +50,9 @@ async def forward(exchange: Exchange, reply: Reply, silence_s: float | None = No
     await exchange.finish()
 
 
-async def _events(exchange: Exchange, reply: Reply, ticket: Ticket, *, counted: bool, metrics: bool) -> None:
-    meter = Meter()
+async def _events(
+    exchange: Exchange, reply: Reply, ticket: Ticket, meter: Meter, *, counted: bool, metrics: bool
+) -> None:
     held = _Held() if metrics else None
     receipt: Receipt | None = None
     await exchange.start(_status(reply), _headers(reply.headers, _LENGTH), events=True)

@@ -3,7 +3,8 @@
 A lower clock makes iterations longer, so more requests share each of them: counting the same iterations at the top
 clock would forget that there would be more of them, with fewer requests each. So every slice's load is put to the
 core's model of an engine that settles (`core.load.steady`), once at the clocks that were in force and once at the top;
-the measured joules are scaled by the ratio. Requests are taken to come when they come, whatever the clock is.
+the measured joules are scaled by the ratio. Requests are taken to come when they come, whatever the clock is: bursts
+shorter than a slice, and clients that wait for their answers before they ask again, make the estimate too high.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class TopClock:
     table: PerformanceTable
     spec: EngineSpec | None = None
     _closed_j: float = 0.0
+    _ratio: float = 1.0
+    _told_j: float = 0.0
     _slice: _Slice = field(default_factory=_Slice)
 
     def idle(self, seconds: float, joules: float) -> None:
@@ -65,12 +68,15 @@ class TopClock:
         self._close()
 
     def joules(self) -> float:
-        """What everything so far would have taken."""
-        return self._closed_j + self._at_top(self._slice)
+        """What everything so far would have taken, the slice under way as the last one. It never falls."""
+        self._told_j = max(self._told_j, self._closed_j + self._slice.joules * self._ratio)
+        return self._told_j
 
     def _close(self) -> None:
         if self._slice.seconds >= _SLICE_S:
-            self._closed_j += self._at_top(self._slice)
+            at_top_j = self._at_top(self._slice)
+            self._closed_j += at_top_j
+            self._ratio = at_top_j / self._slice.joules if self._slice.joules > 0 else 1.0
             self._slice = _Slice()
 
     def _at_top(self, here: _Slice) -> float:

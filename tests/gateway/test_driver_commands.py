@@ -1,0 +1,151 @@
+"""What the driver counts, and how it carries out what the core says of clocks and sizes."""
+
+import asyncio
+
+import pytest
+
+from gateway.rig import outcome, rig, virtually
+from throttllem.core.autoscale import AutoscaleOptions
+from throttllem.core.throttle import ClockPolicy
+from throttllem.core.types import ClockRead, Dispatch, SetClock, StartEngine, StopEngine
+
+# ---- counts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("choices", [1, 2])
+def test_tokens_are_counted_streamed_or_not(stream, choices):
+    async def run():
+        async with rig() as it:
+            await it.up()
+            await it.ask(stream=stream, choices=choices, tokens=7, count=5)
+            return it.driver.prompt_tokens, it.driver.generated_tokens
+
+    assert virtually(run()) == (5 * choices, 7 * choices)
+
+
+def test_retry_after_follows_the_pace_and_stays_within_a_minute():
+    async def run():
+        async with rig(max_batch=1) as it:
+            await it.up()
+            driver = it.driver
+            said = [driver.retry_after_s()]
+            asks = [asyncio.ensure_future(outcome(it.ask(tokens=n))) for n in (5, 5, 240)]
+            await asyncio.sleep(1.0)
+            said.append(driver.retry_after_s())
+            asks += [asyncio.ensure_future(outcome(it.ask(tokens=200))) for _ in range(200)]
+            await asyncio.sleep(0.5)
+            said.append(driver.retry_after_s())
+            for task in asks:
+                task.cancel()
+            await asyncio.gather(*asks)
+            await asyncio.sleep(120.0)
+            return [*said, driver.retry_after_s()]
+
+    first, flowing, crowded, later = virtually(run())
+    assert first == later == 5
+    assert flowing == 1
+    assert crowded == 60
+
+
+# ---- clocks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "clocks"), [(ClockPolicy.TOP, set()), (ClockPolicy.THROTTLLEM, {600}), (ClockPolicy.LEAST_ENERGY, {600})]
+)
+def test_the_policy_sets_the_clock(policy, clocks):
+    async def run():
+        async with rig(policy=policy) as it:
+            await it.up()
+            await asyncio.gather(*(it.ask(tokens=60) for _ in range(4)))
+            return {command.plan.mhz for command in it.seen.commands(SetClock)}, it.link.gpu.read().clock_mhz
+
+    asked_mhz, in_force = virtually(run())
+    assert asked_mhz == clocks
+    assert in_force == (min(clocks) if clocks else 1400)
+
+
+def test_a_clock_that_cannot_be_set_is_tried_once_a_second_and_nobody_suffers():
+    class Stuck:
+        tries = 0
+
+        def __init__(self, gpu):
+            self.gpu = gpu
+
+        def __getattr__(self, name):
+            return getattr(self.gpu, name)
+
+        async def set_clock(self, mhz):
+            Stuck.tries += 1
+            raise OSError("not permitted: run as root")
+
+    async def run():
+        async with rig() as it:
+            it.link.gpu = Stuck(it.link.gpu)
+            await it.up()
+            ends = await asyncio.gather(*(outcome(it.ask(tokens=100)) for _ in range(5)))
+            (view,) = it.driver.controller.snapshot().engines
+            trouble = it.link.trouble
+            plan, tries, now_s = view.plan, Stuck.tries, it.driver.now()
+            it.link.gpu = it.link.gpu.gpu
+            await asyncio.sleep(1.5)
+            return ends, trouble, plan, tries, now_s, it.link.trouble, it.seen.events(ClockRead)[-1].mhz
+
+    ends, trouble, plan, tries, now_s, after, known = virtually(run())
+    assert ends == ["served"] * 5
+    assert trouble == "clock: not permitted: run as root"
+    assert (plan.mhz, plan.why.name) == (1400, "UNKNOWN_STATE")
+    assert tries <= now_s + 3
+    assert (after, known) == (None, 1400)
+
+
+# ---- sizes ---------------------------------------------------------------------------------------------------
+
+
+def test_sizes_follow_the_load_and_no_request_is_lost():
+    scale = AutoscaleOptions(capacity_rps={1: 4.0, 2: 400.0}, interval_s=0.2, window_s=0.5, grace_s=1.0)
+
+    async def run():
+        async with rig(sizes=(1, 2), core={"autoscale": scale}) as it:
+            asks = []
+            await it.up()
+            for gap_s, count in ((0.02, 50), (0.5, 9), (0.02, 50), (0.5, 9)):
+                for _ in range(count):
+                    asks.append(asyncio.ensure_future(outcome(it.ask(tokens=6))))
+                    await asyncio.sleep(gap_s)
+                it.models.status()
+            return await asyncio.gather(*asks), it
+
+    ends, it = virtually(run())
+    assert set(ends) == {"served"}
+    started = [command.tp for command in it.seen.commands(StartEngine)]
+    assert started[:3] == [1, 2, 1]
+    assert len(it.seen.commands(StopEngine)) >= 2
+    assert {command.engine for command in it.seen.commands(Dispatch)} >= {0, 1, 2}
+
+
+def test_a_size_that_was_just_stopped_can_be_started_at_once():
+    closed = []
+
+    async def close():
+        closed.append("begun")
+        await asyncio.sleep(0.5)
+        closed.append("done")
+
+    async def run():
+        async with rig() as it:
+            it.link.close = close
+            await it.up()
+            it.link.retire()
+            assert it.link.key is None
+            it.link.start(1, it.driver.tell)
+            connects = it.link.engine.connects
+            await asyncio.sleep(0.4)
+            assert it.link.engine.connects == connects
+            await it.up()
+            assert it.link.engine.connects == connects + 1
+            assert closed == ["begun", "done"]
+            assert await outcome(it.ask()) == "served"
+
+    virtually(run())
