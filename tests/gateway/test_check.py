@@ -98,6 +98,6 @@ def test_who_may_ask_and_what_is_recorded(tmp_path):
         found(tmp_path, server=server, recorder=RecorderOptions(enabled=False), classes={"gold": Slo(tbt_s=0.1)})
     )
     assert "2 API keys" in text
-    assert "metrics and dashboard on port 0" in text
+    assert "metrics and dashboard on 127.0.0.1:0" in text
     assert "promise class gold: TBT 0.1 s" in text
     assert "flight recorder" not in text

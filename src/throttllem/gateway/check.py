@@ -60,8 +60,10 @@ def _ports(options: ServeOptions) -> Iterator[Finding]:
         yield Finding(mark="!!", text=str(error), fatal=True)
         return
     server = options.server
-    private = f", metrics and dashboard on port {server.metrics_port}" if server.metrics_port is not None else ""
-    yield Finding(mark="ok", text=f"would listen on {server.host}:{server.port}{private}")
+    yield Finding(mark="ok", text=f"would listen on {server.host}:{server.port}")
+    if server.metrics_port is not None:
+        where = f"{server.metrics_host}:{server.metrics_port}"
+        yield Finding(mark="ok", text=f"metrics and dashboard on {where}, where no key is asked for")
 
 
 def _access(options: ServeOptions) -> Iterator[Finding]:

@@ -50,7 +50,7 @@ def bind(server: ServerOptions) -> Sockets:
     if server.metrics_port is None:
         return Sockets(api=api)
     try:
-        return Sockets(api=api, private=_bound(server.host, server.metrics_port, "server.metrics_port"))
+        return Sockets(api=api, private=_bound(server.metrics_host, server.metrics_port, "server.metrics_port"))
     except OSError:
         api.close()
         raise

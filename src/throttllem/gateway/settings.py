@@ -21,12 +21,13 @@ from throttllem.core.types import Slo, check
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
     """Where the gateway listens, and who may ask. `metrics_port`: `/metrics`, `/health` and `/dashboard` on a port of
-    their own. `api_keys`: a request must carry one of them (none: anybody may ask).
+    their own, of `metrics_host`, where no key is asked for. `api_keys`: a request must carry one of them (none: anybody may ask).
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     seed: int = 0
 
