@@ -1,0 +1,24 @@
+"""Fifty thousand short requests, hang-ups and failures among them: memory, tasks and descriptors stay flat."""
+
+import asyncio
+
+import pytest
+
+from tools.evaluation.endurance import endure
+
+MIB = 2**20
+
+
+@pytest.mark.slow
+def test_nothing_grows(tmp_path):
+    endured = asyncio.run(endure(tmp_path, 50_000, print))
+    print(endured.answers, endured.kept)
+    for name in ("rss", "tasks", "fds"):
+        print(name, endured.decile(name, 0), endured.decile(name, -1), endured.slope(name))
+    assert endured.decile("rss", -1) - endured.decile("rss", 0) < 8 * MIB
+    assert endured.slope("rss") * 50_000 < 8 * MIB
+    early, late = endured.kept
+    assert late - early < 3_000, endured.kept  # callers of whom lengths are learned, up to a bound
+    for name in ("tasks", "fds"):
+        assert endured.decile(name, -1) < 1.2 * endured.decile(name, 0)
+    assert not [said for said in endured.answers if "internal" in said], endured.answers

@@ -1,0 +1,132 @@
+"""Tens of thousands of short requests through one gateway: does anything grow?
+
+The engine is the simulated one, hurried, with noise; of its requests one in 25 fails. One client in ten hangs up, one
+request in 40 is malformed, half are streams, and callers come and go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.evaluation.fault_client import COMPLETIONS, Client, connection, head
+from tools.evaluation.fault_house import House, gateway
+
+FAST = 50.0
+CLIENTS = 48
+SAMPLES = 100
+WARM = 0.2
+"""The fraction of the run that fills caches and pools."""
+CALLERS = 3000
+"""More than the length predictor remembers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endured:
+    """`samples` over the run, each what the gateway held after `done` requests; `answers` counts what clients saw.
+
+    `kept`: the Python objects that a garbage collection left, early and at the end.
+    """
+
+    requests: int
+    seconds: float
+    samples: tuple[dict[str, Any], ...]
+    answers: dict[str, int]
+    kept: tuple[int, ...]
+
+    def decile(self, name: str, which: int) -> float:
+        """The mean of a figure over the first (0) or the last (-1) tenth of the run after its warm-up."""
+        warm = [float(sample[name]) for sample in self.warm()]
+        tenth = max(1, len(warm) // 10)
+        part = warm[:tenth] if which == 0 else warm[-tenth:]
+        return sum(part) / len(part)
+
+    def slope(self, name: str) -> float:
+        """How a figure grows by request, after the warm-up (least squares)."""
+        points = [(float(sample["done"]), float(sample[name])) for sample in self.warm()]
+        mean_x, mean_y = (sum(point[axis] for point in points) / len(points) for axis in (0, 1))
+        spread = sum((x - mean_x) ** 2 for x, _ in points)
+        return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+
+    def warm(self) -> Sequence[dict[str, Any]]:
+        """The samples after the warm-up."""
+        return self.samples[int(len(self.samples) * WARM) :]
+
+
+async def endure(folder: Path, requests: int, say: Callable[[str], None] = lambda _: None) -> Endured:
+    """Send so many requests, and sample what the gateway holds meanwhile. At the end it must hold nothing."""
+    settings = ("recorder.file_bytes=1048576", "limits.silence_s=20")
+    async with gateway(folder, *settings, model="llama-3-8b", flags=("--fast", str(FAST))) as house:
+        await house.ready()
+        began = time.monotonic()
+        samples: list[dict[str, Any]] = []
+        answers: Counter[str] = Counter()
+        kept: list[int] = []
+        numbers = iter(range(requests))
+        async with Client(house.url, house.client.model, keep=True) as client:
+
+            async def work() -> None:
+                for number in numbers:
+                    answers[await _one(client, house, number)] += 1
+                    if number in (int(requests * WARM), requests - 1):
+                        kept.append((await house.inside(collect=True))["objects"])
+                    if number % (requests // SAMPLES) == 0:
+                        samples.append({"done": number, **await house.inside()})
+                        say(f"{number} requests after {time.monotonic() - began:.0f} s: {_figures(samples[-1])}")
+
+            await asyncio.gather(*(work() for _ in range(CLIENTS)))
+        seconds = time.monotonic() - began
+        assert answers.total() == requests
+        await _settled(house)
+    told = dict(answers)
+    return Endured(requests=requests, seconds=seconds, samples=tuple(samples), answers=told, kept=tuple(kept))
+
+
+async def _settled(house: House) -> None:
+    """Nothing may be left. One request in 25 fails, and a fresh one may be it."""
+    try:
+        await house.left()
+    except AssertionError as error:
+        if "a fresh request" not in str(error):
+            raise
+        await house.left()
+
+
+def _figures(sample: dict[str, Any]) -> str:
+    return f"{sample['rss'] / 2**20:.1f} MiB, {sample['tasks']} tasks, {sample['fds']} fds, {sample['objects']} objects"
+
+
+async def _one(client: Client, house: House, number: int) -> str:
+    """One request; what became of it."""
+    dice = random.Random(number)
+    stream, tokens = dice.random() < 0.5, dice.randint(1, 8)
+    fields = client.fields(tokens=tokens, stream=stream, user=f"caller {dice.randrange(CALLERS)}")
+    fields["prompt"] = "word " * dice.randint(1, 60)
+    body = json.dumps(fields).encode()
+    lot = dice.random()
+    if lot < 0.1:
+        await _hang_up(house, body, begun=lot < 0.05, wait_s=lot / 20)
+        return "hung up"
+    if lot < 0.125:
+        body = body[:-1]
+    headers = {"x-slo-e2e-ms": "2000", "x-slo-tpot-ms": "100"} if dice.random() < 0.5 else None
+    answer = await client.send(body, headers=headers)
+    answer.check()
+    return answer.said
+
+
+async def _hang_up(house: House, body: bytes, *, begun: bool, wait_s: float) -> None:
+    """Leave when the answer has begun, or before."""
+    async with connection(house.url) as (reader, writer):
+        writer.write(head(len(body), path=COMPLETIONS) + body)
+        if begun:
+            await asyncio.wait_for(reader.read(1), 30)
+        else:
+            await asyncio.sleep(wait_s)

@@ -1,0 +1,80 @@
+"""A client of an open loop, as a process of its own: sends each request at its time, whatever became of the others.
+
+`python -m tools.evaluation.overload_client URL JOBS RESULTS E2E_S TBT_S`: one JSON line per request in both files. An
+answer ends of itself after `answer_tokens`: end-of-text is forbidden until then and certain afterwards, which only the
+engine knows of; `max_tokens` is the generous limit of somebody who does not know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+END_OF_TEXT = 1
+"""Of the tiny model's tokenizer."""
+LONGEST_S = 300.0
+
+
+async def main(url: str, jobs: Path, results: Path, e2e_s: float, tbt_s: float) -> None:
+    """Send all, wait for all, write what came of each."""
+    waiting = [json.loads(line) for line in jobs.read_text().splitlines()]
+    promises = {"x-slo-e2e-ms": f"{e2e_s * 1e3:.3f}", "x-slo-tpot-ms": f"{tbt_s * 1e3:.3f}"} if e2e_s else {}
+    timeout = aiohttp.ClientTimeout(total=LONGEST_S)
+    async with aiohttp.ClientSession(
+        timeout=timeout, connector=aiohttp.TCPConnector(limit=0), headers=promises
+    ) as session:
+        began = time.monotonic() + 0.5
+        tasks = [asyncio.create_task(_ask(session, url, job, began)) for job in waiting]
+        ended = await asyncio.gather(*tasks)
+    results.write_text("".join(json.dumps(each) + "\n" for each in ended))
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, job: dict[str, Any], began: float) -> dict[str, Any]:
+    await asyncio.sleep(max(0.0, began + job["at_s"] - time.monotonic()))
+    sent = time.monotonic()
+    found: dict[str, Any] = {"at_s": job["at_s"], "late_s": sent - began - job["at_s"], "status": 0, "tokens": 0}
+    body = {
+        "model": "tiny",
+        "prompt": job["prompt"],
+        "max_tokens": job["max_tokens"],
+        "min_tokens": job["answer_tokens"] - 1,
+        "logit_bias": {str(END_OF_TEXT): 100},
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    try:
+        async with session.post(f"{url}/v1/completions", json=body) as answer:
+            found["status"] = answer.status
+            if answer.status == 200:
+                await _read(answer, sent, found)
+            else:
+                found["why"] = (await answer.text())[:300]
+    except (aiohttp.ClientError, TimeoutError) as error:
+        found["why"] = repr(error)
+    found["ended_s"] = time.monotonic() - sent
+    return found
+
+
+async def _read(answer: aiohttp.ClientResponse, sent: float, found: dict[str, Any]) -> None:
+    """Times of the first and the last text, and the tokens that the engine counted."""
+    async for line in answer.content:
+        if line.startswith(b'data: {"id"') and b'"choices":[]' not in line:
+            now = time.monotonic() - sent
+            found.setdefault("first_s", now)
+            found["last_s"] = now
+        elif line.startswith(b"data: {"):
+            usage = json.loads(line[6:]).get("usage")
+            found["tokens"] = usage["completion_tokens"] if usage else 0
+        elif line.startswith(b"data: [DONE]"):
+            found["done"] = True
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5])))

@@ -1,0 +1,177 @@
+"""How well the gateway knows what runs in a real vLLM: its numbers against the engine's own, at every engine step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.evaluation.gateway_process import gateway_process
+from tools.evaluation.known_clients import openai_figures, run_openai
+from tools.evaluation.machine import version_of
+from tools.evaluation.section import Section, Table, Workshop
+from tools.evaluation.stage import KV_BLOCKS, SMALL, Stage, engine_alone
+from tools.evaluation.trace import Scale, Sent, azure_slice, write_jobs
+
+SCALE = Scale(rate=8.0)
+TEXT = """\
+{requests} requests (a slice of Azure's chat trace: {scale}; half of them chats, three of four streamed) through a
+gateway in front of vLLM with {blocks} KV blocks of 128 tokens and its prefix cache on. At each engine step the numbers
+of the engine (from its stat logger; {with_steps:,} and {without_steps:,} steps with requests in it) are held against
+those of the gateway's core at that time; both clocks are the machine's monotonic one.
+
+*with the plug-in*: the gateway hears of each step after its numbers were taken down. *without*: it counts tokens in
+streams, knows nothing of answers that are not streamed until they end, and looks at `/metrics` twice a second.
+*estimate*: the scoreboard's own. *corrected*: plus the offset that the core learned from the engine's last word, which
+its projections use. *before the next step*: what the gateway knew of a step when the next one had ended. *at once*:
+what it knew in the moment in which the step ended, before anybody could have told it.
+
+*in the engine*: running and waiting requests, against those that the gateway has sent there; those on their way through
+vLLM's API server are the difference. *running*: the engine counts a prompt under way, the gateway only requests that
+have a token, as far as it can see (without the plug-in, none that is not streamed). *KV*: blocks, in % of the capacity,
+likewise.
+*KV unexplained*: the part of it that those requests, whose blocks the projections count as well, cannot explain.
+
+Without the plug-in an offset comes from one look, which may catch engine and gateway at different moments, and holds
+until the next: on a load that changes faster than that the correction is no gain. It is for what lasts: requests of
+others, prompts that share blocks.
+"""
+
+
+def section(workshop: Workshop) -> Section:
+    """With and without the plug-in, on the same engine. Raises MissingError where something is not installed."""
+    clients = workshop.environment("clients")
+    jobs = _jobs(workshop.folder, 40 if workshop.quick else 300)
+    with engine_alone(workshop, flags=SMALL) as engine:
+        found = {}
+        for name, plug_in in (("with the plug-in", True), ("without", False)):
+            run_openai(clients, engine.direct, _jobs(workshop.folder, 8), concurrency=8)
+            found[name] = watched(engine, clients, jobs, workshop.folder, plug_in=plug_in)
+            workshop.say(f"{name}: {len(found[name]):,} steps")
+        version = version_of(engine.vllm, "vllm")
+    rows, errors = [], {}
+    for name, samples in found.items():
+        for title, later in (("before the next step", True), ("at once", False)):
+            errors[f"{name}, {title}"] = judged = errors_of(samples, later=later)
+            rows += [(name, title, *row) for row in _rows(judged)]
+    text = TEXT.format(
+        requests=len(jobs.read_text().splitlines()),
+        scale=SCALE.told(),
+        blocks=KV_BLOCKS,
+        with_steps=len(_busy(found["with the plug-in"])),
+        without_steps=len(_busy(found["without"])),
+    )
+    head = (
+        "gateway",
+        "",
+        "",
+        "in the engine: mean",
+        "p95",
+        "running: mean",
+        "p95",
+        "KV: mean",
+        "p95",
+        "KV unexplained: mean",
+        "p95",
+    )
+    return Section(
+        title="The scoreboard against the engine's own numbers",
+        text=text,
+        tables=(Table(caption=_load(found), head=head, rows=rows),),
+        results={"errors": errors, "steps": found},
+        versions={"vLLM": version},
+    )
+
+
+def errors_of(samples: Sequence[Mapping[str, Any]], *, later: bool) -> dict[str, dict[str, float]]:
+    """Absolute errors: sequences and % of the KV capacity, by name, mean and p95, over steps with requests."""
+    pairs = list(zip(samples, samples[1:] if later else samples, strict=False))
+    pairs = [(told, known) for told, known in pairs if told["engine"]["running"] + told["engine"]["waiting"]]
+    engine, own = [told["engine"] for told, _ in pairs], [known["gateway"] for _, known in pairs]
+    drift = [known["drift"] for _, known in pairs]
+    scale = 100 / samples[0]["capacity"]
+    offsets = np.array([(each["batch"] or 0, each["kv_blocks"] or 0) for each in drift])
+    inside = np.array(
+        [a["running"] + a["waiting"] - b["running"] - b["pending"] for a, b in zip(engine, own, strict=True)]
+    )
+    running = np.array([a["running"] - b["running"] for a, b in zip(engine, own, strict=True)])
+    blocks = np.array([a["kv_blocks"] - b["kv_blocks"] for a, b in zip(engine, own, strict=True)])
+    under_way = np.array([each["pending_blocks"] for each in own])
+    return {
+        "inside": _mean_p95(inside),
+        "running": _mean_p95(running),
+        "kv": _mean_p95(blocks * scale),
+        "unexplained": _mean_p95(_beyond(blocks, under_way) * scale),
+        "inside corrected": _mean_p95(inside - offsets[:, 0]),
+        "running corrected": _mean_p95(running - offsets[:, 0]),
+        "kv corrected": _mean_p95((blocks - offsets[:, 1]) * scale),
+        "unexplained corrected": _mean_p95(_beyond(blocks - offsets[:, 1], under_way) * scale),
+    }
+
+
+def _beyond(blocks: Any, under_way: Any) -> Any:
+    """What is outside 0 to `under_way`."""
+    return blocks - np.clip(blocks, 0, under_way)
+
+
+def _mean_p95(errors: Any) -> dict[str, float]:
+    sizes = np.abs(errors)
+    return {"mean": float(sizes.mean()), "p95": float(np.percentile(sizes, 95))}
+
+
+def _rows(judged: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
+    def row(title: str, suffix: str) -> tuple[str, ...]:
+        counts = [judged[f"{name}{suffix}"][figure] for name in ("inside", "running") for figure in ("mean", "p95")]
+        shares = [judged[f"{name}{suffix}"][figure] for name in ("kv", "unexplained") for figure in ("mean", "p95")]
+        return (title, *(f"{count:.2f}" for count in counts), *(f"{share:.2f} %" for share in shares))
+
+    return [row("estimate", ""), row("corrected", " corrected")]
+
+
+def _load(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """How full the engine was, in words."""
+    busy = [sample for samples in found.values() for sample in _busy(samples)]
+    running = [sample["engine"]["running"] for sample in busy]
+    filled = [sample["engine"]["kv_blocks"] / sample["capacity"] for sample in busy]
+    return (
+        f"Absolute errors. The engine ran {np.mean(running):.1f} requests on average ({max(running)} at most) and held "
+        f"{np.mean(filled):.0%} of its KV cache ({max(filled):.0%} at most)."
+    )
+
+
+def _busy(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [sample for sample in samples if sample["engine"]["running"] + sample["engine"]["waiting"]]
+
+
+def mixed(sent: Sequence[Sent]) -> list[dict[str, Any]]:
+    """Jobs of `openai_client.py`: half chats, three of four streamed."""
+    return [
+        {
+            "at_s": each.at_s,
+            "chat": number % 2 == 0,
+            "stream": number % 4 != 1,
+            "prompt_tokens": each.prompt_tokens,
+            "answer_tokens": each.answer_tokens,
+        }
+        for number, each in enumerate(sent)
+    ]
+
+
+def _jobs(folder: Path, count: int) -> Path:
+    return write_jobs(mixed(azure_slice(count, SCALE, skip=500)), folder / f"mixed-{count}.jsonl")
+
+
+def watched(engine: Stage, clients: Path, jobs: Path, folder: Path, *, plug_in: bool) -> list[dict[str, Any]]:
+    """Both sides' numbers at every step while the load ran. Raises RuntimeError if a request failed."""
+    folder /= f"gateway-{'with' if plug_in else 'without'}"
+    out = folder / "steps.jsonl"
+    arguments = ["--engine", engine.direct, "--steps", engine.stats, "--out", str(out)]
+    arguments += ["--plug-in"] if plug_in else []
+    with gateway_process(arguments, folder, module="tools.evaluation.watched_gateway") as gateway:
+        figures = openai_figures(run_openai(clients, gateway.url, jobs, concurrency=64))
+        if figures.errors:
+            raise RuntimeError(f"{figures.errors} of {figures.requests + figures.errors} requests failed")
+    return [json.loads(line) for line in out.read_text().splitlines()]
