@@ -1,52 +1,12 @@
-import json
 import math
-import pickle
-import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.core.answers import answers, request, serve, worst
 from throttllem.core.online import Online, OnlineOptions, bin_of, shortest_of
-from throttllem.core.types import Request, Slo
-
-PROMISE = Slo()
-
-
-def request(
-    number: int, *, prompt: int = 500, limit: int = 4096, caller: str = "", model: str = "m", truth: int | None = None
-) -> Request:
-    return Request(
-        id=number, arrival_s=0.0, prompt_tokens=prompt, max_tokens=limit, slo=PROMISE, caller=caller, model=model,
-        answer_tokens=truth,
-    )  # fmt: skip
-
-
-def serve(predictor: Online, requests: list[Request], lag: int = 0) -> list[bool]:
-    """Bounds each request on arrival, learns it `lag` arrivals later; whether each answer exceeded its bound."""
-    missed = []
-    for place, arrived in enumerate(requests):
-        assert arrived.answer_tokens is not None
-        bound = predictor.bound(arrived)
-        missed.append(arrived.answer_tokens > (arrived.max_tokens if bound is None else bound))
-        if place >= lag:
-            done = requests[place - lag]
-            predictor.learn(done, done.answer_tokens or 0)
-    return missed
-
-
-def answers(count: int, median: float, seed: int, **rest: object) -> list[Request]:
-    """Requests whose answers are lognormal, cut at max_tokens."""
-    draw, made = random.Random(seed), []
-    for number in range(count):
-        plain = request(number + 1_000_000 * seed, **rest)  # type: ignore[arg-type]
-        length = max(1, min(plain.max_tokens, round(median * math.exp(0.6 * draw.gauss(0, 1)))))
-        made.append(request(plain.id, **rest, truth=length))  # type: ignore[arg-type]
-    return made
-
-
-def worst(missed: list[bool], window: int) -> float:
-    return max(sum(missed[at : at + window]) for at in range(len(missed) - window + 1)) / window
+from throttllem.core.types import Request
 
 
 @given(st.integers(0, (1 << 20) - 1))
@@ -255,57 +215,3 @@ def test_a_request_that_ends_without_an_answer_is_not_judged() -> None:
     predictor.forget(request(7))
     predictor.forget(request(8))
     assert predictor.state() == before
-
-
-def test_the_same_calls_give_the_same_answers_through_json_and_pickle() -> None:
-    predictor = Online()
-    serve(predictor, [*answers(300, 200, 27, caller="a"), *answers(300, 50, 28, caller="b", limit=64)])
-    copies = [Online.from_state(json.loads(json.dumps(predictor.state()))), pickle.loads(pickle.dumps(predictor))]
-    more = [*answers(200, 300, 29, caller="a"), *answers(200, 60, 30, caller="c")]
-    expected = [(predictor.predict(one), predictor.bound(one), predictor.renew(one, 50)) for one in more]
-    for copy in copies:
-        assert [(copy.predict(one), copy.bound(one), copy.renew(one, 50)) for one in more] == expected
-        assert serve(copy, more) == serve(pickle.loads(pickle.dumps(predictor)), more)
-
-
-def test_levels_of_another_exceed_start_anew() -> None:
-    predictor = Online()
-    serve(predictor, answers(400, 200, 31))
-    fifth = Online.from_state(predictor.state(), OnlineOptions(exceed=0.2))
-    assert all(group["level"] is None for group in fifth.state()["groups"])
-    assert fifth.predict(request(0)) == predictor.predict(request(0))
-    with pytest.raises(ValueError, match="version"):
-        Online.from_state({"version": 0, "groups": []})
-
-
-def test_memory_is_bounded_and_the_busy_are_kept() -> None:
-    predictor = Online(OnlineOptions(most_groups=40))
-    regular = answers(200, 50, 32, caller="regular")
-    serve(predictor, regular)
-    for number in range(3000):
-        stranger = request(number, caller=f"{number % 500}" + "x" * 10_000, prompt=number)
-        predictor.bound(stranger)
-        predictor.learn(stranger, 900)
-        if number % 10 == 0:
-            predictor.learn(regular[number % 200], 50)
-    state = predictor.state()
-    assert len(state["groups"]) <= 40
-    assert max(len(str(group["key"])) for group in state["groups"]) < 200
-    assert predictor.predict(request(0, caller="regular")) == pytest.approx(50, rel=0.1)
-
-
-def test_bounds_of_requests_that_never_end_are_bounded_too() -> None:
-    predictor = Online()
-    serve(predictor, answers(50, 200, 33))
-    for number in range(9000):
-        predictor.bound(request(10_000 + number))
-    assert len(pickle.dumps(predictor)) < 1_500_000
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"exceed": 0.0}, {"exceed": 0.9}, {"memory_answers": 5}, {"rate": -1}, {"prior_answers": 0}, {"most_groups": 1}],
-)
-def test_options_out_of_range_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"length\."):
-        OnlineOptions(**wrong)  # type: ignore[arg-type]

@@ -39,23 +39,25 @@ class Autoscaler:
 
     def __init__(self, options: AutoscaleOptions) -> None:
         self.options = options
-        self._arrivals: deque[float] = deque()
+        self._arrivals: deque[tuple[float, int]] = deque()
+        self._counted = 0
         self._rates: deque[tuple[float, float]] = deque()
         self._first_s: float | None = None
         self._changed_s: float | None = None
 
     def arrived(self, now_s: float, sequences: int = 1) -> None:
-        """Count one request, rejected or not, as often as it has sequences. O(1) amortised."""
+        """Count one request by the sequences that it runs, one if it was rejected. O(1) amortised."""
         if self._first_s is None:
             self._first_s = self._changed_s = now_s
-        self._arrivals.extend([now_s] * sequences)
+        self._arrivals.append((now_s, sequences))
+        self._counted += sequences
         self._forget(now_s)
 
     def rate_rps(self, now_s: float) -> float:
         """Requests per second over the window (over the time seen, while that is shorter)."""
         self._forget(now_s)
         seen_s = 0.0 if self._first_s is None else now_s - self._first_s
-        return len(self._arrivals) / max(min(self.options.window_s, seen_s), self.options.interval_s)
+        return self._counted / max(min(self.options.window_s, seen_s), self.options.interval_s)
 
     def changed(self, now_s: float) -> None:
         """A change of size was completed: the grace period begins."""
@@ -81,5 +83,5 @@ class Autoscaler:
         return next((tp for tp in sizes if rate <= capacity[tp] * self.options.headroom), sizes[-1])
 
     def _forget(self, now_s: float) -> None:
-        while self._arrivals and self._arrivals[0] <= now_s - self.options.window_s:
-            self._arrivals.popleft()
+        while self._arrivals and self._arrivals[0][0] <= now_s - self.options.window_s:
+            self._counted -= self._arrivals.popleft()[1]

@@ -126,11 +126,11 @@ class Controller:
 
     def _arrived(self, request: Request, now_s: float, commands: list[Command]) -> None:
         self._booking.count(arrived=1)
+        row = self._entrance.arrived(request, commands)
         if self._autoscaler:
-            self._autoscaler.arrived(now_s, request.sequences)
+            self._autoscaler.arrived(now_s, 1 if row is None else request.sequences)
             if self._autoscale_at_s is None:
                 self._autoscale_at_s = now_s + self._autoscaler.options.interval_s
-        row = self._entrance.arrived(request, commands)
         if row is not None:
             tokens, sequences = row.predicted_tokens, request.sequences
             self._load.arrived(now_s, request.prompt_tokens, tokens, request.slo, sequences)
