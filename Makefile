@@ -38,6 +38,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/bench.py $(BENCH)
+	$(BIN)/python -m bench.gateway
 
 fidelity: $(STAMP)
 	$(BIN)/python -m tools.fidelity $(FIDELITY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,34 @@ def test_secrets_are_not_shown() -> None:
     shown = dict(leaves(options))
     assert shown["server.api_keys"] == shown["engines.0.api_key"] == "(not shown)"
     assert "secret" not in repr(options)
-    assert dict(leaves(ServeOptions()))["server.api_keys"] == ()
+    assert dict(leaves(ServeOptions()))["server.api_keys"] is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda folder: of_file(folder, "[server]\napi_keys = 424242\n"),
+        lambda folder: of_file(folder, "[server]\napi_keys = ['hush', 7]\n"),
+        lambda folder: of_file(folder, "[[engines]]\napi_key = ['hush']\n"),
+        lambda folder: of_file(folder, "[[engines]]\nkind = 'openai'\nurl = 'http://me:hush@host'\n"),
+        lambda folder: from_settings(["server.port=1", "server.port.api_keys=hush"]),
+        lambda folder: from_settings(["server.api_keys.0=hush"]),
+    ],
+)
+def test_an_error_does_not_show_a_secret(tmp_path: Path, source: Callable[[Path], Source]) -> None:
+    with pytest.raises(TreeError, match=r"server|engines") as error:
+        built(source(tmp_path))
+    assert not any(secret in str(error.value) for secret in ("hush", "424242"))
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", " , "])
+def test_keys_that_are_set_but_empty_are_refused(text: str) -> None:
+    with pytest.raises(TreeError, match=r"server\.api_keys: set, but there is no key in it"):
+        built(from_environment({"THROTTLLEM_SERVER__API_KEYS": text}, PREFIX, OTHERS))
+
+
+def test_no_keys_at_all_can_be_said() -> None:
+    assert built(from_settings(["server.api_keys=none"])).server.api_keys is None
 
 
 def test_every_option_can_be_set_from_text() -> None:

@@ -69,7 +69,7 @@ def from_settings(settings: Iterable[str]) -> Source:
         path, equals, text = setting.partition("=")
         if not equals:
             raise TreeError(f"option {setting!r}: write section.name=value")
-        _put(found, path.strip().split("."), text.strip(), setting)
+        _put(found, path.strip().split("."), text.strip(), path.strip())
     return Source(origin="command line", values=found)
 
 
@@ -96,7 +96,7 @@ def build(kind: type[T], sources: Iterable[Source], resolved: Collection[str] = 
         at = ".".join(str(part) for part in first["loc"])
         said = first["msg"].removeprefix("Value error, ")
         if at in origins:
-            at = f"{origins[at]}: {at} = {first['input']!r}"
+            at = f"{origins[at]}: {at} = {first['input']!r}" if _may_show(kind, at) else f"{origins[at]}: {at}"
         at = f"{at}: " if at else ""
         raise TreeError(at + said) from error
 
@@ -129,7 +129,7 @@ def _numbered(value: Any) -> Any:
 
 
 def _lines(text: str) -> dict[str, int]:
-    """Lines of keys by their paths; what stands inside of an inline table or a text of several lines is not looked for."""
+    """Lines of keys by their paths; not of what is inside of an inline table or a text of several lines."""
     found: dict[str, int] = {}
     table, counts = "", dict[str, int]()
     for number, line in enumerate(text.splitlines(), start=1):
@@ -184,6 +184,19 @@ def _known(kind: Any, path: list[str], origin: str) -> None:
             raise TreeError(f"{origin}: {'.'.join(path)}: {path[depth - 1]} is one value, not a section")
 
 
+def _may_show(kind: Any, at: str) -> bool:
+    """Whether nothing on the way to an option that exists is kept out of what is shown."""
+    for part in at.split("."):
+        kind = _inner(kind)
+        if is_dataclass(kind):
+            if not next(item.repr for item in fields(kind) if item.name == part):
+                return False
+            kind = get_type_hints(kind)[part]
+        elif get_origin(kind) is not None:
+            kind = get_args(kind)[-1 if issubclass(get_origin(kind), Mapping) else 0]
+    return True
+
+
 def _typed(kind: Any, value: Any, at: str = "") -> Any:
     """Numbered elements back to lists, "none" to None, and text with commas to a list where one is wanted."""
     kind = _inner(kind)
@@ -198,9 +211,11 @@ def _typed(kind: Any, value: Any, at: str = "") -> Any:
         return {name: _typed(hints[name], item, f"{at}.{name}".lstrip(".")) for name, item in value.items()}
     if isinstance(value, dict) and get_origin(kind) is not None:
         return {name: _typed(get_args(kind)[1], item) for name, item in value.items()}
+    if isinstance(value, str) and value.lower() == "none":
+        return None
     if isinstance(value, str) and get_origin(kind) is tuple:
         return [part.strip() for part in value.split(",") if part.strip()]
-    return None if isinstance(value, str) and value.lower() == "none" else value
+    return value
 
 
 def _inner(kind: Any) -> Any:

@@ -1,5 +1,7 @@
 """Who is turned away rather than served late, when the options say so, and when the client hears of it."""
 
+import math
+
 import pytest
 
 from core.stories import SIZES, TABLES, arrive, names, options, world
@@ -42,7 +44,7 @@ def test_who_is_found_lost_when_its_turn_comes_is_rejected():
 
 def test_the_clients_of_a_long_queue_hear_early():
     """No place for an hour: whoever has an end gives up when it comes, from the middle of the queue too."""
-    told = rejecting()
+    told = world(options(admission=AdmissionOptions(unmeetable=Unmeetable.REJECT, patience=math.inf)))
     arrive(told, 1, 60, 40)
     arrive(told, 2, 60, 40)
     assert told.controller.snapshot().head.why is Reason.KV
@@ -62,7 +64,7 @@ def test_the_clients_of_a_long_queue_hear_early():
 def test_the_clock_may_fall_again_when_the_last_one_has_given_up():
     told = rejecting()
     arrive(told, 1, 60, 40)
-    arrive(told, 2, 60, 40, slo=Slo(e2e_s=2.0))
+    arrive(told, 2, 60, 40, slo=Slo(e2e_s=4.0))
     assert told.controller.snapshot().engines[0].plan.why is Reason.WAITING
     told.now_s = told.controller.next_deadline()
     while told.waiting:
@@ -70,6 +72,53 @@ def test_the_clock_may_fall_again_when_the_last_one_has_given_up():
         commands = told.tell(Timer())
     assert names(commands) == ["Reject", "SetClock"]
     assert commands[1].plan.mhz < TOP_MHZ
+
+
+def tight(told):
+    """One row runs whose promise leaves no room for a long prompt, though it does for a short one."""
+    arrive(told, 1, 4, 20, slo=Slo(e2e_s=0.31))
+    for _ in range(2):
+        told.end_iteration(0)
+
+
+def test_nobody_joins_at_the_cost_of_others():
+    """Where all are served, one joins when its patience ends; here it is turned away, and the other keeps its time."""
+    told = rejecting()
+    tight(told)
+    arrive(told, 2, 60, 30, slo=Slo(e2e_s=1.0))
+    head = told.controller.snapshot().head
+    assert (head.kind, head.why, head.binding) == (VerdictKind.WAIT, Reason.E2E, 1)
+    until_s = told.now_s + 0.2
+    while told.waiting:
+        told.now_s = told.controller.next_deadline()
+        told.tell(Timer())
+    assert told.now_s == pytest.approx(until_s)
+    assert told.log[-1][2][0] == Reject(request_id=2, why=Reason.HELD_BACK)
+    told.run_out(SIZES.get)
+    assert told.ended == {1: "finished", 2: "rejected"}
+    assert told.controller.snapshot().counts.lost == 0
+
+
+def test_who_is_held_back_holds_back_nobody_lighter():
+    told = rejecting()
+    tight(told)
+    arrive(told, 2, 60, 30, slo=Slo(e2e_s=2.0))
+    arrive(told, 3, 61, 30, slo=Slo(e2e_s=2.0))
+    assert list(told.waiting) == [2, 3]
+    assert "Dispatch" in names(arrive(told, 4, 1, 2, slo=Slo(e2e_s=2.0)))
+    assert list(told.waiting) == [2, 3]
+    told.run_out(SIZES.get)
+    told.check_end()
+
+
+def test_who_waits_without_an_end_is_not_passed():
+    told = rejecting()
+    tight(told)
+    arrive(told, 2, 60, 30)
+    assert names(arrive(told, 3, 1, 2, slo=Slo(e2e_s=2.0))) == []
+    assert list(told.waiting) == [2, 3]
+    told.run_out(SIZES.get)
+    assert told.ended == {1: "finished", 2: "finished", 3: "finished"}
 
 
 def test_without_an_engine_they_give_up_too_but_not_where_nothing_is_known_of_the_speed():

@@ -59,3 +59,12 @@ def test_bounds_of_requests_that_never_end_are_bounded_too() -> None:
 def test_options_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"length\."):
         OnlineOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_copy_says_the_same_and_learns_no_more() -> None:
+    predictor = Online()
+    serve(predictor, answers(300, 200, 27))
+    before, copied = predictor.state(), predictor.copy()
+    serve(predictor, answers(5, 90, 28))
+    assert copied.state() == before != predictor.state()
+    assert list(predictor.groups()) == predictor.state()["groups"]

@@ -6,6 +6,7 @@ import copy
 import math
 from collections import deque
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from core.lanes import Lanes
 from throttllem.core.controller import Controller
@@ -166,7 +167,9 @@ class World:
     def do(self, command):
         match command:
             case Dispatch(engine=key, request_id=request_id):
-                assert self.waiting.popleft() == request_id, "first come, first dispatched, and only once"
+                passed = list(takewhile(lambda other: other != request_id, self.waiting))
+                assert all(map(self.may_be_passed, passed)), "first come, first dispatched, and only once"
+                self.waiting.remove(request_id)
                 self.on[request_id] = key
                 self.up[key].lanes.add(self.requests[request_id])
             case Reject(request_id=request_id):
@@ -192,6 +195,12 @@ class World:
                 assert key not in self.on.values()
                 up = self.up.pop(key)
                 assert len(up.batcher) == sum(len(up.lanes.open[request_id]) for request_id in up.hung_up)
+
+    def may_be_passed(self, request_id: int) -> bool:
+        """Where promises that cannot be kept are rejected, one that waits for an end of its own holds nobody up."""
+        options = self.controller.options
+        until_s = options.admission.patient_until_s(self.requests[request_id])
+        return options.slo_aware and options.admission.rejects and until_s < math.inf
 
     def hang_up(self, up: Up, request_id: int):
         """Between two iterations at once, during one at its end."""

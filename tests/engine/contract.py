@@ -89,6 +89,7 @@ async def connect_says_a_sane_spec(it):
     assert list(spec.clocks_mhz) == sorted(set(spec.clocks_mhz)) and spec.clocks_mhz
     assert spec.prefill_budget_tokens >= 1 and spec.idle_w >= 0
     assert connected.default_max_tokens is None or connected.default_max_tokens >= 1
+    assert await it.engine.well() is None
 
 
 async def a_text_is_counted(it):
@@ -216,6 +217,8 @@ async def a_dead_engine_says_so(it):
     assert refused.value.status == 502
     with pytest.raises(EngineError):
         await it.engine.connect()
+    with pytest.raises(EngineError):
+        await it.engine.well()
     with pytest.raises(EngineError):
         await asyncio.wait_for(watching, 30)
 

@@ -2,13 +2,14 @@ import asyncio
 import contextlib
 import socket
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
 
 from tests.engine.upstreams import call, eventually
 from tests.engine.vllm_peer import VllmPeer, connected, engine_of
-from throttllem.engine.live import EngineError
+from throttllem.engine.live import Ask, EngineError
 from throttllem.engine.stats import StepStats
 
 
@@ -156,3 +157,49 @@ def test_bytes_go_on_and_come_back_unchanged():
             assert (reply.status, data, seen) == (503, b'data: {"x": 1}\n\n', [b'{ "model":"tiny"}'])
 
     asyncio.run(run())
+
+
+def test_a_look_at_it_changes_nothing_of_how_prompts_are_counted():
+    async def run():
+        peer = VllmPeer()
+        ask = Ask(path="/v1/completions", model="tiny", body={}, prompts=("a b c",))
+        async with engine_of(peer) as engine:
+            await engine.connect()
+            await engine.count(ask)
+            asked = len(peer.asked)
+            peer.tokenize = False
+            await engine.well()
+            peer.tokenize = True
+            found = [await engine.count(ask), await engine.count(replace(ask, prompts=("a b c d",)))]
+            return [(count.tokens, count.exact) for count in found], len(peer.asked) - asked
+
+    assert asyncio.run(run()) == ([(3, True), (4, True)], 1)
+
+
+@pytest.mark.parametrize(("health", "well"), [(200, True), (404, True), (500, False), (503, False)])
+def test_it_is_well_unless_it_says_that_it_is_not(health, well):
+    async def run():
+        peer = VllmPeer()
+        async with engine_of(peer) as engine:
+            peer.health = health
+            try:
+                await engine.well()
+            except EngineError as error:
+                assert (error.status, error.nobody_there) == (503, False)
+                return False
+            return True
+
+    assert asyncio.run(run()) == well
+
+
+def test_a_refused_connection_says_that_nobody_is_there():
+    async def run():
+        peer = VllmPeer()
+        async with engine_of(peer) as engine:
+            pass
+        with pytest.raises(EngineError) as found:
+            await engine.well()
+        await engine.close()
+        return found.value.nobody_there
+
+    assert asyncio.run(run()) is True

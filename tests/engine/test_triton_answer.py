@@ -89,10 +89,10 @@ def test_an_error_in_the_stream_ends_it():
     assert (answer.failure, answer.over, answer.tokens) == ("out of memory", True, 2)
 
 
-@pytest.mark.parametrize("data", [b"data: [1]\n", b"data: {\n", b'data: {"x": 1}\n', b'data: {"text_output": ["a"]}\n'])
+@pytest.mark.parametrize("data", [b"[1]", b"{", b'{"x": 1}', b'{"text_output": ["a"]}', b"x" * (1 << 20)])
 def test_what_is_no_answer_is_an_error(data):
     with pytest.raises(ValueError, match=r".+"):
-        Answer(limit=3).feed(data)
+        Answer(limit=3).feed(b"data: " + data + b"\n" * (len(data) < 1000) * 2)
 
 
 def test_nothing_has_begun_without_an_event():

@@ -109,6 +109,13 @@ def test_an_error_in_the_stream_becomes_an_event():
         asyncio.run(one(COMPLETIONS, {"prompt": "hi"}, script=script))
 
 
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_the_last_event_may_lack_its_blank_line(end):
+    script = [event(text_output="a"), event(text_output="b").rstrip() + end]
+    _, data, _ = asyncio.run(one(COMPLETIONS, {"prompt": "hi"}, script=script))
+    assert json.loads(data)["choices"][0]["text"] == "ab"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("script", [[event(text_output="a"), None], [b"data: {}\n\n"], [b"data: x\n\n"], [b"\n"]])
 def test_a_stream_that_breaks_off_or_makes_no_sense_is_an_error(script, stream):

@@ -19,7 +19,7 @@ from throttllem.gateway.app import build_app, build_private_app
 from throttllem.gateway.serve_http import run
 from throttllem.gateway.settings import LimitOptions, ServeOptions, ServerOptions
 from throttllem.gateway.status import EngineStatus, GatewayStatus, Kept, LengthStatus, ModelStatus
-from throttllem.gateway.ticket import Receipt, RefusedError
+from throttllem.gateway.ticket import Health, Receipt, RefusedError
 
 
 @dataclass
@@ -94,6 +94,7 @@ class Models:
     tickets: list = field(default_factory=list)
     open: asyncio.Event = field(default_factory=asyncio.Event)
     broken: bool = False
+    most: int | None = 8
 
     def names(self):
         return ("tiny", "org/other")
@@ -116,6 +117,14 @@ class Models:
     def passage(self, model):
         self._known("tiny" if model is None else model)
         return self.engine
+
+    def most_sequences(self):
+        return self.most
+
+    def health(self):
+        assert not self.broken
+        up = self.state == "up"
+        return Health(up=int(up), engines=1, ails=not up, draining=False, version="1")
 
     def status(self):
         engine = EngineStatus(

@@ -72,7 +72,7 @@ class Seen:
 
     def handled(self, now_s, event, commands, seconds):
         assert not self.handled_ or now_s >= self.handled_[-1][0]
-        self.handled_.append((now_s, event, tuple(commands)))
+        self.handled_.append((now_s, event, None if commands is None else tuple(commands)))
 
     def ended(self, visit, kept):
         assert visit.request.id not in {other.request.id for other, _ in self.ends}, "it ended twice"
@@ -82,7 +82,7 @@ class Seen:
         return [event for _, event, _ in self.handled_ if isinstance(event, kind)]
 
     def commands(self, kind):
-        return [command for _, _, commands in self.handled_ for command in commands if isinstance(command, kind)]
+        return [command for _, _, commands in self.handled_ for command in commands or () if isinstance(command, kind)]
 
 
 class Killable:
@@ -97,12 +97,19 @@ class Killable:
         self.mute = mute
         self.gone = False
         self.connects = 0
+        self.looks = 0
 
     async def connect(self):
         self.connects += 1
         if self.gone:
             raise EngineError("nobody is there", status=503)
         return replace(await self.inner.connect(), exact=self.named, named=self.named)
+
+    async def well(self):
+        self.looks += 1
+        if self.gone:
+            raise EngineError("nobody is there", status=503)
+        await self.inner.well()
 
     async def count(self, ask):
         return await self.inner.count(ask)

@@ -18,7 +18,7 @@ from throttllem.gateway.status import (
     LengthStatus,
     ModelStatus,
 )
-from throttllem.gateway.ticket import Ticket
+from throttllem.gateway.ticket import Health, Ticket
 
 HOSTILE = '"\\</script><img src=x onerror=alert(1)>\n$&'
 SPEC = EngineSpec(
@@ -106,6 +106,12 @@ class Still:
         self.gateway = replace(self.gateway, now_s=now_s)
 
     def names(self) -> tuple[str, ...]:
+        raise AssertionError("a page asks for the status alone")
+
+    def health(self) -> Health:
+        raise AssertionError("a page asks for the status alone")
+
+    def most_sequences(self) -> int | None:
         raise AssertionError("a page asks for the status alone")
 
     async def count(self, ask: Ask) -> PromptCount:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.gateway.fakes import house, until
 from tests.gateway.upstream import chat_events
+from throttllem.engine.http import Upstream
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gateway.ticket import RefusedError
 
@@ -187,7 +188,7 @@ def test_a_body_that_breaks_off_is_broken_off():
 def test_engine_that_is_not_there():
     async def check(there):
         await there.models.engine.upstream.close()
-        there.models.engine.upstream.url = "http://127.0.0.1:1"
+        there.models.engine.upstream = Upstream("http://127.0.0.1:1")
         return await there.post(CHAT, chat()), await there.get("/v1/files")
 
     for status, _, body in within(check):

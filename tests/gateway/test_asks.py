@@ -3,7 +3,8 @@ import json
 import pytest
 
 from throttllem.core.types import Slo
-from throttllem.gateway.asks import CHAT, COMPLETIONS, controlled, model_of, read_slo, read_wish
+from throttllem.engine.paths import CHAT, COMPLETIONS
+from throttllem.gateway.asks import check_sequences, controlled, model_of, read_slo, read_wish
 from throttllem.gateway.errors import HttpError
 
 STREAM = "/v2/models/ensemble/generate_stream"
@@ -117,6 +118,38 @@ def test_number_that_cannot_be_written_again():
     with pytest.raises(HttpError) as caught:
         wish(COMPLETIONS, body)
     assert caught.value.status == 400
+
+
+def test_more_answers_than_any_engine_can_run():
+    many = complete(prompt=["x"] * 5, n=2)
+    check_sequences(many, 10)
+    check_sequences(complete(n=4096), None)
+    cases = ((many, 9, "n"), (many, 4, "prompt"), (complete(n=2**31 - 1), 256, "n"), (chat(n=4097), None, "n"))
+    for ask, most, param in cases:
+        with pytest.raises(HttpError, match=f"at most {most or 4096} answers run side by side") as caught:
+            check_sequences(ask, most)
+        seen = caught.value
+        assert (seen.status, seen.param, seen.code) == (400, param, "too_many_sequences")
+
+
+@pytest.mark.parametrize("part", [b"[],", b"{},", b'"a":1,'])
+def test_bodies_that_would_take_long_to_read_are_not_read(part):
+    body = b'{"model":"tiny","x":[{' + part * 250_000  # no JSON at all, which nobody finds out
+    for read in (model_of, lambda body: wish(COMPLETIONS, body)):
+        with pytest.raises(HttpError, match="more lists, objects or keys than 200000"):
+            read(body)
+
+
+def test_long_bodies_of_text_and_tokens_are_read():
+    assert len(complete(prompt=[1] * 400_000).prompts[0]) == 400_000
+    assert complete(prompt="x [y]: z. " * 50_000).prompts
+
+
+def test_caller_is_short_and_still_his_own():
+    fields = {"model": "tiny", "prompt": "x"}
+    assert wish(COMPLETIONS, fields | {"user": "u" * 64}).caller == "u" * 64
+    one, other = (wish(COMPLETIONS, fields | {"user": "u" * 10_000 + end}).caller for end in "ab")
+    assert len(one) == len(other) == 64 and one != other and one.startswith("uuuu")
 
 
 def test_caller_is_the_key_else_the_user():

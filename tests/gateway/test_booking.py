@@ -12,12 +12,12 @@ from throttllem.gpu.simulated import SimulatedGpu
 class Desk:
     """A booking whose time is set by hand; its GPU draws 100 W for anything and 40 W for nothing."""
 
-    def __init__(self):
+    def __init__(self, *, exact=False):
         self.now_s = 0.0
         gpu = SimulatedGpu(CLOCKS_MHZ, switch_latency_s=0.0, watts=lambda mhz, work: 100.0, idle_w=40.0)
         self.meter = EnergyMeter(gpu=gpu)
         self.booking = Booking(meter=self.meter, now=lambda: self.now_s, kv_blocks=lambda: 3)
-        self.booking.begin(spec())
+        self.booking.begin(spec(), exact=exact)
 
     def after(self, seconds):
         self.now_s += seconds
@@ -100,6 +100,33 @@ def test_exact_reports_are_shared_among_those_who_are_here():
     assert desk.booking.left(1) == pytest.approx(100.0)
     total_j, idle_j, open_j = desk.balance
     assert (total_j, idle_j, open_j) == (pytest.approx(170.0), pytest.approx(30.0), 0.0)
+
+
+def test_who_leaves_in_mid_iteration_leaves_no_idle_time_behind():
+    """One second of idling, one step of two seconds that its only request did not see the end of, one second more."""
+    desk = Desk(exact=True)
+    desk.after(1.0).dispatched(1, 1, 4)
+    desk.after(0.5).left(1)
+    desk.after(0.5).idle()
+    desk.booking.dispatched(2, 1, 4)
+    desk.booking.left(2)
+    desk.after(1.0)
+    desk.exact(joules=80.0, seconds=2.0, prefills=((1, 4),))
+    desk.after(1.0).idle()
+    assert desk.meter.gpu.read().energy_j == pytest.approx(40.0 + 80.0 + 40.0)
+    assert desk.balance == (pytest.approx(160.0), pytest.approx(160.0), 0.0)
+
+
+def test_a_request_that_never_reached_an_exact_engine_hides_no_idle_time():
+    desk = Desk(exact=True)
+    desk.booking.dispatched(1, 1, 4)
+    desk.booking.left(1)
+    desk.after(5.0).idle()
+    desk.booking.dispatched(2, 1, 4)
+    desk.after(1.0)
+    desk.exact(joules=10.0, seconds=1.0, prefills=((2, 4),))
+    assert desk.booking.left(2) == pytest.approx(10.0)
+    assert desk.balance == (pytest.approx(210.0), pytest.approx(200.0), 0.0)
 
 
 def test_idle_time_before_an_exact_report_is_not_that_of_its_iteration():

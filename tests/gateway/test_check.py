@@ -6,7 +6,7 @@ import socket
 from gateway.fakes import Engine, engine_server
 from gateway.test_build import trained
 from throttllem.core.types import Slo
-from throttllem.gateway.check import check_configuration
+from throttllem.gateway.check import check_configuration, open_doors
 from throttllem.gateway.settings import EngineEntry, RecorderOptions, ServeOptions, ServerOptions
 
 
@@ -93,6 +93,9 @@ def test_who_may_ask_and_what_is_recorded(tmp_path):
     text = said(found(tmp_path, server=ServerOptions(host="0.0.0.0", port=0)))
     assert "!! no API keys, and 0.0.0.0 is not loopback" in text
     assert "flight recorder: " in text
+    assert not list(open_doors(ServerOptions(host="127.0.0.2", metrics_port=0, metrics_host="::1")))
+    (door,) = open_doors(ServerOptions(metrics_port=0, metrics_host="metrics.example", api_keys=("a",)))
+    assert "metrics.example is not loopback: everybody who reaches it may see metrics" in door
     server = ServerOptions(port=0, metrics_port=0, api_keys=("a", "b"))
     text = said(
         found(tmp_path, server=server, recorder=RecorderOptions(enabled=False), classes={"gold": Slo(tbt_s=0.1)})

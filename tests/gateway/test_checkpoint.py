@@ -1,6 +1,5 @@
 """A controller as bytes and back; and bytes of a stranger, which run nothing."""
 
-import contextlib
 import io
 import pickle
 from array import array
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from gateway.flights import OPTIONS, SPECS, TABLES, busy, deeds, fly
 from throttllem.core.controller import Controller
 from throttllem.core.online import Online
-from throttllem.core.types import Request, Slo, Timer
+from throttllem.core.types import Reason, Request, Slo, Timer
 from throttllem.gateway.checkpoint import CheckpointError, fill, load, make_blank, save, table_digest
 
 DIGESTS = {table_digest(one): one for one in TABLES.values()}
@@ -208,8 +207,35 @@ def test_damage_ends_in_one_kind_of_error(where, change):
     """Or in a controller: a number can change and still be one."""
     data = bytearray(WHOLE)
     data[where % len(data)] ^= change
-    with contextlib.suppress(CheckpointError):
-        load(bytes(data), DIGESTS.__getitem__)
+    try:
+        found = load(bytes(data), DIGESTS.__getitem__)
+    except CheckpointError:
+        return
+    assert type(found) is Controller
+    try:
+        commands = found.handle(Timer(), 1e6)
+    except (AttributeError, MemoryError, LookupError, ArithmeticError, TypeError, ValueError) as error:
+        # A field of another name, a number far too large: one byte in two hundred.
+        assert data != WHOLE, error
+    else:
+        assert all(type(command).__module__ == "throttllem.core.types" for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("obj", "state"),
+    [
+        (Reason.BATCH, {"_value_": "never"}),
+        (TABLES[1], {"watts": None}),
+        (Controller(OPTIONS), {"handle": None}),
+        (Slo(), {"extra": 1}),
+        (Timer(), {"handle": 1}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_an_objects_own_fields_are_set(obj, state):
+    with pytest.raises((CheckpointError, AttributeError), match=r"refused|has no attribute"):
+        fill(obj, state)
+    assert Reason.BATCH.value != "never" and TABLES[1].watts is not None
 
 
 def whole():

@@ -160,7 +160,7 @@ def test_an_engine_that_fails_a_request_is_looked_at_and_the_promise_counts_as_b
     async def run():
         async with rig(mute=True) as it:
             await it.up()
-            before = it.link.engine.connects
+            before = it.link.engine.looks
             with pytest.raises(EngineError):
                 async with it.models.ticket(
                     asked(), await it.link.engine.count(asked()), Slo(e2e_s=9.0), "", streams=True
@@ -168,12 +168,28 @@ def test_an_engine_that_fails_a_request_is_looked_at_and_the_promise_counts_as_b
                     await ticket.place()
                     raise EngineError("it broke off")
             await asyncio.sleep(0.01)
-            return it.link.engine.connects - before, it.driver.promises.ever, it.link.state
+            return it.link.engine.looks - before, it.driver.promises.ever, it.link.state
 
     looked, ever, state = virtually(run())
     assert looked == 1
     assert (ever.promised, ever.kept, ever.e2e_missed) == (1, 0, 1)
     assert state == "up"
+
+
+def test_an_engine_that_refuses_a_request_itself_is_not_doubted_and_the_place_is_free_at_once():
+    async def run():
+        async with rig(mute=True) as it:
+            await it.up()
+            before = it.link.engine.looks
+            async with it.models.ticket(
+                asked(), await it.link.engine.count(asked()), Slo(e2e_s=9.0), "", streams=True
+            ) as ticket:
+                await ticket.place()
+            cancelled = len(it.seen.events(Cancelled))
+            await asyncio.sleep(1.0)
+            return it.link.engine.looks - before, cancelled
+
+    assert virtually(run()) == (0, 1)
 
 
 def test_a_client_that_leaves_breaks_no_promise():

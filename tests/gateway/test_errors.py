@@ -3,7 +3,7 @@ import json
 import pytest
 
 from throttllem.engine.live import EngineError
-from throttllem.gateway.errors import HttpError, as_http, invalid, not_allowed, unavailable
+from throttllem.gateway.errors import HttpError, as_http, detail, invalid, not_allowed, unavailable
 from throttllem.gateway.ticket import RefusedError
 
 
@@ -25,7 +25,18 @@ def test_a_refusal_keeps_its_words_and_says_when_to_come_back():
 @pytest.mark.parametrize("status", [502, 503, 504])
 def test_an_engine_error_keeps_its_status(status):
     seen, body, _ = told(EngineError("gone", status=status))
-    assert (seen, body["message"], body["type"]) == (status, "gone", "engine_error")
+    assert (seen, body["type"]) == (status, "engine_error") and "gone" not in body["message"]
+
+
+def test_an_engines_address_and_page_are_for_the_log():
+    for error in (
+        EngineError("http://10.0.0.1:8000/tokenize answers 500: <html>"),
+        EngineError("[Errno 111] Connect call failed ('10.0.0.1', 8000)", told="the engine cannot be reached"),
+        RefusedError(503, "no engine is up", kind="engine_error", detail="http://10.0.0.1 is gone"),
+    ):
+        assert "10.0.0.1" not in told(error)[1]["message"]
+        assert "10.0.0.1" in detail(error)
+    assert detail(RefusedError(400, "no", kind="k")) == "no"
 
 
 def test_anything_else_tells_nothing_of_the_inside():

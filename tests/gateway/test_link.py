@@ -2,8 +2,11 @@
 
 import asyncio
 
-from gateway.rig import rig, virtually
+import pytest
+
+from gateway.rig import outcome, rig, virtually
 from throttllem.core.types import ClockRead, EngineLost, EngineReady, FrequencyPlan, Reason
+from throttllem.engine.live import EngineError
 
 
 def plan(mhz):
@@ -107,10 +110,127 @@ def test_a_well_engine_is_asked_once_for_many_doubts():
     async def run():
         async with rig() as it:
             await it.up()
-            before, well = it.link.engine.connects, []
+            before, well = it.link.engine.looks, []
             for number in range(5):
                 it.link.suspect(lambda number=number: well.append(number))
             await asyncio.sleep(0.01)
-            return it.link.engine.connects - before, well
+            return it.link.engine.looks - before, well
 
     assert virtually(run()) == (1, [0, 1, 2, 3, 4])
+
+
+def looking(link, outcomes):
+    """Its next looks end like this: an error or None."""
+    left = iter(outcomes)
+
+    async def well():
+        link.engine.looks += 1
+        if (error := next(left)) is not None:
+            raise error
+
+    link.engine.well = well
+
+
+def refused():
+    error = EngineError("cannot be reached")
+    error.__cause__ = ConnectionRefusedError()
+    return error
+
+
+LATE = EngineError("did not answer in time", status=504)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "state", "looks"),
+    [
+        ([LATE, None], "up", 2),
+        ([LATE, LATE, None], "up", 3),
+        ([LATE, LATE, LATE], "starting", 3),
+        ([LATE, refused()], "starting", 2),
+        ([refused()], "starting", 1),
+    ],
+)
+def test_one_look_that_fails_kills_nobody_unless_nobody_is_there(outcomes, state, looks):
+    async def run():
+        async with rig() as it:
+            await it.up()
+            other = asyncio.ensure_future(outcome(it.ask(tokens=200)))
+            await asyncio.sleep(0.05)
+            looking(it.link, outcomes)
+            freed = []
+            it.link.suspect(lambda: freed.append(it.link.engine.looks))
+            while not freed:
+                await asyncio.sleep(0.01)
+            found = it.link.state
+            return freed, found, await other
+
+    freed, found, other = virtually(run())
+    assert (freed, found) == ([looks], state)
+    assert other == ("served" if state == "up" else "engine_lost")
+
+
+def test_a_look_that_fails_by_a_fault_of_ours_frees_the_places_and_kills_nobody(caplog):
+    async def run():
+        async with rig() as it:
+            await it.up()
+            freed = []
+            looking(it.link, [ZeroDivisionError("a fault of ours"), None])
+            it.link.suspect(lambda: freed.append(1))
+            await asyncio.sleep(0.01)
+            it.link.suspect(lambda: freed.append(2))
+            await asyncio.sleep(0.01)
+            return freed, it.link.state
+
+    assert virtually(run()) == ([1, 2], "up")
+    assert "cannot be looked at" in caplog.text
+
+
+def test_a_clock_that_cannot_be_set_by_a_fault_of_ours_keeps_no_engine_down(caplog):
+    async def run():
+        async with rig() as it:
+
+            async def broken(mhz):
+                raise ZeroDivisionError("a fault of ours")
+
+            healthy, it.link.gpu.set_clock = it.link.gpu.set_clock, broken
+            await it.up()
+            served, trouble = await it.ask() is not None, it.link.trouble
+            it.link.gpu.set_clock = healthy
+            await asyncio.sleep(2.0)
+            return served, trouble, it.link.trouble
+
+    served, trouble, after = virtually(run())
+    assert served
+    assert "a fault of ours" in trouble
+    assert after is None
+
+
+def test_whatever_goes_wrong_while_it_is_taken_into_use_it_is_tried_again(caplog):
+    async def run():
+        async with rig() as it:
+
+            def broken(spec, **more):
+                raise ZeroDivisionError("a fault of ours")
+
+            it.link.booking = Begins(it.link.booking, broken)
+            await asyncio.sleep(1.0)
+            before = it.link.state, it.link.trouble
+            it.link.booking = it.link.booking.inner
+            await it.up()
+            return before, it.link.state, await outcome(it.ask())
+
+    (state, trouble), after, served = virtually(run())
+    assert (state, after, served) == ("starting", "up", "served")
+    assert "a fault of ours" in trouble
+    assert "cannot be taken into use" in caplog.text
+
+
+class Begins:
+    """A booking that begins otherwise."""
+
+    def __init__(self, inner, begin):
+        self.inner = inner
+        self.begin = begin
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from gateway.rig import asked, rig, virtually
+from throttllem.core.admission import AdmissionOptions
 from throttllem.core.types import Slo
 from throttllem.engine.live import EngineError, PromptCount
 from throttllem.gateway.models import Served
@@ -60,8 +61,9 @@ def test_an_engine_that_does_not_come():
             it.link.engine.gone = True
             it.models.status()
             found = await refusal(it.models.count(asked()))
-            with pytest.raises(RefusedError, match="no engine is up: nobody is there"):
+            with pytest.raises(RefusedError, match=r"^no engine is up$") as caught:
                 it.models.passage(None)
+            assert caught.value.detail == "nobody is there"
             with pytest.raises(RefusedError, match="no engine is up"):
                 it.models.ticket(asked(), PromptCount(tokens=1, by="t", exact=True), Slo(), "", streams=True)
             return *found, it.driver.now()
@@ -80,10 +82,10 @@ def test_an_engine_that_cannot_count_is_looked_at():
                 raise EngineError("it broke off", status=504)
 
             it.link.engine.count = fails
-            before = it.link.engine.connects
+            before = it.link.engine.looks
             found = await refusal(it.models.count(asked()))
             await asyncio.sleep(0.01)
-            return *found, it.link.engine.connects - before
+            return *found, it.link.engine.looks - before
 
     assert virtually(run()) == (504, "engine_failed", 1)
 
@@ -125,3 +127,78 @@ def test_a_model_may_be_called_otherwise():
             return it.models.names(), it.models.uncontrolled, await refusal(it.models.count(asked()))
 
     assert virtually(run()) == (("mine",), 2, (404, "model_not_found"))
+
+
+def test_no_more_are_counted_than_may_wait_and_not_all_at_once():
+    async def run():
+        core = {"admission": AdmissionOptions(queue_limit=100)}
+        async with rig(core=core) as it:
+            await it.up()
+            under_way, most, go = [], [], asyncio.Event()
+
+            async def slow(ask):
+                under_way.append(ask)
+                most.append(len(under_way))
+                try:
+                    await go.wait()
+                finally:
+                    under_way.pop()
+                return PromptCount(tokens=1, by="t", exact=True)
+
+            it.link.engine.count = slow
+            counts = [asyncio.ensure_future(it.models.count(asked())) for _ in range(100)]
+            await asyncio.sleep(0.01)
+            with pytest.raises(RefusedError) as found:
+                await it.models.count(asked())
+            counts[0].cancel()
+            await asyncio.sleep(0.01)
+            counts.append(asyncio.ensure_future(it.models.count(asked())))
+            go.set()
+            ends = await asyncio.gather(*counts, return_exceptions=True)
+            return found.value, max(most), [type(end).__name__ for end in ends], it.driver.counting
+
+    error, most, ends, left = virtually(run())
+    assert (error.status, error.code, error.retry_after_s) == (429, "queue_full", 5)
+    assert most == 64
+    assert ends == ["CancelledError"] + ["PromptCount"] * 100
+    assert left == 0
+
+
+def test_prompts_that_were_estimated_are_counted_and_said(caplog):
+    async def run():
+        async with rig() as it:
+            await it.up()
+            assert not any("estimated" in note for note in it.models.status().models[0].engines[0].notes)
+            await it.models.count(asked())
+
+            async def estimates(ask):
+                return PromptCount(tokens=1, by="an estimate", exact=False)
+
+            it.link.engine.count = estimates
+            for _ in range(2):
+                await it.models.count(asked())
+            return it.models.status().models[0]
+
+    model = virtually(run())
+    assert model.estimated_prompts == 2
+    assert model.engines[0].notes[-1] == "the tokens of 2 prompts were estimated, not counted"
+    assert caplog.text.count("were estimated (an estimate), not counted") == 1
+
+
+def test_health_and_the_most_answers_side_by_side():
+    async def run():
+        async with rig(sizes=(1, 2)) as it:
+            seen = [(it.models.most_sequences(), it.models.health())]
+            await it.up()
+            for link in it.driver.links:
+                link.connected = await link.engine.connect()
+            seen.append((it.models.most_sequences(), it.models.health()))
+            it.driver.links[0].trouble = "it is out"
+            it.driver.links[1].trouble = "it is out"
+            it.models.draining = True
+            return *seen, it.models.health()
+
+    (before, starting), (most, up), troubled = virtually(run())
+    assert (before, starting.up, starting.engines, starting.ails) == (None, 0, 2, False)
+    assert (most, up.up, up.engines, up.ails, up.draining) == (8, 1, 2, False, False)
+    assert (troubled.up, troubled.ails, troubled.draining) == (1, True, True)

@@ -19,6 +19,7 @@ ALL = Slo(e2e_s=2.0, tbt_s=0.1, ttft_s=0.5)
         (ALL, Latencies(e2e_s=2.0, tbt_s=0.2, ttft_s=0.6), ("tbt_missed", "ttft_missed")),
         (ALL, Latencies(e2e_s=1.0), ()),
         (Slo(tbt_s=0.1), Latencies(e2e_s=99.0, tbt_s=0.05), ()),
+        (Slo(e2e_s=2.0, ttft_s=0.1), Latencies(e2e_s=2.1), ("e2e_missed",)),
     ],
 )
 def test_each_promise_by_itself(slo, seen, missed):
@@ -31,6 +32,14 @@ def test_one_that_was_not_served_kept_nothing_of_what_it_was_promised():
     assert judged(Slo(e2e_s=1.0, ttft_s=1.0), Latencies(ttft_s=0.1), served=False) == Kept(
         promised=1, kept=0, e2e_missed=1, ttft_missed=1
     )
+
+
+def test_what_could_not_be_seen_was_not_kept():
+    """An answer in one piece shows no token."""
+    unseen = Latencies(e2e_s=1.0)
+    assert judged(Slo(tbt_s=0.1, ttft_s=0.1), unseen, served=True) == Kept()
+    assert judged(Slo(tbt_s=0.1), unseen, served=False) == Kept(promised=1, tbt_missed=1)
+    assert judged(Slo(e2e_s=0.5, tbt_s=0.1), unseen, served=True) == Kept(promised=1, e2e_missed=1)
 
 
 def test_no_promise_is_neither_kept_nor_broken():

@@ -90,6 +90,13 @@ def test_a_stream_without_done_is_complete_all_the_same():
     assert got == engine.sent and ticket.ends == ["finished"]
 
 
+@pytest.mark.parametrize("metrics", [False, True])
+def test_a_stream_that_stops_without_a_word_is_no_answer(metrics):
+    _, _, got, engine, ticket = served(CHAT, chat(play="cut-off", throttllem={"metrics": metrics}))
+    assert got.startswith(engine.sent + b'data: {"error":') and b"the engine broke off" in got
+    assert (ticket.counted, ticket.ends) == (3, ["cancelled"])
+
+
 def test_an_error_that_the_engine_streams_is_no_answer():
     _, _, got, engine, ticket = served(CHAT, chat(play="error-event"))
     assert got == engine.sent and ticket.ends == ["cancelled"]
@@ -193,6 +200,13 @@ def test_with_metrics_one_event_is_held_back(size):
 def test_metrics_join_those_of_the_engine():
     pieces, _ = relayed([sse(chat_chunk({}, metrics={"steps": 3})), b"data: [DONE]\n\n"], metrics=True)
     assert json.loads(b"".join(pieces).split(b"\n\n")[0][6:])["metrics"] == {"steps": 3, "mean_itl_ms": 2.0}
+
+
+def test_an_endless_event_is_not_held_back():
+    chunks = [sse(chat_chunk({"content": "x"})), b"data: " + b"x" * (1 << 20), b"y" * 70_000, b"\n\ndata: [DONE]\n\n"]
+    pieces, before = relayed(chunks, metrics=True)
+    assert b"".join(pieces) == b"".join(chunks)
+    assert before[0] == chunks[0] + chunks[1]
 
 
 def test_metrics_find_no_place_in_what_is_no_json():

@@ -3,12 +3,15 @@
 import asyncio
 import logging
 import socket
+import threading
 
 import aiohttp
 import pytest
 
+from throttllem.gateway import run as run_module
 from throttllem.gateway.run import run_gateway
 from throttllem.gateway.settings import EngineEntry, ServeOptions, ServerOptions
+from throttllem.learn.lengths import save_lengths
 
 
 def options(tmp_path, **more):
@@ -90,3 +93,37 @@ def test_a_state_that_cannot_be_saved_is_said(tmp_path, caplog):
         said = lived(run_gateway(options(tmp_path), tmp_path), during)
     assert said[-1] == "stopped"
     assert "lengths not saved" in caplog.text
+
+
+def test_lengths_are_saved_while_it_serves_and_not_on_the_loop(tmp_path, monkeypatch):
+    threads = []
+
+    def saved(predictor, path):
+        threads.append((threading.current_thread() is threading.main_thread(), predictor))
+        if len(threads) == 1:
+            raise ZeroDivisionError("a fault of ours")
+        return save_lengths(predictor, path)
+
+    async def during(http, api, private):
+        async with asyncio.timeout(20):
+            while len(threads) < 3:
+                await asyncio.sleep(0.005)
+
+    monkeypatch.setattr(run_module, "_SAVE_EVERY_S", 0.01)
+    monkeypatch.setattr(run_module, "save_lengths", saved)
+    prepared = run_gateway(options(tmp_path), tmp_path)
+    lived(prepared, during)
+    assert [on_loop for on_loop, _ in threads] == [False] * (len(threads) - 1) + [True]
+    ((_, learns),) = prepared.gateway.predictors
+    assert [predictor is learns for _, predictor in threads] == [False] * (len(threads) - 1) + [True]
+    assert (tmp_path / "state" / "lengths-llama-3-8b.json").stat().st_size > 50
+
+
+@pytest.mark.parametrize(("keys", "warned"), [(None, True), (("k",), False)])
+def test_an_open_door_is_said_at_the_start(tmp_path, keys, warned):
+    async def during(http, api, private):
+        pass
+
+    server = ServerOptions(host="0.0.0.0", port=0, metrics_port=0, api_keys=keys)
+    said = lived(run_gateway(options(tmp_path, server=server), tmp_path / "cache"), during)
+    assert any("warning" in line and "no API keys, and 0.0.0.0" in line for line in said) == warned

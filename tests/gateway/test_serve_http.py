@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import errno
 import signal
 import socket
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.gateway.fakes import house, until
+from throttllem.gateway import serve_http
+from throttllem.gateway.app import Gateway
 from throttllem.gateway.protocol import BoundedProtocol
 from throttllem.gateway.serve_http import bind
 from throttllem.gateway.settings import LimitOptions, ServerOptions
@@ -95,6 +98,61 @@ def test_a_head_that_comes_drop_by_drop():
             return got
 
     assert b"headers_too_large" in asyncio.run(main())
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+BODY = b'{"model":"tiny","prompt":"x"}'
+
+
+def test_fields_behind_a_body_are_dropped():
+    async def main():
+        async with house() as there:
+            end = b"0\r\nx-late: 1\r\nauthorization: Bearer k\r\nx-slo-e2e-ms: 5\r\n\r\n"
+            host, port = there.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(CHUNKED + b"%x\r\n%s\r\n" % (len(BODY), BODY))
+            await until(lambda: there.gateway._open)
+            writer.write(end + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            answer = await asyncio.wait_for(reader.read(), 5)
+            writer.close()
+            return answer, there.engine.seen
+
+    answer, ((_, _, headers, body),) = asyncio.run(main())
+    assert answer.count(b"HTTP/1.1 200 ") == 2 and body == BODY
+    assert not headers.keys() & {"x-late", "authorization"}
+
+
+@pytest.mark.parametrize(
+    "late", [b"0\r\n" + b"x-late: 1234567890\r\n" * 200, b"0\r\nx-late: " + b"y" * 5000, b"1;" + b"z" * 5000]
+)
+@pytest.mark.parametrize("step", [100, 10_000])
+def test_fields_behind_a_body_are_bounded(late, step):
+    async def main():
+        async with house(limits=LimitOptions(header_bytes=2048)) as there:
+            host, port = there.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(CHUNKED + b"%x\r\n%s\r\n" % (len(BODY), BODY))
+            await until(lambda: there.gateway._open)
+            for at in range(0, len(late), step):
+                writer.write(late[at : at + step])
+                await asyncio.sleep(0)
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+            await until(lambda: not there.gateway._open)
+            return there.engine.seen
+
+    assert asyncio.run(main()) == []
+
+
+def test_many_small_chunks_are_no_fields():
+    async def main():
+        async with house(limits=LimitOptions(header_bytes=2048)) as there:
+            data = BODY[:-1] + b" " * 5000 + b"}"
+            chunks = b"".join(b"1;a=b\r\n%c\r\n" % byte for byte in data)
+            return await talk(there, CHUNKED[:-2] + b"connection: close\r\n\r\n" + chunks + b"0\r\n\r\n")
+
+    assert asyncio.run(main()).startswith(b"HTTP/1.1 200 ")
 
 
 def test_an_idle_connection_does_not_hold_up_the_end(monkeypatch):
@@ -200,3 +258,21 @@ def test_signals(play, signals):
     assert (code, err) == (0, "")
     assert out.startswith("drained") and (b"[DONE]" in got) == (play is None)
     assert ("cancelled" in out) == (play == "hang")
+
+
+def test_slow_clients_are_looked_after_again_after_a_fault(caplog, monkeypatch):
+    monkeypatch.setattr(serve_http, "_WATCH_AGAIN_S", 0.001)
+    calls = []
+
+    async def main():
+        async with house() as there:
+            await until(lambda: len(calls) > 2)
+            assert (await there.http.get(there.url + "/health")).status == 200
+
+    async def broken(gateway):
+        calls.append(gateway)
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(Gateway, "watch", broken)
+    asyncio.run(main())
+    assert "slow clients were not looked after" in caplog.text

@@ -18,6 +18,15 @@ from throttllem.gateway.settings import (
         (lambda: ServerOptions(port=-1), "server.port = -1"),
         (lambda: ServerOptions(metrics_port=70000), "server.metrics_port = 70000"),
         (lambda: ServerOptions(port=81, metrics_port=81), "must differ from server.port"),
+        (lambda: ServerOptions(api_keys=()), "server.api_keys: set, but there is no key in it"),
+        (lambda: ServerOptions(api_keys=("a", "")), "server.api_keys: a key is empty"),
+        (lambda: ServerOptions(api_keys=(" a",)), "server.api_keys: a key is empty, or begins or ends with a blank"),
+        (lambda: EngineEntry(kind="openai", url="http://me@host"), "engines: url: must hold no user and password"),
+        (lambda: EngineEntry(kind="openai", url="me:pw@host"), "engines: url: must hold no user and password"),
+        (
+            lambda: EngineEntry(kind="triton", url="http://x", metrics_url="https://me:pw@host/metrics"),
+            "engines: metrics_url: must hold no user and password",
+        ),
         (lambda: LimitOptions(body_bytes=1), "limits.body_bytes = 1"),
         (lambda: LimitOptions(queue_wait_s=0), "limits.queue_wait_s = 0"),
         (lambda: LimitOptions(silence_s=float("nan")), "limits.silence_s = nan"),
@@ -35,6 +44,10 @@ def test_refused(make, said):
 
 def test_two_free_ports_are_two_ports():
     assert ServerOptions(port=0, metrics_port=0).metrics_port == 0
+
+
+def test_the_same_port_of_two_hosts_is_two_ports():
+    assert ServerOptions(host="10.0.0.1", port=81, metrics_port=81).metrics_port == 81
 
 
 def test_secrets_do_not_show():

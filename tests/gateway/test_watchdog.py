@@ -1,6 +1,7 @@
 """Who waits too long is told so: for a place, for an engine, for a word of the engine."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,7 +55,7 @@ def test_no_engine():
 
     error, waited_s, counts = virtually(run())
     assert (error.status, error.code) == (503, "no_engine")
-    assert "nobody is there" in str(error)
+    assert error.detail == "nobody is there"
     assert 3.0 <= waited_s <= 3.6
     assert counts.rejected == 1
 
@@ -111,3 +112,65 @@ def test_idle_time_is_booked_as_it_passes():
     busy_w, energy = virtually(run())
     assert energy.watts == 40.0 < busy_w
     assert energy.idle_j == pytest.approx(400.0, rel=0.05)
+
+
+class Unreadable:
+    """A GPU that can be read or not."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+        self.gone = False
+
+    def __getattr__(self, name):
+        return getattr(self.gpu, name)
+
+    def read(self):
+        if self.gone:
+            raise OSError("the GPU is lost")
+        return self.gpu.read()
+
+
+@pytest.mark.parametrize("mute", [False, True])
+def test_a_gpu_that_cannot_be_read_for_a_while_costs_no_request_and_no_joule(mute, caplog):
+    async def run():
+        async with rig(mute=mute) as it:
+            it.link.gpu = it.link.booking.meter.gpu = gpu = Unreadable(it.link.gpu)
+            await it.up()
+            asks = [asyncio.ensure_future(it.ask(tokens=60)) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            gpu.gone = True
+            assert it.models.status().models[0].engines[0].clock_mhz is None
+            assert None not in await asyncio.gather(*asks)
+            await asyncio.sleep(1.0)
+            gpu.gone = False
+            await it.ask()
+            return it.link.state
+
+    assert virtually(run()) == "up"
+    assert caplog.text.count("cannot be read: the GPU is lost") == 1
+
+
+def test_limits_and_times_steps_outlive_a_fault(caplog):
+    async def run():
+        async with rig(mute=True, limits=LimitOptions(silence_s=4.0)) as it:
+            await it.up()
+            healthy = it.link.progress
+
+            def broken(*_):
+                raise ZeroDivisionError("a fault of ours")
+
+            asking = asyncio.ensure_future(refused(it, stream=False))
+            await asyncio.sleep(0.1)
+            it.driver.link = broken
+            it.link.progress = SimpleNamespace(tick=broken)
+            await asyncio.sleep(1.0)
+            del it.driver.link
+            it.link.progress = healthy
+            return await asking, len(it.seen.events(Stepped))
+
+    (error, waited_s), steps = virtually(run())
+    assert error.code == "engine_silent"
+    assert 4.0 <= waited_s <= 4.6
+    assert steps > 10
+    assert "the limits were not looked after" in caplog.text
+    assert "no step of time's own" in caplog.text

@@ -19,6 +19,11 @@ def chat_chunk(delta, **more):
     }
 
 
+def closing():
+    """The chunk that says why an answer ended."""
+    return chat_chunk({}) | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+
+
 def chat_events(words, usage=False):
     """A chat answer as vLLM streams it."""
     events = [sse(chat_chunk({"role": "assistant", "content": ""}))]
@@ -94,7 +99,8 @@ class Engine:
         events = chat_events(words)
         ways = {
             "long": lambda: self.stream(request, [b"data: " + b"x" * 65536 + b"\n\n"] * 4000),
-            "no-done": lambda: self.stream(request, events[:-1]),
+            "no-done": lambda: self.stream(request, [*events[:-1], sse(closing())]),
+            "cut-off": lambda: self.stream(request, events[:-1]),
             "error-event": lambda: self.stream(request, [*events[:2], sse({"error": {"message": "oh"}}), events[-1]]),
             "break-off": lambda: self.stream(request, events[:-2], abort=True),
             "break-event": lambda: self.stream(request, [*events[:-2], b'data: {"cut'], abort=True),

@@ -80,6 +80,7 @@ def close_to(frame):
         (["--sizes", "1,2"], "one engine has one size; give --tp"),
         (["--points", "0"], "must be at least 1"),
         (["--resume"], "to go on with"),
+        (["--url", "http://me:pw@127.0.0.1"], "--url: must hold no user and password"),
         (TOLD[:1], "does not tell kv_blocks"),
     ],
 )

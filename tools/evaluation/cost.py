@@ -41,7 +41,7 @@ def section(workshop: Workshop) -> Section:
     tables = make_tables(workshop.folder)
     found: dict[Pace, Rounds] = {}
     with paced() as (engine, pid), ExitStack() as stack:
-        standing = [_direct(engine), *_all_proxies(workshop, engine, pacer.MODEL, tables, stack)]
+        standing = [direct(engine), *others(workshop, engine, pacer.MODEL, tables, stack)]
         with first([pid, *(one for proxy in standing for one in proxy.pids())]) as alone:
             for load in LOADS:
                 found[load] = measure(standing, engine, load, rounds, seconds, workshop.say)
@@ -64,12 +64,12 @@ def section(workshop: Workshop) -> Section:
     )
 
 
-def make_tables(folder: Path) -> Path:
+def make_tables(folder: Path, rows: int = 20_000) -> Path:
     """A performance table as a user gets one: profiled and trained, on the simulated engine."""
     command, tables = str(Path(sys.executable).parent / "throttllem"), folder / "tables"
     profile = folder / "profile.parquet"
     for arguments in (
-        ["profile", str(profile), *CATALOGUE, "--rows", "20000"],
+        ["profile", str(profile), *CATALOGUE, "--rows", str(rows)],
         ["train", str(profile), "--out", str(tables)],
     ):
         subprocess.run([command, *arguments], check=True, capture_output=True)
@@ -116,7 +116,7 @@ def _real(workshop: Workshop, tables: Path) -> dict[int, Rounds] | None:
     model = tiny_model(venv, workshop.folder / "tiny")
     with vllm_server(venv, model, workshop.folder / "vllm.log", say=workshop.say) as server, ExitStack() as stack:
         engine = f"127.0.0.1:{server.port}"
-        standing = [_direct(engine), *_all_proxies(workshop, engine, MODEL, tables, stack)]
+        standing = [direct(engine), *others(workshop, engine, MODEL, tables, stack)]
         for streams in (1, 20):
             found[streams] = {proxy.name: [] for proxy in standing}
             for _ in range(3):
@@ -127,13 +127,12 @@ def _real(workshop: Workshop, tables: Path) -> dict[int, Rounds] | None:
     return found
 
 
-def _direct(engine: str) -> proxies.Proxy:
+def direct(engine: str) -> proxies.Proxy:
+    """Nothing in between."""
     return proxies.Proxy(name="direct", url=f"http://{engine}")
 
 
-def _all_proxies(
-    workshop: Workshop, engine: str, model: str, tables: Path, stack: ExitStack
-) -> Iterator[proxies.Proxy]:
+def others(workshop: Workshop, engine: str, model: str, tables: Path, stack: ExitStack) -> Iterator[proxies.Proxy]:
     """Those that are installed here, each started alone."""
 
     def folder(name: str) -> Path:

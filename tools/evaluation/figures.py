@@ -38,7 +38,8 @@ TITLES = {
     "errors": "errors",
 }
 """In the order of the tables."""
-HEAD = ("", "direct", "through the gateway", "ratio", "difference")
+Cells = tuple[str, ...]
+HEAD = ("", "direct", "direct again", "through the gateway", "ratio", "beyond noise")
 
 
 def percentiles_ms(seconds: Sequence[float]) -> tuple[float | None, float | None]:
@@ -61,25 +62,34 @@ def medians(rounds: Sequence[Figures]) -> Figures:
     return Figures(**values)
 
 
-def side_by_side(direct: Sequence[Figures], through: Sequence[Figures]) -> list[tuple[str, ...]]:
-    """One row per figure, under `HEAD`. In brackets: the least and the most of the rounds."""
-    left, right = medians(direct), medians(through)
-    rows: list[tuple[str, ...]] = []
+def side_by_side(direct: Sequence[Figures], again: Sequence[Figures], through: Sequence[Figures]) -> list[Cells]:
+    """One row per figure, under `HEAD`. In brackets: the least and the most of the rounds.
+
+    The ratio is to both direct ways together. It is beyond noise if no run through the gateway lies among theirs and
+    it is further off than they are from each other; otherwise nothing is to be read into it.
+    """
+    rows: list[Cells] = []
     for name, title in TITLES.items():
-        a, b = getattr(left, name), getattr(right, name)
-        if a is None or b is None:
+        columns = [_values(each, name) for each in (direct, again, through)]
+        if not all(columns):
             continue
-        counted = name in ("requests", "errors")
-        rows.append(
-            (
-                title,
-                f"{a:,}" if counted else _with_range(a, [getattr(each, name) for each in direct]),
-                f"{b:,}" if counted else _with_range(b, [getattr(each, name) for each in through]),
-                "" if counted or not a else f"{b / a:.3f}",
-                "" if counted else f"{b - a:+.2f}",
-            )
-        )
+        if name in ("requests", "errors"):
+            rows.append((title, *(f"{sum(column):,}" for column in columns), "", ""))
+            continue
+        both = columns[0] + columns[1]
+        ratio = f"{median(columns[2]) / median(both):.3f}" if median(both) else ""
+        rows.append((title, *map(_with_range, columns), ratio, "yes" if _beyond(*columns) else "no"))
     return rows
+
+
+def _beyond(direct: list[float], again: list[float], through: list[float]) -> bool:
+    both = direct + again
+    apart = max(through) < min(both) or min(through) > max(both)
+    return apart and abs(median(through) - median(both)) > abs(median(direct) - median(again))
+
+
+def _values(rounds: Sequence[Figures], name: str) -> list[float]:
+    return [value for each in rounds if (value := getattr(each, name)) is not None]
 
 
 def as_dicts(rounds: Iterable[Figures]) -> list[dict[str, Any]]:
@@ -87,9 +97,8 @@ def as_dicts(rounds: Iterable[Figures]) -> list[dict[str, Any]]:
     return [asdict(each) for each in rounds]
 
 
-def _with_range(middle: float, values: Sequence[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    return f"{_short(middle)} ({_short(min(found))} to {_short(max(found))})" if len(found) > 1 else _short(middle)
+def _with_range(values: Sequence[float]) -> str:
+    return f"{_short(median(values))} ({_short(min(values))} to {_short(max(values))})"
 
 
 def _short(value: float) -> str:

@@ -70,8 +70,12 @@ async def _read(answer: aiohttp.ClientResponse, sent: float, found: dict[str, An
             found.setdefault("first_s", now)
             found["last_s"] = now
         elif line.startswith(b"data: {"):
-            usage = json.loads(line[6:]).get("usage")
-            found["tokens"] = usage["completion_tokens"] if usage else 0
+            event = json.loads(line[6:])
+            if "error" in event:  # vLLM refuses some only when their stream has begun
+                found["status"], found["why"] = event["error"].get("code"), event["error"].get("message")
+                return
+            if event.get("usage"):
+                found["tokens"] = event["usage"]["completion_tokens"]
         elif line.startswith(b"data: [DONE]"):
             found["done"] = True
 

@@ -26,13 +26,13 @@ class Plan:
     warm_s: float = 12.0
     judged_s: float = 60.0
     burst: int = 400
-    profile_s: float = 90.0
+    profile_s: float = 120.0
     limits: tuple[int, ...] = (16, 24, 32, 48, 64, 96)
     seeds: tuple[int, ...] = (1, 2, 3)
     tuning_seed: int = 100
 
 
-QUICK = Plan(warm_s=3.0, judged_s=10.0, burst=80, profile_s=30.0, limits=(16, 48), seeds=(1,))
+QUICK = Plan(warm_s=3.0, judged_s=10.0, burst=80, profile_s=60.0, limits=(16, 48), seeds=(1,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

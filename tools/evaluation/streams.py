@@ -1,4 +1,4 @@
-"""A client that costs next to nothing: so many streams at once, each with a new request as soon as one ends.
+"""A client that costs next to nothing: so many streams at once, each with a new request soon after one ends.
 
 Times the first token by its mark and counts the rest; every prompt is another, so that nothing is answered from memory.
 """
@@ -22,7 +22,10 @@ _KEPT_BYTES = 32
 
 @dataclass(slots=True, kw_only=True)
 class Load:
-    """What `streams` clients send to `url`, and which bytes stand in every token's text."""
+    """What `streams` clients send to `url`, and which bytes stand in every token's text.
+
+    Each asks again `pause_s` after an answer has ended: whatever that leaves to be done is not in the next one's time.
+    """
 
     url: str
     model: str
@@ -30,6 +33,7 @@ class Load:
     tokens: int
     mark: bytes
     prompt_words: int = 60
+    pause_s: float = 0.05
     api_key: str | None = None
 
 
@@ -102,7 +106,7 @@ class _Stream(asyncio.Protocol):
             self._end()
             return
         self._heard.first_s.append(self._first_s)
-        self._ask()
+        asyncio.get_running_loop().call_later(self._load.pause_s, self._ask)
 
     def stop(self) -> None:
         """Hang up, whatever is under way."""

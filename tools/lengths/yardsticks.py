@@ -11,7 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from throttllem.core.online import Online, OnlineOptions, bin_of
+from throttllem.core.length_bins import bin_of
+from throttllem.core.online import Online, OnlineOptions
 from tools.lengths.sets import EDGES, Asked
 
 INFLATION = 1.3

@@ -42,7 +42,8 @@ class AdmissionOptions:
     never drain (infinite: the paper).
     `queue_limit`: requests that may wait before more are rejected.
     `unmeetable`: what becomes of a request that cannot keep its own promise when its turn comes, or while it waits
-    ("serve": the paper). One that was let in in time is served in any case.
+    ("serve": the paper). One that was let in in time is served in any case. With "reject" nobody joins at the cost of
+    others: who has run out of patience is rejected too, and those behind it need not wait for it.
     """
 
     margin: float = 0.05
@@ -59,9 +60,13 @@ class AdmissionOptions:
 
     def is_patient(self, request: Request, now_s: float) -> bool:
         """May this request still be held back for others?"""
+        return self.rejects or now_s < self.patient_until_s(request)
+
+    def patient_until_s(self, request: Request) -> float:
+        """How long this request may be held back for others; inf: for ever."""
         slo = request.slo
         shortest_s = min(slo.e2e_s or math.inf, slo.ttft_s or math.inf)
-        return now_s - request.arrival_s < self.patience * shortest_s
+        return math.inf if shortest_s == math.inf else request.arrival_s + self.patience * shortest_s
 
     @property
     def rejects(self) -> bool:

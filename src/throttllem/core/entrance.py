@@ -1,12 +1,14 @@
 """Who comes in, who waits, who is turned away: the queue in front of the engine that serves.
 
-The head of the queue is asked for whenever something changed; a request never overtakes another. Knows nothing of how
-clocks are chosen or engines are started.
+The head of the queue is asked for whenever something changed, and a request never overtakes another; but where who
+cannot keep its promise is rejected, nobody waits behind one that may never get a place. Knows nothing of how clocks are
+chosen or engines are started.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from throttllem.core.admission import ADMIT, admit, batch_full, give_up_s, never_fits
 from throttllem.core.booking import Booking
@@ -19,6 +21,10 @@ from throttllem.core.row import Row
 from throttllem.core.types import Command, Dispatch, EngineSpec, Reason, Reject, Request, Verdict, VerdictKind
 
 Changed = dict[int, EngineState]
+_ASKED = 8
+"""So many of those that wait are refused at one time at most: each costs a projection."""
+_LOOKED_AT = 64
+"""So many of those that wait are looked at after one event at most, however long the queue is."""
 
 
 class Entrance:
@@ -53,8 +59,7 @@ class Entrance:
             self._reject(request.id, why, commands)
             return None
         row = self._foresight.row(request)
-        gives_up = self._options.slo_aware and self._options.admission.rejects
-        self._queue.push(row, give_up_s(row, self._options.tables.values()) if gives_up else math.inf)
+        self._queue.push(row, self._gives_up_s(row) if self._rejects else math.inf)
         return row
 
     def cancelled(self, request_id: int, commands: list[Command]) -> None:
@@ -81,33 +86,63 @@ class Entrance:
         if self.give_up_s() > now_s:
             return
         for row in self._queue.expired(now_s):
-            self._turn_away(row, Reason.OWN_DEADLINE, commands)
+            held_back = now_s >= self._options.admission.patient_until_s(row.request)
+            self._turn_away(row, Reason.HELD_BACK if held_back else Reason.OWN_DEADLINE, commands)
         if self._engines.serving:
             changed[self._engines.serving.engine] = self._engines.serving
 
     def let_in(self, now_s: float, commands: list[Command], changed: Changed) -> None:
-        """Dispatch the queue's head while it may join; a request never overtakes another."""
+        """Dispatch who may join: the queue's head while it may, or whoever waits where nobody waits for others."""
         self.head = None
         engine = self._engines.serving
-        while row := self._queue.head():
+        refused: list[Row] = []
+        for row in self._in_turn():
             if engine is None or engine.spec is None:
                 self.head = Verdict(kind=VerdictKind.WAIT, why=Reason.NO_ENGINE)
                 return
+            if any(_is_no_lighter(row, other) for other in refused):
+                if not self._may_be_passed(row):
+                    return
+                continue
             row.earliest = engine.iteration + engine.in_progress
             verdict = self._verdict(engine, engine.spec, row, now_s)
             changed[engine.engine] = engine
-            if verdict.kind is VerdictKind.WAIT:
-                self.head = verdict
-                return
-            self._queue.take(row.request.id)
-            lost = verdict.kind is VerdictKind.LOST
-            if verdict.kind is VerdictKind.REJECT or (lost and self._options.admission.rejects):
-                self._turn_away(row, verdict.why, commands)
+            if verdict.kind is not VerdictKind.WAIT:
+                self._answer(engine, row, verdict, commands)
                 continue
-            row.lost = lost
-            engine.board.dispatch(row)
-            self._booking.count(dispatched=1)
-            commands.append(Dispatch(engine=engine.engine, request_id=row.request.id))
+            self.head = self.head or verdict
+            refused.append(row)
+            if not self._may_be_passed(row) or len(refused) == _ASKED:
+                return
+
+    @property
+    def _rejects(self) -> bool:
+        return self._options.slo_aware and self._options.admission.rejects
+
+    def _may_be_passed(self, row: Row) -> bool:
+        """One that is turned away in time anyway holds nobody up; one that waits without end would starve."""
+        return self._rejects and self._options.admission.patient_until_s(row.request) < math.inf
+
+    def _in_turn(self) -> Iterable[Row]:
+        """Who is asked: everybody in order, or always the head, until it has to wait."""
+        return self._queue.first(_LOOKED_AT) if self._rejects else iter(self._queue.head, None)
+
+    def _gives_up_s(self, row: Row) -> float:
+        """Until when a request is of use in the queue: its own promise, and its patience."""
+        own_s = give_up_s(row, self._options.tables.values())
+        return min(own_s, self._options.admission.patient_until_s(row.request))
+
+    def _answer(self, engine: EngineState, row: Row, verdict: Verdict, commands: list[Command]) -> None:
+        """A request leaves the queue, into the engine or away."""
+        self._queue.take(row.request.id)
+        lost = verdict.kind is VerdictKind.LOST
+        if verdict.kind is VerdictKind.REJECT or (lost and self._rejects):
+            self._turn_away(row, verdict.why, commands)
+            return
+        row.lost = lost
+        engine.board.dispatch(row)
+        self._booking.count(dispatched=1)
+        commands.append(Dispatch(engine=engine.engine, request_id=row.request.id))
 
     def _verdict(self, engine: EngineState, spec: EngineSpec, row: Row, now_s: float) -> Verdict:
         why = never_fits(row.request, spec)
@@ -138,3 +173,13 @@ class Entrance:
     def _reject(self, request_id: int, why: Reason, commands: list[Command]) -> None:
         self._booking.count(rejected=1)
         commands.append(Reject(request_id=request_id, why=why))
+
+
+def _is_no_lighter(row: Row, other: Row) -> bool:
+    """Would this one be in the way as much, at least? Then it need not be asked where the other had to wait."""
+    return (
+        row.request.prompt_tokens >= other.request.prompt_tokens
+        and row.answer_tokens >= other.answer_tokens
+        and row.sequences >= other.sequences
+        and row.tbt_s <= other.tbt_s
+    )

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from throttllem.core.length_bins import BEYOND, bin_of, shortest_of
 from throttllem.core.types import Request, check
 
 VERSION = 1
-_BEYOND = 8 * 18
-"""The last bin: longer than any answer that was seen, or than 2^20 tokens."""
 _NAME_CHARS = 64
 _MOST_ISSUED = 8192
 _REACH = 3.0
@@ -152,10 +151,19 @@ class Online:
         """The request ended without an answer to learn from: its bound is not judged."""
         self._issued.pop(request.id, None)
 
+    def copy(self) -> Online:
+        """What was learned so far, which learns no more with this one: to be written down while this one goes on."""
+        made = Online(self.options)
+        made._groups.update((key, replace(group, counts=group.counts.copy())) for key, group in self._groups.items())
+        return made
+
     def state(self) -> dict[str, Any]:
         """All that was learned, as JSON can hold it; bounds given out for requests that run are not in it."""
-        groups = [_written(key, group) for key, group in self._groups.items()]
-        return {"version": VERSION, "exceed": self.options.exceed, "groups": groups}
+        return {"version": VERSION, "exceed": self.options.exceed, "groups": list(self.groups())}
+
+    def groups(self) -> Iterator[dict[str, Any]]:
+        """The groups of `state`, one after the other: all at once they are large."""
+        return (_written(key, group) for key, group in self._groups.items())
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], options: OnlineOptions | None = None) -> Online:
@@ -173,7 +181,7 @@ class Online:
 
     def _group(self, key: Key) -> _Group:
         if (group := self._groups.get(key)) is None:
-            group = self._groups[key] = _Group(counts=np.zeros(_BEYOND + 1, np.float32))
+            group = self._groups[key] = _Group(counts=np.zeros(BEYOND + 1, np.float32))
         return group
 
     def _count(self, group: _Group, answer_tokens: int, cut: bool) -> None:
@@ -185,7 +193,7 @@ class Online:
         elif (longer := float(counts[at + 1 :].sum())) > 0:
             counts[at + 1 :] *= 1 + 1 / longer
         else:
-            counts[_BEYOND] += 1
+            counts[BEYOND] += 1
         group.weight = group.weight * self._keep + 1
         group.answers += 1
 
@@ -236,20 +244,6 @@ class Online:
         return _quantile(counts, part, max_tokens) if part < 1 else float(max_tokens)
 
 
-def bin_of(tokens: int) -> int:
-    """The bin of a length: one each below 16, then eight for every doubling, up to 2^20."""
-    if tokens < 16:
-        return max(tokens, 0)
-    octave = tokens.bit_length() - 4
-    return min(8 * octave + (tokens >> octave), _BEYOND - 1)
-
-
-def shortest_of(at: int) -> int:
-    """The shortest length in a bin."""
-    octave = max(at // 8 - 1, 0)
-    return (at - 8 * octave) << octave
-
-
 def _path(request: Request) -> tuple[Key, ...]:
     """The groups of a request, from the largest to the smallest."""
     model, caller = request.model[:_NAME_CHARS], request.caller[:_NAME_CHARS]
@@ -263,7 +257,7 @@ def _quantile(counts: Counts, part: float, max_tokens: int) -> float:
     sums = counts.cumsum()
     wanted = part * float(sums[-1])
     at = int(sums.searchsorted(wanted))
-    if at >= _BEYOND:
+    if at >= BEYOND:
         return float(max_tokens)
     inside = (wanted - float(sums[at] - counts[at])) / float(counts[at]) if counts[at] > 0 else 1.0
     low, high = shortest_of(at), shortest_of(at + 1)
@@ -288,9 +282,9 @@ def _written(key: Key, group: _Group) -> dict[str, Any]:
 
 def _read(written: Mapping[str, Any], same_exceed: bool) -> tuple[Key, _Group]:
     key: Key = tuple(written["key"])
-    counts = np.zeros(_BEYOND + 1, np.float32)
+    counts = np.zeros(BEYOND + 1, np.float32)
     for at, count in written["counts"]:
-        counts[range(_BEYOND + 1)[at]] = count if 0 <= count < 1e9 else math.nan
+        counts[range(BEYOND + 1)[at]] = count if 0 <= count < 1e9 else math.nan
     weight, answers, level = float(written["weight"]), int(written["answers"]), written["level"]
     sound = counts.sum() > 0 and 0 < weight < math.inf and answers > 0 and (level is None or 0 < level < 1)
     if not sound or not all(isinstance(part, str | int) for part in key):

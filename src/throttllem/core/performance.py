@@ -71,6 +71,14 @@ class PerformanceTable:
         cells += self._kv_offset.take(kv_blocks, mode="clip")
         return cells
 
+    def cell(self, batch: int, kv_blocks: int, prefill_tokens: int) -> int:
+        """The same for one iteration."""
+        prefill, kv = (
+            self._prefill_offset.take(prefill_tokens, mode="clip"),
+            self._kv_offset.take(kv_blocks, mode="clip"),
+        )
+        return int(prefill) + int(self._batch_offset.take(batch, mode="clip")) + int(kv)
+
     def with_prompt(self, cell: int, prefill_tokens: int) -> int:
         """The row of the same batch and KV use with `prefill_tokens` prompt tokens instead."""
         each: int = self.seconds.shape[0] // (int(self.prefill_bin[-1]) + 1)
@@ -90,7 +98,7 @@ class PerformanceTable:
                 f"clock {clock_mhz} MHz is not in the performance table ({len(self.clocks_mhz)} from {low} to {high})"
             )
         column = self.clocks_mhz.index(clock_mhz)
-        cell = self.cells(np.array([batch]), np.array([kv_blocks]), np.array([prefill_tokens]))[0]
+        cell = self.cell(batch, kv_blocks, prefill_tokens)
         return float(self.seconds[cell, column]), float(self.watts[cell, column])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
+from itertools import islice
 
 from throttllem.core.row import Row
 
@@ -32,6 +33,10 @@ class Queue:
         self._line.append(row.request.id)
         if give_up_s < math.inf:
             heapq.heappush(self._ends, (give_up_s, row.request.id))
+
+    def first(self, most: int) -> tuple[Row, ...]:
+        """So many of those that wait, in order of arrival."""
+        return tuple(islice(self._rows.values(), most))
 
     def head(self) -> Row | None:
         """Whose turn it is."""

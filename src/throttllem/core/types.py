@@ -94,6 +94,7 @@ class Reason(StrEnum):
     E2E = "a deadline would be missed"
     TTFT = "the first token would come too late"
     OWN_DEADLINE = "can no longer make its own deadline"
+    HELD_BACK = "no place was found in time beside the promises of others"
     NO_ENGINE = "no engine is ready"
     FITS = "every check holds"
     FIXED = "the policy fixes the clock"

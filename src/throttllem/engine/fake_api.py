@@ -12,12 +12,11 @@ from pydantic_core import from_json
 
 from throttllem.core.types import EngineSpec
 from throttllem.engine.fake_answer import Speech
-from throttllem.engine.fake_openai import CHAT, COMPLETION, BadBodyError, Wish, dumped, prompt_tokens, read_wish
+from throttllem.engine.fake_openai import BadBodyError, Wish, dumped, prompt_tokens, read_wish
 from throttllem.engine.fake_text import Tape
 from throttllem.engine.live import Ask, Call, PromptCount, Reply
+from throttllem.engine.paths import CHAT, COMPLETION_TOKENS, COMPLETIONS
 
-COMPLETION_TOKENS = 16
-"""What OpenAI's API takes where a completion names no limit."""
 STREAM_HEADERS = (("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache"))
 _ANSWER_TOKENS, _ANSWER_SIGMA = 200, 0.9
 """Mean and spread (log-normal) of the answers of a chat."""
@@ -47,7 +46,7 @@ class FakeApi:
         if (call.method, path) == ("GET", "/v1/models"):
             return self._models()
         try:
-            if path not in (CHAT, COMPLETION):
+            if path not in (CHAT, COMPLETIONS):
                 raise BadBodyError(f"The simulated engine has no {path}.", status=404, code="not_found")
             if call.method != "POST":
                 raise BadBodyError(f"{path} takes POST.", status=405)

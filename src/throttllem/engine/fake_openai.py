@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from throttllem.engine.fake_text import estimate_tokens
+from throttllem.engine.paths import CHAT
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 _MESSAGE_TOKENS = 4
 """What a chat template puts around each message."""
 _CANNOT = ("logprobs", "top_logprobs", "echo", "suffix", "audio", "guided_json", "structured_outputs")
@@ -58,7 +58,7 @@ def dumped(value: object) -> bytes:
 def read_wish(path: str, body: Mapping[str, object], model: str) -> Wish:
     """Raises BadBodyError for what is malformed, or more than this engine can do."""
     if body.get("model", model) != model:
-        message = f"The model `{body['model']}` does not exist; this engine serves `{model}`."
+        message = f"The model `{str(body['model'])[:80]}` does not exist; this engine serves `{model}`."
         raise BadBodyError(message, param="model", status=404, code="model_not_found")
     _refuse_what_it_cannot(body)
     chat = path == CHAT

@@ -1,18 +1,22 @@
 """HTTP towards one engine: bytes on as they came, bytes back as they come, every failure an EngineError.
 
 Knows nothing of what the bytes mean. Redirects are not followed and no proxy is used: only the configured address is
-ever spoken to.
+ever spoken to. Connections are kept for a moment and used again.
 """
 
 from __future__ import annotations
 
+import asyncio
+import re
+import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from urllib.parse import urlsplit
 
-import aiohttp
 from pydantic_core import from_json, to_json
-from yarl import URL
 
+from throttllem.engine.connection import Connection, SpeechError
 from throttllem.engine.live import Call, EngineError, Headers, Reply
 
 HOP_BY_HOP = frozenset(
@@ -21,13 +25,12 @@ HOP_BY_HOP = frozenset(
 )
 """Headers that belong to one connection (RFC 9110, 7.6.1), in either direction."""
 NOT_SENT = HOP_BY_HOP | {"host", "content-length", "expect"}
-"""Headers of a client that an engine does not get; the HTTP library writes its own where it needs them."""
+"""Headers of a client that an engine does not get; it gets our own where it needs them."""
 OURS = ("x-slo-", "x-throttllem-")
 """How the gateway's own headers begin; engines do not get them."""
-AUTOMATIC = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+_USER = re.compile(r"(?:[^/?#]*:)?(?://)?[^/?#]*@")
 KEEP_ALIVE_S = 1.5
 """Below the idle time after which common servers close a connection (2 to 5 s): none is closed under a request."""
-HEADER_BYTES = 64 * 1024
 
 
 def passed_on(headers: Headers, dropped: frozenset[str] = HOP_BY_HOP) -> Headers:
@@ -46,17 +49,35 @@ def requested(headers: Headers, *, api_key: str | None = None, plain: bool = Fal
     return tuple(kept)
 
 
+def check_address(name: str, url: str) -> None:
+    """Refuse what is no address of HTTP. Raises ValueError that names the option and shows no password."""
+    if _USER.match(url):
+        raise ValueError(f"{name}: must hold no user and password; where the engine wants a key, set api_key")
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{name} = {url!r}: must begin with http:// or https://")
+
+
+class _UnreachedError(Exception):
+    """There is no connection to be had; `cause` is the system's word."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 def engine_error(url: str, error: Exception) -> EngineError:
-    """What a client should see of a failure of aiohttp or of the system."""
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return EngineError(f"no connection to the engine at {url} in time", status=504)
+    """A failure with its status, and in words for the log and for clients."""
+    if isinstance(error, _UnreachedError):
+        told = "the engine cannot be reached"
+        if isinstance(error.cause, TimeoutError):
+            return EngineError(f"no connection to the engine at {url} in time", status=504, told=told)
+        return EngineError(f"the engine at {url} cannot be reached: {error.cause}", told=told)
     if isinstance(error, TimeoutError):
         return EngineError(f"the engine at {url} did not answer in time", status=504)
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return EngineError(f"the engine at {url} cannot be reached: {error.os_error}")
-    if isinstance(error, aiohttp.ClientConnectionError | OSError):
-        return EngineError(f"the engine at {url} broke off the connection")
-    return EngineError(f"the engine at {url} does not speak HTTP as it should: {type(error).__name__}")
+    if isinstance(error, OSError):
+        return EngineError(f"the engine at {url} broke off the connection", told="the engine broke off")
+    told = "the engine does not speak HTTP as it should"
+    return EngineError(f"the engine at {url} does not speak HTTP as it should: {error}", told=told)
 
 
 def parsed(where: str, body: bytes) -> object:
@@ -70,9 +91,9 @@ def parsed(where: str, body: bytes) -> object:
 class _Chunks:
     """The bytes of a reply as they come; an object rather than a generator, which costs more per chunk."""
 
-    def __init__(self, url: str, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, url: str, connection: Connection) -> None:
         self._url = url
-        self._read = response.content.readany
+        self._read = connection.read
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -80,7 +101,7 @@ class _Chunks:
     async def __anext__(self) -> bytes:
         try:
             chunk = await self._read()
-        except (aiohttp.ClientError, OSError) as error:
+        except (SpeechError, OSError) as error:
             raise engine_error(self._url, error) from error
         if not chunk:
             raise StopAsyncIteration
@@ -94,7 +115,14 @@ class Upstream:
         self.url = url.rstrip("/")
         self._api_key = api_key
         self._connect_s = connect_s
-        self._session: aiohttp.ClientSession | None = None
+        at = urlsplit(self.url)
+        self._host, self._port = at.hostname or "", at.port or (443 if at.scheme == "https" else 80)
+        self._secure, self._base = at.scheme == "https", at.path
+        self._head = f"Host: {at.netloc.rpartition('@')[2]}\r\n"
+        self._context: ssl.SSLContext | None = None
+        self._all: set[Connection] = set()
+        self._idle: list[Connection] = []
+        self._sweeps: asyncio.TimerHandle | None = None
 
     async def get(self, path: str, *, timeout_s: float = 5.0) -> tuple[int, bytes]:
         """Status and body. Raises EngineError if there is no answer in `timeout_s`."""
@@ -118,41 +146,106 @@ class Upstream:
 
     async def close(self) -> None:
         """Close every connection; a later request opens new ones."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        if self._sweeps is not None:
+            self._sweeps.cancel()
+            self._sweeps = None
+        for connection in tuple(self._all):
+            connection.close()
+        self._all.clear()
+        self._idle.clear()
 
-    def _opened(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                skip_auto_headers=AUTOMATIC,
-                auto_decompress=False,
-                max_line_size=HEADER_BYTES,
-                max_field_size=HEADER_BYTES,
-            )
-        return self._session
+    # ---- connections -----------------------------------------------------------------------------------------
 
-    def _address(self, path: str) -> URL:
-        # Anything else could name another host ("@other", ".other:80").
+    async def _connection(self) -> tuple[Connection, bool]:
+        """One that is open, and whether it was used before."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open and time.monotonic() - connection.idle_since_s < KEEP_ALIVE_S:
+                return connection, True
+            self._drop(connection)
+        if self._secure and self._context is None:
+            self._context = ssl.create_default_context()
+        try:
+            async with asyncio.timeout(self._connect_s):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    Connection, self._host, self._port, ssl=self._context
+                )
+        except OSError as error:
+            raise _UnreachedError(error) from error
+        self._all.add(connection)
+        return connection, False
+
+    def _keep(self, connection: Connection) -> None:
+        """A reply is over, read to its end or not."""
+        if connection not in self._all or not connection.let_go():
+            self._drop(connection)
+            return
+        connection.idle_since_s = time.monotonic()
+        self._idle.append(connection)
+        if self._sweeps is None:
+            self._sweeps = asyncio.get_running_loop().call_later(KEEP_ALIVE_S, self._sweep)
+
+    def _drop(self, connection: Connection) -> None:
+        connection.close()
+        self._all.discard(connection)
+
+    def _sweep(self) -> None:
+        """Close what nobody used for a while."""
+        self._sweeps = None
+        before_s = time.monotonic() - KEEP_ALIVE_S
+        for connection in [one for one in self._idle if one.idle_since_s <= before_s or not one.is_open]:
+            self._idle.remove(connection)
+            self._drop(connection)
+        if self._idle:
+            self._sweeps = asyncio.get_running_loop().call_later(KEEP_ALIVE_S / 2, self._sweep)
+
+    # ---- requests --------------------------------------------------------------------------------------------
+
+    def _request(self, method: str, path: str, headers: Headers, body: bytes) -> bytes:
+        """The head of a request. Raises ValueError for what could name another host or begin another line."""
         if not path.startswith("/"):
             raise ValueError(f"path {path!r}: must begin with /")
-        return URL(self.url + path, encoded=True)
+        lines = [f"{method} {self._base}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
+        if any("\r" in line or "\n" in line for line in lines):
+            raise ValueError(f"{method} {path!r}: a line break in the path or in a header")
+        length = f"Content-Length: {len(body)}\r\n" if body or method not in ("GET", "DELETE") else ""
+        first, *others = lines
+        return "\r\n".join([f"{first}\r\n{self._head}{length}".removesuffix("\r\n"), *others, "", ""]).encode("latin-1")
+
+    async def _sent(
+        self, method: str, path: str, headers: Headers, body: bytes
+    ) -> tuple[Connection, tuple[int, Headers]]:
+        """A request that has the head of its reply; a kept connection that closed under a GET costs a second try."""
+        request = self._request(method, path, headers, body)
+        while True:
+            connection, used = await self._connection()
+            try:
+                connection.send(request, body)
+                return connection, await connection.head()
+            except ConnectionError:
+                self._drop(connection)
+                if not used or method != "GET":
+                    raise
+            except BaseException:
+                self._drop(connection)
+                raise
 
     async def _ask(self, method: str, path: str, body: bytes | None, timeout_s: float) -> tuple[int, bytes]:
-        headers = {"accept": "*/*"} if body is None else {"content-type": "application/json"}
+        pairs = [("Accept", "*/*") if body is None else ("Content-Type", "application/json")]
         if self._api_key is not None:
-            headers["authorization"] = f"Bearer {self._api_key}"
-        limit = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self._connect_s)
+            pairs.append(("Authorization", f"Bearer {self._api_key}"))
         try:
-            async with self._opened().request(
-                method, self._address(path), headers=headers, data=body, timeout=limit, allow_redirects=False
-            ) as response:
-                return response.status, await response.read()
-        except (aiohttp.ClientError, OSError) as error:
+            async with asyncio.timeout(timeout_s):
+                connection, (status, _) = await self._sent(method, path, tuple(pairs), body or b"")
+                try:
+                    parts = []
+                    while part := await connection.read():
+                        parts.append(part)
+                finally:
+                    self._keep(connection)
+        except (_UnreachedError, SpeechError, OSError) as error:
             raise engine_error(self.url, error) from error
+        return status, b"".join(parts)
 
     def _json(self, path: str, status: int, body: bytes) -> object:
         if status != 200:
@@ -161,21 +254,12 @@ class Upstream:
 
     @asynccontextmanager
     async def _reply(self, call: Call) -> AsyncIterator[Reply]:
+        headers = requested(call.headers, api_key=self._api_key, plain=call.ask is not None)
         try:
-            response = await self._opened().request(
-                call.method,
-                self._address(call.path),
-                headers=requested(call.headers, api_key=self._api_key, plain=call.ask is not None),
-                data=call.body or None,
-                allow_redirects=False,
-            )
-        except (aiohttp.ClientError, OSError) as error:
+            connection, (status, got) = await self._sent(call.method, call.path, headers, call.body)
+        except (_UnreachedError, SpeechError, OSError) as error:
             raise engine_error(self.url, error) from error
         try:
-            headers = tuple(
-                (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.raw_headers
-            )
-            yield Reply(status=response.status, headers=passed_on(headers), chunks=_Chunks(self.url, response))
+            yield Reply(status=status, headers=passed_on(got), chunks=_Chunks(self.url, connection))
         finally:
-            # No effect on a reply read to its end, whose connection is kept.
-            response.close()
+            self._keep(connection)

@@ -16,12 +16,30 @@ Headers = tuple[tuple[str, str], ...]
 """Names in lower case, in order, repeated ones kept."""
 
 
-class EngineError(Exception):
-    """An engine that did not do what was asked. `status` is what a client should see: 502, 503 or 504."""
+_TOLD = {
+    502: "the engine failed",
+    503: "the engine is not ready",
+    504: "the engine did not answer in time",
+}
 
-    def __init__(self, message: str, *, status: int = 502) -> None:
+
+class EngineError(Exception):
+    """An engine that did not do what was asked. `status` is what a client should see: 502, 503 or 504; `told` are the
+    words for it, without the addresses that the message may name.
+    """
+
+    def __init__(self, message: str, *, status: int = 502, told: str | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.told = told or _TOLD.get(status, _TOLD[502])
+
+    @property
+    def nobody_there(self) -> bool:
+        """Whether the connection was refused or reset: whoever looks again at once finds the same."""
+        error: BaseException | None = self
+        while error is not None and not isinstance(error, ConnectionError):
+            error = error.__cause__
+        return error is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +145,10 @@ class LiveEngine(Protocol):
     """One engine. All methods belong to one event loop; constructors only assign."""
 
     async def connect(self) -> Connected:
-        """Reach it and ask what it is; also the test whether it is well. Raises EngineError while it is not."""
+        """Reach it and ask what it is. Raises EngineError while it is not well."""
+
+    async def well(self) -> None:
+        """One light look that changes nothing. Raises EngineError if it is not well."""
 
     async def count(self, ask: Ask) -> PromptCount:
         """Tokens of a prompt, by the engine's own tokenizer where there is one."""

@@ -24,6 +24,7 @@ from throttllem.engine.capacity import (
 )
 from throttllem.engine.http import Upstream
 from throttllem.engine.live import Ask, Call, Connected, EngineError, PromptCount, Reply, Report
+from throttllem.engine.paths import COMPLETION_TOKENS
 from throttllem.engine.prometheus import total
 from throttllem.engine.stats import StepReceiver, check_address
 from throttllem.engine.tokens import TokenCounter
@@ -31,8 +32,6 @@ from throttllem.engine.tokens import TokenCounter
 SCRAPE_LIMIT_S = 2.0
 FAILURES = 3
 """So many scrapes in a row without an answer, and the engine is gone."""
-COMPLETION_TOKENS = 16
-"""What OpenAI's API generates where a completion names no limit."""
 
 
 class _StartedAnewError(EngineError):
@@ -93,6 +92,12 @@ class OpenaiEngine:
             version=told.version,
             notes=(*notes, *([trouble] if trouble is not None else [])),
         )
+
+    async def well(self) -> None:
+        """Any answer will do but that it is not well: not every kind has /health. Raises EngineError."""
+        status, _ = await self._upstream.get("/health")
+        if status >= 500:
+            raise EngineError(f"the engine at {self._upstream.url} is not well (/health answers {status})", status=503)
 
     async def count(self, ask: Ask) -> PromptCount:
         """Tokens of a prompt, mean if they are several. Raises EngineError if the engine stopped answering."""

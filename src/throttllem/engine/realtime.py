@@ -17,8 +17,9 @@ from throttllem.config import Noise
 from throttllem.core.types import EngineSpec
 from throttllem.engine.batcher import Iteration, Outcome
 from throttllem.engine.fake_answer import Row, Speech, Stream
-from throttllem.engine.fake_api import COMPLETION_TOKENS, STREAM_HEADERS, FakeApi, json_reply
+from throttllem.engine.fake_api import STREAM_HEADERS, FakeApi, json_reply
 from throttllem.engine.live import Ask, Call, Connected, EngineError, PromptCount, Reply, Report
+from throttllem.engine.paths import COMPLETION_TOKENS
 from throttllem.engine.simulated import Physics, SimulatedEngine
 from throttllem.gpu.device import Gpu
 
@@ -70,6 +71,10 @@ class RealtimeEngine:
             version=version("throttllem"),
             notes=(note,),
         )
+
+    async def well(self) -> None:
+        """EngineError once it was closed."""
+        self._check_alive()
 
     async def count(self, ask: Ask) -> PromptCount:
         """Tokens by its own tokenizer: exact, unless the prompt is far too long to be served."""

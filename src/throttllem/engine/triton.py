@@ -18,16 +18,9 @@ from throttllem.core.types import EngineSpec
 from throttllem.engine.chat_template import ChatError, Template, chat_template, checked, plain
 from throttllem.engine.http import Upstream
 from throttllem.engine.live import Ask, Call, Connected, EngineError, PromptCount, Reply, Report
+from throttllem.engine.paths import CHAT, COMPLETION_TOKENS, COMPLETIONS
 from throttllem.engine.tokenizer_file import TokenizerFile
-from throttllem.engine.triton_api import (
-    CHAT,
-    COMPLETION_TOKENS,
-    COMPLETIONS,
-    UnsupportedError,
-    error_reply,
-    prompt_text,
-    token_limit,
-)
+from throttllem.engine.triton_api import UnsupportedError, error_reply, prompt_text, token_limit
 from throttllem.engine.triton_facts import Given, Metrics, ModelFacts, capacities, metrics, model_facts
 from throttllem.engine.triton_job import Job, body_of, new_job, serve
 
@@ -98,6 +91,10 @@ class TritonEngine:
             version=f"Triton {(await self._object('/v2') or {}).get('version', '')}".strip(),
             notes=tuple(notes),
         )
+
+    async def well(self) -> None:
+        """Ask whether the model is ready. Raises EngineError if it is not."""
+        await self._ready()
 
     async def count(self, ask: Ask) -> PromptCount:
         """Tokens of the prompt by the tokenizer.json, or an estimate from its bytes that says so."""

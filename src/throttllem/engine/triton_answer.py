@@ -11,6 +11,8 @@ from json import dumps
 
 from pydantic_core import from_json
 
+from throttllem.engine.sse import Splitter, data_of
+
 DONE = b"data: [DONE]\n\n"
 
 
@@ -20,21 +22,20 @@ async def once(body: bytes) -> AsyncIterator[bytes]:
 
 
 class Events:
-    """Server-sent events out of bytes that may be cut anywhere: the JSON object of each `data:` line."""
+    """Server-sent events out of bytes that may be cut anywhere: the JSON object that each has as its data."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._events = Splitter()
 
     def feed(self, chunk: bytes) -> Iterator[dict[str, object]]:
         """The events that `chunk` completes. Raises ValueError for data that is no JSON object."""
-        lines = (self._rest + chunk).split(b"\n")
-        self._rest = lines.pop()
-        for line in lines:
-            if line.startswith(b"data:"):
-                event = from_json(line[5:])
-                if not isinstance(event, dict):
+        for event in self._events.feed(chunk):
+            data = event[5:] if event.startswith(b"data:") else data_of(event)
+            if data is not None:
+                found = from_json(data)
+                if not isinstance(found, dict):
                     raise ValueError("an event is no JSON object")
-                yield event
+                yield found
 
 
 class Stops:

@@ -6,18 +6,15 @@ field that a model has no input for is refused rather than dropped, since Triton
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import TypeGuard
 
 from pydantic_core import from_json, to_json
 
 from throttllem.engine.live import Ask, Headers, Reply
+from throttllem.engine.paths import NATIVE
 from throttllem.engine.triton_answer import once
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-COMPLETION_TOKENS = 16
-"""What OpenAI's API generates where a completion names no limit."""
 JSON: Headers = (("content-type", "application/json"),)
 
 ENSEMBLE = frozenset(
@@ -25,7 +22,6 @@ ENSEMBLE = frozenset(
     | {"temperature", "length_penalty", "repetition_penalty", "min_tokens", "presence_penalty", "frequency_penalty"}
 )
 """Inputs taken to exist where Triton does not give the model's configuration."""
-_NATIVE = re.compile(r"/v2/models/([^/]+)(?:/versions/[^/]+)?/generate(_stream)?")
 _NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "length_penalty")
 _LEAST = ("min_tokens", "min_length")
 _COUNTS = {"top_k": ("top_k",), "seed": ("seed", "random_seed"), "min_tokens": _LEAST}
@@ -93,7 +89,7 @@ def parse_native(path: str, body: bytes | Mapping[str, object]) -> Ask | None:
 
     Raises ValueError if the body is no JSON object or its `text_input` no text. `model` is the path's.
     """
-    match = _NATIVE.fullmatch(path.partition("?")[0])
+    match = NATIVE.fullmatch(path.partition("?")[0])
     if match is None:
         return None
     found = from_json(body) if isinstance(body, bytes) else dict(body)

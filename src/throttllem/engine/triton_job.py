@@ -114,6 +114,7 @@ async def _texts(url: str, reply: Reply, answer: Answer) -> AsyncGenerator[list[
             yield answer.feed(chunk)
             if answer.over:
                 return
+        yield answer.feed(b"\n\n")  # the last event may lack its blank line
     except ValueError as error:
         raise EngineError(f"the engine at {url} answers what cannot be read: {error}") from error
     if not answer.begun:

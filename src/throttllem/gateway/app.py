@@ -24,6 +24,7 @@ from throttllem.gateway.access import Access
 from throttllem.gateway.errors import (
     HttpError,
     as_http,
+    detail,
     headers_too_large,
     not_allowed,
     not_found,
@@ -49,7 +50,7 @@ class Gateway:
         self._models = models
         self._options = options
         self._limits = options.limits
-        self._access = Access(options.server.api_keys)
+        self._access = Access(options.server.api_keys or ())
         self._pages = pages
         self._on_response = on_response
         self._open: set[Exchange] = set()
@@ -129,7 +130,7 @@ class Gateway:
             if seen.status == 500 and not isinstance(error, HttpError | EngineError):
                 _log.exception("request %s: %s %s", exchange.request_id, exchange.method, exchange.scope["path"])
             elif seen.status > 500:
-                _log.warning("request %s: %d %s", exchange.request_id, seen.status, seen)
+                _log.warning("request %s: %d %s", exchange.request_id, seen.status, detail(error))
             await exchange.fail(seen)
 
     async def _cut_short(self, exchange: Exchange, cause: Cause) -> None:
@@ -189,6 +190,7 @@ class Gateway:
         body = await exchange.read(self._limits.body_bytes)
         wish = asks.read_wish(path, body, exchange.headers, key_name)
         ask = wish.ask
+        asks.check_sequences(ask, self._models.most_sequences())
         exchange.attend()
         count = await self._models.count(ask)
         async with self._models.ticket(ask, count, slo, wish.caller, streams=ask.stream) as ticket:
@@ -209,6 +211,7 @@ class Gateway:
                     reply,
                     ticket,
                     stream=ask.stream,
+                    native=asks.is_native(path),
                     metrics=wish.metrics,
                     held_bytes=self._limits.body_bytes,
                 )

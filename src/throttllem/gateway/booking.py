@@ -40,6 +40,10 @@ class Booking:
     _block_tokens: int = 1
     _up: bool = False
     _exact: bool = False
+    _busy: bool = False
+    """An exact engine may be in an iteration, whoever is open: its report will say from when on."""
+    _emptied: bool = True
+    """Nobody was open at some time since the last mark."""
     _rows: int = 0
     _marked_s: float = 0.0
     _held_blocks: int = 0
@@ -48,9 +52,10 @@ class Booking:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self.open
 
-    def begin(self, spec: EngineSpec) -> None:
-        """The engine came up, empty; whoever is still in `open` has yet to leave."""
-        self._block_tokens, self._up, self._exact = spec.block_tokens, True, False
+    def begin(self, spec: EngineSpec, *, exact: bool = False) -> None:
+        """The engine came up, empty; whoever is still in `open` has yet to leave. `exact`: its reports will be."""
+        self._block_tokens, self._up, self._exact = spec.block_tokens, True, exact
+        self._busy, self._emptied = False, True
         self.meter.begin(spec)
         self._marked_s = self.now()
 
@@ -64,6 +69,7 @@ class Booking:
     def dispatched(self, request_id: int, sequences: int, prompt_tokens: int) -> None:
         """A request is about to be sent; `prompt_tokens` of all its prompts together."""
         self.idle()
+        self._busy = True
         self.open[request_id] = Open(sequences=sequences, prefill_left=prompt_tokens)
 
     def joined(self, request_id: int) -> None:
@@ -87,19 +93,21 @@ class Booking:
         self._until_now()
         self.paused(request_id)
         del self.open[request_id]
+        self._emptied = self._emptied or not self.open
         return self.meter.left(request_id)
 
     def idle(self) -> None:
-        """If nothing is open: nothing was since the last mark."""
-        if not self.open:
+        """If nothing is open: nothing was since the last mark, unless an iteration is still to be reported."""
+        if not self.open and not (self._exact and self._busy):
             self._idle_until(self.now())
 
     def exact(self, report: Report) -> None:
         """A simulated engine says what its step took, and whose prompts were in it."""
         now_s, seconds = self.now(), report.seconds or 0.0
         self._exact = True
-        if not self.open:
+        if self._emptied or not self.open:
             self._idle_until(now_s - seconds)
+        self._busy, self._emptied = report.running + report.waiting > 0, not self.open
         work = Work(
             seconds=seconds,
             decode_rows=report.decode_rows or 0,

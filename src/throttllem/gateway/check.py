@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from throttllem.files import WriteError, writable_dir
 from throttllem.gateway.build import Gateway, build_gateway
 from throttllem.gateway.link import Link
 from throttllem.gateway.serve_http import bind
-from throttllem.gateway.settings import ServeOptions
+from throttllem.gateway.settings import ServeOptions, ServerOptions
 from throttllem.tree import leaves
 
 _REACH_S = 5.0
@@ -70,12 +71,25 @@ def _access(options: ServeOptions) -> Iterator[Finding]:
     server = options.server
     if server.api_keys:
         yield Finding(mark="ok", text=f"{len(server.api_keys)} API keys: a request must carry one of them")
-    elif server.host in {"127.0.0.1", "localhost", "::1"}:
+    elif _is_loopback(server.host):
         yield Finding(mark="ok", text="no API keys: everybody on this machine may ask")
-    else:
-        yield Finding(
-            mark="!!", text=f"no API keys, and {server.host} is not loopback: everybody who reaches it may ask"
-        )
+    for door in open_doors(server):
+        yield Finding(mark="!!", text=door)
+
+
+def open_doors(server: ServerOptions) -> Iterator[str]:
+    """Where others than this machine may ask without a key."""
+    if not server.api_keys and not _is_loopback(server.host):
+        yield f"no API keys, and {server.host} is not loopback: everybody who reaches it may ask"
+    if server.metrics_port is not None and not _is_loopback(server.metrics_host):
+        yield f"{server.metrics_host} is not loopback: everybody who reaches it may see metrics and the dashboard"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _folders(options: ServeOptions) -> Iterator[Finding]:

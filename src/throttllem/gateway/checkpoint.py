@@ -126,10 +126,14 @@ def _taken_apart(obj: Any, kind: type) -> Any:
 
 
 def _state(obj: Any, kind: type) -> dict[str, object]:
+    state = {name: getattr(obj, name) for name in _slots(kind) if hasattr(obj, name)}
+    return state | getattr(obj, "__dict__", {})
+
+
+def _slots(kind: type) -> list[str]:
     slots = (cls.__dict__.get("__slots__", ()) for cls in reversed(kind.__mro__))
     names = [name for some in slots for name in ((some,) if isinstance(some, str) else some)]
-    state = {name: getattr(obj, name) for name in names if not name.startswith("__") and hasattr(obj, name)}
-    return state | getattr(obj, "__dict__", {})
+    return [name for name in names if not name.startswith("__")]
 
 
 # ---- putting together ----------------------------------------------------------------------------------------
@@ -199,8 +203,12 @@ def fill(obj: Any, state: Mapping[str, object]) -> None:
     """Set an object's fields; fields that this build has added get their defaults."""
     kind = type(obj)
     _core_class(f"{kind.__module__}:{kind.__qualname__}")
+    if isinstance(obj, Enum | type | PerformanceTable):
+        raise CheckpointError(f"the checkpoint sets fields of a {kind.__name__}, which all share: refused")
+    slots = _slots(kind)
     for name, value in state.items():
-        if name.startswith("__"):
+        # What is no slot goes beside the class, where it must hide nothing of it.
+        if name.startswith("__") or (name not in slots and hasattr(kind, name)):
             raise CheckpointError(f"the checkpoint sets {name!r}: refused")
         object.__setattr__(obj, name, value)
     if is_dataclass(kind):

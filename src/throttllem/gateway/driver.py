@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
 from collections.abc import Callable
 from time import perf_counter
 from typing import Protocol
@@ -21,6 +20,7 @@ from throttllem.core.types import (
     Cancelled,
     Command,
     Dispatch,
+    EngineLost,
     EngineSpec,
     Event,
     Fail,
@@ -36,8 +36,11 @@ from throttllem.core.types import (
 )
 from throttllem.engine.live import EngineError
 from throttllem.gateway import refusals
+from throttllem.gateway.alarm import Alarm
 from throttllem.gateway.inbox import Inbox
 from throttllem.gateway.link import Link
+from throttllem.gateway.named import done, named
+from throttllem.gateway.pace import Pace
 from throttllem.gateway.promises import Promises, judged
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gateway.ticket import RefusedError
@@ -46,8 +49,8 @@ from throttllem.gateway.watchdog import sweep, tick
 
 log = logging.getLogger("throttllem.gateway")
 
-_UNKNOWN_RETRY_S = 5
-_LONGEST_RETRY_S = 60
+_AFTER_FAULT_S = 1.0
+"""The core that failed is not woken at once again: what failed may still be due."""
 
 
 class Witness(Protocol):
@@ -79,13 +82,15 @@ class Driver:
         self.promises = Promises()
         self.prompt_tokens = 0
         self.generated_tokens = 0
+        self.counting = 0
+        """Requests whose prompts are being counted, before they arrive."""
         self._witness = witness
         self._visits: dict[int, Visit] = {}
         self._next_id = 0
         self._inbox = Inbox(self._handle, self._arm, now)
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_due_s = math.inf
-        self._finishes: deque[float] = deque(maxlen=64)
+        self._alarm = Alarm(lambda: self.tell(Timer()), now)
+        self._not_before_s = -math.inf
+        self._pace = Pace()
         self._tasks: list[asyncio.Task[None]] = []
 
     # ---- life ------------------------------------------------------------------------------------------------
@@ -101,8 +106,7 @@ class Driver:
         for visit in list(self._visits.values()):
             self.fail(visit, refusals.draining())
         self._inbox.drain()
-        if self._timer:
-            self._timer.cancel()
+        self._alarm.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -129,16 +133,16 @@ class Driver:
             if tokens is None:
                 visit.generated_tokens = max(visit.generated_tokens, visit.link.tokens_of(visit.request.id))
             visit.energy_j = visit.link.ended(visit.request.id, tokens)
-        self._finishes.append(self.now())
+        self._pace.ended(self.now())
         self._book(visit, served=True)
 
     def leave(self, visit: Visit, error: BaseException | None = None) -> None:
         """The HTTP side is done with a request that did not finish: its client left (`error`: a cancel), or the engine
-        failed it, or answered with an error of its own (None).
+        failed it, or answered with an error below 500 (None), which is no reason to doubt it.
         """
         visit.ended = True
         engine_failed = isinstance(error, EngineError)
-        if visit.link is not None and visit.link.state == "up" and (engine_failed or error is None):
+        if visit.link is not None and visit.link.state == "up" and engine_failed:
             self._leave_suspect(visit, visit.link)
         else:
             self._forget(visit)
@@ -166,12 +170,7 @@ class Driver:
 
     def retry_after_s(self) -> int:
         """When a refused client may well find a place: the queue ahead of it, at the pace of the last minute."""
-        now_s = self.now()
-        recent = [at_s for at_s in self._finishes if now_s - at_s < _LONGEST_RETRY_S]
-        if not recent:
-            return _UNKNOWN_RETRY_S
-        pace = len(recent) / max(1.0, now_s - recent[0])
-        return max(1, min(_LONGEST_RETRY_S, math.ceil((self.controller.snapshot().queue + 1) / pace)))
+        return self._pace.retry_after_s(self.controller.snapshot().queue, self.now())
 
     def open(self) -> tuple[Visit, ...]:
         """Requests that have not ended."""
@@ -180,7 +179,9 @@ class Driver:
     # ---- the core --------------------------------------------------------------------------------------------
 
     def tell(self, event: Event) -> None:
-        """Hand an event to the core and do what it says; what only tells of progress goes in soon."""
+        """Hand an event to the core and do what it says; what only tells of progress goes in soon. Never raises for
+        what the core does: whoever tells has nothing to do with it.
+        """
         if isinstance(event, Stepped | Progressed | Observed):
             self._inbox.note(event)
         else:
@@ -188,34 +189,37 @@ class Driver:
 
     def _handle(self, event: Event, now_s: float) -> None:
         before = perf_counter()
+        commands: list[Command] | None = None
         try:
             commands = self.controller.handle(event, now_s)
         except Exception:
-            self._witness.handled(now_s, event, None, perf_counter() - before)
-            raise
-        self._witness.handled(now_s, event, commands, perf_counter() - before)
-        for command in commands:
-            self._do(command)
+            log.exception("the control core failed at %s", type(event).__name__)
+        seconds = perf_counter() - before
+        for command in commands or ():
+            try:
+                self._do(command)
+            except Exception:
+                log.exception("%s could not be carried out", type(command).__name__)
+                self._give_up(command)
+        self._witness.handled(now_s, event, commands, seconds)
+        if commands is None:
+            self._give_up(event)
+
+    def _give_up(self, what: Event | Command) -> None:
+        """End the requests that something was about that could not be done; the others go on."""
+        self._not_before_s = self.now() + _AFTER_FAULT_S
+        lost = self.open() if isinstance(what, EngineLost) else ()
+        names = {*named(what), *(visit.request.id for visit in lost if visit.link and visit.link.key is None)}
+        for visit in [self._visits[request_id] for request_id in names if request_id in self._visits]:
+            self.fail(visit, refusals.broken())
+        for request_id in done(what):
+            self.tell(Cancelled(request_id=request_id))
 
     def _arm(self) -> None:
         """A timer for the core's deadline, never early."""
         due_s = self.controller.next_deadline()
-        due_s = math.inf if due_s is None else due_s
-        if due_s == self._timer_due_s and self._timer is not None:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._timer_due_s = due_s
-        if due_s < math.inf:
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, due_s - self.now()), self._due)
-
-    def _due(self) -> None:
-        self._timer = None
-        if self.now() < self._timer_due_s:  # the loop's clock is coarser than ours
-            self._timer = asyncio.get_running_loop().call_later(0.001, self._due)
-            return
-        self.tell(Timer())
+        due_s = math.inf if due_s is None else max(due_s, self._not_before_s)
+        self._alarm.set(due_s)
 
     def _do(self, command: Command) -> None:
         match command:
@@ -231,12 +235,14 @@ class Driver:
                 pass  # whoever cancelled has let go of it already
 
     def _refuse(self, request_id: int, why: Reason) -> None:
-        visit = self._visits.pop(request_id, None)
+        visit = self._visits.get(request_id)
         if visit is None:
             return
+        failure = refusals.refused(why, visit.request, self.spec(), self.retry_after_s())
+        del self._visits[request_id]
         if visit.link is not None:
             visit.energy_j = visit.link.dropped(request_id)
-        visit.refuse(refusals.refused(why, visit.request, self.spec(), self.retry_after_s()))
+        visit.refuse(failure)
         self._book(visit, served=False)
 
     def _on_engine(self, key: int, command: SetClock | StopEngine) -> None:

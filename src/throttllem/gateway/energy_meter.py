@@ -6,14 +6,19 @@ requests and the idle part always add up to it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
 
 from throttllem.core.energy import EnergyLedger
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.types import EngineSpec
 from throttllem.gateway.status import Energy
 from throttllem.gateway.top_clock import TopClock
-from throttllem.gpu.device import Gpu, Work
+from throttllem.gpu.device import Gpu, Reading, Work
+
+log = logging.getLogger("throttllem.gateway")
+
+_NOTHING = Reading(clock_mhz=None, watts=0.0, energy_j=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +45,35 @@ class EnergyMeter:
     ledger: EnergyLedger = field(default_factory=EnergyLedger)
     _counted_j: float = 0.0
     _open: set[int] = field(default_factory=set)
+    _last: Reading = _NOTHING
+    _fails: bool = False
 
     @property
     def table(self) -> PerformanceTable | None:
         """The model of the engine's speed and power, if there is one."""
         return self.top.table if self.top else None
 
+    def reading(self) -> Reading:
+        """The GPU's reading; while it cannot be read the last one, with an unknown clock. It is said once."""
+        try:
+            self._last = self.gpu.read()
+        except OSError as error:
+            if not self._fails:
+                log.error("the GPU cannot be read: %s", error)
+            self._fails = True
+            return replace(self._last, clock_mhz=None)
+        self._fails = False
+        return self._last
+
     def begin(self, spec: EngineSpec) -> None:
         """From here on the counter's rise is ours."""
         if self.top:
             self.top.spec = spec
-        self._counted_j = self.gpu.read().energy_j
+        self._counted_j = self.reading().energy_j
 
     def step(self, step: Step) -> None:
         """Book an iteration."""
-        clock_mhz = self.gpu.read().clock_mhz
+        clock_mhz = self.reading().clock_mhz
         self.gpu.worked(step.work)
         joules = self._since_last()
         self.ledger.iteration(joules, step.rows, step.prefills)
@@ -94,10 +113,10 @@ class EnergyMeter:
             total_j=self.ledger.total_j,
             idle_j=self.ledger.idle_j,
             top_j=self.top.joules() if self.top else None,
-            watts=self.gpu.read().watts,
+            watts=self.reading().watts,
         )
 
     def _since_last(self) -> float:
-        counter_j = self.gpu.read().energy_j
+        counter_j = self.reading().energy_j
         before_j, self._counted_j = self._counted_j, counter_j
         return counter_j - before_j

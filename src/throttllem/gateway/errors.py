@@ -72,6 +72,13 @@ def unavailable(message: str, *, code: str, retry_after_s: int) -> HttpError:
     return HttpError(503, message, kind=SERVER, code=code, headers=headers)
 
 
+def detail(error: Exception) -> str:
+    """An error in words for the log."""
+    if isinstance(error, RefusedError) and error.detail:
+        return f"{error}: {error.detail}"
+    return str(error)
+
+
 def as_http(error: Exception) -> HttpError:
     """Any error as a client may see it; what is not meant for clients becomes a 500 that tells nothing."""
     match error:
@@ -82,6 +89,6 @@ def as_http(error: Exception) -> HttpError:
             headers = () if retry is None else ((b"retry-after", str(retry).encode()),)
             return HttpError(error.status, str(error), kind=error.kind, code=error.code, headers=headers)
         case EngineError():
-            return HttpError(error.status, str(error), kind="engine_error", code="engine_error")
+            return HttpError(error.status, error.told, kind="engine_error", code="engine_error")
         case _:
             return HttpError(500, "the gateway failed to serve this request", kind=SERVER, code="internal_error")

@@ -55,7 +55,7 @@ class Inbox:
             self._handling = False
             if self._events:  # one failed; the others are none the less true
                 self._soon = asyncio.get_running_loop().call_soon(self.drain)
-        self._settled()
+            self._settled()
 
 
 def _together(one: Event, other: Stepped) -> Stepped | None:

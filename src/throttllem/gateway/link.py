@@ -22,6 +22,10 @@ Tell = Callable[[Event], None]
 _FIRST_RETRY_S = 0.2
 _LONGEST_RETRY_S = 2.0
 _CLOCK_RETRY_S = 1.0
+_LOOKS = 3
+"""So often an engine is looked at before it counts as lost, unless nobody is there at all."""
+_LOOK_AGAIN_S = 0.5
+_COUNTS_AT_A_TIME = 64
 _CLOCK = "clock: "
 
 
@@ -46,6 +50,9 @@ class Link:
     progress: Progress | None = None
     report: Report | None = None
     last_sign_s: float = 0.0
+    estimated_prompts: int = 0
+    counting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_COUNTS_AT_A_TIME))
+    """Who asks the engine for the tokens of a prompt holds it."""
     _tell: Tell | None = None
     _task: asyncio.Task[None] | None = None
     _checking: asyncio.Task[None] | None = None
@@ -84,6 +91,12 @@ class Link:
         if self.close is not None:
             await self.close()
 
+    def estimated(self, by: str) -> None:
+        """A prompt's tokens were estimated."""
+        self.estimated_prompts += 1
+        if self.estimated_prompts == 1:
+            log.warning("engine %s: the tokens of a prompt were estimated (%s), not counted", self.name, by)
+
     def suspect(self, well: Callable[[], None] = lambda: None) -> None:
         """A request saw the engine fail: find out at once whether it is there, and call `well` if it is."""
         self._if_well.append(well)
@@ -93,16 +106,15 @@ class Link:
     async def _live(self, key: int, tell: Tell) -> None:
         if self._retiring is not None:
             await asyncio.wait({self._retiring})
-        connected = await self._reach()
-        self.connected, self.report, self.trouble = connected, None, None
-        self.progress = Progress(key, exact=connected.named)
-        clock = await self._clock_in_force(connected.spec.clocks_mhz[-1])
-        self.last_sign_s = self.now()
-        self.booking.begin(connected.spec)
-        self.state = "up"
-        log.info("engine %s is up: %s", self.name, ", ".join(connected.models))
-        tell(EngineReady(engine=key, spec=connected.spec))
-        tell(ClockRead(engine=key, mhz=clock))
+        while True:
+            connected = await self._reach()
+            try:
+                await self._take_into_use(key, connected, tell)
+                break
+            except Exception as error:  # nobody would see that it never came up
+                log.exception("engine %s cannot be taken into use", self.name)
+                self.state, self.trouble = "starting", f"it cannot be taken into use: {error!r}"
+            await asyncio.sleep(_LONGEST_RETRY_S)
         try:
             await self.engine.watch(self._reported)
         except EngineError as error:
@@ -110,6 +122,17 @@ class Link:
         except Exception as error:  # whatever it is: an engine that is not watched must not look well
             log.exception("engine %s cannot be watched", self.name)
             self.lose(f"it cannot be watched: {error!r}")
+
+    async def _take_into_use(self, key: int, connected: Connected, tell: Tell) -> None:
+        self.connected, self.report, self.trouble = connected, None, None
+        self.progress = Progress(key, exact=connected.named)
+        clock = await self._clock_in_force(connected.spec.clocks_mhz[-1])
+        self.last_sign_s = self.now()
+        self.booking.begin(connected.spec, exact=connected.named)
+        self.state = "up"
+        log.info("engine %s is up: %s", self.name, ", ".join(connected.models))
+        tell(EngineReady(engine=key, spec=connected.spec))
+        tell(ClockRead(engine=key, mhz=clock))
 
     async def _reach(self) -> Connected:
         pause_s = _FIRST_RETRY_S
@@ -131,13 +154,26 @@ class Link:
             waiting, self._if_well = self._if_well, []
             key = self.key
             try:
-                await self.engine.connect()
-            except EngineError as error:
-                if self.key == key:
-                    self.lose(str(error))
+                trouble = await self._look()
+                if trouble is not None and self.key == key:
+                    self.lose(trouble)
+            except Exception:  # a fault of ours says nothing of the engine; `watch` looks after it
+                log.exception("engine %s cannot be looked at", self.name)
             finally:
                 for well in waiting:  # an engine that was lost the core has forgotten: then this is no news
                     well()
+
+    async def _look(self) -> str | None:
+        """Why it is gone; None: it is there."""
+        for left in reversed(range(_LOOKS)):
+            try:
+                await self.engine.well()
+                return None
+            except EngineError as error:
+                if not left or error.nobody_there:
+                    return str(error)
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        return None
 
     def lose(self, why: str) -> None:
         """The engine is gone; what ran on it is lost, and the core decides what comes next."""
@@ -176,6 +212,9 @@ class Link:
             read, trouble = await self.gpu.set_clock(mhz), "it cannot be read"
         except OSError as error:
             read, trouble = None, str(error)
+        except Exception as error:
+            log.exception("engine %s: %d MHz was not set", self.name, mhz)
+            read, trouble = None, repr(error)
         self._clock_fails = read is None
         if read is not None:
             self.trouble = None if (self.trouble or "").startswith(_CLOCK) else self.trouble

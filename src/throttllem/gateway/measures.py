@@ -55,6 +55,11 @@ _MODEL_COUNTERS: tuple[tuple[str, str, ModelRead], ...] = (
     ("throttllem_kept_requests", "Those of them that kept all promises.", lambda model: model.ever.kept),
     ("throttllem_prompt_tokens", "Prompt tokens of served requests.", lambda model: model.prompt_tokens),
     ("throttllem_generated_tokens", "Tokens of answers.", lambda model: model.generated_tokens),
+    (
+        "throttllem_estimated_prompts",
+        "Prompts whose tokens were estimated, not counted.",
+        lambda model: model.estimated_prompts,
+    ),
     ("throttllem_length_predictions", "Answers that predictions were held against.", lambda model: model.length.seen),
 )
 _ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (

@@ -8,70 +8,79 @@ from __future__ import annotations
 
 import re
 
-_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
+from throttllem.engine.sse import Splitter
+
 _DATA = re.compile(rb"(?:^|[\r\n])data:")
-_ERROR = re.compile(rb'data: ?\{\s*"error"\s*:\s*[{"]')
+_TOLD_ERROR = re.compile(rb"(?:^|[\r\n])event: ?error[ \t]*[\r\n]")
+_ERROR = re.compile(rb'"error"\s*:\s*[{"]|"object"\s*:\s*"error"')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
 _USED = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})\b')
 _EMPTY_DELTA = re.compile(rb'"delta"\s*:\s*\{\s*(?:(?:"role"\s*:\s*"\w+"|"\w+"\s*:\s*(?:""|null|\[\]))[\s,]*)*\}')
-_MOST_TAIL_BYTES = 1 << 20
-
-
-def split_events(data: bytes) -> tuple[list[bytes], bytes]:
-    """The whole events at the front of `data`, each with the blank line that ends it, and what is left."""
-    events, at = [], 0
-    for end in _END.finditer(data):
-        events.append(data[at : end.end()])
-        at = end.end()
-    return events, data[at:]
 
 
 class Meter:
-    """Counts one stream. `done`: [DONE] came; `failed`: the engine told an error; `used`: tokens by its own word."""
+    """Counts one stream. `done`: [DONE] came; `failed`: the engine told an error; `used`: tokens by its own word.
 
-    __slots__ = ("_tail", "done", "failed", "used")
+    `native`: Triton's own API, where an answer is a `text_output`, and nothing says that the stream is whole.
+    """
 
-    def __init__(self) -> None:
-        self._tail = b""
+    __slots__ = ("_answer", "_last", "_native", "_rest", "_split", "done", "failed", "used")
+
+    def __init__(self, *, native: bool = False) -> None:
+        events = Splitter()
+        self._split, self._rest = events.feed, events.rest
+        self._native = native
+        self._answer = b'"text_output"' if native else b'"choices"'
+        self._last = b""
         self.done = False
         self.failed = False
         self.used: int | None = None
 
+    @property
+    def whole(self) -> bool:
+        """At the end of the stream: whether the engine had said all that it had to say."""
+        return self.done or self._native or _FINISH.search(self._last) is not None
+
     def feed(self, chunk: bytes) -> int:
         """The tokens in the events that this chunk completes; chunks may cut events anywhere."""
-        data = self._tail + chunk if self._tail else chunk
-        if data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:
-            self._tail = b""
-            return self.event(data)
-        events, tail = split_events(data)
-        self._tail = tail if len(tail) <= _MOST_TAIL_BYTES else b""
-        return sum(map(self.event, events))
+        events = self._split(chunk)
+        return self.event(events[0]) if len(events) == 1 else sum(map(self.event, events))
 
     def close(self) -> int:
         """The stream is over: the tokens in what no blank line ended."""
-        tail, self._tail = self._tail, b""
+        tail = self._rest()
         return self.event(tail) if tail else 0
 
     def event(self, event: bytes) -> int:
         """The tokens of one whole event: 1 or 0."""
         if not event.startswith(b"data:"):
             found = _DATA.search(event)
+            if _TOLD_ERROR.search(event):
+                self.failed = True
+                return 0
             if found is None:
                 return 0
             event = event[found.end() - 5 :]
-        if event.startswith((b"data: [DONE]", b"data:[DONE]")):
-            self.done = True
-            return 0
-        if b'"error"' in event and _ERROR.match(event):
-            self.failed = True
-            return 0
+        if b'"delta"' in event:
+            self._last = event
+            return 0 if _only_opens_or_closes(event) else 1
+        if self._answer not in event:
+            return self._aside(event)
         if b"[]" in event and _NO_CHOICES.search(event):
             found = _USED.search(event)
             self.used = int(found[1]) if found else self.used
             return 0
-        if b'"delta"' in event and _only_opens_or_closes(event):
-            return 0
+        self._last = event
         return 1
+
+    def _aside(self, event: bytes) -> int:
+        """An event that holds no part of an answer."""
+        if event.startswith((b"data: [DONE]", b"data:[DONE]")):
+            self.done = True
+        elif _ERROR.search(event):
+            self.failed = True
+        return 0
 
 
 def _only_opens_or_closes(event: bytes) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from throttllem.core.types import Request, Slo
 from throttllem.engine.live import Ask, Connected, EngineError, LiveEngine, PromptCount
@@ -15,8 +15,8 @@ from throttllem.gateway import refusals
 from throttllem.gateway.driver import Driver
 from throttllem.gateway.link import Link
 from throttllem.gateway.status import GatewayStatus
-from throttllem.gateway.ticket import RefusedError
-from throttllem.gateway.view import model_status
+from throttllem.gateway.ticket import Health, RefusedError
+from throttllem.gateway.view import engine_state, model_status
 from throttllem.gateway.visit import Visit
 
 _LOOK_AGAIN_S = 0.05
@@ -46,11 +46,9 @@ class AllModels:
     now: Callable[[], float]
     draining: bool = False
     uncontrolled: int = 0
-    _started: bool = field(default=False)
 
     async def start(self) -> None:
         """Bring the engines up; does not wait for them."""
-        self._started = True
         for model in self.served:
             await model.driver.start()
 
@@ -63,16 +61,38 @@ class AllModels:
         """Names that clients may use."""
         return tuple(dict.fromkeys(name for model in self.served for name in model.all_names()))
 
+    def most_sequences(self) -> int | None:
+        """Answers side by side that the largest engine can run; None: not all have said yet."""
+        connected = [link.connected for model in self.served for link in model.driver.links]
+        most = [one.spec.max_batch for one in connected if one is not None]
+        return max(most) if len(most) == len(connected) else None
+
     async def count(self, ask: Ask) -> PromptCount:
-        """Tokens of a prompt. Raises RefusedError (404 unknown model, 502 to 504 engine)."""
+        """Tokens of a prompt. Raises RefusedError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
         if self.draining:
             raise refusals.draining()
+        driver = self._driver(ask.model)
+        if driver.counting >= driver.controller.options.admission.queue_limit:
+            raise refusals.queue_full(driver.retry_after_s())
+        driver.counting += 1
+        try:
+            return await self._counted(ask)
+        finally:
+            driver.counting -= 1
+
+    async def _counted(self, ask: Ask) -> PromptCount:
         link, _ = await self._reached(ask.model)
         try:
-            return await link.engine.count(ask)
+            async with link.counting:
+                found = await link.engine.count(ask)
+            if not found.exact:
+                link.estimated(found.by)
+            return found
         except EngineError as error:
-            link.suspect(lambda: None)
-            raise RefusedError(error.status, str(error), kind="engine_error", code="engine_failed") from error
+            link.suspect()
+            raise RefusedError(
+                error.status, error.told, kind="engine_error", code="engine_failed", detail=str(error)
+            ) from error
 
     def ticket(self, ask: Ask, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Visit:
         """A ticket for a controlled request; `streams`: its tokens will be told as they come."""
@@ -100,6 +120,18 @@ class AllModels:
             raise refusals.no_engine(next((other.trouble for other in driver.links if other.trouble), None))
         self.uncontrolled += 1
         return link.engine
+
+    def health(self) -> Health:
+        """How it is, told at next to no cost."""
+        states = [engine_state(model.driver, link) for model in self.served for link in model.driver.links]
+        return Health(
+            up=sum(state == "up" for state, _ in states),
+            engines=len(states),
+            # An engine may be down because it is not needed; one that should be up has a trouble.
+            ails=any(state == "stalled" or (state != "up" and trouble is not None) for state, trouble in states),
+            draining=self.draining,
+            version=self.version,
+        )
 
     def status(self) -> GatewayStatus:
         """Everything that may be shown."""

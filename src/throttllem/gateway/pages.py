@@ -10,7 +10,8 @@ from starlette.routing import Match, Route
 
 from throttllem.gateway.errors import ByteHeaders, HttpError, not_allowed, not_found
 from throttllem.gateway.exchange import Exchange
-from throttllem.gateway.status import EngineStatus, GatewayStatus
+from throttllem.gateway.refusals import MODEL_SHOWN
+from throttllem.gateway.status import GatewayStatus
 from throttllem.gateway.ticket import Models
 
 MetricsPage = Callable[[GatewayStatus], tuple[str, bytes]]
@@ -31,13 +32,11 @@ class Pages:
     async def health(self, exchange: Exchange, *, draining: bool) -> None:
         """200 while requests are welcome, else 503; tells no more than anybody may know."""
         _only(exchange, "GET, HEAD")
-        status = self._models.status()
-        engines = [engine for model in status.models for engine in model.engines]
-        up = sum(engine.state == "up" for engine in engines)
-        draining = draining or status.phase == "draining"
-        word = "draining" if draining else "ok" if up and not any(map(_ails, engines)) else "degraded"
-        body = {"status": word, "engines_up": up, "engines": len(engines), "version": status.version}
-        await exchange.answer(503 if draining or not up else 200, _JSON, json.dumps(body).encode())
+        seen = self._models.health()
+        draining = draining or seen.draining
+        word = "draining" if draining else "ok" if seen.up and not seen.ails else "degraded"
+        body = {"status": word, "engines_up": seen.up, "engines": seen.engines, "version": seen.version}
+        await exchange.answer(503 if draining or not seen.up else 200, _JSON, json.dumps(body).encode())
 
     async def show(self, exchange: Exchange, path: str) -> bool:
         """Serve `/metrics` or a further route; False if the path is none of them."""
@@ -68,7 +67,9 @@ class Pages:
             name = path.removeprefix(MODELS + "/")
             body = next((entry for entry in entries if entry["id"] == name), None)
             if body is None:
-                raise HttpError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
+                raise HttpError(
+                    404, f"the model {name[:MODEL_SHOWN]!r} does not exist", param="model", code="model_not_found"
+                )
         await exchange.answer(200, _JSON, json.dumps(body).encode())
 
     async def alone(self, exchange: Exchange, path: str, *, draining: bool) -> None:
@@ -82,8 +83,3 @@ class Pages:
 def _only(exchange: Exchange, allow: str) -> None:
     if exchange.method not in allow.split(", "):
         raise not_allowed(exchange.method, exchange.scope["path"], allow)
-
-
-def _ails(engine: EngineStatus) -> bool:
-    """An engine may be down because it is not needed; one that should be up has a trouble."""
-    return engine.state == "stalled" or (engine.state != "up" and engine.trouble is not None)

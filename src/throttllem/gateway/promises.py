@@ -23,12 +23,16 @@ class Latencies:
 
 
 def judged(slo: Slo, seen: Latencies, *, served: bool) -> Kept:
-    """One request's promises; all zero if it had none. One that was not served kept nothing."""
+    """One request's promises; all zero if it had none. One that was not served kept nothing; of one that was, what
+    could not be seen (the tokens of an answer in one piece) was neither kept nor missed.
+    """
     pairs = (("e2e", slo.e2e_s, seen.e2e_s), ("tbt", slo.tbt_s, seen.tbt_s), ("ttft", slo.ttft_s, seen.ttft_s))
-    promised = [(name, due_s, had_s) for name, due_s, had_s in pairs if due_s is not None]
-    if not promised:
+    missed: dict[str, int] = {}
+    for name, due_s, had_s in pairs:
+        if due_s is not None and (not served or had_s is not None):
+            missed[name] = int(not served or (had_s is not None and had_s > due_s))
+    if not missed:
         return Kept()
-    missed = {name: int(not served or (had_s is not None and had_s > due_s)) for name, due_s, had_s in promised}
     return Kept(
         promised=1,
         kept=int(not any(missed.values())),

@@ -53,6 +53,10 @@ class BoundedProtocol(HttpToolsProtocol):
     _head_bytes: int | None = None
     """Bytes of the head that is being read, at most so many; None between heads."""
     _head_timer: asyncio.TimerHandle | None = None
+    _aside_bytes = 0
+    """Bytes since the last part of a body that are no body: the ends of chunks, and fields behind the last of them."""
+    _trailer_bytes = 0
+    """Fields behind the body of the request that is being read."""
     _broken_off = False
     """The last word was said; what still comes is not read."""
 
@@ -72,8 +76,13 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._broken_off:
             return
         before = self._head_bytes
+        self._aside_bytes += len(data)
         super().data_received(data)
+        if self._broken_off:
+            return
         if self._head_bytes is None:
+            if max(self._aside_bytes, self._trailer_bytes) > self._limits.header_bytes:
+                self._break_off(headers_too_large(self._limits.header_bytes))
             return
         self._head_bytes = (before or 0) + len(data)
         if self._head_bytes > self._limits.header_bytes:
@@ -84,16 +93,34 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A new head begins."""
         super().on_message_begin()
-        self._head_bytes = 0
+        self._head_bytes = self._aside_bytes = self._trailer_bytes = 0
         extensions: dict[str, object] = {ABORT: self.transport.abort}
         if len(self.connections) > self._limits.connections:
             extensions[CROWDED] = True
         self.scope["extensions"] = extensions  # type: ignore[typeddict-item]
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A field of the head; those behind a body are dropped, as nobody has looked them over."""
+        if self._head_bytes is None:
+            self._trailer_bytes += len(name) + len(value) + 4
+        else:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """The head is whole."""
         self._head_read()
+        self._aside_bytes = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        self._aside_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._aside_bytes = 0
+        super().on_message_complete()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection, without waiting for a client that does not take what it was sent."""

@@ -12,14 +12,16 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
+from typing import NamedTuple
 
 from throttllem.core.controller import Controller
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.types import Command, Event, Observed, Stepped
 from throttllem.gateway import wire
 from throttllem.gateway.checkpoint import save, table_digest
-from throttllem.gateway.recordings import SCHEMA, Recordings, build, made_with, readable, table_path
+from throttllem.gateway.recordings import SCHEMA, Recordings, build, made_with, readable, table_path, write_all
 from throttllem.learn.storage import save_table
 
 _BUFFER_BYTES = 64 * 1024
@@ -28,11 +30,20 @@ _RETRY_S = 60.0
 _MODE = 0o600
 
 
+class _Opened(NamedTuple):
+    """A file with its header in it."""
+
+    handle: int
+    path: Path
+    header_bytes: int
+
+
 class Recorder:
     """Records one controller. The constructor touches no file: `start` does, before the controller's first event.
 
     `files` files of about `file_bytes` each are kept in `folder` per model, those of earlier starts included. `say` is
-    told in words when recording stops, and when it goes on. No method raises.
+    told in words when recording stops, and when it goes on. No method raises. While the next file is being opened
+    beside the serving, what happens waits in memory.
     """
 
     def __init__(
@@ -57,6 +68,8 @@ class Recorder:
         self._recordings = Recordings(folder, model, files)
         self._digests: dict[int, tuple[PerformanceTable, str]] = {}
         self._handle: int | None = None
+        self._aside: Executor | None = None
+        self._opening: Future[_Opened] | None = None
         self._lines: list[str] = []
         self._buffered = 0
         self._left = 0
@@ -68,13 +81,15 @@ class Recorder:
         self._retry_at_s: float | None = None
         self._closed = False
 
-    def start(self) -> None:
-        """Open the first file with the controller as it is now."""
+    def start(self, aside: Executor | None = None) -> None:
+        """Open the first file with the controller as it is now. `aside` opens the others; None: they are waited for."""
         self._guarded(self._rotate)
+        self._aside = aside
 
     def record(self, now_s: float, event: Event, commands: Sequence[Command] | None) -> None:
         """Note one call of `handle`, after it. `commands` None: it raised."""
-        if self._handle is None:
+        self._guarded(self._take_opened)
+        if self._handle is None and self._opening is None:
             self._try_again(now_s)
             return
         try:
@@ -83,20 +98,25 @@ class Recorder:
                 self._add(_line(now_s, event, commands))
             if len(self._run) >= _RUN_ITEMS:
                 self._end_run()
-            if self._buffered >= _BUFFER_BYTES:
+            if self._handle is None:
+                self._wait_for_it()
+            elif self._buffered >= _BUFFER_BYTES:
                 self._write()
-            if self._buffered >= self._left:
+            if self._handle is not None and self._buffered >= self._left:
                 self._rotate()
         except Exception as error:  # a recorder that fails must not fail a request
             self._stop(error)
 
     def flush(self) -> None:
         """Hand to the operating system what was recorded so far; to be called at least once a second."""
+        self._guarded(self._take_opened)
         if self._handle is not None:
             self._guarded(self._write)
 
     def close(self) -> None:
         """Write the rest; nothing is recorded from now on."""
+        if self._opening is not None:
+            wait((self._opening,))
         self.flush()
         self._closed = True
         self._shut()
@@ -146,7 +166,7 @@ class Recorder:
         text = "".join(self._lines).encode()
         self._lines, self._buffered = [], 0
         self._left -= len(text)
-        _write_all(self._handle, text)
+        write_all(self._handle, text)
 
     def _rotate(self) -> None:
         """End the file that is open, begin the next with a checkpoint, remove what is too much."""
@@ -154,27 +174,52 @@ class Recorder:
             self._write()
         self._shut()
         self._folder.mkdir(parents=True, exist_ok=True)
-        header = self._header()
+        fields, checkpoint = self._header()
+        if self._aside is None:
+            self._begin(self._open(fields, checkpoint))
+        else:
+            self._opening = self._aside.submit(self._open, fields, checkpoint)
+
+    def _open(self, fields: dict[str, object], checkpoint: bytes) -> _Opened:
+        """A new file with its header; the rest of what is slow, and nothing of it needs the controller."""
+        fields["checkpoint"] = base64.b64encode(checkpoint).decode()
+        header = (wire.dumps(fields) + "\n").encode()
         path = self._recordings.next_path()
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE)
         try:
-            _write_all(handle, header)
+            write_all(handle, header)
+            self._recordings.remove_old(path)
         except OSError:
             os.close(handle)
             path.unlink(missing_ok=True)
             raise
-        self._handle, self.path = handle, path
-        # A large checkpoint must not make every event the last of its file.
-        self._left = max(self._file_bytes - len(header), self._file_bytes // 2)
-        self._recordings.remove_old(path)
+        return _Opened(handle, path, len(header))
 
-    def _header(self) -> bytes:
-        """Everything that a replay needs, on one line; what people want to read comes first."""
+    def _begin(self, opened: _Opened) -> None:
+        self._handle, self.path = opened.handle, opened.path
+        # A large checkpoint must not make every event the last of its file.
+        self._left = max(self._file_bytes - opened.header_bytes, self._file_bytes // 2)
+        if self._troubled:
+            self._troubled = False
+            self._tell(f"flight recorder of {self._model}: records again, in {self.path}")
+
+    def _take_opened(self) -> None:
+        if self._opening is not None and self._opening.done():
+            opening, self._opening = self._opening, None
+            self._begin(opening.result())
+
+    def _wait_for_it(self) -> None:
+        """The next file is being opened; memory is bounded all the same."""
+        if self._buffered > self._file_bytes:
+            raise TimeoutError("the next file could not be opened in time")
+
+    def _header(self) -> tuple[dict[str, object], bytes]:
+        """Everything that a replay needs: what people want to read, and the checkpoint."""
         options = self._controller.options
         tables = {str(tp): self._stored(table) for tp, table in options.tables.items()}
         checkpoint = save(self._controller, self._stored)
         others = {digest for _, digest in self._digests.values()} - set(tables.values())
-        header = {
+        header: dict[str, object] = {
             "schema": SCHEMA,
             "build": build(),
             "made_with": made_with(),
@@ -183,9 +228,8 @@ class Recorder:
             "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "options": readable(options),
             "tables": tables | {f"other {digest}": digest for digest in sorted(others)},
-            "checkpoint": base64.b64encode(checkpoint).decode(),
         }
-        return (wire.dumps(header) + "\n").encode()
+        return header, checkpoint
 
     def _stored(self, table: PerformanceTable) -> str:
         """The digest of a table that is on the disk; made once, and the table held so that its id stays its own."""
@@ -225,9 +269,6 @@ class Recorder:
         if now_s < self._retry_at_s:
             return
         self._guarded(self._rotate)
-        if self._troubled and self._handle is not None:
-            self._troubled = False
-            self._tell(f"flight recorder of {self._model}: records again, in {self.path}")
 
     def _tell(self, words: str) -> None:
         with contextlib.suppress(Exception):
@@ -238,6 +279,15 @@ class Recorder:
         if handle is not None:
             with contextlib.suppress(OSError):
                 os.close(handle)
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            opening.add_done_callback(_let_go)
+
+
+def _let_go(opening: Future[_Opened]) -> None:
+    """Nobody waits for this file any more."""
+    if not opening.cancelled() and opening.exception() is None:
+        os.close(opening.result().handle)
 
 
 def _line(now_s: float, event: Event, commands: Sequence[Command] | None) -> str:
@@ -247,9 +297,3 @@ def _line(now_s: float, event: Event, commands: Sequence[Command] | None) -> str
     elif commands:
         line["c"] = [wire.to_json(command) for command in commands]
     return wire.dumps(line) + "\n"
-
-
-def _write_all(handle: int, text: bytes) -> None:
-    left = memoryview(text)
-    while left:
-        left = left[os.write(handle, left) :]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import re
 import time
@@ -76,10 +77,19 @@ def table_path(folder: Path, digest: str) -> Path:
     return folder / f"table-{digest}.npz"
 
 
+def write_all(handle: int, text: bytes) -> None:
+    """Write all of it; the system may take less at a time."""
+    left = memoryview(text)
+    while left:
+        left = left[os.write(handle, left) :]
+
+
 def _tables_of(path: Path) -> set[str]:
     """Digests that the header of a record names; none where it cannot be read."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError), path.open("rb") as file:
-        tables = json.loads(file.readline())["tables"]
+        # The checkpoint comes last and may be megabytes long.
+        front, mark, _ = (line := file.readline()).rpartition(b'"checkpoint":')
+        tables = json.loads(front.rstrip(b" ,") + b"}" if mark else line)["tables"]
         return {
             digest for digest in tables.values() if isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{16}", digest)
         }

@@ -5,6 +5,9 @@ from __future__ import annotations
 from throttllem.core.types import EngineSpec, Reason, Request
 from throttllem.gateway.ticket import RefusedError
 
+MODEL_SHOWN = 80
+"""So many characters of a model's name that does not exist are told back."""
+
 
 def refused(why: Reason, request: Request, spec: EngineSpec | None, retry_after_s: int) -> RefusedError:
     """Why a request was not served, or not to its end."""
@@ -18,13 +21,7 @@ def refused(why: Reason, request: Request, spec: EngineSpec | None, retry_after_
             each = f" for each of {request.sequences} answers" if request.sequences > 1 else ""
             return _too_long(f"{asked}{each}{held}: shorten the prompt, lower max_tokens or ask for fewer answers")
         case Reason.QUEUE_FULL:
-            return RefusedError(
-                429,
-                "the queue is full: try again later",
-                kind="rate_limit_error",
-                code="queue_full",
-                retry_after_s=retry_after_s,
-            )
+            return queue_full(retry_after_s)
         case Reason.ENGINE_LOST:
             return RefusedError(
                 502, "the engine was lost while it ran this request", kind="engine_error", code=why.name.lower()
@@ -46,6 +43,22 @@ def refused(why: Reason, request: Request, spec: EngineSpec | None, retry_after_
             )
 
 
+def queue_full(retry_after_s: int) -> RefusedError:
+    """More wait than may wait."""
+    return RefusedError(
+        429,
+        "the queue is full: try again later",
+        kind="rate_limit_error",
+        code="queue_full",
+        retry_after_s=retry_after_s,
+    )
+
+
+def broken() -> RefusedError:
+    """The gateway itself failed at this request; what happened is in its log."""
+    return RefusedError(500, "the gateway failed to serve this request", kind="server_error", code="internal_error")
+
+
 def waited_too_long(seconds: float, retry_after_s: int) -> RefusedError:
     """No place was found within limits.queue_wait_s."""
     return RefusedError(
@@ -58,10 +71,9 @@ def waited_too_long(seconds: float, retry_after_s: int) -> RefusedError:
 
 
 def no_engine(trouble: str | None, retry_after_s: int = 5) -> RefusedError:
-    """Nothing is there that could serve."""
-    because = f": {trouble}" if trouble else ""
+    """Nothing is there that could serve; `trouble` is for the log."""
     return RefusedError(
-        503, f"no engine is up{because}", kind="engine_error", code="no_engine", retry_after_s=retry_after_s
+        503, "no engine is up", kind="engine_error", code="no_engine", retry_after_s=retry_after_s, detail=trouble
     )
 
 
@@ -85,7 +97,7 @@ def unknown_model(name: str, known: tuple[str, ...]) -> RefusedError:
     there = ", ".join(known) or "none yet"
     return RefusedError(
         404,
-        f"the model {name!r} does not exist; there is: {there}",
+        f"the model {name[:MODEL_SHOWN]!r} does not exist; there is: {there}",
         kind="invalid_request_error",
         code="model_not_found",
     )

@@ -13,9 +13,10 @@ import pydantic_core
 
 from throttllem.engine.http import passed_on
 from throttllem.engine.live import EngineError, Headers, Reply
+from throttllem.engine.sse import Splitter, is_whole
 from throttllem.gateway.errors import ByteHeaders
 from throttllem.gateway.exchange import Exchange
-from throttllem.gateway.meter import Meter, split_events
+from throttllem.gateway.meter import Meter
 from throttllem.gateway.ticket import Receipt, Ticket
 
 _OWN = frozenset({"x-request-id"})
@@ -23,18 +24,27 @@ _LENGTH = frozenset({"content-length"})
 
 
 async def relay(
-    exchange: Exchange, reply: Reply, ticket: Ticket, *, stream: bool, metrics: bool, held_bytes: int
+    exchange: Exchange,
+    reply: Reply,
+    ticket: Ticket,
+    *,
+    stream: bool,
+    native: bool = False,
+    metrics: bool,
+    held_bytes: int,
 ) -> None:
     """The reply of a controlled request. An engine's error passes as it is and leaves the ticket unfinished.
+
+    `native`: the request came by Triton's own API.
 
     Raises EngineError, also for an error that the engine has told the client itself by then.
     """
     if reply.status >= 300:
         await forward(exchange, reply)
         if reply.status >= 500:
-            raise EngineError(f"the engine answered {reply.status}")
+            raise EngineError(f"the engine answered {reply.status}", told=f"the engine answered {reply.status}")
     elif _is_stream(reply.headers):
-        meter = Meter()
+        meter = Meter(native=native)
         await _events(exchange, reply, ticket, meter, counted=stream, metrics=metrics)
         if meter.failed:
             raise EngineError("the engine told an error in its stream")
@@ -59,22 +69,34 @@ async def _events(
     try:
         async for chunk in reply.chunks:
             count = meter.feed(chunk)
+            ending = meter.done and receipt is None and not meter.failed
+            at_once = held is None and not ending
+            if at_once:
+                await exchange.write(chunk)  # the client first: what its tokens mean for others can wait
             if count and counted:
                 ticket.tokens(count)
-            if meter.done and receipt is None and not meter.failed:
-                receipt = ticket.finish(meter.used)
-            if held is None:
-                await exchange.write(chunk)
-            elif ready := held.feed(chunk, receipt):
+            if ending:
+                receipt = ticket.finish(meter.used)  # before a slow client has taken the last of it
+            if not at_once and (ready := chunk if held is None else held.feed(chunk, receipt)):
                 await exchange.write(ready)
     except EngineError:
         if receipt is None:  # after [DONE] the answer is whole, whatever becomes of its connection
             raise
     if (count := meter.close()) and counted:
         ticket.tokens(count)
-    if receipt is None and not meter.failed:
+    cut_off = receipt is None and not meter.failed and not meter.whole
+    if receipt is None and not meter.failed and not cut_off:
         receipt = ticket.finish(meter.used)
-    await exchange.finish(b"" if held is None else held.close(receipt))
+    await _end(exchange, b"" if held is None else held.close(receipt), cut_off=cut_off)
+
+
+async def _end(exchange: Exchange, rest: bytes, *, cut_off: bool) -> None:
+    """The last bytes of a stream. Raises EngineError if it ended before its answer did."""
+    if not cut_off:
+        return await exchange.finish(rest)
+    if rest:
+        await exchange.write(rest)
+    raise EngineError("the engine's stream ended before its answer did", told="the engine broke off")
 
 
 async def _whole(exchange: Exchange, reply: Reply, ticket: Ticket, *, metrics: bool, held_bytes: int) -> None:
@@ -110,16 +132,18 @@ class _Held:
     """Keeps the last event that holds data back until it is known whether another follows."""
 
     def __init__(self) -> None:
-        self._tail = b""
+        self._events = Splitter()
         self._kept: list[bytes] = []
 
     def feed(self, chunk: bytes, receipt: Receipt | None) -> bytes:
         """What may go now; with a receipt, everything that is whole, the metrics in the last event of data."""
-        events, self._tail = split_events(self._tail + chunk)
         ready: list[bytes] = []
-        for event in events:
+        for event in self._events.feed(chunk):
             done = event.startswith((b"data: [DONE]", b"data:[DONE]"))
-            if event.startswith(b"data:") and not done:
+            if not is_whole(event):
+                ready += [*self._kept, event]
+                self._kept = []
+            elif event.startswith(b"data:") and not done:
                 ready += self._kept
                 self._kept = [event]
             elif done:
@@ -132,7 +156,7 @@ class _Held:
     def close(self, receipt: Receipt | None) -> bytes:
         """The rest, at the end of the stream."""
         kept, self._kept = self._patched(receipt), []
-        return b"".join([*kept, self._tail])
+        return b"".join([*kept, self._events.rest()])
 
     def _patched(self, receipt: Receipt | None) -> list[bytes]:
         if not self._kept or receipt is None:
@@ -157,7 +181,8 @@ async def _next(reply: Reply, silence_s: float | None) -> bytes | None:
 
 def silent(seconds: float) -> EngineError:
     """The engine gave nothing for so long."""
-    return EngineError(f"the engine gave nothing for {seconds:g} s (limits.silence_s)", status=504)
+    said = f"the engine gave nothing for {seconds:g} s (limits.silence_s)"
+    return EngineError(said, status=504, told=said)
 
 
 def _with_metrics(fields: dict[str, object], receipt: Receipt) -> dict[str, object]:

@@ -9,16 +9,19 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
 
+from throttllem.core.online import Online
 from throttllem.files import ensure_writable_dir
 from throttllem.gateway.app import build_app, build_private_app
 from throttllem.gateway.build import Gateway, build_gateway
+from throttllem.gateway.check import open_doors
 from throttllem.gateway.dashboard import dashboard_routes
 from throttllem.gateway.history import History
 from throttllem.gateway.metrics import metrics_page
@@ -61,8 +64,9 @@ class Prepared:
             on_response=gateway.histograms.http,
         )
         private = build_private_app(app) if self.sockets.private is not None else None
+        aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         for recorder in gateway.recorders:
-            recorder.start()
+            recorder.start(aside)
         await models.start()
         beside = [asyncio.create_task(work) for work in (history.run(models), self._flushes(), self._saves())]
         for task in beside:
@@ -82,9 +86,10 @@ class Prepared:
                 task.cancel()
             await asyncio.gather(*beside, return_exceptions=True)
             await models.stop()
-            self._save()
+            _save(gateway.predictors)
             for recorder in gateway.recorders:
                 recorder.close()
+            aside.shutdown()
         say("stopped")
 
     def _greet(self, say: Say, addresses: tuple[tuple[str, int], ...]) -> None:
@@ -93,6 +98,8 @@ class Prepared:
         say(f"throttllem {self.gateway.models.version}: policy {self.options.policy}, engine {', '.join(engines)}")
         say(f"API        {urls[0]}/v1")
         say(f"dashboard  {urls[-1]}/dashboard   metrics  {urls[-1]}/metrics")
+        for door in open_doors(self.options.server):
+            say(f"warning    {door}")
 
     def _drain(self, say: Say) -> None:
         self.gateway.models.draining = True
@@ -108,12 +115,21 @@ class Prepared:
     async def _saves(self) -> None:
         while True:
             await asyncio.sleep(_SAVE_EVERY_S)
-            self._save()
+            copies = [(file, predictor.copy()) for file, predictor in self.gateway.predictors]
+            writing = asyncio.ensure_future(asyncio.to_thread(_save, copies))
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await writing  # it must not come after the last one
+                raise
+            except Exception:
+                log.exception("lengths were not saved this time")
 
-    def _save(self) -> None:
-        for file, predictor in self.gateway.predictors:
-            if trouble := save_lengths(predictor, file):
-                log.warning("%s", trouble)
+
+def _save(predictors: Iterable[tuple[Path, Online]]) -> None:
+    for file, predictor in predictors:
+        if trouble := save_lengths(predictor, file):
+            log.warning("%s", trouble)
 
 
 def _keep_what_is_there() -> None:

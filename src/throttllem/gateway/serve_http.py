@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -19,7 +20,10 @@ from throttllem.gateway.app import Gateway
 from throttllem.gateway.protocol import BoundedConfig, BoundedProtocol
 from throttllem.gateway.settings import LimitOptions, ServeOptions, ServerOptions
 
+log = logging.getLogger("throttllem.gateway")
+
 _BACKLOG = 2048
+_WATCH_AGAIN_S = 1.0
 _CUT_S = 1.0
 """How long what was cut off has to say so to its clients."""
 _FLUSH_S = 1.0
@@ -71,7 +75,7 @@ async def run(
     stop = stop or asyncio.Event()
     hurry = asyncio.Event()
     listeners: list[_Listener] = []
-    watch = asyncio.create_task(gateway.watch())
+    watch = asyncio.create_task(_watch(gateway))
     try:
         apps = ((gateway, sockets.api), (private_app, sockets.private))
         for app, sock in apps:
@@ -91,6 +95,16 @@ async def run(
         for listener in listeners:
             await listener.close(0.0 if hurry.is_set() else _FLUSH_S)
         sockets.close()
+
+
+async def _watch(gateway: Gateway) -> None:
+    """Slow clients are cut off to the end, whatever goes wrong in between."""
+    while True:
+        try:
+            await gateway.watch()
+        except Exception:
+            log.exception("slow clients were not looked after this time")
+        await asyncio.sleep(_WATCH_AGAIN_S)
 
 
 async def _drain(gateway: Gateway, drain_s: float, hurry: asyncio.Event) -> None:

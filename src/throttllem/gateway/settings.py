@@ -16,27 +16,38 @@ from throttllem.core.admission import AdmissionOptions
 from throttllem.core.autoscale import AutoscaleOptions
 from throttllem.core.throttle import ThrottleOptions
 from throttllem.core.types import Slo, check
+from throttllem.engine.http import check_address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
     """Where the gateway listens, and who may ask. `metrics_port`: `/metrics`, `/health` and `/dashboard` on a port of
-    their own, of `metrics_host`, where no key is asked for. `api_keys`: a request must carry one of them (none: anybody may ask).
+    their own, of `metrics_host`, where no key is asked for. `api_keys`: a request must carry one of them (none:
+    anybody may ask).
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_keys: tuple[str, ...] | None = field(default=None, repr=False)
     seed: int = 0
 
     def __post_init__(self) -> None:
         check("server", port=(self.port, 0, 65535))
         if self.metrics_port is not None:
             check("server", metrics_port=(self.metrics_port, 0, 65535))
-            if self.metrics_port == self.port and self.port:
+            if self.port and (self.metrics_host, self.metrics_port) == (self.host, self.port):
                 raise ValueError(f"server.metrics_port = {self.port}: must differ from server.port, or be absent")
+        if self.api_keys is not None:
+            _check_keys(self.api_keys)
+
+
+def _check_keys(keys: tuple[str, ...]) -> None:
+    if not keys:
+        raise ValueError("server.api_keys: set, but there is no key in it; leave it out if anybody may ask")
+    if any(not key or key != key.strip() for key in keys):
+        raise ValueError("server.api_keys: a key is empty, or begins or ends with a blank; no request could carry it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +60,7 @@ class LimitOptions:
     takes nothing for so long is cut off. `connections`: open at once.
     """
 
-    body_bytes: int = 32 * 1024 * 1024
+    body_bytes: int = 8 * 1024 * 1024
     header_bytes: int = 64 * 1024
     connections: int = 4096
     queue_wait_s: float = 600.0
@@ -98,8 +109,9 @@ class EngineEntry:
             raise ValueError(f"engines: kind {self.kind!r} needs url, as in url = 'http://127.0.0.1:8001'")
         if self.kind == "simulated" and self.url is not None:
             raise ValueError("engines: a simulated engine has no url; kind = 'openai' or 'triton' has")
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"engines: url = {self.url!r}: must begin with http:// or https://")
+        for name in ("url", "metrics_url"):
+            if (address := getattr(self, name)) is not None:
+                check_address(f"engines: {name}", address)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +157,7 @@ class ServeOptions:
     server: ServerOptions = field(default_factory=ServerOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
     engines: tuple[EngineEntry, ...] = (EngineEntry(),)
-    slo: Slo = Slo(tbt_s=0.2)
+    slo: Slo = field(default_factory=lambda: Slo(tbt_s=0.2))
     classes: Mapping[str, Slo] = field(default_factory=dict)
     throttle: ThrottleOptions = field(default_factory=ThrottleOptions)
     admission: AdmissionOptions = field(default_factory=AdmissionOptions)

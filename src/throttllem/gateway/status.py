@@ -117,6 +117,7 @@ class ModelStatus:
     length: LengthStatus
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    estimated_prompts: int = 0
 
     @property
     def title(self) -> str:

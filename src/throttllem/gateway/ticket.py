@@ -18,16 +18,38 @@ from throttllem.gateway.status import GatewayStatus
 
 
 class RefusedError(Exception):
-    """A request that is not served (further). `status`, `kind`, `code` as in OpenAI; `retry_after_s` for 429, 503."""
+    """A request that is not served (further). `status`, `kind`, `code` as in OpenAI; `retry_after_s` for 429, 503.
+
+    `detail` is for the log, and no client sees it.
+    """
 
     def __init__(
-        self, status: int, message: str, *, kind: str, code: str | None = None, retry_after_s: int | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+        detail: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.kind = kind
         self.code = code
         self.retry_after_s = retry_after_s
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """Engines that are up, all there are, and whether one of them ails that should be up; who says so."""
+
+    up: int
+    engines: int
+    ails: bool
+    draining: bool
+    version: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +92,20 @@ class Models(Protocol):
     def names(self) -> tuple[str, ...]:
         """Names that clients may use."""
 
+    def most_sequences(self) -> int | None:
+        """Answers side by side that the largest engine can run; None: not all have said yet."""
+
     async def count(self, ask: Ask) -> PromptCount:
-        """Tokens of a prompt. Raises RefusedError (404 unknown model, 400 not countable, 502/503 engine)."""
+        """Tokens of a prompt. Raises RefusedError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
 
     def ticket(self, ask: Ask, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Ticket:
         """A ticket for a controlled request; `streams`: tokens will be told as they come."""
 
     def passage(self, model: str | None) -> LiveEngine:
         """The engine of a request without control (None: the first model). Raises RefusedError (404, 503)."""
+
+    def health(self) -> Health:
+        """How it is, told at next to no cost."""
 
     def status(self) -> GatewayStatus:
         """Everything that may be shown."""

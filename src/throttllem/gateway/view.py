@@ -29,6 +29,7 @@ def model_status(driver: Driver, names: tuple[str, ...]) -> ModelStatus:
         length=_length_status(snapshot),
         prompt_tokens=driver.prompt_tokens,
         generated_tokens=driver.generated_tokens,
+        estimated_prompts=sum(link.estimated_prompts for link in driver.links),
     )
 
 
@@ -44,12 +45,14 @@ def _engine_status(driver: Driver, link: Link, snapshot: Snapshot) -> EngineStat
     view = next((view for view in snapshot.engines if view.engine == link.key), None)
     connected = link.connected
     notes = connected.notes if connected else ()
+    if link.estimated_prompts:
+        notes = (*notes, f"the tokens of {link.estimated_prompts} prompts were estimated, not counted")
     if view is not None and view.foreign > 0:
         notes = (
             *notes,
             f"{view.foreign} sequences in this engine are not ours: does another gateway or client use it?",
         )
-    state, trouble = _state(driver, link)
+    state, trouble = engine_state(driver, link)
     spec = connected.spec if connected else None
     return EngineStatus(
         name=link.name,
@@ -62,7 +65,7 @@ def _engine_status(driver: Driver, link: Link, snapshot: Snapshot) -> EngineStat
         notes=notes,
         spec=spec,
         view=view,
-        clock_mhz=link.gpu.read().clock_mhz,
+        clock_mhz=link.booking.meter.reading().clock_mhz,
         kv_blocks=view.kv_blocks if view else 0,
         report=link.report,
         drift=_drift(view),
@@ -72,7 +75,7 @@ def _engine_status(driver: Driver, link: Link, snapshot: Snapshot) -> EngineStat
     )
 
 
-def _state(driver: Driver, link: Link) -> tuple[str, str | None]:
+def engine_state(driver: Driver, link: Link) -> tuple[str, str | None]:
     """Up means that it also moves: one that holds requests and gives no sign has stalled."""
     still_s = driver.now() - link.last_sign_s
     if link.state == "up" and link.booking.open and still_s > min(_STALLED_AFTER_S, driver.limits.silence_s / 2):

@@ -128,7 +128,7 @@ class Visit:
     def receipt(self) -> Receipt:
         """What it was given so far."""
         seen = self.seen()
-        clock = self.link.gpu.read().clock_mhz if self.link is not None else None
+        clock = self.link.booking.meter.reading().clock_mhz if self.link is not None else None
         return Receipt(
             queue_time_ms=_ms(seen.queue_s),
             time_to_first_token_ms=_ms(seen.ttft_s),

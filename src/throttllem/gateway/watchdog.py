@@ -33,14 +33,17 @@ async def sweep(driver: Driver) -> None:
     alone_s: dict[int, float] = {}
     while True:
         await asyncio.sleep(_EVERY_S)
-        alone_s = foreigners(driver, alone_s)
-        for link in driver.links:
-            link.booking.idle()
-        if driver.link() is not None:
-            down_since_s = driver.now()
-        for visit in driver.open():
-            if failure := overdue(driver, visit, down_since_s):
-                driver.fail(visit, failure)
+        try:
+            if driver.link() is not None:
+                down_since_s = driver.now()
+            for visit in driver.open():
+                if failure := overdue(driver, visit, down_since_s):
+                    driver.fail(visit, failure)
+            for link in driver.links:
+                link.booking.idle()
+            alone_s = foreigners(driver, alone_s)
+        except Exception:  # the limits must hold after it too
+            log.exception("the limits were not looked after this time")
 
 
 def foreigners(driver: Driver, alone_s: dict[int, float]) -> dict[int, float]:
@@ -81,15 +84,20 @@ def overdue(driver: Driver, visit: Visit, down_since_s: float) -> RefusedError |
 
 async def tick(link: Link) -> None:
     """Time's own steps for an engine whose progress is not to be seen."""
+    step_s = _EVERY_S
     while True:
-        step_s = _step_s(link)
         await asyncio.sleep(step_s)
-        if link.state == "up" and link.booking.open and link.connected and not link.connected.named:
-            link.tick(step_s)
+        try:
+            if link.state == "up" and link.booking.open and link.connected and not link.connected.named:
+                link.tick(step_s)
+            step_s = _step_s(link)
+        except Exception:
+            log.exception("engine %s was given no step of time's own", link.name)
+            step_s = _EVERY_S
 
 
 def _step_s(link: Link) -> float:
-    table, clock = link.booking.meter.table, link.gpu.read().clock_mhz
+    table, clock = link.booking.meter.table, link.booking.meter.reading().clock_mhz
     if not link.booking.open or (link.connected and link.connected.named):
         return _EVERY_S
     if table is None or clock not in table.clocks_mhz:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from throttllem.engine.live import Call, EngineError, LiveEngine
+from throttllem.engine.sse import Splitter, data_of
 
 _COUNTED = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
 
@@ -31,7 +32,7 @@ class Answer:
     times_s: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     error: EngineError | None = None
-    _rest: bytes = b""
+    _events: Splitter = field(default_factory=Splitter)
 
     @property
     def length(self) -> int:
@@ -57,14 +58,13 @@ class Answer:
 
     def read(self, chunk: bytes, now_s: float) -> None:
         """Some bytes of the stream; an event may be cut anywhere."""
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
         before = self.length
         total = before
-        for line in lines:
-            if not line.startswith(b"data:") or line.rstrip().endswith(b"[DONE]"):
+        for event in self._events.feed(chunk):
+            if event.rstrip().endswith(b"[DONE]") or not (event.startswith(b"data:") or data_of(event)):
                 continue
             # An event is a token, unless it counts them itself; the last one may hold the count and no token.
-            counted = _COUNTED.search(line)
+            counted = _COUNTED.search(event)
             total = int(counted[1]) if counted else total + 1
         if total > before:
             self.times_s.append(now_s)

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic_core import to_json
 
 from throttllem.engine.live import Ask, Call, EngineError, LiveEngine
+from throttllem.engine.paths import COMPLETIONS
 
-COMPLETIONS = "/v1/completions"
 HEADERS = (("content-type", "application/json"), ("accept", "*/*"))
 FIRST_ID, LAST_ID = 16, 1000
 """Token ids that every vocabulary has, past the special ones that often come first."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from throttllem.engine.fleet import Fleet
+from throttllem.engine.http import check_address
 from throttllem.engine.openai import OpenaiEngine
 from throttllem.engine.triton import TritonEngine
 from throttllem.engine.triton_facts import Given
@@ -36,8 +37,9 @@ class Target:
     capacities: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"--url {self.url}: must begin with http:// or https://")
+        check_address("--url", self.url)
+        if self.metrics_url is not None:
+            check_address("--metrics-url", self.metrics_url)
         if len(self.fleet.sizes) != 1:
             raise ValueError("--url: one engine has one size; give --tp")
 

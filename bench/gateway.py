@@ -1,0 +1,44 @@
+"""What the gateway adds to the first token, and tokens per core, in a minute: `make bench`. On one core it says little.
+
+`python -m tools.evaluation --only cost` is the long form, with LiteLLM's proxy and a real engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from tools.evaluation import pacer
+from tools.evaluation.cost import LOADS, direct, make_tables, measure, others, paced
+from tools.evaluation.quiet import first
+from tools.evaluation.rounds import Round, added, median
+from tools.evaluation.section import Workshop
+
+ROUNDS, SECONDS = 2, 4.0
+
+
+def main() -> None:
+    """Measure and print a table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    with tempfile.TemporaryDirectory() as name, paced() as (engine, pid), ExitStack() as stack:
+        workshop = Workshop(engines=Path("nowhere"), folder=Path(name), say=print)
+        standing = [direct(engine), *others(workshop, engine, pacer.MODEL, make_tables(workshop.folder, 5_000), stack)]
+        stack.enter_context(first([pid, *(one for proxy in standing for one in proxy.pids())]))
+        for load in (LOADS[0], LOADS[2]):
+            found = measure(standing, engine, load, ROUNDS, SECONDS, lambda _: None)
+            print(f"first token through a proxy, {load.streams} streams: added to the direct way's")
+            for proxy in standing[1:]:
+                report(proxy.name, found[proxy.name], found["direct"])
+
+
+def report(name: str, rounds: list[Round], way: list[Round]) -> None:
+    """One line."""
+    p50, p99 = added(rounds, way, lambda one: one.p50_ms), added(rounds, way, lambda one: one.p99_ms)
+    pace = median(rounds, lambda one: one.tokens_per_cpu_s)
+    print(f"  {name:10} p50 {p50:+6.2f} ms, p99 {p99:+6.2f} ms, {pace:8,.0f} tokens per core second")
+
+
+if __name__ == "__main__":
+    main()
