@@ -14,6 +14,8 @@ from tools.evaluation.figures import Figures
 
 DIRECT, AGAIN, THROUGH = "direct", "direct again", "through the gateway"
 WAYS = (DIRECT, AGAIN, THROUGH)
+BUSY = 4.0
+"""Waiting processes per core above which a run says nothing of latencies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,4 +60,6 @@ def as_json(rounds: Rounds) -> dict[str, Any]:
 def loads(rounds: Rounds) -> str:
     """How busy the machine was, in words."""
     seen = [each.load for runs in rounds.values() for each in runs]
-    return f"load average at the start of each run {min(seen):.1f} to {max(seen):.1f}"
+    busy = max(seen) > BUSY * len(os.sched_getaffinity(0))
+    warning = "; **too busy for its latencies to mean anything: to be measured again**" if busy else ""
+    return f"load average at the start of each run {min(seen):.1f} to {max(seen):.1f}{warning}"

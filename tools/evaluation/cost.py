@@ -37,7 +37,7 @@ FULL = Pace(streams=100, tokens_per_s=2000.0, tokens=2000)
 
 def section(workshop: Workshop) -> Section:
     """Everything, in rounds in which each proxy has its turn."""
-    rounds, seconds = (1, 2.0) if workshop.quick else (5, 6.0)
+    rounds, seconds = (1, 2.0) if workshop.quick else (4, 5.0)
     tables = make_tables(workshop.folder)
     found: dict[Pace, Rounds] = {}
     with paced() as (engine, pid), ExitStack() as stack:

@@ -18,8 +18,8 @@ length predictor, the flight recorder, `/tokenize` asked for every prompt (each 
 engine scraped. The engine sends its first token after 20 ms and the others at a fixed pace per stream, or, where it
 says so, all streams' tokens in one burst per step, as an engine does that batches. Engine and clients share one core,
 the proxy under test has the other. {alone} All proxies are up; they take turns, {rounds} rounds of {seconds:g} s.
-Each figure is the median over the rounds of the difference to the direct way in the same round. Each stream sends its
-next request when one ends, so at 100 streams some 50 requests a second begin while the others stream.
+Each figure is the median over the rounds of the difference to the direct way in the same round. Each stream asks
+again 50 ms after an answer has ended, so at 100 streams some 50 requests a second begin while the others stream.
 
 Tokens per core: tokens streamed per second of processor time that the proxy took, all its processes together, at 100
 streams of 25 tokens/s (nobody but LiteLLM is short of time there) and at full load, where the engine sends as fast as

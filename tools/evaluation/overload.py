@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 from throttllem.core.online import Online
 from throttllem.core.throttle import ClockPolicy
 from throttllem.files import write_aside
+from tools.engines.vllm_server import tiny_model
 from tools.evaluation.machine import version_of
 from tools.evaluation.overload_load import Lengths, Outcome, Promise, jobs, judge, send
 from tools.evaluation.overload_simulated import GPU, LIMITS, MODEL, TP, bench, learned
-from tools.evaluation.overload_systems import QUICK, House, Plan, make_model
+from tools.evaluation.overload_systems import QUICK, House, Plan
 from tools.evaluation.section import ROOT, Section, Table, Workshop
 
 ALONE, LIMITED, GATEWAY = "vLLM", "vLLM, best limit", "gateway"
@@ -83,7 +84,7 @@ def section(workshop: Workshop) -> Section:
     plan = QUICK if workshop.quick else Plan()
     venv = workshop.environment("vllm")
     simulated = _simulated(workshop, plan)
-    model = make_model(venv, workshop.folder / "model")
+    model = tiny_model(venv, workshop.folder / "model")
     house = House(workshop=workshop, venv=venv, model=model, plan=plan, lengths=Lengths())
     found = _measured(house)
     if not workshop.quick:

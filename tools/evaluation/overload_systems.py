@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.engines.vllm_server import ENVIRONMENT, FLAGS, Server, vllm_server
+from tools.engines.vllm_server import FLAGS, Server, vllm_server
 from tools.evaluation.gateway_process import gateway_process
 from tools.evaluation.overload_load import Lengths, Outcome, Promise, jobs, judge, send
-from tools.evaluation.section import ROOT, Workshop
+from tools.evaluation.overload_pace import install
+from tools.evaluation.section import Workshop
 
 CATALOGUE = ("--gpu", "a100-40gb-sxm", "--model", "llama-3-8b", "--tp", "1")
 """Of the simulated GPU; the speed is learned."""
@@ -23,10 +24,10 @@ CATALOGUE = ("--gpu", "a100-40gb-sxm", "--model", "llama-3-8b", "--tp", "1")
 class Plan:
     """Seconds of each run (the first `warm_s` are not judged), of the profile, and the limits that are tried."""
 
-    warm_s: float = 12.0
-    judged_s: float = 60.0
+    warm_s: float = 20.0
+    judged_s: float = 70.0
     burst: int = 400
-    profile_s: float = 120.0
+    profile_s: float = 100.0
     limits: tuple[int, ...] = (16, 24, 32, 48, 64, 96)
     seeds: tuple[int, ...] = (1, 2, 3)
     tuning_seed: int = 100
@@ -52,9 +53,13 @@ class House:
 
     @contextmanager
     def vllm(self, limit: int | None = None) -> Iterator[Server]:
-        """vLLM, in the background of one core; this process and its children stay off it meanwhile."""
-        flags = (*FLAGS, *(() if limit is None else ("--max-num-queued-reqs", str(limit))))
-        environment = {"THROTTLLEM_STATS": str(self.folder / "steps")}
+        """vLLM, on one core; this process and its children stay off it meanwhile."""
+        flags = (
+            *FLAGS,
+            "--enable-logging-iteration-details",
+            *(() if limit is None else ("--max-num-queued-reqs", str(limit))),
+        )
+        environment = {"THROTTLLEM_STATS": str(self.folder / "steps")} | install(self.folder / "pace")
         before = os.sched_getaffinity(0)
         with vllm_server(self.venv, self.model, self.folder / "vllm.log", flags=flags, environment=environment) as up:
             try:
@@ -91,10 +96,3 @@ class House:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}:\n{(done.stderr or done.stdout)[-3000:]}")
-
-
-def make_model(venv: Path, folder: Path) -> Path:
-    """The engine's model."""
-    command = [str(venv / "bin/python"), "-m", "tools.evaluation.overload_model", str(folder)]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=os.environ | ENVIRONMENT)
-    return folder

@@ -57,13 +57,18 @@ class Controller:
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """Take one event in; what to do about it, in order. `now_s` never goes back."""
+        commands, changed = self.take_in(event, now_s)
+        return commands + self.settle(changed, now_s)
+
+    def take_in(self, event: Event, now_s: float) -> tuple[list[Command], Changed]:
+        """The first half of `handle`: what happened is booked, and who may come in does. `settle` must come next."""
         commands: list[Command] = []
         changed: Changed = {}
         match event:
             case Stepped() | Progressed() | Observed():
                 engine = self._engines.get(event.engine)
                 if engine is None or not self._book(engine, event, now_s):
-                    return commands
+                    return commands, changed
                 changed[engine.engine] = engine
             case Arrived(request=request):
                 self._arrived(request, now_s, commands)
@@ -80,6 +85,11 @@ class Controller:
         changed |= self._autoscale(now_s, commands)
         self._entrance.give_up(now_s, commands, changed)
         self._entrance.let_in(now_s, commands, changed)
+        return commands, changed
+
+    def settle(self, changed: Changed, now_s: float) -> list[Command]:
+        """The second half, at the same time: the clocks of all engines that changed are planned."""
+        commands: list[Command] = []
         for engine in changed.values():
             self._settle(engine, now_s, commands)
         return commands

@@ -10,8 +10,6 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
-from time import perf_counter
-from typing import Protocol
 
 from throttllem.core.controller import Controller
 from throttllem.core.types import (
@@ -44,6 +42,7 @@ from throttllem.gateway.pace import Pace
 from throttllem.gateway.promises import Promises, judged
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gateway.ticket import RefusedError
+from throttllem.gateway.turn import Turn, Witness
 from throttllem.gateway.visit import Visit
 from throttllem.gateway.watchdog import sweep, tick
 
@@ -51,16 +50,6 @@ log = logging.getLogger("throttllem.gateway")
 
 _AFTER_FAULT_S = 1.0
 """The core that failed is not woken at once again: what failed may still be due."""
-
-
-class Witness(Protocol):
-    """Whoever keeps what happened: the flight recorder and the histograms of metrics."""
-
-    def handled(self, now_s: float, event: Event, commands: list[Command] | None, seconds: float) -> None:
-        """The core took `event` in, in `seconds`, and answered with `commands` (None: it raised)."""
-
-    def ended(self, visit: Visit, kept: bool | None) -> None:
-        """A request ended; `kept`: all its promises, None if it had none or its client left."""
 
 
 class Driver:
@@ -87,7 +76,8 @@ class Driver:
         self._witness = witness
         self._visits: dict[int, Visit] = {}
         self._next_id = 0
-        self._inbox = Inbox(self._handle, self._arm, now)
+        self._inbox = Inbox(self._handle, self._settled, now)
+        self._turn = Turn(controller, self._do_all, self._give_up, witness)
         self._alarm = Alarm(lambda: self.tell(Timer()), now)
         self._not_before_s = -math.inf
         self._pace = Pace()
@@ -106,6 +96,7 @@ class Driver:
         for visit in list(self._visits.values()):
             self.fail(visit, refusals.draining())
         self._inbox.drain()
+        self._turn.end()
         self._alarm.cancel()
         for task in self._tasks:
             task.cancel()
@@ -188,22 +179,31 @@ class Driver:
             self._inbox.tell(event)
 
     def _handle(self, event: Event, now_s: float) -> None:
-        before = perf_counter()
-        commands: list[Command] | None = None
-        try:
-            commands = self.controller.handle(event, now_s)
-        except Exception:
-            log.exception("the control core failed at %s", type(event).__name__)
-        seconds = perf_counter() - before
-        for command in commands or ():
+        """One turn of the core; a request that it lets in is on its way to the engine before the clocks are planned."""
+        self._turn.end()
+        commands = self._turn.begin(event, now_s)
+        self._do_all(commands)
+        if not any(isinstance(command, Dispatch) for command in commands):
+            self._turn.end()
+
+    def _settled(self) -> None:
+        """No event is left."""
+        if self._turn.open:
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        else:
+            self._arm()
+
+    def _end_turn(self) -> None:
+        self._turn.end()
+        self._arm()
+
+    def _do_all(self, commands: list[Command]) -> None:
+        for command in commands:
             try:
                 self._do(command)
             except Exception:
                 log.exception("%s could not be carried out", type(command).__name__)
                 self._give_up(command)
-        self._witness.handled(now_s, event, commands, seconds)
-        if commands is None:
-            self._give_up(event)
 
     def _give_up(self, what: Event | Command) -> None:
         """End the requests that something was about that could not be done; the others go on."""
