@@ -154,3 +154,8 @@ def test_a_stopped_run_leaves_nothing_half_written(stop, cache_dir, tmp_path):
     process.communicate(timeout=30)
     assert process.returncode == 130
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_version_is_said(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("throttllem 0.")

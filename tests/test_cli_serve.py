@@ -78,7 +78,11 @@ def test_a_stream_is_served_and_a_signal_lets_it_end(tmp_path: Path) -> None:
     assert words[-1].choices[0].finish_reason == "length"
     assert gateway.lines[-1] == "stopped"
     assert any(line.startswith("stopping: 1 requests have up to 30 s") for line in gateway.lines)
-    assert sorted(file.name for file in (tmp_path / "state").iterdir()) == ["flight", "lengths-llama-3-8b.json"]
+    assert sorted(file.name for file in (tmp_path / "state").iterdir()) == [
+        ".lock",
+        "flight",
+        "lengths-llama-3-8b.json",
+    ]
 
 
 @dataclass(frozen=True)

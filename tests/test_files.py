@@ -161,3 +161,13 @@ def test_refusals_that_root_never_meets(tmp_path, monkeypatch, number, remedy):
         ensure_writable_dir(tmp_path)
     with pytest.raises(WriteError, match=remedy), write_aside(tmp_path / "x"):
         pass
+
+
+def test_a_folder_is_held_by_one_alone(tmp_path):
+    first = files.hold_dir(tmp_path / "state")
+    assert first is not None
+    assert files.hold_dir(tmp_path / "state") is None
+    os.close(first)
+    again = files.hold_dir(tmp_path / "state")
+    assert again is not None
+    os.close(again)

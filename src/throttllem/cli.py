@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"throttllem {version('throttllem')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Serve LLMs at the least energy that keeps every latency promise."""
+
 
 for command in (serve, replay, characterize, profile, train, calibrate, estimate):
     app.command()(command)
@@ -110,7 +127,7 @@ def simulate(
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option("--out", help="Folder for report.html.")] = Path("out/demo")) -> None:
-    """The main job in a minute: half an hour of chat on four simulated A100, three policies, a report."""
+    """The main job in a minute: 25 minutes of chat on four simulated A100, three policies, a report."""
     study = Study(
         gpu="a100-40gb-sxm",
         model="llama-2-13b",

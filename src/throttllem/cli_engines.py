@@ -124,7 +124,7 @@ def profile(
     clocks: Annotated[
         str | None, typer.Option("--clocks", help="With --url: MHz, as in 1410,1050; default: 8 of them.")
     ] = None,
-    seconds: Annotated[float | None, typer.Option("--seconds", help="With --url: measure for so long.")] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", help="With --url: no new point after so long.")] = None,
     points: Annotated[
         int | None, typer.Option("--points", help=f"With --url: so many points; {POINTS} without --seconds.")
     ] = None,

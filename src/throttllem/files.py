@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import tempfile
@@ -58,6 +59,20 @@ def writable_dir(path: Path) -> None:
             pass
     except OSError as error:
         raise _refusal(path, error) from error
+
+
+def hold_dir(path: Path) -> int | None:
+    """Makes the folder where absent and holds it against others until the handle is closed; None if another does.
+
+    Raises WriteError where it cannot be made. The hold ends with the process, however it ends.
+    """
+    handle = os.open(ensure_writable_dir(path) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def ensure_writable_dir(path: Path) -> Path:

@@ -228,6 +228,13 @@ def test_room_is_left_for_the_first_token_of_whoever_comes_next():
         assert settle(asks, engine(row(1, 4, 32))).mhz == mhz
 
 
+def test_a_first_token_that_no_clock_gives_in_time_binds_nobody():
+    asks = governor()
+    for _ in range(2):
+        asks._load.arrived(0.0, 4, 32, Slo(ttft_s=6 / 1024))  # the top clock takes 7 ticks for the prompt alone
+    assert settle(asks, engine(row(1, 4, 32))).mhz == CLOCKS_MHZ[0]
+
+
 def test_least_energy_uses_its_reserve_before_the_top_clock_and_the_paper_does_not():
     # 32 iterations within 7.5 ticks each hold at the top clock only; with a tenth kept back they hold nowhere.
     for policy, why in ((ClockPolicy.LEAST_ENERGY, Reason.LEAST_ENERGY), (ClockPolicy.THROTTLLEM, Reason.INFEASIBLE)):

@@ -190,3 +190,9 @@ def test_unknown_class_names_the_known_ones():
         read_slo({"x-slo-class": "slow"}, Slo(), {"fast": Slo(), "batch": Slo()})
     with pytest.raises(HttpError, match="none are configured"):
         read_slo({"x-slo-class": "slow"}, Slo(), {})
+
+
+@pytest.mark.parametrize(("header", "near"), [("x-slo-tbt-ms", "x-slo-tpot-ms"), ("x-slo-e2e", "x-slo-e2e-ms")])
+def test_a_promise_that_is_not_known_is_refused_with_the_nearest(header, near):
+    with pytest.raises(HttpError, match=near):
+        read_slo({header: "5", "content-type": "application/json"}, Slo(), {})

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import socket
 import threading
 
@@ -127,3 +128,16 @@ def test_an_open_door_is_said_at_the_start(tmp_path, keys, warned):
     server = ServerOptions(host="0.0.0.0", port=0, metrics_port=0, api_keys=keys)
     said = lived(run_gateway(options(tmp_path, server=server), tmp_path / "cache"), during)
     assert any("warning" in line and "no API keys, and 0.0.0.0" in line for line in said) == warned
+
+
+def test_a_second_gateway_keeps_its_state_elsewhere_and_the_first_loses_nothing(tmp_path, caplog):
+    first = run_gateway(options(tmp_path), tmp_path / "cache")
+    with caplog.at_level(logging.WARNING, logger="throttllem.gateway"):
+        second = run_gateway(options(tmp_path), tmp_path / "cache")
+    assert first.options.state_dir == tmp_path / "state"
+    port = second.sockets.addresses()[0][1]
+    assert second.options.state_dir == tmp_path / "state" / f"port-{port}"
+    assert "another gateway keeps its state there" in caplog.text
+    for prepared in (first, second):
+        prepared.sockets.close()
+        os.close(prepared.held)

@@ -128,11 +128,12 @@ class Governor:
 
     def _first_token_in_time(self, ahead: Horizon, table: PerformanceTable) -> Bools:
         """Clocks at which whoever comes next has its first token in time: one prompt is under way, then two are taken,
-        its own among them.
+        its own among them. A promise that its own prompt alone breaks at the top clock binds nobody.
         """
         ttft_s, prompt_tokens = self._load.first_token
-        spent = 3.0 * table.seconds[table.with_prompt(int(ahead.cells[0]), prompt_tokens)]
-        in_time: Bools = spent <= ttft_s * (1.0 - self.options.margin)
+        prompt_s = table.seconds[table.with_prompt(int(ahead.cells[0]), prompt_tokens)]
+        hopeless = float(prompt_s[-1]) > ttft_s
+        in_time: Bools = (3.0 * prompt_s <= ttft_s * (1.0 - self.options.margin)) | hopeless
         return in_time
 
     def _delays(self, engine: EngineState, spec: EngineSpec, now_s: float) -> Floats:

@@ -5,6 +5,7 @@ Checks only what the control core stands on; everything else in a body is the en
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -30,6 +31,7 @@ _MOST_SEQUENCES = 4096
 """Answers side by side while no engine has said how many it can run."""
 _CALLER_CHARACTERS = 64
 _PROMISES = (("x-slo-ttft-ms", "ttft_s"), ("x-slo-tpot-ms", "tbt_s"), ("x-slo-e2e-ms", "e2e_s"))
+_PROMISE_HEADERS = ("x-slo-ttft-ms", "x-slo-tpot-ms", "x-slo-e2e-ms", "x-slo-class")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +105,12 @@ def read_slo(headers: Mapping[str, str], default: Slo, classes: Mapping[str, Slo
             known = ", ".join(sorted(classes)) or "none are configured"
             raise invalid(f"x-slo-class: {name!r} is not known here; known classes: {known}", "x-slo-class")
         slo = classes[name]
+    for header in headers:
+        if header.startswith("x-slo-") and header not in _PROMISE_HEADERS:
+            meant = header.replace("tbt", "tpot").replace("itl", "tpot")  # other names of the same promise
+            near = difflib.get_close_matches(meant, _PROMISE_HEADERS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_PROMISE_HEADERS)}"
+            raise invalid(f"{header[:80]} is no promise that is known; {hint}", header[:80])
     for header, field in _PROMISES:
         if header in headers:
             slo = replace(slo, **{field: _milliseconds(header, headers[header])})

@@ -151,10 +151,13 @@ def _described(link: Link, connected: Connected, core: ControllerOptions, option
     table = core.tables.get(link.tp)
     if table is not None:
         clocks = table.clocks_mhz
+    chosen = f"would choose among {len(clocks)} clocks, {clocks[0]} to {clocks[-1]} MHz,"
+    if core.slo_aware and table is None and link.kind != "simulated":
+        chosen = "would keep to the top clock"
     return (
         f"engine {link.name} serves {', '.join(connected.models)}: {spec.kv_blocks} KV blocks of {spec.block_tokens} "
-        f"tokens, {spec.max_batch} requests, context {spec.max_context_tokens}; policy {options.policy} would choose "
-        f"among {len(clocks)} clocks, {clocks[0]} to {clocks[-1]} MHz, of a simulated {link.catalogue_gpu}"
+        f"tokens, {spec.max_batch} requests, context {spec.max_context_tokens}; policy {options.policy} {chosen} "
+        f"of a simulated {link.catalogue_gpu}"
     )
 
 

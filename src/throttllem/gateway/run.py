@@ -8,17 +8,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
 
 from throttllem.core.online import Online
-from throttllem.files import ensure_writable_dir
+from throttllem.files import hold_dir
 from throttllem.gateway.app import build_app, build_private_app
 from throttllem.gateway.build import Gateway, build_gateway
 from throttllem.gateway.check import open_doors
@@ -27,6 +28,7 @@ from throttllem.gateway.history import History
 from throttllem.gateway.metrics import metrics_page
 from throttllem.gateway.serve_http import Sockets, bind, run
 from throttllem.gateway.settings import ServeOptions
+from throttllem.gateway.view import assumptions
 from throttllem.learn.lengths import save_lengths
 from throttllem.learn.tables import Progress
 
@@ -46,6 +48,7 @@ class Prepared:
     options: ServeOptions
     gateway: Gateway
     sockets: Sockets
+    held: int
 
     def serve(self, say: Say) -> None:
         """Serve until a signal; returns when running requests have ended and everything is saved."""
@@ -90,6 +93,7 @@ class Prepared:
             for recorder in gateway.recorders:
                 recorder.close()
             aside.shutdown()
+            os.close(self.held)
         say("stopped")
 
     def _greet(self, say: Say, addresses: tuple[tuple[str, int], ...]) -> None:
@@ -98,6 +102,10 @@ class Prepared:
         say(f"throttllem {self.gateway.models.version}: policy {self.options.policy}, engine {', '.join(engines)}")
         say(f"API        {urls[0]}/v1")
         say(f"dashboard  {urls[-1]}/dashboard   metrics  {urls[-1]}/metrics")
+        for model in self.gateway.models.served:
+            for link in model.driver.links:
+                for note in assumptions(model.driver, link):
+                    say(f"note       {link.name}: {note}")
         for door in open_doors(self.options.server):
             say(f"warning    {door}")
 
@@ -148,8 +156,10 @@ def _missed(task: asyncio.Task[None]) -> None:
 def run_gateway(options: ServeOptions, cache_dir: Path, *, progress: Progress = lambda *_: None) -> Prepared:
     """Take the ports, then do what is slow. Raises ValueError and OSError for what cannot be."""
     sockets = bind(options.server)
+    held: int | None = None
     try:
-        ensure_writable_dir(options.state_dir.expanduser())
+        folder, held = _own_folder(options.state_dir.expanduser(), sockets.addresses()[0][1])
+        options = replace(options, state_dir=folder)
         began_s = time.monotonic()
         gateway = build_gateway(
             options,
@@ -160,5 +170,17 @@ def run_gateway(options: ServeOptions, cache_dir: Path, *, progress: Progress = 
         )
     except BaseException:
         sockets.close()
+        if held is not None:
+            os.close(held)
         raise
-    return Prepared(options=options, gateway=gateway, sockets=sockets)
+    return Prepared(options=options, gateway=gateway, sockets=sockets, held=held)
+
+
+def _own_folder(state_dir: Path, port: int) -> tuple[Path, int]:
+    """A folder that no other gateway uses, and the hold on it: the configured one, else one for this port in it."""
+    for folder in (state_dir, state_dir / f"port-{port}"):
+        held = hold_dir(folder)
+        if held is not None:
+            return folder, held
+        log.warning("%s: another gateway keeps its state there", folder)
+    raise OSError(f"state_dir {state_dir}: other gateways keep their state there; give this one a folder of its own")

@@ -157,7 +157,7 @@ class ServeOptions:
     server: ServerOptions = field(default_factory=ServerOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
     engines: tuple[EngineEntry, ...] = (EngineEntry(),)
-    slo: Slo = field(default_factory=lambda: Slo(tbt_s=0.2))
+    slo: Slo = field(default_factory=Slo)
     classes: Mapping[str, Slo] = field(default_factory=dict)
     throttle: ThrottleOptions = field(default_factory=ThrottleOptions)
     admission: AdmissionOptions = field(default_factory=AdmissionOptions)

@@ -41,10 +41,21 @@ def decision(plan: FrequencyPlan | None) -> str:
     return f"{plan.mhz} MHz: {plan.why.value}{bound}"
 
 
+def assumptions(driver: Driver, link: Link) -> tuple[str, ...]:
+    """What the core goes by for this engine that nobody has measured."""
+    notes = []
+    options = driver.controller.options
+    if link.kind != "simulated":
+        notes.append(f"clock and watts are those of a simulated {link.catalogue_gpu} with {link.catalogue_model}")
+    if options.slo_aware and link.tp not in options.tables:
+        notes.append("no performance table: top clock, no admission by promises (throttllem profile, train, --tables)")
+    return tuple(notes)
+
+
 def _engine_status(driver: Driver, link: Link, snapshot: Snapshot) -> EngineStatus:
     view = next((view for view in snapshot.engines if view.engine == link.key), None)
     connected = link.connected
-    notes = connected.notes if connected else ()
+    notes = (*(connected.notes if connected else ()), *assumptions(driver, link))
     if link.estimated_prompts:
         notes = (*notes, f"the tokens of {link.estimated_prompts} prompts were estimated, not counted")
     if view is not None and view.foreign > 0:

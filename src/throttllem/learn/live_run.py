@@ -17,6 +17,7 @@ from throttllem.learn.live_plan import LivePlan
 from throttllem.learn.live_rig import ForeignError
 from throttllem.learn.live_rows import STEPS
 from throttllem.learn.profile import write_profile
+from throttllem.learn.train import FEWEST_ROWS
 
 Say = Callable[[str], None]
 
@@ -77,6 +78,9 @@ async def profile_live(
     finally:
         rows = _write(checkpoint, connected, device, out)
     _sum_up(profiler, say)
+    measured = rows // len(device.clocks_mhz) if device.modelled is not None else rows
+    if 0 < measured < FEWEST_ROWS:
+        say(f"only {measured} measured rows; `train` takes {FEWEST_ROWS} at least: measure anew for longer")
     if not rows:
         raise LiveProfileError("no point gave a row: were answers ended early, or the engine used by others?")
     checkpoint.done()
