@@ -24,6 +24,24 @@ again 50 ms after an answer has ended, so at 100 streams some 50 requests a seco
 Tokens per core: tokens streamed per second of processor time that the proxy took, all its processes together, at 100
 streams of 25 tokens/s (nobody but LiteLLM is short of time there) and at full load, where the engine sends as fast as
 it is read and chunks come several at a time.
+
+Where a first token's time goes at 100 streams (medians, seen from inside): half a tenth to read the request, 0.3 ms for
+`/tokenize`, 0.4 ms for the core's decision, 0.4 ms to send it on and to hear of the reply, 0.1 ms to pass it on, and as
+much again as all of that before and after, in sockets and in the loop's queue. The code runs cold: a few
+milliseconds of idling between two requests make the same decision three times as slow as in a tight loop (0.2 ms).
+
+What was made cheap, and what it was before (same machine, side by side, policy and load as above; added ms at p50 and
+p99, at 100 streams; a round with a full collection of garbage had a p99 of 90 ms more):
+
+| | 1 stream | 100 streams | 100, bursts |
+| --- | --- | --- | --- |
+| before | +4.0, +4.5 | +3.4, +6.0 | +2.8, +6.6 |
+| after | +2.1, +2.4 | +2.0, +3.2 | +1.5, +4.7 |
+
+An HTTP/1.1 client of our own in place of a general one (0.35 ms a request when cold, and there are two); a chunk goes
+to its client before the core hears of its tokens; what tells of progress waits for the loop's next round, and what belongs
+to one iteration is one event; a request is on its way before the clocks are planned; what start-up made is frozen, so
+that no collection looks through it again.
 """
 _ALONE = {
     True: "All of them run in Linux's real-time class, so that what else the machine did stays out.",

@@ -136,7 +136,8 @@ def _capacity(house: House, url: str, cores: frozenset[int]) -> tuple[float, flo
     """Requests/s between the first and the last fifth of a burst's ends, and the median TBT under it."""
     seed = house.plan.tuning_seed
     for number in (8, house.plan.burst):  # the first few warm it up
-        results = send(url, jobs(house.lengths, rate=1e4, seconds=number / 1e4, seed=seed), house.folder, cores)
+        load = jobs(house.lengths, rate=1e4, seconds=number / 1e4, seed=seed)
+        results = send(url, load, house.folder, cores)
     ends = sorted(float(str(each["at_s"])) + float(str(each["ended_s"])) for each in results)
     low, high = len(ends) // 5, len(ends) * 4 // 5
     whole = judge(results, ENDLESS, from_s=0, to_s=1e9)

@@ -25,10 +25,10 @@ class Plan:
     """Seconds of each run (the first `warm_s` are not judged), of the profile, and the limits that are tried."""
 
     warm_s: float = 20.0
-    judged_s: float = 70.0
+    judged_s: float = 60.0
     burst: int = 400
     profile_s: float = 100.0
-    limits: tuple[int, ...] = (16, 24, 32, 48, 64, 96)
+    limits: tuple[int, ...] = (24, 32, 40, 48, 64, 96)
     seeds: tuple[int, ...] = (1, 2, 3)
     tuning_seed: int = 100
 
