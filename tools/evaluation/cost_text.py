@@ -39,9 +39,9 @@ p99, at 100 streams; a round with a full collection of garbage had a p99 of 90 m
 | after | +2.1, +2.4 | +2.0, +3.2 | +1.5, +4.7 |
 
 An HTTP/1.1 client of our own in place of a general one (0.35 ms a request when cold, and there are two); a chunk goes
-to its client before the core hears of its tokens; what tells of progress waits for the loop's next round, and what belongs
-to one iteration is one event; a request is on its way before the clocks are planned; what start-up made is frozen, so
-that no collection looks through it again.
+to its client before the core hears of its tokens; what tells of progress waits for the loop's next round, and what
+belongs to one iteration is one event; a request is on its way before the clocks are planned; what start-up made is
+frozen, so that no collection looks through it again.
 """
 _ALONE = {
     True: "All of them run in Linux's real-time class, so that what else the machine did stays out.",
