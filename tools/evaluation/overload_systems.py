@@ -28,12 +28,12 @@ class Plan:
     judged_s: float = 60.0
     burst: int = 400
     profile_s: float = 100.0
-    limits: tuple[int, ...] = (24, 32, 40, 48, 64, 96)
-    seeds: tuple[int, ...] = (1, 2, 3)
+    limits: tuple[int, ...] = (24, 40, 56, 64, 80, 112)
+    seeds: tuple[int, ...] = (11, 12, 13)
     tuning_seed: int = 100
 
 
-QUICK = Plan(warm_s=3.0, judged_s=10.0, burst=80, profile_s=60.0, limits=(16, 48), seeds=(1,))
+QUICK = Plan(warm_s=3.0, judged_s=10.0, burst=80, profile_s=60.0, limits=(16, 48), seeds=(11,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
