@@ -106,7 +106,7 @@ def section(workshop: Workshop) -> Section:
         title="Overload: promises at twice the capacity",
         text=_text(found, simulated, house),
         tables=(
-            _table(f"vLLM on this machine; best limit {found.limit}", found, plan.seeds),
+            _table(f"vLLM with stretched steps; best limit {found.limit}", found, plan.seeds),
             _table(f"Simulated {MODEL} on {TP} {GPU}; best limit {simulated.limit}", simulated, plan.seeds),
             _tuning(found),
         ),
@@ -272,7 +272,9 @@ def _draw(found: Found, simulated: Found) -> None:
         figure = Figure(figsize=(9, 4), layout="constrained")
         FigureCanvasAgg(figure)
         for axes, (title, one) in zip(
-            figure.subplots(1, 2), (("vLLM on this machine", found), (f"simulated {TP} x A100", simulated)), strict=True
+            figure.subplots(1, 2),
+            (("vLLM, stretched steps", found), (f"simulated {TP} x A100", simulated)),
+            strict=True,
         ):
             limits = list(one.tuning)
             axes.plot(
