@@ -36,20 +36,32 @@ def told(running, waiting=0, kv_blocks=None):
     ],
 )
 def test_who_else_is_in_the_engine(observed, others):
-    assert DriftMeter().compare(observed, OWN, Others()) == others
+    assert seen(DriftMeter(), *[observed] * 3)[-1] == others
+
+
+def seen(meter, *looks):
+    return [meter.compare(look, OWN) for look in looks]
+
+
+def test_one_look_is_none():
+    meter = DriftMeter()
+    looks = [told(9, 0, 90)] * 2 + [told(8, 0, 52), told(4, 2, 20)]
+    assert seen(meter, *looks) == [Others(), Others(), Others(batch=2, kv_blocks=2), Others()]
+    assert seen(meter, *[told(3, 2, 30)] * 3)[-1] == Others(batch=-1, kv_blocks=-10)
 
 
 def test_what_the_engine_does_not_say_stays_as_it_was():
     meter = DriftMeter()
-    assert meter.compare(told(5, 2), OWN, Others(kv_blocks=12)) == Others(batch=1, kv_blocks=12)
-    assert meter.drift() == Drift(batch=0, mean_batch=0.0)
+    seen(meter, *[told(9, 0, 62)] * 3)
+    assert seen(meter, *[told(5, 2)] * 3)[-1] == Others(batch=1, kv_blocks=12)
+    assert DriftMeter().compare(told(5, 2), OWN) == Others()
 
 
 def test_the_figures():
     meter = DriftMeter()
     assert meter.drift() == Drift()
     for observed in (told(3, 2, 30), told(8, 0, 52), told(4, 2)):
-        meter.compare(observed, OWN, Others())
+        meter.compare(observed, OWN)
     meter.corrections = 7
     # Batch -1, +2, 0; blocks -10, +2.
     assert meter.drift() == Drift(batch=0, kv_blocks=2, mean_batch=1.0, mean_kv_blocks=6.0, corrections=7)

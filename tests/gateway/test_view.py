@@ -96,7 +96,8 @@ def test_others_in_the_engine_are_said():
         async with rig(mute=True) as it:
             await it.up()
             await it.ask(tokens=3)
-            it.driver.tell(Observed(engine=0, running=5, waiting=0, kv_blocks=9))
+            for _ in range(3):
+                it.driver.tell(Observed(engine=0, running=5, waiting=0, kv_blocks=9))
             await asyncio.sleep(0)  # progress is told soon, not at once
             return it.models.status().models[0].engines[0].notes
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tools.evaluation.fault_client import COMPLETIONS, Client, connection, head
@@ -22,8 +23,8 @@ from tools.evaluation.fault_house import House, gateway
 FAST = 50.0
 CLIENTS = 48
 SAMPLES = 100
-WARM = 0.2
-"""The fraction of the run that fills caches and pools."""
+WARM = 0.5
+"""The fraction of the run that fills caches and pools; what is learned of callers is kept up to a bound."""
 CALLERS = 3000
 """More than the length predictor remembers."""
 
@@ -42,11 +43,11 @@ class Endured:
     kept: tuple[int, ...]
 
     def decile(self, name: str, which: int) -> float:
-        """The mean of a figure over the first (0) or the last (-1) tenth of the run after its warm-up."""
+        """The median of a figure over the first (0) or the last (-1) tenth of the run after its warm-up."""
         warm = [float(sample[name]) for sample in self.warm()]
         tenth = max(1, len(warm) // 10)
         part = warm[:tenth] if which == 0 else warm[-tenth:]
-        return sum(part) / len(part)
+        return median(part)
 
     def slope(self, name: str) -> float:
         """How a figure grows by request, after the warm-up (least squares)."""
@@ -61,7 +62,11 @@ class Endured:
 
 
 async def endure(folder: Path, requests: int, say: Callable[[str], None] = lambda _: None) -> Endured:
-    """Send so many requests, and sample what the gateway holds meanwhile. At the end it must hold nothing."""
+    """Send so many requests after a warm-up of as many, and sample what the gateway holds meanwhile.
+
+    At the end it must hold nothing.
+    """
+    requests = round(requests / (1 - WARM))
     settings = ("recorder.file_bytes=1048576", "limits.silence_s=20")
     async with gateway(folder, *settings, model="llama-3-8b", flags=("--fast", str(FAST))) as house:
         await house.ready()

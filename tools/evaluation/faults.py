@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from tools.engines.vllm_server import tiny_model
 from tools.evaluation import faults_client, faults_engine, faults_garbage, faults_gateway
-from tools.evaluation.endurance import Endured, endure
+from tools.evaluation.endurance import WARM, Endured, endure
 from tools.evaluation.fault_bench import Bench, Fault, Found
 from tools.evaluation.machine import version_of
 from tools.evaluation.section import Section, Table, Workshop
@@ -86,13 +86,13 @@ def _endurance(endured: Endured) -> Table:
         first, last, slope = endured.decile(key, 0) / unit, endured.decile(key, -1) / unit, endured.slope(key) / unit
         rows.append((name, f"{first:,.1f}", f"{last:,.1f}", f"{slope * 10_000:+,.2f}"))
     early, late = endured.kept
-    grown = (late - early) / (0.8 * endured.requests) * 10_000
+    grown = (late - early) / ((1 - WARM) * endured.requests) * 10_000
     rows.append(("Python objects that a collection leaves", f"{early:,}", f"{late:,}", f"{grown:+,.0f}"))
     answers = ", ".join(f"{count:,} x {said}" for said, count in sorted(endured.answers.items()))
     return Table(
         caption=(
             f"{endured.requests:,} short requests in {endured.seconds:.0f} s on the simulated engine: {answers}. "
-            "After a warm-up of a fifth of them (what is learned of new callers is kept, up to a bound):"
+            "The first half of them is warm-up (what is learned of callers is kept up to a bound). Over the other half:"
         ),
         head=("held by the gateway", "first tenth", "last tenth", "growth per 10,000 requests"),
         rows=rows,

@@ -25,8 +25,8 @@ those of the gateway's core at that time; both clocks are the machine's monotoni
 
 *with the plug-in*: the gateway hears of each step after its numbers were taken down. *without*: it counts tokens in
 streams, knows nothing of answers that are not streamed until they end, and looks at `/metrics` twice a second.
-*estimate*: the scoreboard's own. *corrected*: plus the offset that the core learned from the engine's last word, which
-its projections use. *before the next step*: what the gateway knew of a step when the next one had ended. *at once*:
+*estimate*: the scoreboard's own. *corrected*: plus the offset on which the engine's last three words agree, which the
+core's projections use. *before the next step*: what the gateway knew of a step when the next one had ended. *at once*:
 what it knew in the moment in which the step ended, before anybody could have told it.
 
 *in the engine*: running and waiting requests, against those that the gateway has sent there; those on their way through
@@ -35,9 +35,9 @@ have a token, as far as it can see (without the plug-in, none that is not stream
 likewise.
 *KV unexplained*: the part of it that those requests, whose blocks the projections count as well, cannot explain.
 
-Without the plug-in an offset comes from one look, which may catch engine and gateway at different moments, and holds
-until the next: on a load that changes faster than that the correction is no gain. It is for what lasts: requests of
-others, prompts that share blocks.
+A difference counts once three looks in a row show it. A single look may catch engine and gateway at different moments;
+without the plug-in such an offset held for half a second and made the error of KV larger by a quarter to a half. The
+correction is for what lasts: requests of others, prompts that share blocks.
 """
 
 
@@ -91,9 +91,8 @@ def errors_of(samples: Sequence[Mapping[str, Any]], *, later: bool) -> dict[str,
     pairs = list(zip(samples, samples[1:] if later else samples, strict=False))
     pairs = [(told, known) for told, known in pairs if told["engine"]["running"] + told["engine"]["waiting"]]
     engine, own = [told["engine"] for told, _ in pairs], [known["gateway"] for _, known in pairs]
-    drift = [known["drift"] for _, known in pairs]
     scale = 100 / samples[0]["capacity"]
-    offsets = np.array([(each["batch"] or 0, each["kv_blocks"] or 0) for each in drift])
+    offsets = np.array([(known["others"]["batch"], known["others"]["kv_blocks"]) for _, known in pairs])
     inside = np.array(
         [a["running"] + a["waiting"] - b["running"] - b["pending"] for a, b in zip(engine, own, strict=True)]
     )

@@ -67,7 +67,7 @@ class Booking:
         """What the engine says of itself; True if what it holds of others has changed enough since the last plan."""
         assert engine.spec is not None
         board = engine.board
-        board.others = engine.drift.compare(event, board.own(engine.told), board.others)
+        board.others = engine.drift.compare(event, board.own(engine.told))
         if not board.others.moved(engine.others, engine.spec.kv_blocks):
             return False
         engine.drift.corrections += 1

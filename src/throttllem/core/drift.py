@@ -1,14 +1,21 @@
 """The scoreboard against the engine's own word: how far they are apart, and what the engine holds beside our rows.
 
 Others may use the engine, prompts may share blocks, and a row may be held up unseen. Rows that wait inside the engine
-are not told apart from those whose prompt is under way: whatever they may explain is no difference.
+are not told apart from those whose prompt is under way: whatever they may explain is no difference. One look may catch
+engine and gateway at different moments; what several in a row agree on is there.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from throttllem.core.types import Observed
+
+_LOOKS = 3
+"""So many looks in a row must show a difference (docs/evaluation/scoreboard.md: with one look, twice a second, the
+correction made KV worse by half)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,23 +64,26 @@ class DriftMeter:
         self._kv_blocks: int | None = None
         self._sums = (0, 0)
         self._times = (0, 0)
+        self._others = deque([0] * _LOOKS, _LOOKS)
+        self._others_kv = deque([0] * _LOOKS, _LOOKS)
 
-    def compare(self, told: Observed, own: Own, before: Others) -> Others:
-        """Who else is in the engine; `before` holds on for what the engine does not say."""
+    def compare(self, told: Observed, own: Own) -> Others:
+        """Who else is in the engine, as far as the last looks agree; what it does not say stays as it was."""
         prefilling = min(max(told.running - own.running, 0), own.pending)
         batch = told.running - own.running - prefilling
         waiting = max(0, told.waiting - (own.pending - prefilling))
         self._sums = (self._sums[0] + abs(batch), self._sums[1])
         self._times = (self._times[0] + 1, self._times[1])
         self._batch = batch
-        if told.kv_blocks is None:
-            return Others(batch=batch + waiting, kv_blocks=before.kv_blocks)
-        most = own.kv_blocks + (own.pending_blocks if prefilling else 0)
-        kv_blocks = told.kv_blocks - min(max(told.kv_blocks, own.kv_blocks), most)
-        self._sums = (self._sums[0], self._sums[1] + abs(kv_blocks))
-        self._times = (self._times[0], self._times[1] + 1)
-        self._kv_blocks = kv_blocks
-        return Others(batch=batch + waiting, kv_blocks=kv_blocks)
+        self._others.append(batch + waiting)
+        if told.kv_blocks is not None:
+            most = own.kv_blocks + (own.pending_blocks if prefilling else 0)
+            kv_blocks = told.kv_blocks - min(max(told.kv_blocks, own.kv_blocks), most)
+            self._sums = (self._sums[0], self._sums[1] + abs(kv_blocks))
+            self._times = (self._times[0], self._times[1] + 1)
+            self._kv_blocks = kv_blocks
+            self._others_kv.append(kv_blocks)
+        return Others(batch=_agreed(self._others), kv_blocks=_agreed(self._others_kv))
 
     def drift(self) -> Drift:
         """The figures so far."""
@@ -85,3 +95,8 @@ class DriftMeter:
             mean_kv_blocks=means[1],
             corrections=self.corrections,
         )
+
+
+def _agreed(looks: Sequence[int]) -> int:
+    """The least of what all looks show; nothing if they do not agree on the sign."""
+    return 0 if min(looks) < 0 < max(looks) else min(looks, key=abs)

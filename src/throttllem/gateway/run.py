@@ -6,6 +6,8 @@ Knows nothing of the command line.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -39,6 +41,8 @@ _SAVE_EVERY_S = 30.0
 _FLUSH_EVERY_S = 0.5
 _YOUNG_OBJECTS = 5_000
 """So many new objects are looked through at a time, about 2 ms; more seldom than usual, and none for long."""
+_M_MMAP_THRESHOLD = -3
+_LARGE_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,7 @@ class Prepared:
 
     def serve(self, say: Say) -> None:
         """Serve until a signal; returns when running requests have ended and everything is saved."""
+        _give_back_large_blocks()
         _keep_what_is_there()
         uvloop.run(self.serving(say))
 
@@ -145,6 +150,12 @@ def _keep_what_is_there() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, 20, 20)
+
+
+def _give_back_large_blocks() -> None:
+    """What is saved now and then is a few MB at a time; glibc would raise its threshold and keep them (mallopt(3))."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library does as it likes
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def _missed(task: asyncio.Task[None]) -> None:
