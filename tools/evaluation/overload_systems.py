@@ -18,22 +18,24 @@ from tools.evaluation.section import Workshop
 
 CATALOGUE = ("--gpu", "a100-40gb-sxm", "--model", "llama-3-8b", "--tp", "1")
 """Of the simulated GPU; the speed is learned."""
+SEQUENCES = 256
+"""What vLLM would batch on most GPUs, and the simulated engine does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Seconds of each run (the first `warm_s` are not judged), of the profile, and the limits that are tried."""
 
-    warm_s: float = 20.0
+    warm_s: float = 30.0
     judged_s: float = 60.0
-    burst: int = 400
+    burst: int = 800
     profile_s: float = 100.0
-    limits: tuple[int, ...] = (24, 40, 56, 64, 80, 112)
+    limits: tuple[int, ...] = (40, 64, 88, 112, 144, 192)
     seeds: tuple[int, ...] = (11, 12, 13)
     tuning_seed: int = 100
 
 
-QUICK = Plan(warm_s=3.0, judged_s=10.0, burst=80, profile_s=60.0, limits=(16, 48), seeds=(11,))
+QUICK = Plan(warm_s=3.0, judged_s=10.0, burst=300, profile_s=60.0, limits=(64,), seeds=(11,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,8 @@ class House:
         """vLLM, on one core; this process and its children stay off it meanwhile."""
         flags = (
             *FLAGS,
+            "--max-num-seqs",
+            str(SEQUENCES),
             "--enable-logging-iteration-details",
             *(() if limit is None else ("--max-num-queued-reqs", str(limit))),
         )
