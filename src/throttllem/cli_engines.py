@@ -34,12 +34,13 @@ from throttllem.config import Options, changed
 from throttllem.core.types import Slo
 from throttllem.engine.fleet import Fleet, build_fleet
 from throttllem.engine.live import EngineError
+from throttllem.engine.remote import Remote
 from throttllem.files import ensure_writable_dir
 from throttllem.learn.bake import bake
 from throttllem.learn.live import Device
 from throttllem.learn.live_plan import POINTS, LivePlan
 from throttllem.learn.live_run import chosen_clocks, profile_live
-from throttllem.learn.live_target import Target, parsed_capacities, parsed_clocks, parsed_kind
+from throttllem.learn.live_target import SCRAPE_S, Target, parsed_capacities, parsed_clocks, parsed_kind
 from throttllem.learn.measure import ProfilePlan
 from throttllem.learn.profile import check_ending, read_profile, spec_of, write_profile
 from throttllem.learn.score import score_profile, score_table, write_score_card
@@ -137,16 +138,21 @@ def profile(
         fleet = build_fleet(known, gpu, model or "llama-2-13b", parsed_sizes(tp, sizes), options.engine)
         return _profile_simulated(fleet, ProfilePlan(rows=rows, seed=seed), out)
     size = parsed_sizes(tp or (1 if sizes is None else None), sizes)
-    target = Target(
+    given = parsed_capacities(capacity or [])
+    remote = Remote(
         url=url,
         kind=parsed_kind(engine_kind),
-        fleet=build_fleet(known, gpu, model or "llama-3-8b", size, options.engine),
         served_as=served_as,
         stats=stats,
         tokenizer=tokenizer,
         api_key=None if api_key_file is None else api_key_file.read_text(encoding="utf-8").strip(),
-        capacities=parsed_capacities(capacity or []),
+        scrape_s=SCRAPE_S,
+        max_batch=given.get("max_batch"),
+        max_context_tokens=given.get("max_context_tokens"),
+        kv_blocks=given.get("kv_blocks"),
+        block_tokens=given.get("block_tokens"),
     )
+    target = Target(fleet=build_fleet(known, gpu, model or "llama-3-8b", size, options.engine), remote=remote)
     plan = LivePlan(points=POINTS if seconds is None and points is None else points, seconds=seconds, seed=seed)
     device = target.device(chosen_clocks(target.fleet.clocks_mhz, parsed_clocks(clocks)))
     return _profile_live(target, device, plan, out, resume=resume)
@@ -176,7 +182,7 @@ def _profile_live(target: Target, device: Device, plan: LivePlan, out: Path, *, 
                     plan,
                     out,
                     resume=resume,
-                    served_as=target.served_as,
+                    served_as=target.remote.served_as,
                     say=lambda line: console.print(line, markup=False, highlight=False),
                     progress=lambda what, share: bar.update(task, description=what, completed=share),
                 )

@@ -179,6 +179,13 @@ def test_patience_is_a_share_of_the_shortest_promise():
     assert options.is_patient(request(1, 8, 8, slo=Slo(tbt_s=0.1)), 1e9)
 
 
+def test_who_rejects_keeps_more_back_and_lets_nobody_wait_as_long():
+    serves, rejects = AdmissionOptions(), AdmissionOptions(unmeetable=Unmeetable.REJECT)
+    asked = request(1, 8, 8, slo=Slo(e2e_s=10))
+    assert [options.patient_until_s(asked) for options in (serves, rejects)] == [2.0, 1.0]
+    assert [options.kept_back for options in (serves, rejects)] == [0.05, 0.2]
+
+
 def test_nobody_waits_for_a_time_between_tokens_that_no_row_alone_could_keep():
     assert check(board_with(Slo(tbt_s=0.0145)), row(2, 1, 80, slo=Slo())) == wait(Reason.TBT)
     assert check(board_with(), row(2, 1, 80, slo=Slo(tbt_s=0.0130))) == LOST

@@ -1,6 +1,7 @@
 """Who is turned away rather than served late, when the options say so, and when the client hears of it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from throttllem.core.admission import AdmissionOptions, Unmeetable
 from throttllem.core.throttle import ClockPolicy
 from throttllem.core.types import EngineLost, Reason, Reject, Slo, Timer, VerdictKind
 
-REJECT = AdmissionOptions(unmeetable=Unmeetable.REJECT)
+REJECT = AdmissionOptions(unmeetable=Unmeetable.REJECT, reject_margin=0.05, reject_patience=0.2)
 LATE = Reason.OWN_DEADLINE
 
 
@@ -44,7 +45,7 @@ def test_who_is_found_lost_when_its_turn_comes_is_rejected():
 
 def test_the_clients_of_a_long_queue_hear_early():
     """No place for an hour: whoever has an end gives up when it comes, from the middle of the queue too."""
-    told = world(options(admission=AdmissionOptions(unmeetable=Unmeetable.REJECT, patience=math.inf)))
+    told = world(options(admission=replace(REJECT, reject_patience=math.inf)))
     arrive(told, 1, 60, 40)
     arrive(told, 2, 60, 40)
     assert told.controller.snapshot().head.why is Reason.KV

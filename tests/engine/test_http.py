@@ -1,7 +1,9 @@
 import asyncio
 import gzip
+import ssl
 
 import pytest
+import trustme
 from aiohttp import web
 
 from tests.engine.upstreams import call, eventually, raw, served, whole
@@ -193,7 +195,7 @@ def test_json_is_asked_for_with_the_key():
         async with served(routes) as url:
             upstream = Upstream(url, api_key="k")
             assert await upstream.get_json("/a") == {"got": None}
-            assert await upstream.post_json("/a", {"x": [1]}) == {"got": {"x": [1]}}
+            assert await upstream.post("/a", b'{"x": [1]}') == (200, b'{"got": {"x": [1]}}')
             assert await upstream.get("/pot") == (418, b"teapot")
             with pytest.raises(EngineError, match="answers 418: teapot"):
                 await upstream.get_json("/pot")
@@ -235,3 +237,29 @@ def test_cancelling_a_request_closes_its_connection():
             await upstream.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_https_is_spoken_and_the_certificate_is_looked_at(trusted, tmp_path, monkeypatch):
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+
+    async def echo(request):
+        return web.Response(body=await request.read() * 20_000)
+
+    async def run():
+        async with served({("POST", "/v1/completions"): echo}, tls=context) as url:
+            upstream = Upstream(url)
+            try:
+                return [(await whole(upstream, call()))[1] for _ in range(2)]
+            finally:
+                await upstream.close()
+
+    if trusted:
+        assert asyncio.run(run()) == [b"{}" * 20_000] * 2
+    else:
+        with pytest.raises(EngineError, match="certificate"):
+            asyncio.run(run())

@@ -29,17 +29,17 @@ async def raw(answer):
 
 
 @asynccontextmanager
-async def served(routes):
-    """An application with these handlers: {(method, path): async handler}. Yields its url."""
+async def served(routes, *, tls=None):
+    """An application with these handlers: {(method, path): async handler}. Yields its url. `tls`: an SSLContext."""
     app = web.Application()
     for (method, path), handler in routes.items():
         app.router.add_route(method, path, handler)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
-        yield f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
     finally:
         await runner.cleanup()
 

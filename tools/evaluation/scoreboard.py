@@ -16,7 +16,7 @@ from tools.evaluation.section import Section, Table, Workshop
 from tools.evaluation.stage import KV_BLOCKS, SMALL, Stage, engine_alone
 from tools.evaluation.trace import Scale, Sent, azure_slice, write_jobs
 
-SCALE = Scale(rate=8.0)
+SCALE = Scale(rate=14.0)
 TEXT = """\
 {requests} requests (a slice of Azure's chat trace: {scale}; half of them chats, three of four streamed) through a
 gateway in front of vLLM with {blocks} KV blocks of 128 tokens and its prefix cache on. At each engine step the numbers
@@ -44,7 +44,7 @@ correction is for what lasts: requests of others, prompts that share blocks.
 def section(workshop: Workshop) -> Section:
     """With and without the plug-in, on the same engine. Raises MissingError where something is not installed."""
     clients = workshop.environment("clients")
-    jobs = _jobs(workshop.folder, 40 if workshop.quick else 300)
+    jobs = _jobs(workshop.folder, 40 if workshop.quick else 600)
     with engine_alone(workshop, flags=SMALL) as engine:
         found = {}
         for name, plug_in in (("with the plug-in", True), ("without", False)):

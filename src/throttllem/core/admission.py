@@ -44,15 +44,21 @@ class AdmissionOptions:
     `unmeetable`: what becomes of a request that cannot keep its own promise when its turn comes, or while it waits
     ("serve": the paper). One that was let in in time is served in any case. With "reject" nobody joins at the cost of
     others: who has run out of patience is rejected too, and those behind it need not wait for it.
+    `reject_margin`, `reject_patience`: margin and patience with "reject". A refusal costs little, a promise that breaks
+    has cost its tokens; and time spent waiting is taken from the engine (docs/decisions.md has what that brought).
     """
 
     margin: float = 0.05
     patience: float = 0.2
     queue_limit: int = 10_000
     unmeetable: Unmeetable = Unmeetable.SERVE
+    reject_margin: float = 0.2
+    reject_patience: float = 0.1
 
     def __post_init__(self) -> None:
         check("admission", margin=(self.margin, 0, 0.9), patience=(self.patience, 0, math.inf))
+        check("admission", reject_margin=(self.reject_margin, 0, 0.9))
+        check("admission", reject_patience=(self.reject_patience, 0, math.inf))
         check("admission", queue_limit=(self.queue_limit, 1, math.inf))
         if self.unmeetable not in list(Unmeetable):
             known = " or ".join(repr(kind.value) for kind in Unmeetable)
@@ -66,7 +72,13 @@ class AdmissionOptions:
         """How long this request may be held back for others; inf: for ever."""
         slo = request.slo
         shortest_s = min(slo.e2e_s or math.inf, slo.ttft_s or math.inf)
-        return math.inf if shortest_s == math.inf else request.arrival_s + self.patience * shortest_s
+        patience = self.reject_patience if self.rejects else self.patience
+        return math.inf if shortest_s == math.inf else request.arrival_s + patience * shortest_s
+
+    @property
+    def kept_back(self) -> float:
+        """The margin in force."""
+        return self.reject_margin if self.rejects else self.margin
 
     @property
     def rejects(self) -> bool:

@@ -162,7 +162,7 @@ class Entrance:
             first=engine.iteration,
             base_s=engine.base_s(now_s),
             delay_s=self._governor.top_delay_s(engine, now_s),
-            margin=self._options.admission.margin,
+            margin=self._options.admission.kept_back,
             patient=self._options.admission.is_patient(row.request, now_s),
         )
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from urllib.parse import urlsplit
 
-from pydantic_core import from_json, to_json
+from pydantic_core import from_json
 
 from throttllem.engine.connection import Connection, SpeechError
 from throttllem.engine.live import Call, EngineError, Headers, Reply
@@ -135,10 +135,6 @@ class Upstream:
     async def post(self, path: str, content: bytes, *, timeout_s: float = 30.0) -> tuple[int, bytes]:
         """Status and body of the answer to a JSON document. Raises EngineError if there is none in `timeout_s`."""
         return await self._ask("POST", path, content, timeout_s)
-
-    async def post_json(self, path: str, body: object, *, timeout_s: float = 30.0) -> object:
-        """The JSON answered to a JSON body. Raises EngineError for anything but a 200 with JSON."""
-        return self._json(path, *await self._ask("POST", path, to_json(body), timeout_s))
 
     def open(self, call: Call) -> AbstractAsyncContextManager[Reply]:
         """Send `call`; its reply lasts as long as the block. Leaving early closes the connection."""

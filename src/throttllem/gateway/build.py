@@ -21,8 +21,8 @@ from throttllem.core.types import EngineSpec
 from throttllem.engine.fleet import build_fleet
 from throttllem.engine.openai import OpenaiEngine
 from throttllem.engine.realtime import RealtimeEngine
+from throttllem.engine.remote import Remote
 from throttllem.engine.triton import TritonEngine
-from throttllem.engine.triton_facts import Given
 from throttllem.gateway.booking import Booking
 from throttllem.gateway.driver import Driver
 from throttllem.gateway.energy_meter import EnergyMeter
@@ -254,39 +254,20 @@ class _Part:
         if entry.url is None:
             seed = (self.options.server.seed, entry.tp)
             return RealtimeEngine(spec, physics, noise=self.options.noise, seed=seed, gpu=gpu, name=name, now=self.now)
-        tokenizer = entry.tokenizer.expanduser() if entry.tokenizer else None
-        if entry.kind == "triton":
-            given = Given(
-                kv_blocks=entry.kv_blocks,
-                block_tokens=entry.block_tokens,
-                max_batch=entry.max_batch,
-                max_context_tokens=entry.max_context_tokens,
-            )
-            return TritonEngine(
-                entry.url,
-                spec,
-                model=entry.served_as,
-                given=given,
-                tokenizer=tokenizer,
-                metrics_url=entry.metrics_url,
-                api_key=entry.api_key,
-            )
-        return OpenaiEngine(
+        assert entry.kind != "simulated"
+        return Remote(
             url=entry.url,
-            gpu=entry.gpu,
-            model=entry.model,
-            tp=entry.tp,
-            clocks_mhz=spec.clocks_mhz,
-            idle_w=spec.idle_w,
-            startup_s=0.0,
+            kind=entry.kind,
+            served_as=entry.served_as,
+            stats=entry.stats,
+            tokenizer=entry.tokenizer,
+            metrics_url=entry.metrics_url,
+            api_key=entry.api_key,
             max_batch=entry.max_batch,
             max_context_tokens=entry.max_context_tokens,
             kv_blocks=entry.kv_blocks,
             block_tokens=entry.block_tokens,
-            tokenizer=tokenizer,
-            stats=entry.stats,
-            api_key=entry.api_key,
-        )
+        ).engine(spec)
 
 
 def _kv_blocks(controller: Controller, link: Link) -> int:

@@ -10,7 +10,6 @@ import json
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from enum import Enum
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -25,6 +24,9 @@ _WORDS = types.MappingProxyType(
 )
 
 
+_EVENTS = types.MappingProxyType({kind.__name__: kind for kind in get_args(Event)})
+
+
 class WireError(ValueError):
     """JSON that is no event or command of this build; the message names the field."""
 
@@ -36,14 +38,13 @@ def to_json(value: Event | Command) -> dict[str, object]:
 
 def event_from(data: object) -> Event:
     """The event that `to_json` wrote. Raises WireError for anything else."""
-    event: Event = _from(data, _by_name(Event), "event")
+    if not isinstance(data, dict):
+        raise WireError(f"event: {_short(data)} is not an object")
+    name = data.get("k")
+    if not isinstance(name, str) or name not in _EVENTS:
+        raise WireError(f"event: {_short(name)} is none that this build knows ({', '.join(sorted(_EVENTS))})")
+    event: Event = _built(_EVENTS[name], {key: value for key, value in data.items() if key != "k"}, name)
     return event
-
-
-def command_from(data: object) -> Command:
-    """The command that `to_json` wrote. Raises WireError for anything else."""
-    command: Command = _from(data, _by_name(Command), "command")
-    return command
 
 
 def dumps(value: object) -> str:
@@ -58,11 +59,6 @@ def _number(value: object) -> object:
 
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), default=_number)
-
-
-@cache
-def _by_name(union: object) -> Mapping[str, type]:
-    return {kind.__name__: kind for kind in get_args(union)}
 
 
 # ---- out -----------------------------------------------------------------------------------------------------
@@ -85,15 +81,6 @@ def _encoded(value: Any) -> dict[str, object]:
 
 
 # ---- in ------------------------------------------------------------------------------------------------------
-
-
-def _from(data: object, kinds: Mapping[str, type], what: str) -> Any:
-    if not isinstance(data, dict):
-        raise WireError(f"{what}: {_short(data)} is not an object")
-    name = data.get("k")
-    if not isinstance(name, str) or name not in kinds:
-        raise WireError(f"{what}: {_short(name)} is none that this build knows ({', '.join(sorted(kinds))})")
-    return _built(kinds[name], {key: value for key, value in data.items() if key != "k"}, name)
 
 
 def _built(kind: type, data: object, where: str) -> Any:
@@ -126,8 +113,6 @@ def _reader(hint: Any) -> Reader:
     if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
         element = _reader(get_args(hint)[0])
         return lambda value, where: tuple(element(item, where) for item in _checked(list, value, where))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return lambda value, where: _member(hint, value, where)
     if is_dataclass(hint):
         return lambda value, where: _built(hint, value, where)  # type: ignore[arg-type]
     raise TypeError(f"{hint}: no JSON form is known for this type")
@@ -144,13 +129,6 @@ def _checked(kind: type, value: object, where: str) -> Any:
     if type(value) is not kind:
         raise WireError(f"{where}: {_short(value)} is not {_WORDS[kind]}")
     return value
-
-
-def _member(kind: type[Enum], value: object, where: str) -> Enum:
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise WireError(f"{where}: {_short(value)} is none that this build knows") from error
 
 
 def _short(value: object) -> str:

@@ -4,76 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from throttllem.engine.fleet import Fleet
 from throttllem.engine.http import check_address
 from throttllem.engine.openai import OpenaiEngine
+from throttllem.engine.remote import KINDS, Kind, Remote
 from throttllem.engine.triton import TritonEngine
-from throttllem.engine.triton_facts import Given
 from throttllem.gpu.device import Work
 from throttllem.gpu.simulated import SimulatedGpu
 from throttllem.learn.live import Device
 
-Kind = Literal["openai", "triton"]
-KINDS: tuple[Kind, ...] = ("openai", "triton")
 OVERRIDES = ("max_batch", "max_context_tokens", "kv_blocks", "block_tokens")
 SCRAPE_S = 0.2
+"""A live profile looks at `/metrics` more often than a gateway does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One engine of the one size in `fleet`. `capacities` stand in for what it does not tell."""
+    """One engine of the one size in `fleet`."""
 
-    url: str
-    kind: Kind
     fleet: Fleet
-    served_as: str | None = None
-    stats: str | None = None
-    tokenizer: Path | None = None
-    metrics_url: str | None = None
-    api_key: str | None = None
-    capacities: tuple[tuple[str, int], ...] = ()
+    remote: Remote
 
     def __post_init__(self) -> None:
-        check_address("--url", self.url)
-        if self.metrics_url is not None:
-            check_address("--metrics-url", self.metrics_url)
+        check_address("--url", self.remote.url)
         if len(self.fleet.sizes) != 1:
             raise ValueError("--url: one engine has one size; give --tp")
 
     def engine(self) -> OpenaiEngine | TritonEngine:
         """The engine, not reached yet."""
-        spec, given = next(iter(self.fleet.specs.values())), dict(self.capacities)
-        if self.kind == "triton":
-            return TritonEngine(
-                self.url,
-                spec,
-                model=self.served_as,
-                given=Given(
-                    kv_blocks=given.get("kv_blocks"),
-                    block_tokens=given.get("block_tokens"),
-                    max_batch=given.get("max_batch"),
-                    max_context_tokens=given.get("max_context_tokens"),
-                ),
-                tokenizer=self.tokenizer,
-                metrics_url=self.metrics_url,
-                api_key=self.api_key,
-            )
-        return OpenaiEngine(
-            url=self.url,
-            gpu=spec.gpu,
-            model=spec.model,
-            tp=spec.tp,
-            clocks_mhz=spec.clocks_mhz,
-            idle_w=spec.idle_w,
-            tokenizer=self.tokenizer,
-            stats=self.stats,
-            api_key=self.api_key,
-            scrape_s=SCRAPE_S,
-            **given,
-        )
+        return self.remote.engine(next(iter(self.fleet.specs.values())))
 
     def device(self, clocks_mhz: tuple[int, ...]) -> Device:
         """The simulated GPUs of the catalogue, whose watts are modelled."""
@@ -95,15 +55,15 @@ def parsed_kind(text: str) -> Kind:
     raise ValueError(f"--engine-kind {text}: must be one of {', '.join(KINDS)}")
 
 
-def parsed_capacities(texts: Iterable[str]) -> tuple[tuple[str, int], ...]:
+def parsed_capacities(texts: Iterable[str]) -> dict[str, int]:
     """`--capacity name=value`, any number of them. Raises ValueError."""
-    found = []
+    found = {}
     for text in texts:
         name, _, value = text.partition("=")
         if name not in OVERRIDES or not value.isdecimal() or int(value) < 1:
             raise ValueError(f"--capacity {text}: write NAME=N, as in kv_blocks=4096; names are {', '.join(OVERRIDES)}")
-        found.append((name, int(value)))
-    return tuple(found)
+        found[name] = int(value)
+    return found
 
 
 def parsed_clocks(text: str | None) -> tuple[int, ...] | None:
