@@ -13,6 +13,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from throttllem.core.bound import surely_fits
 from throttllem.core.horizon import Horizon, look_ahead
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.projection import project
@@ -133,16 +134,21 @@ def admit(
     delay_s: float,
     margin: float,
     patient: bool = True,
+    crowded: bool = False,
 ) -> Verdict:
     """Check one request against an engine's coming iterations.
 
     `first` and `base_s`: the iteration in progress or next to begin, and when it began. `delay_s`: what reaching the
     top clock costs before it is in force. A request that is no longer `patient` does not wait for the deadlines of
-    others. An empty engine admits whatever `never_fits` let through, if only as lost.
+    others. An empty engine admits whatever `never_fits` let through, if only as lost. `crowded`: others wait already,
+    so the bound that decides quickly will hardly hold, and is not tried.
     """
     alone = len(board) == 0
     if not alone and (why := _no_room(board, spec, newcomer)):
         return Verdict(kind=VerdictKind.WAIT, why=why)
+    times = {"base_s": base_s, "delay_s": delay_s, "margin": margin}
+    if not crowded and surely_fits(board, spec, table, newcomer, first=first, **times):
+        return ADMIT
     projection = project(board, spec, first=first, extra=newcomer)
     ahead = look_ahead(board, spec, table, projection, base_s=base_s, extra=newcomer)
     if ahead.kv_peak > spec.kv_blocks and not alone:

@@ -164,6 +164,7 @@ class Entrance:
             delay_s=self._governor.top_delay_s(engine, now_s),
             margin=self._options.admission.kept_back,
             patient=self._options.admission.is_patient(row.request, now_s),
+            crowded=len(self._queue) > 1,
         )
 
     def _turn_away(self, row: Row, why: Reason, commands: list[Command]) -> None:

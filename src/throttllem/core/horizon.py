@@ -104,7 +104,7 @@ def look_ahead(
     starts = edges[:-1]
     run_of = np.cumsum(cut) - 1
     due_s = np.concatenate([board.deadline_s, [row.deadline_s() for row in pending]])
-    first_due = np.array([_first_due_s(row) for row in pending], dtype=np.float64)
+    first_due = np.array([row.first_due_s() for row in pending], dtype=np.float64)
     kv_peak = int(projection.kv_blocks.max(initial=0))
     return Horizon(
         base_s=base_s,
@@ -123,10 +123,3 @@ def look_ahead(
             int(projection.batch.max(initial=0)), kv_peak, int(projection.prefill_tokens.max(initial=0))
         ),
     )
-
-
-def _first_due_s(row: Row) -> float:
-    ttft_s = row.request.slo.ttft_s
-    if ttft_s is None or row.lost or row.first_token_s is not None:
-        return math.inf
-    return row.request.arrival_s + ttft_s

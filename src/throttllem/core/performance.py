@@ -46,6 +46,7 @@ class PerformanceTable:
     seconds: Steps
     watts: Steps
     hull: Hull
+    _slowest: Steps = field(init=False, repr=False)
     _kv_offset: Ints = field(init=False, repr=False)
     _batch_offset: Ints = field(init=False, repr=False)
     _prefill_offset: Ints = field(init=False, repr=False)
@@ -60,6 +61,10 @@ class PerformanceTable:
         shape = (prefill_bins * batch_bins * kv_bins, len(clocks))
         for name in ("seconds", "watts"):
             _check_steps(name, getattr(self, name), shape)
+        slowest = self.seconds[:, -1].reshape(prefill_bins, batch_bins, kv_bins)
+        for axis in range(3):
+            slowest = np.maximum.accumulate(slowest, axis=axis)
+        object.__setattr__(self, "_slowest", slowest.ravel())
         object.__setattr__(self, "_kv_offset", self.kv_bin.astype(np.int64))
         object.__setattr__(self, "_batch_offset", self.batch_bin.astype(np.int64) * kv_bins)
         object.__setattr__(self, "_prefill_offset", self.prefill_bin.astype(np.int64) * (kv_bins * batch_bins))
@@ -78,6 +83,10 @@ class PerformanceTable:
             self._kv_offset.take(kv_blocks, mode="clip"),
         )
         return int(prefill) + int(self._batch_offset.take(batch, mode="clip")) + int(kv)
+
+    def slowest_s(self, batch: int, kv_blocks: int, prefill_tokens: int) -> float:
+        """Seconds at the top clock that no iteration of at most so much of each exceeds."""
+        return float(self._slowest[self.cell(batch, kv_blocks, prefill_tokens)])
 
     def with_prompt(self, cell: int, prefill_tokens: int) -> int:
         """The row of the same batch and KV use with `prefill_tokens` prompt tokens instead."""

@@ -65,6 +65,13 @@ class Row:
         """What a reserve may take from the deadline at most: a tenth of what a TBT promise gives."""
         return 0.1 * self.tbt_s * self.gaps
 
+    def first_due_s(self) -> float:
+        """When the first token is due; inf if it is out, or nothing was promised."""
+        ttft_s = self.request.slo.ttft_s
+        if ttft_s is None or self.lost or self.first_token_s is not None:
+            return math.inf
+        return self.request.arrival_s + ttft_s
+
     def deadline_s(self) -> float:
         """When the last token is due: E2E, and the mean time between tokens once the first is out; inf if lost."""
         if self.lost:
