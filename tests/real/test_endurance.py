@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tools.evaluation.endurance import endure
+from tools.evaluation.endurance import CLIENTS, endure
 
 MIB = 2**20
 
@@ -19,6 +19,6 @@ def test_nothing_grows(tmp_path):
     assert endured.slope("rss") * 50_000 < 8 * MIB
     early, late = endured.kept
     assert late - early < 1_000, endured.kept
-    for name in ("tasks", "fds"):
-        assert endured.decile(name, -1) < 1.2 * endured.decile(name, 0)
+    assert endured.decile("tasks", -1) < 3 * CLIENTS  # what one in a thousand requests left would be as many again
+    assert endured.decile("fds", -1) < 1.2 * endured.decile("fds", 0)
     assert not [said for said in endured.answers if "internal" in said], endured.answers
