@@ -146,15 +146,9 @@ def test_profile_then_train(monkeypatch, capsys):
 def test_a_stopped_run_leaves_nothing_half_written(stop, cache_dir, tmp_path):
     arguments = ["simulate", "--trace", "azure-conv-like:seconds=3600", "--json", "a.json", "--out", "report"]
     environment = {**os.environ, "THROTTLLEM_CACHE_DIR": str(cache_dir), "THROTTLLEM_WORKERS": "2"}
-    command = [str(Path(sys.executable).with_name("throttllem")), *arguments]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment,
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
-    )
+    # A job in the background ignores Ctrl-C, and all that it starts would.
+    command = ["env", "--default-signal=INT", str(Path(sys.executable).with_name("throttllem")), *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.PIPE)
     time.sleep(6)
     assert process.poll() is None, process.stderr.read()
     process.send_signal(stop)
