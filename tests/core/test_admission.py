@@ -105,6 +105,12 @@ def test_the_newcomers_own_time_between_tokens_counts():
     assert check(board_with(), row(2, 100, 80, slo=Slo(tbt_s=0.030))) == ADMIT
 
 
+def test_an_idle_engine_keeps_nothing_back_of_a_tbt_promise():
+    # Its last iteration takes 13 + 0.5 + 4.5 ms.
+    for tbt_s, verdict in ((0.0185, ADMIT), (0.0175, LOST)):
+        assert check(Scoreboard(WIDE.block_tokens), row(2, 100, 80, slo=Slo(tbt_s=tbt_s)), margin=0.2) == verdict
+
+
 def test_time_between_tokens_is_not_asked_of_iterations_with_prompts():
     # 100 prompt tokens take 30 ms more, which is above 25 ms.
     assert check(board_with(Slo(tbt_s=0.025))) == ADMIT

@@ -24,7 +24,9 @@ promises = st.builds(
     tbt_s=st.none() | st.floats(0.01, 0.2),
     ttft_s=st.none() | st.floats(0.02, 5),
 )
-rows = st.tuples(st.integers(1, 90), st.integers(1, 60), promises, st.booleans(), st.integers(0, 30))
+kinds = st.sampled_from(["waits", "runs", "runs", "is lost", "was thrown out"])
+rows = st.tuples(st.integers(1, 90), st.integers(1, 60), promises, kinds, st.integers(0, 30))
+FIRST = 30
 
 
 def bumpy(seed, size):
@@ -33,11 +35,17 @@ def bumpy(seed, size):
 
 
 def board_of(drawn, others):
+    """Rows that began before `FIRST`; those that wait come in about then, in their order."""
     board = Scoreboard(WIDE.block_tokens)
-    for key, (prompt, answer, slo, runs, at) in enumerate(drawn):
-        board.dispatch(row(key, prompt, answer, slo=slo, earliest=at // 10))
-        if runs:
+    for key, (prompt, answer, slo, kind, at) in enumerate(drawn):
+        one = row(key, prompt, answer, slo=slo, earliest=FIRST + key // 4 if kind == "waits" else at)
+        board.dispatch(one)
+        if kind != "waits":
             board.begin(key, at, 0.01 * at)
+        if kind == "is lost":
+            board.mark_lost(one)
+        if kind == "was thrown out" and at < FIRST:
+            board.preempt(key, FIRST - 1)
     board.others = others
     return board
 
@@ -52,24 +60,28 @@ def asked(board, newcomer, found, the_spec, **times):
     drawn=st.lists(rows, max_size=20),
     newcomer=rows,
     others=st.builds(Others, batch=st.integers(-3, 3), kv_blocks=st.integers(-50, 50)),
-    chunked=st.booleans(),
-    passed=st.integers(0, 25),
+    engine=st.tuples(st.booleans(), st.integers(8, 48)),
+    passed=st.integers(0, 5),
     delay_s=st.sampled_from([0.0, 0.2]),
     margin=st.sampled_from([0.0, 0.05, 0.2]),
     bump=st.tuples(st.integers(0, 9), st.sampled_from([0.0, 0.5])),
+    largest=st.sampled_from([24, 24, 6]),
 )
-def test_whoever_passes_would_be_admitted(drawn, newcomer, others, chunked, passed, delay_s, margin, bump):
-    prompt, answer, slo, _, at = newcomer
-    new = row(99, prompt, answer, slo=slo, earliest=30 + passed + at // 10)
-    times = {"first": 30 + passed, "base_s": 0.3 + 0.01 * passed, "delay_s": delay_s, "margin": margin}
-    the_spec = replace(WIDE, chunked=chunked)
-    surely, projected = asked(board_of(drawn, others), new, bumpy(*bump), the_spec, **times)
+def test_whoever_passes_would_be_admitted(drawn, newcomer, others, engine, passed, delay_s, margin, bump, largest):
+    prompt, answer, slo, _, later = newcomer
+    first, (chunked, budget) = FIRST + passed, engine
+    new = row(99, prompt, answer, slo=slo, earliest=FIRST + 5 + later // 10)
+    times = {"first": first, "base_s": 0.01 * first, "delay_s": delay_s, "margin": margin}
+    the_spec = replace(WIDE, chunked=chunked, prefill_budget_tokens=budget)
+    found = bumpy(*bump)
+    found = replace(found, hull=replace(found.hull, max_batch=largest))
+    surely, projected = asked(board_of(drawn, others), new, found, the_spec, **times)
     event("passes" if surely else "is projected")
     assert not surely or projected == ADMIT
 
 
 def light(**promise):
-    board = board_of([(40, 60, Slo(**promise), True, 0)], Others())
+    board = board_of([(40, 60, Slo(**promise), "runs", 0)], Others())
     return asked(board, row(2, 40, 60), TABLE, WIDE, first=0, base_s=0.0, delay_s=0.0, margin=0.0)
 
 
@@ -82,7 +94,7 @@ def test_it_decides_where_promises_are_far_away():
 
 @pytest.mark.parametrize("change", ["lost", "several", "outside"])
 def test_what_it_does_not_judge(change):
-    board = board_of([(40, 60, Slo(), True, 0)], Others())
+    board = board_of([(40, 60, Slo(), "runs", 0)], Others())
     new = row(2, 40, 60, sequences=2 if change == "several" else 1)
     new.lost = change == "lost"
     found = table(WIDE, max_batch=1) if change == "outside" else TABLE

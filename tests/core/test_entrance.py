@@ -181,3 +181,11 @@ def test_no_more_sequences_than_the_engine_runs_side_by_side():
     arrive(dark, 1, 1, 2, sequences=6)
     arrive(dark, 2, 1, 1, sequences=3)
     assert list(dark.waiting) == [2]
+
+
+@pytest.mark.parametrize(("margin", "reject_margin", "dispatched"), [(0.5, 0.0, True), (0.0, 0.5, False)])
+def test_the_margin_that_holds_is_that_of_those_who_reject(margin, reject_margin, dispatched):
+    """Row 1 takes 0.97 s for its 60 tokens alone, 1.1 s beside another: it keeps 1.5 s, but not half of them."""
+    told = world(options(admission=replace(REJECT, margin=margin, reject_margin=reject_margin)))
+    arrive(told, 1, 4, 60, slo=Slo(e2e_s=1.5))
+    assert ("Dispatch" in names(arrive(told, 2, 4, 60))) == dispatched

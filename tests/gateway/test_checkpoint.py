@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from gateway.flights import OPTIONS, SPECS, TABLES, busy, deeds, fly
 from throttllem.core.controller import Controller
+from throttllem.core.drift import Others, Own
 from throttllem.core.online import Online
-from throttllem.core.types import Reason, Request, Slo, Timer
+from throttllem.core.types import Observed, Reason, Request, Slo, Timer
 from throttllem.gateway.checkpoint import CheckpointError, fill, load, make_blank, save, table_digest
 
 DIGESTS = {table_digest(one): one for one in TABLES.values()}
@@ -251,3 +252,11 @@ def test_fields_that_are_new_get_their_defaults():
     request = make_blank("throttllem.core.types:Request")
     fill(request, {"id": 1, "arrival_s": 0.0, "prompt_tokens": 1, "max_tokens": 2, "slo": Slo()})
     assert request == Request(id=1, arrival_s=0.0, prompt_tokens=1, max_tokens=2, slo=Slo())
+
+
+def test_a_meter_of_a_build_that_knew_one_look_only_goes_on():
+    meter = make_blank("throttllem.core.drift:DriftMeter")
+    fill(meter, {"corrections": 2, "_batch": 1, "_kv_blocks": None, "_sums": (1, 0), "_times": (1, 0)})
+    own = Own(running=1, kv_blocks=1, pending=0, pending_blocks=0)
+    assert meter.compare(Observed(engine=0, running=2, waiting=0, kv_blocks=1), own) == Others()
+    assert meter.drift().mean_batch == 1.0

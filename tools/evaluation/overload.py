@@ -64,8 +64,9 @@ answers: the gateway refuses long requests more often, and lets lighter ones pas
 **How far to trust it.** The engine's capacity is {bound:.2f} times the goodput of the best limit on vLLM, and
 {simulated_bound:.2f} times on the simulated one: whoever serves the mix as it is offered cannot gain more than that;
 a choice of shorter requests can. The gateway's rules under overload (who is held back too long is rejected, lighter
-ones pass) were developed on the simulated engine and this trace, after its first rules had failed there; the variants
-were compared on seeds 1 and 2. The seeds here are others.
+ones pass; margin and patience where requests are refused) were developed in simulation on this trace, on the A100 and
+on an engine with the law above, after earlier rules had failed; they were compared on seeds 1 and 2. The seeds here are
+others.
 """
 
 

@@ -32,7 +32,7 @@ what it knew in the moment in which the step ended, before anybody could have to
 *in the engine*: running and waiting requests, against those that the gateway has sent there; those on their way through
 vLLM's API server are the difference. *running*: the engine counts a prompt under way, the gateway only requests that
 have a token, as far as it can see (without the plug-in, none that is not streamed). *KV*: blocks, in % of the capacity,
-likewise.
+likewise. The offset does not tell apart what runs and what waits, so *running* has no corrected error.
 *KV unexplained*: the part of it that those requests, whose blocks the projections count as well, cannot explain.
 
 A difference counts once three looks in a row show it. A single look may catch engine and gateway at different moments;
@@ -105,7 +105,6 @@ def errors_of(samples: Sequence[Mapping[str, Any]], *, later: bool) -> dict[str,
         "kv": _mean_p95(blocks * scale),
         "unexplained": _mean_p95(_beyond(blocks, under_way) * scale),
         "inside corrected": _mean_p95(inside - offsets[:, 0]),
-        "running corrected": _mean_p95(running - offsets[:, 0]),
         "kv corrected": _mean_p95((blocks - offsets[:, 1]) * scale),
         "unexplained corrected": _mean_p95(_beyond(blocks - offsets[:, 1], under_way) * scale),
     }
@@ -123,9 +122,10 @@ def _mean_p95(errors: Any) -> dict[str, float]:
 
 def _rows(judged: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
     def row(title: str, suffix: str) -> tuple[str, ...]:
-        counts = [judged[f"{name}{suffix}"][figure] for name in ("inside", "running") for figure in ("mean", "p95")]
+        inside = [f"{judged[f'inside{suffix}'][figure]:.2f}" for figure in ("mean", "p95")]
+        running = ["" if suffix else f"{judged['running'][figure]:.2f}" for figure in ("mean", "p95")]
         shares = [judged[f"{name}{suffix}"][figure] for name in ("kv", "unexplained") for figure in ("mean", "p95")]
-        return (title, *(f"{count:.2f}" for count in counts), *(f"{share:.2f} %" for share in shares))
+        return (title, *inside, *running, *(f"{share:.2f} %" for share in shares))
 
     return [row("estimate", ""), row("corrected", " corrected")]
 

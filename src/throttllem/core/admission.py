@@ -185,7 +185,7 @@ def _check_times(
 ) -> Verdict:
     tbt_s = min(board.tightest_tbt_s(), newcomer.tbt_s)
     step_s = table.seconds[ahead.cells, -1]
-    slow = step_s[~ahead.prefills] > tbt_s * (1.0 - margin)
+    slow = step_s[~ahead.prefills] > (tbt_s if alone else tbt_s * (1.0 - margin))
     lightest_s, _ = table.at(table.clocks_mhz[-1], 1, 1, 0)
     hopeless = lightest_s > tbt_s  # not even a row alone keeps it: nobody need wait for it
     if bool(slow.any()) and (alone or (patient and not hopeless)):

@@ -14,6 +14,7 @@ from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import EngineSpec
 
 _ROUNDING = 1 + 1e-6
+"""The projection adds up and compares in other orders and in single precision."""
 
 
 def surely_fits(
@@ -40,14 +41,15 @@ def surely_fits(
     left = np.maximum(board.end - first, 1)
     kv_blocks = _kv_blocks(board, waiting, left + (board.tokens_at_start + (first - board.start)), spec.block_tokens)
     prompts = sum(row.prefill_tokens for row in waiting)
-    at_once = spec.prefill_budget_tokens if spec.chunked else max(row.prefill_tokens for row in waiting)
-    prefill = min(prompts, max(at_once, spec.prefill_budget_tokens))
+    longest = 0 if spec.chunked else max(row.prefill_tokens for row in waiting)
+    prefill = min(prompts, max(longest, spec.prefill_budget_tokens))
     if room < 1 or kv_blocks > spec.kv_blocks or not table.inside(batch, kv_blocks, prefill):
         return False
     step_s = table.slowest_s(batch, kv_blocks, 0) * _ROUNDING
     prompt_s = table.slowest_s(batch, kv_blocks, prefill) * _ROUNDING
     if step_s > min(board.tightest_tbt_s(), newcomer.tbt_s) * kept:
         return False
+    # Until all have started, an iteration takes `room` prompt tokens, or finishes a prompt, or nobody is there yet.
     later = max(0, *(row.earliest - first for row in waiting))
     started_s = delay_s + (later + len(waiting) - (-prompts // room)) * prompt_s
     if bool((started_s + left * step_s > (board.deadline_s - base_s) * kept).any()):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from throttllem.core.types import Observed
 
 _LOOKS = 3
-"""So many looks in a row must show a difference (docs/evaluation/scoreboard.md: with one look, twice a second, the
-correction made KV worse by half)."""
+"""So many looks in a row must show a difference. Measured on vLLM with one look twice a second: KV that the rows do
+not explain was 0.64 % of the capacity off with the correction, 0.44 % without.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +56,21 @@ class Drift:
     corrections: int = 0
 
 
+def _looks() -> deque[int]:
+    return deque([0] * _LOOKS, _LOOKS)
+
+
+@dataclass(slots=True, kw_only=True)
 class DriftMeter:
     """Compares, and remembers how large the differences were. O(1)."""
 
-    def __init__(self) -> None:
-        self.corrections = 0
-        self._batch: int | None = None
-        self._kv_blocks: int | None = None
-        self._sums = (0, 0)
-        self._times = (0, 0)
-        self._others = deque([0] * _LOOKS, _LOOKS)
-        self._others_kv = deque([0] * _LOOKS, _LOOKS)
+    corrections: int = 0
+    _batch: int | None = None
+    _kv_blocks: int | None = None
+    _sums: tuple[int, int] = (0, 0)
+    _times: tuple[int, int] = (0, 0)
+    _others: deque[int] = field(default_factory=_looks)
+    _others_kv: deque[int] = field(default_factory=_looks)
 
     def compare(self, told: Observed, own: Own) -> Others:
         """Who else is in the engine, as far as the last looks agree; what it does not say stays as it was."""

@@ -1,4 +1,4 @@
-"""Events and commands of the core to and from JSON values, whatever fields they have.
+"""Events of the core to and from JSON values, its commands to JSON, whatever fields they have.
 
 The JSON names a value's class as "k", leaves out fields that hold their default, and keeps floats exactly. Knows
 nothing of files, nor of what the values mean.
@@ -22,13 +22,11 @@ _PLAIN = (int, float, str, bool)
 _WORDS = types.MappingProxyType(
     {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
 )
-
-
 _EVENTS = types.MappingProxyType({kind.__name__: kind for kind in get_args(Event)})
 
 
 class WireError(ValueError):
-    """JSON that is no event or command of this build; the message names the field."""
+    """JSON that is no event of this build; the message names the field."""
 
 
 def to_json(value: Event | Command) -> dict[str, object]:
@@ -104,7 +102,7 @@ def _readers(kind: type) -> Mapping[str, Reader]:
 
 
 def _reader(hint: Any) -> Reader:
-    """How a field of that type is read; TypeError for a type that no event or command has yet."""
+    """How a field of that type is read; TypeError for a type that no event has yet."""
     if hint in _PLAIN:
         return lambda value, where: _plain(hint, value, where)
     if get_origin(hint) in (types.UnionType, Union) and type(None) in get_args(hint):
