@@ -91,7 +91,7 @@ def test_the_scoreboard_follows_the_engine(engine, clients, tmp_path, plug_in, s
     print(errors)
     assert len(samples) > 100
     assert max(sample["engine"]["running"] for sample in samples) > 1
-    assert errors["running corrected"]["mean"] < sequences
+    assert errors["running"]["mean"] < sequences
     assert errors["unexplained"]["mean"] < percent
 
 

@@ -1,7 +1,6 @@
 """Promises at work: twice the engine's capacity, vLLM alone, vLLM behind its best limit, and the gateway.
 
-Everything is decided by rules that were written before the runs: what capacity is, what is promised, how the limit is
-tuned, which requests are judged.
+Rules written before the runs decide what capacity is, what is promised, how the limit is tuned, who is judged.
 """
 
 from __future__ import annotations
@@ -65,8 +64,7 @@ answers: the gateway refuses long requests more often, and lets lighter ones pas
 {simulated_bound:.2f} times on the simulated one: whoever serves the mix as it is offered cannot gain more than that;
 a choice of shorter requests can. The gateway's rules under overload (who is held back too long is rejected, lighter
 ones pass; margin and patience where requests are refused) were developed in simulation on this trace, on the A100 and
-on an engine with the law above, after earlier rules had failed; they were compared on seeds 1 and 2. The seeds here are
-others.
+on an engine with the law above, after earlier rules had failed, on seeds 1 and 2. The seeds here are others.
 """
 
 
