@@ -30,7 +30,7 @@ class Plan:
     judged_s: float = 60.0
     burst: int = 800
     profile_s: float = 100.0
-    limits: tuple[int, ...] = (72, 88, 100, 112)
+    limits: tuple[int, ...] = (72, 88, 112, 144)
     seeds: tuple[int, ...] = (11, 12, 13)
     tuning_seed: int = 100
 
