@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -34,13 +35,17 @@ from throttllem.config import Options, changed
 from throttllem.core.types import Slo
 from throttllem.engine.fleet import Fleet, build_fleet
 from throttllem.engine.live import EngineError
+from throttllem.engine.openai import OpenaiEngine
 from throttllem.engine.remote import Remote
+from throttllem.engine.triton import TritonEngine
 from throttllem.files import ensure_writable_dir
+from throttllem.gpu.hardware import HardwareGpu
+from throttllem.gpu.keeper_client import SOCKET
 from throttllem.learn.bake import bake
 from throttllem.learn.live import Device
 from throttllem.learn.live_plan import POINTS, LivePlan
 from throttllem.learn.live_run import chosen_clocks, profile_live
-from throttllem.learn.live_target import SCRAPE_S, Target, parsed_capacities, parsed_clocks, parsed_kind
+from throttllem.learn.live_target import SCRAPE_S, Target, parsed_capacities, parsed_clocks, parsed_gpus, parsed_kind
 from throttllem.learn.measure import ProfilePlan
 from throttllem.learn.profile import check_ending, read_profile, spec_of, write_profile
 from throttllem.learn.score import score_profile, score_table, write_score_card
@@ -125,6 +130,8 @@ def profile(
     clocks: Annotated[
         str | None, typer.Option("--clocks", help="With --url: MHz, as in 1410,1050; default: 8 of them.")
     ] = None,
+    gpus: Annotated[str | None, typer.Option("--gpus", help="With --url: its GPUs here; their clocks are set.")] = None,
+    keeper: Annotated[Path, typer.Option("--keeper", help="With --gpus: the keeper's socket.")] = SOCKET,
     seconds: Annotated[float | None, typer.Option("--seconds", help="With --url: no new point after so long.")] = None,
     points: Annotated[
         int | None, typer.Option("--points", help=f"With --url: so many points; {POINTS} without --seconds.")
@@ -154,7 +161,8 @@ def profile(
     )
     target = Target(fleet=build_fleet(known, gpu, model or "llama-3-8b", size, options.engine), remote=remote)
     plan = LivePlan(points=POINTS if seconds is None and points is None else points, seconds=seconds, seed=seed)
-    device = target.device(chosen_clocks(target.fleet.clocks_mhz, parsed_clocks(clocks)))
+    chosen = chosen_clocks(target.fleet.clocks_mhz, parsed_clocks(clocks))
+    device = target.device(chosen, parsed_gpus(gpus), keeper)
     return _profile_live(target, device, plan, out, resume=resume)
 
 
@@ -175,6 +183,12 @@ def _profile_live(target: Target, device: Device, plan: LivePlan, out: Path, *, 
 
         async def run() -> int:
             engine = target.engine()
+            async with contextlib.AsyncExitStack() as hardware:
+                if isinstance(device.gpu, HardwareGpu):
+                    await hardware.enter_async_context(device.gpu)
+                return await measured(engine)
+
+        async def measured(engine: OpenaiEngine | TritonEngine) -> int:
             try:
                 return await profile_live(
                     engine,

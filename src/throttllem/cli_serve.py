@@ -41,6 +41,10 @@ def serve(
     model: Annotated[str | None, typer.Option("--model", help="Model of the catalogue, of the one engine.")] = None,
     tp: Annotated[int | None, typer.Option("--tp", help="GPUs of the one engine.")] = None,
     tables: Annotated[Path | None, typer.Option("--tables", help="Folder that `train` wrote.")] = None,
+    gpus: Annotated[
+        str | None, typer.Option("--gpus", help="GPUs of the one engine here, UUIDs or numbers; else simulated ones.")
+    ] = None,
+    clocks: Annotated[str | None, typer.Option("--clocks", help="With --gpus: on, advise (default) or off.")] = None,
     slo_e2e: Annotated[float | None, typer.Option("--slo-e2e", help="Seconds; promised where none is named.")] = None,
     slo_tbt: Annotated[float | None, typer.Option("--slo-tbt", help="Seconds, mean; likewise.")] = None,
     slo_ttft: Annotated[float | None, typer.Option("--slo-ttft", help="Seconds; likewise.")] = None,
@@ -62,6 +66,8 @@ def serve(
         "engines.0.model": model,
         "engines.0.tp": tp,
         "engines.0.tables": tables,
+        "engines.0.gpus": gpus,
+        "clocks.mode": clocks,
         "slo.e2e_s": slo_e2e,
         "slo.tbt_s": slo_tbt,
         "slo.ttft_s": slo_ttft,

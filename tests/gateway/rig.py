@@ -20,11 +20,12 @@ from throttllem.engine.realtime import RealtimeEngine
 from throttllem.gateway.booking import Booking
 from throttllem.gateway.driver import Driver
 from throttllem.gateway.energy_meter import EnergyMeter
+from throttllem.gateway.engine_clock import EngineClock
 from throttllem.gateway.link import Link
 from throttllem.gateway.models import AllModels, Served
+from throttllem.gateway.other_clocks import OtherClocks
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gateway.ticket import RefusedError
-from throttllem.gateway.top_clock import TopClock
 from throttllem.gpu.simulated import SimulatedGpu
 
 
@@ -188,7 +189,7 @@ def toy_link(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, na
         mute=mute,
         numbered=numbered,
     )
-    meter = EnergyMeter(gpu=device, top=TopClock(table=table_ or table(some)))
+    meter = EnergyMeter(gpu=device, top=OtherClocks(table=table_ or table(some)))
     link = Link(
         name=f"toy-{tp}",
         kind="simulated",
@@ -196,7 +197,7 @@ def toy_link(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, na
         catalogue_gpu="toy",
         catalogue_model="toy",
         engine=engine,
-        gpu=device,
+        clock=EngineClock(name=f"toy-{tp}", gpu=device, reading=meter.reading, now=now),
         booking=Booking(meter=meter, now=now, kv_blocks=lambda: 1),
         now=now,
     )

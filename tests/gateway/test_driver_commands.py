@@ -76,19 +76,19 @@ def test_a_clock_that_cannot_be_set_is_tried_once_a_second_and_nobody_suffers():
         def __getattr__(self, name):
             return getattr(self.gpu, name)
 
-        async def set_clock(self, mhz):
+        async def set_clock(self, mhz, sent=None):
             Stuck.tries += 1
             raise OSError("not permitted: run as root")
 
     async def run():
         async with rig() as it:
-            it.link.gpu = Stuck(it.link.gpu)
+            it.link.clock.gpu = Stuck(it.link.gpu)
             await it.up()
             ends = await asyncio.gather(*(outcome(it.ask(tokens=100)) for _ in range(5)))
             (view,) = it.driver.controller.snapshot().engines
             trouble = it.link.trouble
             plan, tries, now_s = view.plan, Stuck.tries, it.driver.now()
-            it.link.gpu = it.link.gpu.gpu
+            it.link.clock.gpu = it.link.gpu.gpu
             await asyncio.sleep(1.5)
             return ends, trouble, plan, tries, now_s, it.link.trouble, it.seen.events(ClockRead)[-1].mhz
 

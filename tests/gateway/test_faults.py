@@ -241,7 +241,7 @@ def test_full_disk_under_the_recorder(tmp_path, caplog):
 
 def test_clock_that_cannot_be_set(tmp_path, caplog):
     def stick(gateway):
-        async def stuck(mhz):
+        async def stuck(mhz, sent=None):
             raise OSError("the driver says no")
 
         gateway.models.served[0].driver.links[0].gpu.set_clock = stuck

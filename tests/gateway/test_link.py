@@ -81,10 +81,10 @@ def test_a_clock_that_is_not_the_planned_one_is_put_back():
         async with rig() as it:
             await it.up()
             for mhz in (600, 1200, 800):
-                it.link.set_clock(plan(mhz))
+                it.link.clock.set(plan(mhz), 0.0)
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.2)
-            return it.link.gpu.read().clock_mhz, it.link._clock_tasks
+            return it.link.gpu.read().clock_mhz, it.link.clock.tasks
 
     assert virtually(run()) == (1400, set())
 
@@ -93,7 +93,7 @@ def test_what_is_told_of_one_that_was_let_go_goes_nowhere():
     async def run():
         async with rig() as it:
             await it.up()
-            it.link.set_clock(plan(600))
+            it.link.clock.set(plan(600), 0.0)
             it.link.retire()
             before = len(it.seen.handled_)
             it.link.token(1, 1)
@@ -189,7 +189,7 @@ def test_a_clock_that_cannot_be_set_by_a_fault_of_ours_keeps_no_engine_down(capl
     async def run():
         async with rig() as it:
 
-            async def broken(mhz):
+            async def broken(mhz, sent=None):
                 raise ZeroDivisionError("a fault of ours")
 
             healthy, it.link.gpu.set_clock = it.link.gpu.set_clock, broken

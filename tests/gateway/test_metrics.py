@@ -15,6 +15,7 @@ from .statuses import DOWN, EMPTY, HOSTILE, MODEL, STATUS
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 UNITS = {"seconds", "joules", "watts", "hertz", "ratio", "requests", "tokens", "blocks", "sequences", "info", "total"}
 PLAIN = {
+    "throttllem_clocks_set",
     "gen_ai_client_token_usage",
     "throttllem_draining",
     "throttllem_engine_state",
@@ -51,6 +52,7 @@ def observed() -> Histograms:
     absent = dict.fromkeys(ended, None) | {"model": "llama"}
     histograms.request(**absent, prompt_tokens=None, generated_tokens=None, joules=5.0, kept=None)
     histograms.decision(0.0003)
+    histograms.clock_command(0.0004)
     histograms.http(200)
     histograms.http(999)
     return histograms
@@ -69,6 +71,11 @@ def observed() -> Histograms:
         ("throttllem_energy_joules_total", AT, 81_000),
         ("throttllem_idle_energy_joules_total", AT, 9_000),
         ("throttllem_top_clock_energy_joules_total", AT, 100_000),
+        ("throttllem_clocks_set", AT, 0),
+        ("throttllem_advised_clock_hertz", AT, 1.065e9),
+        ("throttllem_clock_limit_hertz", AT, 1.05e9),
+        ("throttllem_advised_energy_joules_total", AT, 72_900),
+        ("throttllem_advised_saving_ratio", AT, pytest.approx(0.1)),
         ("throttllem_energy_saving_ratio", AT, pytest.approx(0.19)),
         ("throttllem_slo_attainment_ratio", {"model": "llama", "window": "recent"}, 0.985),
         ("throttllem_slo_attainment_ratio", {"model": "llama", "window": "ever"}, 0.985),

@@ -193,8 +193,8 @@ def test_health_and_the_most_answers_side_by_side():
             for link in it.driver.links:
                 link.connected = await link.engine.connect()
             seen.append((it.models.most_sequences(), it.models.health()))
-            it.driver.links[0].trouble = "it is out"
-            it.driver.links[1].trouble = "it is out"
+            it.driver.links[0].own_trouble = "it is out"
+            it.driver.links[1].own_trouble = "it is out"
             it.models.draining = True
             return *seen, it.models.health()
 

@@ -134,7 +134,7 @@ class Unreadable:
 def test_a_gpu_that_cannot_be_read_for_a_while_costs_no_request_and_no_joule(mute, caplog):
     async def run():
         async with rig(mute=mute) as it:
-            it.link.gpu = it.link.booking.meter.gpu = gpu = Unreadable(it.link.gpu)
+            it.link.clock.gpu = it.link.booking.meter.gpu = gpu = Unreadable(it.link.gpu)
             await it.up()
             asks = [asyncio.ensure_future(it.ask(tokens=60)) for _ in range(3)]
             await asyncio.sleep(0.1)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from throttllem.gpu.device import Gpu, Work
-from throttllem.gpu.simulated import ClockError, SimulatedGpu
+from throttllem.gpu.device import ClockError, Gpu, Work
+from throttllem.gpu.simulated import SimulatedGpu
 
 CLOCKS = (600, 900, 1410)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.engines.vllm_server import ENVIRONMENT, MODEL
+from tools.engines.vllm_server import ENVIRONMENT, MODEL, end
 from tools.evaluation.figures import Figures, percentiles_ms
 
 LIMIT_S = 400.0
@@ -76,14 +76,26 @@ def run_bench_serve(vllm: Path, url: str, trace: Path, model: Path, *, requests:
     )
 
 
-def run_aiperf(clients: Path, url: str, trace: Path, cache: Path, *, requests: int, folder: Path) -> Figures:
-    """`aiperf profile` with a Mooncake trace on a fixed schedule; `cache` holds the tokenizer (`tokenizer_cache`)."""
+def run_aiperf(
+    clients: Path,
+    url: str,
+    trace: Path,
+    cache: Path,
+    *,
+    requests: int,
+    folder: Path,
+    telemetry: Sequence[str] = ("--no-gpu-telemetry",),
+) -> Figures:
+    """`aiperf profile` with a Mooncake trace on a fixed schedule; `cache` holds the tokenizer (`tokenizer_cache`).
+
+    What became of each request is in `folder`, and what the GPUs said of themselves if `telemetry` asks for it.
+    """
     command = [
         *(str(clients / "bin/aiperf"), "profile", "--model", MODEL, "--url", url, "--tokenizer", REPOSITORY),
         *("--endpoint-type", "completions", "--streaming", "--use-server-token-count", "--use-legacy-max-tokens"),
         *("--input-file", str(trace), "--custom-dataset-type", "mooncake_trace", "--fixed-schedule"),
         *("--extra-inputs", "ignore_eos:true", "--extra-inputs", "temperature:0", "--random-seed", "0"),
-        *("--no-gpu-telemetry", "--no-server-metrics", "--ui", "none", "--output-artifact-dir", str(folder)),
+        *(*telemetry, "--no-server-metrics", "--ui", "none", "--output-artifact-dir", str(folder)),
         *("--workers-max", "1", "--record-processors", "1"),
     ]
     _run(command, {"HF_HOME": str(cache)})
@@ -115,16 +127,19 @@ def tokenizer_cache(model: Path, folder: Path) -> Path:
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """What it prints. Raises ClientError."""
+    """What it prints; whatever happens, nothing of it goes on running. Raises ClientError."""
+    # The hashes of text seed the prompts of `vllm bench serve`.
+    more = ENVIRONMENT | {"PYTHONHASHSEED": "0"} | dict(environment or {})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | more, start_new_session=True
+    )
     try:
-        # The hashes of text seed the prompts of `vllm bench serve`.
-        more = ENVIRONMENT | {"PYTHONHASHSEED": "0"} | dict(environment or {})
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=LIMIT_S, env=os.environ | more
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ClientError(f"{Path(command[0]).name}: not done after {LIMIT_S:.0f} s") from error
-    if done.returncode:
-        last = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
-        raise ClientError(f"{' '.join(command)}: exit status {done.returncode}\n{last}")
-    return done.stdout
+        out, error = (said.decode(errors="replace") for said in process.communicate(timeout=LIMIT_S))
+    except subprocess.TimeoutExpired as late:
+        raise ClientError(f"{Path(command[0]).name}: not done after {LIMIT_S:.0f} s") from late
+    finally:
+        end(process)
+    if process.returncode:
+        last = "\n".join((out + error).splitlines()[-25:])
+        raise ClientError(f"{' '.join(command)}: exit status {process.returncode}\n{last}")
+    return out

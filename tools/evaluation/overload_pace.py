@@ -16,18 +16,23 @@ from typing import Any
 VARIABLE = "OVERLOAD_PACE"
 """Seconds of every step, of each row that decodes, of each prompt token; separated by commas."""
 LAW = (0.015, 0.00035, 0.00007)
-NAME = "overload_pace"
 
 
 def install(folder: Path) -> dict[str, str]:
     """Put the plug-in into a folder; the environment that makes vLLM find it, with the law."""
-    described = folder / f"{NAME}-0.dist-info"
+    return install_plugin(Path(__file__), folder) | {VARIABLE: ",".join(map(str, LAW))}
+
+
+def install_plugin(file: Path, folder: Path) -> dict[str, str]:
+    """Put a module with a `register` into a folder; the environment that makes vLLM call it in its processes."""
+    name = file.stem
+    described = folder / f"{name}-0.dist-info"
     described.mkdir(parents=True, exist_ok=True)
-    shutil.copy(__file__, folder / f"{NAME}.py")
-    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 0\n")
-    (described / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{NAME} = {NAME}:register\n")
+    shutil.copy(file, folder / file.name)
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (described / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{name} = {name}:register\n")
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), VARIABLE: ",".join(map(str, LAW))}
+    return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def register() -> None:

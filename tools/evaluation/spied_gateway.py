@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from throttllem.engine.realtime import RealtimeEngine
 from throttllem.engine.simulated import SimulatedEngine
 from throttllem.gateway.app import Gateway
 from throttllem.gateway.driver import Driver
+from throttllem.gpu.device import nothing
 from throttllem.gpu.simulated import SimulatedGpu
 
 
@@ -109,7 +110,7 @@ def _name(task: asyncio.Task[Any]) -> str:
     return str(getattr(task.get_coro(), "__qualname__", "?"))
 
 
-async def _stuck(self: SimulatedGpu, mhz: int) -> int | None:
+async def _stuck(self: SimulatedGpu, mhz: int | None, sent: Callable[[], None] = nothing) -> int | None:
     raise OSError(f"{mhz} MHz: the clock is stuck (injected)")
 
 

@@ -78,8 +78,8 @@ class Controller:
                 changed = self._ready(key, spec, now_s)
             case EngineLost(engine=key):
                 changed = self._engine_lost(key, now_s, commands)
-            case ClockRead(engine=key, mhz=mhz):
-                changed = self._clock_read(key, mhz, now_s)
+            case ClockRead():
+                changed = self._clock_read(event, now_s)
             case Timer():
                 changed = {state.engine: state for state in self._engines if state.again_at_s <= now_s}
         changed |= self._autoscale(now_s, commands)
@@ -175,17 +175,22 @@ class Controller:
             self._start(engine.tp, commands)
         return {}
 
-    def _clock_read(self, key: int, mhz: int | None, now_s: float) -> Changed:
-        """An unknown clock is asked for again, at the top; one that did not follow is planned and asked for again."""
-        engine = self._engines.get(key)
+    def _clock_read(self, read: ClockRead, now_s: float) -> Changed:
+        """An unknown clock is asked for again, at the top; so is one that did not follow, unless something holds it
+        down: then every higher clock is planned as what it comes to.
+        """
+        engine = self._engines.get(read.engine)
         if engine is None:
             return {}
-        engine.clock_mhz = mhz
+        engine.clock_mhz = read.mhz
+        before = engine.table
+        engine.table = before and before.capped(read.limit_mhz)
         under_way = now_s < engine.set_at_s + self.options.throttle.switch_latency_s
-        if mhz is None or (mhz != engine.target_mhz and not under_way):
+        held = read.limit_mhz is not None and (read.mhz or 0) <= (engine.target_mhz or 0)
+        if read.mhz is None or (read.mhz != engine.target_mhz and not under_way and not held):
             engine.target_mhz = None  # whatever was asked for is not what is: the next plan is asked for anew
-            return {key: engine}
-        return {}
+            return {engine.engine: engine}
+        return {} if engine.table is before else {engine.engine: engine}
 
     def _settle(self, engine: EngineState, now_s: float, commands: list[Command]) -> None:
         """Plan the clock of an engine that changed; one that has drained is stopped."""

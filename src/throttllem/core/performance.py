@@ -6,7 +6,7 @@ Knows nothing of how the trees were trained, nor where a table is kept (`learn/`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -36,7 +36,8 @@ class PerformanceTable:
     `batch_bin` (batch 0 to the largest), `kv_bin` (KV blocks in use, 0 to capacity) and `prefill_bin` (prompt tokens
     in the iteration, 0 to the budget) give the bin of each value: from 0, rising by at most one. `seconds` and `watts`
     (of all GPUs of the engine) have the shape (cells, C), cell = (prefill bin * batch bins + batch bin) * KV bins + KV
-    bin. Batch counts decode rows and prompts being prefilled. Raises ValueError where the parts do not fit together.
+    bin. Batch counts decode rows and prompts being prefilled. `limit_mhz`: the GPUs are held down to that; `base` is
+    the table without it. Raises ValueError where the parts do not fit together.
     """
 
     clocks_mhz: tuple[int, ...]
@@ -46,6 +47,8 @@ class PerformanceTable:
     seconds: Steps
     watts: Steps
     hull: Hull
+    limit_mhz: int | None = field(default=None, init=False)
+    base: PerformanceTable | None = field(default=None, init=False, repr=False)
     _slowest: Steps = field(init=False, repr=False)
     _kv_offset: Ints = field(init=False, repr=False)
     _batch_offset: Ints = field(init=False, repr=False)
@@ -68,6 +71,23 @@ class PerformanceTable:
         object.__setattr__(self, "_kv_offset", self.kv_bin.astype(np.int64))
         object.__setattr__(self, "_batch_offset", self.batch_bin.astype(np.int64) * kv_bins)
         object.__setattr__(self, "_prefill_offset", self.prefill_bin.astype(np.int64) * (kv_bins * batch_bins))
+
+    def capped(self, limit_mhz: int | None) -> PerformanceTable:
+        """The same engine while its GPUs do not go above a limit (None: they do): every clock above it is no faster,
+        and draws no more, than the highest profiled one below it (the lowest of all, where none is).
+        """
+        base, clocks = self.base or self, self.clocks_mhz
+        limit_mhz = None if limit_mhz is None or limit_mhz >= clocks[-1] else limit_mhz
+        if limit_mhz == self.limit_mhz:
+            return self
+        if limit_mhz is None:
+            return base
+        column = max(0, int(np.searchsorted(clocks, limit_mhz, side="right")) - 1)
+        columns = np.minimum(np.arange(len(clocks)), column)
+        held = replace(base, seconds=base.seconds[:, columns], watts=base.watts[:, columns])
+        object.__setattr__(held, "limit_mhz", limit_mhz)
+        object.__setattr__(held, "base", base)
+        return held
 
     def cells(self, batch: Whole, kv_blocks: Whole, prefill_tokens: Whole) -> Ints:
         """Rows of `seconds` and `watts` for integer arrays of one shape; beyond either end the end bin counts."""

@@ -188,10 +188,13 @@ class EngineLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClockRead:
-    """The clock of an engine's GPUs as it is now; None: it could not be read or set."""
+    """The clock of an engine's GPUs as it is now; None: it could not be read or set. `limit_mhz`: higher clocks come to
+    no more than this while a power cap, heat or somebody else holds them down (None: nothing does).
+    """
 
     engine: int
     mhz: int | None
+    limit_mhz: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

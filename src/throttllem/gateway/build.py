@@ -17,33 +17,24 @@ from throttllem.core.online import Online, OnlineOptions
 from throttllem.core.options import ControllerOptions
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.policy import Policy, parse_policy
+from throttllem.core.throttle import ClockPolicy
 from throttllem.core.types import EngineSpec
 from throttllem.engine.fleet import build_fleet
-from throttllem.engine.openai import OpenaiEngine
-from throttllem.engine.realtime import RealtimeEngine
-from throttllem.engine.remote import Remote
-from throttllem.engine.triton import TritonEngine
-from throttllem.gateway.booking import Booking
 from throttllem.gateway.driver import Driver
-from throttllem.gateway.energy_meter import EnergyMeter
-from throttllem.gateway.link import Link
+from throttllem.gateway.links import LinkMaker, called
 from throttllem.gateway.metrics import Histograms
 from throttllem.gateway.models import AllModels, Served
 from throttllem.gateway.recorder import Recorder
 from throttllem.gateway.recordings import safe_name
 from throttllem.gateway.settings import EngineEntry, ServeOptions
-from throttllem.gateway.top_clock import TopClock
 from throttllem.gateway.witness import Record
-from throttllem.gpu.simulated import SimulatedGpu
+from throttllem.gpu.hardware import HardwareGpu
 from throttllem.learn.lengths import load_lengths
 from throttllem.learn.storage import load_table
 from throttllem.learn.tables import Progress, performance_tables
 from throttllem.physics.catalogue import Catalogue
-from throttllem.physics.engine import EnginePhysics
 
 log = logging.getLogger("throttllem.gateway")
-
-AnyEngine = RealtimeEngine | OpenaiEngine | TritonEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +44,7 @@ class Gateway:
     models: AllModels
     histograms: Histograms
     recorders: tuple[Recorder, ...]
+    hardware: tuple[HardwareGpu, ...]
     predictors: tuple[tuple[Path, Online], ...]
 
 
@@ -72,6 +64,7 @@ def build_gateway(
     catalogue = Catalogue.load(options.catalogue)
     histograms = Histograms()
     served, recorders, predictors = [], [], []
+    hardware: list[HardwareGpu] = []
     where = cache_dir if learn else None
     part = _Part(options=options, catalogue=catalogue, cache_dir=where, now=now, progress=progress)
     for entries in groups(options.engines):
@@ -79,8 +72,15 @@ def build_gateway(
         served.append(model.served)
         recorders.extend([model.recorder] if model.recorder else [])
         predictors.extend([model.predictor] if model.predictor else [])
+        hardware.extend(link.gpu for link in model.served.driver.links if isinstance(link.gpu, HardwareGpu))
     models = AllModels(served=tuple(served), version=version, policy=options.policy, slo=options.slo, now=now)
-    return Gateway(models=models, histograms=histograms, recorders=tuple(recorders), predictors=tuple(predictors))
+    return Gateway(
+        models=models,
+        histograms=histograms,
+        recorders=tuple(recorders),
+        hardware=tuple(hardware),
+        predictors=tuple(predictors),
+    )
 
 
 def groups(entries: tuple[EngineEntry, ...]) -> list[tuple[EngineEntry, ...]]:
@@ -96,16 +96,11 @@ def groups(entries: tuple[EngineEntry, ...]) -> list[tuple[EngineEntry, ...]]:
                 f"engines: two of model {group[0].model} with tp = {max(sizes, key=sizes.count)}: one engine of each "
                 "size is served; give other models another served_as, or run a gateway for each"
             )
-    names = [_called(group[0]) for group in found]
+    names = [called(group[0]) for group in found]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"engines: two models are called {name}: give each its own served_as, as clients name it")
     return found
-
-
-def _called(entry: EngineEntry) -> str:
-    """The name of a model in files, and of a simulated one for clients."""
-    return entry.served_as or entry.model
 
 
 def _together(entry: EngineEntry) -> tuple[str, str, str]:
@@ -137,10 +132,8 @@ class _Part:
         tables = self._tables(entries, policy)
         predictor, file = self._predictor(first)
         controller = Controller(self._controller_options(policy, fleet.specs, tables, predictor))
-        links = tuple(
-            self._link(entry, fleet.specs[entry.tp], fleet.physics[entry.tp], tables.get(entry.tp), controller)
-            for entry in entries
-        )
+        makes_links = LinkMaker(options=options, histograms=histograms, now=self.now)
+        links = tuple(makes_links.link(entry, fleet, tables.get(entry.tp), controller) for entry in entries)
         recorder = self._recorder(first, controller)
         witness = Record(
             model=lambda: next(iter(served.all_names()), first.model), histograms=histograms, recorder=recorder
@@ -158,13 +151,15 @@ class _Part:
         predictor: LengthPredictor,
     ) -> ControllerOptions:
         options = self.options
+        real = [entry for entry in options.engines if entry.gpus is not None]
+        clock = ClockPolicy.TOP if real and options.clocks.mode == "off" else policy.clock
         if policy.autoscale and set(options.autoscale.capacity_rps) != set(specs):
             raise ValueError(
                 f"policy {options.policy!r}: [autoscale.capacity_rps] must give the requests/s that each size bears "
                 f"({', '.join(str(tp) for tp in sorted(specs))}); `throttllem characterize` finds them"
             )
         return ControllerOptions(
-            throttle=replace(options.throttle, policy=policy.clock, fixed_mhz=policy.fixed_mhz),
+            throttle=replace(options.throttle, policy=clock, fixed_mhz=policy.fixed_mhz),
             slo_aware=policy.slo_aware,
             admission=options.admission,
             autoscale=options.autoscale if policy.autoscale else None,
@@ -191,7 +186,7 @@ class _Part:
         return table
 
     def _predictor(self, first: EngineEntry) -> tuple[LengthPredictor, Path]:
-        file = self.options.state_dir.expanduser() / f"lengths-{safe_name(_called(first))}.json"
+        file = self.options.state_dir.expanduser() / f"lengths-{safe_name(called(first))}.json"
         if self.options.length.predictor == "max-tokens":
             return MaxTokens(), file
         restored = load_lengths(file, OnlineOptions(exceed=self.options.length.exceed))
@@ -207,69 +202,9 @@ class _Part:
         return Recorder(
             folder.expanduser(),
             controller,
-            model=_called(first),
+            model=called(first),
             policy=self.options.policy,
             file_bytes=recorder.file_bytes,
             files=recorder.files,
             say=log.warning,
         )
-
-    def _link(
-        self,
-        entry: EngineEntry,
-        spec: EngineSpec,
-        physics: EnginePhysics,
-        table: PerformanceTable | None,
-        controller: Controller,
-    ) -> Link:
-        gpu = SimulatedGpu(
-            spec.clocks_mhz,
-            switch_latency_s=self.options.throttle.switch_latency_s,
-            watts=lambda mhz, work: physics.iteration(
-                mhz, work.decode_rows, work.kv_tokens, work.prefill_tokens, work.prefill_pairs
-            )[1],
-            idle_w=spec.idle_w,
-            now=self.now,
-        )
-        name = f"{entry.kind}-{entry.model}-tp{entry.tp}"
-        meter = EnergyMeter(gpu=gpu, top=TopClock(table=table) if table else None)
-        booking = Booking(meter=meter, now=self.now, kv_blocks=lambda: _kv_blocks(controller, link))
-        engine = self._engine(entry, spec, physics, gpu)
-        link = Link(
-            name=name,
-            kind=entry.kind,
-            tp=entry.tp,
-            catalogue_gpu=entry.gpu,
-            catalogue_model=entry.model,
-            engine=engine,
-            close=None if isinstance(engine, RealtimeEngine) else engine.close,
-            gpu=gpu,
-            booking=booking,
-            now=self.now,
-        )
-        return link
-
-    def _engine(self, entry: EngineEntry, spec: EngineSpec, physics: EnginePhysics, gpu: SimulatedGpu) -> AnyEngine:
-        name = _called(entry)
-        if entry.url is None:
-            seed = (self.options.server.seed, entry.tp)
-            return RealtimeEngine(spec, physics, noise=self.options.noise, seed=seed, gpu=gpu, name=name, now=self.now)
-        assert entry.kind != "simulated"
-        return Remote(
-            url=entry.url,
-            kind=entry.kind,
-            served_as=entry.served_as,
-            stats=entry.stats,
-            tokenizer=entry.tokenizer,
-            metrics_url=entry.metrics_url,
-            api_key=entry.api_key,
-            max_batch=entry.max_batch,
-            max_context_tokens=entry.max_context_tokens,
-            kv_blocks=entry.kv_blocks,
-            block_tokens=entry.block_tokens,
-        ).engine(spec)
-
-
-def _kv_blocks(controller: Controller, link: Link) -> int:
-    """The core's own estimate of the blocks in use."""
-    return next((view.kv_blocks for view in controller.snapshot().engines if view.engine == link.key), 0)

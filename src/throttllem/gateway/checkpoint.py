@@ -29,7 +29,7 @@ from throttllem.learn.storage import ARRAYS, TableFileError
 
 _PROTOCOL = 4
 _CORE = re.compile(r"(throttllem\.core\.[a-z_]+):([A-Za-z_]\w*)")
-_DIGEST = re.compile(r"[0-9a-f]{16}")
+_DIGEST = re.compile(r"([0-9a-f]{16})(?:@(\d{1,5}))?")
 _OPCODES = re.compile(
     "PROTO|FRAME|STOP|MARK|POP|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG[14]|BINFLOAT|(SHORT_)?BINUNICODE|BINUNICODE8|"
     "(SHORT_)?BINBYTES|BINBYTES8|EMPTY_(LIST|TUPLE|DICT|SET)|APPENDS?|TUPLE[123]?|SETITEMS?|ADDITEMS|FROZENSET|MEMOIZE|"
@@ -92,8 +92,10 @@ class _Pickler(pickle.Pickler):
         self._digest_of = digest_of
 
     def persistent_id(self, obj: Any) -> str | None:
-        """Tables are kept elsewhere."""
-        return self._digest_of(obj) if isinstance(obj, PerformanceTable) else None
+        """Tables are kept elsewhere; one whose clocks are held down is written as "digest@MHz" of the whole one."""
+        if not isinstance(obj, PerformanceTable):
+            return None
+        return self._digest_of(obj) if obj.base is None else f"{self._digest_of(obj.base)}@{obj.limit_mhz}"
 
     def reducer_override(self, obj: Any) -> Any:
         """How one object is made again: callable, arguments, and state for `fill`."""
@@ -156,11 +158,13 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> PerformanceTable:
         """A table by its digest, the same object each time."""
-        if not isinstance(pid, str) or not _DIGEST.fullmatch(pid):
+        match = _DIGEST.fullmatch(pid) if isinstance(pid, str) else None
+        if match is None:
             raise CheckpointError("the checkpoint names a table by what is no digest: refused")
-        if pid not in self._tables:
-            self._tables[pid] = self._table(pid)
-        return self._tables[pid]
+        digest, limit_mhz = match.groups()
+        if digest not in self._tables:
+            self._tables[digest] = self._table(digest)
+        return self._tables[digest].capped(None if limit_mhz is None else int(limit_mhz))
 
 
 def _core_class(name: str) -> type:

@@ -250,7 +250,7 @@ class Driver:
         if link is None:
             return
         if isinstance(command, SetClock):
-            link.set_clock(command.plan)
+            link.clock.set(command.plan, self._turn.at_s)
         else:
             link.retire()
 

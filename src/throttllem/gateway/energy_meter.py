@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from throttllem.core.energy import EnergyLedger
 from throttllem.core.performance import PerformanceTable
 from throttllem.core.types import EngineSpec
+from throttllem.gateway.other_clocks import OtherClocks
 from throttllem.gateway.status import Energy
-from throttllem.gateway.top_clock import TopClock
 from throttllem.gpu.device import Gpu, Reading, Work
 
 log = logging.getLogger("throttllem.gateway")
@@ -37,16 +37,19 @@ class Step:
 class EnergyMeter:
     """The energy of one engine. One writer: its booking.
 
-    `top` None: there is no model to say what the top clock would have taken.
+    `top` None: there is no model to say what the top clock would have taken, nor `advised` the clocks that were advised
+    and not set.
     """
 
     gpu: Gpu
-    top: TopClock | None = None
+    top: OtherClocks | None = None
+    advised: OtherClocks | None = None
     ledger: EnergyLedger = field(default_factory=EnergyLedger)
     _counted_j: float = 0.0
     _open: set[int] = field(default_factory=set)
     _last: Reading = _NOTHING
     _fails: bool = False
+    _advises: bool = False
 
     @property
     def table(self) -> PerformanceTable | None:
@@ -61,26 +64,34 @@ class EnergyMeter:
             if not self._fails:
                 log.error("the GPU cannot be read: %s", error)
             self._fails = True
-            return replace(self._last, clock_mhz=None)
+            return replace(self._last, clock_mhz=None, advised_mhz=None)
         self._fails = False
         return self._last
 
     def begin(self, spec: EngineSpec) -> None:
         """From here on the counter's rise is ours."""
-        if self.top:
-            self.top.spec = spec
+        for other in self._others():
+            other.spec = spec
         self._counted_j = self.reading().energy_j
 
     def step(self, step: Step) -> None:
         """Book an iteration."""
-        clock_mhz = self.reading().clock_mhz
+        reading = self.reading()
+        self._advises = self._advises or reading.advised_mhz is not None
         self.gpu.worked(step.work)
         joules = self._since_last()
         self.ledger.iteration(joules, step.rows, step.prefills)
         self._open.update(request_id for request_id, _ in step.prefills)
-        if self.top:
-            prompts = len(step.prefills)
-            self.top.step(step.work, kv_blocks=step.kv_blocks, prompts=prompts, clock_mhz=clock_mhz, joules=joules)
+        wanted_mhz = (None, reading.planned_on_mhz)
+        for other, other_mhz in zip(self._others(), wanted_mhz, strict=False):
+            other.step(
+                step.work,
+                kv_blocks=step.kv_blocks,
+                prompts=len(step.prefills),
+                clock_mhz=reading.clock_mhz,
+                joules=joules,
+                other_mhz=other_mhz,
+            )
 
     def idle(self, seconds: float) -> None:
         """Book time in which nothing ran."""
@@ -88,8 +99,8 @@ class EnergyMeter:
             self.gpu.idled(seconds)
             joules = self._since_last()
             self.ledger.idle(joules)
-            if self.top:
-                self.top.idle(seconds, joules)
+            for other in self._others():
+                other.idle(seconds, joules)
 
     def joined(self, request_id: int, rows: int) -> None:
         """A request decodes `rows` rows from the next iteration on."""
@@ -113,8 +124,12 @@ class EnergyMeter:
             total_j=self.ledger.total_j,
             idle_j=self.ledger.idle_j,
             top_j=self.top.joules() if self.top else None,
+            advised_j=self.advised.joules() if self.advised and self._advises else None,
             watts=self.reading().watts,
         )
+
+    def _others(self) -> tuple[OtherClocks, ...]:
+        return tuple(other for other in (self.top, self.advised) if other is not None)
 
     def _since_last(self) -> float:
         counter_j = self.reading().energy_j

@@ -10,10 +10,11 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
-from throttllem.core.types import ClockRead, EngineLost, EngineReady, Event, FrequencyPlan, Progressed, Stepped
+from throttllem.core.types import EngineLost, EngineReady, Event, Progressed, Stepped
 from throttllem.engine.live import Connected, EngineError, LiveEngine, Report
 from throttllem.engine.progress import Progress
 from throttllem.gateway.booking import Booking
+from throttllem.gateway.engine_clock import EngineClock
 from throttllem.gpu.device import Gpu
 
 log = logging.getLogger("throttllem.gateway")
@@ -21,12 +22,10 @@ log = logging.getLogger("throttllem.gateway")
 Tell = Callable[[Event], None]
 _FIRST_RETRY_S = 0.2
 _LONGEST_RETRY_S = 2.0
-_CLOCK_RETRY_S = 1.0
 _LOOKS = 3
 """So often an engine is looked at before it counts as lost, unless nobody is there at all."""
 _LOOK_AGAIN_S = 0.5
 _COUNTS_AT_A_TIME = 64
-_CLOCK = "clock: "
 
 
 @dataclass(slots=True)
@@ -39,13 +38,13 @@ class Link:
     catalogue_gpu: str
     catalogue_model: str
     engine: LiveEngine
-    gpu: Gpu
+    clock: EngineClock
     booking: Booking
     now: Callable[[], float]
     close: Callable[[], Awaitable[None]] | None = None
     key: int | None = None
     state: str = "down"
-    trouble: str | None = None
+    own_trouble: str | None = None
     connected: Connected | None = None
     progress: Progress | None = None
     report: Report | None = None
@@ -58,23 +57,31 @@ class Link:
     _checking: asyncio.Task[None] | None = None
     _if_well: list[Callable[[], None]] = field(default_factory=list)
     _retiring: asyncio.Task[None] | None = None
-    _clock_tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    _wanted_mhz: int | None = None
-    _clock_fails: bool = False
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with it, in words: with the engine, else with its clock."""
+        return self.own_trouble or self.clock.trouble
+
+    @property
+    def gpu(self) -> Gpu:
+        """Its GPUs."""
+        return self.clock.gpu
 
     # ---- life ------------------------------------------------------------------------------------------------
 
     def start(self, key: int, tell: Tell) -> None:
         """Bring it up (or wait until it is) under this id; the core hears when it is ready."""
         self.key, self._tell = key, tell
-        self.state, self.trouble = "starting", None
+        self.state, self.own_trouble = "starting", None
         self._task = asyncio.get_running_loop().create_task(self._live(key, tell), name=f"engine {self.name}")
 
     def retire(self) -> None:
         """Let go of it, beside whatever else goes on; it may be started again at any time."""
         self.key, self.state = None, "down"
+        self.clock.end()
         self.booking.end()
-        tasks = [task for task in (self._task, self._checking, *self._clock_tasks) if task is not None]
+        tasks = [task for task in (self._task, self._checking, *self.clock.tasks) if task is not None]
         before = [self._retiring] if self._retiring is not None else []
         self._retiring = asyncio.get_running_loop().create_task(self._let_go(tasks, before))
 
@@ -87,7 +94,7 @@ class Link:
     async def _let_go(self, tasks: list[asyncio.Task[None]], before: list[asyncio.Task[None]]) -> None:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *before, return_exceptions=True)
+        await asyncio.gather(*tasks, *before, self.clock.give_back(), return_exceptions=True)
         if self.close is not None:
             await self.close()
 
@@ -113,7 +120,7 @@ class Link:
                 break
             except Exception as error:  # nobody would see that it never came up
                 log.exception("engine %s cannot be taken into use", self.name)
-                self.state, self.trouble = "starting", f"it cannot be taken into use: {error!r}"
+                self.state, self.own_trouble = "starting", f"it cannot be taken into use: {error!r}"
             await asyncio.sleep(_LONGEST_RETRY_S)
         try:
             await self.engine.watch(self._reported)
@@ -124,15 +131,15 @@ class Link:
             self.lose(f"it cannot be watched: {error!r}")
 
     async def _take_into_use(self, key: int, connected: Connected, tell: Tell) -> None:
-        self.connected, self.report, self.trouble = connected, None, None
+        self.connected, self.report, self.own_trouble = connected, None, None
         self.progress = Progress(key, exact=connected.named)
-        clock = await self._clock_in_force(connected.spec.clocks_mhz[-1])
+        mhz = await self.clock.in_force(connected.spec.clocks_mhz[-1])
         self.last_sign_s = self.now()
         self.booking.begin(connected.spec, exact=connected.named)
         self.state = "up"
         log.info("engine %s is up: %s", self.name, ", ".join(connected.models))
         tell(EngineReady(engine=key, spec=connected.spec))
-        tell(ClockRead(engine=key, mhz=clock))
+        self.clock.begin(key, tell, mhz)
 
     async def _reach(self) -> Connected:
         pause_s = _FIRST_RETRY_S
@@ -140,12 +147,12 @@ class Link:
             try:
                 return await self.engine.connect()
             except EngineError as error:
-                if self.trouble != str(error):
+                if self.own_trouble != str(error):
                     log.warning("engine %s is not there: %s", self.name, error)
-                self.trouble = str(error)
+                self.own_trouble = str(error)
             except Exception as error:
                 log.exception("engine %s cannot be reached", self.name)
-                self.trouble = f"it cannot be reached: {error!r}"
+                self.own_trouble = f"it cannot be reached: {error!r}"
             await asyncio.sleep(pause_s)
             pause_s = min(_LONGEST_RETRY_S, pause_s * 1.5)
 
@@ -180,48 +187,15 @@ class Link:
         if self.key is None or self.state != "up":
             return
         log.error("engine %s is lost: %s", self.name, why)
-        self.trouble, self.state = why, "down"
+        self.own_trouble, self.state = why, "down"
         key, self.key = self.key, None
+        self.clock.end()
         self.booking.end()
+        self.clock.free()
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         assert self._tell is not None
         self._tell(EngineLost(engine=key))
-
-    # ---- clock -----------------------------------------------------------------------------------------------
-
-    def set_clock(self, plan: FrequencyPlan) -> None:
-        """Set the clock beside whatever else goes on; the core hears what came of it."""
-        self._wanted_mhz = plan.mhz
-        task = asyncio.get_running_loop().create_task(self._set_clock(plan.mhz))
-        self._clock_tasks.add(task)
-        task.add_done_callback(self._clock_tasks.discard)
-
-    async def _set_clock(self, mhz: int) -> None:
-        if self._clock_fails:  # the core asks again at once
-            await asyncio.sleep(_CLOCK_RETRY_S)
-            if mhz != self._wanted_mhz:
-                return
-        read = await self._clock_in_force(mhz)
-        if self.key is not None and self._tell is not None:
-            self._tell(ClockRead(engine=self.key, mhz=read))
-
-    async def _clock_in_force(self, mhz: int) -> int | None:
-        """Set a clock; the one in force then, None if it is not known."""
-        try:
-            read, trouble = await self.gpu.set_clock(mhz), "it cannot be read"
-        except OSError as error:
-            read, trouble = None, str(error)
-        except Exception as error:
-            log.exception("engine %s: %d MHz was not set", self.name, mhz)
-            read, trouble = None, repr(error)
-        self._clock_fails = read is None
-        if read is not None:
-            self.trouble = None if (self.trouble or "").startswith(_CLOCK) else self.trouble
-        elif self.trouble != _CLOCK + trouble:
-            self.trouble = _CLOCK + trouble
-            log.error("engine %s: %d MHz was not set: %s", self.name, mhz, trouble)
-        return read
 
     # ---- requests --------------------------------------------------------------------------------------------
 

@@ -62,6 +62,9 @@ class Histograms(Collector):
             "throttllem_request_joules", "A request's share of the GPUs' energy.", ("model", "kept"), _JOULES
         )
         self._decision_s = _histogram("throttllem_decision_seconds", "One event in the core.", (), _DECISION_S)
+        self._clock_s = _histogram(
+            "throttllem_clock_command_seconds", "An event to the clock command that came of it.", (), _DECISION_S
+        )
         self._http = Counter("throttllem_http_responses", "HTTP responses by status code.", ("code",), registry=None)
 
     def request(
@@ -98,6 +101,10 @@ class Histograms(Collector):
         """The core took an event in and answered."""
         self._decision_s.observe(seconds)
 
+    def clock_command(self, seconds: float) -> None:
+        """A clock command is on its way, so long after the event that it came of."""
+        self._clock_s.observe(seconds)
+
     def http(self, status: int) -> None:
         """A response was sent."""
         self._http.labels(str(status) if 100 <= status < 600 else "other").inc()
@@ -105,7 +112,7 @@ class Histograms(Collector):
     def collect(self) -> Iterator[Metric]:
         """What was observed, without the time of creation of each series."""
         latencies = (self._request_s, self._ttft_s, self._tbt_s, self._tokens)
-        for metric in (*latencies, self._queue_s, self._joules, self._decision_s, self._http):
+        for metric in (*latencies, self._queue_s, self._joules, self._decision_s, self._clock_s, self._http):
             for family in metric.collect():
                 family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
                 yield family

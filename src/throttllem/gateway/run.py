@@ -19,9 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
+from starlette.types import ASGIApp
 
 from throttllem.core.online import Online
 from throttllem.files import hold_dir
+from throttllem.gateway.app import Gateway as Front
 from throttllem.gateway.app import build_app, build_private_app
 from throttllem.gateway.build import Gateway, build_gateway
 from throttllem.gateway.check import open_doors
@@ -72,6 +74,16 @@ class Prepared:
             on_response=gateway.histograms.http,
         )
         private = build_private_app(app) if self.sockets.private is not None else None
+        async with contextlib.AsyncExitStack() as hardware:
+            for gpu in gateway.hardware:  # given back at the very end, whatever happens before
+                await hardware.enter_async_context(gpu)
+            await self._serve_on(app, private, history, say, stop)
+        say("stopped")
+
+    async def _serve_on(
+        self, app: Front, private: ASGIApp | None, history: History, say: Say, stop: asyncio.Event | None
+    ) -> None:
+        gateway, options, models = self.gateway, self.options, self.gateway.models
         aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         for recorder in gateway.recorders:
             recorder.start(aside)
@@ -99,7 +111,6 @@ class Prepared:
                 recorder.close()
             aside.shutdown()
             os.close(self.held)
-        say("stopped")
 
     def _greet(self, say: Say, addresses: tuple[tuple[str, int], ...]) -> None:
         urls = [f"http://{f'[{host}]' if ':' in host else host}:{port}" for host, port in addresses]

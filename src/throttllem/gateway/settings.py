@@ -17,6 +17,7 @@ from throttllem.core.autoscale import AutoscaleOptions
 from throttllem.core.throttle import ThrottleOptions
 from throttllem.core.types import Slo, check
 from throttllem.engine.http import check_address
+from throttllem.gpu.keeper_client import SOCKET, TTL_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,8 @@ class EngineEntry:
     (None: for a simulated engine trained at the first start and cached; for others the top clock until there is one).
     `served_as`: the name that clients use (None: what the engine says; for Triton the name of its model repository
     entry). `tokenizer`: a tokenizer.json for engines that cannot count tokens. `stats`: where vLLM's plug-in sends its
-    steps, a Unix socket path or HOST:PORT of loopback. `max_batch`, `max_context_tokens`, `kv_blocks`, `block_tokens`
+    steps, a Unix socket path or HOST:PORT of loopback. `gpus`: the GPUs that it runs on, by UUID or number, all of them
+    (None: GPUs of the catalogue are simulated). `max_batch`, `max_context_tokens`, `kv_blocks`, `block_tokens`
     only where the engine does not tell. `api_key` is sent to the engine in place of the client's own.
     """
 
@@ -97,6 +99,7 @@ class EngineEntry:
     served_as: str | None = None
     tokenizer: Path | None = None
     stats: str | None = None
+    gpus: tuple[str, ...] | None = None
     metrics_url: str | None = None
     max_batch: int | None = None
     max_context_tokens: int | None = None
@@ -109,9 +112,30 @@ class EngineEntry:
             raise ValueError(f"engines: kind {self.kind!r} needs url, as in url = 'http://127.0.0.1:8001'")
         if self.kind == "simulated" and self.url is not None:
             raise ValueError("engines: a simulated engine has no url; kind = 'openai' or 'triton' has")
+        if self.gpus is not None and (self.kind == "simulated" or len(set(self.gpus)) != self.tp):
+            raise ValueError(
+                f"engines: gpus = {list(self.gpus)}: a real engine of tp = {self.tp} has {self.tp} of them"
+            )
         for name in ("url", "metrics_url"):
             if (address := getattr(self, name)) is not None:
                 check_address(f"engines: {name}", address)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClockOptions:
+    """How clocks of real GPUs (`engines.N.gpus`) are set. `mode`: "on"; "advise" decides, records and shows, and sets
+    nothing; "off" leaves clocks alone. `keeper` is the socket of `throttllem keeper`, from which a lease of `ttl_s` is
+    taken: so long after this process fell silent, clocks are what they were before. `zeusd`: the socket of a zeusd that
+    stands in its place (it gives nothing back when this process is killed).
+    """
+
+    mode: Literal["on", "advise", "off"] = "advise"
+    keeper: Path = SOCKET
+    zeusd: Path | None = None
+    ttl_s: float = TTL_S
+
+    def __post_init__(self) -> None:
+        check("clocks", ttl_s=(self.ttl_s, 0.2, 60))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +181,7 @@ class ServeOptions:
     server: ServerOptions = field(default_factory=ServerOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
     engines: tuple[EngineEntry, ...] = (EngineEntry(),)
+    clocks: ClockOptions = field(default_factory=ClockOptions)
     slo: Slo = field(default_factory=Slo)
     classes: Mapping[str, Slo] = field(default_factory=dict)
     throttle: ThrottleOptions = field(default_factory=ThrottleOptions)

@@ -34,13 +34,14 @@ class Drift:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
     """Joules of one engine's GPUs since the gateway started: requests' and idle; `top_j` what the same work would have
-    taken at the top clock, by the model, with the idle time left over (None: there is no model). The saving is an
-    estimate for that reason.
+    taken at the top clock, by the model, with the idle time left over (None: there is no model); `advised_j` likewise
+    at the clocks that were advised where none is set (None: none was). Savings are estimates for that reason.
     """
 
     total_j: float = 0.0
     idle_j: float = 0.0
     top_j: float | None = None
+    advised_j: float | None = None
     watts: float = 0.0
 
     @property
@@ -48,13 +49,20 @@ class Energy:
         """The fraction of `top_j` that was not taken, negative where it took more; None: nothing to compare."""
         return 1.0 - self.total_j / self.top_j if self.top_j else None
 
+    @property
+    def would_save(self) -> float | None:
+        """The fraction of `total_j` that the advised clocks would not have taken; None: none were advised."""
+        return 1.0 - self.advised_j / self.total_j if self.advised_j is not None and self.total_j else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
     """One engine of the configuration. `view` None: the core does not know it now (down, or starting).
 
     `state`: "up", "starting", "down" or "stalled"; `trouble` says why in words. `clock_mhz` None: unknown.
-    `kv_blocks` is the scoreboard's own estimate, `report` the engine's last word.
+    `kv_blocks` is the scoreboard's own estimate, `report` the engine's last word. `clocks` says how clocks are set
+    ("on", "advise", "off"; "simulated"), `advised_mhz` what would be set, `held` what keeps the GPUs from following and
+    `unset` why clocks are only advised though they should be set.
     """
 
     name: str
@@ -68,6 +76,11 @@ class EngineStatus:
     spec: EngineSpec | None = None
     view: EngineView | None = None
     clock_mhz: int | None = None
+    clocks: str = "simulated"
+    advised_mhz: int | None = None
+    limit_mhz: int | None = None
+    held: str | None = None
+    unset: str | None = None
     kv_blocks: int = 0
     report: Report | None = None
     drift: Drift = field(default_factory=Drift)

@@ -54,6 +54,8 @@ class Turn:
         self._give_up = give_up
         self._witness = witness
         self._open: _Open | None = None
+        self.at_s = 0.0
+        """When the event came that is being dealt with."""
 
     @property
     def open(self) -> bool:
@@ -62,6 +64,7 @@ class Turn:
 
     def begin(self, event: Event, now_s: float) -> list[Command]:
         """The first half; what to do at once. `end` must follow before the next event."""
+        self.at_s = now_s
         before = perf_counter()
         try:
             commands, changed = self._controller.take_in(event, now_s)

@@ -45,7 +45,11 @@ def assumptions(driver: Driver, link: Link) -> tuple[str, ...]:
     """What the core goes by for this engine that nobody has measured."""
     notes = []
     options = driver.controller.options
-    if link.kind != "simulated":
+    if link.clock.mode == "off":
+        notes.append("clocks are left alone: [clocks] mode = 'off'")
+    elif link.clock.mode == "advise":
+        notes.append("clocks are not set, only advised: [clocks] mode = 'on' sets them")
+    elif link.clock.mode == "simulated" and link.kind != "simulated":
         notes.append(f"clock and watts are those of a simulated {link.catalogue_gpu} with {link.catalogue_model}")
     if options.slo_aware and link.tp not in options.tables:
         notes.append("no performance table: top clock, no admission by promises (throttllem profile, train, --tables)")
@@ -64,6 +68,7 @@ def _engine_status(driver: Driver, link: Link, snapshot: Snapshot) -> EngineStat
             f"{view.foreign} sequences in this engine are not ours: does another gateway or client use it?",
         )
     state, trouble = engine_state(driver, link)
+    reading = link.booking.meter.reading()
     spec = connected.spec if connected else None
     return EngineStatus(
         name=link.name,
@@ -76,7 +81,12 @@ def _engine_status(driver: Driver, link: Link, snapshot: Snapshot) -> EngineStat
         notes=notes,
         spec=spec,
         view=view,
-        clock_mhz=link.booking.meter.reading().clock_mhz,
+        clock_mhz=reading.clock_mhz,
+        clocks=link.clock.mode,
+        advised_mhz=reading.advised_mhz,
+        limit_mhz=reading.limit_mhz,
+        held=reading.held,
+        unset=reading.trouble,
         kv_blocks=view.kv_blocks if view else 0,
         report=link.report,
         drift=_drift(view),

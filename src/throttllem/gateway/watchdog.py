@@ -41,6 +41,7 @@ async def sweep(driver: Driver) -> None:
                     driver.fail(visit, failure)
             for link in driver.links:
                 link.booking.idle()
+                link.clock.look()
             alone_s = foreigners(driver, alone_s)
         except Exception:  # the limits must hold after it too
             log.exception("the limits were not looked after this time")

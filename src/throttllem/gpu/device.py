@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 
+class ClockError(OSError):
+    """A clock that a GPU does not have, or does not follow to; the message says what it has, or why."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """All GPUs of an engine: the clock in force (None: unknown), watts now, joules since the counter began."""
+    """All GPUs of an engine: the clock in force (None: unknown), watts now, joules since the counter began.
+
+    `advised_mhz`: what was decided where nothing is set. `limit_mhz`: they follow no higher than this now, and `held`
+    says what holds them. `trouble`: why clocks are not set though they should be.
+    """
 
     clock_mhz: int | None
     watts: float
     energy_j: float
+    advised_mhz: int | None = None
+    limit_mhz: int | None = None
+    held: str | None = None
+    trouble: str | None = None
+
+    @property
+    def planned_on_mhz(self) -> int | None:
+        """The clock that plans go by: the advised one, as if it were in force, else the one that is."""
+        return self.clock_mhz if self.advised_mhz is None else self.advised_mhz
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +47,17 @@ class Work:
     joules: float | None = None
 
 
+def nothing() -> None:
+    """For those who need not be told."""
+
+
 class Gpu(Protocol):
     """The GPUs of one engine. Errors of the hardware are OSError with what to do about them."""
 
-    async def set_clock(self, mhz: int) -> int | None:
-        """Set the clock; returns the clock that is in force then, None if it cannot be read."""
+    async def set_clock(self, mhz: int | None, sent: Callable[[], None] = nothing) -> int | None:
+        """Set the clock (None: give it back, it is nobody's any more); `sent` is called when the command is on its way.
+        Returns the clock to plan on then, None if it cannot be read.
+        """
 
     def read(self) -> Reading:
         """Clock, watts and the energy counter as they are now."""

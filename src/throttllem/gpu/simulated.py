@@ -7,11 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from throttllem.gpu.device import Reading, Work
-
-
-class ClockError(OSError):
-    """A clock that this GPU does not have; the message names the nearest that it has."""
+from throttllem.gpu.device import ClockError, Reading, Work, nothing
 
 
 class SimulatedGpu:
@@ -39,10 +35,12 @@ class SimulatedGpu:
         self._turn = 0
         self._switching: deque[tuple[int, float, int]] = deque()
 
-    async def set_clock(self, mhz: int) -> int | None:
-        """Ask for a clock, wait for the switch, return the clock in force then. A switch once asked for happens, even
-        if the wait is cancelled, and of several the last asked for stays. Raises ClockError.
+    async def set_clock(self, mhz: int | None, sent: Callable[[], None] = nothing) -> int | None:
+        """Ask for a clock (None: the highest, as nobody's, without waiting), wait for the switch, return the clock in
+        force then. A switch once asked for happens, even if the wait is cancelled, and of several the last asked for
+        stays. Raises ClockError.
         """
+        free, mhz = mhz is None, self.clocks_mhz[-1] if mhz is None else mhz
         if mhz not in self.clocks_mhz:
             nearest = min(self.clocks_mhz, key=lambda clock: abs(clock - mhz))
             low, high = self.clocks_mhz[0], self.clocks_mhz[-1]
@@ -50,9 +48,10 @@ class SimulatedGpu:
         self._turn += 1
         turn = self._turn
         self._switching.append((turn, self._now() + self._latency_s, mhz))
-        await asyncio.sleep(self._latency_s)
+        sent()
+        await asyncio.sleep(0 if free else self._latency_s)
         # The sleep may end a clock tick before `now` says so; those who waited have waited enough.
-        while self._switching and self._switching[0][0] <= turn:
+        while not free and self._switching and self._switching[0][0] <= turn:
             self._clock_mhz = self._switching.popleft()[2]
         return self._in_force()
 

@@ -1,5 +1,4 @@
 """Measure a live engine: hold batches constant over synthetic requests, send prompts into them, time every iteration.
-
 Seconds come from the engine's steps where it tells them, else from the arrival of tokens. A GPU that is only modelled
 has no effect on the engine's speed: what is measured once stands for every clock then.
 """
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 
 from throttllem.core.types import EngineSpec
 from throttllem.engine.live import Connected, LiveEngine
-from throttllem.gpu.device import Gpu, Work
+from throttllem.gpu.device import ClockError, Gpu, Work
 from throttllem.learn.live_answer import Answer, now
 from throttllem.learn.live_checkpoint import Checkpoint
 from throttllem.learn.live_plan import (
@@ -112,9 +111,15 @@ class LiveProfiler:
                 progress(_described(point), self._share(done, len(keys), spent_s))
                 if key not in checkpoint.points:
                     if clock_mhz is not None:
-                        await self._device.gpu.set_clock(clock_mhz)
+                        await self._clock(clock_mhz)
                     checkpoint.add(key, await self._point(point))
         progress("measured", 1.0)
+
+    async def _clock(self, clock_mhz: int) -> None:
+        """Raises ClockError where the GPUs do not follow: what is measured then is of another clock."""
+        got_mhz, now_in = await self._device.gpu.set_clock(clock_mhz), self._device.gpu.read()
+        if now_in.trouble or got_mhz != clock_mhz:
+            raise ClockError(f"{clock_mhz} MHz, at {now_in.clock_mhz}: {now_in.trouble or now_in.held or 'no reason'}")
 
     def _keys(self) -> list[tuple[str, LivePoint, int | None]]:
         """Every point, at every clock where that makes a difference."""

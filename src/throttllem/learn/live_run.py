@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from throttllem.engine.live import Connected, EngineError, LiveEngine
+from throttllem.gpu.device import ClockError
 from throttllem.learn.live import Device, LiveProfiler, Progress
 from throttllem.learn.live_checkpoint import Checkpoint, open_checkpoint
 from throttllem.learn.live_frame import described, frame_of
@@ -70,7 +71,7 @@ async def profile_live(
     profiler = LiveProfiler(engine, connected, device, plan, served_as=served_as)
     try:
         await profiler.run(checkpoint, progress)
-    except (EngineError, ForeignError) as error:
+    except (EngineError, ForeignError, ClockError) as error:
         raise LiveProfileError(f"{error}; {_kept(checkpoint)}") from error
     except asyncio.CancelledError:
         say(_kept(checkpoint))

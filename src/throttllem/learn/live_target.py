@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from throttllem.engine.fleet import Fleet
 from throttllem.engine.http import check_address
@@ -11,6 +12,9 @@ from throttllem.engine.openai import OpenaiEngine
 from throttllem.engine.remote import KINDS, Kind, Remote
 from throttllem.engine.triton import TritonEngine
 from throttllem.gpu.device import Work
+from throttllem.gpu.hardware import HardwareGpu, Mode
+from throttllem.gpu.keeper_client import SOCKET
+from throttllem.gpu.setters import clock_setter
 from throttllem.gpu.simulated import SimulatedGpu
 from throttllem.learn.live import Device
 
@@ -35,8 +39,14 @@ class Target:
         """The engine, not reached yet."""
         return self.remote.engine(next(iter(self.fleet.specs.values())))
 
-    def device(self, clocks_mhz: tuple[int, ...]) -> Device:
-        """The simulated GPUs of the catalogue, whose watts are modelled."""
+    def device(self, clocks_mhz: tuple[int, ...], gpus: tuple[str, ...] | None = None, keeper: Path = SOCKET) -> Device:
+        """The GPUs that are named, their clocks set through the keeper, watts counted; without, the simulated ones of
+        the catalogue, whose watts are modelled.
+        """
+        if gpus is not None:
+            setter = clock_setter(keeper=keeper)
+            real = HardwareGpu(gpus, mode=Mode.ON, setter=setter, clocks_mhz=clocks_mhz)
+            return Device(gpu=real, clocks_mhz=clocks_mhz)
         ((tp, spec),) = self.fleet.specs.items()
         physics = self.fleet.physics[tp]
 
@@ -64,6 +74,11 @@ def parsed_capacities(texts: Iterable[str]) -> dict[str, int]:
             raise ValueError(f"--capacity {text}: write NAME=N, as in kv_blocks=4096; names are {', '.join(OVERRIDES)}")
         found[name] = int(value)
     return found
+
+
+def parsed_gpus(text: str | None) -> tuple[str, ...] | None:
+    """`--gpus`: UUIDs or numbers."""
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def parsed_clocks(text: str | None) -> tuple[int, ...] | None:

@@ -8,7 +8,7 @@ from core.toy import spec, table
 
 from gateway.rig import rig, virtually
 from throttllem.core.throttle import ClockPolicy
-from throttllem.gateway.top_clock import TopClock
+from throttllem.gateway.other_clocks import OtherClocks
 from throttllem.gpu.device import Work
 
 
@@ -42,7 +42,7 @@ def work(**more):
 
 
 def test_idle_time_and_unknown_clocks_are_as_they_were():
-    top = TopClock(table=table(spec()), spec=spec())
+    top = OtherClocks(table=table(spec()), spec=spec())
     top.idle(100.0, 4000.0)
     top.step(work(), kv_blocks=3, prompts=0, clock_mhz=None, joules=7.0)
     top.step(work(), kv_blocks=3, prompts=0, clock_mhz=1399, joules=5.0)
@@ -50,14 +50,14 @@ def test_idle_time_and_unknown_clocks_are_as_they_were():
 
 
 def test_before_the_engine_was_up_nothing_is_made_up():
-    top = TopClock(table=table(spec()))
+    top = OtherClocks(table=table(spec()))
     top.step(work(), kv_blocks=3, prompts=0, clock_mhz=600, joules=5.0)
     assert top.joules() == 5.0
 
 
 def test_an_engine_that_is_full_does_the_same_steps_faster():
     some, law = spec(max_batch=4), table(spec(max_batch=4))
-    top = TopClock(table=law, spec=some)
+    top = OtherClocks(table=law, spec=some)
     for _ in range(600):
         top.step(work(), kv_blocks=20, prompts=0, clock_mhz=600, joules=10.0)
     slow, fast = (law.at(clock, 4, 20, 0) for clock in (600, 1400))
@@ -66,7 +66,7 @@ def test_an_engine_that_is_full_does_the_same_steps_faster():
 
 
 def test_it_never_falls():
-    top, told = TopClock(table=table(spec()), spec=spec()), [0.0]
+    top, told = OtherClocks(table=table(spec()), spec=spec()), [0.0]
     for number in range(2000):
         clock = 600 if number % 700 < 400 else 1400
         top.step(work(), kv_blocks=20, prompts=number % 5 == 0, clock_mhz=clock, joules=10.0)

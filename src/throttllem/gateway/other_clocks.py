@@ -1,10 +1,12 @@
-"""What would the same load have taken at the top clock? An estimate by the model, a slice of time after the other.
+"""What would the same load have taken at other clocks: the top one, or those that were advised and not set? An estimate
+by the model, a slice of time after the other.
 
-A lower clock makes iterations longer, so more requests share each of them: counting the same iterations at the top
-clock would forget that there would be more of them, with fewer requests each. So every slice's load is put to the
-core's model of an engine that settles (`core.load.steady`), once at the clocks that were in force and once at the top;
-the measured joules are scaled by the ratio. Requests are taken to come when they come, whatever the clock is: bursts
-shorter than a slice, and clients that wait for their answers before they ask again, make the estimate too high.
+A lower clock makes iterations longer, so more requests share each of them: counting the same iterations at another
+clock would forget that there would be more of them, with fewer requests each, or the other way round. So every slice's
+load is put to the core's model of an engine that settles (`core.load.steady`), once at the clocks that were in force
+and once at the others; the measured joules are scaled by the ratio. Requests are taken to come when they come, whatever
+the clock is: bursts shorter than a slice, and clients that wait for their answers before they ask again, make the
+saving too high.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _SLICE_S = 30.0
 
 @dataclass(slots=True)
 class _Slice:
-    """What was booked in some seconds; `busy_s` by column of the table."""
+    """What was booked in some seconds; `busy_s` by column of the table: of the clock in force, and of the other."""
 
     seconds: float = 0.0
     joules: float = 0.0
@@ -33,11 +35,11 @@ class _Slice:
     kv_blocks: int = 0
     prompts: int = 0
     prompt_tokens: int = 0
-    busy_s: dict[int, float] = field(default_factory=dict)
+    busy_s: dict[tuple[int, int], float] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
-class TopClock:
+class OtherClocks:
     """The estimate of one engine. `spec` None: it was not up yet."""
 
     table: PerformanceTable
@@ -53,10 +55,21 @@ class TopClock:
         self._slice.joules += joules
         self._close()
 
-    def step(self, work: Work, *, kv_blocks: int, prompts: int, clock_mhz: int | None, joules: float) -> None:
-        """An iteration at a clock (None: unknown, which is taken for the top)."""
-        here, clocks = self._slice, self.table.clocks_mhz
-        column = clocks.index(clock_mhz) if clock_mhz in clocks else len(clocks) - 1
+    def step(
+        self,
+        work: Work,
+        *,
+        kv_blocks: int,
+        prompts: int,
+        clock_mhz: int | None,
+        joules: float,
+        other_mhz: int | None = None,
+    ) -> None:
+        """An iteration at a clock (None: unknown, which is taken for the top), and at which it would be else (None: the
+        top).
+        """
+        here = self._slice
+        columns = self._column(clock_mhz), self._column(other_mhz)
         here.seconds += work.seconds
         here.joules += joules
         here.steps += 1
@@ -64,7 +77,7 @@ class TopClock:
         here.kv_blocks += kv_blocks
         here.prompts += prompts
         here.prompt_tokens += work.prefill_tokens
-        here.busy_s[column] = here.busy_s.get(column, 0.0) + work.seconds
+        here.busy_s[columns] = here.busy_s.get(columns, 0.0) + work.seconds
         self._close()
 
     def joules(self) -> float:
@@ -72,21 +85,26 @@ class TopClock:
         self._told_j = max(self._told_j, self._closed_j + self._slice.joules * self._ratio)
         return self._told_j
 
+    def _column(self, clock_mhz: int | None) -> int:
+        clocks = self.table.clocks_mhz
+        return clocks.index(clock_mhz) if clock_mhz in clocks else len(clocks) - 1
+
     def _close(self) -> None:
         if self._slice.seconds >= _SLICE_S:
-            at_top_j = self._at_top(self._slice)
-            self._closed_j += at_top_j
-            self._ratio = at_top_j / self._slice.joules if self._slice.joules > 0 else 1.0
+            there_j = self._there(self._slice)
+            self._closed_j += there_j
+            self._ratio = there_j / self._slice.joules if self._slice.joules > 0 else 1.0
             self._slice = _Slice()
 
-    def _at_top(self, here: _Slice) -> float:
+    def _there(self, here: _Slice) -> float:
         busy_s = sum(here.busy_s.values())
-        if self.spec is None or busy_s <= 0 or set(here.busy_s) == {len(self.table.clocks_mhz) - 1}:
+        if self.spec is None or busy_s <= 0 or all(column == other for column, other in here.busy_s):
             return here.joules
         watts = self._settled(here, self.spec)
-        used = sum(watts[column] * seconds for column, seconds in here.busy_s.items()) / busy_s
-        if math.isfinite(used) and math.isfinite(watts[-1]):
-            return here.joules * watts[-1] / used
+        used = sum(watts[column] * seconds for (column, _), seconds in here.busy_s.items())
+        there = sum(watts[other] * seconds for (_, other), seconds in here.busy_s.items())
+        if math.isfinite(used) and math.isfinite(there):
+            return here.joules * there / used
         return self._same_steps(here, busy_s, self.spec)
 
     def _settled(self, here: _Slice, spec: EngineSpec) -> list[float]:
@@ -104,13 +122,13 @@ class TopClock:
         return watts
 
     def _same_steps(self, here: _Slice, busy_s: float, spec: EngineSpec) -> float:
-        """The engine is full at every clock, or nearly: the same iterations, and idle for the rest of the time."""
+        """The engine is full at a clock, or nearly: the same iterations, and idle for the rest of the time."""
         each = (here.tokens + here.prompts, here.kv_blocks, here.prompt_tokens)
         cell = self.table.cells(*(np.array([total // here.steps]) for total in each))[0]
         seconds, watts = self.table.seconds[cell], self.table.watts[cell]
         joules = idle_s = 0.0
-        for column, spent_s in here.busy_s.items():
-            faster = float(seconds[-1] / seconds[column])
-            joules += here.joules * spent_s / busy_s * faster * float(watts[-1] / watts[column])
-            idle_s += spent_s * max(0.0, 1.0 - faster)
+        for (column, other), spent_s in here.busy_s.items():
+            longer = float(seconds[other] / seconds[column])
+            joules += here.joules * spent_s / busy_s * longer * float(watts[other] / watts[column])
+            idle_s += spent_s * max(0.0, 1.0 - longer)
         return joules + idle_s * spec.idle_w

@@ -1,0 +1,73 @@
+"""Reads some GPUs again and again, in a thread of its own: whoever asks gets the last reading and never waits for NVML.
+
+Knows nothing of who sets their clocks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from throttllem.gpu.counter import EnergyCounter
+from throttllem.gpu.nvml import NvmlGpu, Sample
+
+PERIOD_S = 0.05
+STALE_S = 1.0
+"""After so long without a reading the GPUs count as not readable."""
+
+
+class Sampler:
+    """The GPUs of one engine, read while a block lasts."""
+
+    def __init__(self, gpus: Sequence[NvmlGpu], period_s: float = PERIOD_S) -> None:
+        self.gpus = tuple(gpus)
+        self._period_s = period_s
+        self._counters = tuple(EnergyCounter() for _ in gpus)
+        self._last: tuple[Sample, ...] = ()
+        self._at_s = 0.0
+        self._error: OSError | None = None
+        self._gate = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="gpu sampler", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Raises NvmlError if they cannot be read now."""
+        self.look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join(timeout=2 * self._period_s + 0.5)  # a call that hangs is left behind
+
+    def look(self) -> tuple[Sample, ...]:
+        """Read them now; may be called in any thread. Raises NvmlError."""
+        found = tuple(gpu.sample() for gpu in self.gpus)
+        with self._gate:
+            for counter, sample in zip(self._counters, found, strict=True):
+                counter.sample(sample.at_s, sample.watts, sample.energy_j)
+            self._last, self._at_s, self._error = found, time.monotonic(), None
+        return found
+
+    def last(self) -> tuple[Sample, ...]:
+        """The last reading. Raises OSError if it is too old, with the reason."""
+        late_s = time.monotonic() - self._at_s
+        if late_s > STALE_S:
+            raise self._error or OSError(f"no reading of {self.gpus[0].uuid} for {late_s:.1f} s: a call hangs")
+        return self._last
+
+    def joules(self) -> float:
+        """Of all of them since the block began."""
+        now_s = time.monotonic()
+        with self._gate:
+            return sum(counter.joules(now_s) for counter in self._counters)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._period_s):
+            try:
+                self.look()
+            except OSError as error:
+                self._error = error

@@ -1,0 +1,80 @@
+"""Clocks set through zeusd, the daemon of the Zeus project, where a site has it in the keeper's place.
+
+zeusd sets what it is told and remembers nothing: what was there before is remembered here, and is given back only if
+this process lives to do it. Its HTTP interface is that of zeus 0.16 (`zeus/utils/zeusd.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import urlencode
+
+from throttllem.gpu.device import nothing
+from throttllem.gpu.nvml import Lock, NvmlGpu, seen_lock
+
+_TIMEOUT_S = 3.0
+
+
+class ZeusdError(OSError):
+    """zeusd did not do it."""
+
+
+class ZeusdClocks:
+    """The clocks of some GPUs."""
+
+    def __init__(self, path: Path, gpus: Sequence[NvmlGpu]) -> None:
+        self._path, self._gpus = path, tuple(gpus)
+        self._before: dict[NvmlGpu, Lock | None] | None = None
+
+    async def set(self, mhz: int, sent: Callable[[], None] = nothing) -> int:
+        """Lock all of them to a clock. Raises OSError."""
+        if self._before is None:
+            self._before = await asyncio.to_thread(lambda: {gpu: seen_lock(gpu) for gpu in self._gpus})
+        sent()
+        await asyncio.to_thread(self._lock, self._gpus, Lock(mhz, mhz))
+        return mhz
+
+    async def give_back(self) -> None:
+        """As they were before the first set. Raises OSError."""
+        before, self._before = self._before, None
+        if before is not None:
+            await asyncio.to_thread(self._restore, before)
+
+    def _restore(self, before: dict[NvmlGpu, Lock | None]) -> None:
+        for gpu, lock in before.items():
+            if lock is None:
+                self._post("reset_gpu_locked_clocks", (gpu,), {})
+            else:
+                self._lock((gpu,), lock)
+
+    def _lock(self, gpus: Sequence[NvmlGpu], lock: Lock) -> None:
+        self._post("set_gpu_locked_clocks", gpus, {"min_clock_mhz": lock[0], "max_clock_mhz": lock[1]})
+
+    def _post(self, what: str, gpus: Sequence[NvmlGpu], more: dict[str, int]) -> None:
+        fields = {"gpu_ids": ",".join(str(gpu.index()) for gpu in gpus), **more, "block": "true"}
+        connection = _UnixConnection(self._path)
+        try:
+            connection.request("POST", f"/gpu/{what}?{urlencode(fields)}")
+            answer = connection.getresponse()
+            said = answer.read(500).decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise ZeusdError(f"zeusd {self._path}: {error}; is it running, and may this user connect?") from error
+        finally:
+            connection.close()
+        if answer.status != http.client.OK:
+            raise ZeusdError(f"zeusd {self._path}: {what}: HTTP {answer.status} {said}")
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_TIMEOUT_S)
+        self.sock.connect(str(self._path))
