@@ -26,9 +26,7 @@ def serve(
     config: Annotated[Path | None, typer.Option("--config", help="TOML file; without it a simulated engine.")] = None,
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option("--port", help="Port of the API; default 8000; 0: any free one.")] = None,
-    metrics_port: Annotated[
-        int | None, typer.Option("--metrics-port", help="Own port for /metrics, /health and /dashboard.")
-    ] = None,
+    metrics_port: Annotated[int | None, typer.Option("--metrics-port", help="Own port for metrics, dashboard.")] = None,
     policy: Annotated[
         str | None,
         typer.Option("--policy", help="triton, throttllem, least-energy (default), fixed:<MHz>."),
@@ -41,9 +39,7 @@ def serve(
     model: Annotated[str | None, typer.Option("--model", help="Model of the catalogue, of the one engine.")] = None,
     tp: Annotated[int | None, typer.Option("--tp", help="GPUs of the one engine.")] = None,
     tables: Annotated[Path | None, typer.Option("--tables", help="Folder that `train` wrote.")] = None,
-    gpus: Annotated[
-        str | None, typer.Option("--gpus", help="GPUs of the one engine here, UUIDs or numbers; else simulated ones.")
-    ] = None,
+    gpus: Annotated[str | None, typer.Option("--gpus", help="GPUs of the one engine: UUIDs or numbers.")] = None,
     clocks: Annotated[str | None, typer.Option("--clocks", help="With --gpus: on, advise (default) or off.")] = None,
     slo_e2e: Annotated[float | None, typer.Option("--slo-e2e", help="Seconds; promised where none is named.")] = None,
     slo_tbt: Annotated[float | None, typer.Option("--slo-tbt", help="Seconds, mean; likewise.")] = None,

@@ -12,6 +12,7 @@ NAME = "libnvidia-ml.so.1"
 SOURCES = ("machine.c", "nvml.c")
 # No soname is set, and nothing but NVML's names and fake_nvml_* is to be seen: a call that we lack must not be found.
 FLAGS = ("-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-fvisibility=hidden")
+FLAGS += ("-Wl,-soname,libnvidia-ml.so.1",)
 
 
 class BuildError(Exception):

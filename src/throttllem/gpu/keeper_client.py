@@ -120,9 +120,12 @@ class _Talk:
     def __init__(self, socket: Path) -> None:
         self._socket = socket
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._over = False
 
     async def ask(self, what: dict[str, Any], timeout_s: float, sent: Callable[[], None] = nothing) -> dict[str, Any]:
         """The answer. Raises KeeperError."""
+        if self._over:
+            raise KeeperError("lost", "keeper: the connection was given up")
         try:
             async with asyncio.timeout(timeout_s):
                 reader, writer = self._streams = self._streams or await asyncio.open_unix_connection(self._socket)
@@ -135,6 +138,7 @@ class _Talk:
             answer: dict[str, Any] = json.loads(line)
         except asyncio.CancelledError:
             self.close()  # its answer is still to come, and would be taken for another's
+            self._over = True
             raise
         except (OSError, ValueError) as error:
             self.close()

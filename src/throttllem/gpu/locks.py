@@ -9,6 +9,10 @@ import pynvml
 from throttllem.gpu.nvml import Lock, NvmlError, NvmlGpu, Trouble, seen_lock
 
 
+class SharedError(NvmlError):
+    """Others share the GPU: nothing was asked of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class LockableGpu(NvmlGpu):
     """One GPU whose clock may be locked. Every method raises NvmlError."""
@@ -32,4 +36,4 @@ class LockableGpu(NvmlGpu):
 
     def _check(self) -> None:
         if (use := self.use()) is not None:
-            raise NvmlError(f"clock of {self.uuid}: {use.value}", Trouble.UNSUPPORTED)
+            raise SharedError(f"clock of {self.uuid}: {use.value}", Trouble.UNSUPPORTED)

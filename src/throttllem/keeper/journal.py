@@ -1,18 +1,25 @@
-"""What each locked GPU was before, on disk before it is locked: whoever starts after a kill puts it back.
+"""What each locked GPU was before, written before it is locked: whoever starts after a kill puts it back.
 
-Two copies, each whole or not there. Locks do not outlive the host's boot: entries of another boot mean nothing.
+Two copies, each whole or not there. It is not forced to the disk: what outlives every process but no boot of the host
+is just what a lock does, and entries of another boot mean nothing.
 """
-
-from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from throttllem.gpu.nvml import Lock
+
+log = logging.getLogger("throttllem.keeper")
+
+
+def places(state: Path, socket: Path) -> tuple[Path, Path]:
+    """Where the copies are."""
+    return state / "keeper.journal", socket.with_suffix(".copy")
 
 
 class Journal:
@@ -21,9 +28,9 @@ class Journal:
     def __init__(self, paths: tuple[Path, ...], boot: str) -> None:
         self._paths, self._boot, self._number = paths, boot, 0
 
-    def read(self) -> tuple[dict[str, Lock | None], list[str]]:
-        """What has to be put back, and what was found broken, in words."""
-        found, troubles = dict[str, Lock | None](), []
+    def read(self) -> dict[str, Lock | None]:
+        """What has to be put back; what is broken is said and not used."""
+        found = dict[str, Lock | None]()
         for path in self._paths:
             try:
                 checksum, _, body = path.read_bytes().rstrip(b"\n").partition(b" ")
@@ -36,21 +43,21 @@ class Journal:
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, TypeError, AttributeError) as error:
-                troubles.append(f"{path} is not used: {error}")
-        return found, troubles
+                log.error("journal %s is not used: %s", path, error)
+        return found
 
-    def write(self, before: Mapping[str, Lock | None]) -> list[str]:
-        """Write both copies; what went wrong with one. Raises OSError if neither could be written."""
+    def write(self, before: Mapping[str, Lock | None]) -> None:
+        """Write both copies. Raises OSError if neither could be written; one that could not is said."""
         self._number += 1
         body, troubles = json.dumps([self._number, self._boot, before]).encode(), []
         for path in self._paths:
             try:
                 _replace(path, b"%08x %s\n" % (zlib.crc32(body), body))
             except OSError as error:
-                troubles.append(f"{path}: {error.strerror}")
+                log.warning("journal %s is not written: %s", path, error)
+                troubles.append(error)
         if len(troubles) == len(self._paths):
-            raise OSError(f"no lock without a journal: {'; '.join(troubles)}")
-        return troubles
+            raise OSError(f"no lock without a journal: {troubles[0]}")
 
 
 def _replace(path: Path, text: bytes) -> None:
@@ -58,5 +65,4 @@ def _replace(path: Path, text: bytes) -> None:
     with aside.open("wb", buffering=0) as file:
         if file.write(text) != len(text):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(file.fileno())
     aside.replace(path)

@@ -3,25 +3,20 @@ are given back, again and again until it worked. One thread a GPU makes its call
 other. Knows nothing of sockets.
 """
 
-from __future__ import annotations
-
 import asyncio
-import logging
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from throttllem.gpu.locks import LockableGpu
+from throttllem.gpu.locks import LockableGpu, SharedError
 from throttllem.gpu.nvml import Lock, Nvml
-from throttllem.keeper.journal import Journal
-
-log = logging.getLogger("throttllem.keeper")
+from throttllem.keeper.journal import Journal, log
 
 LEAST_TTL_S, MOST_TTL_S = 0.2, 60.0
-SETS_PER_S, SETS_AT_ONCE = 20.0, 40.0
-SWEEP_S, RETRY_S = 0.05, 0.25
+SETS_PER_S, SETS_AT_ONCE, SWEEP_S, RETRY_S = 20.0, 40.0, 0.05, 0.25
 
 
 class RefusedError(Exception):
@@ -40,25 +35,17 @@ class Lease:
     noting: bool = False
     touched: bool = False
     ended: str | None = None
-    sets: float = SETS_AT_ONCE
 
 
 class Leases:
     """All of them, on one event loop. By UUID: the `clocks` that may be set, and the lock that is `normally` there."""
 
     def __init__(self, nvml: Nvml, clocks: Mapping[str, Lock], normally: Mapping[str, Lock], journal: Journal) -> None:
-        self.clocks, self._normally, self._journal, self._pen = clocks, normally, journal, asyncio.Lock()
+        self.clocks, self.normally, self._journal, self._pen = clocks, normally, journal, asyncio.Lock()
+        self._sets = dict.fromkeys(clocks, SETS_AT_ONCE)
         self.held, self.returning = dict[str, Lease](), dict[str, asyncio.Task[None]]()
-        self.before, troubles = journal.read()
-        self._hands = {
-            uuid: (LockableGpu(nvml, uuid), ThreadPoolExecutor(1)) for uuid in dict.fromkeys([*clocks, *self.before])
-        }
-        for trouble in troubles:
-            log.error("journal: %s", trouble)
-
-    def recover(self) -> None:
-        """Give back what an earlier keeper left."""
-        self._give_back(self.before)
+        self.before = journal.read()
+        self._hands = {uuid: (LockableGpu(nvml, uuid), ThreadPoolExecutor(1)) for uuid in {*clocks, *self.before}}
 
     def take(self, gpus: tuple[str, ...], ttl_s: float, holder: str) -> Lease:
         """A lease on GPUs that are allowed and nobody's. Raises RefusedError."""
@@ -86,18 +73,17 @@ class Leases:
         for low, high in (self.clocks[uuid] for uuid in lease.gpus):
             if not low <= mhz <= high:
                 raise RefusedError("range", f"{mhz} MHz: only {low} to {high} MHz may be set")
-        if lease.sets < 1.0:
+        if min(self._sets[uuid] for uuid in lease.gpus) < 1.0:
             raise RefusedError("rate", f"more than {SETS_PER_S:g} sets a second: ask again in a moment")
-        lease.sets -= 1.0
+        self._sets |= {uuid: self._sets[uuid] - 1.0 for uuid in lease.gpus}
         try:
             if not lease.touched:
                 await self._note(lease)
-            done = await asyncio.gather(
-                *(self._do(uuid, lambda gpu: gpu.lock(Lock(mhz, mhz))) for uuid in lease.gpus), return_exceptions=True
-            )
+            locking = (self._do(uuid, lambda gpu: gpu.lock(Lock(mhz, mhz))) for uuid in lease.gpus)
+            done = await asyncio.gather(*locking, return_exceptions=True)
             self.beat(lease)  # where it ended meanwhile, giving back comes after these calls
             if failed := [error for error in done if isinstance(error, BaseException)]:
-                await self._undo(lease, [uuid for uuid, error in zip(lease.gpus, done, strict=True) if error is None])
+                await self._undo(lease, done)
                 raise failed[0]
         except OSError as error:
             raise RefusedError("gpu", str(error)) from error
@@ -111,11 +97,16 @@ class Leases:
             if not lease.noting:
                 self._free(lease)
 
+    def give_back(self, gpus: Iterable[str]) -> None:
+        """What is in `before` of them, until it worked."""
+        for uuid in gpus:
+            self.returning[uuid] = asyncio.get_running_loop().create_task(self._return(uuid))
+
     async def sweep(self, alive: Callable[[], None]) -> None:
         """For ever: end what is silent."""
         while True:
+            self._sets = {uuid: min(SETS_AT_ONCE, sets + SWEEP_S * SETS_PER_S) for uuid, sets in self._sets.items()}
             for lease in set(self.held.values()):
-                lease.sets = min(SETS_AT_ONCE, lease.sets + SWEEP_S * SETS_PER_S)
                 if time.monotonic() > lease.until_s:
                     self.end(lease, f"no heartbeat for {lease.ttl_s:g} s")
             alive()
@@ -125,7 +116,7 @@ class Leases:
         """What its GPUs are now, into the journal; nothing is locked yet, and nobody else gets them meanwhile."""
         lease.noting = True
         try:
-            looks = (self._do(uuid, lambda gpu: gpu.before(self._normally.get(gpu.uuid))) for uuid in lease.gpus)
+            looks = (self._do(uuid, lambda gpu: gpu.before(self.normally.get(gpu.uuid))) for uuid in lease.gpus)
             self.before |= dict(zip(lease.gpus, await asyncio.gather(*looks), strict=True))
             await self._write()
             self.beat(lease)
@@ -134,14 +125,18 @@ class Leases:
             lease.noting = False
             if not lease.touched:
                 self.before = {uuid: lock for uuid, lock in self.before.items() if uuid not in lease.gpus}
+                with contextlib.suppress(OSError):
+                    await self._write()
             if lease.ended:
                 self._free(lease)
 
-    async def _undo(self, lease: Lease, gpus: list[str]) -> None:
-        """Some GPUs of a group did not follow: the others go back to what they had."""
+    async def _undo(self, lease: Lease, done: list[Any]) -> None:
+        """Some GPUs of a group did not follow: all go back to what they had, but those that were not touched at all."""
         mine = lease.mhz and Lock(lease.mhz, lease.mhz)
+        gpus = [uuid for uuid, error in zip(lease.gpus, done, strict=True) if not isinstance(error, SharedError)]
         try:
-            await asyncio.gather(*(self._put(uuid, mine or self.before[uuid]) for uuid in gpus))
+            puts = (self._do(uuid, lambda gpu: gpu.give_back(mine or self.before[gpu.uuid])) for uuid in gpus)
+            await asyncio.gather(*puts)
         except OSError:
             self.end(lease, "its GPUs could be set neither to one clock nor back")
             raise
@@ -149,17 +144,13 @@ class Leases:
     def _free(self, lease: Lease) -> None:
         for uuid in lease.gpus:
             del self.held[uuid]
-        self._give_back(lease.gpus if lease.touched else ())
-
-    def _give_back(self, gpus: Iterable[str]) -> None:
-        for uuid in gpus:
-            self.returning[uuid] = asyncio.get_running_loop().create_task(self._return(uuid))
+        self.give_back(lease.gpus if lease.touched else ())
 
     async def _return(self, uuid: str) -> None:
         told = None
         while True:
             try:
-                await self._put(uuid, self.before[uuid])
+                await self._do(uuid, lambda gpu: gpu.give_back(self.before[uuid]))
                 break
             except OSError as error:
                 if told != (told := str(error)):
@@ -171,14 +162,10 @@ class Leases:
         except OSError as error:  # it stays in the journal: the next keeper gives it back once more
             log.error("%s", error)
 
-    def _put(self, uuid: str, before: Lock | None) -> asyncio.Future[Any]:
-        return self._do(uuid, lambda gpu: gpu.give_back(before))
-
     def _do(self, uuid: str, call: Callable[[LockableGpu], Any]) -> asyncio.Future[Any]:
         gpu, thread = self._hands[uuid]
         return asyncio.get_running_loop().run_in_executor(thread, call, gpu)
 
     async def _write(self) -> None:
         async with self._pen:
-            for trouble in await asyncio.to_thread(self._journal.write, dict(self.before)):
-                log.warning("journal: %s", trouble)
+            await asyncio.to_thread(self._journal.write, dict(self.before))

@@ -1,0 +1,61 @@
+"""Joules out of counters that stand still, start anew, or are not there."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from throttllem.gpu.counter import MOST_AHEAD_S, EnergyCounter
+
+
+def test_between_two_refreshes_watts_go_on():
+    counter = EnergyCounter()
+    counter.sample(10.0, 200.0, 5000.0)
+    assert counter.joules(10.05) == pytest.approx(10.0)
+    counter.sample(10.05, 200.0, 5000.0)  # has not moved
+    assert counter.joules(10.1) == pytest.approx(20.0)
+    counter.sample(10.1, 200.0, 5018.0)
+    assert counter.joules(10.1) == pytest.approx(20.0)  # 18, but it never falls
+    assert counter.joules(10.2) == pytest.approx(38.0)
+
+
+def test_what_was_guessed_does_not_add_up():
+    """The counter rises by 15 J in each 100 ms, watts say 200: after 10 s it is the counter that counts."""
+    counter = EnergyCounter()
+    for tick in range(101):
+        counter.sample(tick / 10, 200.0, 15.0 * tick)
+        counter.joules(tick / 10 + 0.05)
+    assert counter.joules(10.0) == pytest.approx(1500.0, abs=11.0)
+
+
+def test_a_counter_that_stopped_is_believed_in_the_end():
+    counter = EnergyCounter()
+    counter.sample(0.0, 100.0, 1.0)
+    assert counter.joules(60.0) == pytest.approx(100.0 * MOST_AHEAD_S)
+
+
+def test_a_driver_that_was_loaded_anew_counts_from_nothing():
+    counter = EnergyCounter()
+    counter.sample(0.0, 100.0, 5000.0)
+    counter.sample(1.0, 100.0, 5100.0)
+    counter.sample(2.0, 100.0, 3.0)
+    assert counter.joules(2.0) == pytest.approx(100.0)
+    counter.sample(3.0, 100.0, 103.0)
+    assert counter.joules(3.0) == pytest.approx(200.0)
+
+
+def test_without_a_counter_watts_are_integrated():
+    counter = EnergyCounter()
+    for at_s, watts in ((1.0, 100.0), (2.0, 300.0), (4.0, 300.0)):
+        counter.sample(at_s, watts, None)
+    assert counter.joules(4.0) == pytest.approx(200.0 + 600.0)
+
+
+@given(st.lists(st.tuples(st.floats(0.001, 0.5), st.floats(0, 500), st.floats(0, 100), st.booleans()), max_size=40))
+def test_it_never_falls(steps):
+    counter, at_s, raw_j, told = EnergyCounter(), 1.0, 1000.0, [0.0]
+    for seconds, watts, joules, anew in steps:
+        at_s += seconds
+        raw_j = 0.0 if anew else raw_j + joules
+        counter.sample(at_s, watts, raw_j)
+        told += [counter.joules(at_s), counter.joules(at_s + seconds / 2)]
+    assert told == sorted(told)

@@ -1,0 +1,144 @@
+"""GPUs through nvidia-ml-py, on the fake library: readings, what is refused, what of a lock shows."""
+
+import time
+
+import pytest
+
+from throttllem.gpu.locks import LockableGpu
+from throttllem.gpu.nvml import Brake, Lock, Nvml, NvmlError, NvmlGpu, Trouble, Use, seen_lock
+
+
+@pytest.fixture
+def gpu(machine):
+    with Nvml() as nvml:
+        yield NvmlGpu(nvml, machine.gpus[0].uuid)
+
+
+def test_what_a_gpu_says(machine, gpu):
+    assert gpu.nvml.uuids() == tuple(one.uuid for one in machine.gpus)
+    assert (gpu.index(), gpu.name()) == (0, "NVIDIA A100-SXM4-40GB")
+    clocks = gpu.clocks_mhz()
+    assert (clocks[0], clocks[-1], len(clocks)) == (210, 1410, 81)
+    sample = gpu.sample()
+    assert (sample.clock_mhz, sample.brake) == (1410, Brake.NONE)
+    assert sample.watts == pytest.approx(machine.gpus[0].watts, rel=0.01)
+    assert sample.energy_j is not None and gpu.limit_w() == 400.0
+    assert gpu.processes() == () and gpu.use() is None
+
+
+def test_reading_offers_no_way_to_set():
+    assert not {name for name in dir(NvmlGpu) if "lock" in name.lower() and name not in ("clock_mhz", "clocks_mhz")}
+    assert {"lock", "give_back"} <= set(dir(LockableGpu))
+
+
+def test_no_counter_is_no_error(machine, gpu):
+    machine.gpus[0].energy_counter(False)
+    assert gpu.sample().energy_j is None
+
+
+@pytest.mark.parametrize(
+    ("break_it", "trouble", "words"),
+    [
+        (lambda machine: machine.gpus[0].lost(True), Trouble.LOST, "dmesg"),
+        (lambda machine: machine.driver(False), Trouble.NO_DRIVER, "load the NVIDIA driver"),
+    ],
+)
+def test_what_fails_says_what_and_how_to_mend_it(machine, gpu, break_it, trouble, words):
+    gpu.sample()
+    break_it(machine)
+    with pytest.raises(NvmlError, match=words) as failed:
+        gpu.sample()
+    assert failed.value.trouble is trouble and (gpu.uuid in str(failed.value) or trouble is Trouble.NO_DRIVER)
+
+
+def test_what_comes_back_is_read_again(machine, gpu):
+    machine.gpus[0].lost(True)
+    with pytest.raises(NvmlError):
+        gpu.sample()
+    machine.gpus[0].lost(False)
+    assert gpu.sample().clock_mhz
+    machine.driver(False)
+    with pytest.raises(NvmlError):
+        gpu.sample()
+    machine.driver(True)
+    assert gpu.sample().clock_mhz
+
+
+def test_an_unknown_gpu_is_named(machine, gpu):
+    with pytest.raises(NvmlError, match=r"GPU-nobody.*doctor"):
+        NvmlGpu(gpu.nvml, "GPU-nobody").sample()
+
+
+def test_shared_gpus_are_not_to_be_set(machine, gpu):
+    lockable = LockableGpu(gpu.nvml, gpu.uuid)
+    machine.gpus[0].mig(True)
+    assert gpu.use() is Use.MIG
+    with pytest.raises(NvmlError, match="MIG is on"):
+        lockable.lock(Lock(900, 900))
+    machine.gpus[0].mig(False)
+    machine.gpus[0].mps([4711])
+    assert gpu.use() is Use.MPS
+    with pytest.raises(NvmlError, match="MPS shares it"):
+        lockable.before(None)
+    assert machine.gpus[0].attempted == 0
+
+
+def test_a_lock_is_set_and_given_back(machine, gpu):
+    lockable = LockableGpu(gpu.nvml, gpu.uuid)
+    lockable.lock(Lock(900, 900))
+    assert (machine.gpus[0].lock, gpu.clock_mhz()) == ((900, 900), 900)
+    lockable.give_back(Lock(600, 1200))
+    assert machine.gpus[0].lock == (600, 1200)
+    lockable.give_back(None)
+    assert machine.gpus[0].lock is None
+
+
+def test_permission_is_asked_of_the_driver(machine, gpu):
+    machine.gpus[0].permission(False)
+    with pytest.raises(NvmlError, match="needs root") as denied:
+        LockableGpu(gpu.nvml, gpu.uuid).lock(Lock(900, 900))
+    assert denied.value.trouble is Trouble.DENIED and machine.gpus[0].lock is None
+
+
+# ---- locks that others set -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [0.0, 0.5])
+@pytest.mark.parametrize("mhz", [1005, 510, 1395])
+def test_a_lock_by_others_shows_busy_or_idle(machine, gpu, load, mhz):
+    machine.gpus[0].work(load, 3600.0)
+    machine.gpus[0].lock_by_other(mhz, mhz)
+    assert seen_lock(gpu) == Lock(mhz, mhz)
+
+
+@pytest.mark.parametrize("load", [0.0, 0.5])
+def test_no_lock_shows_where_none_is(machine, gpu, load):
+    machine.gpus[0].work(load, 3600.0)
+    assert seen_lock(gpu) is None
+
+
+def test_what_slows_a_gpu_down_is_no_lock(machine, gpu):
+    machine.gpus[0].thermal(900)
+    assert gpu.clock_mhz() == 900 and seen_lock(gpu) is None
+
+
+def test_a_clock_that_moves_is_no_lock(machine, gpu):
+    machine.gpus[0].lock_by_other(900, 900)
+    assert seen_lock(gpu, sleep=lambda _: machine.gpus[0].lock_by_other(915, 915)) is None
+
+
+def test_of_a_range_the_end_in_force_shows(machine, gpu):
+    """What cannot be known: --normally of the keeper is for such sites."""
+    machine.gpus[0].lock_by_other(600, 1200)
+    assert seen_lock(gpu) == Lock(1200, 1200)
+
+
+def test_a_range_is_two_clocks_in_order():
+    for low, high in ((900, 600), (0, 900), (-1, 5)):
+        with pytest.raises(ValueError, match="the lower one first"):
+            Lock(low, high)
+
+
+def test_times_of_samples_are_of_the_monotonic_clock(gpu):
+    before = time.monotonic()
+    assert before <= gpu.sample().at_s <= time.monotonic()
