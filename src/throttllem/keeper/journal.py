@@ -31,7 +31,7 @@ class Journal:
     def read(self) -> dict[str, Lock | None]:
         """What has to be put back; what is broken is said and not used."""
         found = dict[str, Lock | None]()
-        for path in self._paths:
+        for path in filter(Path.exists, self._paths):
             try:
                 checksum, _, body = path.read_bytes().rstrip(b"\n").partition(b" ")
                 if zlib.crc32(body) != int(checksum, 16):
@@ -40,8 +40,6 @@ class Journal:
                 if number > self._number:
                     found = {uuid: lock and Lock(*lock) for uuid, lock in before.items()} if boot == self._boot else {}
                     self._number = number
-            except FileNotFoundError:
-                continue
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 log.error("journal %s is not used: %s", path, error)
         return found
