@@ -88,3 +88,18 @@ def test_parts_that_do_not_fit_together(changes: dict[str, object], message: str
 def test_a_table_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         table().hull = HULL
+
+
+def test_held_down_every_higher_clock_is_what_the_limit_is() -> None:
+    whole = table(
+        clocks_mhz=(210, 900, 1410),
+        seconds=np.tile(np.array([[3.0, 2.0, 1.0]], dtype=np.float32), (12, 1)),
+        watts=np.tile(np.array([[10.0, 20.0, 40.0]], dtype=np.float32), (12, 1)),
+    )
+    held = whole.capped(1200)
+    assert [held.at(mhz, 1, 1, 0) for mhz in held.clocks_mhz] == [(3.0, 10.0), (2.0, 20.0), (2.0, 20.0)]
+    assert held.slowest_s(1, 1, 0) == 2.0 and held.limit_mhz == 1200 and held.base is whole
+    assert held.capped(1200) is held
+    assert held.capped(300).at(1410, 1, 1, 0) == (3.0, 10.0)
+    assert held.capped(100).at(1410, 1, 1, 0) == (3.0, 10.0)  # below what was profiled: the lowest
+    assert held.capped(None) is whole and held.capped(1410) is whole and whole.capped(None) is whole

@@ -18,7 +18,7 @@ from gateway.flights import OPTIONS, SPECS, TABLES, busy, deeds, fly
 from throttllem.core.controller import Controller
 from throttllem.core.drift import Others, Own
 from throttllem.core.online import Online
-from throttllem.core.types import Observed, Reason, Request, Slo, Timer
+from throttllem.core.types import ClockRead, Observed, Reason, Request, Slo, Timer
 from throttllem.gateway.checkpoint import CheckpointError, fill, load, make_blank, save, table_digest
 
 DIGESTS = {table_digest(one): one for one in TABLES.values()}
@@ -53,6 +53,17 @@ def test_what_is_shared_stays_shared_and_arrays_stay_exact():
         assert state.table is (None if before.table is None else controller.options.tables[state.tp])
         assert np.array_equal(state.board._columns, before.board._columns)
         assert state.board._columns.flags.writeable
+
+
+def test_clocks_that_are_held_down_stay_held_down():
+    world = World(OPTIONS)
+    busy(world, 60)
+    engine = next(state for state in world.controller._engines if state.table is not None)
+    limit_mhz = engine.table.clocks_mhz[1]
+    world.tell(ClockRead(engine=engine.engine, mhz=limit_mhz, limit_mhz=limit_mhz))
+    again = copied(world.controller)._engines.get(engine.engine).table
+    assert again.limit_mhz == limit_mhz and again.base is TABLES[engine.tp]
+    assert np.array_equal(again.seconds, engine.table.seconds)
 
 
 def test_a_predictor_that_learns_goes_along():

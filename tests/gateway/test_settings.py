@@ -3,6 +3,7 @@
 import pytest
 
 from throttllem.gateway.settings import (
+    ClockOptions,
     EngineEntry,
     LimitOptions,
     LiveLengthOptions,
@@ -33,6 +34,13 @@ from throttllem.gateway.settings import (
         (lambda: EngineEntry(kind="openai"), "needs url"),
         (lambda: EngineEntry(url="http://x"), "a simulated engine has no url"),
         (lambda: EngineEntry(kind="triton", url="ftp://x"), "must begin with http://"),
+        (lambda: EngineEntry(gpus=("0",)), "a real engine of tp = 1 has 1 of them"),
+        (
+            lambda: EngineEntry(kind="openai", url="http://x", tp=2, gpus=("0",)),
+            "a real engine of tp = 2 has 2 of them",
+        ),
+        (lambda: EngineEntry(kind="openai", url="http://x", tp=2, gpus=("0", "0")), "has 2 of them"),
+        (lambda: ClockOptions(ttl_s=0.1), "clocks.ttl_s = 0.1"),
         (lambda: LiveLengthOptions(exceed=0.9), "length.exceed = 0.9"),
         (lambda: RecorderOptions(files=1), "recorder.files = 1"),
     ],

@@ -16,6 +16,8 @@ from throttllem.gateway.build import Gateway, build_gateway
 from throttllem.gateway.link import Link
 from throttllem.gateway.serve_http import bind
 from throttllem.gateway.settings import ServeOptions, ServerOptions
+from throttllem.gpu.hardware import HardwareGpu
+from throttllem.gpu.keeper_client import keeper_status
 from throttllem.tree import leaves
 
 _REACH_S = 5.0
@@ -125,6 +127,7 @@ async def _engines(gateway: Gateway, options: ServeOptions) -> list[Finding]:
         largest = max(link.tp for link in model.driver.links)
         for link in model.driver.links:
             findings += await _engine(link, model.driver.controller.options, options)
+            findings += await _hardware(link, options)
             if link.tp < largest and not scales:
                 findings.append(_never_started(link, options.policy))
             if aware and link.tp not in model.driver.controller.options.tables:
@@ -157,8 +160,31 @@ def _described(link: Link, connected: Connected, core: ControllerOptions, option
     return (
         f"engine {link.name} serves {', '.join(connected.models)}: {spec.kv_blocks} KV blocks of {spec.block_tokens} "
         f"tokens, {spec.max_batch} requests, context {spec.max_context_tokens}; policy {options.policy} {chosen} "
-        f"of a simulated {link.catalogue_gpu}"
+        f"of {'a simulated ' if link.clock.mode == 'simulated' else ''}{link.catalogue_gpu}"
     )
+
+
+async def _hardware(link: Link, options: ServeOptions) -> list[Finding]:
+    """Real GPUs are found and read, never set; whether they may be set is asked of the keeper."""
+    gpu = link.gpu
+    if not isinstance(gpu, HardwareGpu):
+        return []
+    try:
+        async with gpu:
+            reading = gpu.read()
+    except (OSError, ValueError) as error:
+        return [Finding(mark="!!", text=f"engine {link.name}: {error}", fatal=True)]
+    mode = options.clocks.mode
+    text = (
+        f"engine {link.name}: {len(gpu.names)} GPUs at {reading.clock_mhz} MHz, {reading.watts:.0f} W; clocks: {mode}"
+    )
+    findings = [Finding(mark="ok", text=text)]
+    if mode == "on" and options.clocks.zeusd is None:
+        try:
+            await keeper_status(options.clocks.keeper)
+        except OSError as error:
+            findings.append(Finding(mark="!!", text=f"engine {link.name}: clocks would only be advised: {error}"))
+    return findings
 
 
 def _notes(link: Link, connected: Connected) -> Iterator[Finding]:

@@ -67,7 +67,8 @@ def _hash(parts: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """Sums over all models and engines. `saved` is over the engines that have an estimate, None if none has.
+    """Sums over all models and engines. `saved` is over the engines that have an estimate, None if none has; so is
+    `would_save`, over those whose clocks are or were only advised.
 
     `estimated` of `engines` have one. `joules_per_token`: all energy since the start over all generated tokens;
     `busy_joules_per_token`: idle energy left out. None: no token yet, or no promise.
@@ -79,6 +80,7 @@ class Totals:
     idle_j: float
     top_j: float | None
     saved: float | None
+    would_save: float | None
     engines: int
     estimated: int
     joules_per_token: float | None
@@ -97,6 +99,11 @@ def totals(status: GatewayStatus) -> Totals:
         total_j=sum(energy.total_j for energy in compared),
         top_j=sum(energy.top_j or 0.0 for energy in compared) or None,
     )
+    asked = [energy for energy in energies if energy.advised_j is not None]
+    advised = Energy(
+        total_j=sum(energy.total_j for energy in asked),
+        advised_j=sum(energy.advised_j or 0.0 for energy in asked) if asked else None,
+    )
     total_j, idle_j = sum(energy.total_j for energy in energies), sum(energy.idle_j for energy in energies)
     tokens = sum(model.generated_tokens for model in status.models)
     recent, ever = Kept(), Kept()
@@ -109,6 +116,7 @@ def totals(status: GatewayStatus) -> Totals:
         idle_j=idle_j,
         top_j=sums.top_j,
         saved=sums.saved,
+        would_save=advised.would_save,
         engines=len(energies),
         estimated=len(compared),
         joules_per_token=total_j / tokens if tokens else None,

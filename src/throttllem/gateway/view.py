@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from throttllem.core.snapshot import EngineView, Snapshot
@@ -9,6 +11,7 @@ from throttllem.core.types import FrequencyPlan
 from throttllem.gateway.driver import Driver
 from throttllem.gateway.link import Link
 from throttllem.gateway.status import Ahead, Drift, EngineStatus, LengthStatus, ModelStatus
+from throttllem.gpu.device import Reading
 
 _POINTS = 120
 _STALLED_AFTER_S = 10.0
@@ -59,7 +62,8 @@ def assumptions(driver: Driver, link: Link) -> tuple[str, ...]:
 def _engine_status(driver: Driver, link: Link, snapshot: Snapshot) -> EngineStatus:
     view = next((view for view in snapshot.engines if view.engine == link.key), None)
     connected = link.connected
-    notes = (*(connected.notes if connected else ()), *assumptions(driver, link))
+    reading = link.booking.meter.reading()
+    notes = (*(connected.notes if connected else ()), *assumptions(driver, link), *_of_clocks(reading))
     if link.estimated_prompts:
         notes = (*notes, f"the tokens of {link.estimated_prompts} prompts were estimated, not counted")
     if view is not None and view.foreign > 0:
@@ -68,7 +72,6 @@ def _engine_status(driver: Driver, link: Link, snapshot: Snapshot) -> EngineStat
             f"{view.foreign} sequences in this engine are not ours: does another gateway or client use it?",
         )
     state, trouble = engine_state(driver, link)
-    reading = link.booking.meter.reading()
     spec = connected.spec if connected else None
     return EngineStatus(
         name=link.name,
@@ -94,6 +97,14 @@ def _engine_status(driver: Driver, link: Link, snapshot: Snapshot) -> EngineStat
         ahead=_ahead(driver, link, view),
         decision=decision(view.plan if view else None),
     )
+
+
+def _of_clocks(reading: Reading) -> Iterator[str]:
+    """Why clocks are not what they should be."""
+    if reading.trouble:
+        yield f"clocks are only advised, as they cannot be set: {reading.trouble}"
+    if reading.held:
+        yield f"clocks are held at {reading.limit_mhz} MHz: {reading.held}; planned with that"
 
 
 def engine_state(driver: Driver, link: Link) -> tuple[str, str | None]:

@@ -64,7 +64,7 @@ class HardwareGpu:
         setter: Callable[[tuple[NvmlGpu, ...]], ClockSetter],
         clocks_mhz: tuple[int, ...],
     ) -> None:
-        self._names, self._make_setter = names, setter
+        self.names, self._make_setter = names, setter
         self.mode, self._clocks_mhz, self._top_mhz = mode, clocks_mhz, clocks_mhz[-1]
         self._stack = AsyncExitStack()
         self._sampler: Sampler | None = None
@@ -83,7 +83,7 @@ class HardwareGpu:
         """Find them. Raises NvmlError if they are not here, ValueError if their clocks are not to be set."""
         async with AsyncExitStack() as stack:
             nvml = stack.enter_context(Nvml())
-            gpus = tuple(found_gpu(nvml, name) for name in self._names)
+            gpus = tuple(found_gpu(nvml, name) for name in self.names)
             for gpu in gpus if self.mode is not Mode.OFF else ():
                 if (use := gpu.use()) is not None:
                     raise ValueError(f"engines: gpus: {gpu.uuid}: {use.value}; leave it out, or [clocks] mode = 'off'")

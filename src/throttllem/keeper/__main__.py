@@ -20,7 +20,7 @@ from throttllem.gpu.nvml import Lock, Nvml
 from throttllem.keeper.journal import Journal, log, places
 from throttllem.keeper.leases import Lease, Leases, RefusedError
 
-LINE_BYTES, CONNECTIONS, GIVE_BACK_S, LOOK_S, PAUSE_S = 4096, 32, 5.0, 0.25, 1.0
+LINE_BYTES, CONNECTIONS, GIVE_BACK_S, LOOK_S, PAUSE_S = 4096, 32, 5.0, 0.1, 1.0
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -93,17 +93,16 @@ async def keep(told: argparse.Namespace, nvml: Nvml, boot: str, stop: asyncio.Ev
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    sweeping = loop.create_task(leases.sweep(partial(tell_systemd, b"WATCHDOG=1")))
-    sweeping.add_done_callback(lambda _: stop.set())
+    sweeping = leases.sweep(partial(tell_systemd, b"WATCHDOG=1"))
+    listening = Door(leases, frozenset(told.user)).keep_open(told.socket, stop)
     tell_systemd(b"READY=1")
-    try:
-        await Door(leases, frozenset(told.user)).keep_open(told.socket, stop)
-    finally:
-        for lease in set(leases.held.values()):
-            leases.end(lease, "the keeper stops")
-        if leases.returning:
-            await asyncio.wait(leases.returning.values(), timeout=GIVE_BACK_S)
-        sweeping.cancel()
+    done, _ = await asyncio.wait(map(loop.create_task, (sweeping, listening)), return_when=asyncio.FIRST_COMPLETED)
+    for lease in set(leases.held.values()):
+        leases.end(lease, "the keeper stops")
+    if leases.returning:
+        await asyncio.wait(leases.returning.values(), timeout=GIVE_BACK_S)
+    for task in done:
+        task.result()  # what failed is said at the end
 
 
 def tell_systemd(what: bytes) -> None:
