@@ -53,15 +53,19 @@ class LinkMaker:
         spec, physics = fleet.specs[entry.tp], fleet.physics[entry.tp]
         gpu = self._gpu(entry, spec, physics, table)
         name = f"{entry.kind}-{entry.model}-tp{entry.tp}"
-        top, advised = (OtherClocks(table=table) if table else None for _ in range(2))
-        meter = EnergyMeter(gpu=gpu, top=top, advised=advised)
+        mode = "simulated" if entry.gpus is None else self.options.clocks.mode
+        meter = EnergyMeter(
+            gpu=gpu,
+            top=OtherClocks(table=table) if table else None,
+            advised=OtherClocks(table=table) if table and mode in ("on", "advise") else None,
+        )
         booking = Booking(meter=meter, now=self.now, kv_blocks=lambda: _kv_blocks(controller, link))
         clock = EngineClock(
             name=name,
             gpu=gpu,
             reading=meter.reading,
             now=self.now,
-            mode="simulated" if entry.gpus is None else self.options.clocks.mode,
+            mode=mode,
             on_command=self.histograms.clock_command,
         )
         engine = self._engine(entry, spec, physics, gpu)

@@ -75,8 +75,13 @@ class Prepared:
         )
         private = build_private_app(app) if self.sockets.private is not None else None
         async with contextlib.AsyncExitStack() as hardware:
-            for gpu in gateway.hardware:  # given back at the very end, whatever happens before
-                await hardware.enter_async_context(gpu)
+            try:
+                for gpu in gateway.hardware:  # given back at the very end, whatever happens before
+                    await hardware.enter_async_context(gpu)
+            except BaseException:
+                self.sockets.close()
+                os.close(self.held)
+                raise
             await self._serve_on(app, private, history, say, stop)
         say("stopped")
 

@@ -1,0 +1,152 @@
+"""A whole gateway over the fake NVML and a real keeper: clocks set while it serves, given back when it stops."""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from aiohttp import web
+
+from gateway.test_run import lived, options
+from tests.engine.upstreams import served as upstream
+from tests.engine.vllm_peer import VllmPeer
+from throttllem.gateway.check import check_configuration
+from throttllem.gateway.run import run_gateway
+from throttllem.gateway.settings import ClockOptions, EngineEntry
+from tools.nvml import build
+from tools.nvml.machine import Machine, a100
+
+
+@pytest.fixture
+def machine(tmp_path, tmp_path_factory, monkeypatch):
+    base = tmp_path_factory.getbasetemp()
+    library = build.library((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libnvidia-ml")
+    ctypes.CDLL(str(library / "libnvidia-ml.so.1"))
+    with Machine.create(tmp_path / "gpus", a100(1, switch_ms=(0, 0)), library=library) as made:
+        for name, value in made.environment(library).items():
+            monkeypatch.setenv(name, value)
+        made.gpus[0].root_only(os.geteuid() == 0)
+        made.gpus[0].work(0.5, 3600.0)
+        yield made
+
+
+@pytest.fixture
+def keeper(machine, tmp_path):
+    """The socket of one that runs as a process of its own."""
+    socket = tmp_path / "keeper.sock"
+    command = [sys.executable, "-m", "throttllem.keeper", "--gpu", f"{machine.gpus[0].uuid}=210-1410"]
+    process = subprocess.Popen(
+        [*command, "--socket", str(socket), "--state", str(tmp_path), "--user", str(os.getuid())]
+    )
+    end_s = time.monotonic() + 20
+    while not socket.exists():
+        assert process.poll() is None and time.monotonic() < end_s
+        time.sleep(0.01)
+    yield socket
+    process.terminate()
+    assert process.wait(timeout=10) == 0
+
+
+async def answer(request):
+    usage = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    choice = {"index": 0, "text": "a b c", "finish_reason": "length"}
+    return web.json_response({"id": "1", "object": "text_completion", "choices": [choice], "usage": usage})
+
+
+@contextlib.contextmanager
+def engine_aside():
+    """The URL of an engine that another thread serves."""
+    urls, over, loop = queue.Queue(), asyncio.Event(), asyncio.new_event_loop()
+
+    async def serve():
+        peer = VllmPeer()
+        async with upstream(peer.routes() | {("POST", "/v1/completions"): answer}) as url:
+            urls.put(url)
+            await over.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        yield urls.get(timeout=10)
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join(10)
+        loop.close()
+
+
+def served(tmp_path, keeper, mode, during):
+    with engine_aside() as url:
+        entry = EngineEntry(kind="openai", url=url, gpus=("0",), max_batch=8, kv_blocks=100, block_tokens=16)
+        made = options(tmp_path, engines=(entry,), clocks=ClockOptions(mode=mode, keeper=keeper, ttl_s=2.0))
+        return lived(run_gateway(made, tmp_path / "cache"), during), made
+
+
+@pytest.mark.parametrize(
+    ("mode", "locked", "set_now"), [("on", (1410, 1410), 1), ("advise", None, 0), ("off", None, 0)]
+)
+def test_clocks_while_it_serves_and_after(tmp_path, machine, keeper, mode, locked, set_now):
+    seen = {}
+
+    async def during(http, api, private):
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 3}
+        async with asyncio.timeout(10):
+            while True:
+                async with http.post(f"{api}/completions", json=body) as response:
+                    if response.status == 200:
+                        break
+                await asyncio.sleep(0.05)
+            while machine.gpus[0].lock != locked:
+                await asyncio.sleep(0.01)
+        async with http.get(private + "/metrics") as response:
+            seen["metrics"] = await response.text()
+
+    said, _ = served(tmp_path, keeper, mode, during)
+    assert said[-1] == "stopped"
+    assert machine.gpus[0].lock is None
+    assert (machine.gpus[0].attempted == 0) == (mode != "on")
+    (line,) = [line for line in seen["metrics"].splitlines() if line.startswith("throttllem_clocks_set{")]
+    assert float(line.split()[-1]) == set_now
+    assert "throttllem_energy_joules_total" in seen["metrics"]
+
+
+def test_a_keeper_that_is_missing_is_said_before_and_no_reason_not_to_serve(tmp_path, machine):
+    async def during(http, api, private):
+        async with http.get(private + "/dashboard/state") as response:
+            state = await response.json()
+        assert "keeper" in str(state["status"]["models"][0]["engines"][0]["unset"])
+
+    _, made = served(tmp_path, tmp_path / "none.sock", "on", _wait_for_unset(during))
+    findings = asyncio.run(check_configuration(made, {}, tmp_path / "cache"))
+    (found,) = [finding for finding in findings if "would only be advised" in finding.text]
+    assert found.mark == "!!" and not found.fatal
+    assert machine.gpus[0].attempted == 0
+
+
+def _wait_for_unset(then):
+    async def during(http, api, private):
+        async with asyncio.timeout(10):
+            while True:
+                async with http.get(private + "/dashboard/state") as response:
+                    engine = (await response.json())["status"]["models"][0]["engines"][0]
+                if engine["unset"]:
+                    break
+                await asyncio.sleep(0.05)
+        await then(http, api, private)
+
+    return during
+
+
+def test_gpus_that_are_not_here_are_refused(tmp_path, machine):
+    async def run():
+        entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpus=("5",))
+        prepared = run_gateway(options(tmp_path, engines=(entry,)), tmp_path / "cache")
+        await prepared.serving(lambda _: None)
+
+    with pytest.raises(ValueError, match="5 is not here; here are 0 = GPU-"):
+        asyncio.run(run())
