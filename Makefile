@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-slow test-real engines check bench fidelity lengths evaluation lock clean
+.PHONY: setup demo test test-slow test-real engines check bench fidelity lengths evaluation loop soak lock clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,14 @@ lengths: $(STAMP)
 # The gateway in front of the real engines of `make engines`: about an hour. EVALUATION="--only clients" runs some of it.
 evaluation: $(STAMP)
 	$(BIN)/python -m tools.evaluation $(EVALUATION)
+
+# The whole loop on a real engine and a fake GPU, its clocks set for real: about 40 minutes; needs `make engines`.
+loop: $(STAMP)
+	$(BIN)/python -m tools.loop $(LOOP)
+
+# Faults by the thousand against the keeper of clocks: about 50 minutes. SOAK="--schedules 2000" runs fewer.
+soak: $(STAMP)
+	$(BIN)/python -m tools.soak $(or $(SOAK),--schedules 10000)
 
 lock:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra dev pyproject.toml -o requirements.lock

@@ -45,11 +45,17 @@ class ZeusdClocks:
             await asyncio.to_thread(self._restore, before)
 
     def _restore(self, before: dict[NvmlGpu, Lock | None]) -> None:
-        for gpu, lock in before.items():
-            if lock is None:
-                self._post("reset_gpu_locked_clocks", (gpu,), {})
-            else:
-                self._lock((gpu,), lock)
+        failed: OSError | None = None
+        for gpu, lock in before.items():  # whatever comes of one, the others too
+            try:
+                if lock is None:
+                    self._post("reset_gpu_locked_clocks", (gpu,), {})
+                else:
+                    self._lock((gpu,), lock)
+            except OSError as error:
+                failed = error
+        if failed is not None:
+            raise failed
 
     def _lock(self, gpus: Sequence[NvmlGpu], lock: Lock) -> None:
         self._post("set_gpu_locked_clocks", gpus, {"min_clock_mhz": lock[0], "max_clock_mhz": lock[1]})

@@ -1,0 +1,100 @@
+"""Clocks through zeusd: a stand-in speaks its HTTP interface (zeus 0.16) and refuses whatever that does not have."""
+
+import asyncio
+import http.server
+import socketserver
+import threading
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from throttllem.gpu.hardware import HardwareGpu, Mode
+from throttllem.gpu.setters import clock_setter
+
+FIELDS = {
+    "/gpu/set_gpu_locked_clocks": {"gpu_ids", "min_clock_mhz", "max_clock_mhz", "block"},
+    "/gpu/reset_gpu_locked_clocks": {"gpu_ids", "block"},
+}
+
+
+class Zeusd(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+    machine = None
+    asked = ()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        asked = urlsplit(self.path)
+        fields = {name: value for name, (value,) in parse_qs(asked.query).items()}
+        self.server.asked += ((asked.path, tuple(sorted(fields.items()))),)
+        if FIELDS.get(asked.path) != set(fields):
+            return self.send_error(400, "no such request")
+        for number in map(int, fields["gpu_ids"].split(",")):
+            gpu = self.server.machine.gpus[number]
+            if gpu.control.permission_denied:
+                return self.send_error(500, "Insufficient Permissions")
+            if "reset" in asked.path:
+                gpu.unlock_by_other()
+            else:
+                gpu.lock_by_other(int(fields["min_clock_mhz"]), int(fields["max_clock_mhz"]))
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        return self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+    def address_string(self):
+        return "unix"
+
+
+@pytest.fixture
+def zeusd(machine, tmp_path):
+    with Zeusd(str(tmp_path / "zeusd.sock"), Handler) as server:
+        server.machine = machine
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def hardware(path):
+    return HardwareGpu(
+        ("0", "1"), mode=Mode.ON, setter=clock_setter(keeper=path, zeusd=path), clocks_mhz=(900, 1200, 1410)
+    )
+
+
+def test_it_sets_and_gives_back_what_was_there(machine, zeusd, tmp_path):
+    async def run():
+        machine.gpus[1].lock_by_other(1005, 1005)
+        async with hardware(tmp_path / "zeusd.sock") as gpu:
+            read = await gpu.set_clock(900), [one.lock for one in machine.gpus]
+            await gpu.set_clock(1200)
+        return read
+
+    assert asyncio.run(run()) == (900, [(900, 900)] * 2)
+    assert [one.lock for one in machine.gpus] == [None, (1005, 1005)]
+    assert [path for path, _ in zeusd.asked] == [*FIELDS][:1] * 2 + [*FIELDS][1:] + [*FIELDS][:1]
+
+
+def test_without_it_clocks_are_advised(machine, tmp_path):
+    async def run():
+        async with hardware(tmp_path / "none.sock") as gpu:
+            return await gpu.set_clock(900), gpu.read()
+
+    read, reading = asyncio.run(run())
+    assert read == 900 and "is it running" in reading.trouble and reading.advised_mhz == 900
+
+
+@pytest.mark.parametrize("denied", [0, 1])
+def test_what_it_cannot_do_is_said_and_all_are_as_before(machine, zeusd, tmp_path, denied):
+    async def run():
+        machine.gpus[denied].permission(False)
+        async with hardware(tmp_path / "zeusd.sock") as gpu:
+            await gpu.set_clock(900)
+            return gpu.read().trouble
+
+    assert "HTTP 500" in asyncio.run(run())
+    assert [one.lock for one in machine.gpus] == [None, None]
