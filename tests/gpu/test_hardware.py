@@ -167,7 +167,7 @@ def test_what_the_keeper_does_not_allow_is_a_limit(house):
             return low, high, gpu.read()
 
     (low, at_low), (high, reading, at_high), fine = asyncio.run(run())
-    assert (low, at_low, high, at_high) == (900, [(900, 900)] * 2, 1200, [(1200, 1200)] * 2)
+    assert (low, at_low, high, at_high) == (600, [(900, 900)] * 2, 1200, [(1200, 1200)] * 2)
     assert (reading.limit_mhz, reading.held) == (1200, "the keeper allows no more")
     assert fine.limit_mhz is None
 

@@ -64,7 +64,7 @@ class EnergyMeter:
             if not self._fails:
                 log.error("the GPU cannot be read: %s", error)
             self._fails = True
-            return replace(self._last, clock_mhz=None, advised_mhz=None)
+            return replace(self._last, clock_mhz=None, advised_mhz=None, stands_for_mhz=None)
         self._fails = False
         return self._last
 

@@ -99,7 +99,7 @@ class EngineClock:
         finally:
             self._setting -= 1
         if mhz == self._wanted_mhz:  # else the answer to the next one counts
-            self._fails = read != mhz
+            self._fails = read is None or (read != mhz and self.reading().limit_mhz is None)
             self._told_core(read)
 
     def _told_core(self, mhz: int | None) -> None:

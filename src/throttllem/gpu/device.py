@@ -15,7 +15,8 @@ class ClockError(OSError):
 class Reading:
     """All GPUs of an engine: the clock in force (None: unknown), watts now, joules since the counter began.
 
-    `advised_mhz`: what was decided where nothing is set. `limit_mhz`: they follow no higher than this now, and `held`
+    `advised_mhz`: what was decided where nothing is set. `stands_for_mhz`: a lower clock that was asked for, where the
+    clock in force is the lowest that may be set. `limit_mhz`: they follow no higher than this now, and `held`
     says what holds them. `trouble`: why clocks are not set though they should be.
     """
 
@@ -23,14 +24,18 @@ class Reading:
     watts: float
     energy_j: float
     advised_mhz: int | None = None
+    stands_for_mhz: int | None = None
     limit_mhz: int | None = None
     held: str | None = None
     trouble: str | None = None
 
     @property
     def planned_on_mhz(self) -> int | None:
-        """The clock that plans go by: the advised one, as if it were in force, else the one that is."""
-        return self.clock_mhz if self.advised_mhz is None else self.advised_mhz
+        """The clock that plans go by: the advised one, as if it were in force, else the one that is, or one below it
+        that it stands for.
+        """
+        wanted = (self.advised_mhz, self.stands_for_mhz, self.clock_mhz)
+        return next((mhz for mhz in wanted if mhz is not None), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

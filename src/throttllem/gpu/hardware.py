@@ -134,6 +134,7 @@ class HardwareGpu:
             watts=sum(sample.watts for sample in samples),
             energy_j=sampler.joules(),
             advised_mhz=asked_mhz if self.advising else self._top_mhz if self.mode is Mode.OFF else None,
+            stands_for_mhz=asked_mhz if follows and self._set_mhz is not None and asked_mhz < self._set_mhz else None,
             limit_mhz=limit_mhz,
             held=held,
             trouble=self._trouble,
