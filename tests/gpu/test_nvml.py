@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from throttllem.gpu.hardware import found_gpu
 from throttllem.gpu.locks import LockableGpu
 from throttllem.gpu.nvml import Brake, Lock, Nvml, NvmlError, NvmlGpu, Trouble, Use, seen_lock
 
@@ -15,7 +16,7 @@ def gpu(machine):
 
 
 def test_what_a_gpu_says(machine, gpu):
-    assert gpu.nvml.uuids() == tuple(one.uuid for one in machine.gpus)
+    assert gpu.nvml.gpus() == {number: one.uuid for number, one in enumerate(machine.gpus)}
     assert (gpu.index(), gpu.name()) == (0, "NVIDIA A100-SXM4-40GB")
     clocks = gpu.clocks_mhz()
     assert (clocks[0], clocks[-1], len(clocks)) == (210, 1410, 81)
@@ -142,3 +143,11 @@ def test_a_range_is_two_clocks_in_order():
 def test_times_of_samples_are_of_the_monotonic_clock(gpu):
     before = time.monotonic()
     assert before <= gpu.sample().at_s <= time.monotonic()
+
+
+def test_a_lost_gpu_does_not_take_anothers_number(machine, gpu):
+    machine.gpus[0].lost(True)
+    assert gpu.nvml.gpus() == {1: machine.gpus[1].uuid}
+    assert found_gpu(gpu.nvml, "1").uuid == machine.gpus[1].uuid
+    with pytest.raises(ValueError, match="0 is not here; here are 1 = GPU-"):
+        found_gpu(gpu.nvml, "0")

@@ -241,11 +241,10 @@ class HardwareGpu:
 
 def found_gpu(nvml: Nvml, name: str) -> NvmlGpu:
     """A GPU by its UUID or its number. Raises NvmlError, ValueError naming those that are here."""
-    uuids = nvml.uuids()
-    if name.isdecimal() and int(name) < len(uuids):
-        name = uuids[int(name)]
-    if name not in uuids:
-        here = ", ".join(f"{number} = {uuid}" for number, uuid in enumerate(uuids)) or "none"
+    here_now = nvml.gpus()
+    name = here_now.get(int(name), name) if name.isdecimal() else name
+    if name not in here_now.values():
+        here = ", ".join(f"{number} = {uuid}" for number, uuid in here_now.items()) or "none"
         raise ValueError(f"engines: gpus: {name} is not here; here are {here}")
     return NvmlGpu(nvml, name)
 

@@ -110,11 +110,17 @@ class Nvml:
         with self._gate:
             self._close()
 
-    def uuids(self) -> tuple[str, ...]:
-        """Every GPU here, in NVML's order."""
-        count = self.ask("GPUs", pynvml.nvmlDeviceGetCount)
-        handles = [self.ask(f"GPU {index}", pynvml.nvmlDeviceGetHandleByIndex, index) for index in range(count)]
-        return tuple(self.ask("UUID", pynvml.nvmlDeviceGetUUID, handle) for handle in handles)
+    def gpus(self) -> dict[int, str]:
+        """Number and UUID of every GPU here that answers: one that fell off the bus is no reason to miss the others."""
+        found = {}
+        for number in range(self.ask("GPUs", pynvml.nvmlDeviceGetCount)):
+            try:
+                handle = self.ask(f"GPU {number}", pynvml.nvmlDeviceGetHandleByIndex, number)
+                found[number] = str(self.ask(f"UUID of GPU {number}", pynvml.nvmlDeviceGetUUID, handle))
+            except NvmlError as error:
+                if error.trouble is not Trouble.LOST:
+                    raise
+        return found
 
     def driver(self) -> str:
         """Its version."""

@@ -40,13 +40,16 @@ class Door:
             while (uid == 0 or uid in self._uids) and self._open <= CONNECTIONS and (line := await reader.readline()):
                 await asyncio.sleep(0)  # however much is asked at once, all others have their turn
                 try:
-                    answer = {"ok": True, **await self._answer(json.loads(line), mine, f"process {pid} of user {uid}")}
+                    answer = {
+                        "ok": True,
+                        **await self._answer(json.loads(line.decode()), mine, f"process {pid} of user {uid}"),
+                    }
                 except RefusedError as error:
                     answer = {"ok": False, "code": error.args[0], "error": error.args[1]}
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
-            log.warning("process %d of user %d said what is no request: %r", pid, uid, error)
+        except (Exception, asyncio.CancelledError) as error:  # whatever it said, or the keeper stops: only it ends
+            log.warning("process %d of user %d is cut off: %r", pid, uid, error)
         finally:
             self._open -= 1
             for lease in mine:
@@ -75,14 +78,17 @@ class Door:
     async def keep_open(self, path: Path, stop: asyncio.Event) -> None:
         """Listen at `path` until `stop`; where the socket was taken away, at a new one."""
         while not stop.is_set():
-            with contextlib.suppress(OSError):
+            try:
                 path.unlink(missing_ok=True)
                 server = await asyncio.start_unix_server(self.enter, path, limit=LINE_BYTES)
                 with contextlib.closing(server):
                     path.chmod(0o666)  # who may come in is asked of the kernel, connection by connection
                     mine = path.stat().st_ctime_ns
+                    tell_systemd(b"READY=1")
                     while not stop.is_set() and path.stat().st_ctime_ns == mine:
                         await asyncio.sleep(LOOK_S)
+            except OSError as error:
+                log.warning("nobody can connect: %s", error)
             await asyncio.sleep(LOOK_S)
 
 
@@ -90,19 +96,16 @@ async def keep(told: argparse.Namespace, nvml: Nvml, boot: str, stop: asyncio.Ev
     """Until `stop`; then everything is given back."""
     leases = Leases(nvml, dict(told.gpu), dict(told.normally), Journal(places(told.state, told.socket), boot))
     leases.give_back(leases.before)
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    sweeping = leases.sweep(partial(tell_systemd, b"WATCHDOG=1"))
-    listening = Door(leases, frozenset(told.user)).keep_open(told.socket, stop)
-    tell_systemd(b"READY=1")
-    done, _ = await asyncio.wait(map(loop.create_task, (sweeping, listening)), return_when=asyncio.FIRST_COMPLETED)
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    sweeping = asyncio.ensure_future(leases.sweep(partial(tell_systemd, b"WATCHDOG=1")))
+    listening = asyncio.ensure_future(Door(leases, frozenset(told.user)).keep_open(told.socket, stop))
+    done, _ = await asyncio.wait([sweeping, listening], return_when=asyncio.FIRST_COMPLETED)
+    leases.clocks = {}  # nobody gets a lease any more
     for lease in set(leases.held.values()):
         leases.end(lease, "the keeper stops")
-    if leases.returning:
-        await asyncio.wait(leases.returning.values(), timeout=GIVE_BACK_S)
-    for task in done:
-        task.result()  # what failed is said at the end
+    await asyncio.wait([*done, *leases.returning.values()], timeout=GIVE_BACK_S)
+    await asyncio.gather(*done)  # what failed is said at the end
 
 
 def tell_systemd(what: bytes) -> None:
@@ -114,8 +117,7 @@ def tell_systemd(what: bytes) -> None:
 
 def gpu_clocks(text: str) -> tuple[str, Lock]:
     """ "GPU-...=600-1410": a UUID and a range of MHz."""
-    uuid, _, clocks = text.partition("=")
-    return uuid, Lock(*map(int, clocks.split("-")))
+    return text.partition("=")[0], Lock(*map(int, text.partition("=")[2].split("-")))
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -133,18 +135,17 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Keep clocks, then end the process at once: threads of calls that hang would be waited for."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    told, code = parsed(arguments), 1
+    told = parsed(arguments)
     try:
         if hold_dir(told.state) is None:
             raise OSError(f"{told.state}: another keeper runs there")
         with Nvml() as nvml:
             asyncio.run(keep(told, nvml, BOOT.read_text(encoding="utf-8").strip(), asyncio.Event()))
-        code = 0
+            os._exit(0)
     except Exception as error:
         log.error("%s", error, exc_info=not isinstance(error, OSError))
         time.sleep(PAUSE_S)  # whoever starts it again at once does so in vain
-    finally:
-        os._exit(code)
+        os._exit(1)
 
 
 if __name__ == "__main__":

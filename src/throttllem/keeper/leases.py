@@ -122,11 +122,11 @@ class Leases:
             self.beat(lease)
             lease.touched = True
         finally:
-            lease.noting = False
             if not lease.touched:
                 self.before = {uuid: lock for uuid, lock in self.before.items() if uuid not in lease.gpus}
                 with contextlib.suppress(OSError):
                     await self._write()
+            lease.noting = False
             if lease.ended:
                 self._free(lease)
 
