@@ -132,6 +132,13 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def crash(_: object, context: Mapping[str, Any]) -> None:
+    """What must not fail has, for want of memory, say: end at once, the next keeper gives back by the journal."""
+    if not isinstance(context.get("exception"), OSError):
+        log.critical("the keeper ends: %s", context)
+        os._exit(1)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Keep clocks, then end the process at once: threads of calls that hang would be waited for."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
@@ -139,8 +146,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if hold_dir(told.state) is None:
             raise OSError(f"{told.state}: another keeper runs there")
-        with Nvml() as nvml:
-            asyncio.run(keep(told, nvml, BOOT.read_text(encoding="utf-8").strip(), asyncio.Event()))
+        with Nvml() as nvml, asyncio.Runner() as runner:
+            runner.get_loop().set_exception_handler(crash)
+            runner.run(keep(told, nvml, BOOT.read_text(encoding="utf-8").strip(), asyncio.Event()))
             os._exit(0)
     except Exception as error:
         log.error("%s", error, exc_info=not isinstance(error, OSError))

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from throttllem.gpu.locks import LockableGpu, SharedError
+from throttllem.gpu.locks import LockableGpu
 from throttllem.gpu.nvml import Lock, Nvml
 from throttllem.keeper.journal import Journal, log
 
@@ -68,7 +68,9 @@ class Leases:
         lease.until_s = time.monotonic() + lease.ttl_s
 
     async def set(self, lease: Lease, mhz: int) -> None:
-        """Lock all its GPUs to one clock, side by side, or leave all as they were. Raises RefusedError."""
+        """Lock all its GPUs to one clock, side by side; where one cannot be, the lease ends and all are as before it.
+        Raises RefusedError.
+        """
         self.beat(lease)
         for low, high in (self.clocks[uuid] for uuid in lease.gpus):
             if not low <= mhz <= high:
@@ -83,7 +85,7 @@ class Leases:
             done = await asyncio.gather(*locking, return_exceptions=True)
             self.beat(lease)  # where it ended meanwhile, giving back comes after these calls
             if failed := [error for error in done if isinstance(error, BaseException)]:
-                await self._undo(lease, done)
+                self.end(lease, f"a GPU was not set: {failed[0]}")
                 raise failed[0]
         except OSError as error:
             raise RefusedError("gpu", str(error)) from error
@@ -101,6 +103,7 @@ class Leases:
         """What is in `before` of them, until it worked."""
         for uuid in gpus:
             self.returning[uuid] = asyncio.get_running_loop().create_task(self._return(uuid))
+            self.returning[uuid].add_done_callback(lambda task: task.cancelled() or task.result())  # loud if it failed
 
     async def sweep(self, alive: Callable[[], None]) -> None:
         """For ever: end what is silent."""
@@ -122,24 +125,13 @@ class Leases:
             self.beat(lease)
             lease.touched = True
         finally:
+            lease.noting = False
+            if lease.ended:
+                self._free(lease)
             if not lease.touched:
                 self.before = {uuid: lock for uuid, lock in self.before.items() if uuid not in lease.gpus}
                 with contextlib.suppress(OSError):
                     await self._write()
-            lease.noting = False
-            if lease.ended:
-                self._free(lease)
-
-    async def _undo(self, lease: Lease, done: list[Any]) -> None:
-        """Some GPUs of a group did not follow: all go back to what they had, but those that were not touched at all."""
-        mine = lease.mhz and Lock(lease.mhz, lease.mhz)
-        gpus = [uuid for uuid, error in zip(lease.gpus, done, strict=True) if not isinstance(error, SharedError)]
-        try:
-            puts = (self._do(uuid, lambda gpu: gpu.give_back(mine or self.before[gpu.uuid])) for uuid in gpus)
-            await asyncio.gather(*puts)
-        except OSError:
-            self.end(lease, "its GPUs could be set neither to one clock nor back")
-            raise
 
     def _free(self, lease: Lease) -> None:
         for uuid in lease.gpus:
