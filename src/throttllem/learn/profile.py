@@ -105,10 +105,14 @@ def write_profile(profile: pl.DataFrame, path: Path) -> None:
 
 
 def spec_of(profile: pl.DataFrame, spec: EngineSpec) -> EngineSpec:
-    """`spec` with the capacities that a profile carries of this size; as it is where it carries none."""
+    """`spec` with the capacities that a profile carries of this size, where it does, and the clocks that it measured:
+    between two of those trees say what one of them does, and a clock would be chosen for what it is not.
+    """
+    rows = profile.filter(pl.col("tp") == spec.tp)
+    spec = replace(spec, clocks_mhz=tuple(sorted(set(rows["clock_mhz"].to_list()))))
     if not set(CAPACITIES) <= set(profile.columns):
         return spec
-    row = profile.filter(pl.col("tp") == spec.tp).row(0, named=True)
+    row = rows.row(0, named=True)
     return replace(
         spec,
         block_tokens=row["block_tokens"],
