@@ -31,7 +31,9 @@ from throttllem.arguments import (
     write_json,
 )
 from throttllem.cli_calibrate import calibrate
+from throttllem.cli_doctor import doctor
 from throttllem.cli_engines import characterize, estimate, profile, train
+from throttllem.cli_keeper import keeper
 from throttllem.cli_replay import replay
 from throttllem.cli_serve import serve
 from throttllem.config import Environment, LengthOptions, Options, changed
@@ -67,7 +69,7 @@ def root(
     """Serve LLMs at the least energy that keeps every latency promise."""
 
 
-for command in (serve, replay, characterize, profile, train, calibrate, estimate):
+for command in (serve, keeper, doctor, replay, characterize, profile, train, calibrate, estimate):
     app.command()(command)
 
 

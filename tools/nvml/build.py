@@ -10,9 +10,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 NAME = "libnvidia-ml.so.1"
 SOURCES = ("machine.c", "nvml.c")
-# No soname is set, and nothing but NVML's names and fake_nvml_* is to be seen: a call that we lack must not be found.
-FLAGS = ("-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-fvisibility=hidden")
-FLAGS += ("-Wl,-soname,libnvidia-ml.so.1",)
+# Nothing but NVML's names and fake_nvml_* is to be seen: a call that we lack must not be found. The soname is the real
+# one's: where a process has loaded this file by its path, nvidia-ml-py finds it by its name.
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+FLAGS = ("-shared", "-fPIC", "-O2", *WARNINGS, "-pthread", "-fvisibility=hidden", f"-Wl,-soname,{NAME}")
 
 
 class BuildError(Exception):

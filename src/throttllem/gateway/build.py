@@ -131,7 +131,7 @@ class _Part:
         policy = parse_policy(options.policy, fleet.clocks_mhz, sizes)
         tables = self._tables(entries, policy)
         predictor, file = self._predictor(first)
-        controller = Controller(self._controller_options(policy, fleet.specs, tables, predictor))
+        controller = Controller(self._controller_options(entries, policy, fleet.specs, tables, predictor))
         makes_links = LinkMaker(options=options, histograms=histograms, now=self.now)
         links = tuple(makes_links.link(entry, fleet, tables.get(entry.tp), controller) for entry in entries)
         recorder = self._recorder(first, controller)
@@ -145,13 +145,14 @@ class _Part:
 
     def _controller_options(
         self,
+        entries: tuple[EngineEntry, ...],
         policy: Policy,
         specs: dict[int, EngineSpec],
         tables: dict[int, PerformanceTable],
         predictor: LengthPredictor,
     ) -> ControllerOptions:
         options = self.options
-        real = [entry for entry in options.engines if entry.gpus is not None]
+        real = any(entry.gpus is not None for entry in entries)
         clock = ClockPolicy.TOP if real and options.clocks.mode == "off" else policy.clock
         if policy.autoscale and set(options.autoscale.capacity_rps) != set(specs):
             raise ValueError(

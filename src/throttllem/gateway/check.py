@@ -181,7 +181,9 @@ async def _hardware(link: Link, options: ServeOptions) -> list[Finding]:
     findings = [Finding(mark="ok", text=text)]
     if mode == "on" and options.clocks.zeusd is None:
         try:
-            await keeper_status(options.clocks.keeper)
+            allowed = (await keeper_status(options.clocks.keeper))["allowed"]
+            for uuid in (uuid for uuid in gpu.uuids if uuid not in allowed):
+                findings.append(Finding(mark="!!", text=f"engine {link.name}: the keeper was not given --gpu {uuid}"))
         except OSError as error:
             findings.append(Finding(mark="!!", text=f"engine {link.name}: clocks would only be advised: {error}"))
     return findings

@@ -46,8 +46,8 @@ class EngineClock:
         self._told_core(mhz)
 
     def end(self) -> None:
-        """The core does not know it any more."""
-        self._key = None
+        """The core does not know it any more, and what it asked for last is not wanted."""
+        self._key = self._wanted_mhz = None
 
     def set(self, plan: FrequencyPlan, since_s: float) -> None:
         """Set it; the core hears what came of it. `since_s`: when the event came that the plan is of."""
@@ -89,13 +89,14 @@ class EngineClock:
         return read
 
     async def _set(self, mhz: int, since_s: float) -> None:
+        sent = nothing if self._fails else lambda: self.on_command(self.now() - since_s)
         if self._fails:  # the core asks again at once
             await asyncio.sleep(_RETRY_S)
             if mhz != self._wanted_mhz:
                 return
         self._setting += 1
         try:
-            read = await self.in_force(mhz, lambda: self.on_command(self.now() - since_s))
+            read = await self.in_force(mhz, sent)
         finally:
             self._setting -= 1
         if mhz == self._wanted_mhz:  # else the answer to the next one counts

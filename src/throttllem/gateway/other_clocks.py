@@ -86,8 +86,11 @@ class OtherClocks:
         return self._told_j
 
     def _column(self, clock_mhz: int | None) -> int:
+        """Of the clock, or the one profiled below it; None: the top."""
         clocks = self.table.clocks_mhz
-        return clocks.index(clock_mhz) if clock_mhz in clocks else len(clocks) - 1
+        if clock_mhz is None:
+            return len(clocks) - 1
+        return max(0, int(np.searchsorted(clocks, clock_mhz, side="right")) - 1)
 
     def _close(self) -> None:
         if self._slice.seconds >= _SLICE_S:

@@ -33,6 +33,7 @@ from throttllem.gateway.metrics import metrics_page
 from throttllem.gateway.serve_http import Sockets, bind, run
 from throttllem.gateway.settings import ServeOptions
 from throttllem.gateway.view import assumptions
+from throttllem.gpu.hardware import check_apart
 from throttllem.learn.lengths import save_lengths
 from throttllem.learn.tables import Progress
 
@@ -78,6 +79,7 @@ class Prepared:
             try:
                 for gpu in gateway.hardware:  # given back at the very end, whatever happens before
                     await hardware.enter_async_context(gpu)
+                check_apart(gateway.hardware)
             except BaseException:
                 self.sockets.close()
                 os.close(self.held)

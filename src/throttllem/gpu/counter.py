@@ -22,7 +22,7 @@ class EnergyCounter:
     _told_j: float = 0.0
 
     def sample(self, at_s: float, watts: float, raw_j: float | None) -> None:
-        """A reading; `raw_j` None: there is no counter, and watts are integrated."""
+        """A reading, later than the one before; `raw_j` None: there is no counter, and watts are integrated."""
         if raw_j is None:
             if self._moved_s:
                 self._counted_j += 0.5 * (self._watts + watts) * (at_s - self._moved_s)

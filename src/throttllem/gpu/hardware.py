@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from enum import StrEnum
 from types import TracebackType
@@ -30,6 +30,7 @@ LOOK_S = 0.004
 AGAIN_S = 1.0
 """So long after a set that failed the next is tried."""
 NEAR_MHZ = 8
+OTHERS = "another controller sets these clocks"
 
 
 class Mode(StrEnum):
@@ -66,6 +67,7 @@ class HardwareGpu:
     ) -> None:
         self.names, self._make_setter = names, setter
         self.mode, self._clocks_mhz, self._top_mhz = mode, clocks_mhz, clocks_mhz[-1]
+        self.uuids: tuple[str, ...] = ()
         self._stack = AsyncExitStack()
         self._sampler: Sampler | None = None
         self._setter: ClockSetter | None = None
@@ -84,6 +86,9 @@ class HardwareGpu:
         async with AsyncExitStack() as stack:
             nvml = stack.enter_context(Nvml())
             gpus = tuple(found_gpu(nvml, name) for name in self.names)
+            self.uuids = tuple(gpu.uuid for gpu in gpus)
+            if len(set(self.uuids)) < len(gpus):
+                raise ValueError(f"engines: gpus = {list(self.names)}: one of them is named twice")
             for gpu in gpus if self.mode is not Mode.OFF else ():
                 if (use := gpu.use()) is not None:
                     raise ValueError(f"engines: gpus: {gpu.uuid}: {use.value}; leave it out, or [clocks] mode = 'off'")
@@ -93,9 +98,9 @@ class HardwareGpu:
                     )
             self._sampler = stack.enter_context(Sampler(gpus))
             self._setter = self._make_setter(gpus)
+            stack.push_async_callback(self._leave)
             watching = asyncio.get_running_loop().create_task(self._watch())
             stack.callback(watching.cancel)
-            stack.push_async_callback(self._leave)
             self._stack = stack.pop_all()
         return self
 
@@ -154,7 +159,7 @@ class HardwareGpu:
         try:
             got_mhz = await self._setter.set(mhz, sent)
         except OSError as error:
-            self._set_mhz, self._failed_s = None, time.monotonic()
+            self._set_mhz, self._allowed_mhz, self._failed_s = None, None, time.monotonic()
             with contextlib.suppress(OSError):  # at what it was set to before it would be too slow for what was asked
                 await self._setter.give_back()
             if self._trouble != str(error):
@@ -169,26 +174,29 @@ class HardwareGpu:
             self._held = None
         self._allowed_mhz = got_mhz if got_mhz < mhz else None
         with contextlib.suppress(OSError):  # what cannot be read is said where it is read
-            await self._followed(got_mhz)
+            await self._followed(got_mhz, mhz)
 
-    async def _followed(self, mhz: int) -> None:
-        """Wait until they are there, or so long that they will not be."""
+    async def _followed(self, mhz: int, asked_mhz: int) -> None:
+        """Wait until they are there, or so long that they will not be, or until another clock is asked for."""
         sampler = self._reading_of()
-        while not all(_follows(sample, mhz) for sample in await asyncio.to_thread(sampler.look)):
+        while self._asked_mhz == asked_mhz:
+            if sampler.newer_than(self._set_s) and all(_follows(sample, mhz) for sample in sampler.last()):
+                return
             if time.monotonic() - self._set_s > FOLLOW_S:
                 self._judge(sampler.last(), at_once=True)
                 return
+            sampler.soon()
             await asyncio.sleep(LOOK_S)
 
     async def _leave(self) -> None:
         self._asked_mhz = None
         async with self._gate:
-            if self._set_mhz is not None and self._setter is not None:
-                self._set_mhz, self._held = None, None
-                try:
-                    await self._setter.give_back()
-                except OSError as error:
-                    log.error("clocks were not given back by us, the keeper does it: %s", error)
+            self._set_mhz = self._held = self._allowed_mhz = None
+            try:
+                if self._setter is not None:
+                    await self._setter.give_back()  # also where a set has failed half-way
+            except OSError as error:
+                log.error("clocks were not given back by us; a keeper does it without us: %s", error)
 
     # ---- watching --------------------------------------------------------------------------------------------
 
@@ -197,8 +205,9 @@ class HardwareGpu:
         while True:
             await asyncio.sleep(WATCH_S)
             try:
-                again = self._trouble is not None and time.monotonic() - self._failed_s > AGAIN_S
-                if again and self._asked_mhz is not None and self.mode is Mode.ON:
+                since_s = time.monotonic() - max(self._failed_s, self._set_s)
+                again = self._trouble is not None or (self._held is not None and self._held[1] == OTHERS)
+                if again and since_s > AGAIN_S and self._asked_mhz is not None and self.mode is Mode.ON:
                     await self.set_clock(self._asked_mhz)
                 self._judge(self._reading_of().last())
             except OSError:
@@ -224,7 +233,7 @@ class HardwareGpu:
         if at_once or now_s - max(self._away_s, self._set_s) > HELD_S:
             slowest = min(away, key=lambda sample: sample.clock_mhz)
             brake = slowest.brake & ~Brake.IDLE
-            why = brake.words if brake else "another controller sets these clocks"
+            why = brake.words if brake else OTHERS
             self._hold(slowest.clock_mhz, why)
 
     def _hold(self, mhz: int, why: str) -> None:
@@ -237,6 +246,15 @@ class HardwareGpu:
         if self._sampler is None:
             raise OSError("the GPUs have not been found yet")
         return self._sampler
+
+
+def check_apart(groups: Sequence[HardwareGpu]) -> None:
+    """Raise ValueError if two engines have a GPU in common."""
+    seen: set[str] = set()
+    for uuid in (uuid for group in groups for uuid in group.uuids):
+        if uuid in seen:
+            raise ValueError(f"engines: gpus: {uuid} is named for two engines; an engine has its GPUs for itself")
+        seen.add(uuid)
 
 
 def found_gpu(nvml: Nvml, name: str) -> NvmlGpu:

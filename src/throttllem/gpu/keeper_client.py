@@ -57,7 +57,7 @@ class KeptClocks:
                     talk = self._talk or await self._lease()
                     low, high = self._range
                     mhz = min(max(mhz, low), high)
-                    await talk.ask({"op": "set", "mhz": mhz}, self._ttl_s, sent)
+                    await talk.ask({"op": "set", "mhz": mhz}, self._ttl_s, sent if again else nothing)
                     return mhz
                 except KeeperError as error:
                     if error.code not in ("lost", "unreachable"):

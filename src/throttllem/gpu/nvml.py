@@ -111,14 +111,14 @@ class Nvml:
             self._close()
 
     def gpus(self) -> dict[int, str]:
-        """Number and UUID of every GPU here that answers: one that fell off the bus is no reason to miss the others."""
+        """Number and UUID of every GPU that we may see: one that fell off the bus is no reason to miss the others."""
         found = {}
         for number in range(self.ask("GPUs", pynvml.nvmlDeviceGetCount)):
             try:
                 handle = self.ask(f"GPU {number}", pynvml.nvmlDeviceGetHandleByIndex, number)
                 found[number] = str(self.ask(f"UUID of GPU {number}", pynvml.nvmlDeviceGetUUID, handle))
             except NvmlError as error:
-                if error.trouble is not Trouble.LOST:
+                if error.trouble not in (Trouble.LOST, Trouble.DENIED):
                     raise
         return found
 
@@ -135,7 +135,7 @@ class Nvml:
         try:
             return self._tried(f"{what} of {uuid}", lambda: function(self._handle(uuid), *arguments))
         except NvmlError as error:
-            if error.trouble is Trouble.LOST:  # if it comes back, then under another handle
+            if error.trouble in (Trouble.LOST, Trouble.OTHER):  # it may come back under another handle
                 self._handles.pop(uuid, None)
             raise
 

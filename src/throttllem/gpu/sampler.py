@@ -30,7 +30,7 @@ class Sampler:
         self._at_s = 0.0
         self._error: OSError | None = None
         self._gate = threading.Lock()
-        self._stop = threading.Event()
+        self._wake, self._stop = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="gpu sampler", daemon=True)
 
     def __enter__(self) -> Self:
@@ -40,11 +40,20 @@ class Sampler:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stop.set()
+        self._stop = True
+        self._wake.set()
         self._thread.join(timeout=2 * self._period_s + 0.5)  # a call that hangs is left behind
 
+    def soon(self) -> None:
+        """The next reading is wanted at once."""
+        self._wake.set()
+
+    def newer_than(self, at_s: float) -> bool:
+        """Whether the last reading was begun after that (of the monotonic clock)."""
+        return bool(self._last) and min(sample.at_s for sample in self._last) > at_s
+
     def look(self) -> tuple[Sample, ...]:
-        """Read them now; may be called in any thread. Raises NvmlError."""
+        """Read them now, in the one thread that reads. Raises NvmlError."""
         found = tuple(gpu.sample() for gpu in self.gpus)
         with self._gate:
             for counter, sample in zip(self._counters, found, strict=True):
@@ -66,7 +75,9 @@ class Sampler:
             return sum(counter.joules(now_s) for counter in self._counters)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._period_s):
+        while not self._stop:
+            self._wake.wait(self._period_s)
+            self._wake.clear()
             try:
                 self.look()
             except OSError as error:

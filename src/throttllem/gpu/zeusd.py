@@ -10,6 +10,7 @@ import asyncio
 import http.client
 import socket
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -28,30 +29,34 @@ class ZeusdClocks:
 
     def __init__(self, path: Path, gpus: Sequence[NvmlGpu]) -> None:
         self._path, self._gpus = path, tuple(gpus)
-        self._before: dict[NvmlGpu, Lock | None] | None = None
+        self._before: dict[NvmlGpu, Lock | None] = {}
+        self._thread = ThreadPoolExecutor(1)
+        """Calls keep their order: what gives back comes last, whoever stopped waiting for the one before."""
 
     async def set(self, mhz: int, sent: Callable[[], None] = nothing) -> int:
         """Lock all of them to a clock. Raises OSError."""
-        if self._before is None:
-            self._before = await asyncio.to_thread(lambda: {gpu: seen_lock(gpu) for gpu in self._gpus})
         sent()
-        await asyncio.to_thread(self._lock, self._gpus, Lock(mhz, mhz))
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._set, Lock(mhz, mhz))
         return mhz
 
     async def give_back(self) -> None:
         """As they were before the first set. Raises OSError."""
-        before, self._before = self._before, None
-        if before is not None:
-            await asyncio.to_thread(self._restore, before)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._restore)
 
-    def _restore(self, before: dict[NvmlGpu, Lock | None]) -> None:
+    def _set(self, lock: Lock) -> None:
+        if not self._before:
+            self._before = {gpu: seen_lock(gpu) for gpu in self._gpus}
+        self._lock(self._gpus, lock)
+
+    def _restore(self) -> None:
         failed: OSError | None = None
-        for gpu, lock in before.items():  # whatever comes of one, the others too
+        for gpu, lock in list(self._before.items()):  # whatever comes of one, the others too
             try:
                 if lock is None:
                     self._post("reset_gpu_locked_clocks", (gpu,), {})
                 else:
                     self._lock((gpu,), lock)
+                del self._before[gpu]
             except OSError as error:
                 failed = error
         if failed is not None:

@@ -18,7 +18,7 @@ from typing import Any
 from throttllem.files import hold_dir
 from throttllem.gpu.nvml import Lock, Nvml
 from throttllem.keeper.journal import Journal, log, places
-from throttllem.keeper.leases import Lease, Leases, RefusedError
+from throttllem.keeper.leases import Gone, Lease, Leases, RefusedError
 
 LINE_BYTES, CONNECTIONS, GIVE_BACK_S, LOOK_S, PAUSE_S = 4096, 32, 5.0, 0.1, 1.0
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -40,10 +40,8 @@ class Door:
             while (uid == 0 or uid in self._uids) and self._open <= CONNECTIONS and (line := await reader.readline()):
                 await asyncio.sleep(0)  # however much is asked at once, all others have their turn
                 try:
-                    answer = {
-                        "ok": True,
-                        **await self._answer(json.loads(line.decode()), mine, f"process {pid} of user {uid}"),
-                    }
+                    asked, holder = json.loads(line.decode()), f"process {pid} of user {uid}"
+                    answer = {"ok": True, **await self._answer(asked, mine, holder, reader.at_eof)}
                 except RefusedError as error:
                     answer = {"ok": False, "code": error.args[0], "error": error.args[1]}
                 writer.write(json.dumps(answer).encode() + b"\n")
@@ -56,16 +54,16 @@ class Door:
                 self._leases.end(lease, "its holder is gone")
             writer.close()
 
-    async def _answer(self, asked: Mapping[str, Any], mine: list[Lease], holder: str) -> dict[str, Any]:
+    async def _answer(self, asked: Mapping[str, Any], mine: list[Lease], holder: str, gone: Gone) -> dict[str, Any]:
         leases, what = self._leases, asked["op"]
         if what == "status":
             held = {uuid: {"by": lease.holder, "mhz": lease.mhz} for uuid, lease in leases.held.items()}
             given = {"allowed": leases.clocks, "normally": leases.normally, "before": leases.before}
             return {**given, "held": held, "returning": list(leases.returning)}
         if what == "lease" and not mine:
-            mine.append(leases.take(tuple(map(str, asked["gpus"])), float(asked["ttl_s"]), holder))
+            mine.append(leases.take(tuple(map(str, asked["gpus"])), float(asked["ttl_s"]), holder, gone))
         elif what == "set" and mine:
-            await leases.set(mine[0], int(asked["mhz"]))
+            await leases.set(mine[0], int.__index__(asked["mhz"]))
         elif what == "beat" and mine:
             leases.beat(mine[0])
         elif what == "release" and mine:
@@ -111,7 +109,7 @@ async def keep(told: argparse.Namespace, nvml: Nvml, boot: str, stop: asyncio.Ev
 def tell_systemd(what: bytes) -> None:
     """As sd_notify(3) does; where systemd does not listen, or not now, nobody hears it."""
     if address := os.environ.get("NOTIFY_SOCKET"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaker, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaker:
             speaker.sendto(what, socket.MSG_DONTWAIT, "\0" + address[1:] if address[0] == "@" else address)
 
 
@@ -144,8 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     told = parsed(arguments)
     try:
-        if hold_dir(told.state) is None:
-            raise OSError(f"{told.state}: another keeper runs there")
+        if hold_dir(told.socket.parent) is None:
+            raise OSError(f"{told.socket.parent}: another keeper runs there")
         with Nvml() as nvml, asyncio.Runner() as runner:
             runner.get_loop().set_exception_handler(crash)
             runner.run(keep(told, nvml, BOOT.read_text(encoding="utf-8").strip(), asyncio.Event()))

@@ -23,14 +23,18 @@ class RefusedError(Exception):
     """Not done: a code for programs, and words."""
 
 
+Gone = Callable[[], bool]
+
+
 @dataclass(slots=True, eq=False)
 class Lease:
-    """Who may set these GPUs until when. `mhz`: what all are locked to. `touched`: they may be locked."""
+    """Who may set these GPUs until when; `gone`: he hung up. `mhz`: what all are locked to; `touched`: they may be."""
 
     gpus: tuple[str, ...]
     holder: str
     ttl_s: float
     until_s: float
+    gone: Gone
     mhz: int | None = None
     noting: bool = False
     touched: bool = False
@@ -47,7 +51,7 @@ class Leases:
         self.before = journal.read()
         self._hands = {uuid: (LockableGpu(nvml, uuid), ThreadPoolExecutor(1)) for uuid in {*clocks, *self.before}}
 
-    def take(self, gpus: tuple[str, ...], ttl_s: float, holder: str) -> Lease:
+    def take(self, gpus: tuple[str, ...], ttl_s: float, holder: str, gone: Gone) -> Lease:
         """A lease on GPUs that are allowed and nobody's. Raises RefusedError."""
         if not gpus or len(set(gpus)) < len(gpus) or not LEAST_TTL_S <= ttl_s <= MOST_TTL_S:
             raise RefusedError("malformed", f"a lease is on GPUs, each once, for {LEAST_TTL_S:g} to {MOST_TTL_S:g} s")
@@ -57,7 +61,7 @@ class Leases:
             if uuid in self.held or uuid in self.returning:
                 by = self.held[uuid].holder if uuid in self.held else "nobody, but still being given back"
                 raise RefusedError("held", f"{uuid} is held by {by}")
-        lease = Lease(gpus=gpus, holder=holder, ttl_s=ttl_s, until_s=time.monotonic() + ttl_s)
+        lease = Lease(gpus=gpus, holder=holder, ttl_s=ttl_s, until_s=time.monotonic() + ttl_s, gone=gone)
         self.held |= dict.fromkeys(gpus, lease)
         return lease
 
@@ -110,8 +114,8 @@ class Leases:
         while True:
             self._sets = {uuid: min(SETS_AT_ONCE, sets + SWEEP_S * SETS_PER_S) for uuid, sets in self._sets.items()}
             for lease in set(self.held.values()):
-                if time.monotonic() > lease.until_s:
-                    self.end(lease, f"no heartbeat for {lease.ttl_s:g} s")
+                if lease.gone() or time.monotonic() > lease.until_s:
+                    self.end(lease, "its holder is gone" if lease.gone() else f"no heartbeat for {lease.ttl_s:g} s")
             alive()
             await asyncio.sleep(SWEEP_S)
 

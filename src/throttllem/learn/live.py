@@ -42,14 +42,11 @@ from throttllem.learn.live_rows import (
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share that is done (0 to 1)."""
 
-LISTEN_S = 1.0
-LISTEN_EXACT_S = 0.05
+LISTEN_S, LISTEN_EXACT_S = 1.0, 0.05
 WARM_ANSWER_TOKENS = 24
-TRIES = 3
+TRIES, OVERHEAD_TRIES, LONE_TRIES = 3, 9, 3
 SHORT_PROMPT = 16
-OVERHEAD_TRIES = 9
 RECENT = 3
-LONE_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,16 +107,19 @@ class LiveProfiler:
                     break
                 progress(_described(point), self._share(done, len(keys), spent_s))
                 if key not in checkpoint.points:
-                    if clock_mhz is not None:
-                        await self._clock(clock_mhz)
-                    checkpoint.add(key, await self._point(point))
+                    checkpoint.add(key, await self._point_at(point, clock_mhz))
         progress("measured", 1.0)
 
-    async def _clock(self, clock_mhz: int) -> None:
-        """Raises ClockError where the GPUs do not follow: what is measured then is of another clock."""
-        got_mhz, now_in = await self._device.gpu.set_clock(clock_mhz), self._device.gpu.read()
-        if now_in.trouble or got_mhz != clock_mhz:
-            raise ClockError(f"{clock_mhz} MHz, at {now_in.clock_mhz}: {now_in.trouble or now_in.held or 'no reason'}")
+    async def _point_at(self, point: LivePoint, clock_mhz: int | None) -> list[dict[str, object]]:
+        """Raises ClockError where the GPUs leave the clock: what is measured is of another one then."""
+        if clock_mhz is None:
+            return await self._point(point)
+        await self._device.gpu.set_clock(clock_mhz)
+        measured = await self._point(point)
+        reading = self._device.gpu.read()
+        if (why := reading.trouble or reading.held) or reading.clock_mhz != clock_mhz:
+            raise ClockError(f"{clock_mhz} MHz, at {reading.clock_mhz} MHz: {why or 'no reason'}")
+        return measured
 
     def _keys(self) -> list[tuple[str, LivePoint, int | None]]:
         """Every point, at every clock where that makes a difference."""

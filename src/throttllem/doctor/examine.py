@@ -1,0 +1,104 @@
+"""The whole examination: driver, GPUs, their locks and whose they are, rights, keeper, zeusd. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from throttllem.doctor.finding import Finding, note, ok, trouble
+from throttllem.doctor.gpus import HANG_S, Gpu, described, driver, look, no_driver
+from throttllem.doctor.keeping import Keeper, ask_keeper, keeper_findings, left_behind
+from throttllem.doctor.rights import missing_right, who
+from throttllem.doctor.waiting import within
+from throttllem.gpu.nvml import Nvml, NvmlError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examined:
+    """What was found, in words and as it is."""
+
+    findings: tuple[Finding, ...]
+    gpus: tuple[Gpu, ...]
+    keeper: Keeper
+
+
+def examine(state: Path, socket: Path, zeusd: Path, measure_s: float | None) -> Examined:
+    """Never raises for what it finds; takes about 0.2 s and what is measured."""
+    keeper, gpus, findings = ask_keeper(state, socket), list[Gpu](), list[Finding]()
+    try:
+        with ExitStack() as stack:
+            nvml = within(HANG_S, lambda: stack.enter_context(Nvml()))
+            findings.append(within(HANG_S, lambda: driver(nvml)))
+            gpus, faults, hangs = look(nvml, measure_s)
+            if hangs:  # closing would hang too
+                stack.pop_all()
+    except (NvmlError, TimeoutError) as error:
+        faults = [no_driver(error)]
+    here = {gpu.uuid: gpu.subject for gpu in gpus}
+    for gpu in gpus:
+        findings += [*described(gpu), *lock_of(gpu, keeper)]
+    findings += faults
+    findings += keeper_findings(keeper, here, who())
+    findings += left_behind(keeper, here)
+    findings += rights(gpus, keeper)
+    findings += _zeusd(zeusd)
+    return Examined(findings=tuple(findings), gpus=tuple(gpus), keeper=keeper)
+
+
+def lock_of(gpu: Gpu, keeper: Keeper) -> Iterator[Finding]:
+    """What it is locked to and by whom, as far as it shows."""
+    subject, uuid, seen = gpu.subject, gpu.uuid, gpu.lock
+    mhz, normally = keeper.set_mhz(uuid), keeper.status.get("normally", {}).get(uuid)
+    if keeper.returning(uuid):
+        yield trouble(
+            subject,
+            "still being given back by the keeper: the driver refuses, or hangs",
+            "`journalctl -u throttllem-keeper` tells why; the keeper goes on trying",
+        )
+    elif (holder := keeper.holder_of(uuid)) is not None:
+        locked = "not set yet" if mhz is None else f"locked to {mhz} MHz"
+        yield ok(subject, f"{locked} by the keeper, for {holder}")
+    elif seen is None:
+        yield ok(subject, "no lock shows (one that holds back no clock now would not)")
+    elif normally is not None and normally[0] <= seen[0] <= normally[1]:
+        yield ok(subject, f"locked at {seen[0]} MHz, as it normally is here (the keeper's --normally)")
+    elif uuid in keeper.left:
+        if keeper.runs:
+            yield note(subject, f"locked at {seen[0]} MHz by the keeper, as its journal says")
+    else:
+        yield trouble(
+            subject,
+            f"locked at {seen[0]} MHz by somebody else: its clock stands still there, and nothing slows it down",
+            f"`nvidia-smi -i {gpu.number} -rgc` as root resets it, or `throttllem doctor --restore --gpu {uuid}`; "
+            "if it is meant so, tell the keeper: --normally",
+        )
+
+
+def rights(gpus: list[Gpu], keeper: Keeper) -> Iterator[Finding]:
+    """Whether this user can have clocks set, by himself or by the keeper; nothing is tried."""
+    if not gpus:
+        return
+    missing, kept = missing_right(), [gpu for gpu in gpus if keeper.range_of(gpu.uuid) is not None]
+    for gpu in kept:
+        low, high = keeper.range_of(gpu.uuid) or (0, 0)
+        yield ok("rights", f"the keeper sets {gpu.subject} for {who()}, from {low} to {high} MHz")
+    if kept and len(kept) < len(gpus):
+        others = ", ".join(gpu.subject for gpu in gpus if gpu not in kept)
+        yield note("rights", f"the keeper does not set {others}", "if it should, add --gpu to the service's options")
+    if missing is None:
+        yield ok("rights", f"{who()} may set clocks, as far as can be told without setting one")
+    elif not kept:
+        yield trouble(
+            "rights",
+            f"{who()} may not set clocks (missing: {missing}), and no keeper does it for them: clocks are only advised",
+            "`throttllem keeper --unit` prints a service for root to install; until then [clocks] mode = 'advise'",
+        )
+
+
+def _zeusd(path: Path) -> Iterator[Finding]:
+    if path.exists():
+        yield note(
+            "zeusd", f"there is one at {path}: [clocks] zeusd can stand in the keeper's place, but does not give back"
+        )
