@@ -126,3 +126,20 @@ def test_what_advised_clocks_would_have_saved():
     assert 0.1 < advised.would_save < 0.8 and advised.saved == 0.0
     assert top.would_save == 0.0
     assert real.would_save is None and real.advised_j is None
+
+
+def test_what_an_engine_asked_for_that_is_gone_is_not_set_any_more():
+    async def run():
+        gpu = Moody()
+        gpu.follows = False
+        made, _, _ = clock(gpu)
+        made.set(plan(900), 5.0)
+        await asyncio.gather(*made.tasks)
+        made.set(plan(900), 5.0)  # waits for its next try
+        await asyncio.sleep(0)
+        made.end()
+        made.free()
+        await asyncio.gather(*made.tasks)
+        return gpu.asked
+
+    assert asyncio.run(run()) == [900, None]

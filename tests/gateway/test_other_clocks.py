@@ -45,7 +45,7 @@ def test_idle_time_and_unknown_clocks_are_as_they_were():
     top = OtherClocks(table=table(spec()), spec=spec())
     top.idle(100.0, 4000.0)
     top.step(work(), kv_blocks=3, prompts=0, clock_mhz=None, joules=7.0)
-    top.step(work(), kv_blocks=3, prompts=0, clock_mhz=1399, joules=5.0)
+    top.step(work(), kv_blocks=3, prompts=0, clock_mhz=1400, joules=5.0)
     assert top.joules() == pytest.approx(4012.0)
 
 
@@ -75,3 +75,9 @@ def test_it_never_falls():
         told.append(top.joules())
     assert told == sorted(told)
     assert told[-1] > told[1000] > 0
+
+
+def test_a_clock_between_those_of_the_table_counts_as_the_one_below():
+    law = table(spec())
+    top = OtherClocks(table=law, spec=spec())
+    assert [top._column(mhz) for mhz in (None, 1400, 1399, 700, 600, 300)] == [4, 4, 3, 0, 0, 0]

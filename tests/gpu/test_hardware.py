@@ -8,7 +8,7 @@ import time
 import pytest
 
 from throttllem.gpu.device import Gpu
-from throttllem.gpu.hardware import HardwareGpu, Mode
+from throttllem.gpu.hardware import HardwareGpu, Mode, check_apart
 from throttllem.gpu.setters import clock_setter
 
 CLOCKS = (600, 900, 1200, 1410)
@@ -235,3 +235,56 @@ def test_a_shared_gpu_may_be_read(house):
 def test_nothing_can_be_read_before_it_was_found(house):
     with pytest.raises(OSError, match="not been found"):
         hardware(house).read()
+
+
+def test_a_reading_that_hangs_holds_up_no_clock_and_no_end(house):
+    """The thread that reads is left behind; clocks are set and given back all the same."""
+
+    async def run():
+        async with house.keeper():
+            async with hardware(house) as gpu:
+                await gpu.set_clock(900)
+                house.machine.fault("nvmlDeviceGetClockInfo", sleep_s=1.0, times=1)
+                await asyncio.sleep(0.1)
+                began_s = time.monotonic()
+                asking = asyncio.gather(gpu.set_clock(600), return_exceptions=True)
+                await asyncio.sleep(0)
+                await asyncio.gather(gpu.set_clock(1410), return_exceptions=True)
+                at_once_s, set_to = time.monotonic() - began_s, locks(house)
+                await asking
+            return at_once_s, set_to, locks(house)
+
+    at_once_s, set_to, after = asyncio.run(run())
+    assert at_once_s < 0.9 and set_to == [(1410, 1410)] * 2 and after == [None, None]
+
+
+def test_a_clock_that_another_controller_moved_is_asked_for_again(house):
+    async def run():
+        async with house.keeper(), hardware(house) as gpu:
+            await gpu.set_clock(1200)
+            house.machine.gpus[0].lock_by_other(510, 510)
+            await until(lambda: gpu.read().held)
+            await until(lambda: locks(house) == [(1200, 1200)] * 2)
+            await until(lambda: gpu.read().held is None)
+
+    asyncio.run(run())
+
+
+def test_a_gpu_is_named_once(house):
+    async def run():
+        async with hardware(house, names=("0", house.machine.gpus[0].uuid)):
+            pass
+
+    with pytest.raises(ValueError, match="named twice"):
+        asyncio.run(run())
+
+
+def test_two_engines_have_no_gpu_in_common(house):
+    async def run():
+        async with hardware(house, Mode.OFF, names=("0",)) as one, hardware(house, Mode.OFF, names=("1",)) as other:
+            check_apart((one, other))
+            async with hardware(house, Mode.OFF, names=("1",)) as third:
+                check_apart((one, other, third))
+
+    with pytest.raises(ValueError, match=r"named for two engines"):
+        asyncio.run(run())

@@ -146,15 +146,26 @@ async def test_a_keeper_that_does_not_answer(keeper):
 
 
 @run
-async def test_what_is_refused_keeps_the_lease(keeper, machine):
+async def test_what_a_gpu_refuses_ends_the_lease_and_the_next_set_takes_it_anew(keeper, machine):
     async with clocks_of(keeper) as clocks:
         await clocks.set(900)
         machine.fault("nvmlDeviceSetGpuLockedClocks", error=999, gpu=1, times=1)
         with pytest.raises(KeeperError) as error:
             await clocks.set(1005)
         assert error.value.code == "gpu"
-        assert locks(machine) == [(900, 900)] * 2
+        until(lambda: locks(machine) == [None, None] and not keeper.status()["returning"])
         assert await clocks.set(1005) == 1005
+        assert locks(machine) == [(1005, 1005)] * 2
+
+
+@run
+async def test_too_many_sets_are_refused_and_the_lease_is_held(keeper, machine):
+    async with clocks_of(keeper, ttl_s=3.0) as clocks:
+        with pytest.raises(KeeperError) as error:
+            for _ in range(100):
+                await clocks.set(900)
+        assert (error.value.code, clocks.held) == ("rate", True)
+        assert locks(machine) == [(900, 900)] * 2
 
 
 @run

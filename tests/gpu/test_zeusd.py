@@ -98,3 +98,16 @@ def test_what_it_cannot_do_is_said_and_all_are_as_before(machine, zeusd, tmp_pat
 
     assert "HTTP 500" in asyncio.run(run())
     assert [one.lock for one in machine.gpus] == [None, None]
+
+
+def test_a_set_that_failed_on_the_way_is_given_back_in_the_end(machine, zeusd, tmp_path):
+    async def run():
+        async with hardware(tmp_path / "zeusd.sock") as gpu:
+            await gpu.set_clock(900)
+            (tmp_path / "zeusd.sock").rename(tmp_path / "away")
+            await gpu.set_clock(1200)
+            (tmp_path / "away").rename(tmp_path / "zeusd.sock")
+            return [one.lock for one in machine.gpus]
+
+    assert asyncio.run(run()) == [(900, 900)] * 2
+    assert [one.lock for one in machine.gpus] == [None, None]
