@@ -65,13 +65,13 @@ def _restore(hands: Hands, state: Path, socket: Path, named: Sequence[str], tell
     for uuid in named:
         if uuid not in here:
             raise ValueError(f"--gpu {uuid}: is not here; here are {', '.join(here) or 'none'}")
-    hold = hold_dir(state)
+    hold = hold_dir(socket.parent)
     try:
         if named:
             for finding in _reset(hands, state, socket, named, held=hold is not None):
                 tell(finding)
         elif hold is None:
-            tell(note("restore", f"a keeper runs on {state}: it gives back by itself what nobody holds"))
+            tell(note("restore", f"a keeper runs on {socket.parent}: it gives back by itself what nobody holds"))
         else:
             for finding in _put_back(hands, journal_of(state, socket)):
                 tell(finding)

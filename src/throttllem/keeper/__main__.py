@@ -63,7 +63,7 @@ class Door:
         if what == "lease" and not mine:
             mine.append(leases.take(tuple(map(str, asked["gpus"])), float(asked["ttl_s"]), holder, gone))
         elif what == "set" and mine:
-            await leases.set(mine[0], int.__index__(asked["mhz"]))
+            await leases.set(mine[0], int(asked["mhz"]))
         elif what == "beat" and mine:
             leases.beat(mine[0])
         elif what == "release" and mine:
@@ -142,6 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     told = parsed(arguments)
     try:
+        with contextlib.suppress(OSError):  # one copy of the journal will do
+            told.state.mkdir(parents=True, exist_ok=True)
         if hold_dir(told.socket.parent) is None:
             raise OSError(f"{told.socket.parent}: another keeper runs there")
         with Nvml() as nvml, asyncio.Runner() as runner:

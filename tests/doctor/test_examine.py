@@ -1,0 +1,269 @@
+"""Every finding, where there is something to find: real keepers, a fake NVML, the doctor in a process of its own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.keeper.rig import NOBODY, is_root, needs_root, until
+from throttllem.doctor.rights import sets_clocks, who
+
+
+@pytest.fixture
+def findings(ward, machine):
+    """The doctor's exit code and its findings as "mark subject: text", quickly."""
+
+    def ask(*options, uid=None, measure=False):
+        code, said = ward.doctor("--json", *([] if measure else ["--no-measure"]), *options, machine=machine, uid=uid)
+        told = json.loads(said)
+        assert told["schema"] == 1
+        assert all(one["remedy"] for one in told["findings"] if one["mark"] == "!!"), "each has its remedy"
+        assert code == any(one["mark"] == "!!" for one in told["findings"])
+        return [f"{one['mark']} {one['subject']}: {one['text']}" for one in told["findings"]], told
+
+    return ask
+
+
+def test_a_machine_as_it_should_be(findings, keeper):
+    told, _ = findings()
+    assert told[0] == "ok driver: NVIDIA 580.95.05, NVML 13.580.95.05"
+    assert told[1].startswith(
+        f"ok GPU 0: {keeper.uuids[0]}, NVIDIA A100-SXM4-40GB: 81 clocks from 210 to 1410 MHz, now "
+    )
+    assert told[2:4] == [
+        "ok GPU 0: energy counter",
+        "ok GPU 0: no lock shows (one that holds back no clock now would not)",
+    ]
+    assert f"ok keeper: runs, and /run/throttllem/keeper.sock answers {who()}" in told
+    assert sum(line.startswith("ok rights: the keeper sets GPU") for line in told) == 2
+    if is_root:
+        assert not [line for line in told if line.startswith("!!")]
+
+
+def test_nothing_is_ever_set(findings, machine, keepers):
+    keepers()
+    findings(measure=True)
+    assert machine.writes() == []
+    assert [gpu.attempted for gpu in machine.gpus] == [0, 0]
+
+
+def test_who_holds_what(findings, keeper):
+    with keeper.holds(0, mhz=900), keeper.holds(1):
+        told, everything = findings()
+    holder = f"for process {os.getpid()} of user {os.geteuid()}"
+    assert f"ok GPU 0: locked to 900 MHz by the keeper, {holder}" in told
+    assert f"ok GPU 1: not set yet by the keeper, {holder}" in told
+    assert everything["keeper"]["held"][keeper.uuids[0]]["mhz"] == 900
+
+
+def test_what_is_still_being_given_back(findings, keeper, machine):
+    with keeper.holds(0, mhz=900):
+        machine.gpus[0].permission(False)
+    until(lambda: keeper.status()["returning"])
+    told, _ = findings()
+    assert "!! GPU 0: still being given back by the keeper: the driver refuses, or hangs" in told
+    machine.gpus[0].permission(True)
+
+
+def test_what_a_dead_keeper_left(findings, keeper, machine):
+    machine.gpus[1].lock_by_other(705, 705)
+    with keeper.holds(mhz=900):
+        keeper.kill()
+    told, everything = findings()
+    uuids = keeper.uuids
+    assert f"!! GPU 0: locked by a keeper that is gone; before, {uuids[0]} was not locked" in told
+    assert f"!! GPU 1: locked by a keeper that is gone; before, {uuids[1]} was locked to 705 to 705 MHz" in told
+    assert not [line for line in told if "somebody else" in line]
+    assert f"-- keeper: none runs: {everything['keeper']['socket']} has nobody behind it" in told
+    assert everything["keeper"]["left"] == {uuids[0]: None, uuids[1]: [705, 705]}
+
+
+def test_a_lock_of_somebody_else(findings, keeper, machine):
+    machine.gpus[1].lock_by_other(705, 705)
+    told, everything = findings()
+    assert [line for line in told if line.startswith("!! GPU 1: locked at 705 MHz by somebody else")]
+    (remedy,) = (one["remedy"] for one in everything["findings"] if "somebody else" in one["text"])
+    assert "nvidia-smi -i 1 -rgc" in remedy
+    assert everything["gpus"][1]["seen_lock_mhz"] == 705
+
+
+def test_a_lock_that_is_normally_there(findings, keepers, machine):
+    keepers(normally={1: (600, 900)})
+    machine.gpus[1].lock_by_other(705, 705)
+    assert "ok GPU 1: locked at 705 MHz, as it normally is here (the keeper's --normally)" in findings()[0]
+
+
+@needs_root
+def test_a_keeper_that_does_not_let_in(findings, keeper):
+    with keeper.holds(0, mhz=900):
+        told, _ = findings(uid=NOBODY)
+    assert [line for line in told if line.startswith("!! keeper: runs; ") and f"lets user {NOBODY}" in line]
+    assert "-- GPU 0: locked at 900 MHz by the keeper, as its journal says" in told
+    assert [line for line in told if line.startswith("!! rights: ") and "no keeper does it for them" in line]
+
+
+@needs_root
+def test_a_keeper_that_lets_in(findings, keepers):
+    keepers(users=[NOBODY], clocks=[(600, 1200)])
+    told, _ = findings(uid=NOBODY)
+    assert [
+        line for line in told if line.startswith("ok rights: the keeper sets GPU 0 for user") and "600 to 1200" in line
+    ]
+    assert "-- rights: the keeper does not set GPU 1" in told
+    assert not [line for line in told if line.startswith("!!")]
+
+
+@needs_root
+def test_folders_that_cannot_be_entered(findings, keeper):
+    for folder in (keeper.run, keeper.state):
+        folder.chmod(0o700)
+    told, _ = findings(uid=NOBODY)
+    assert [line for line in told if line.startswith("!! keeper: ") and "may not enter its folder" in line]
+    assert [line for line in told if line.startswith("-- journal: the keeper's journal cannot be read")]
+
+
+def test_a_keeper_that_is_silent(findings, keeper):
+    keeper.signal(19)  # SIGSTOP
+    told, _ = findings()
+    assert [line for line in told if line.startswith("!! keeper: ") and line.endswith("does not answer")]
+    assert not [line for line in told if "a keeper that is gone" in line]
+
+
+def test_a_socket_that_few_may_use(findings, keeper):
+    keeper.socket.chmod(0o600)
+    until(lambda: keeper.socket.stat().st_mode & 0o777 in (0o600, 0o666))
+    keeper.signal(19)
+    keeper.socket.chmod(0o600)
+    assert [line for line in findings()[0] if "has mode 0600" in line]
+
+
+def test_a_folder_that_many_may_use(findings, keeper):
+    keeper.run.chmod(0o777)
+    assert [line for line in findings()[0] if line.startswith("-- keeper: others than root can write in")]
+
+
+def test_a_torn_journal(findings, keeper):
+    keeper.holds(0, mhz=900).done("release")
+    keeper.copies[0].write_bytes(b"0000 x")
+    (line,) = (line for line in findings()[0] if line.startswith("-- journal: "))
+    assert "is not used" in line
+
+
+def test_a_gpu_that_is_allowed_and_not_here(findings, keeper, machine, keepers):
+    keeper.stop()
+    made = keepers(wait=False, clocks=[(210, 1410)])
+    made.kill()
+    pid = made._nursery.start("keep", made.log, made.environment, arguments=[*made.arguments, "--gpu", "GPU-gone=1-2"])
+    until(made.listens)
+    assert "!! keeper: may set GPU-gone, which is not here" in findings()[0]
+    os.kill(pid, 9)
+    made._nursery.wait(pid)
+
+
+def test_gpus_that_are_shared(findings, machine):
+    machine.gpus[0].mig(True)
+    machine.gpus[1].mps([4711])
+    told, everything = findings()
+    assert [line for line in told if line.startswith("!! GPU 0: its clock is not to be set: MIG is on")]
+    assert [line for line in told if line.startswith("!! GPU 1: its clock is not to be set: MPS")]
+    assert [gpu["shared"] for gpu in everything["gpus"]] == ["MIG", "MPS"]
+
+
+def test_who_computes(findings, machine):
+    engine = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)", "vllm", "serve", "--api-key=secret"]
+    )
+    try:
+        machine.gpus[0].processes([engine.pid, os.getpid(), 2**22 + 5])
+        told, everything = findings()
+    finally:
+        engine.kill()
+        engine.wait()
+    (line,) = (line for line in told if "computing on it" in line)
+    assert f"process {engine.pid} (python" in line
+    assert "an engine: vllm)" in line
+    assert f"process {2**22 + 5} (of another container)" in line
+    assert "secret" not in json.dumps(everything)
+
+
+def test_a_gpu_that_is_lost_hides_no_other(findings, machine):
+    machine.gpus[0].lost(True)
+    told, everything = findings()
+    assert [line for line in told if line.startswith("!! GPU 0: ") and "lost" in line.lower()]
+    assert [line for line in told if line.startswith("ok GPU 1: energy counter")]
+    assert [gpu["number"] for gpu in everything["gpus"]] == [1]
+
+
+def test_what_slows_it(findings, machine):
+    machine.gpus[0].work(1.0, 30)
+    machine.gpus[0].limit_w(150)
+    machine.gpus[1].work(1.0, 30)
+    machine.gpus[1].thermal(900)
+    time.sleep(0.05)
+    told, _ = findings()
+    assert "-- GPU 0: slowed down by power cap" in told
+    assert "!! GPU 1: slowed down by thermal" in told
+    assert not [line for line in told if "somebody else" in line], "what is slowed down is not locked for that"
+
+
+def test_energy_counters(findings, machine):
+    machine.gpus[1].energy_counter(False)
+    told, everything = findings(measure=True)
+    assert [line for line in told if line.startswith("ok GPU 0: energy counter, refreshed every ")]
+    assert [line for line in told if line.startswith("-- GPU 1: no energy counter")]
+    assert 0.05 < everything["gpus"][0]["energy_refresh_s"] < 0.2
+    assert everything["gpus"][1]["energy_refresh_s"] is None
+
+
+def test_zeusd(ward, machine, nursery, folder, findings):
+    assert not [line for line in findings()[0] if "zeusd" in line]
+    path = folder / "zeusd.sock"
+    with socket.socket(socket.AF_UNIX) as zeusd:
+        zeusd.bind(str(path))
+        environment = machine.environment() | {"ZEUSD_SOCK_PATH": str(path)}
+        log = folder / "doctor.log"
+        log.unlink()
+        given = ["--socket", str(ward.socket), "--state", str(ward.state), "--no-measure"]
+        nursery.wait(nursery.start("examine", log, environment, arguments=given))
+    assert f"-- zeusd: there is one at {path}" in log.read_text()
+
+
+def test_no_gpu_at_all(ward, nursery):
+    with nursery.without_driver():
+        code, said = ward.doctor()
+    assert code == 1
+    assert said.startswith("!! driver: no NVIDIA driver here: NVML Shared Library Not Found\n     load the driver")
+    assert said.endswith("\n1 to mend\n")
+
+
+def test_a_driver_that_is_not_loaded(findings, machine):
+    machine.driver(loaded=False)
+    assert findings()[0][0] == "!! driver: no NVIDIA driver here: Driver Not Loaded"
+
+
+@pytest.mark.skipif(not sets_clocks(), reason="needs the rights that NVML wants")
+def test_nothing_to_mend(ward, machine, keeper):
+    code, said = ward.doctor("--no-measure", machine=machine)
+    assert (code, said.splitlines()[-1]) == (0, "nothing to mend")
+
+
+@pytest.mark.slow
+def test_a_gpu_whose_calls_hang_hides_no_other(findings, machine):
+    machine.fault("nvmlDeviceGetPowerUsage", sleep_s=30, gpu=0)
+    begun_s = time.monotonic()
+    told, _ = findings()
+    assert time.monotonic() - begun_s < 8
+    assert "!! GPU 0: a call of the driver has not come back for 3 s" in told
+    assert [line for line in told if line.startswith("ok GPU 1: energy counter")]
+
+
+@pytest.mark.slow
+def test_a_driver_that_hangs_is_told(findings, machine):
+    machine.fault("nvmlInitWithFlags", sleep_s=30)
+    told, _ = findings()
+    assert told[0] == "!! driver: it hangs: a call of the driver has not come back for 3 s"
+    assert [line for line in told if line.startswith("-- keeper: none runs")]

@@ -1,0 +1,17 @@
+"""What docs/keeper.md shows of the doctor is what it says."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.doctor.scenes import NAMES, masked, scene
+
+PAGE = Path(__file__).parents[2] / "docs/keeper.md"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_shows_what_it_says(name, ward, nursery, library):
+    code, said = scene(name, ward, nursery, library)
+    shown = PAGE.read_text().split(f"<!-- {name} -->\n```text\n", 1)[1].split("```", 1)[0]
+    assert code == 1
+    assert masked(said) == masked(shown)

@@ -1,0 +1,91 @@
+"""What the keeper tells systemd: ready, alive while its loop turns, and nothing that could hold it up."""
+
+import signal
+import socket
+import time
+
+import pytest
+
+from tests.keeper.rig import TTL_S, locks, until
+
+WATCHDOG_S = 0.75
+"""WatchdogSec of the unit (tests/test_cli_keeper.py)."""
+
+
+@pytest.fixture
+def systemd(folder):
+    """systemd's end of sd_notify."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as made:
+        made.bind(str(folder / "notify"))
+        made.settimeout(5)
+        yield made
+
+
+def told(systemd):
+    """All that was said since."""
+    found = []
+    systemd.setblocking(False)
+    try:
+        while True:
+            found.append(systemd.recv(100))
+    except BlockingIOError:
+        systemd.settimeout(5)
+        return found
+
+
+def test_ready_is_said_when_it_is(keepers, systemd, folder):
+    keeper = keepers(environment={"NOTIFY_SOCKET": str(folder / "notify")}, wait=False)
+    said = systemd.recv(100)
+    while said != b"READY=1":
+        assert said == b"WATCHDOG=1"
+        said = systemd.recv(100)
+    until(keeper.listens, 1)
+
+
+def test_alive_is_said_while_the_loop_turns(keepers, systemd, folder):
+    keeper = keepers(
+        environment={"NOTIFY_SOCKET": str(folder / "notify")}, what="keep_until_told_to_hang", clocks=[(210, 1410)]
+    )
+    told(systemd)
+    for _ in range(5):
+        begun_s = time.monotonic()
+        assert systemd.recv(100) == b"WATCHDOG=1"
+        assert time.monotonic() - begun_s < WATCHDOG_S / 2
+    keeper.signal(signal.SIGUSR1)
+    time.sleep(0.1)
+    told(systemd)
+    systemd.settimeout(WATCHDOG_S / 2)
+    with pytest.raises(TimeoutError):
+        systemd.recv(100)
+
+
+def test_a_gpu_that_hangs_is_no_keeper_that_hangs(keepers, machine, systemd, folder):
+    keeper = keepers(environment={"NOTIFY_SOCKET": str(folder / "notify")})
+    machine.fault("nvmlDeviceSetGpuLockedClocks", sleep_s=0.4, gpu=0, times=1)
+    talk = keeper.holds()
+    talk.say({"op": "set", "mhz": 900})
+    time.sleep(0.1)
+    told(systemd)
+    assert systemd.recv(100) == b"WATCHDOG=1"
+    assert talk.hear()["ok"]
+
+
+def test_an_abstract_address_will_do(keepers):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind("")
+        systemd.settimeout(5)
+        name = systemd.getsockname().decode()
+        keepers(environment={"NOTIFY_SOCKET": "@" + name.removeprefix("\0")}, wait=False)
+        assert systemd.recv(100) in (b"READY=1", b"WATCHDOG=1")
+
+
+@pytest.mark.parametrize("deaf", [True, False], ids=["deaf", "gone"])
+def test_a_systemd_that_does_not_listen_holds_nothing_up(keepers, machine, folder, deaf):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        if deaf:
+            systemd.bind(str(folder / "notify"))
+        keeper = keepers(environment={"NOTIFY_SOCKET": str(folder / "notify")})
+        time.sleep(0.6 if deaf else 0.1)  # more than a queue of datagrams holds
+        with keeper.holds(mhz=900, ttl_s=TTL_S):
+            until(lambda: locks(machine) == [None, None])
+        assert keeper.stop() == 0

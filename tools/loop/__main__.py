@@ -1,0 +1,127 @@
+"""`make loop`: the loop closed live without a GPU. Tables and a picture into docs/evaluation, figures into out/loop.
+
+A real vLLM as fast as a modelled GPU at the clock that it has, the keeper, the gateway, aiperf; three policies in turn,
+and the same in `throttllem simulate`. `--quick`: one short run, which only shows that the chain works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from tools.engines.vllm_server import ServerError
+from tools.evaluation.document import write_document, write_results
+from tools.evaluation.known_clients import ClientError
+from tools.evaluation.machine import machine, version_of
+from tools.evaluation.section import ROOT, MissingError, Section, Workshop
+from tools.evaluation.trace import write_mooncake
+from tools.loop.found import Found
+from tools.loop.house import TABLES, LoopError, opened
+from tools.loop.picture import draw
+from tools.loop.plan import QUICK, Plan, load, told
+from tools.loop.runs import ENGINE_S, ON, SIMULATE_S, TRAIN_S, Recorded, check, recorded, run_s, turns
+from tools.loop.simulated import simulate, simulate_with
+from tools.loop.text import PICTURE, section
+
+DOCUMENTS = ROOT / "docs/evaluation"
+VERSIONS = (("vLLM", "vllm", "vllm"), ("aiperf", "clients", "aiperf"))
+"""Name, environment, package."""
+
+
+def main() -> int:
+    """0 if the chain works; 1 if not, with what it did not do."""
+    parser = argparse.ArgumentParser(prog="python -m tools.loop", description=__doc__)
+    parser.add_argument("--rounds", type=int, help=f"of all policies in turn ({Plan().rounds})")
+    parser.add_argument("--seconds", type=float, help=f"of the load ({Plan().seconds:g})")
+    parser.add_argument("--tables", type=Path, help="of an earlier run: no profile is made")
+    parser.add_argument("--quick", action="store_true", help="one short run, nothing is written into docs")
+    parser.add_argument("--engines", type=Path, default=ROOT / ".engines", help="environments of `make engines`")
+    parser.add_argument("--out", type=Path, default=ROOT / "out/loop", help="folder of figures, logs and tables")
+    asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop ends everything, as Ctrl-C does
+    console, began_s = Console(stderr=True, soft_wrap=True), time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"{time.monotonic() - began_s:6.0f} s  {text}", highlight=False, markup=False)
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="loop-") as folder:
+            _run(asked, Workshop(engines=asked.engines, folder=Path(folder), say=say, quick=asked.quick), console)
+    except (LoopError, MissingError, ServerError, ClientError, RuntimeError) as error:
+        say(f"failed: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("stopped: everything that was started has ended")
+        return 130
+    return 0
+
+
+def _run(asked: argparse.Namespace, workshop: Workshop, console: Console) -> None:
+    plan = QUICK if asked.quick else Plan()
+    plan = replace(plan, rounds=asked.rounds or plan.rounds, seconds=asked.seconds or plan.seconds)
+    sent, todo, tables = load(plan), turns(plan), asked.tables
+    learn_s = TRAIN_S + plan.profile_s if tables is None else 0.0
+    minutes = (ENGINE_S + learn_s + len(todo) * run_s(plan) + (0.0 if asked.quick else SIMULATE_S)) / 60
+    workshop.say(f"{len(todo)} runs of {told(sent)}: about {minutes:.0f} min in all")
+    trace = write_mooncake(sent, workshop.folder / "trace.jsonl")
+    simulated = {} if asked.quick else simulate(trace, plan, workshop.folder)
+    made = []
+    try:
+        with opened(workshop, plan) as house:
+            if tables is None:
+                workshop.say(f"profile at {len(plan.clocks_mhz)} clocks and training: about {learn_s / 60:.0f} min")
+                house.learn()
+            else:
+                shutil.copytree(tables, house.tables)
+            for found in recorded(house, sent, todo):
+                made.append(found)
+                if wrong := check(found, plan):
+                    raise LoopError("; ".join(wrong))
+        informed = {} if asked.quick else simulate_with(workshop.folder / TABLES, trace, plan, workshop.folder)
+    finally:
+        _keep(workshop.folder, asked.out)
+    runs = [found.run for found in made]
+    _write(Found(plan=plan, sent=sent, runs=runs, simulated=simulated, informed=informed), made, asked, console)
+
+
+def _write(found: Found, made: list[Recorded], asked: argparse.Namespace, console: Console) -> None:
+    versions = {name: version_of(asked.engines / where, package) for name, where, package in VERSIONS}
+    said, described = section(found, versions), machine()
+    write_results(said, asked.out / "loop.json", machine=described)
+    # Of each policy the last run: by then everything is warm.
+    shown = {one.run.policy: one for one in made if one.run.clocks == ON}
+    shown = {policy: shown[policy] for policy in found.plan.policies}
+    draw(found, shown, (asked.out if asked.quick else DOCUMENTS) / PICTURE)
+    if not asked.quick:
+        write_document(said, DOCUMENTS / "loop.md", machine=described, command="make loop")
+    _print(said, console)
+
+
+def _print(said: Section, console: Console) -> None:
+    for table in said.tables:
+        grid = Grid(*table.head, title=table.caption)
+        for row in table.rows:
+            grid.add_row(*row)
+        console.print(grid)
+
+
+def _keep(folder: Path, out: Path) -> None:
+    """What a look afterwards needs: tables, score card, logs, steps, the client's export."""
+    wanted = ("*.log", "*.csv", "*.json*", "*.parquet", "tables/*", "*/*.log", "*/*.csv", "*/client/profile_export*")
+    for file in {found for pattern in wanted for found in folder.glob(pattern) if found.is_file()}:
+        target = out / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""What was written down while a run went on: the meter's lines and the engine's steps, and what they say of a time.
+
+Pure but for reading the two files. Times are seconds since 1970.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.loop.hook import Step
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meter:
+    """A GPU over time: joules of its counter, MHz, processor seconds of gateway and keeper."""
+
+    at_s: Floats
+    energy_j: Floats
+    clock_mhz: Floats
+    gateway_s: Floats
+    keeper_s: Floats
+
+    @classmethod
+    def read(cls, file: Path) -> Meter:
+        """What `meter` wrote; a last line that was cut off is left out."""
+        lines = [line.split(",") for line in file.read_text().split("\n")[:-1]]
+        at_s, energy_j, _, clock_mhz, gateway_s, keeper_s = np.array(lines, dtype=np.float64).T
+        return cls(at_s=at_s, energy_j=energy_j, clock_mhz=clock_mhz, gateway_s=gateway_s, keeper_s=keeper_s)
+
+    def joules(self, from_s: float, to_s: float) -> float:
+        """Between two times."""
+        return _between(self.at_s, self.energy_j, from_s, to_s)
+
+    def share(self, used_s: Floats, from_s: float, to_s: float) -> float:
+        """Of one core, by one of the processes."""
+        return _between(self.at_s, used_s, from_s, to_s) / (to_s - from_s)
+
+    def clocks(self, from_s: float, to_s: float) -> set[int]:
+        """All that were seen."""
+        return set(self.clock_mhz[(self.at_s >= from_s) & (self.at_s <= to_s)].astype(int).tolist())
+
+    def watts(self, edges_s: Floats, spread_s: float) -> Floats:
+        """In the middle between each two of these times, mean over `spread_s` around it."""
+        middle_s = (edges_s[1:] + edges_s[:-1]) / 2
+        ends_j = [np.interp(middle_s + side * spread_s / 2, self.at_s, self.energy_j) for side in (-1, 1)]
+        ends_s = [np.clip(middle_s + side * spread_s / 2, self.at_s[0], self.at_s[-1]) for side in (-1, 1)]
+        return (ends_j[1] - ends_j[0]) / (ends_s[1] - ends_s[0])
+
+
+def _between(at_s: Floats, counter: Floats, from_s: float, to_s: float) -> float:
+    first, last = np.interp((from_s, to_s), at_s, counter)
+    return float(last - first)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """The engine's steps in order, one entry each (`hook.Step`); `began_s` and `ended_s` since 1970."""
+
+    began_s: Floats
+    ended_s: Floats
+    waited_s: Floats
+    real_s: Floats
+    over: Floats
+    clock_mhz: Floats
+    rows: Floats
+    prefill_tokens: Floats
+    joules: Floats
+
+    @classmethod
+    def read(cls, file: Path, epoch_s: float) -> Steps:
+        """What the hook wrote, whose clock stood at 0 at `epoch_s`."""
+        lines = [line.split(",") for line in file.read_text().split("\n")[:-1]]
+        columns = dict(zip(Step._fields, np.array(lines, dtype=np.float64).T, strict=True))
+        ended_s = columns["ended_s"] + epoch_s
+        return cls(
+            began_s=ended_s - columns["seconds"],
+            ended_s=ended_s,
+            waited_s=columns["waited_s"],
+            real_s=columns["real_s"],
+            over=columns["over"],
+            clock_mhz=columns["clock_mhz"],
+            rows=columns["decode_rows"],
+            prefill_tokens=columns["prefill_tokens"],
+            joules=columns["joules"],
+        )
+
+    def between(self, from_s: float, to_s: float) -> Steps:
+        """Those that ended in that time."""
+        kept = (self.ended_s >= from_s) & (self.ended_s <= to_s)
+        return Steps(**{name: getattr(self, name)[kept] for name in self.__slots__})
+
+    @property
+    def seconds(self) -> Floats:
+        """How long each lasted."""
+        return self.ended_s - self.began_s
+
+    def mean_clock_mhz(self) -> float:
+        """Over the time that steps took."""
+        return float(np.average(self.clock_mhz, weights=self.seconds)) if self.clock_mhz.size else float("nan")
+
+    def series(self, values: Floats, edges_s: Floats) -> Floats:
+        """Mean of a value over the time that steps took, between each two of these times; NaN where none ran."""
+        place = np.searchsorted(edges_s, self.ended_s) - 1
+        inside = (place >= 0) & (place < edges_s.size - 1)
+        weights = np.bincount(place[inside], self.seconds[inside], edges_s.size - 1)
+        sums = np.bincount(place[inside], (self.seconds * values)[inside], edges_s.size - 1)
+        means: Floats = np.divide(sums, weights, out=np.full(sums.size, np.nan), where=weights > 0)
+        return means
+
+
+def percentile(values: Sequence[float], part: float) -> float:
+    """NaN where there is nothing."""
+    return float(np.percentile(values, part)) if len(values) else float("nan")

@@ -1,0 +1,221 @@
+"""The gateway's process: real driver, link, GPUs through NVML and lease from the keeper; requests come by a socket.
+
+What HTTP does in front of a real one is left out. Clocks are set far more often than any policy would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from throttllem.core.controller import Controller
+from throttllem.core.options import ControllerOptions
+from throttllem.core.throttle import ClockPolicy, ThrottleOptions
+from throttllem.core.types import FrequencyPlan, Reason, Slo
+from throttllem.engine import fake_api
+from throttllem.engine.fake_text import Tape
+from throttllem.engine.live import Ask, Call, EngineError
+from throttllem.gateway import engine_clock
+from throttllem.gateway.booking import Booking
+from throttllem.gateway.driver import Driver
+from throttllem.gateway.energy_meter import EnergyMeter
+from throttllem.gateway.link import Link
+from throttllem.gateway.models import AllModels, Served
+from throttllem.gateway.settings import LimitOptions
+from throttllem.gateway.ticket import RefusedError
+from throttllem.gateway.visit import Visit
+from throttllem.gpu import hardware
+from throttllem.gpu.setters import clock_setter
+from tools.soak.small_engine import MODEL, SmallEngine, small_spec
+
+AGAIN_S = 0.12
+"""In place of the second for which gateways wait after a failed set: a schedule lasts no longer."""
+CHILD_LIVES_S = 15.0
+_TAPE = Tape(0, sentences=50)
+"""All gateways say the same: making it takes longer than all the rest of their start."""
+
+
+def run(told: dict[str, Any]) -> None:
+    """Serve until SIGTERM. `told`: as `house` says; requests and faults come over "control", their ends go back."""
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(levelname)s %(message)s")
+    hardware.AGAIN_S = engine_clock._RETRY_S = AGAIN_S
+    vars(fake_api)["Tape"] = lambda _: _TAPE
+    uvloop.run(_live(told))
+
+
+class _Nobody:
+    """Nothing is recorded."""
+
+    def handled(self, *_: object) -> None:
+        """An event."""
+
+    def ended(self, *_: object) -> None:
+        """A request."""
+
+
+async def _live(told: dict[str, Any]) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    control: socket.socket = told["control"]
+    reader, writer = await asyncio.open_connection(sock=control)
+    clocks = tuple(told["clocks_mhz"])
+    gpu = hardware.HardwareGpu(
+        tuple(told["gpus"]),
+        mode=hardware.Mode.ON,
+        setter=clock_setter(keeper=Path(told["socket"]), ttl_s=told["ttl_s"]),
+        clocks_mhz=clocks,
+    )
+    async with gpu:
+        link = _link(told, gpu, clocks)
+        models = _models(link)
+        await models.start()
+        house = _House(models=models, link=link, writer=writer)
+        working = [asyncio.create_task(work) for work in (house.obey(reader), _clocks(link, clocks, told))]
+        await stop.wait()
+        models.draining = True
+        await models.stop()
+        for task in working:
+            task.cancel()
+        await asyncio.gather(*working, *house.asking, return_exceptions=True)
+    await writer.drain()
+
+
+def _link(told: dict[str, Any], gpu: hardware.HardwareGpu, clocks: tuple[int, ...]) -> Link:
+    spec = small_spec(clocks, len(told["gpus"]))
+    engine = SmallEngine(spec, Path(told["library"]), told["indices"][0], told["seed"], not told["engine_there"])
+    meter = EnergyMeter(gpu=gpu)
+    return Link(
+        name="small",
+        kind="simulated",
+        tp=spec.tp,
+        catalogue_gpu="fake",
+        catalogue_model=MODEL,
+        engine=engine,
+        clock=engine_clock.EngineClock(name="small", gpu=gpu, reading=meter.reading, now=time.monotonic, mode="on"),
+        booking=Booking(meter=meter, now=time.monotonic, kv_blocks=lambda: 1),
+        now=time.monotonic,
+    )
+
+
+def _models(link: Link) -> AllModels:
+    options = ControllerOptions(throttle=ThrottleOptions(policy=ClockPolicy.TOP), slo_aware=False)
+    driver = Driver(
+        controller=Controller(options),
+        links=(link,),
+        limits=LimitOptions(engine_wait_s=4.0, silence_s=2.5, queue_wait_s=5.0),
+        now=time.monotonic,
+        witness=_Nobody(),
+    )
+    served = (Served(driver=driver),)
+    return AllModels(served=served, version="1", policy="triton", slo=Slo(), now=time.monotonic)
+
+
+async def _clocks(link: Link, clocks: tuple[int, ...], told: dict[str, Any]) -> None:
+    """Another clock every few hundredths of a second, while there is an engine."""
+    draw = random.Random(told["seed"])
+    while True:
+        await asyncio.sleep(draw.uniform(*told["every_s"]))
+        if link.key is not None and link.state == "up":
+            link.clock.set(FrequencyPlan(mhz=draw.choice(clocks), why=Reason.FIXED), time.monotonic())
+
+
+@dataclass(slots=True)
+class _House:
+    models: AllModels
+    link: Link
+    writer: asyncio.StreamWriter
+    asking: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def obey(self, reader: asyncio.StreamReader) -> None:
+        """What the lane says, line by line."""
+        while line := await reader.readline():
+            try:
+                await self._do(json.loads(line))
+            except Exception as error:
+                logging.exception("not done")
+                self.say(failed=repr(error))
+
+    def say(self, **what: object) -> None:
+        """One line to the lane."""
+        self.writer.write(json.dumps(what).encode() + b"\n")
+
+    async def _do(self, told: dict[str, Any]) -> None:
+        engine = self.link.engine
+        assert isinstance(engine, SmallEngine)
+        match told["do"]:
+            case "ask":
+                self.say(asked=told["id"])
+                task = asyncio.create_task(self._ask(told["id"], told["tokens"]))
+                self.asking.add(task)
+                task.add_done_callback(self.asking.discard)
+            case "engine dies":
+                await engine.kill()
+            case "engine is back":
+                engine.back()
+            case "engine stalls":
+                engine.stall(told["for_s"])
+            case "block":
+                time.sleep(told["for_s"])
+            case "child":
+                self.say(child=_child())
+            case "flood":
+                for mhz in told["mhz"]:
+                    if self.link.key is not None:
+                        self.link.clock.set(FrequencyPlan(mhz=mhz, why=Reason.FIXED), time.monotonic())
+                        await asyncio.sleep(0)
+
+    async def _ask(self, number: int, tokens: int) -> None:
+        how, why = "complete", ""
+        try:
+            await _answered(self.models, tokens)
+        except (RefusedError, EngineError) as error:
+            how, why = "told", f"{type(error).__name__}: {error}"
+        except BaseException as error:
+            how, why = "broken", repr(error)
+            logging.exception("request %d", number)
+        self.say(ended=number, how=how, why=why)
+
+
+def _child() -> int:
+    """A child that has everything open that this process has, and outlives it."""
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(CHILD_LIVES_S)
+        os._exit(0)
+    return pid
+
+
+async def _answered(models: AllModels, tokens: int) -> None:
+    """One request, as the HTTP side takes it through."""
+    prompt = "one two three"
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True}
+    body["stream"] = True
+    ask = Ask(path="/v1/completions", model=MODEL, body=dict(body), prompts=(prompt,), max_tokens=tokens, stream=True)
+    count = await models.count(ask)
+    ticket: Visit = models.ticket(ask, count, Slo(), "", streams=True)
+    async with ticket:
+        engine, request_id = await ticket.place()
+        raw = json.dumps(body).encode()
+        call = Call(method="POST", path=ask.path, headers=(), body=raw, request_id=request_id, ask=ask)
+        async with engine.open(call) as reply:
+            if reply.status != 200:
+                raise EngineError(f"status {reply.status}")
+            seen = 0
+            async for chunk in reply.chunks:
+                if came := chunk.count(b'"index"'):
+                    seen += came
+                    ticket.tokens(came)
+            ticket.finish(tokens)
+            if seen < tokens:
+                raise AssertionError(f"{seen} of {tokens} tokens, and no error")

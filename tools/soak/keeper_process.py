@@ -1,0 +1,181 @@
+"""The keeper's process: the real keeper, with traps and failing disks put around what it calls.
+
+Production code has no hooks: the calls themselves are replaced, in this process only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from throttllem.gpu.locks import LockableGpu
+from throttllem.keeper import __main__ as keeper
+from throttllem.keeper import journal, leases
+from tools.soak.board import POINTS, Board, open_board
+
+HOARD_BYTES = (1 << 20, 1 << 16, 1 << 12, 256)
+
+
+def run(told: dict[str, Any]) -> None:
+    """Keep clocks. `told`: "board" and "copies", files of it and of the journal, and the keeper's "arguments"."""
+    set_traps(open_board(Path(told["board"])), [Path(copy) for copy in told["copies"]])
+    keeper.main(told["arguments"])
+
+
+def set_traps(board: Board, copies: list[Path]) -> None:
+    """From here on the board is heeded."""
+    traps = _Traps(board, copies)
+    _around_files(traps)
+    _around_gpus(traps)
+    _around_answers(traps)
+    _around_loop(board)
+    real_time = time.time
+    time.time = lambda: real_time() + board.shift_s
+
+
+class _Traps:
+    def __init__(self, board: Board, copies: list[Path]) -> None:
+        self.board, self.parts = board, [copy.with_suffix(".part") for copy in copies]
+
+    def __call__(self, point: str) -> None:
+        """Die here if that is what the board says."""
+        board = self.board
+        for index, trap in enumerate(board.traps):
+            if trap and POINTS[trap - 1] == point:
+                board.passes[index] -= 1
+                if board.passes[index] <= 0:
+                    board.traps[index] = 0
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    def copy(self, path: Path) -> int | None:
+        """The journal's copy that this is the beginning of."""
+        return self.parts.index(path) if path in self.parts else None
+
+    def fails(self, copy: int) -> OSError | None:
+        """What the disk says."""
+        if not self.board.failing >> copy & 1:
+            return None
+        return OSError(self.board.error, os.strerror(self.board.error))
+
+
+class _File:
+    """An unbuffered file that is to become a copy of the journal."""
+
+    def __init__(self, file: Any, copy: int, traps: _Traps) -> None:
+        self._file, self._copy, self._traps = file, copy, traps
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+    def write(self, text: bytes) -> int:
+        self._traps(f"write.before.{self._copy}")
+        time.sleep(self._traps.board.slow_s)
+        if error := self._traps.fails(self._copy):
+            if not (self._traps.board.short and error.errno == errno.ENOSPC):
+                raise error
+            return int(self._file.write(text[: len(text) // 2]))
+        self._file.write(text[: len(text) // 2])
+        self._traps(f"write.half.{self._copy}")
+        self._file.write(text[len(text) // 2 :])
+        self._traps(f"write.after.{self._copy}")
+        return len(text)
+
+
+def _around_files(traps: _Traps) -> None:
+    real_open, real_replace = Path.open, Path.replace
+
+    def opened(path: Path, *how: Any, **more: Any) -> Any:
+        copy = traps.copy(path)
+        if copy is None:
+            return real_open(path, *how, **more)
+        traps(f"open.before.{copy}")
+        file = _File(real_open(path, *how, **more), copy, traps)
+        traps(f"open.after.{copy}")
+        return file
+
+    def replaced(path: Path, target: Path) -> Path:
+        copy = traps.copy(path)
+        traps(f"replace.before.{copy}")
+        found = real_replace(path, target)
+        traps(f"replace.after.{copy}")
+        return found
+
+    Path.open, Path.replace = opened, replaced  # type: ignore[method-assign, assignment]
+
+
+def _between(traps: _Traps, point: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        traps(f"{point}.before")
+        found = real(*arguments)
+        traps(f"{point}.after")
+        return found
+
+    return call
+
+
+def _around_gpus(traps: _Traps) -> None:
+    for method, point in (("before", "note"), ("lock", "lock"), ("give_back", "give-back")):
+        setattr(LockableGpu, method, _between(traps, point, getattr(LockableGpu, method)))
+    real_write, shorter = journal.Journal.write, _between(traps, "entry", journal.Journal.write)
+    real_give, recovers = leases.Leases.give_back, _between(traps, "recover", leases.Leases.give_back)
+    entries, begun = 0, False
+
+    def written(it: journal.Journal, before: Any) -> None:
+        nonlocal entries
+        write, entries = shorter if len(before) < entries else real_write, len(before)
+        write(it, before)
+
+    def given(it: leases.Leases, gpus: Any) -> None:
+        nonlocal begun
+        give, begun = real_give if begun else recovers, True
+        give(it, gpus)
+
+    journal.Journal.write = written  # type: ignore[method-assign, assignment]
+    leases.Leases.give_back = given  # type: ignore[method-assign, assignment]
+
+
+def _around_answers(traps: _Traps) -> None:
+    writer = asyncio.StreamWriter  # nobody but the door has one in this process
+    writer.write = _between(traps, "reply", writer.write)  # type: ignore[method-assign]
+
+
+def _around_loop(board: Board) -> None:
+    """The keeper tells systemd several times a second that it lives: there its loop is caught."""
+    blocks: list[object] = [None] * 20_000
+    real = keeper.tell_systemd
+
+    def told(what: bytes) -> None:
+        if board.block_s:
+            lasts_s, board.block_s = board.block_s, 0.0
+            time.sleep(lasts_s)
+        if board.hoard:
+            board.hoard = 0
+            _take_all(blocks)
+        real(what)
+
+    keeper.tell_systemd = told
+
+
+def _take_all(blocks: list[object]) -> None:
+    """Until nothing is left, from large to small. Does nothing where there is no limit."""
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        return
+    used = 0
+    for size in HOARD_BYTES:
+        try:
+            while used < len(blocks):
+                blocks[used] = bytearray(size)
+                used += 1
+        except MemoryError:
+            continue
