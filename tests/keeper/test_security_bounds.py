@@ -111,7 +111,7 @@ def test_nobody_is_held_up_by_a_flood(keeper, machine):
     with keeper.holds(mhz=900, ttl_s=0.5):
         flooding.start()
         try:
-            until(lambda: locks(machine) == [None, None], 2.0)
+            until(lambda: locks(machine) == [None, None], 6.0)  # a flood takes its share of the processor, and no more
         finally:
             stop.set()
             flooding.join()
