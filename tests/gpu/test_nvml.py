@@ -1,5 +1,6 @@
 """GPUs through nvidia-ml-py, on the fake library: readings, what is refused, what of a lock shows."""
 
+import itertools
 import time
 
 import pytest
@@ -123,9 +124,22 @@ def test_what_slows_a_gpu_down_is_no_lock(machine, gpu):
     assert gpu.clock_mhz() == 900 and seen_lock(gpu) is None
 
 
-def test_a_clock_that_moves_is_no_lock(machine, gpu):
+def test_a_clock_that_never_stands_still_is_no_lock(machine, gpu):
+    moves = itertools.cycle((900, 915))
     machine.gpus[0].lock_by_other(900, 900)
-    assert seen_lock(gpu, sleep=lambda _: machine.gpus[0].lock_by_other(915, 915)) is None
+    assert seen_lock(gpu, sleep=lambda _: machine.gpus[0].lock_by_other(*[next(moves)] * 2)) is None
+
+
+def test_a_lock_of_a_moment_ago_is_waited_for(machine, gpu):
+    """The clock has not followed yet at the first looks: at the top, then on its way."""
+    looks = iter((1200, 1005))
+
+    def sleep(_):
+        mhz = next(looks, None)
+        if mhz is not None:
+            machine.gpus[0].lock_by_other(mhz, mhz)
+
+    assert seen_lock(gpu, sleep=sleep) == Lock(1005, 1005)
 
 
 def test_of_a_range_the_end_in_force_shows(machine, gpu):

@@ -35,6 +35,7 @@ from tools.loop.text import PICTURE, section
 DOCUMENTS = ROOT / "docs/evaluation"
 VERSIONS = (("vLLM", "vllm", "vllm"), ("aiperf", "clients", "aiperf"))
 """Name, environment, package."""
+COLUMNS_SHOWN = 3
 
 
 def main() -> int:
@@ -45,9 +46,11 @@ def main() -> int:
     parser.add_argument("--tables", type=Path, help="of an earlier run: no profile is made")
     parser.add_argument("--quick", action="store_true", help="one short run, nothing is written into docs")
     parser.add_argument("--engines", type=Path, default=ROOT / ".engines", help="environments of `make engines`")
-    parser.add_argument("--out", type=Path, default=ROOT / "out/loop", help="folder of figures, logs and tables")
+    parser.add_argument("--out", type=Path, help="folder of figures, logs and tables (out/loop; out/loop-quick)")
     asked = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop ends everything, as Ctrl-C does
+    asked.out = asked.out or ROOT / "out" / ("loop-quick" if asked.quick else "loop")
+    for number in (signal.SIGTERM, signal.SIGINT):  # a stop ends everything as Ctrl-C does, also in the background
+        signal.signal(number, signal.default_int_handler)
     console, began_s = Console(stderr=True, soft_wrap=True), time.monotonic()
 
     def say(text: str) -> None:
@@ -107,11 +110,13 @@ def _write(found: Found, made: list[Recorded], asked: argparse.Namespace, consol
 
 
 def _print(said: Section, console: Console) -> None:
+    """The smaller tables, turned: they fit a terminal."""
     for table in said.tables:
-        grid = Grid(*table.head, title=table.caption)
-        for row in table.rows:
-            grid.add_row(*row)
-        console.print(grid)
+        if len(table.rows) <= COLUMNS_SHOWN:
+            grid = Grid(table.head[0], *(row[0] for row in table.rows), title=table.caption.partition(":")[0])
+            for name, *values in zip(table.head[1:], *(row[1:] for row in table.rows), strict=True):
+                grid.add_row(name, *values)
+            console.print(grid)
 
 
 def _keep(folder: Path, out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import signal
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ from tools.soak.schedule import Fault
 
 _ERRORS = {"full": errno.ENOSPC, "full halfway": errno.ENOSPC, "broken": errno.EIO}
 _SLOW_S = 0.15
+_READ_S = 1.0
+"""A keeper that began so short ago may not have read its journal yet."""
 
 
 def _copies(house: House, fault: Fault, both: bool) -> tuple[Path, ...]:
@@ -85,7 +88,9 @@ def _write(path: Path, how: str, noise: bytes) -> None:
 async def _deleted(house: House, fault: Fault, both: bool = False) -> None:
     for path in _copies(house, fault, both):
         path.unlink(missing_ok=True)
-    house.witness.journal_gone = house.witness.journal_gone or both
+    if both:
+        begins = not house.keeper.alive or time.monotonic() - house.keeper.began_s < _READ_S
+        house.witness.journal_gone, house.evidence.forgot = True, house.evidence.forgot or begins
 
 
 async def _unwritable(house: House, fault: Fault, both: bool = False) -> None:

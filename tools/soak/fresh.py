@@ -19,13 +19,16 @@ from tools.soak.schedule import Lock
 OTHER_MHZ = 945
 """Allowed by every keeper, too."""
 LOOK_S, TTL_S = 0.01, 1.0
+MOST_S = 15.0
+"""Keepers that only begin, again and again, are given no more."""
 _SET, _UNKNOWN = "nvmlDeviceSetGpuLockedClocks", 999
 _SOON_S, _SWITCHED_S = 1.0, 0.04
 
 
 def _time_is_up(house: House, since_s: float) -> bool:
-    """A keeper that is started anew has its time again."""
-    return time.monotonic() > max(since_s, house.evidence.starts_s[-1]) + WITHIN_S
+    """A keeper that is started anew has its time again, but not for ever."""
+    now_s = time.monotonic()
+    return now_s > max(since_s, house.evidence.starts_s[-1]) + WITHIN_S or now_s > since_s + MOST_S
 
 
 async def nothing_is_held(house: House) -> None:

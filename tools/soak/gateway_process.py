@@ -23,7 +23,7 @@ from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
 from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import FrequencyPlan, Reason, Slo
-from throttllem.engine import fake_api
+from throttllem.engine import fake_api, realtime
 from throttllem.engine.fake_text import Tape
 from throttllem.engine.live import Ask, Call, EngineError
 from throttllem.gateway import engine_clock
@@ -43,7 +43,7 @@ AGAIN_S = 0.12
 """In place of the second for which gateways wait after a failed set: a schedule lasts no longer."""
 CHILD_LIVES_S = 15.0
 _TAPE = Tape(0, sentences=50)
-"""All gateways say the same: making it takes longer than all the rest of their start."""
+"""All gateways say the same: making it, and looking for our version, takes longer than all the rest of their start."""
 
 
 def run(told: dict[str, Any]) -> None:
@@ -51,6 +51,7 @@ def run(told: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(levelname)s %(message)s")
     hardware.AGAIN_S = engine_clock._RETRY_S = AGAIN_S
     vars(fake_api)["Tape"] = lambda _: _TAPE
+    vars(realtime)["version"] = lambda _: "soaked"
     uvloop.run(_live(told))
 
 

@@ -134,7 +134,7 @@ class House:
                 arguments += ["--gpu", f"{uuid}={plan.allowed[0]}-{plan.allowed[1]}"]
             if plan.allowed and plan.declared and plan.before:
                 arguments += ["--normally", f"{uuid}={plan.before[0]}-{plan.before[1]}"]
-        self.evidence.starts_s.append(time.monotonic())
+        self.witness.keeper_starts()
         copies = [str(copy) for copy in self.copies]
         board = str(self.place.folder / "board")
         self.keeper = self.start("keeper", self._keeper_died, arguments=arguments, board=board, copies=copies)

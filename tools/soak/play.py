@@ -14,7 +14,7 @@ from contextlib import suppress
 from tools.soak.check import WITHIN_S, due_s
 from tools.soak.evidence import Evidence, Loss
 from tools.soak.faults_gateway import inherited
-from tools.soak.fresh import fresh_lease, nothing_is_held
+from tools.soak.fresh import MOST_S, fresh_lease, nothing_is_held
 from tools.soak.house import START_S, House
 from tools.soak.kinds import KINDS
 from tools.soak.locks import fits
@@ -132,7 +132,7 @@ async def _settle(house: House) -> None:
     evidence = house.evidence
     evidence.writes = tuple(house.machine.writes())
     house.waited_s = waited_s()
-    while time.monotonic() < (until_s := due_s(evidence) + WITHIN_S):
+    while time.monotonic() < (until_s := min(due_s(evidence) + WITHIN_S, evidence.stopped_s + MOST_S)):
         if _restored(house):
             evidence.restored_s = time.monotonic()
             break

@@ -56,12 +56,16 @@ class Witness:
             at_s = child.ended_s + (schedule.ttl_s if gateway in self.heirs else 0.0)
             self.evidence.losses.append(Loss(at_s=at_s, from_s=child.ended_s, why="the gateway died", gpus=held))
 
+    def keeper_starts(self) -> None:
+        """It finds what is there."""
+        self.evidence.starts_s.append(time.monotonic())
+        if self.journal_gone and noted(self.copies) is None:
+            self.evidence.forgot = True
+
     def keeper_died(self, child: Child) -> None:
         """Whatever it had locked must be on disk now."""
         assert child.ended_s is not None
         uuids = noted(self.copies)
-        if uuids is None and self.journal_gone:
-            self.evidence.forgot = True
         unnoted = () if self.journal_gone else self._unnoted(uuids or frozenset())
         self.evidence.deaths.append(Death(at_s=child.ended_s, told=child.told, unnoted=unnoted))
         opted = tuple(index for index, gpu in enumerate(self.evidence.schedule.gpus) if gpu.allowed)
