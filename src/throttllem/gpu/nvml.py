@@ -1,6 +1,5 @@
-"""GPUs through NVML, to be read: clocks, watts, energy, what slows them down, who works on them. Sets nothing.
-
-Advise mode and measurements need no more than this; what sets clocks is in `locks`, which only the keeper imports.
+"""GPUs through NVML, to be read: clocks, watts, energy, what slows them down, who works on them. Sets nothing: that is
+in `locks`, which only the keeper and the doctor import.
 """
 
 from __future__ import annotations
@@ -238,7 +237,7 @@ class NvmlGpu:
         )
 
     def use(self) -> Use | None:
-        """Why nobody should set its clock; None: nothing speaks against it."""
+        """Why nobody should set its clock; None: nothing."""
         if self._optional("MIG mode", pynvml.nvmlDeviceGetMigMode, default=(0, 0))[0]:
             return Use.MIG
         if self._optional("MPS clients", pynvml.nvmlDeviceGetMPSComputeRunningProcesses, default=()):
