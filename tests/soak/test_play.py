@@ -10,7 +10,9 @@ import pytest
 from tools.nvml import build
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 60
+LIMIT_S = 180
+pytestmark = pytest.mark.slow
+"""Real processes against the clock: beside the default tests they would be starved."""
 
 
 @pytest.fixture(scope="session")

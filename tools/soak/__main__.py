@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ MOST_SHRUNK, TRIES, SAY_S, SHOWN, CALM = 10, 3, 10.0, 4_000, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if every schedule held."""
     asked = _asked(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # nothing is left behind
     console = Console(soft_wrap=True, highlight=False, markup=False)
     with stage(1 if asked.one is not None else asked.lanes) as lanes:
         if asked.one is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
@@ -81,6 +82,7 @@ def crew(count: int, folder: Path, library: Path) -> Iterator[Crew]:
 
 
 def _lane(channel: Connection, others: list[Connection], folder: Path, library: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:  # else nobody would hear the last one hang up
         other.close()
     serve(channel, folder, library)

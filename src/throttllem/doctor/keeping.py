@@ -129,9 +129,7 @@ def keeper_findings(keeper: Keeper, here: Mapping[str, str], who: str) -> Iterat
         case Door.HIDDEN:
             yield trouble("keeper", f"{keeper.socket}: {who} may not enter its folder", "give the folder mode 0755")
         case Door.DEAD | Door.ABSENT:
-            remedy = (
-                "clocks are only advised without one; `throttllem keeper --unit` prints its service (docs/keeper.md)"
-            )
+            remedy = "clocks are only advised without one; `throttllem keeper --gpu UUID=MHZ-MHZ --user NAME --unit` prints its service (docs/keeper.md)"
             yield note("keeper", f"none runs: {keeper.socket} {keeper.door}", remedy)
     yield from _socket(keeper)
     for trouble_text in keeper.troubles:
@@ -155,7 +153,7 @@ def _socket(keeper: Keeper) -> Iterator[Finding]:
         yield note(
             "keeper",
             f"others than root can write in {keeper.socket.parent}, and so could pose as the keeper",
-            "let systemd make the folder: `throttllem keeper --unit`",
+            "let systemd make the folder: `throttllem keeper ... --unit`",
         )
 
 

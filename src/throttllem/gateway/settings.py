@@ -112,10 +112,10 @@ class EngineEntry:
             raise ValueError(f"engines: kind {self.kind!r} needs url, as in url = 'http://127.0.0.1:8001'")
         if self.kind == "simulated" and self.url is not None:
             raise ValueError("engines: a simulated engine has no url; kind = 'openai' or 'triton' has")
-        if self.gpus is not None and (self.kind == "simulated" or len(set(self.gpus)) != self.tp):
-            raise ValueError(
-                f"engines: gpus = {list(self.gpus)}: a real engine of tp = {self.tp} has {self.tp} of them"
-            )
+        if self.gpus is not None and self.kind == "simulated":
+            raise ValueError("engines: gpus: a simulated engine has none; give a real one its url (--engine, --triton)")
+        if self.gpus is not None and len(set(self.gpus)) != self.tp:
+            raise ValueError(f"engines: gpus = {','.join(self.gpus)}: with tp = {self.tp} they must be {self.tp}")
         for name in ("url", "metrics_url"):
             if (address := getattr(self, name)) is not None:
                 check_address(f"engines: {name}", address)
@@ -193,3 +193,7 @@ class ServeOptions:
     noise: Noise = field(default_factory=Noise)
     state_dir: Path = Path("~/.local/state/throttllem")
     catalogue: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.clocks.mode == "on" and not any(entry.gpus for entry in self.engines):
+            raise ValueError("clocks.mode = 'on': no engine names its GPUs; set engines.0.gpus (--gpus 0)")
