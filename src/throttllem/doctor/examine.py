@@ -93,7 +93,8 @@ def rights(gpus: list[Gpu], keeper: Keeper) -> Iterator[Finding]:
         yield trouble(
             "rights",
             f"{who()} may not set clocks (missing: {missing}), and no keeper does it for them: clocks are only advised",
-            "`throttllem keeper --gpu UUID=MHZ-MHZ --user NAME --unit` prints a service for root; until then [clocks] mode = 'advise'",
+            "`throttllem keeper --gpu UUID=MHZ-MHZ --user NAME --unit` prints a service for root; "
+            "until then [clocks] mode = 'advise'",
         )
 
 

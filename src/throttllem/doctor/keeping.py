@@ -129,7 +129,10 @@ def keeper_findings(keeper: Keeper, here: Mapping[str, str], who: str) -> Iterat
         case Door.HIDDEN:
             yield trouble("keeper", f"{keeper.socket}: {who} may not enter its folder", "give the folder mode 0755")
         case Door.DEAD | Door.ABSENT:
-            remedy = "clocks are only advised without one; `throttllem keeper --gpu UUID=MHZ-MHZ --user NAME --unit` prints its service (docs/keeper.md)"
+            remedy = (
+                "clocks are only advised without one; `throttllem keeper --gpu UUID=MHZ-MHZ --user NAME --unit` "
+                "prints its service (docs/keeper.md)"
+            )
             yield note("keeper", f"none runs: {keeper.socket} {keeper.door}", remedy)
     yield from _socket(keeper)
     for trouble_text in keeper.troubles:
