@@ -119,7 +119,9 @@ def check(found: Recorded, plan: Plan) -> list[str]:
     if not drawn_j * (1 - TOLERANCE) < counted_j < drawn_j * (1 + TOLERANCE) + physics().idle_w() * plan.window_s:
         wrong.append(f"the counter rose by {counted_j:.0f} J, steps drew {drawn_j:.0f} J")
     clocks = found.meter.clocks(run.began_s, run.began_s + plan.window_s)
-    if run.clocks == ON and run.policy != BASELINE and len(clocks) < 2:
+    if (
+        run.clocks == ON and run.policy != BASELINE and not clocks - {max(plan.clocks_mhz)}
+    ):  # it may keep to a lower one
         wrong.append(f"the clock did not move: {clocks}")
     return wrong
 
