@@ -133,8 +133,10 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 def crash(_: object, context: Mapping[str, Any]) -> None:
     """What must not fail has, for want of memory, say: end at once, the next keeper gives back by the journal."""
     if not isinstance(context.get("exception"), OSError):
-        log.critical("the keeper ends: %s", context)
-        os._exit(1)
+        try:
+            log.critical("the keeper ends: %s", context)
+        finally:  # to say so takes memory, too
+            os._exit(1)
 
 
 def main(arguments: list[str] | None = None) -> None:

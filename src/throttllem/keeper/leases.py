@@ -15,8 +15,7 @@ from throttllem.gpu.locks import LockableGpu
 from throttllem.gpu.nvml import Lock, Nvml
 from throttllem.keeper.journal import Journal, log
 
-LEAST_TTL_S, MOST_TTL_S = 0.2, 60.0
-SETS_PER_S, SETS_AT_ONCE, SWEEP_S, RETRY_S = 20.0, 40.0, 0.05, 0.25
+LEAST_TTL_S, MOST_TTL_S, SETS_PER_S, SETS_AT_ONCE, SWEEP_S, RETRY_S = 0.2, 60.0, 20.0, 40.0, 0.05, 0.25
 
 
 class RefusedError(Exception):
