@@ -68,15 +68,25 @@ class Keeper:
         return uuid in self.status.get("returning", ())
 
 
+class Listener(logging.Handler):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.words.append(record.getMessage())
+
+
 @contextmanager
 def heard() -> Iterator[list[str]]:
     """What the keeper's own code says meanwhile: it is told as findings, and nowhere else."""
-    words = list[str]()
-    handler = logging.Handler()
-    handler.emit = lambda record: words.append(record.getMessage())  # type: ignore[method-assign]
+    handler = Listener()
     log.addHandler(handler)
     try:
-        yield words
+        yield handler.words
     finally:
         log.removeHandler(handler)
 
