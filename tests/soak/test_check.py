@@ -83,6 +83,13 @@ def test_another_controllers_lock_stays_only_if_no_lease_was_there():
     assert violations(evidence(**spoiled, others=earlier)) == []
 
 
+def test_without_any_journal_another_controllers_lock_may_stay_also_of_during_a_lease():
+    during = [Other(at_s=BEGAN_S + 0.7, gpu=1, lock=(405, 405))]
+    for others, forgot, fine in ((during, True, True), (during, False, False), ([], True, False)):
+        found = evidence(GOOD[:-1], restored_s=None, left=(None, (405, 405), (960, 960)), others=others, forgot=forgot)
+        assert (violations(found) == []) is fine, (others, forgot)
+
+
 def test_without_any_journal_a_forgotten_clock_may_stay_but_nothing_else():
     for lock, fine in (((1110, 1110), True), ((1305, 1305), False)):
         found = evidence(GOOD[:-1], restored_s=None, left=(None, lock, (960, 960)), forgot=True)

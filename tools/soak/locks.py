@@ -12,9 +12,11 @@ def fits(evidence: Evidence, gpu: int, lock: Lock | None) -> bool:
     plan = evidence.schedule.gpus[gpu]
     if lock in _accepted(evidence, gpu):
         return True
-    # Nobody can know what is in no copy of the journal: what a forgotten lease had set may stay, and nothing else.
+    # Nobody can know what is in no copy of the journal: what a forgotten lease had set may stay, and what others made
+    # of it under that lease; nothing else.
     inside = plan.allowed is not None and lock is not None and plan.allowed[0] <= lock[0] <= lock[1] <= plan.allowed[1]
-    return evidence.forgot and (inside or lock is None)
+    by_others = any(other.gpu == gpu and other.lock == lock for other in evidence.others)
+    return evidence.forgot and (inside or by_others or lock is None)
 
 
 def _accepted(evidence: Evidence, gpu: int) -> set[Lock | None]:
