@@ -161,7 +161,8 @@ def test_times_of_samples_are_of_the_monotonic_clock(gpu):
 
 def test_a_lost_gpu_does_not_take_anothers_number(machine, gpu):
     machine.gpus[0].lost(True)
-    assert gpu.nvml.gpus() == {1: machine.gpus[1].uuid}
+    lost, here = gpu.nvml.gpus().values()
+    assert (lost.trouble, here) == (Trouble.LOST, machine.gpus[1].uuid)
     assert found_gpu(gpu.nvml, "1").uuid == machine.gpus[1].uuid
-    with pytest.raises(ValueError, match="0 is not here; here are 1 = GPU-"):
+    with pytest.raises(ValueError, match=r"0 is not here; here are 1 = GPU-.*; GPU 0: GPU is lost"):
         found_gpu(gpu.nvml, "0")

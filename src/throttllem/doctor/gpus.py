@@ -72,7 +72,7 @@ def no_driver(error: OSError) -> Finding:
 
 def look(nvml: Nvml, measure_s: float | None) -> tuple[list[Gpu], list[Finding], bool]:
     """All that can be read, why the others cannot, and whether a call hangs. Raises OSError where NVML says nothing."""
-    numbered = within(HANG_S, lambda: _numbered(nvml))
+    numbered = within(HANG_S, nvml.gpus)
     if not numbered:
         return (
             [],
@@ -80,9 +80,11 @@ def look(nvml: Nvml, measure_s: float | None) -> tuple[list[Gpu], list[Finding],
             False,
         )
     calls = {
-        number: partial(_one, number, gpu, measure_s) for number, gpu in numbered.items() if isinstance(gpu, NvmlGpu)
+        number: partial(_one, number, NvmlGpu(nvml, uuid), measure_s)
+        for number, uuid in numbered.items()
+        if isinstance(uuid, str)
     }
-    looks = numbered | side_by_side(calls, HANG_S + (measure_s or 0.0))
+    looks: dict[int, object] = {**numbered, **side_by_side(calls, HANG_S + (measure_s or 0.0))}
     return (
         [one for one in looks.values() if isinstance(one, Gpu)],
         [_unread(number, one) for number, one in looks.items() if isinstance(one, OSError)],
@@ -111,18 +113,6 @@ def described(gpu: Gpu, process: Path = Path("/proc")) -> list[Finding]:
     if gpu.pids:
         findings.append(note(subject, f"computing on it: {', '.join(_process(pid, process) for pid in gpu.pids)}"))
     return findings
-
-
-def _numbered(nvml: Nvml) -> dict[int, object]:
-    """By number: the GPU, or why it cannot be had."""
-    found = dict[int, object]()
-    for number in range(nvml.ask("GPUs", pynvml.nvmlDeviceGetCount)):
-        try:
-            handle = nvml.ask(f"GPU {number}", pynvml.nvmlDeviceGetHandleByIndex, number)
-            found[number] = NvmlGpu(nvml, str(nvml.ask("UUID", pynvml.nvmlDeviceGetUUID, handle)))
-        except NvmlError as error:
-            found[number] = error
-    return found
 
 
 def _one(number: int, gpu: NvmlGpu, measure_s: float | None) -> Gpu:

@@ -61,7 +61,7 @@ class Hands:
 
 
 def _restore(hands: Hands, state: Path, socket: Path, named: Sequence[str], tell: Tell) -> None:
-    here = within(HANG_S, hands.nvml.gpus).values()
+    here = [uuid for uuid in within(HANG_S, hands.nvml.gpus).values() if isinstance(uuid, str)]
     for uuid in named:
         if uuid not in here:
             raise ValueError(f"--gpu {uuid}: is not here; here are {', '.join(here) or 'none'}")

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from throttllem.gpu.device import Reading, Work, nothing
-from throttllem.gpu.nvml import Brake, Nvml, NvmlGpu, Sample
+from throttllem.gpu.nvml import Brake, Nvml, NvmlError, NvmlGpu, Sample
 from throttllem.gpu.sampler import Sampler
 
 log = logging.getLogger("throttllem.gpu")
@@ -259,11 +259,13 @@ def check_apart(groups: Sequence[HardwareGpu]) -> None:
 
 def found_gpu(nvml: Nvml, name: str) -> NvmlGpu:
     """A GPU by its UUID or its number. Raises NvmlError, ValueError naming those that are here."""
-    here_now = nvml.gpus()
-    name = here_now.get(int(name), name) if name.isdecimal() else name
-    if name not in here_now.values():
-        here = ", ".join(f"{number} = {uuid}" for number, uuid in here_now.items()) or "none"
-        raise ValueError(f"engines: gpus: {name} is not here; here are {here}")
+    numbered = nvml.gpus()
+    here = {number: uuid for number, uuid in numbered.items() if isinstance(uuid, str)}
+    name = here.get(int(name), name) if name.isdecimal() else name
+    if name not in here.values():
+        are = ", ".join(f"{number} = {uuid}" for number, uuid in here.items()) or "none"
+        lacking = "".join(f"; {error}" for error in numbered.values() if isinstance(error, NvmlError))
+        raise ValueError(f"engines: gpus: {name} is not here; here are {are}{lacking}")
     return NvmlGpu(nvml, name)
 
 

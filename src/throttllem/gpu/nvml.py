@@ -109,16 +109,15 @@ class Nvml:
         with self._gate:
             self._close()
 
-    def gpus(self) -> dict[int, str]:
-        """Number and UUID of every GPU that we may see: one that fell off the bus is no reason to miss the others."""
-        found = {}
+    def gpus(self) -> dict[int, str | NvmlError]:
+        """By number: the UUID, or why it cannot be had, which is no reason to miss the others. Raises NvmlError."""
+        found = dict[int, str | NvmlError]()
         for number in range(self.ask("GPUs", pynvml.nvmlDeviceGetCount)):
             try:
                 handle = self.ask(f"GPU {number}", pynvml.nvmlDeviceGetHandleByIndex, number)
                 found[number] = str(self.ask(f"UUID of GPU {number}", pynvml.nvmlDeviceGetUUID, handle))
             except NvmlError as error:
-                if error.trouble not in (Trouble.LOST, Trouble.DENIED):
-                    raise
+                found[number] = error
         return found
 
     def driver(self) -> str:
