@@ -46,9 +46,10 @@ def parted(block):
 
 
 def command_lines(block):
-    """The `throttllem ...` lines of a block as lists of words; a backslash at the end goes on in the next line."""
+    """The `throttllem ...` lines of a block as lists of words, up to `||`; a backslash at its end: it goes on."""
     lines = block.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("throttllem ")]
+    words = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("throttllem ")]
+    return [list(itertools.takewhile(lambda word: word != "||", line)) for line in words]
 
 
 def anchor(heading):
@@ -267,6 +268,8 @@ def test_link_rule_sees(tmp_path):
         ("throttllem simulate --trace my.csv \\\n    --slo-e2e 15  # seconds", True),
         ("throttllem estimate --clock 1050 --batch 3 --context 9", True),
         ("throttllem simulate --tracy my.csv", False),
+        ("throttllem serve --check || test $? = 1", True),
+        ("throttllem serve --chek || test $? = 1", False),
         ("throttllem simulate --slo-e2e soon", False),
         ("throttllem estimate --clock 1050", False),
         ("throttllem emulate", False),

@@ -24,8 +24,8 @@ HEAD = """\
 `python -m tools.options` writes this file from the code; a test says when it is out of date.
 
 An option comes from, the later the stronger: a TOML file (`--config FILE`), the environment, `--set path=value` and
-the flags of `serve --help`, which are short for some paths. `throttllem serve --check` prints every value that was set
-and where, and what it would do. An unknown option is an error that names the nearest known one.
+the flags of `serve --help`, which are short for some paths. An unknown option is an error that names the nearest known
+one.
 
 - In the file each section is a table (`[server]`), each engine one of `[[engines]]`, each class `[classes.NAME]`.
 - Variables are in capitals, two underscores between levels; engines are numbered from 0: `{prefix}ENGINES__0__URL`.
@@ -49,6 +49,11 @@ and where, and what it would do. An unknown option is an error that names the ne
 
     [classes.interactive]
     ttft_s = 0.5
+
+`throttllem serve --check` prints every value that was set and where, and what it would do, and changes nothing. `ok`:
+as it should be; `--`: to be known; `!!`: to be mended, an engine that is not up or a door without a key, say. Its exit
+code is 0 where there is no `!!`, 1 where there is one and `serve` would start all the same (without what the line says
+is missing), 2 where it would not start. So a script may stop at 2 before the engines are up, and at 1 once they are.
 """
 PLACES = {"engines": "engines.N", "classes": "classes.NAME"}
 

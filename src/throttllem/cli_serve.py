@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from throttllem.arguments import Setting, cache_dir, progress_bar
-from throttllem.gateway.check import check_configuration
+from throttllem.gateway.check import check_configuration, verdict
 from throttllem.gateway.run import run_gateway
 from throttllem.gateway.settings import RESOLVED, ServeOptions
 from throttllem.tree import Source, build, from_environment, from_settings, from_toml
@@ -20,6 +20,8 @@ from throttllem.tree import Source, build, from_environment, from_settings, from
 PREFIX = "THROTTLLEM_"
 OTHERS = ("THROTTLLEM_CACHE_DIR", "THROTTLLEM_WORKERS", "THROTTLLEM_DEBUG", "THROTTLLEM_STATS")
 """Variables of the whole program, and of the plug-in in the engine."""
+_EXPLAIN = "Explain the configuration, then stop. Exit code 1: something to mend (!!), 2: serve would not start."
+Check = Annotated[bool, typer.Option("--check", help=_EXPLAIN)]
 
 
 def serve(
@@ -45,7 +47,7 @@ def serve(
     slo_tbt: Annotated[float | None, typer.Option("--slo-tbt", help="Seconds, mean; likewise.")] = None,
     slo_ttft: Annotated[float | None, typer.Option("--slo-ttft", help="Seconds; likewise.")] = None,
     setting: Setting = None,
-    check: Annotated[bool, typer.Option("--check", help="Explain the configuration, then stop.")] = False,
+    check: Check = False,
     log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
 ) -> None:
     """An OpenAI-compatible gateway in front of real engines, or of a simulated one in real time."""
@@ -89,7 +91,9 @@ def _explain(options: ServeOptions, origins: dict[str, str], console: Console) -
     findings = asyncio.run(check_configuration(options, origins, cache_dir()))
     for finding in findings:
         console.print(f"{finding.mark} {finding.text}", highlight=False, markup=False)
-    return 2 if any(finding.fatal for finding in findings) else 0
+    code, summary = verdict(findings)
+    console.print(summary, highlight=False, markup=False)
+    return code
 
 
 def _log_to_stderr(level: str) -> None:

@@ -6,7 +6,7 @@ import socket
 from gateway.fakes import Engine, engine_server
 from gateway.test_build import trained
 from throttllem.core.types import Slo
-from throttllem.gateway.check import check_configuration, open_doors
+from throttllem.gateway.check import Finding, check_configuration, open_doors, verdict
 from throttllem.gateway.settings import EngineEntry, RecorderOptions, ServeOptions, ServerOptions
 
 
@@ -104,3 +104,11 @@ def test_who_may_ask_and_what_is_recorded(tmp_path):
     assert "metrics and dashboard on 127.0.0.1:0" in text
     assert "promise class gold: TBT 0.1 s" in text
     assert "flight recorder" not in text
+
+
+def test_the_exit_code_says_what_the_marks_say():
+    fine, known = Finding(mark="ok", text=""), Finding(mark="--", text="")
+    wrong, fatal = Finding(mark="!!", text=""), Finding(mark="!!", text="", fatal=True)
+    assert verdict([fine, known]) == (0, "nothing to mend")
+    assert verdict([fine, wrong, known, wrong]) == (1, "2 to mend; serve would start all the same")
+    assert verdict([wrong, fatal]) == (2, "2 to mend; serve would not start")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ _REACH_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One line of the answer. `mark`: "ok", "--" (to be known), "!!" (trouble); `fatal`: serve would not start."""
+    """One line of the answer. `mark`: "ok", "--" (to be known), "!!" (to be mended); `fatal`: serve would not start."""
 
     mark: str
     text: str
@@ -46,6 +46,14 @@ async def check_configuration(options: ServeOptions, origins: dict[str, str], ca
     except (ValueError, OSError) as error:
         return [*findings, Finding(mark="!!", text=str(error), fatal=True)]
     return [*findings, *await _engines(gateway, options)]
+
+
+def verdict(findings: Sequence[Finding]) -> tuple[int, str]:
+    """The exit code and the last line: 0 without any "!!", 1 if serve would start all the same, 2 if it would not."""
+    wrong = sum(finding.mark == "!!" for finding in findings)
+    if any(finding.fatal for finding in findings):
+        return 2, f"{wrong} to mend; serve would not start"
+    return (1, f"{wrong} to mend; serve would start all the same") if wrong else (0, "nothing to mend")
 
 
 def _values(options: ServeOptions, origins: dict[str, str]) -> Iterator[Finding]:
