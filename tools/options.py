@@ -50,10 +50,11 @@ one.
     [classes.interactive]
     ttft_s = 0.5
 
-`throttllem serve --check` prints every value that was set and where, and what it would do, and changes nothing. `ok`:
-as it should be; `--`: to be known; `!!`: to be mended, an engine that is not up or a door without a key, say. Its exit
-code is 0 where there is no `!!`, 1 where there is one and `serve` would start all the same (without what the line says
-is missing), 2 where it would not start. So a script may stop at 2 before the engines are up, and at 1 once they are.
+`throttllem serve --check` prints every value that was set and where, what it would do, and for each engine whether
+clocks would be off, advised or on, and why; it changes nothing. `ok`: as it should be; `--`: to be known; `!!`: to be
+mended, an engine that is not up or a door without a key, say. Its exit code is 0 where there is no `!!`, 1 where there
+is one and `serve` would start all the same (without what the line says is missing), 2 where it would not start. So a
+script may stop at 2 before the engines are up, and at 1 once they are.
 """
 PLACES = {"engines": "engines.N", "classes": "classes.NAME"}
 

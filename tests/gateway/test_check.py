@@ -3,6 +3,8 @@
 import asyncio
 import socket
 
+import pytest
+
 from gateway.fakes import Engine, engine_server
 from gateway.test_build import trained
 from throttllem.core.types import Slo
@@ -35,6 +37,14 @@ def test_what_the_defaults_would_do(tmp_path):
     assert "promise by default: E2E 9 s" in text
     assert "policy least-energy would choose among 81 clocks, 210 to 1410 MHz, of a simulated a100-40gb-sxm" in text
     assert "its performance table is trained at the first start" in text
+    assert "clocks are simulated: it names no GPUs (engines.N.gpus, --gpus)" in text
+
+
+@pytest.mark.parametrize(
+    ("policy", "chosen"), [("triton", "would keep to the top clock of"), ("fixed:1005", "would keep to 1005 MHz of")]
+)
+def test_a_policy_that_chooses_no_clock(tmp_path, policy, chosen):
+    assert f"policy {policy} {chosen} a simulated a100-40gb-sxm" in said(found(tmp_path, policy=policy))
 
 
 def test_a_port_that_is_taken(tmp_path):

@@ -128,6 +128,37 @@ def test_a_keeper_that_is_missing_is_said_before_and_no_reason_not_to_serve(tmp_
     assert machine.gpus[0].attempted == 0
 
 
+@pytest.mark.parametrize(
+    ("mode", "origins", "told"),
+    [
+        ("on", {"clocks.mode": "t.toml:2"}, "would be on (clocks.mode = on, t.toml:2): set through the keeper at "),
+        ("advise", {}, "would be advised (clocks.mode = advise, the default): decided, recorded and shown, never set"),
+        ("off", {"clocks.mode": "command line"}, "would be off (clocks.mode = off, command line): left alone"),
+    ],
+)
+def test_which_mode_would_run_is_said_beforehand(tmp_path, machine, keeper, mode, origins, told):
+    entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpus=("0",))
+    made = options(tmp_path, engines=(entry,), clocks=ClockOptions(mode=mode, keeper=keeper))
+    findings = asyncio.run(check_configuration(made, origins, tmp_path / "cache"))
+    (found,) = [finding for finding in findings if "clocks would" in finding.text]
+    assert (found.mark, told in found.text) == ("ok", True), found
+    assert any("1 GPU at " in finding.text for finding in findings)
+    assert machine.gpus[0].attempted == 0
+
+
+def test_a_keeper_that_was_not_given_the_gpu_is_said_beforehand(tmp_path, machine, monkeypatch):
+    async def status(socket):
+        return {"allowed": {}}
+
+    monkeypatch.setattr("throttllem.gateway.check.keeper_status", status)
+    entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpus=("0",))
+    made = options(tmp_path, engines=(entry,), clocks=ClockOptions(mode="on"))
+    findings = asyncio.run(check_configuration(made, {}, tmp_path / "cache"))
+    (found,) = [finding for finding in findings if "would only be advised" in finding.text]
+    assert found.text.endswith(f": the keeper was not given --gpu {machine.gpus[0].uuid}")
+    assert (found.mark, found.fatal) == ("!!", False)
+
+
 def _wait_for_unset(then):
     async def during(http, api, private):
         async with asyncio.timeout(10):

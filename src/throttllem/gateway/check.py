@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from throttllem.core.options import ControllerOptions
+from throttllem.core.throttle import ClockPolicy
 from throttllem.engine.live import Connected, EngineError
 from throttllem.files import WriteError, writable_dir
 from throttllem.gateway.build import Gateway, build_gateway
 from throttllem.gateway.link import Link
 from throttllem.gateway.serve_http import bind
 from throttllem.gateway.settings import ServeOptions, ServerOptions
-from throttllem.gpu.hardware import HardwareGpu
+from throttllem.gpu.hardware import HardwareGpu, Mode
 from throttllem.gpu.keeper_client import keeper_status
 from throttllem.tree import leaves
 
@@ -45,7 +46,7 @@ async def check_configuration(options: ServeOptions, origins: dict[str, str], ca
         gateway = build_gateway(options, cache_dir, version="", now=time.monotonic, learn=False)
     except (ValueError, OSError) as error:
         return [*findings, Finding(mark="!!", text=str(error), fatal=True)]
-    return [*findings, *await _engines(gateway, options)]
+    return [*findings, *await _engines(gateway, options, origins)]
 
 
 def verdict(findings: Sequence[Finding]) -> tuple[int, str]:
@@ -127,7 +128,7 @@ def _promises(options: ServeOptions) -> Iterator[Finding]:
         yield Finding(mark="ok" if parts else "--", text=f"promise {name}: {', '.join(parts) or 'none'}")
 
 
-async def _engines(gateway: Gateway, options: ServeOptions) -> list[Finding]:
+async def _engines(gateway: Gateway, options: ServeOptions, origins: dict[str, str]) -> list[Finding]:
     findings = []
     for model in gateway.models.served:
         aware = model.driver.controller.options.slo_aware
@@ -135,7 +136,7 @@ async def _engines(gateway: Gateway, options: ServeOptions) -> list[Finding]:
         largest = max(link.tp for link in model.driver.links)
         for link in model.driver.links:
             findings += await _engine(link, model.driver.controller.options, options)
-            findings += await _hardware(link, options)
+            findings += await _hardware(link, options, origins)
             if link.tp < largest and not scales:
                 findings.append(_never_started(link, options.policy))
             if aware and link.tp not in model.driver.controller.options.tables:
@@ -163,7 +164,11 @@ def _described(link: Link, connected: Connected, core: ControllerOptions, option
     if table is not None:
         clocks = table.clocks_mhz
     chosen = f"would choose among {len(clocks)} clocks, {clocks[0]} to {clocks[-1]} MHz,"
-    if core.slo_aware and table is None and link.kind != "simulated":
+    if isinstance(link.gpu, HardwareGpu) and link.gpu.mode is Mode.OFF:
+        chosen = "would choose no clock, and plan with the top one"
+    elif core.throttle.policy is ClockPolicy.FIXED:
+        chosen = f"would keep to {core.throttle.fixed_mhz} MHz"
+    elif core.throttle.policy is ClockPolicy.TOP or (core.slo_aware and table is None and link.kind != "simulated"):
         chosen = "would keep to the top clock"
     return (
         f"engine {link.name} serves {', '.join(connected.models)}: {spec.kv_blocks} KV blocks of {spec.block_tokens} "
@@ -172,29 +177,43 @@ def _described(link: Link, connected: Connected, core: ControllerOptions, option
     )
 
 
-async def _hardware(link: Link, options: ServeOptions) -> list[Finding]:
-    """Real GPUs are found and read, never set; whether they may be set is asked of the keeper."""
+async def _hardware(link: Link, options: ServeOptions, origins: dict[str, str]) -> list[Finding]:
+    """Real GPUs are found and read, never set. Whether clocks would be off, advised or on is said in any case."""
     gpu = link.gpu
     if not isinstance(gpu, HardwareGpu):
-        return []
+        text = f"engine {link.name}: clocks are simulated: it names no GPUs (engines.N.gpus, --gpus)"
+        return [Finding(mark="--", text=text)]
     try:
         async with gpu:
             reading = gpu.read()
     except (OSError, ValueError) as error:
         return [Finding(mark="!!", text=f"engine {link.name}: {error}", fatal=True)]
-    mode = options.clocks.mode
-    text = (
-        f"engine {link.name}: {len(gpu.names)} GPUs at {reading.clock_mhz} MHz, {reading.watts:.0f} W; clocks: {mode}"
-    )
-    findings = [Finding(mark="ok", text=text)]
-    if mode == "on" and options.clocks.zeusd is None:
-        try:
-            allowed = (await keeper_status(options.clocks.keeper))["allowed"]
-            for uuid in (uuid for uuid in gpu.uuids if uuid not in allowed):
-                findings.append(Finding(mark="!!", text=f"engine {link.name}: the keeper was not given --gpu {uuid}"))
-        except OSError as error:
-            findings.append(Finding(mark="!!", text=f"engine {link.name}: clocks would only be advised: {error}"))
-    return findings
+    count = "1 GPU" if len(gpu.names) == 1 else f"{len(gpu.names)} GPUs"
+    text = f"engine {link.name}: {count} at {reading.clock_mhz} MHz, {reading.watts:.0f} W"
+    why = f"clocks.mode = {gpu.mode.value}, {origins.get('clocks.mode', 'the default')}"
+    return [Finding(mark="ok", text=text), await _clocks(link.name, gpu, options, why)]
+
+
+async def _clocks(name: str, gpu: HardwareGpu, options: ServeOptions, why: str) -> Finding:
+    """Which mode an engine's clocks would run in, and why."""
+    match gpu.mode:
+        case Mode.OFF:
+            return Finding(mark="ok", text=f"engine {name}: clocks would be off ({why}): left alone")
+        case Mode.ADVISE:
+            text = f"engine {name}: clocks would be advised ({why}): decided, recorded and shown, never set"
+            return Finding(mark="ok", text=text)
+    if (zeusd := options.clocks.zeusd) is not None:
+        return Finding(mark="ok", text=f"engine {name}: clocks would be on ({why}): set through zeusd at {zeusd}")
+    keeper = options.clocks.keeper
+    try:
+        allowed = (await keeper_status(keeper))["allowed"]
+        missing = [uuid for uuid in gpu.uuids if uuid not in allowed]
+        trouble = f"the keeper was not given --gpu {', '.join(missing)}" if missing else None
+    except OSError as error:
+        trouble = str(error)
+    if trouble is not None:
+        return Finding(mark="!!", text=f"engine {name}: clocks would only be advised (though {why}): {trouble}")
+    return Finding(mark="ok", text=f"engine {name}: clocks would be on ({why}): set through the keeper at {keeper}")
 
 
 def _notes(link: Link, connected: Connected) -> Iterator[Finding]:
