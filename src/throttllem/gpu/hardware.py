@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from enum import StrEnum
 from types import TracebackType
 from typing import Protocol, Self
@@ -84,7 +84,8 @@ class HardwareGpu:
     async def __aenter__(self) -> Self:
         """Find them. Raises NvmlError if they are not here, ValueError if their clocks are not to be set."""
         async with AsyncExitStack() as stack:
-            nvml = stack.enter_context(Nvml())
+            library = stack.enter_context(ExitStack())
+            nvml = library.enter_context(Nvml())
             gpus = tuple(found_gpu(nvml, name) for name in self.names)
             self.uuids = tuple(gpu.uuid for gpu in gpus)
             if len(set(self.uuids)) < len(gpus):
@@ -96,7 +97,9 @@ class HardwareGpu:
                     raise ValueError(
                         f"engines: gpus: {gpu.uuid}, {gpu.name()}, has no {strange[-1]} MHz; is `gpu` its kind?"
                     )
-            self._sampler = stack.enter_context(Sampler(gpus))
+            self._sampler = await stack.enter_async_context(
+                Sampler(gpus, left_behind=library.pop_all)  # closing NVML would wait for the call that hangs
+            )
             self._setter = self._make_setter(gpus)
             stack.push_async_callback(self._leave)
             watching = asyncio.get_running_loop().create_task(self._watch())

@@ -5,26 +5,35 @@ Knows nothing of who sets their clocks.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
 from throttllem.gpu.counter import EnergyCounter
+from throttllem.gpu.device import nothing
 from throttllem.gpu.nvml import NvmlGpu, Sample
+
+log = logging.getLogger("throttllem.gpu")
 
 PERIOD_S = 0.05
 STALE_S = 1.0
 """After so long without a reading the GPUs count as not readable."""
+END_S = 1.0
+"""A reading that has not come back by then hangs, and is left behind."""
 
 
 class Sampler:
-    """The GPUs of one engine, read while a block lasts."""
+    """The GPUs of one engine, read while a block lasts. `left_behind` is called if a reading hangs as it ends."""
 
-    def __init__(self, gpus: Sequence[NvmlGpu], period_s: float = PERIOD_S) -> None:
+    def __init__(
+        self, gpus: Sequence[NvmlGpu], left_behind: Callable[[], object] = nothing, period_s: float = PERIOD_S
+    ) -> None:
         self.gpus = tuple(gpus)
-        self._period_s = period_s
+        self._left_behind, self._period_s = left_behind, period_s
         self._counters = tuple(EnergyCounter() for _ in gpus)
         self._last: tuple[Sample, ...] = ()
         self._at_s = 0.0
@@ -33,16 +42,23 @@ class Sampler:
         self._wake, self._stop = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="gpu sampler", daemon=True)
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         """Raises NvmlError if they cannot be read now."""
         self.look()
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         self._stop = True
         self._wake.set()
-        self._thread.join(timeout=2 * self._period_s + 0.5)  # a call that hangs is left behind
+        try:
+            await asyncio.to_thread(self._thread.join, END_S)
+        finally:
+            if self._thread.is_alive():
+                log.error("a reading of %s has not come back: its thread is left behind", self.gpus[0].uuid)
+                self._left_behind()
 
     def soon(self) -> None:
         """The next reading is wanted at once."""
