@@ -18,6 +18,7 @@ from throttllem.gpu.keeper_client import SOCKET
 from throttllem.keeper.__main__ import GIVE_BACK_S, parsed
 
 UUID = "GPU-cfbd6ca2-5f85-43b7-dcc7-dd4f6c1cf3df"
+OTHER = "GPU-00000000-5f85-43b7-dcc7-dd4f6c1cf3df"
 GPU = ("--gpu", f"{UUID}=600-1410")
 
 
@@ -189,14 +190,47 @@ def test_folders_of_a_unit_are_made_by_systemd(
     assert (found["RuntimeDirectory"], found["StateDirectory"]) == (["site/gpus"], ["site/gpus"])
 
 
+@pytest.mark.usefixtures("became")
+@pytest.mark.parametrize("asked", [(), ("--unit",)], ids=["run", "unit"])
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (("--gpu", "GPU-1"), "--gpu GPU-1: must be UUID=LOWEST-HIGHEST in MHz, as in GPU-...=600-1410"),
         (("--gpu", "GPU-1=1410-600"), "--gpu GPU-1=1410-600: must be"),
-        (("--gpu", "0=600-1410"), "'0' is no UUID; `throttllem doctor` shows"),
+        (("--gpu", "0=600-1410"), "'0' is no UUID of a GPU"),
+        (("--gpu", "GPU-1=600-1410"), "'GPU-1' is no UUID of a GPU (GPU-, then 8-4-4-4-12"),
+        (("--gpu", f"{UUID.upper()}=600-1410"), "0-9 and a-f); `throttllem doctor` shows those that are here"),
+        (("--gpu", f"{UUID} =600-1410"), "is no UUID of a GPU"),
+        (
+            (*GPU, "--gpu", f"{UUID}=300-900"),
+            f"--gpu {UUID}=300-900: {UUID} has a range already; give each GPU one --gpu",
+        ),
+        ((*GPU, *("--normally", f"{UUID}=600-900") * 2), "has a range already; give each GPU one --normally"),
         ((*GPU, "--normally", "GPU-1=x-y"), "--normally GPU-1=x-y: must be"),
+        (
+            (*GPU, "--normally", f"{OTHER}=600-900"),
+            f"--normally {OTHER}=...: the keeper may not set that GPU; name it by",
+        ),
         ((*GPU, "--user", "nobody-at-all"), "there is no such user"),
+    ],
+)
+def test_a_mistake_is_refused_when_it_is_run_and_when_its_unit_is_printed(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    words: str,
+    asked: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(cli_keeper, "sets_clocks", lambda: True)
+    assert run(monkeypatch, "keeper", *options, *asked) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         (
             (*GPU, "--socket", "/tmp/keeper.sock"),
             "--socket /tmp/keeper.sock: in a unit it must be in a folder of its own",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,8 @@ HOMES = (Path("/home"), Path("/root"), RUN / "user")
 Socket = Annotated[Path, typer.Option("--socket", help="The keeper's Unix socket.")]
 State = Annotated[Path, typer.Option("--state", help="The keeper's folder, for its journal.")]
 _CLOCKS = "UUID=LOWEST-HIGHEST"
+_UUID = re.compile(r"GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""As NVML writes it: what is written otherwise names no GPU."""
 
 _UNIT = """\
 # throttllem's keeper of clocks: /etc/systemd/system/throttllem-keeper.service
@@ -126,8 +129,8 @@ def keeper(
     options += [("--user", user_id(name)) for name in user or ()]
     options += [("--socket", str(socket)), ("--state", str(state))]
     command = [sys.executable, *PROGRAM, *(word for pair in options for word in pair)]
+    _check(options)
     if unit:
-        _check(options)
         warnings = tuple(not_roots())
         for warning in warnings:
             typer.echo(f"!! {warning}", err=True)
@@ -185,14 +188,31 @@ def _imported() -> tuple[Path, ...]:
 
 def _check(options: Sequence[tuple[str, str]]) -> None:
     """A mistake shows here, not when the service is started. Raises ValueError."""
+    named: dict[str, set[str]] = {"--gpu": set(), "--normally": set()}
     for option, text in options:
-        if option in ("--gpu", "--normally"):
-            try:
-                uuid, _ = gpu_clocks(text)
-            except ValueError as error:
-                raise ValueError(f"{option} {text}: must be {_CLOCKS} in MHz, as in GPU-...=600-1410") from error
-            if not uuid.startswith("GPU-"):
-                raise ValueError(f"{option} {text}: {uuid!r} is no UUID; `throttllem doctor` shows those that are here")
+        if option in named:
+            uuid = _uuid(option, text)
+            if uuid in named[option]:
+                raise ValueError(f"{option} {text}: {uuid} has a range already; give each GPU one {option}")
+            named[option].add(uuid)
+    if strays := sorted(named["--normally"] - named["--gpu"]):
+        raise ValueError(
+            f"--normally {strays[0]}=...: the keeper may not set that GPU; name it by --gpu, too, or not here"
+        )
+
+
+def _uuid(option: str, text: str) -> str:
+    """The GPU of an option. Raises ValueError where it is none, or has no range."""
+    try:
+        uuid, _ = gpu_clocks(text)
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: must be {_CLOCKS} in MHz, as in GPU-...=600-1410") from error
+    if not _UUID.fullmatch(uuid):
+        raise ValueError(
+            f"{option} {text}: {uuid!r} is no UUID of a GPU (GPU-, then 8-4-4-4-12 of 0-9 and a-f); "
+            "`throttllem doctor` shows those that are here"
+        )
+    return uuid
 
 
 def _below(root: Path, folder: Path, option: str, value: Path) -> str:
