@@ -50,6 +50,15 @@ def test_without_a_counter_watts_are_integrated():
     assert counter.joules(4.0) == pytest.approx(200.0 + 600.0)
 
 
+@pytest.mark.parametrize("raw_j", [None, 0.0])
+def test_a_clock_may_begin_at_nothing(raw_j):
+    counter = EnergyCounter()
+    assert counter.joules(5.0) == 0.0
+    counter.sample(0.0, 100.0, raw_j)
+    counter.sample(1.0, 100.0, None if raw_j is None else 100.0)
+    assert counter.joules(1.0) == pytest.approx(100.0)
+
+
 @given(st.lists(st.tuples(st.floats(0.001, 0.5), st.floats(0, 500), st.floats(0, 100), st.booleans()), max_size=40))
 def test_it_never_falls(steps):
     counter, at_s, raw_j, told = EnergyCounter(), 1.0, 1000.0, [0.0]

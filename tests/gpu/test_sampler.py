@@ -5,9 +5,42 @@ import itertools
 import time
 
 import pynvml
+import pytest
 
-from tests.gpu.test_hardware import hardware
+from tests.gpu.test_hardware import hardware, locks
 from throttllem.gpu.hardware import Mode
+from throttllem.gpu.nvml import Nvml, NvmlGpu
+from throttllem.gpu.sampler import Sampler
+
+
+def test_before_the_first_reading_there_is_none(machine):
+    with Nvml() as nvml:
+        sampler = Sampler([NvmlGpu(nvml, machine.gpus[0].uuid)])
+        with pytest.raises(OSError, match="has not been read yet"):
+            sampler.last()
+        assert sampler.joules() == 0.0 and not sampler.newer_than(-1.0)
+        assert sampler.look() == sampler.last()
+
+
+def test_a_reading_that_hangs_holds_up_no_clock_and_no_end(house):
+    """The thread that reads is left behind; clocks are set and given back all the same."""
+
+    async def run():
+        async with house.keeper():
+            async with hardware(house) as gpu:
+                await gpu.set_clock(900)
+                house.machine.fault("nvmlDeviceGetClockInfo", sleep_s=1.0, times=1)
+                await asyncio.sleep(0.1)
+                began_s = time.monotonic()
+                asking = asyncio.gather(gpu.set_clock(600), return_exceptions=True)
+                await asyncio.sleep(0)
+                await asyncio.gather(gpu.set_clock(1410), return_exceptions=True)
+                at_once_s, set_to = time.monotonic() - began_s, locks(house)
+                await asking
+            return at_once_s, set_to, locks(house)
+
+    at_once_s, set_to, after = asyncio.run(run())
+    assert at_once_s < 0.9 and set_to == [(1410, 1410)] * 2 and after == [None, None]
 
 
 def test_a_reading_that_hangs_at_the_end_is_left_behind_and_said_and_nvml_stays_open(house, caplog, monkeypatch):

@@ -17,14 +17,14 @@ class EnergyCounter:
 
     _counted_j: float = 0.0
     _raw_j: float | None = None
-    _moved_s: float = 0.0
+    _moved_s: float | None = None
     _watts: float = 0.0
     _told_j: float = 0.0
 
     def sample(self, at_s: float, watts: float, raw_j: float | None) -> None:
         """A reading, later than the one before; `raw_j` None: there is no counter, and watts are integrated."""
         if raw_j is None:
-            if self._moved_s:
+            if self._moved_s is not None:
                 self._counted_j += 0.5 * (self._watts + watts) * (at_s - self._moved_s)
             self._moved_s = at_s
         elif self._raw_j is None or raw_j != self._raw_j:
@@ -37,6 +37,7 @@ class EnergyCounter:
 
     def joules(self, now_s: float) -> float:
         """Up to now; it never falls."""
-        ahead_s = min(max(0.0, now_s - self._moved_s), MOST_AHEAD_S)
-        self._told_j = max(self._told_j, self._counted_j + self._watts * ahead_s)
+        if self._moved_s is not None:
+            ahead_s = min(max(0.0, now_s - self._moved_s), MOST_AHEAD_S)
+            self._told_j = max(self._told_j, self._counted_j + self._watts * ahead_s)
         return self._told_j

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack
@@ -74,9 +75,8 @@ class HardwareGpu:
         self._gate = asyncio.Lock()
         self._asked_mhz: int | None = None
         self._set_mhz: int | None = None
-        self._set_s = 0.0
         self._trouble: str | None = None
-        self._failed_s = 0.0
+        self._set_s = self._failed_s = -math.inf  # when it last did; not yet
         self._away_s: float | None = None
         self._held: tuple[int, str] | None = None
         self._allowed_mhz: int | None = None
@@ -232,7 +232,7 @@ class HardwareGpu:
                 log.warning("clocks follow again: %d MHz", wanted_mhz)
             self._away_s = self._held = None
             return
-        self._away_s = self._away_s or now_s
+        self._away_s = now_s if self._away_s is None else self._away_s
         if at_once or now_s - max(self._away_s, self._set_s) > HELD_S:
             slowest = min(away, key=lambda sample: sample.clock_mhz)
             brake = slowest.brake & ~Brake.IDLE
@@ -242,7 +242,6 @@ class HardwareGpu:
     def _hold(self, mhz: int, why: str) -> None:
         if self._held is None or self._held[1] != why:
             log.warning("clocks do not follow: %d MHz where %s were asked for: %s", mhz, self._asked_mhz, why)
-            self._away_s = self._away_s or time.monotonic()
         self._held = mhz, why
 
     def _reading_of(self) -> Sampler:

@@ -36,7 +36,7 @@ class Sampler:
         self._left_behind, self._period_s = left_behind, period_s
         self._counters = tuple(EnergyCounter() for _ in gpus)
         self._last: tuple[Sample, ...] = ()
-        self._at_s = 0.0
+        self._at_s: float | None = None
         self._error: OSError | None = None
         self._gate = threading.Lock()
         self._wake, self._stop = threading.Event(), False
@@ -79,6 +79,8 @@ class Sampler:
 
     def last(self) -> tuple[Sample, ...]:
         """The last reading. Raises OSError if it is too old, with the reason."""
+        if self._at_s is None:
+            raise OSError(f"{self.gpus[0].uuid} has not been read yet")
         late_s = time.monotonic() - self._at_s
         if late_s > STALE_S:
             raise self._error or OSError(f"no reading of {self.gpus[0].uuid} for {late_s:.1f} s: a call hangs")
