@@ -269,6 +269,18 @@ def test_what_is_not_roots_alone_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     assert f"# !! {program.parent} is not root's alone" in warned
 
 
+@pytest.mark.usefixtures("became")
+def test_it_is_said_before_it_runs_as_root(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli_keeper, "sets_clocks", lambda: True)
+    monkeypatch.setattr(cli_keeper, "not_roots", lambda: ["/home/me is not root's alone"])
+    with pytest.raises(BecameError):
+        run(monkeypatch, "keeper", *GPU, "--socket", str(tmp_path / "keeper.sock"))
+    assert run(monkeypatch, "keeper", *GPU, "--unit") == 0
+    assert capsys.readouterr().err == "!! /home/me is not root's alone\n" * 2
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     file = tmp_path / "throttllem-keeper.service"

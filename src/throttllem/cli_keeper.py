@@ -130,17 +130,17 @@ def keeper(
     options += [("--socket", str(socket)), ("--state", str(state))]
     command = [sys.executable, *PROGRAM, *(word for pair in options for word in pair)]
     _check(options)
-    if unit:
-        warnings = tuple(not_roots())
-        for warning in warnings:
-            typer.echo(f"!! {warning}", err=True)
-        typer.echo(unit_text(command, socket, state, warnings), nl=False)
-        return
-    if not sets_clocks():
+    if not unit and not sets_clocks():
         raise PermissionError(
             "the keeper sets clocks, which needs root (CAP_SYS_ADMIN): run this with sudo, or install the service that "
             "`throttllem keeper --unit` prints; whoever may only look uses `throttllem doctor`"
         )
+    warnings = tuple(not_roots())
+    for warning in warnings:
+        typer.echo(f"!! {warning}", err=True)
+    if unit:
+        typer.echo(unit_text(command, socket, state, warnings), nl=False)
+        return
     if not socket.parent.exists():
         socket.parent.mkdir(parents=True)
         socket.parent.chmod(0o755)
