@@ -4,10 +4,8 @@ Two copies, each whole or not there. It is not forced to the disk: what outlives
 is just what a lock does, and entries of another boot mean nothing.
 """
 
-import errno
 import json
 import logging
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,17 +48,11 @@ class Journal:
         body, troubles = json.dumps([self._number, self._boot, before]).encode(), []
         for path in self._paths:
             try:
-                _replace(path, b"%08x %s\n" % (zlib.crc32(body), body))
+                aside = path.with_suffix(".part")
+                aside.write_bytes(b"%08x %s\n" % (zlib.crc32(body), body))
+                aside.replace(path)
             except OSError as error:
                 log.warning("journal %s is not written: %s", path, error)
                 troubles.append(error)
         if len(troubles) == len(self._paths):
             raise OSError(f"no lock without a journal: {troubles[0]}")
-
-
-def _replace(path: Path, text: bytes) -> None:
-    aside = path.with_suffix(".part")
-    with aside.open("wb", buffering=0) as file:
-        if file.write(text) != len(text):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    aside.replace(path)

@@ -137,8 +137,7 @@ class Leases:
                     await self._write()
 
     def _free(self, lease: Lease) -> None:
-        for uuid in lease.gpus:
-            del self.held[uuid]
+        self.held = {uuid: other for uuid, other in self.held.items() if other is not lease}
         self.give_back(lease.gpus if lease.touched else ())
 
     async def _return(self, uuid: str) -> None:
@@ -152,10 +151,8 @@ class Leases:
                     log.error("not given back yet: %s", error)
             await asyncio.sleep(RETRY_S)
         del self.before[uuid], self.returning[uuid]
-        try:
+        with contextlib.suppress(OSError):  # it stays in the journal: the next keeper gives it back once more
             await self._write()
-        except OSError as error:  # it stays in the journal: the next keeper gives it back once more
-            log.error("%s", error)
 
     def _do(self, uuid: str, call: Callable[[LockableGpu], Any]) -> asyncio.Future[Any]:
         gpu, thread = self._hands[uuid]
