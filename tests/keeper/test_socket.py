@@ -28,6 +28,11 @@ GARBAGE = [
     b'{"op": "lease", "gpus": ["GPU-x"], "ttl_s": null}\n',
     b'{"op": "lease", "gpus": ["GPU-x"], "ttl_s": "soon"}\n',
     b'{"op": "lease", "gpus": ["GPU-x"], "ttl_s": ' + b"9" * 400 + b"}\n",
+    b'{"op": "lease", "gpus": ["GPU-x"], "ttl_s": "1"}\n',
+    b'{"op": "lease", "gpus": ["GPU-x"], "ttl_s": true}\n',
+    b'{"op": "lease", "gpus": "GPU-x", "ttl_s": 1}\n',
+    b'{"op": "lease", "gpus": {"GPU-x": 1}, "ttl_s": 1}\n',
+    b'{"op": "lease", "gpus": [5], "ttl_s": 1}\n',
     b"GET / HTTP/1.1\r\n\r\n",
 ]
 
@@ -42,7 +47,7 @@ def test_garbage_ends_its_connection_and_nothing_else(keeper, talk, said):
     assert keeper.said.count("is cut off") == 1
 
 
-@pytest.mark.parametrize("mhz", ["null", '"fast"', "[]", "1e999", "NaN", "9" * 400])
+@pytest.mark.parametrize("mhz", ["null", '"fast"', '"900"', "900.0", "true", "[]", "1e999", "NaN", "9" * 400])
 def test_garbage_in_a_lease_ends_it(keeper, machine, mhz):
     with keeper.holds(0, mhz=900) as talk:
         talk.say(b'{"op": "set", "mhz": ' + mhz.encode() + b"}\n")

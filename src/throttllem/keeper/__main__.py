@@ -10,7 +10,6 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,16 +53,17 @@ class Door:
                 self._leases.end(lease, "its holder is gone")
             writer.close()
 
-    async def _answer(self, asked: Mapping[str, Any], mine: list[Lease], holder: str, gone: Gone) -> dict[str, Any]:
+    async def _answer(self, asked: dict[str, Any], mine: list[Lease], holder: str, gone: Gone) -> dict[str, Any]:
         leases, what = self._leases, asked["op"]
         if what == "status":
             held = {uuid: {"by": lease.holder, "mhz": lease.mhz} for uuid, lease in leases.held.items()}
             given = {"allowed": leases.clocks, "normally": leases.normally, "before": leases.before}
             return {**given, "held": held, "returning": list(leases.returning)}
         if what == "lease" and not mine:
-            mine.append(leases.take(tuple(map(str, asked["gpus"])), float(asked["ttl_s"]), holder, gone))
+            gpus, ttl_s = (typed(uuid, str) for uuid in typed(asked["gpus"], list)), typed(asked["ttl_s"], int, float)
+            mine.append(leases.take(tuple(gpus), float(ttl_s), holder, gone))
         elif what == "set" and mine:
-            await leases.set(mine[0], int(asked["mhz"]))
+            await leases.set(mine[0], typed(asked["mhz"], int))
         elif what == "beat" and mine:
             leases.beat(mine[0])
         elif what == "release" and mine:
@@ -78,8 +78,7 @@ class Door:
         while not stop.is_set():
             try:
                 path.unlink(missing_ok=True)
-                server = await asyncio.start_unix_server(self.enter, path, limit=LINE_BYTES)
-                with contextlib.closing(server):
+                with contextlib.closing(await asyncio.start_unix_server(self.enter, path, limit=LINE_BYTES)):
                     path.chmod(0o666)  # who may come in is asked of the kernel, connection by connection
                     mine = path.stat().st_ctime_ns
                     tell_systemd(b"READY=1")
@@ -106,6 +105,13 @@ async def keep(told: argparse.Namespace, nvml: Nvml, boot: str, stop: asyncio.Ev
     await asyncio.gather(*done)  # what failed is said at the end
 
 
+def typed(value: Any, *types: type) -> Any:
+    """A field of a request, as it is. Raises TypeError where it is of another type; true and false are no numbers."""
+    if type(value) not in types:
+        raise TypeError(f"{type(value).__name__} in the place of {types[-1].__name__}")
+    return value
+
+
 def tell_systemd(what: bytes) -> None:
     """As sd_notify(3) does; where systemd does not listen, or not now, nobody hears it."""
     if address := os.environ.get("NOTIFY_SOCKET"):
@@ -130,7 +136,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def crash(_: object, context: Mapping[str, Any]) -> None:
+def crash(_: object, context: dict[str, Any]) -> None:
     """What must not fail has, for want of memory, say: end at once, the next keeper gives back by the journal."""
     if not isinstance(context.get("exception"), OSError):
         try:
