@@ -127,6 +127,17 @@ def test_garbage_ends_only_its_own_connection(keeper, machine):
         assert locks(machine) == [(900, 900)] * 2
 
 
+def test_its_log_is_bounded(keeper):
+    for _ in range(100):
+        with keeper.talk() as talk:
+            talk.done("lease", gpus=keeper.uuids, ttl_s=1)
+            talk.done("release")
+            talk.say(b"garbage\n")
+            assert talk.hung_up()
+    for kind in ("given back by its holder", "is cut off"):
+        assert 50 <= keeper.said.count(kind) < 75
+
+
 # ---- whatever happens, clocks go back -------------------------------------------------------------------------
 
 

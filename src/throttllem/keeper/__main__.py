@@ -19,7 +19,7 @@ from throttllem.gpu.nvml import Lock, Nvml
 from throttllem.keeper.journal import Journal, log, places
 from throttllem.keeper.leases import Gone, Lease, Leases, RefusedError
 
-LINE_BYTES, CONNECTIONS, GIVE_BACK_S, LOOK_S, PAUSE_S = 4096, 32, 5.0, 0.1, 1.0
+LINE_BYTES, CONNECTIONS, GIVE_BACK_S, LOOK_S, PAUSE_S, SAY_S, UNSAID_S = 4096, 32, 5.0, 0.1, 1.0, 5.0, 250.0
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -136,6 +136,16 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def seldom(due_s: dict[str, float], said: logging.LogRecord) -> bool:
+    """Whether a line is said: of each kind one every SAY_S, however often clients cause it, and at once those that were
+    not needed in the UNSAID_S before. `due_s`: when the next one is.
+    """
+    now_s = time.monotonic()
+    next_s = max(due_s.get(said.msg, now_s - UNSAID_S), now_s - UNSAID_S)
+    due_s[said.msg] = next_s + SAY_S if next_s < now_s else next_s
+    return next_s < now_s
+
+
 def crash(_: object, context: dict[str, Any]) -> None:
     """What must not fail has, for want of memory, say: end at once, the next keeper gives back by the journal."""
     if not isinstance(context.get("exception"), OSError):
@@ -148,6 +158,7 @@ def crash(_: object, context: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Keep clocks, then end the process at once: threads of calls that hang would be waited for."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    log.addFilter(partial(seldom, {}))
     told = parsed(arguments)
     try:
         with contextlib.suppress(OSError):  # one copy of the journal will do
