@@ -1,6 +1,6 @@
 """Makes a tiny random Llama with a tokenizer and a chat template, for engines that only have to be real, not clever.
 
-Run by the Python of an engine's own environment: `python tools/engines/tiny_model.py FOLDER`. It needs no network: the
+Run by the Python of an engine's own environment: `python tools/engines/tiny_model.py FOLDER [--least]`. No network: the
 tokenizer is trained on the standard library's sources. Text and speed mean nothing; tokens, batches and KV blocks do.
 """
 
@@ -17,6 +17,22 @@ from transformers import (  # type: ignore[import-not-found, unused-ignore]
 )
 
 VOCABULARY = 8192
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""8 MB, a few milliseconds per token on one core."""
+LEAST = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
+"""The least that vLLM serves: a step of it is over long before a modelled GPU's would be."""
 BEGIN, END = "<s>", "</s>"
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]\n{{ message['content'] }}\n{% endfor %}"
@@ -34,20 +50,10 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_model(folder: Path) -> None:
-    """Four layers of width 256 with two KV heads: 8 MB, a few milliseconds per token on one core."""
+def make_model(folder: Path, **shape: int) -> None:
+    """Random weights, the same ones each time."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
+    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=8192, bos_token_id=0, eos_token_id=1, **shape)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
@@ -56,7 +62,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer(folder)
-    make_model(folder)
+    make_model(folder, **(LEAST if "--least" in sys.argv[2:] else TINY))
 
 
 if __name__ == "__main__":

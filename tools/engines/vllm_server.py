@@ -57,12 +57,11 @@ class Server:
                     os.kill(pid, signal.SIGKILL)
 
 
-def tiny_model(venv: Path, folder: Path) -> Path:
-    """The folder of the tiny model, made by the engine's own environment if it is not there yet."""
+def tiny_model(venv: Path, folder: Path, *options: str) -> Path:
+    """The folder of the tiny model, made by the engine's own environment if not there yet; `--least`: a smaller one."""
     if not (folder / "config.json").is_file():
-        script = Path(__file__).parent / "tiny_model.py"
-        environment = os.environ | ENVIRONMENT
-        subprocess.run([venv / "bin/python", script, folder], check=True, capture_output=True, env=environment)
+        command = [str(venv / "bin/python"), str(Path(__file__).parent / "tiny_model.py"), str(folder), *options]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | ENVIRONMENT)
     return folder
 
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.engines.vllm_server import Server, end, vllm_server
+from tools.engines.vllm_server import Server, end, tiny_model, vllm_server
 from tools.evaluation.gateway_process import Gateway, gateway_process
 from tools.evaluation.known_clients import tokenizer_cache
 from tools.evaluation.overload_pace import install_plugin
@@ -148,7 +148,7 @@ def opened(workshop: Workshop, plan: Plan) -> Iterator[House]:
         before = os.environ.get("LD_LIBRARY_PATH", "")
         stack.enter_context(environment(machine.environment()))
         keeper = stack.enter_context(_keeper(part.uuid, plan, folder))
-        model = _least_model(vllm, folder / "model")
+        model = tiny_model(vllm, folder / "model", "--least")
         # vLLM itself must not take the fake for a GPU that it could compute on.
         hooked = _hooked(machine, part, folder) | {"LD_LIBRARY_PATH": before, "THROTTLLEM_STATS": _stats(folder)}
         log = folder / "vllm.log"
@@ -221,12 +221,6 @@ def _process(arguments: Sequence[str], log: Path, sign: Path) -> Iterator[int]:
         yield process.pid
     finally:
         end(process)
-
-
-def _least_model(vllm: Path, folder: Path) -> Path:
-    command = [str(vllm / "bin/python"), "-m", "tools.loop.model", str(folder)]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    return folder
 
 
 def _hooked(machine: Machine, part: Part, folder: Path) -> dict[str, str]:
