@@ -128,16 +128,6 @@ def test_fast_enough(trained: Trained) -> None:
     assert time.process_time() - began < 3.0
 
 
-def test_clocks_that_were_not_profiled_are_not_offered(trained: Trained) -> None:
-    hulls = {1: dataclasses.replace(trained.hulls[1], min_mhz=700)}
-    table = bake(dataclasses.replace(trained, hulls=hulls), spec(1))
-    assert table.clocks_mhz == tuple(clock for clock in spec(1).clocks_mhz if clock >= 700)
-    assert table.clocks_mhz[-1] == 1410
-    whole = bake(trained, spec(1))
-    assert table.at(1410, 8, 80, 0) == whole.at(1410, 8, 80, 0)
-    assert table.at(table.clocks_mhz[0], 8, 80, 0) == whole.at(table.clocks_mhz[0], 8, 80, 0)
-
-
 def test_the_hull_is_that_of_the_profile(tables: dict[int, PerformanceTable]) -> None:
     assert tables[2].inside(32, 600, 2048)
     assert not tables[2].inside(33, 600, 2048)
@@ -151,7 +141,6 @@ def test_the_hull_is_that_of_the_profile(tables: dict[int, PerformanceTable]) ->
         ({"model": "other"}, "model 'test-model', the engine has 'other'"),
         ({"block_tokens": 64}, "block_tokens 16, the engine has 64"),
         ({"tp": 8}, "no row of the profile is of tp 8; profiled: 1, 2"),
-        ({"clocks_mhz": (1410, 1500)}, "covers 210 to 1410 MHz; it needs the top one, 1500"),
     ],
 )
 def test_an_engine_that_was_not_profiled(trained: Trained, changes: dict[str, object], message: str) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from throttllem.learn.profile import COLUMNS, OPTIONAL, ProfileError, read_profile, write_profile
+from throttllem.learn.profile import COLUMNS, OPTIONAL, ProfileError, read_profile, spec_of, write_profile
+
+from .analytic import spec
 
 HEADER = "gpu,model,tp,block_tokens,batch,kv_blocks,clock_mhz,prefill_tokens,seconds,watts"
 GOOD = "a100-40gb-sxm,llama-2-13b,2,64,32,410,1410,0,0.0187,612"
@@ -24,6 +26,13 @@ def test_written_and_read_again(tmp_path: Path, measured: pl.DataFrame, name: st
     write_profile(measured, tmp_path / name)
     assert read_profile(tmp_path / name, sizes=(1, 2, 4)).equals(measured)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_engine_has_the_clocks_that_were_measured_of_its_size(measured: pl.DataFrame) -> None:
+    """Whatever it could be set to: a table is baked for these."""
+    others = measured.filter((pl.col("tp") == 2) | pl.col("clock_mhz").is_in([735, 1260]))
+    assert spec_of(others, spec(1, clocks_mhz=(210, 1410, 1500))) == spec(1, clocks_mhz=(735, 1260))
+    assert spec_of(others, spec(2, clocks_mhz=(1500,))) == spec(2)
 
 
 def test_a_good_row(tmp_path: Path) -> None:

@@ -40,19 +40,18 @@ class Leaf:
 def bake(trained: Trained, spec: EngineSpec) -> PerformanceTable:
     """The table of one engine size, over 0 to `max_batch`, `kv_blocks` and the prefill budget of `spec`.
 
-    Its clocks are those of `spec` that the profile reaches down to. Raises ValueError where the profile is of something
-    else, or lacks this size or its top clock (the clock that the controller falls back to).
+    Its clocks are those of `spec`, which are those that were measured (`profile.spec_of`). Raises ValueError where the
+    profile is of something else, or lacks this size.
     """
     hull = _hull(trained, spec)
-    clocks = tuple(clock for clock in spec.clocks_mhz if clock >= hull.min_mhz)
     seconds = list(leaves(trained.seconds, spec.tp))
     watts = list(leaves(trained.watts, spec.tp))
     spans = (spec.prefill_budget_tokens, spec.max_batch, spec.kv_blocks)
     edges = [_edges((*seconds, *watts), axis, last) for axis, last in enumerate(spans)]
-    edges.append(np.array(clocks, dtype=np.int64))
+    edges.append(np.array(spec.clocks_mhz, dtype=np.int64))
     bins = [np.searchsorted(edges[axis], np.arange(last + 1)).astype(np.int32) for axis, last in enumerate(spans)]
     return PerformanceTable(
-        clocks_mhz=clocks,
+        clocks_mhz=spec.clocks_mhz,
         prefill_bin=bins[0],
         batch_bin=bins[1],
         kv_bin=bins[2],
@@ -98,11 +97,6 @@ def _hull(trained: Trained, spec: EngineSpec) -> Hull:
     if hull is None:
         known = ", ".join(str(tp) for tp in trained.hulls)
         raise ValueError(f"no row of the profile is of tp {spec.tp}; profiled: {known}")
-    top = spec.clocks_mhz[-1]
-    if not hull.min_mhz <= top <= hull.max_mhz:
-        raise ValueError(
-            f"the profile of tp {spec.tp} covers {hull.min_mhz} to {hull.max_mhz} MHz; it needs the top one, {top}"
-        )
     return hull
 
 
