@@ -1,6 +1,6 @@
 """Measure a live engine: hold batches constant over synthetic requests, send prompts into them, time every iteration.
-Seconds come from the engine's steps where it tells them, else from the arrival of tokens. A GPU that is only modelled
-has no effect on the engine's speed: what is measured once stands for every clock then.
+
+By its steps where it tells them, else by the arrival of tokens. A GPU that is only modelled: once, for all its clocks.
 """
 
 from __future__ import annotations
