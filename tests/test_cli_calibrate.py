@@ -132,6 +132,7 @@ def test_folders_are_made_only_for_what_is_written(monkeypatch, capsys):
     assert "a file stands where a folder is needed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_doubts_are_printed_and_written(monkeypatch, capsys):
     write_catalogue("coarse", Path("coarse.toml"))
     small_profile(watts=0.5, tp=2)

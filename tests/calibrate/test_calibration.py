@@ -18,6 +18,8 @@ from throttllem.physics.catalogue import Gpu
 
 from .synthetic import BATCHES, CLOCKS, LIKE, MODEL, changed_gpu, measure, truth_errors
 
+pytestmark = pytest.mark.slow
+
 FILE = Path("new.csv")
 
 

@@ -21,6 +21,8 @@ from tools.fidelity.a100_serving import FEW, SXM, section
 from tools.fidelity.kernel_law import KernelRow
 from tools.fidelity.section import DATA, Section
 
+pytestmark = pytest.mark.slow
+
 CATALOGUE = Catalogue.load()
 A100, LLAMA = CATALOGUE.gpu(GPU), CATALOGUE.model(MODEL)
 LENGTHS = Lengths(prompt_tokens=400.0, answer_tokens=300.0)

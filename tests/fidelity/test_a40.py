@@ -9,6 +9,8 @@ from throttllem.physics.engine import EnginePhysics
 from tools.fidelity.a40 import GPU, MODEL, Cell, Edges, errors, refit, section, spans, watts
 from tools.fidelity.section import DATA, Section
 
+pytestmark = pytest.mark.slow
+
 CATALOGUE = Catalogue.load()
 A40, LLAMA = CATALOGUE.gpu(GPU), CATALOGUE.model(MODEL)
 ENGINE = EnginePhysics(A40, LLAMA, 1)

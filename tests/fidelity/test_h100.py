@@ -13,6 +13,8 @@ from tools.fidelity.load_fit import fit_load, with_gpu
 from tools.fidelity.load_runs import GPU, MODEL, LoadPoint, mean_power_w, read_points, settle, simulate
 from tools.fidelity.section import DATA
 
+pytestmark = pytest.mark.slow
+
 CATALOGUE = Catalogue.load()
 MEASURED = pytest.mark.skipif(not DATA.is_dir(), reason="the reference data (../shared/data) is not here")
 

@@ -12,6 +12,8 @@ from tools.fidelity.kernel_law import COMPUTE, MEMORY, Kernel, KernelRow, descri
 from tools.fidelity.kernels import section
 from tools.fidelity.section import DATA, Section
 
+pytestmark = pytest.mark.slow
+
 CATALOGUE = Catalogue.load()
 A100 = CATALOGUE.gpu(GPU)
 KERNELS = {

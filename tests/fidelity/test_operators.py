@@ -13,6 +13,8 @@ from tools.fidelity.operator_tables import CONTEXTS, Iteration, OperatorTables, 
 from tools.fidelity.operators import bare, physics_s, refit, section
 from tools.fidelity.section import DATA, Section
 
+pytestmark = pytest.mark.slow
+
 CATALOGUE = Catalogue.load()
 A100 = bare(CATALOGUE.gpu("a100-40gb-sxm"), 2.039e12, 85.5e9)
 PLAIN, GROUPED = CATALOGUE.model("llama-2-13b"), CATALOGUE.model("llama-3-8b")

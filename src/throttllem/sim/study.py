@@ -56,9 +56,7 @@ class Study:
         policies = [parse_policy(name, fleet.clocks_mhz, fleet.sizes) for name in self.policies]
         lengths = load_trace(self.trace, seed=self.seed)
         at_most = None if self.peak_rps in (None, MAXIMUM) else float(self.peak_rps or 0)
-        trace = lengths if at_most is None else lengths.scaled(peak_rps=at_most)
-        learned = any(policy.slo_aware for policy in policies)  # nothing else asks for a prediction
-        tables = performance_tables(fleet, cache_dir, seed=self.seed, progress=progress) if learned else {}
+        trace = self._cut(lengths if at_most is None else lengths.scaled(peak_rps=at_most))
         found = capacities(
             fleet, lengths, self.options, cache_dir, seed=self.seed, promised=promised, progress=progress
         )
@@ -69,10 +67,13 @@ class Study:
                 "--slo-e2e, --slo-tbt or --slo-ttft, or give a rate"
             )
         if self.peak_rps == MAXIMUM:
-            trace = lengths.scaled(peak_rps=largest.max_rps)
+            trace = self._cut(lengths.scaled(peak_rps=largest.max_rps))
+        # Last, as it takes longest; and nothing but these policies asks for a prediction.
+        learned = any(policy.slo_aware for policy in policies)
+        tables = performance_tables(fleet, cache_dir, seed=self.seed, progress=progress) if learned else {}
         scenario = Scenario(
             fleet=fleet,
-            trace=self._cut(trace),
+            trace=trace,
             tables=tables,
             capacities=found,
             slo=Slo(e2e_s=promised.e2e_s or largest.e2e_p99_s, tbt_s=promised.tbt_s, ttft_s=promised.ttft_s),
