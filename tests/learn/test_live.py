@@ -13,7 +13,7 @@ from throttllem.gpu.device import Work
 from throttllem.learn.live import Device, LiveProfiler
 from throttllem.learn.live_checkpoint import CheckpointError, checkpoint_of
 from throttllem.learn.live_plan import LivePlan
-from throttllem.learn.live_run import LiveProfileError, chosen_clocks, profile_live
+from throttllem.learn.live_run import LiveProfileError, profile_live
 from throttllem.learn.profile import read_profile
 from throttllem.learn.score import score_profile
 from throttllem.learn.train import settings_for
@@ -261,18 +261,6 @@ def test_a_guest_who_stays_ends_the_run(tmp_path):
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------
-
-
-def test_clocks_are_those_of_the_gpu_with_the_top_one():
-    assert chosen_clocks(CLOCKS, None) == CLOCKS
-    ladder = tuple(range(210, 1411, 15))
-    assert len(chosen_clocks(ladder, None)) == 8
-    assert chosen_clocks(ladder, None)[-1] == 1410
-    assert chosen_clocks(CLOCKS, (1400, 700)) == (700, 1400)
-    with pytest.raises(ValueError, match="no such clock; the nearest is 1050"):
-        chosen_clocks(CLOCKS, (1400, 1000))
-    with pytest.raises(ValueError, match="the top clock, 1400, must be among them"):
-        chosen_clocks(CLOCKS, (700, 1050))
 
 
 def test_an_engine_that_refuses_every_request(tmp_path):

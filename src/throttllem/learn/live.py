@@ -118,7 +118,7 @@ class LiveProfiler:
         measured = await self._point(point)
         reading = self._device.gpu.read()
         if (why := reading.trouble or reading.held) or reading.clock_mhz != clock_mhz:
-            raise ClockError(f"{clock_mhz} MHz, at {reading.clock_mhz} MHz: {why or 'no reason'}")
+            raise ClockError(f"{clock_mhz} MHz, at {reading.clock_mhz} MHz: {why or 'may the keeper set it? --clocks'}")
         return measured
 
     def _keys(self) -> list[tuple[str, LivePoint, int | None]]:
