@@ -37,7 +37,7 @@ def throttllem(server, folder, *arguments):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
         preexec_fn=lambda: os.sched_setaffinity(0, server.cores),
     )

@@ -67,7 +67,7 @@ class _Traps:
 
 
 class _File:
-    """An unbuffered file that is to become a copy of the journal."""
+    """A file that is to become a copy of the journal; half of it is on the disk when the trap in the middle springs."""
 
     def __init__(self, file: Any, copy: int, traps: _Traps) -> None:
         self._file, self._copy, self._traps = file, copy, traps
@@ -81,13 +81,16 @@ class _File:
     def write(self, text: bytes) -> int:
         self._traps(f"write.before.{self._copy}")
         time.sleep(self._traps.board.slow_s)
-        if error := self._traps.fails(self._copy):
-            if not (self._traps.board.short and error.errno == errno.ENOSPC):
-                raise error
-            return int(self._file.write(text[: len(text) // 2]))
+        error = self._traps.fails(self._copy)
+        if error and not (self._traps.board.short and error.errno == errno.ENOSPC):
+            raise error
         self._file.write(text[: len(text) // 2])
+        self._file.flush()
+        if error:
+            raise error
         self._traps(f"write.half.{self._copy}")
         self._file.write(text[len(text) // 2 :])
+        self._file.flush()
         self._traps(f"write.after.{self._copy}")
         return len(text)
 
