@@ -60,14 +60,14 @@ BAD = [
     (["--set", "noise.time=-1"], ["noise.time = -1"]),
     (["--set", "length.inflation=0"], ["length.inflation = 0"]),
     (["--policy", "triton,triton"], ["named twice"]),
-    (["--slo-tbt", "0.001", "--peak-rps", "max"], ["sustains no load"]),
+    pytest.param(["--slo-tbt", "0.001", "--peak-rps", "max"], ["sustains no load"], marks=pytest.mark.slow),
     (["--trace", "poisson:rate=1,input=50000,output=9,seconds=20"], ["no request", "fits llama-2-13b"]),
     (["--json", "."], ["--json .", "folder"]),
     (["--out", "/dev/null/report"], ["/dev/null"]),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=" ".join)
 def test_bad_input_is_refused_in_one_sentence(arguments, words, monkeypatch, capsys):
     trace = [] if "--trace" in arguments else ["--trace", SHORT]
     assert run(monkeypatch, "simulate", *trace, *arguments) == 2
@@ -103,6 +103,7 @@ def test_json_follows_the_contract_and_the_seed(monkeypatch, capsys):
     assert "less energy than triton" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rates_above_capacity_run_and_report_the_violations(monkeypatch):
     overload = "poisson:rate=60,input=1500,output=150,seconds=20"
     assert run(monkeypatch, "simulate", "--trace", overload, "--slo-e2e", "10", "--json", "o.json") == 0
@@ -132,6 +133,7 @@ def test_estimate_answers_for_one_point(monkeypatch, capsys):
     assert {word.split(":")[0] for word in point["basis"].values()} <= {"measured", "calibrated", "modelled"}
 
 
+@pytest.mark.slow
 def test_profile_then_train(monkeypatch, capsys):
     assert run(monkeypatch, "profile", "p.parquet", "--tp", "4", "--rows", "3000") == 0
     assert run(monkeypatch, "train", "p.parquet", "--out", "model") == 0

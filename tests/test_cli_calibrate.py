@@ -172,6 +172,7 @@ GARBAGE = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(GARBAGE)
 def test_whatever_the_csv_an_error_and_no_file_or_a_loadable_entry(tmp_path_factory, text):

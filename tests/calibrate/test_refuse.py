@@ -69,6 +69,7 @@ def test_one_point_measured_twice_far_apart(what, factor):
     check([*GOOD, GOOD[50]._replace(**{what: getattr(GOOD[50], what) * (1 + (factor - 1) / 4)})], LIKE, MODEL, FILE)
 
 
+@pytest.mark.slow
 def test_points_that_no_law_follows_are_named():
     """Every fourth row eight times as slow: each is possible, all together are not."""
     torn = [point._replace(seconds=point.seconds * (1 if point.row % 4 else 8)) for point in GOOD]

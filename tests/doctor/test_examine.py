@@ -126,6 +126,7 @@ def test_folders_that_cannot_be_entered(findings, keeper):
     assert [line for line in told if line.startswith("-- journal: the keeper's journal cannot be read")]
 
 
+@pytest.mark.slow
 def test_a_keeper_that_is_silent(findings, keeper):
     keeper.signal(19)  # SIGSTOP
     told, _ = findings()
@@ -133,6 +134,7 @@ def test_a_keeper_that_is_silent(findings, keeper):
     assert not [line for line in told if "a keeper that is gone" in line]
 
 
+@pytest.mark.slow
 def test_a_socket_that_few_may_use(findings, keeper):
     keeper.socket.chmod(0o600)
     until(lambda: keeper.socket.stat().st_mode & 0o777 in (0o600, 0o666))

@@ -28,6 +28,7 @@ def there(tmp_path_factory):
         yield url
 
 
+@pytest.mark.slow
 def test_what_is_measured_over_http_is_the_physics_behind_it(there, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "profile", "p.csv", "--url", there, *TOLD, "--points", "1", "--clocks", "1410,705") == 0
@@ -39,6 +40,7 @@ def test_what_is_measured_over_http_is_the_physics_behind_it(there, tmp_path, mo
     assert not (tmp_path / "p.csv.partial").exists()
 
 
+@pytest.mark.slow
 def test_train_makes_a_table_of_the_engines_own_capacities(tmp_path, monkeypatch):
     """Not of those that the catalogue's engine would have; the gateway takes it for an engine like that one."""
 

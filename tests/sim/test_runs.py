@@ -97,10 +97,8 @@ if __name__ == "__main__":
 """
 
 
-SLOWLY = (pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGINT, signal.SIGKILL))
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, *SLOWLY])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_a_stop(how, tmp_path):
     """Three tasks and two workers: the third waits in the workers' queue, and must not begin once they are stopped."""
     files = [tmp_path / name for name in "abc"]
