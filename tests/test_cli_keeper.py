@@ -13,7 +13,7 @@ import pytest
 from command import run
 
 from throttllem import cli_keeper
-from throttllem.cli_keeper import HOMES, STATE, not_roots, unit_text, user_id
+from throttllem.cli_keeper import HOMES, STATE, loose, not_roots, unit_text, user_id
 from throttllem.gpu.keeper_client import SOCKET
 from throttllem.keeper.__main__ import GIVE_BACK_S, parsed
 
@@ -269,12 +269,20 @@ def test_what_is_not_roots_alone_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     assert f"# !! {program.parent} is not root's alone" in warned
 
 
+def test_folders_that_are_not_roots_alone_are_said(tmp_path: Path) -> None:
+    assert list(loose(Path("/usr/lib/throttllem/run"), Path("/usr/lib"))) == []
+    tmp_path.chmod(0o777)
+    (said,) = (line for line in loose(tmp_path / "not/yet/there") if line.startswith(f"{tmp_path} "))
+    assert "can take journal and socket away" in said
+
+
 @pytest.mark.usefixtures("became")
 def test_it_is_said_before_it_runs_as_root(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(cli_keeper, "sets_clocks", lambda: True)
     monkeypatch.setattr(cli_keeper, "not_roots", lambda: ["/home/me is not root's alone"])
+    monkeypatch.setattr(cli_keeper, "loose", lambda *_: ())
     with pytest.raises(BecameError):
         run(monkeypatch, "keeper", *GPU, "--socket", str(tmp_path / "keeper.sock"))
     assert run(monkeypatch, "keeper", *GPU, "--unit") == 0

@@ -135,7 +135,7 @@ def keeper(
             "the keeper sets clocks, which needs root (CAP_SYS_ADMIN): run this with sudo, or install the service that "
             "`throttllem keeper --unit` prints; whoever may only look uses `throttllem doctor`"
         )
-    warnings = tuple(not_roots())
+    warnings = (*not_roots(), *(() if unit else loose(socket.parent, state)))  # a unit's folders systemd makes
     for warning in warnings:
         typer.echo(f"!! {warning}", err=True)
     if unit:
@@ -170,14 +170,26 @@ def unit_text(command: Sequence[str], socket: Path, state: Path, warnings: Seque
 
 def not_roots(paths: Sequence[Path] | None = None) -> Iterator[str]:
     """Where somebody else than root could change what the keeper runs, in words."""
-    told = set[Path]()
-    for path in paths or _imported():
-        for place in (path, *path.parents):
-            found = place.stat()
-            open_to_all = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
-            if place not in told and (found.st_uid or open_to_all):
-                told.add(place)
-                yield f"{place} is not root's alone: who may write there becomes root; install into a folder of root's"
+    for place in _of_others(paths or _imported()):
+        yield f"{place} is not root's alone: who may write there becomes root; install into a folder of root's"
+
+
+def loose(*folders: Path) -> Iterator[str]:
+    """Where somebody else than root could take away what the keeper writes, in words; they may not be there yet."""
+    there = [
+        next(place for place in (folder, *folder.parents) if place.exists()) for folder in map(Path.absolute, folders)
+    ]
+    for place in _of_others(there):
+        yield f"{place} is not root's alone: who may write there can take journal and socket away; choose other folders"
+
+
+def _of_others(paths: Sequence[Path]) -> Iterator[Path]:
+    """Of these and what is above them, what others than root may write to."""
+    for place in dict.fromkeys(place for path in paths for place in (path, *path.parents)):
+        found = place.stat()
+        open_to_all = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
+        if found.st_uid or open_to_all:
+            yield place
 
 
 def _imported() -> tuple[Path, ...]:

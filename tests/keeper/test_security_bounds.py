@@ -50,6 +50,18 @@ def test_connections_are_bounded(keeper):
         with keeper.talk() as one_more:
             assert one_more.hung_up()
         assert talk.done("beat")
+        for one in inside:
+            one.close()
+        unread = []
+        for _ in range(2 * CONNECTIONS):
+            assert until(keeper.listens)
+            unread.append(keeper.talk())
+            unread[-1].say(b'{"op": "status"}\n' * 120 + b"garbage\n")
+            unread[-1].socket.shutdown(socket.SHUT_WR)
+        assert until(lambda: len(list(Path(f"/proc/{keeper.pid}/fd").iterdir())) < CONNECTIONS)
+        assert talk.done("beat")
+        for one in unread:
+            one.close()
 
 
 class Mute:
@@ -57,6 +69,7 @@ class Mute:
 
     def __init__(self, end):
         self.get_extra_info = lambda _: end
+        self.transport = self
 
     def write(self, answer):
         pass
@@ -64,7 +77,7 @@ class Mute:
     async def drain(self):
         pass
 
-    def close(self):
+    def abort(self):
         pass
 
 
@@ -132,8 +145,9 @@ def test_its_log_is_bounded(keeper):
         with keeper.talk() as talk:
             talk.done("lease", gpus=keeper.uuids, ttl_s=1)
             talk.done("release")
-            talk.say(b"garbage\n")
+            talk.say(b"\xff" * (LINE_BYTES - 1) + b"\n")
             assert talk.hung_up()
+    assert max(map(len, keeper.said.splitlines())) < 400
     for kind in ("given back by its holder", "is cut off"):
         assert 50 <= keeper.said.count(kind) < 75
 

@@ -13,7 +13,7 @@ def fits(evidence: Evidence, gpu: int, lock: Lock | None) -> bool:
     if lock in _accepted(evidence, gpu):
         return True
     # Nobody can know what is in no copy of the journal: what a forgotten lease had set may stay, and what others made
-    # of it under that lease; nothing else.
+    # of it meanwhile; nothing else.
     inside = plan.allowed is not None and lock is not None and plan.allowed[0] <= lock[0] <= lock[1] <= plan.allowed[1]
     by_others = any(other.gpu == gpu and other.lock == lock for other in evidence.others)
     return evidence.forgot and (inside or by_others or lock is None)

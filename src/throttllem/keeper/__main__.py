@@ -46,12 +46,12 @@ class Door:
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
         except (Exception, asyncio.CancelledError) as error:  # whatever it said, or the keeper stops: only it ends
-            log.warning("process %d of user %d is cut off: %r", pid, uid, error)
+            log.warning("process %d of user %d is cut off: %.200r", pid, uid, error)
         finally:
             self._open -= 1
             for lease in mine:
                 self._leases.end(lease, "its holder is gone")
-            writer.close()
+            writer.transport.abort()  # what it did not read would keep the socket open, and nobody would count it
 
     async def _answer(self, asked: dict[str, Any], mine: list[Lease], holder: str, gone: Gone) -> dict[str, Any]:
         leases, what = self._leases, asked["op"]
