@@ -56,7 +56,7 @@ def test_connections_are_bounded(keeper):
         for _ in range(2 * CONNECTIONS):
             assert until(keeper.listens)
             unread.append(keeper.talk())
-            unread[-1].say(b'{"op": "status"}\n' * 120 + b"garbage\n")
+            unread[-1].say(b'{"op": "status"}\n' * 300 + b"garbage\n")
             unread[-1].socket.shutdown(socket.SHUT_WR)
         assert until(lambda: len(list(Path(f"/proc/{keeper.pid}/fd").iterdir())) < CONNECTIONS)
         assert talk.done("beat")
