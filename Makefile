@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/throttllem demo --out out/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(or $(WORKERS),auto)
 
 test-slow: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto tests/core/test_controller_machine.py

@@ -7,7 +7,7 @@ import pytest
 
 from throttllem.core.performance import Hull, PerformanceTable
 
-HULL = Hull(max_batch=3, max_kv_blocks=4, max_prefill_tokens=5, min_mhz=210, max_mhz=1410)
+HULL = Hull(max_batch=3, max_kv_blocks=4, max_prefill_tokens=5)
 
 
 def table(**changes: object) -> PerformanceTable:

@@ -65,8 +65,6 @@ def hull(spec: EngineSpec, **changes) -> Hull:
         max_batch=spec.max_batch,
         max_kv_blocks=spec.kv_blocks,
         max_prefill_tokens=10_000,
-        min_mhz=spec.clocks_mhz[0],
-        max_mhz=spec.clocks_mhz[-1],
     )
     return replace(whole, **changes)
 

@@ -159,6 +159,30 @@ def test_a_keeper_that_was_not_given_the_gpu_is_said_beforehand(tmp_path, machin
     assert (found.mark, found.fatal) == ("!!", False)
 
 
+def test_a_gpu_that_somebody_has_leased_is_said_beforehand(tmp_path, machine, monkeypatch):
+    uuid = machine.gpus[0].uuid
+
+    async def status(socket):
+        return {"allowed": {uuid: [210, 1410]}, "held": {uuid: {"by": "process 7 of user 0", "mhz": 900}}}
+
+    monkeypatch.setattr("throttllem.gateway.check.keeper_status", status)
+    entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpus=("0",))
+    made = options(tmp_path, engines=(entry,), clocks=ClockOptions(mode="on"))
+    findings = asyncio.run(check_configuration(made, {}, tmp_path / "cache"))
+    (found,) = [finding for finding in findings if "clocks would be on" in finding.text]
+    assert found.text.endswith(f"once its present holder gives back {uuid} (process 7 of user 0)")
+    assert found.mark == "--"
+
+
+def test_two_engines_on_one_gpu_would_not_start(tmp_path, machine):
+    url, names = "http://127.0.0.1:9", ("one", "two")
+    entries = tuple(EngineEntry(kind="openai", url=url, served_as=name, gpus=("0",)) for name in names)
+    findings = asyncio.run(check_configuration(options(tmp_path, engines=entries), {}, tmp_path / "cache"))
+    (found,) = [finding for finding in findings if finding.fatal]
+    assert found.mark == "!!"
+    assert machine.gpus[0].uuid in found.text
+
+
 def _wait_for_unset(then):
     async def during(http, api, private):
         async with asyncio.timeout(10):

@@ -94,7 +94,7 @@ def forest(kv_and_clock: list[tuple[int, int]]) -> Trained:
     points[:, FEATURES.index("kv_blocks")] = kv
     parameters = {"num_leaves": 2, "min_data_in_leaf": 1, "min_data_in_bin": 1, "verbosity": -1}
     booster = lightgbm.train(parameters, lightgbm.Dataset(points, kv / 100), num_boost_round=1)
-    hull = Hull(max_batch=32, max_kv_blocks=300, max_prefill_tokens=2048, min_mhz=210, max_mhz=1410)
+    hull = Hull(max_batch=32, max_kv_blocks=300, max_prefill_tokens=2048)
     return Trained(seconds=booster, watts=booster, gpu="test-gpu", model="test-model", block_tokens=16, hulls={1: hull})
 
 

@@ -58,7 +58,7 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("version", np.array(99), "table version 99, this is version 1"),
+        ("version", np.array(99), "table version 99, this is version 2"),
         ("hull", np.array([1, 2]), "damaged"),
         ("watts", np.ones((3, 17), dtype=np.float32), "watts has the shape"),
         ("seconds", np.ones((3, 17)), "seconds holds float64, not float32"),

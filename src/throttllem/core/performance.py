@@ -25,8 +25,6 @@ class Hull:
     max_batch: int
     max_kv_blocks: int
     max_prefill_tokens: int
-    min_mhz: int
-    max_mhz: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

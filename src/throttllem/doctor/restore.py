@@ -61,10 +61,12 @@ class Hands:
 
 
 def _restore(hands: Hands, state: Path, socket: Path, named: Sequence[str], tell: Tell) -> None:
-    here = [uuid for uuid in within(HANG_S, hands.nvml.gpus).values() if isinstance(uuid, str)]
+    found = within(HANG_S, hands.nvml.gpus).values()
+    here = [uuid for uuid in found if isinstance(uuid, str)]
     for uuid in named:
         if uuid not in here:
-            raise ValueError(f"--gpu {uuid}: is not here; here are {', '.join(here) or 'none'}")
+            lacking = "".join(f"; {error}" for error in found if isinstance(error, NvmlError))
+            raise ValueError(f"--gpu {uuid}: is not here; here are {', '.join(here) or 'none'}{lacking}")
     hold = hold_dir(socket.parent)
     try:
         if named:

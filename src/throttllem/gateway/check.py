@@ -17,7 +17,7 @@ from throttllem.gateway.build import Gateway, build_gateway
 from throttllem.gateway.link import Link
 from throttllem.gateway.serve_http import bind
 from throttllem.gateway.settings import ServeOptions, ServerOptions
-from throttllem.gpu.hardware import HardwareGpu, Mode
+from throttllem.gpu.hardware import HardwareGpu, Mode, check_apart
 from throttllem.gpu.keeper_client import keeper_status
 from throttllem.tree import leaves
 
@@ -80,20 +80,31 @@ def _ports(options: ServeOptions) -> Iterator[Finding]:
 
 def _access(options: ServeOptions) -> Iterator[Finding]:
     server = options.server
-    if server.api_keys:
-        yield Finding(mark="ok", text=f"{len(server.api_keys)} API keys: a request must carry one of them")
-    elif _is_loopback(server.host):
-        yield Finding(mark="ok", text="no API keys: everybody on this machine may ask")
-    for door in open_doors(server):
+    if door := _keyless(server):
         yield Finding(mark="!!", text=door)
+    elif server.api_keys:
+        yield Finding(mark="ok", text=f"{len(server.api_keys)} API keys: a request must carry one of them")
+    else:
+        yield Finding(mark="ok", text="no API keys: everybody on this machine may ask")
+    if door := _public_metrics(server):
+        yield Finding(mark="--", text=door)
 
 
 def open_doors(server: ServerOptions) -> Iterator[str]:
     """Where others than this machine may ask without a key."""
-    if not server.api_keys and not _is_loopback(server.host):
-        yield f"no API keys, and {server.host} is not loopback: everybody who reaches it may ask"
-    if server.metrics_port is not None and not _is_loopback(server.metrics_host):
-        yield f"{server.metrics_host} is not loopback: everybody who reaches it may see metrics and the dashboard"
+    yield from filter(None, (_keyless(server), _public_metrics(server)))
+
+
+def _keyless(server: ServerOptions) -> str | None:
+    if server.api_keys or _is_loopback(server.host):
+        return None
+    return f"no API keys, and {server.host} is not loopback: everybody who reaches it may ask"
+
+
+def _public_metrics(server: ServerOptions) -> str | None:
+    if server.metrics_port is None or _is_loopback(server.metrics_host):
+        return None
+    return f"{server.metrics_host} is not loopback: everybody who reaches it may see metrics and the dashboard"
 
 
 def _is_loopback(host: str) -> bool:
@@ -141,6 +152,10 @@ async def _engines(gateway: Gateway, options: ServeOptions, origins: dict[str, s
                 findings.append(_never_started(link, options.policy))
             if aware and link.tp not in model.driver.controller.options.tables:
                 findings.append(_no_table(link))
+    try:
+        check_apart(gateway.hardware)
+    except ValueError as error:
+        findings.append(Finding(mark="!!", text=str(error), fatal=True))
     return findings
 
 
@@ -206,14 +221,18 @@ async def _clocks(name: str, gpu: HardwareGpu, options: ServeOptions, why: str) 
         return Finding(mark="ok", text=f"engine {name}: clocks would be on ({why}): set through zeusd at {zeusd}")
     keeper = options.clocks.keeper
     try:
-        allowed = (await keeper_status(keeper))["allowed"]
-        missing = [uuid for uuid in gpu.uuids if uuid not in allowed]
+        status = await keeper_status(keeper)
+        missing = [uuid for uuid in gpu.uuids if uuid not in status["allowed"]]
         trouble = f"the keeper was not given --gpu {', '.join(missing)}" if missing else None
     except OSError as error:
         trouble = str(error)
     if trouble is not None:
         return Finding(mark="!!", text=f"engine {name}: clocks would only be advised (though {why}): {trouble}")
-    return Finding(mark="ok", text=f"engine {name}: clocks would be on ({why}): set through the keeper at {keeper}")
+    text = f"engine {name}: clocks would be on ({why}): set through the keeper at {keeper}"
+    taken = [f"{uuid} ({status['held'][uuid]['by']})" for uuid in gpu.uuids if uuid in status["held"]]
+    if taken:
+        return Finding(mark="--", text=f"{text}, once its present holder gives back {', '.join(taken)}")
+    return Finding(mark="ok", text=text)
 
 
 def _notes(link: Link, connected: Connected) -> Iterator[Finding]:

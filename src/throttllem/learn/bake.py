@@ -40,8 +40,8 @@ class Leaf:
 def bake(trained: Trained, spec: EngineSpec) -> PerformanceTable:
     """The table of one engine size, over 0 to `max_batch`, `kv_blocks` and the prefill budget of `spec`.
 
-    Its clocks are those of `spec`, which are those that were measured (`profile.spec_of`). Raises ValueError where the
-    profile is of something else, or lacks this size.
+    Its clocks are those of `spec`, all of which were measured (`profile.spec_of`; a simulated profile has every one).
+    Raises ValueError where the profile is of something else, or lacks this size.
     """
     hull = _hull(trained, spec)
     seconds = list(leaves(trained.seconds, spec.tp))

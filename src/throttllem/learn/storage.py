@@ -16,7 +16,7 @@ from throttllem.core.performance import Hull, PerformanceTable
 from throttllem.files import write_aside
 
 MARK = "throttllem performance table"
-VERSION = 1
+VERSION = 2
 ARRAYS = {
     "batch_bin": np.int32,
     "kv_bin": np.int32,

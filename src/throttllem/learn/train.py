@@ -168,7 +168,5 @@ def _hulls(profile: pl.DataFrame) -> dict[int, Hull]:
         max_batch=pl.col("batch").max(),
         max_kv_blocks=pl.col("kv_blocks").max(),
         max_prefill_tokens=pl.col("prefill_tokens").max(),
-        min_mhz=pl.col("clock_mhz").min(),
-        max_mhz=pl.col("clock_mhz").max(),
     )
     return {box.pop("tp"): Hull(**box) for box in boxes.sort("tp").to_dicts()}
