@@ -13,7 +13,7 @@ import pytest
 from command import run
 
 from throttllem import cli_keeper
-from throttllem.cli_keeper import HOMES, STATE, loose, not_roots, unit_text, user_id
+from throttllem.cli_keeper import HOMES, STATE, unit_text, user_id
 from throttllem.gpu.keeper_client import SOCKET
 from throttllem.keeper.__main__ import GIVE_BACK_S, parsed
 
@@ -255,25 +255,6 @@ def test_words_are_quoted_as_systemd_reads_them() -> None:
     assert 'ExecStart="/opt/a b/python" 100%% $$HOME "say \\"x\\"" "back\\\\slash" ""\n' in text
     with pytest.raises(ValueError, match="no control characters"):
         unit_text(["x\nExecStartPost=/bin/sh"], SOCKET, STATE)
-
-
-def test_what_is_not_roots_alone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(not_roots([Path("/usr/bin/env").resolve()])) == []
-    program = tmp_path / "open/python"
-    program.parent.mkdir(mode=0o777)
-    program.parent.chmod(0o777)
-    program.touch()
-    said = list(not_roots([program]))
-    assert [line for line in said if line.startswith(f"{program.parent} is not root's alone")]
-    warned = unit_text(["x"], SOCKET, STATE, said)
-    assert f"# !! {program.parent} is not root's alone" in warned
-
-
-def test_folders_that_are_not_roots_alone_are_said(tmp_path: Path) -> None:
-    assert list(loose(Path("/usr/lib/throttllem/run"), Path("/usr/lib"))) == []
-    tmp_path.chmod(0o777)
-    (said,) = (line for line in loose(tmp_path / "not/yet/there") if line.startswith(f"{tmp_path} "))
-    assert "can take journal and socket away" in said
 
 
 @pytest.mark.usefixtures("became")
