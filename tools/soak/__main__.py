@@ -87,8 +87,8 @@ def _many(lanes: Crew, asked: argparse.Namespace, console: Console) -> int:
         console.print(line)
     if asked.document:
         section = tally.section(seed=asked.seed, wall_s=wall_s, lanes=asked.lanes)
-        command = f"python -m tools.soak --schedules {asked.schedules} --seed {asked.seed} --document"
-        write_document(section, DOCUMENT, machine=machine(), command=f"{command}` on {time.strftime('%Y-%m-%d')} `")
+        options = f"--schedules {asked.schedules} --seed {asked.seed} --lanes {asked.lanes}"
+        write_document(section, DOCUMENT, machine=machine(), command=f"python -m tools.soak {options} --document")
     console.print(f"{wall_s:.0f} s with {asked.lanes} lanes")
     return _end(tally.outcomes, console)
 

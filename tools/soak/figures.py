@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -78,10 +79,8 @@ class Tally:
 
     def section(self, *, seed: int, wall_s: float, lanes: int) -> Section:
         """For the document."""
-        ran = (
-            f"{len(self.outcomes)} schedules from seed {seed} on, {lanes} side by side, in {wall_s / 60:.1f} minutes: "
-            f"{len(self.failed)} failed."
-        )
+        when = f"in {wall_s / 60:.1f} minutes on {time.strftime('%Y-%m-%d')}"
+        ran = f"{len(self.outcomes)} schedules from seed {seed} on, {lanes} side by side, {when}: {len(self.failed)} failed."
         text = "\n\n".join([TEXT.strip(), ran, *self.lines()])
         return Section(title="Soak of the keeper of clocks", text=text, tables=(self.table(),), results={})
 
