@@ -80,7 +80,8 @@ class Tally:
     def section(self, *, seed: int, wall_s: float, lanes: int) -> Section:
         """For the document."""
         when = f"in {wall_s / 60:.1f} minutes on {time.strftime('%Y-%m-%d')}"
-        ran = f"{len(self.outcomes)} schedules from seed {seed} on, {lanes} side by side, {when}: {len(self.failed)} failed."
+        what = f"{len(self.outcomes)} schedules from seed {seed} on, {lanes} side by side"
+        ran = f"{what}, {when}: {len(self.failed)} failed."
         text = "\n\n".join([TEXT.strip(), ran, *self.lines()])
         return Section(title="Soak of the keeper of clocks", text=text, tables=(self.table(),), results={})
 
