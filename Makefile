@@ -59,7 +59,7 @@ evaluation: $(STAMP)
 loop: $(STAMP)
 	$(BIN)/python -m tools.loop $(LOOP)
 
-# Faults by the thousand against the keeper of clocks: about 50 minutes. SOAK="--schedules 2000" runs fewer.
+# Faults by the thousand against the keeper of clocks: about 35 minutes. SOAK="--schedules 2000" runs fewer.
 soak: $(STAMP)
 	$(BIN)/python -m tools.soak $(or $(SOAK),--schedules 10000)
 
