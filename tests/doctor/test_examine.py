@@ -110,11 +110,18 @@ def test_a_keeper_that_does_not_let_in(findings, keeper):
 def test_a_keeper_that_lets_in(findings, keepers):
     keepers(users=[NOBODY], clocks=[(600, 1200)])
     told, _ = findings(uid=NOBODY)
-    assert [
-        line for line in told if line.startswith("ok rights: the keeper sets GPU 0 for user") and "600 to 1200" in line
-    ]
+    (found,) = [line for line in told if "from 600 to 1200 MHz of 1410" in line]
+    assert found.startswith("-- rights: the keeper sets GPU 0 for user")
     assert "-- rights: the keeper does not set GPU 1" in told
     assert not [line for line in told if line.startswith("!!")]
+
+
+def test_a_range_without_a_clock_of_the_gpu(findings, keepers):
+    keepers(clocks=[(100, 200)])
+    told, _ = findings()
+    (found,) = [line for line in told if "from 100 to 200 MHz" in line]
+    assert found.startswith("!! rights: the keeper sets GPU 0")
+    assert found.endswith("and it has no clock there")
 
 
 @needs_root
@@ -242,9 +249,11 @@ def test_no_gpu_at_all(ward, nursery):
     assert said.endswith("\n1 to mend\n")
 
 
-def test_a_driver_that_is_not_loaded(findings, machine):
+def test_a_driver_that_is_not_loaded(findings, machine, keeper):
     machine.driver(loaded=False)
-    assert findings()[0][0] == "!! driver: no NVIDIA driver here: Driver Not Loaded"
+    told, _ = findings()
+    assert told[0] == "!! driver: no NVIDIA driver here: Driver Not Loaded"
+    assert not [line for line in told if "is not here" in line], "nobody can tell which GPUs are"
 
 
 @pytest.mark.skipif(not sets_clocks(), reason="needs the rights that NVML wants")

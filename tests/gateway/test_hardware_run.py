@@ -174,6 +174,41 @@ def test_a_gpu_that_somebody_has_leased_is_said_beforehand(tmp_path, machine, mo
     assert found.mark == "--"
 
 
+@pytest.mark.parametrize(
+    ("allowed", "mark", "said"),
+    [([210, 1200], "--", "at most 1200 of 1410 MHz"), ([100, 200], "!!", "where these GPUs have no clock")],
+)
+def test_a_keeper_that_may_not_set_the_top_clock_is_said_beforehand(
+    tmp_path, machine, monkeypatch, allowed, mark, said
+):
+    async def status(socket):
+        return {"allowed": {machine.gpus[0].uuid: allowed}, "held": {}}
+
+    monkeypatch.setattr("throttllem.gateway.check.keeper_status", status)
+    entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpus=("0",))
+    made = options(tmp_path, engines=(entry,), clocks=ClockOptions(mode="on"))
+    findings = asyncio.run(check_configuration(made, {}, tmp_path / "cache"))
+    (found,) = [finding for finding in findings if "clocks would be on" in finding.text]
+    assert found.mark == mark
+    assert said in found.text
+
+
+def test_a_zeusd_that_is_not_there_is_said_beforehand(tmp_path, machine):
+    entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpus=("0",))
+    made = options(tmp_path, engines=(entry,), clocks=ClockOptions(mode="on", zeusd=tmp_path / "nowhere"))
+    findings = asyncio.run(check_configuration(made, {}, tmp_path / "cache"))
+    (found,) = [finding for finding in findings if "would only be advised" in finding.text]
+    assert "nowhere: [Errno 2]" in found.text
+    assert found.mark == "!!"
+
+
+def test_a_gpu_of_another_kind_is_refused(tmp_path, machine):
+    entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpu="h100-80gb-sxm", gpus=("0",))
+    findings = asyncio.run(check_configuration(options(tmp_path, engines=(entry,)), {}, tmp_path / "cache"))
+    (found,) = [finding for finding in findings if finding.fatal]
+    assert "has no 1980 MHz, and the engine's `gpu` goes up to 1980 MHz; name its kind" in found.text
+
+
 def test_two_engines_on_one_gpu_would_not_start(tmp_path, machine):
     url, names = "http://127.0.0.1:9", ("one", "two")
     entries = tuple(EngineEntry(kind="openai", url=url, served_as=name, gpus=("0",)) for name in names)

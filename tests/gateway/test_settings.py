@@ -37,9 +37,12 @@ from throttllem.gateway.settings import (
         (lambda: EngineEntry(gpus=("0",)), "a simulated engine has none"),
         (
             lambda: EngineEntry(kind="openai", url="http://x", tp=2, gpus=("0",)),
-            "with tp = 2 they must be 2",
+            "gpus = 0: 1 of them, and tp = 2",
         ),
-        (lambda: EngineEntry(kind="openai", url="http://x", tp=2, gpus=("0", "0")), "with tp = 2 they must be 2"),
+        (
+            lambda: EngineEntry(kind="openai", url="http://x", tp=2, gpus=("0", "0")),
+            "gpus = 0,0: one of them is named twice",
+        ),
         (lambda: ClockOptions(ttl_s=0.1), "clocks.ttl_s = 0.1"),
         (lambda: ServeOptions(clocks=ClockOptions(mode="on")), "no engine names its GPUs"),
         (lambda: LiveLengthOptions(exceed=0.9), "length.exceed = 0.9"),

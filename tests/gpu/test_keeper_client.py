@@ -106,7 +106,7 @@ async def test_a_keeper_that_is_started_again(keepers, machine):
     async with clocks_of(first) as clocks:
         await clocks.set(900)
         first.kill()
-        with pytest.raises(KeeperError, match="`throttllem doctor` tells") as error:
+        with pytest.raises(KeeperError, match=f"`throttllem doctor --socket {first.socket}` tells") as error:
             await clocks.set(1005)
         assert error.value.code == "unreachable"
         assert not clocks.held

@@ -40,7 +40,7 @@ def examine(state: Path, socket: Path, zeusd: Path, measure_s: float | None) -> 
     for gpu in gpus:
         findings += [*described(gpu), *lock_of(gpu, keeper)]
     findings += faults
-    findings += keeper_findings(keeper, here, who())
+    findings += keeper_findings(keeper, here if gpus else None, who())
     findings += left_behind(keeper, here)
     findings += rights(gpus, keeper)
     findings += _zeusd(zeusd)
@@ -83,7 +83,13 @@ def rights(gpus: list[Gpu], keeper: Keeper) -> Iterator[Finding]:
     missing, kept = missing_right(), [gpu for gpu in gpus if keeper.range_of(gpu.uuid) is not None]
     for gpu in kept:
         low, high = keeper.range_of(gpu.uuid) or (0, 0)
-        yield ok("rights", f"the keeper sets {gpu.subject} for {who()}, from {low} to {high} MHz")
+        text, top = f"the keeper sets {gpu.subject} for {who()}, from {low} to {high} MHz", gpu.clocks_mhz[-1]
+        if not any(low <= clock <= high for clock in gpu.clocks_mhz):
+            yield trouble("rights", f"{text}, and it has no clock there", "mend --gpu in the service's options")
+        elif high < top:
+            yield note("rights", f"{text} of {top}", "`profile` needs the top one; --gpu in the service's options")
+        else:
+            yield ok("rights", text)
     if kept and len(kept) < len(gpus):
         others = ", ".join(gpu.subject for gpu in gpus if gpu not in kept)
         yield note("rights", f"the keeper does not set {others}", "if it should, add --gpu to the service's options")

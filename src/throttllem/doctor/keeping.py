@@ -125,8 +125,8 @@ def _door(error: KeeperError) -> Door:
             return Door.SHUT
 
 
-def keeper_findings(keeper: Keeper, here: Mapping[str, str], who: str) -> Iterator[Finding]:
-    """Of the keeper itself; `here`: how the GPUs of this machine are called, by UUID."""
+def keeper_findings(keeper: Keeper, here: Mapping[str, str] | None, who: str) -> Iterator[Finding]:
+    """Of the keeper itself; `here`: how the GPUs of this machine are called, by UUID (None: nobody can tell)."""
     match keeper.door:
         case Door.OPEN:
             yield ok("keeper", f"runs, and {keeper.socket} answers {who}")
@@ -148,7 +148,7 @@ def keeper_findings(keeper: Keeper, here: Mapping[str, str], who: str) -> Iterat
     for trouble_text in keeper.troubles:
         yield note("journal", trouble_text)
     for uuid in keeper.status.get("allowed", ()):
-        if uuid not in here:
+        if here is not None and uuid not in here:
             yield trouble("keeper", f"may set {uuid}, which is not here", "take it out of the service's options")
 
 

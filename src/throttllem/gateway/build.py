@@ -181,6 +181,8 @@ class _Part:
         return tables
 
     def _table(self, entry: EngineEntry, file: Path) -> PerformanceTable:
+        if not file.exists():
+            raise ValueError(f"{file}: no such file; `throttllem train PROFILE --out {file.parent}` makes it")
         table, gpu = load_table(file), self.catalogue.gpu(entry.gpu)
         if unknown := sorted(set(table.clocks_mhz) - set(gpu.clocks_mhz)):
             raise ValueError(f"{file}: was learned at {unknown[-1]} MHz, which {entry.gpu} does not have")

@@ -19,6 +19,7 @@ from throttllem.gateway.serve_http import bind
 from throttllem.gateway.settings import ServeOptions, ServerOptions
 from throttllem.gpu.hardware import HardwareGpu, Mode, check_apart
 from throttllem.gpu.keeper_client import keeper_status
+from throttllem.gpu.zeusd import reach
 from throttllem.tree import leaves
 
 _REACH_S = 5.0
@@ -217,22 +218,30 @@ async def _clocks(name: str, gpu: HardwareGpu, options: ServeOptions, why: str) 
         case Mode.ADVISE:
             text = f"engine {name}: clocks would be advised ({why}): decided, recorded and shown, never set"
             return Finding(mark="ok", text=text)
-    if (zeusd := options.clocks.zeusd) is not None:
-        return Finding(mark="ok", text=f"engine {name}: clocks would be on ({why}): set through zeusd at {zeusd}")
-    keeper = options.clocks.keeper
     try:
-        status = await keeper_status(keeper)
-        missing = [uuid for uuid in gpu.uuids if uuid not in status["allowed"]]
-        trouble = f"the keeper was not given --gpu {', '.join(missing)}" if missing else None
+        mark, text = await _setter(gpu, options)
     except OSError as error:
-        trouble = str(error)
-    if trouble is not None:
-        return Finding(mark="!!", text=f"engine {name}: clocks would only be advised (though {why}): {trouble}")
-    text = f"engine {name}: clocks would be on ({why}): set through the keeper at {keeper}"
-    taken = [f"{uuid} ({status['held'][uuid]['by']})" for uuid in gpu.uuids if uuid in status["held"]]
-    if taken:
-        return Finding(mark="--", text=f"{text}, once its present holder gives back {', '.join(taken)}")
-    return Finding(mark="ok", text=text)
+        return Finding(mark="!!", text=f"engine {name}: clocks would only be advised (though {why}): {error}")
+    return Finding(mark=mark, text=f"engine {name}: clocks would be on ({why}): {text}")
+
+
+async def _setter(gpu: HardwareGpu, options: ServeOptions) -> tuple[str, str]:
+    """The mark, and how clocks would be set. Raises OSError where they would not be."""
+    if (zeusd := options.clocks.zeusd) is not None:
+        await asyncio.to_thread(reach, zeusd)
+        return "ok", f"set through zeusd at {zeusd}"
+    status = await keeper_status(options.clocks.keeper)
+    if missing := [uuid for uuid in gpu.uuids if uuid not in status["allowed"]]:
+        raise OSError(f"the keeper was not given --gpu {', '.join(missing)}")
+    text, top = f"set through the keeper at {options.clocks.keeper}", gpu.ladder_mhz[-1]
+    low, high = (pick(status["allowed"][uuid][end] for uuid in gpu.uuids) for end, pick in enumerate((max, min)))
+    if not any(low <= clock <= high for clock in gpu.ladder_mhz):
+        return "!!", f"{text}, which may set {low} to {high} MHz, where these GPUs have no clock: mend its --gpu"
+    if high < top:
+        return "--", f"{text}, at most {high} of {top} MHz: its --gpu allows no more"
+    if taken := [f"{uuid} ({status['held'][uuid]['by']})" for uuid in gpu.uuids if uuid in status["held"]]:
+        return "--", f"{text}, once its present holder gives back {', '.join(taken)}"
+    return "ok", text
 
 
 def _notes(link: Link, connected: Connected) -> Iterator[Finding]:

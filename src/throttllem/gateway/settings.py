@@ -114,8 +114,13 @@ class EngineEntry:
             raise ValueError("engines: a simulated engine has no url; kind = 'openai' or 'triton' has")
         if self.gpus is not None and self.kind == "simulated":
             raise ValueError("engines: gpus: a simulated engine has none; give a real one its url (--engine, --triton)")
-        if self.gpus is not None and len(set(self.gpus)) != self.tp:
-            raise ValueError(f"engines: gpus = {','.join(self.gpus)}: with tp = {self.tp} they must be {self.tp}")
+        if self.gpus is not None and len(set(self.gpus)) < len(self.gpus):
+            raise ValueError(f"engines: gpus = {','.join(self.gpus)}: one of them is named twice")
+        if self.gpus is not None and len(self.gpus) != self.tp:
+            raise ValueError(
+                f"engines: gpus = {','.join(self.gpus)}: {len(self.gpus)} of them, and tp = {self.tp}; "
+                "name all its GPUs, and how many they are (engines.N.tp, --tp)"
+            )
         for name in ("url", "metrics_url"):
             if (address := getattr(self, name)) is not None:
                 check_address(f"engines: {name}", address)

@@ -55,7 +55,8 @@ class ClockSetter(Protocol):
 class HardwareGpu:
     """The GPUs of one engine, named by UUID or by their number here. To be used as a context manager.
 
-    `clocks_mhz`, ascending, are all that will be asked for; where nothing is asked for, the highest counts as asked.
+    `clocks_mhz`, ascending, are all that will be asked for, the highest is the GPUs' own top clock; where nothing is asked
+    for, it counts as asked.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class HardwareGpu:
         self.names, self._make_setter = names, setter
         self.mode, self._clocks_mhz, self._top_mhz = mode, clocks_mhz, clocks_mhz[-1]
         self.uuids: tuple[str, ...] = ()
+        self.ladder_mhz: tuple[int, ...] = ()
+        """What they can be locked to, ascending; known once the block has begun, where clocks matter."""
         self._stack = AsyncExitStack()
         self._sampler: Sampler | None = None
         self._setter: ClockSetter | None = None
@@ -93,9 +96,13 @@ class HardwareGpu:
             for gpu in gpus if self.mode is not Mode.OFF else ():
                 if (use := gpu.use()) is not None:
                     raise ValueError(f"engines: gpus: {gpu.uuid}: {use.value}; leave it out, or [clocks] mode = 'off'")
-                if strange := sorted(set(self._clocks_mhz) - set(gpu.clocks_mhz())):
+                self.ladder_mhz = gpu.clocks_mhz()
+                strange = sorted(set(self._clocks_mhz) - set(self.ladder_mhz))
+                if strange or self.ladder_mhz[-1] != self._clocks_mhz[-1]:
+                    why = f"has no {strange[-1]} MHz" if strange else f"goes up to {self.ladder_mhz[-1]} MHz"
                     raise ValueError(
-                        f"engines: gpus: {gpu.uuid}, {gpu.name()}, has no {strange[-1]} MHz; is `gpu` its kind?"
+                        f"engines: gpus: {gpu.uuid}, {gpu.name()}, {why}, and the engine's `gpu` goes up to "
+                        f"{self._clocks_mhz[-1]} MHz; name its kind (engines.N.gpu, --gpu)"
                     )
             self._sampler = await stack.enter_async_context(
                 Sampler(gpus, left_behind=library.pop_all)  # closing NVML would wait for the call that hangs
@@ -199,7 +206,7 @@ class HardwareGpu:
                 if self._setter is not None:
                     await self._setter.give_back()  # also where a set has failed half-way
             except OSError as error:
-                log.error("clocks were not given back by us; a keeper does it without us: %s", error)
+                log.error("clocks were not given back by us: %s", error)
 
     # ---- watching --------------------------------------------------------------------------------------------
 

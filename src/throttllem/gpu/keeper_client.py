@@ -143,8 +143,9 @@ class _Talk:
         except (OSError, ValueError) as error:
             self.close()
             why = f"no answer in {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
+            where = "" if self._socket == SOCKET else f" --socket {self._socket}"
             raise KeeperError(
-                "unreachable", f"keeper {self._socket}: {why}; `throttllem doctor` tells what is missing"
+                "unreachable", f"keeper {self._socket}: {why}; `throttllem doctor{where}` tells what is missing"
             ) from error
         if not answer.get("ok"):
             raise KeeperError(str(answer.get("code")), f"keeper: {answer.get('error')}")

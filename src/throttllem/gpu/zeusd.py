@@ -24,6 +24,17 @@ class ZeusdError(OSError):
     """zeusd did not do it."""
 
 
+def reach(path: Path) -> None:
+    """Whether one listens there and lets us in; asks it nothing. Raises ZeusdError."""
+    connection = _UnixConnection(path)
+    try:
+        connection.connect()
+    except OSError as error:
+        raise ZeusdError(f"zeusd {path}: {error}; is it running, and may this user connect?") from error
+    finally:
+        connection.close()
+
+
 class ZeusdClocks:
     """The clocks of some GPUs."""
 

@@ -125,6 +125,9 @@ def _write(checkpoint: Checkpoint, connected: Connected, device: Device, out: Pa
 
 
 def _kept(checkpoint: Checkpoint) -> str:
+    if not checkpoint.points:
+        checkpoint.done()
+        return "nothing was measured"
     return f"{len(checkpoint.points)} points are kept in {checkpoint.path}: the same command with --resume goes on"
 
 
