@@ -55,8 +55,8 @@ class ClockSetter(Protocol):
 class HardwareGpu:
     """The GPUs of one engine, named by UUID or by their number here. To be used as a context manager.
 
-    `clocks_mhz`, ascending, are all that will be asked for, the highest is the GPUs' own top clock; where nothing is asked
-    for, it counts as asked.
+    `clocks_mhz`, ascending, are all that will be asked for. The highest is the GPUs' own top clock; where nothing is
+    asked for, it counts as asked.
     """
 
     def __init__(
