@@ -55,7 +55,9 @@ def test_both_ways_to_a_table(server, tmp_path):
     there, address = server
     frames = {}
     for name, more in (("steps", ["--stats", address]), ("streams", [])):
-        said = throttllem(there, tmp_path, "profile", f"{name}.csv", "--url", there.url, *more, "--points", "10")
+        said = throttllem(
+            there, tmp_path, "profile", f"{name}.csv", "--url", there.url, *more, "--points", "10", "--seconds", "200"
+        )
         assert "watts modelled" in said
         frames[name] = read_profile(tmp_path / f"{name}.csv")
         throttllem(there, tmp_path, "train", f"{name}.csv", "--out", name)
