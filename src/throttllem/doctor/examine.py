@@ -94,7 +94,8 @@ def rights(gpus: list[Gpu], keeper: Keeper) -> Iterator[Finding]:
         others = ", ".join(gpu.subject for gpu in gpus if gpu not in kept)
         yield note("rights", f"the keeper does not set {others}", "if it should, add --gpu to the service's options")
     if missing is None:
-        yield ok("rights", f"{who()} may set clocks, as far as can be told without setting one")
+        only = "" if kept else "; `serve` does it through a keeper only"
+        yield ok("rights", f"{who()} may set clocks, as far as can be told without setting one{only}")
     elif not kept:
         yield trouble(
             "rights",
