@@ -34,11 +34,12 @@ def played(library):
     }
 
 
-@pytest.mark.parametrize("what", ["sound:calm", "sound:killed"])
-def test_the_keeper_passes(played, what):
+@pytest.mark.parametrize(("what", "fewest"), [("sound:calm", 0), ("sound:killed", 1)])
+def test_the_keeper_passes(played, what, fewest):
+    """A gateway that ends in calm may have given back all by itself: then nothing is restored."""
     violations, complete, told, _, restorings = played[what]
     assert violations == []
-    assert (complete >= 2, told, restorings >= 1) == (True, 0, True)
+    assert (complete >= 2, told, restorings >= fewest) == (True, 0, True)
 
 
 def test_a_keeper_without_a_journal_is_found_out(played):
