@@ -111,6 +111,7 @@ UNKNOWN = [
     ("[slo]\ne2e_s = -1\n", ["SLO e2e_s = -1.0: must be a positive number"]),
     ("[[engines]]\nkind = 'vllm'\n", ["t.toml:2: engines.0.kind = 'vllm'", "'openai'"]),
     ("[[engines]]\nkind = 'openai'\n", ["needs url"]),
+    ("[[engines]]\ngpus = [0]\n", ['t.toml:2: engines.0.gpus.0 = 0: must be text: write "0"']),
     ("[server\n", ["t.toml", "line 1"]),
 ]
 

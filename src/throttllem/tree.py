@@ -95,8 +95,12 @@ def build(kind: type[T], sources: Iterable[Source], resolved: Collection[str] = 
         first = error.errors()[0]
         at = ".".join(str(part) for part in first["loc"])
         said = first["msg"].removeprefix("Value error, ")
-        if at in origins:
-            at = f"{origins[at]}: {at} = {first['input']!r}" if _may_show(kind, at) else f"{origins[at]}: {at}"
+        if first["type"] == "string_type" and isinstance(first["input"], int | float):
+            said = f'must be text: write "{first["input"]}"'
+        set_as = at if at in origins else at.rpartition(".")[0]  # an element stands where its list does
+        if set_as in origins:
+            shown = f"{at} = {first['input']!r}" if _may_show(kind, set_as) else at
+            at = f"{origins[set_as]}: {shown}"
         at = f"{at}: " if at else ""
         raise TreeError(at + said) from error
 
