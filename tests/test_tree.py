@@ -111,9 +111,16 @@ UNKNOWN = [
     ("[slo]\ne2e_s = -1\n", ["SLO e2e_s = -1.0: must be a positive number"]),
     ("[[engines]]\nkind = 'vllm'\n", ["t.toml:2: engines.0.kind = 'vllm'", "'openai'"]),
     ("[[engines]]\nkind = 'openai'\n", ["needs url"]),
-    ("[[engines]]\ngpus = [0]\n", ['t.toml:2: engines.0.gpus.0 = 0: must be text: write "0"']),
+    ("[[engines]]\ngpus = [0]\n", ["t.toml:2: engines.0.gpus.0 = 0: must be text: put it in quotes"]),
     ("[server\n", ["t.toml", "line 1"]),
 ]
+
+
+def test_a_secret_of_the_wrong_type_is_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(TreeError) as error:
+        built(of_file(tmp_path, "[server]\napi_keys = [4711]\n"))
+    assert "server.api_keys.0: must be text" in str(error.value)
+    assert "4711" not in str(error.value)
 
 
 @pytest.mark.parametrize(("text", "said"), UNKNOWN)

@@ -96,7 +96,7 @@ def build(kind: type[T], sources: Iterable[Source], resolved: Collection[str] = 
         at = ".".join(str(part) for part in first["loc"])
         said = first["msg"].removeprefix("Value error, ")
         if first["type"] == "string_type" and isinstance(first["input"], int | float):
-            said = f'must be text: write "{first["input"]}"'
+            said = "must be text: put it in quotes"  # and may be a secret
         set_as = at if at in origins else at.rpartition(".")[0]  # an element stands where its list does
         if set_as in origins:
             shown = f"{at} = {first['input']!r}" if _may_show(kind, set_as) else at

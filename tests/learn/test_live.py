@@ -270,6 +270,7 @@ def test_an_engine_that_refuses_every_request(tmp_path):
 
     with pytest.raises(LiveProfileError, match="refuses every synthetic request, the last with 404"):
         profiled(tmp_path / "p.csv", engine=Refusing)
+    assert not checkpoint_of(tmp_path / "p.csv").exists(), "nothing to go on with"
 
 
 def test_time_is_an_end_too(tmp_path):

@@ -40,7 +40,7 @@ def examine(state: Path, socket: Path, zeusd: Path, measure_s: float | None) -> 
     for gpu in gpus:
         findings += [*described(gpu), *lock_of(gpu, keeper)]
     findings += faults
-    findings += keeper_findings(keeper, here if gpus else None, who())
+    findings += keeper_findings(keeper, here if gpus and not faults else None, who())
     findings += left_behind(keeper, here)
     findings += rights(gpus, keeper)
     findings += _zeusd(zeusd)

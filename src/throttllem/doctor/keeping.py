@@ -126,7 +126,7 @@ def _door(error: KeeperError) -> Door:
 
 
 def keeper_findings(keeper: Keeper, here: Mapping[str, str] | None, who: str) -> Iterator[Finding]:
-    """Of the keeper itself; `here`: how the GPUs of this machine are called, by UUID (None: nobody can tell)."""
+    """Of the keeper itself; `here`: how the GPUs of this machine are called, by UUID (None: not all can be told)."""
     match keeper.door:
         case Door.OPEN:
             yield ok("keeper", f"runs, and {keeper.socket} answers {who}")

@@ -30,7 +30,7 @@ def reach(path: Path) -> None:
     try:
         connection.connect()
     except OSError as error:
-        raise ZeusdError(f"zeusd {path}: {error}; is it running, and may this user connect?") from error
+        raise _away(path, error) from error
     finally:
         connection.close()
 
@@ -84,11 +84,15 @@ class ZeusdClocks:
             answer = connection.getresponse()
             said = answer.read(500).decode(errors="replace")
         except (OSError, http.client.HTTPException) as error:
-            raise ZeusdError(f"zeusd {self._path}: {error}; is it running, and may this user connect?") from error
+            raise _away(self._path, error) from error
         finally:
             connection.close()
         if answer.status != http.client.OK:
             raise ZeusdError(f"zeusd {self._path}: {what}: HTTP {answer.status} {said}")
+
+
+def _away(path: Path, error: Exception) -> ZeusdError:
+    return ZeusdError(f"zeusd {path}: {error}; is it running, and may this user connect?")
 
 
 class _UnixConnection(http.client.HTTPConnection):

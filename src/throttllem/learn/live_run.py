@@ -78,6 +78,8 @@ async def profile_live(
         raise
     finally:
         rows = _write(checkpoint, connected, device, out)
+        if not checkpoint.points:  # nothing to go on with: the next try must not be told that there is
+            checkpoint.done()
     _sum_up(profiler, say)
     measured = rows // len(device.clocks_mhz) if device.modelled is not None else rows
     if 0 < measured < FEWEST_ROWS:
@@ -126,7 +128,6 @@ def _write(checkpoint: Checkpoint, connected: Connected, device: Device, out: Pa
 
 def _kept(checkpoint: Checkpoint) -> str:
     if not checkpoint.points:
-        checkpoint.done()
         return "nothing was measured"
     return f"{len(checkpoint.points)} points are kept in {checkpoint.path}: the same command with --resume goes on"
 
