@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 
 from throttllem.config import Environment, Options
+from throttllem.core.clocks.names import parse_policy
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
+from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.options import ControllerOptions
-from throttllem.core.performance import PerformanceTable
-from throttllem.core.policy import parse_policy
-from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import Arrived, Cancelled, EngineReady, EngineSpec, Request, Slo, Stepped
-from throttllem.engine.fleet import build_fleet
-from throttllem.learn.measure import ProfilePlan
-from throttllem.learn.tables import performance_tables, profile_fleet
-from throttllem.learn.train import Trained, train
+from throttllem.engines.simulated.fleet import build_fleet
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
+from throttllem.profiling.measure import ProfilePlan
+from throttllem.profiling.tables import performance_tables, profile_fleet
+from throttllem.profiling.train import Trained, train
 from throttllem.sim.study import Study
 
 SIZES = (32, 128, 256)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from throttllem import cli
+from throttllem.cli import app as cli
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

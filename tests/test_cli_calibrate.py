@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from throttllem.calibrate.calibration import Calibration
 from throttllem.calibrate.entry import basis, entry
-from throttllem.cli_calibrate import calibrate
-from throttllem.learn.profile import read_profile, write_profile
+from throttllem.cli.calibrate import calibrate
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
+from throttllem.profiling.profile import read_profile, write_profile
 
 
 @pytest.fixture(autouse=True)

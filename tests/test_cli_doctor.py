@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from command import run
 
-from throttllem import cli_doctor
+from throttllem.cli import doctor as cli_doctor
 from throttllem.doctor.examine import Examined
 from throttllem.doctor.finding import Finding, note, ok, trouble
 from throttllem.doctor.gpus import MEASURE_S

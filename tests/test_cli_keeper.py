@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from command import run
 
-from throttllem import cli_keeper
-from throttllem.cli_keeper import HOMES, STATE, unit_text, user_id
+from throttllem.cli import keeper as cli_keeper
+from throttllem.cli.keeper import HOMES, STATE, unit_text, user_id
 from throttllem.gpu.keeper_client import SOCKET
 from throttllem.keeper.__main__ import GIVE_BACK_S, parsed
 

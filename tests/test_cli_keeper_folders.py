@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from throttllem.cli_keeper import STATE, loose, not_roots, unit_text
+from throttllem.cli.keeper import STATE, loose, not_roots, unit_text
 from throttllem.gpu.keeper_client import SOCKET
 
 

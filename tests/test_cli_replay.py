@@ -7,8 +7,8 @@ import typer
 from gateway.test_replay import edit, first_line, flown, is_dispatch
 from typer.testing import CliRunner
 
-from throttllem.cli_replay import replay
-from throttllem.gateway.replay import ReplayError
+from throttllem.cli.replay import replay
+from throttllem.gateway.flight.replay import ReplayError
 
 app = typer.Typer()
 app.command()(replay)

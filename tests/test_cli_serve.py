@@ -51,7 +51,7 @@ class Served:
 def served(tmp_path: Path, *options: str) -> Iterator[Served]:
     environment = {**os.environ, "THROTTLLEM_STATE_DIR": str(tmp_path / "state")}
 
-    program = [sys.executable, "-c", "from throttllem.cli import main; main()", "serve", *options]
+    program = [sys.executable, "-c", "from throttllem.cli.app import main; main()", "serve", *options]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         yield Served(process)

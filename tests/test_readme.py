@@ -20,8 +20,8 @@ import pytest
 import typer
 from core.toy import row, spec
 
-from throttllem.cli import app
-from throttllem.core.projection import project
+from throttllem.cli.app import app
+from throttllem.core.forecast.projection import project
 from throttllem.core.scoreboard import Scoreboard
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from throttllem.cli_serve import OTHERS, PREFIX
+from throttllem.cli.serve import OTHERS, PREFIX
 from throttllem.core.types import Slo
 from throttllem.gateway.settings import RESOLVED, ServeOptions
 from throttllem.tree import Source, TreeError, build, from_environment, from_settings, from_toml, leaves

@@ -8,8 +8,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from prometheus_client import REGISTRY, generate_latest
 
-from throttllem.engine.prometheus import samples
-from throttllem.engine.stats import unpack
+from throttllem.engines.prometheus import samples
+from throttllem.engines.step_reports import unpack
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from throttllem.cli_serve import PREFIX
+from throttllem.cli.serve import PREFIX
 from throttllem.gateway.settings import RESOLVED, ServeOptions
 
 FILE = Path(__file__).parents[1] / "docs" / "configuration.md"

@@ -16,8 +16,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from throttllem.core.admission import AdmissionOptions
-from throttllem.core.autoscale import AutoscaleOptions
-from throttllem.core.throttle import ThrottleOptions
+from throttllem.core.clocks.policy import ThrottleOptions
+from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.types import check
 
 _RESOLVED = ("policy", "fixed_mhz", "capacity_rps")

@@ -16,7 +16,7 @@ from typing import Any
 from prometheus_client import REGISTRY, Gauge
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from throttllem.engine.stats import StepStats, parse_address
+from throttllem.engines.step_reports import StepStats, parse_address
 
 VARIABLE = "THROTTLLEM_STATS"
 INFO = "throttllem_engine_info"

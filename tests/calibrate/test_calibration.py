@@ -13,8 +13,8 @@ from throttllem.calibrate.errors import Errors
 from throttllem.calibrate.fit import Fit, with_constants
 from throttllem.calibrate.points import Point
 from throttllem.calibrate.prior import priors
-from throttllem.learn.profile import ProfileError
 from throttllem.physics.catalogue import Gpu
+from throttllem.profiling.profile import ProfileError
 
 from .synthetic import BATCHES, CLOCKS, LIKE, MODEL, changed_gpu, measure, truth_errors
 

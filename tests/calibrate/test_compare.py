@@ -9,8 +9,8 @@ import pytest
 
 from throttllem.calibrate.calibration import check
 from throttllem.calibrate.points import Point
-from throttllem.learn.profile import ProfileError
 from throttllem.physics.engine import EnginePhysics
+from throttllem.profiling.profile import ProfileError
 
 from .synthetic import CATALOGUE, CLOCKS, LIKE, MODEL, changed_gpu, measure
 

@@ -9,9 +9,9 @@ import pytest
 
 from throttllem.calibrate.points import Point, points_of, sample
 from throttllem.config import EngineOptions
-from throttllem.engine.fleet import build_fleet
-from throttllem.learn.measure import ProfilePlan, profile_engine
-from throttllem.learn.profile import ProfileError
+from throttllem.engines.simulated.fleet import build_fleet
+from throttllem.profiling.measure import ProfilePlan, profile_engine
+from throttllem.profiling.profile import ProfileError
 
 from .synthetic import CATALOGUE, LIKE, MODEL, measure
 

@@ -10,7 +10,7 @@ import pytest
 from throttllem.calibrate.calibration import check, fit_points
 from throttllem.calibrate.points import Point
 from throttllem.calibrate.refuse import check_fit, check_held_out, percent
-from throttllem.learn.profile import ProfileError
+from throttllem.profiling.profile import ProfileError
 
 from .synthetic import BATCHES, CLOCKS, LIKE, MODEL, measure
 

@@ -3,7 +3,7 @@
 import math
 import random
 
-from throttllem.core.online import Online
+from throttllem.core.lengths.online import Online
 from throttllem.core.types import Request, Slo
 
 PROMISE = Slo()

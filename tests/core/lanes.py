@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from throttllem.core.types import Request
-from throttllem.engine.batcher import Batcher, Outcome
+from throttllem.engines.simulated.batcher import Batcher, Outcome
 
 MOST = 8
 

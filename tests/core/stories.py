@@ -2,9 +2,9 @@
 
 from core.toy import request, spec, table
 from core.world import World
-from throttllem.core.autoscale import AutoscaleOptions
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
+from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.options import ControllerOptions
-from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 
 SIZES = {tp: spec(tp=tp, kv_blocks=32 * tp) for tp in (1, 2)}
 TABLES = {tp: table(s) for tp, s in SIZES.items()}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from core.toy import request, row, spec, table
 from throttllem.core.admission import AdmissionOptions, Unmeetable, admit, give_up_s, never_fits
-from throttllem.core.drift import Others
+from throttllem.core.external_load import Others
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import Reason, Slo, Verdict, VerdictKind
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from throttllem.core.autoscale import AutoscaleOptions, Autoscaler
+from throttllem.core.clocks.sizing import AutoscaleOptions, Autoscaler
 
 
 def scaler(**changes):

@@ -6,9 +6,9 @@ from core.effort import lines_executed
 from core.stories import SIZES, arrive, names, options, world
 from core.toy import request, spec
 from core.world import World
+from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.controller import Controller
-from throttllem.core.drift import Drift
-from throttllem.core.throttle import ClockPolicy
+from throttllem.core.external_load import Drift
 from throttllem.core.types import Arrived, EngineReady, Observed, Progressed, Reason, Stepped
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from core.toy import row, spec, table
 from throttllem.core.admission import ADMIT, admit
-from throttllem.core.bound import surely_fits
-from throttllem.core.drift import Others
+from throttllem.core.admission_bound import surely_fits
+from throttllem.core.external_load import Others
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import Slo
 

@@ -7,8 +7,8 @@ from core.stories import SIZES, arrive, names, options, world
 from core.toy import CLOCKS_MHZ, SPEC, TOP_MHZ, request, spec
 from core.world import World
 from throttllem.core.admission import AdmissionOptions
+from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.controller import Controller
-from throttllem.core.throttle import ClockPolicy
 from throttllem.core.types import (
     Arrived,
     Cancel,

@@ -2,7 +2,7 @@
 
 from core.stories import SIZES, arrive, names, options, scaling, world
 from core.world import World
-from throttllem.core.engines import Phase
+from throttllem.core.engine_state import Phase
 from throttllem.core.types import Dispatch, Reason, Reject, StopEngine
 
 

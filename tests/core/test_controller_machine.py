@@ -8,11 +8,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from core.toy import CLOCKS_MHZ, spec, table
 from core.world import World
 from throttllem.core.admission import AdmissionOptions, Unmeetable
-from throttllem.core.autoscale import AutoscaleOptions
-from throttllem.core.length import MaxTokens, Noisy, Oracle
-from throttllem.core.online import Online, OnlineOptions
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
+from throttllem.core.clocks.sizing import AutoscaleOptions
+from throttllem.core.lengths.online import Online, OnlineOptions
+from throttllem.core.lengths.prediction import MaxTokens, Noisy, Oracle
 from throttllem.core.options import ControllerOptions
-from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import Cancelled, Observed, Progressed, Request, Slo
 
 SIZES = (1, 2, 4)

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from core.stories import SIZES, options, scaling, world
 from core.toy import request
 from throttllem.core.admission import AdmissionOptions, Unmeetable
-from throttllem.core.autoscale import AutoscaleOptions
+from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.controller import Controller
-from throttllem.core.length import Noisy
-from throttllem.core.online import Online, OnlineOptions
-from throttllem.core.throttle import ClockPolicy
+from throttllem.core.lengths.online import Online, OnlineOptions
+from throttllem.core.lengths.prediction import Noisy
 from throttllem.core.types import Observed, Progressed, Slo
 
 MOVES = ("arrive", "arrive", "arrive", "step", "step", "step", "wait", "cancel", "progress", "observe", "clock", "lose")

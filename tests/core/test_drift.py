@@ -2,7 +2,7 @@
 
 import pytest
 
-from throttllem.core.drift import Drift, DriftMeter, Others, Own
+from throttllem.core.external_load import Drift, DriftMeter, Others, Own
 from throttllem.core.types import Observed
 
 OWN = Own(running=4, kv_blocks=40, pending=2, pending_blocks=10)

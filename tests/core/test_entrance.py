@@ -9,7 +9,7 @@ from core.stories import SIZES, TABLES, arrive, names, options, world
 from core.toy import TOP_MHZ
 from core.world import World
 from throttllem.core.admission import AdmissionOptions, Unmeetable
-from throttllem.core.throttle import ClockPolicy
+from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.types import EngineLost, Reason, Reject, Slo, Timer, VerdictKind
 
 REJECT = AdmissionOptions(unmeetable=Unmeetable.REJECT, reject_margin=0.05, reject_patience=0.2)

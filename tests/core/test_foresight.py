@@ -6,9 +6,9 @@ import pytest
 
 from core.stories import SIZES, arrive, options, world
 from core.toy import request, row
-from throttllem.core.foresight import Foresight
-from throttllem.core.length import LengthScore, MaxTokens, Oracle, Unlearning
-from throttllem.core.online import Online, OnlineOptions
+from throttllem.core.lengths.expectation import Foresight
+from throttllem.core.lengths.online import Online, OnlineOptions
+from throttllem.core.lengths.prediction import LengthScore, MaxTokens, Oracle, Unlearning
 from throttllem.core.scoreboard import Scoreboard
 
 

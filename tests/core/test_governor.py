@@ -6,11 +6,11 @@ import pytest
 
 from core.test_throttle import steps
 from core.toy import CLOCKS_MHZ, SPEC, TOP_MHZ, row, table
-from throttllem.core.engines import EngineState
-from throttllem.core.governor import Governor
-from throttllem.core.load import LoadEstimator
+from throttllem.core.clocks.controller import Governor
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
+from throttllem.core.clocks.steady_load import LoadEstimator
+from throttllem.core.engine_state import EngineState
 from throttllem.core.scoreboard import Scoreboard
-from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import FrequencyPlan, Reason, SetClock, Slo
 
 TICKS = steps([16, 12, 9, 8, 7])

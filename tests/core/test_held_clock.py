@@ -4,7 +4,7 @@ import pytest
 
 from core.stories import SIZES, arrive, options, world
 from core.toy import TOP_MHZ
-from throttllem.core.throttle import ClockPolicy
+from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.types import ClockRead, Reason, SetClock, Slo
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.toy import request
-from throttllem.core.length import MaxTokens, Noisy, Oracle, predicted_tokens, sure_tokens
+from throttllem.core.lengths.prediction import MaxTokens, Noisy, Oracle, predicted_tokens, sure_tokens
 
 ANSWER = 1_000_000
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.toy import SPEC, spec, table
-from throttllem.core.load import Load, LoadEstimator, steady
+from throttllem.core.clocks.steady_load import Load, LoadEstimator, steady
 from throttllem.core.types import Slo
 
 TABLE = table(SPEC)

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.answers import answers, request, serve, worst
-from throttllem.core.length_bins import bin_of, shortest_of
-from throttllem.core.online import Online, OnlineOptions
+from throttllem.core.lengths.bins import bin_of, shortest_of
+from throttllem.core.lengths.online import Online, OnlineOptions
 from throttllem.core.types import Request
 
 

@@ -4,7 +4,7 @@ import pickle
 import pytest
 
 from tests.core.answers import answers, request, serve
-from throttllem.core.online import Online, OnlineOptions
+from throttllem.core.lengths.online import Online, OnlineOptions
 
 
 def test_the_same_calls_give_the_same_answers_through_json_and_pickle() -> None:

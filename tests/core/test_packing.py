@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from throttllem.core.packing import pack
+from throttllem.core.forecast.packing import pack
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from throttllem.core.performance import Hull, PerformanceTable
+from throttllem.core.forecast.performance_table import Hull, PerformanceTable
 
 HULL = Hull(max_batch=3, max_kv_blocks=4, max_prefill_tokens=5)
 

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.toy import SPEC, row, spec
-from throttllem.core.drift import Others
-from throttllem.core.projection import project
+from throttllem.core.external_load import Others
+from throttllem.core.forecast.projection import project
 from throttllem.core.scoreboard import Scoreboard
-from throttllem.engine.batcher import Batcher
+from throttllem.engines.simulated.batcher import Batcher
 
 FIRST = 100
 

@@ -8,9 +8,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from core.effort import lines_executed
 from core.toy import request, row
-from throttllem.core.drift import Own
-from throttllem.core.row import Row
+from throttllem.core.external_load import Own
 from throttllem.core.scoreboard import Scoreboard
+from throttllem.core.sequence_state import Row
 from throttllem.core.types import Slo
 
 

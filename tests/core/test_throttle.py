@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.toy import SPEC, hull, row, spec
-from throttllem.core.horizon import look_ahead
-from throttllem.core.performance import PerformanceTable
-from throttllem.core.projection import project
+from throttllem.core.clocks.policy import doomed, feasible, least_energy, lowest_feasible
+from throttllem.core.forecast.horizon import look_ahead
+from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.forecast.projection import project
 from throttllem.core.scoreboard import Scoreboard
-from throttllem.core.throttle import doomed, feasible, least_energy, lowest_feasible
 from throttllem.core.types import Reason, Slo
 
 CLOCKS = len(SPEC.clocks_mhz)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from throttllem.core.performance import Hull, PerformanceTable
+from throttllem.core.forecast.performance_table import Hull, PerformanceTable
 from throttllem.core.scoreboard import Row
 from throttllem.core.types import EngineSpec, Request, Slo
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from core.lanes import Lanes
+from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.controller import Controller
-from throttllem.core.engines import Phase
+from throttllem.core.engine_state import Phase
 from throttllem.core.options import ControllerOptions
-from throttllem.core.throttle import ClockPolicy
 from throttllem.core.types import (
     Arrived,
     Cancel,
@@ -33,7 +33,7 @@ from throttllem.core.types import (
     StopEngine,
     Timer,
 )
-from throttllem.engine.batcher import Batcher
+from throttllem.engines.simulated.batcher import Batcher
 
 PLANNING = (ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY)
 

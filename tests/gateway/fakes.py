@@ -13,13 +13,13 @@ import aiohttp
 from tests.gateway.upstream import Engine, engine_server
 from throttllem.core.snapshot import Counts
 from throttllem.core.types import Slo
-from throttllem.engine.http import Upstream
-from throttllem.engine.live import PromptCount
-from throttllem.gateway.app import build_app, build_private_app
-from throttllem.gateway.serve_http import run
+from throttllem.engines.base import PromptCount
+from throttllem.engines.http import Upstream
+from throttllem.gateway.control.ticket import Health, Receipt, RefusedError
+from throttllem.gateway.http.app import build_app, build_private_app
+from throttllem.gateway.http.server import run
 from throttllem.gateway.settings import LimitOptions, ServeOptions, ServerOptions
-from throttllem.gateway.status import EngineStatus, GatewayStatus, Kept, LengthStatus, ModelStatus
-from throttllem.gateway.ticket import Health, Receipt, RefusedError
+from throttllem.gateway.telemetry.status import EngineStatus, GatewayStatus, Kept, LengthStatus, ModelStatus
 
 
 @dataclass

@@ -9,12 +9,12 @@ from core.world import World
 from hypothesis import strategies as st
 
 from throttllem.core.admission import AdmissionOptions
-from throttllem.core.autoscale import AutoscaleOptions
-from throttllem.core.length import Noisy
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
+from throttllem.core.clocks.sizing import AutoscaleOptions
+from throttllem.core.lengths.prediction import Noisy
 from throttllem.core.options import ControllerOptions
-from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import Observed, Progressed, Request, Slo
-from throttllem.gateway.recorder import Recorder
+from throttllem.gateway.flight.recorder import Recorder
 
 SIZES = (1, 2, 4)
 SPECS = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from tests.engine.vllm_peer import VllmPeer
+from tests.engines.vllm_peer import VllmPeer
 from tests.gateway.upstream import Engine
 from throttllem.gateway.run import run_gateway
 from throttllem.gateway.settings import RESOLVED, ServeOptions

@@ -11,21 +11,21 @@ from dataclasses import dataclass, field, replace
 from core.toy import CLOCKS_MHZ, ToyPhysics, spec, table
 
 from throttllem.config import Noise
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
-from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import Slo
-from throttllem.engine.live import Ask, Call, EngineError, PromptCount
-from throttllem.engine.realtime import RealtimeEngine
-from throttllem.gateway.booking import Booking
-from throttllem.gateway.driver import Driver
-from throttllem.gateway.energy_meter import EnergyMeter
-from throttllem.gateway.engine_clock import EngineClock
-from throttllem.gateway.link import Link
-from throttllem.gateway.models import AllModels, Served
-from throttllem.gateway.other_clocks import OtherClocks
+from throttllem.engines.base import Ask, Call, EngineError, PromptCount
+from throttllem.engines.simulated.realtime import RealtimeEngine
+from throttllem.gateway.control.backend import Link
+from throttllem.gateway.control.clock_setter import EngineClock
+from throttllem.gateway.control.loop import Driver
+from throttllem.gateway.control.models import AllModels, Served
+from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.energy.accounting import Booking
+from throttllem.gateway.energy.meter import EnergyMeter
+from throttllem.gateway.energy.savings_estimate import OtherClocks
 from throttllem.gateway.settings import LimitOptions
-from throttllem.gateway.ticket import RefusedError
 from throttllem.gpu.simulated import SimulatedGpu
 
 

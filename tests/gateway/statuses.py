@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from throttllem.core.engines import Phase
+from throttllem.core.engine_state import Phase
 from throttllem.core.snapshot import Counts, EngineView
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, Slo, Verdict, VerdictKind
-from throttllem.engine.live import Ask, LiveEngine, PromptCount, Report
-from throttllem.gateway.status import (
+from throttllem.engines.base import Ask, LiveEngine, PromptCount, Report
+from throttllem.gateway.control.ticket import Health, Ticket
+from throttllem.gateway.telemetry.status import (
     Ahead,
     Drift,
     Energy,
@@ -18,7 +19,6 @@ from throttllem.gateway.status import (
     LengthStatus,
     ModelStatus,
 )
-from throttllem.gateway.ticket import Health, Ticket
 
 HOSTILE = '"\\</script><img src=x onerror=alert(1)>\n$&'
 SPEC = EngineSpec(

@@ -1,7 +1,7 @@
 import pytest
 
-from throttllem.gateway.access import Access
-from throttllem.gateway.errors import HttpError
+from throttllem.gateway.http.auth import Access
+from throttllem.gateway.http.errors import HttpError
 
 
 def test_without_keys_anybody_may_ask():

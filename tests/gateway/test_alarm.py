@@ -4,7 +4,7 @@ import asyncio
 import math
 
 from gateway.rig import virtually
-from throttllem.gateway.alarm import Alarm
+from throttllem.gateway.control.alarm import Alarm
 
 
 def test_it_rings_once_at_the_time_last_set():

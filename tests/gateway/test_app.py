@@ -8,8 +8,8 @@ from starlette.routing import Route
 
 from tests.gateway.fakes import house, until
 from throttllem.core.types import Slo
+from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions, ServerOptions
-from throttllem.gateway.ticket import RefusedError
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": "tiny", "prompt": "x"}

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from throttllem.core.types import Slo
-from throttllem.engine.paths import CHAT, COMPLETIONS
-from throttllem.gateway.asks import check_sequences, controlled, model_of, read_slo, read_wish
-from throttllem.gateway.errors import HttpError
+from throttllem.engines.paths import CHAT, COMPLETIONS
+from throttllem.gateway.http.errors import HttpError
+from throttllem.gateway.http.openai_api import check_sequences, controlled, model_of, read_slo, read_wish
 
 STREAM = "/v2/models/ensemble/generate_stream"
 

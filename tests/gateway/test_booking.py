@@ -3,9 +3,9 @@
 import pytest
 from core.toy import CLOCKS_MHZ, spec
 
-from throttllem.engine.live import Report
-from throttllem.gateway.booking import Booking
-from throttllem.gateway.energy_meter import EnergyMeter
+from throttllem.engines.base import Report
+from throttllem.gateway.energy.accounting import Booking
+from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gpu.simulated import SimulatedGpu
 
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from core.toy import spec, table
 
-from throttllem.core.autoscale import AutoscaleOptions
-from throttllem.core.throttle import ClockPolicy
+from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.gateway.build import build_gateway, groups
 from throttllem.gateway.settings import EngineEntry, LiveLengthOptions, RecorderOptions, ServeOptions
-from throttllem.learn.storage import save_table
+from throttllem.profiling.storage import save_table
 
 A100 = tuple(range(210, 1411, 15))
 

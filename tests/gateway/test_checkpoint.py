@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from gateway.flights import OPTIONS, SPECS, TABLES, busy, deeds, fly
 from throttllem.core.controller import Controller
-from throttllem.core.drift import Others, Own
-from throttllem.core.online import Online
+from throttllem.core.external_load import Others, Own
+from throttllem.core.lengths.online import Online
 from throttllem.core.types import ClockRead, Observed, Reason, Request, Slo, Timer
-from throttllem.gateway.checkpoint import CheckpointError, fill, load, make_blank, save, table_digest
+from throttllem.gateway.flight.checkpoint import CheckpointError, fill, load, make_blank, save, table_digest
 
 DIGESTS = {table_digest(one): one for one in TABLES.values()}
 
@@ -177,7 +177,7 @@ def call(maker, *arguments):
     pickler.dump(arguments)
     body = out.getvalue()[2:-1]  # between PROTO and STOP
     name = maker.encode()
-    module = b"throttllem.gateway.checkpoint"
+    module = b"throttllem.gateway.flight.checkpoint"
     stack_global = b"\x8c%c%s\x8c%c%s\x93" % (len(module), module, len(name), name)
     frameless = body[9:] if body[:1] == b"\x95" else body
     return b"\x80\x04" + stack_global + frameless + b"R."
@@ -187,9 +187,9 @@ def call(maker, *arguments):
     ("data", "said"),
     [
         (call("make_blank", "os:_wrap_close"), "which is not of the core: refused"),
-        (call("make_blank", "throttllem.core.length:NormalDist"), "no class of the core: refused"),
-        (call("make_blank", "throttllem.core.length:math"), "no class of the core: refused"),
-        (call("make_blank", "throttllem.core.length:Oracle.__init__"), "not of the core: refused"),
+        (call("make_blank", "throttllem.core.lengths.prediction:NormalDist"), "no class of the core: refused"),
+        (call("make_blank", "throttllem.core.lengths.prediction:math"), "no class of the core: refused"),
+        (call("make_blank", "throttllem.core.lengths.prediction:Oracle.__init__"), "not of the core: refused"),
         (call("make_blank", "throttllem.core.types:Yesterday"), "holds a Yesterday, which this build does not have"),
         (call("make_blank", "throttllem.core.yesterday:Row"), "holds a Row, which this build does not have"),
         (call("make_member", "throttllem.core.types:Request", 1), "has no members"),
@@ -266,7 +266,7 @@ def test_fields_that_are_new_get_their_defaults():
 
 
 def test_a_meter_of_a_build_that_knew_one_look_only_goes_on():
-    meter = make_blank("throttllem.core.drift:DriftMeter")
+    meter = make_blank("throttllem.core.external_load:DriftMeter")
     fill(meter, {"corrections": 2, "_batch": 1, "_kv_blocks": None, "_sums": (1, 0), "_times": (1, 0)})
     own = Own(running=1, kv_blocks=1, pending=0, pending_blocks=0)
     assert meter.compare(Observed(engine=0, running=2, waiting=0, kv_blocks=1), own) == Others()

@@ -8,9 +8,9 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from throttllem.gateway.dashboard import dashboard_routes, state, totals
-from throttllem.gateway.history import History
-from throttllem.gateway.status import Ahead, Energy
+from throttllem.gateway.telemetry.dashboard import dashboard_routes, state, totals
+from throttllem.gateway.telemetry.history import History
+from throttllem.gateway.telemetry.status import Ahead, Energy
 
 from .statuses import EMPTY, MODEL, STATUS, UP, Still
 

@@ -19,9 +19,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from throttllem.gateway.dashboard import dashboard_routes
-from throttllem.gateway.history import History
-from throttllem.gateway.metrics import metrics_page
+from throttllem.gateway.telemetry.dashboard import dashboard_routes
+from throttllem.gateway.telemetry.history import History
+from throttllem.gateway.telemetry.metrics import metrics_page
 
 from .chromium import CHROMIUM, Tab, browse
 from .statuses import DOWN, EMPTY, HOSTILE, MODEL, STATUS, UP, Still

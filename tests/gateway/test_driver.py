@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 
 from gateway.rig import asked, outcome, rig, virtually
 from throttllem.core.admission import AdmissionOptions
-from throttllem.core.throttle import ClockPolicy
+from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.types import (
     Cancelled,
     EngineReady,
     Reject,
     Slo,
 )
-from throttllem.engine.live import EngineError
+from throttllem.engines.base import EngineError
+from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions
-from throttllem.gateway.ticket import RefusedError
 
 SHORT = LimitOptions(queue_wait_s=2.0, engine_wait_s=1.0, silence_s=1.0)
 

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from gateway.rig import outcome, rig, virtually
-from throttllem.core.autoscale import AutoscaleOptions
-from throttllem.core.throttle import ClockPolicy
+from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.types import ClockRead, Dispatch, SetClock, StartEngine, StopEngine
 
 # ---- counts --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 
 from gateway.rig import asked, outcome, rig, virtually
 from throttllem.core.types import Arrived, Cancelled, Dispatch, EngineLost, Slo, Stepped, Timer
-from throttllem.engine.live import PromptCount
+from throttllem.engines.base import PromptCount
 
 COUNT = PromptCount(tokens=4, by="test", exact=True)
 

@@ -5,9 +5,9 @@ import asyncio
 from core.toy import CLOCKS_MHZ, spec, table
 
 from throttllem.core.types import ClockRead, FrequencyPlan, Reason
-from throttllem.gateway.energy_meter import EnergyMeter, Step
-from throttllem.gateway.engine_clock import EngineClock
-from throttllem.gateway.other_clocks import OtherClocks
+from throttllem.gateway.control.clock_setter import EngineClock
+from throttllem.gateway.energy.meter import EnergyMeter, Step
+from throttllem.gateway.energy.savings_estimate import OtherClocks
 from throttllem.gpu.device import Reading, Work, nothing
 
 

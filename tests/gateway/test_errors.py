@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from throttllem.engine.live import EngineError
-from throttllem.gateway.errors import HttpError, as_http, detail, invalid, not_allowed, unavailable
-from throttllem.gateway.ticket import RefusedError
+from throttllem.engines.base import EngineError
+from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.http.errors import HttpError, as_http, detail, invalid, not_allowed, unavailable
 
 
 def told(error):

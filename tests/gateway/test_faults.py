@@ -11,7 +11,7 @@ from core.toy import spec, table
 from tests.gateway.peer import Peer, asks, told, until, whole, with_peer
 from throttllem.gateway.run import run_gateway
 from throttllem.gateway.settings import ServeOptions, ServerOptions
-from throttllem.learn.storage import save_table
+from throttllem.profiling.storage import save_table
 from tools.evaluation.fault_client import tallied
 from tools.evaluation.garbage_engine import ANSWERS, CHUNK, PAGES, GarbageEngine, garbage_engine
 

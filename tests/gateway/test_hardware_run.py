@@ -15,8 +15,8 @@ import pytest
 from aiohttp import web
 
 from gateway.test_run import lived, options
-from tests.engine.upstreams import served as upstream
-from tests.engine.vllm_peer import VllmPeer
+from tests.engines.upstreams import served as upstream
+from tests.engines.vllm_peer import VllmPeer
 from throttllem.gateway.check import check_configuration
 from throttllem.gateway.run import run_gateway
 from throttllem.gateway.settings import ClockOptions, EngineEntry

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from throttllem.gateway.history import History
+from throttllem.gateway.telemetry.history import History
 
 from .statuses import STATUS, Still
 

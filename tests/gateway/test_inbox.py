@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from throttllem.core.types import Cancelled, Observed, Stepped, Timer
-from throttllem.gateway.inbox import Inbox
+from throttllem.gateway.control.inbox import Inbox
 
 
 class Desk:

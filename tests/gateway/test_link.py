@@ -6,7 +6,7 @@ import pytest
 
 from gateway.rig import outcome, rig, virtually
 from throttllem.core.types import ClockRead, EngineLost, EngineReady, FrequencyPlan, Reason
-from throttllem.engine.live import EngineError
+from throttllem.engines.base import EngineError
 
 
 def plan(mhz):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.gateway.upstream import chat_chunk, chat_events, completion_events, sse
-from throttllem.gateway.meter import Meter
+from throttllem.gateway.http.token_events import Meter
 
 TOKEN = b'data: {"choices": [{"text": "x"}]}\n\n'
 

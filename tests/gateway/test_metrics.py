@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from throttllem.gateway.metrics import Histograms, metrics_page
-from throttllem.gateway.status import Energy, GatewayStatus
+from throttllem.gateway.telemetry.metrics import Histograms, metrics_page
+from throttllem.gateway.telemetry.status import Energy, GatewayStatus
 
 from .statuses import DOWN, EMPTY, HOSTILE, MODEL, STATUS
 

@@ -7,10 +7,10 @@ import pytest
 from gateway.rig import asked, rig, virtually
 from throttllem.core.admission import AdmissionOptions
 from throttllem.core.types import Slo
-from throttllem.engine.live import EngineError, PromptCount
-from throttllem.gateway.models import Served
+from throttllem.engines.base import EngineError, PromptCount
+from throttllem.gateway.control.models import Served
+from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions
-from throttllem.gateway.ticket import RefusedError
 
 SHORT = LimitOptions(engine_wait_s=2.0)
 

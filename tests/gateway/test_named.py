@@ -16,7 +16,7 @@ from throttllem.core.types import (
     Stepped,
     Timer,
 )
-from throttllem.gateway.named import done, named
+from throttllem.gateway.control.named import done, named
 
 REQUEST = Request(id=7, arrival_s=0.0, prompt_tokens=1, max_tokens=1, slo=Slo())
 

@@ -7,8 +7,8 @@ import pytest
 from core.toy import spec, table
 
 from gateway.rig import rig, virtually
-from throttllem.core.throttle import ClockPolicy
-from throttllem.gateway.other_clocks import OtherClocks
+from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.gateway.energy.savings_estimate import OtherClocks
 from throttllem.gpu.device import Work
 
 

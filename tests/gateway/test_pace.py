@@ -1,6 +1,6 @@
 """When to come back: by the pace of the last minute, from 1 to 60 seconds."""
 
-from throttllem.gateway.pace import Pace
+from throttllem.gateway.control.retry_after import Pace
 
 
 def test_by_how_many_ended_and_how_many_wait():

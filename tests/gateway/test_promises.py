@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from throttllem.core.types import Slo
-from throttllem.gateway.promises import RECENT_S, Latencies, Promises, added, judged
-from throttllem.gateway.status import Kept
+from throttllem.gateway.control.slo_attainment import RECENT_S, Latencies, Promises, added, judged
+from throttllem.gateway.telemetry.status import Kept
 
 ALL = Slo(e2e_s=2.0, tbt_s=0.1, ttft_s=0.5)
 

@@ -16,10 +16,10 @@ from gateway.flights import OPTIONS, SPECS, TABLES, busy, recorded_world, record
 from gateway.test_wire import commands, events
 from throttllem.core.controller import Controller
 from throttllem.core.types import EngineReady, Observed, Reason, Reject, Stepped, Timer
-from throttllem.gateway import wire
-from throttllem.gateway.checkpoint import table_digest
-from throttllem.gateway.recordings import Recordings, build, safe_name
-from throttllem.gateway.replay import calls, replay
+from throttllem.gateway.flight import wire
+from throttllem.gateway.flight.checkpoint import table_digest
+from throttllem.gateway.flight.recordings import Recordings, build, safe_name
+from throttllem.gateway.flight.replay import calls, replay
 
 times = st.floats(0, 1e9)
 quiet = st.builds(Stepped, engine=st.integers(0, 1), iteration=st.integers(0, 4)) | st.builds(

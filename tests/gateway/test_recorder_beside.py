@@ -4,7 +4,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 from gateway.flights import busy, recorded_world
-from throttllem.gateway.replay import replay
+from throttllem.gateway.flight.replay import replay
 
 
 def files(folder):

@@ -4,7 +4,7 @@ import pytest
 from core.toy import spec
 
 from throttllem.core.types import Reason, Request, Slo
-from throttllem.gateway.refusals import draining, no_engine, refused, silent, unknown_model, waited_too_long
+from throttllem.gateway.control.rejections import draining, no_engine, refused, silent, unknown_model, waited_too_long
 
 REQUEST = Request(id=1, arrival_s=0.0, prompt_tokens=100, max_tokens=200, slo=Slo(), sequences=3)
 

@@ -5,10 +5,10 @@ import pytest
 
 from tests.gateway.fakes import house
 from tests.gateway.upstream import chat_chunk, chat_events, sse
-from throttllem.engine.live import Reply
-from throttllem.gateway.relay import relay
+from throttllem.engines.base import Reply
+from throttllem.gateway.control.ticket import Receipt
+from throttllem.gateway.http.relay import relay
 from throttllem.gateway.settings import LimitOptions
-from throttllem.gateway.ticket import Receipt
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from gateway.flights import OPTIONS, SPECS, busy, deeds, fly, recorded_world
 from throttllem.core.types import Arrived, Request, Slo, Timer
-from throttllem.gateway.recordings import build
-from throttllem.gateway.replay import ReplayError, replay
+from throttllem.gateway.flight.recordings import build
+from throttllem.gateway.flight.replay import ReplayError, replay
 
 
 def flown(folder, rounds=150, **changes):
@@ -85,7 +85,7 @@ def test_a_call_that_raised_is_recorded_and_raises_again(tmp_path, monkeypatch):
     world, recorder = recorded_world(tmp_path)
     request = Request(id=1, arrival_s=0.0, prompt_tokens=5, max_tokens=4, slo=Slo())
     with monkeypatch.context() as patch:
-        patch.setattr("throttllem.core.load.LoadEstimator.arrived", broken)
+        patch.setattr("throttllem.core.clocks.steady_load.LoadEstimator.arrived", broken)
         with pytest.raises(ZeroDivisionError):
             world.controller.handle(Arrived(request=request), 0.0)
         recorder.record(0.0, Arrived(request=request), None)
@@ -133,7 +133,7 @@ def test_an_error_of_this_build_is_a_difference(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("of this build")
 
-    monkeypatch.setattr("throttllem.core.load.LoadEstimator.arrived", broken)
+    monkeypatch.setattr("throttllem.core.clocks.steady_load.LoadEstimator.arrived", broken)
     found = replay(path).first_difference
     assert (found.line, found.ours, found.error) == (number, None, "ZeroDivisionError: of this build")
 

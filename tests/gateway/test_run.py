@@ -12,7 +12,7 @@ import pytest
 from throttllem.gateway import run as run_module
 from throttllem.gateway.run import run_gateway
 from throttllem.gateway.settings import EngineEntry, ServeOptions, ServerOptions
-from throttllem.learn.lengths import save_lengths
+from throttllem.profiling.lengths import save_lengths
 
 
 def options(tmp_path, **more):

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.gateway.fakes import house, until
-from throttllem.gateway import serve_http
-from throttllem.gateway.app import Gateway
-from throttllem.gateway.protocol import BoundedProtocol
-from throttllem.gateway.serve_http import bind
+from throttllem.gateway.http import server as serve_http
+from throttllem.gateway.http.app import Gateway
+from throttllem.gateway.http.protocol import BoundedProtocol
+from throttllem.gateway.http.server import bind
 from throttllem.gateway.settings import LimitOptions, ServerOptions
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +156,7 @@ def test_many_small_chunks_are_no_fields():
 
 
 def test_an_idle_connection_does_not_hold_up_the_end(monkeypatch):
-    monkeypatch.setattr("throttllem.gateway.serve_http._FLUSH_S", 3600)
+    monkeypatch.setattr("throttllem.gateway.http.server._FLUSH_S", 3600)
 
     async def main():
         async with house() as there:
@@ -174,7 +174,7 @@ def test_an_idle_connection_does_not_hold_up_the_end(monkeypatch):
 
 
 def test_a_head_that_takes_too_long(monkeypatch):
-    monkeypatch.setattr("throttllem.gateway.protocol.HEAD_S", 0.02)
+    monkeypatch.setattr("throttllem.gateway.http.protocol.HEAD_S", 0.02)
     assert spoken(b"GET / HTTP/1.1\r\nx:") == b""
 
 
@@ -211,7 +211,7 @@ def test_connections_are_bounded():
 
 
 def test_an_idle_connection_is_closed(monkeypatch):
-    monkeypatch.setattr("throttllem.gateway.protocol.KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr("throttllem.gateway.http.protocol.KEEP_ALIVE_S", 0.02)
     assert spoken(b"") == b""
     assert issubclass(BoundedProtocol, asyncio.Protocol)
 

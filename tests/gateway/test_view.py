@@ -6,9 +6,9 @@ import pytest
 
 from gateway.rig import asked, rig, virtually
 from throttllem.core.types import FrequencyPlan, Observed, Reason, Slo
-from throttllem.gateway.metrics import Histograms, metrics_page
 from throttllem.gateway.settings import LimitOptions
-from throttllem.gateway.view import decision
+from throttllem.gateway.telemetry.metrics import Histograms, metrics_page
+from throttllem.gateway.telemetry.view import decision
 
 
 @pytest.mark.parametrize("mode", [{}, {"mute": True}, {"numbered": True}, {"tables": False}])

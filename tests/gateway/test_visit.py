@@ -7,8 +7,8 @@ import pytest
 
 from gateway.rig import asked, rig, virtually
 from throttllem.core.types import Slo
-from throttllem.engine.live import EngineError, PromptCount
-from throttllem.gateway.ticket import RefusedError
+from throttllem.engines.base import EngineError, PromptCount
+from throttllem.gateway.control.ticket import RefusedError
 
 COUNT = PromptCount(tokens=4, by="test", exact=True)
 GONE = RefusedError(502, "gone", kind="engine_error", code="test")

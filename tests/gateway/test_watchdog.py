@@ -7,9 +7,9 @@ import pytest
 
 from gateway.rig import asked, rig, virtually
 from throttllem.core.types import Slo, Stepped
-from throttllem.engine.live import PromptCount
+from throttllem.engines.base import PromptCount
+from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions
-from throttllem.gateway.ticket import RefusedError
 
 COUNT = PromptCount(tokens=4, by="test", exact=True)
 

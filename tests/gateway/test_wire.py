@@ -23,7 +23,7 @@ from throttllem.core.types import (
     Slo,
     Stepped,
 )
-from throttllem.gateway import wire
+from throttllem.gateway.flight import wire
 
 seconds = st.none() | st.floats(1e-6, 1e6)
 whole = st.integers(-(2**70), 2**70)

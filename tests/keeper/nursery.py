@@ -19,7 +19,7 @@ from pathlib import Path
 import typer
 
 from tests.keeper.talk import Talk
-from throttllem.cli_doctor import doctor
+from throttllem.cli.doctor import doctor
 from throttllem.keeper import __main__ as keeper
 from tools.nvml import build
 

@@ -117,7 +117,15 @@ def inside(folder):
     """The service as it is installed, but for the fake NVML."""
     machine = Machine.open(folder / "gpus", library=folder / "library")
     units = Path("/run/systemd/system")
-    command = [sys.executable, "-c", "from throttllem.cli import main; main()", "keeper", "--unit", "--user", "nobody"]
+    command = [
+        sys.executable,
+        "-c",
+        "from throttllem.cli.app import main; main()",
+        "keeper",
+        "--unit",
+        "--user",
+        "nobody",
+    ]
     unit = run(*command, "--gpu", f"{machine.gpus[0].uuid}=210-1410")
     (units / f"{SERVICE}.service").write_text(unit)
     fake = "\n".join(f'Environment="{name}={value}"' for name, value in machine.environment(base={}).items())

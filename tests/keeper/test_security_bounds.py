@@ -15,7 +15,7 @@ import pytest
 from tests.keeper.rig import locks, until
 from tests.keeper.test_size import KEEPER, MOST_LINES, OURS, code_lines
 from tests.keeper.test_socket import GARBAGE
-from throttllem.cli_keeper import unit_text
+from throttllem.cli.keeper import unit_text
 from throttllem.keeper.__main__ import CONNECTIONS, LINE_BYTES, Door
 
 # ---- what it cannot exhaust -----------------------------------------------------------------------------------

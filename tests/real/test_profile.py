@@ -8,8 +8,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from throttllem.learn.profile import read_profile
-from throttllem.learn.storage import load_table
+from throttllem.profiling.profile import read_profile
+from throttllem.profiling.storage import load_table
 from tools.engines.vllm_server import FLAGS, tiny_model, vllm_server
 
 pytestmark = pytest.mark.real

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from engine.contract import CHECKS, Subject, name_of
-from engine.triton_peer import COMPLETIONS, SPEC, answer, call, chunks
+from engines.contract import CHECKS, Subject, name_of
+from engines.triton_peer import COMPLETIONS, SPEC, answer, call, chunks
 
-from throttllem.engine.live import EngineError
-from throttllem.engine.triton import TritonEngine
+from throttllem.engines.base import EngineError
+from throttllem.engines.triton.engine import TritonEngine
 from tools.engines.triton_server import ModelSpeed, triton_server
 
 pytestmark = pytest.mark.real

@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 import aiohttp
 import pytest
 
-from tests.engine.contract import CHECKS, Subject, events_of, name_of, text_of
-from tests.engine.upstreams import call, eventually, whole
+from tests.engines.contract import CHECKS, Subject, events_of, name_of, text_of
+from tests.engines.upstreams import call, eventually, whole
 from tests.real.vllm import DEADLY, body, engine_of, started, watched
-from throttllem.engine.live import Ask
-from throttllem.engine.prometheus import total
+from throttllem.engines.base import Ask
+from throttllem.engines.prometheus import total
 from tools.engines.vllm_server import MODEL
 
 pytestmark = pytest.mark.real

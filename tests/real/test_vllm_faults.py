@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from tests.engine.contract import Subject, name_of
-from tests.engine.upstreams import call, eventually, whole
+from tests.engines.contract import Subject, name_of
+from tests.engines.upstreams import call, eventually, whole
 from tests.real.vllm import DEADLY, body, engine_of, started, watched
-from throttllem.engine.live import EngineError
+from throttllem.engines.base import EngineError
 
 pytestmark = pytest.mark.real
 

@@ -6,9 +6,9 @@ import os
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-from tests.engine.contract import CHECKS
-from tests.engine.upstreams import eventually
-from throttllem.engine.openai import OpenaiEngine
+from tests.engines.contract import CHECKS
+from tests.engines.upstreams import eventually
+from throttllem.engines.openai import OpenaiEngine
 from tools.engines.vllm_server import FLAGS, MODEL, vllm_server
 
 ENVIRONMENT = Path(__file__).parents[2] / ".engines/vllm"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from throttllem.learn.score import QUICK, Score, ScoreCard
-from throttllem.report.evidence import HELD_OUT, Evidence
-from throttllem.report.experiments import Comparison, engine_studies, half_load_study, size_study
-from throttllem.report.probes import PROFILED, ClockSweep, KvCorrelation
+from throttllem.profiling.score import QUICK, Score, ScoreCard
+from throttllem.reproduce.evidence import HELD_OUT, Evidence
+from throttllem.reproduce.experiments import Comparison, engine_studies, half_load_study, size_study
+from throttllem.reproduce.probes import PROFILED, ClockSweep, KvCorrelation
 from throttllem.sim.characterize import Capacity
 from throttllem.sim.result import RunResult
 from throttllem.sim.study import Study

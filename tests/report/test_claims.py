@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from throttllem.report.claim_list import OURS, PAPER
-from throttllem.report.claims import CLOSE, Claim, Figure, Form, Outcome, Rule, Standing
+from throttllem.reproduce.claim_list import OURS, PAPER
+from throttllem.reproduce.claims import CLOSE, Claim, Figure, Form, Outcome, Rule, Standing
 
 IDS = [
     *("model-r2", "model-mae", "model-mape", "projection-batch", "projection-kv", "kv-tbt", "kv-throughput"),

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from throttllem.report import experiments
-from throttllem.report.experiments import ENGINES, compare, engine_studies, size_study, summed
+from throttllem.reproduce import experiments
+from throttllem.reproduce.experiments import ENGINES, compare, engine_studies, size_study, summed
 
 from .evaluation import comparison
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from throttllem.report.claim_list import OURS, PAPER
-from throttllem.report.claims import Outcome, Standing
-from throttllem.report.evidence import Evidence, draw, time_by_size, violations
-from throttllem.report.findings import outcomes
+from throttllem.reproduce.claim_list import OURS, PAPER
+from throttllem.reproduce.claims import Outcome, Standing
+from throttllem.reproduce.evidence import Evidence, draw, time_by_size, violations
+from throttllem.reproduce.findings import outcomes
 from throttllem.sim.result import ProjectionError
 
 from .evaluation import evidence

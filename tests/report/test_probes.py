@@ -4,8 +4,8 @@ import pytest
 
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
-from throttllem.report.experiments import ENGINES, GPU, MAIN_MODEL
-from throttllem.report.probes import KV_BATCHES, PROFILED, clock_sweep, kv_correlation
+from throttllem.reproduce.experiments import ENGINES, GPU, MAIN_MODEL
+from throttllem.reproduce.probes import KV_BATCHES, PROFILED, clock_sweep, kv_correlation
 
 
 def test_kv_use_slows_an_engine_down_and_the_seed_decides_the_noise() -> None:

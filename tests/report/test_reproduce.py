@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from throttllem.physics.catalogue import Catalogue
-from throttllem.report.claim_list import OURS, PAPER
-from throttllem.report.claims import Outcome, Standing
-from throttllem.report.findings import outcomes
-from throttllem.report.reproduce import check_completed, claims_table, outcomes_json, reproduce, tally
+from throttllem.reproduce.claim_list import OURS, PAPER
+from throttllem.reproduce.claims import Outcome, Standing
+from throttllem.reproduce.findings import outcomes
+from throttllem.reproduce.run import check_completed, claims_table, outcomes_json, reproduce, tally
 
 from .evaluation import evidence
 from .factory import make_run

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim.toy_runs import FREED_W, GPUS, STARTUP_W, simulate, specs_of, steady
 
-from throttllem.core.length import Noisy
-from throttllem.core.throttle import ClockPolicy
+from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.lengths.prediction import Noisy
 from throttllem.core.types import (
     Arrived,
     ClockRead,
@@ -20,7 +20,7 @@ from throttllem.core.types import (
     StopEngine,
     Timer,
 )
-from throttllem.engine.simulated import Noise
+from throttllem.engines.simulated.engine import Noise
 
 POLICIES = list(ClockPolicy)
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sim.toy_runs import simulate, specs_of
 
-from throttllem.core.projection import Projection
+from throttllem.core.forecast.projection import Projection
 from throttllem.core.types import Slo
-from throttllem.engine.batcher import Iteration
+from throttllem.engines.simulated.batcher import Iteration
 from throttllem.sim.recorder import Life, Recorder, quantiles
 
 

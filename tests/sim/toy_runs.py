@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 from core.toy import ToyPhysics, spec, table
 
 from throttllem.core.admission import AdmissionOptions
-from throttllem.core.autoscale import AutoscaleOptions
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
+from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.controller import Controller
-from throttllem.core.length import Oracle
+from throttllem.core.lengths.prediction import Oracle
 from throttllem.core.options import ControllerOptions
-from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import Request, Slo
-from throttllem.engine.simulated import Noise
+from throttllem.engines.simulated.engine import Noise
 from throttllem.sim.driver import Machine, Simulation
 from throttllem.sim.recorder import Recorder
 

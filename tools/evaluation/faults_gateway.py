@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from throttllem.gateway.replay import replay
-from throttllem.learn.lengths import load_lengths
+from throttllem.gateway.flight.replay import replay
+from throttllem.profiling.lengths import load_lengths
 from tools.evaluation.fault_bench import Bench, Found, stopped
 from tools.evaluation.fault_client import Answer, tallied
 from tools.evaluation.fault_house import eventually, gateway

@@ -14,8 +14,8 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from throttllem.core.online import Online
-from throttllem.core.throttle import ClockPolicy
+from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.lengths.online import Online
 from throttllem.files import write_aside
 from tools.engines.vllm_server import tiny_model
 from tools.evaluation.machine import version_of

@@ -14,16 +14,16 @@ import numpy as np
 
 from throttllem.config import EngineOptions, Noise
 from throttllem.core.admission import AdmissionOptions, Unmeetable
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
-from throttllem.core.length import LengthPredictor
-from throttllem.core.online import Online
+from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.lengths.online import Online
+from throttllem.core.lengths.prediction import LengthPredictor
 from throttllem.core.options import ControllerOptions
-from throttllem.core.performance import PerformanceTable
-from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import Arrived, Command, Event, Reason, Reject, Request, Slo, Stepped
-from throttllem.engine.fleet import Fleet, build_fleet
-from throttllem.learn.tables import performance_tables
+from throttllem.engines.simulated.fleet import Fleet, build_fleet
 from throttllem.physics.catalogue import Catalogue
+from throttllem.profiling.tables import performance_tables
 from throttllem.sim.driver import Machine, Simulation
 from throttllem.sim.recorder import Life, Recorder
 from tools.evaluation.overload_load import Lengths, Outcome, Promise, azure, judge

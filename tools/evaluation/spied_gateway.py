@@ -21,12 +21,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from throttllem.cli import main as throttllem
-from throttllem.engine.live import Call, EngineError, Reply
-from throttllem.engine.realtime import RealtimeEngine
-from throttllem.engine.simulated import SimulatedEngine
-from throttllem.gateway.app import Gateway
-from throttllem.gateway.driver import Driver
+from throttllem.cli.app import main as throttllem
+from throttllem.engines.base import Call, EngineError, Reply
+from throttllem.engines.simulated.engine import SimulatedEngine
+from throttllem.engines.simulated.realtime import RealtimeEngine
+from throttllem.gateway.control.loop import Driver
+from throttllem.gateway.http.app import Gateway
 from throttllem.gpu.device import nothing
 from throttllem.gpu.simulated import SimulatedGpu
 

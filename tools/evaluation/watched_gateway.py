@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from throttllem.engine.openai import OpenaiEngine
-from throttllem.engine.stats import PACKED, StepStats, bind, unpack
-from throttllem.gateway.driver import Driver
+from throttllem.engines.openai import OpenaiEngine
+from throttllem.engines.step_reports import PACKED, StepStats, bind, unpack
+from throttllem.gateway.control.loop import Driver
 from throttllem.gateway.run import Prepared, run_gateway
 from throttllem.gateway.settings import RESOLVED, ServeOptions
 from throttllem.tree import build, from_settings

@@ -20,8 +20,8 @@ from throttllem.calibrate.errors import Errors
 from throttllem.calibrate.fit import Constant, fit, with_constants
 from throttllem.physics.catalogue import Catalogue, Gpu, Model
 from throttllem.physics.engine import EnginePhysics
-from throttllem.report.experiments import BASELINE, GPU, MAIN_MODEL, SECONDS, TRACE
-from throttllem.report.probes import KV_TP, clock_sweep
+from throttllem.reproduce.experiments import BASELINE, GPU, MAIN_MODEL, SECONDS, TRACE
+from throttllem.reproduce.probes import KV_TP, clock_sweep
 from throttllem.sim.result import RunResult
 from throttllem.sim.study import MAXIMUM, Study
 from tools.fidelity.section import ErrorRow, Plot, Section, Target

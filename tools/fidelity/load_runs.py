@@ -15,9 +15,9 @@ from typing import NamedTuple
 import polars as pl
 
 from throttllem.config import Options
-from throttllem.core.policy import parse_policy
+from throttllem.core.clocks.names import parse_policy
 from throttllem.core.types import Slo
-from throttllem.engine.fleet import Fleet, build_fleet
+from throttllem.engines.simulated.fleet import Fleet, build_fleet
 from throttllem.physics.catalogue import Catalogue, Gpu, Model
 from throttllem.physics.engine import EnginePhysics
 from throttllem.sim.result import RunResult

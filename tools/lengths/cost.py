@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from throttllem.core.online import Online, OnlineOptions
+from throttllem.core.lengths.online import Online, OnlineOptions
 from throttllem.core.types import Request
 from tools.lengths.sets import Asked
 

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from throttllem.core.length_bins import bin_of
-from throttllem.core.online import Online, OnlineOptions
+from throttllem.core.lengths.bins import bin_of
+from throttllem.core.lengths.online import Online, OnlineOptions
 from tools.lengths.sets import EDGES, Asked
 
 INFLATION = 1.3

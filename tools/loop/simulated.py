@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from throttllem.config import Options, changed
-from throttllem.learn.storage import load_table
 from throttllem.physics.catalogue import Catalogue
+from throttllem.profiling.storage import load_table
 from throttllem.sim.study import Study
 from tools.loop.house import CATALOGUE, environment, throttllem
 from tools.loop.outcome import Figures

@@ -19,22 +19,23 @@ from typing import Any
 
 import uvloop
 
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
-from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import FrequencyPlan, Reason, Slo
-from throttllem.engine import fake_api, realtime
-from throttllem.engine.fake_text import Tape
-from throttllem.engine.live import Ask, Call, EngineError
-from throttllem.gateway import engine_clock
-from throttllem.gateway.booking import Booking
-from throttllem.gateway.driver import Driver
-from throttllem.gateway.energy_meter import EnergyMeter
-from throttllem.gateway.link import Link
-from throttllem.gateway.models import AllModels, Served
+from throttllem.engines.base import Ask, Call, EngineError
+from throttllem.engines.simulated import realtime
+from throttllem.engines.simulated import requests as fake_api
+from throttllem.engines.simulated.text import Tape
+from throttllem.gateway.control import clock_setter as engine_clock
+from throttllem.gateway.control.backend import Link
+from throttllem.gateway.control.loop import Driver
+from throttllem.gateway.control.models import AllModels, Served
+from throttllem.gateway.control.session import Visit
+from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.energy.accounting import Booking
+from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gateway.settings import LimitOptions
-from throttllem.gateway.ticket import RefusedError
-from throttllem.gateway.visit import Visit
 from throttllem.gpu import hardware
 from throttllem.gpu.setters import clock_setter
 from tools.soak.small_engine import MODEL, SmallEngine, small_spec

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from throttllem.config import Noise
 from throttllem.core.types import EngineSpec
-from throttllem.engine.live import Ask, Call, Connected, EngineError, PromptCount, Reply, Report
-from throttllem.engine.realtime import RealtimeEngine
+from throttllem.engines.base import Ask, Call, Connected, EngineError, PromptCount, Reply, Report
+from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.gpu.device import Reading, Work, nothing
 from tools.nvml.build import NAME
 

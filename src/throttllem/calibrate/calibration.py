@@ -31,9 +31,9 @@ from throttllem.calibrate.refuse import (
     check_held_out,
     check_repeats,
 )
-from throttllem.learn.profile import ProfileError
 from throttllem.physics.catalogue import Gpu, Model
 from throttllem.physics.engine import EnginePhysics
+from throttllem.profiling.profile import ProfileError
 
 Progress = Callable[[int, int], None]
 """Called with (fits done, fits in all)."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from throttllem.calibrate.points import Point
-from throttllem.learn.profile import ProfileError, place
+from throttllem.profiling.profile import ProfileError, place
 
 Logs = NDArray[np.float64]
 """Logarithms of seconds, of watts: one line per point."""

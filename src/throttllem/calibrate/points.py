@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 
 from throttllem.calibrate.bands import bands
-from throttllem.learn.profile import ProfileError, place
 from throttllem.physics.catalogue import Model
+from throttllem.profiling.profile import ProfileError, place
 
 
 class Point(NamedTuple):
@@ -115,7 +115,7 @@ def _wrong_pairs(cells: Mapping[str, Any], model: Model) -> str | None:
 def _point(row: int, cells: Mapping[str, Any], prompts: int) -> Point:
     tokens, block = cells["prefill_tokens"], cells["block_tokens"]
     decode_batch = cells["batch"] - prompts
-    # Of each request's last block about half is filled, as learn/measure.py has it.
+    # Of each request's last block about half is filled, as profiling/measure.py has it.
     blocks = cells["kv_blocks"] - (prompts and prompts * -(-tokens // (prompts * block)))
     kv_tokens = max(decode_batch, blocks * block - decode_batch * (block - 1) // 2) if decode_batch else 0
     pairs = cells.get("prefill_pairs")

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from throttllem.calibrate.bands import bands
 from throttllem.calibrate.points import Point, refuse_rows
-from throttllem.learn.profile import ProfileError, place
 from throttllem.physics.catalogue import Gpu, Model
 from throttllem.physics.engine import EnginePhysics, ModelDoesNotFit
 from throttllem.physics.load import kv_bytes_per_token
+from throttllem.profiling.profile import ProfileError, place
 
 FEWEST_CLOCKS = 3
 """The clock law bends at a knee: two clocks cannot tell where."""

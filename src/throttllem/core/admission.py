@@ -13,12 +13,12 @@ from enum import StrEnum
 
 import numpy as np
 
-from throttllem.core.bound import surely_fits
-from throttllem.core.horizon import Horizon, look_ahead
-from throttllem.core.performance import PerformanceTable
-from throttllem.core.projection import project
-from throttllem.core.row import Row
+from throttllem.core.admission_bound import surely_fits
+from throttllem.core.forecast.horizon import Horizon, look_ahead
+from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.forecast.projection import project
 from throttllem.core.scoreboard import Scoreboard
+from throttllem.core.sequence_state import Row
 from throttllem.core.types import EngineSpec, Reason, Request, Verdict, VerdictKind, check
 
 ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)

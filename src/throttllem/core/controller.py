@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 
-from throttllem.core.autoscale import Autoscaler
-from throttllem.core.booking import Booking
-from throttllem.core.engines import Engines, EngineState, Phase
-from throttllem.core.entrance import Changed, Entrance
-from throttllem.core.foresight import Foresight
-from throttllem.core.governor import Governor
-from throttllem.core.load import LoadEstimator
+from throttllem.core.clocks.controller import Governor
+from throttllem.core.clocks.sizing import Autoscaler
+from throttllem.core.clocks.steady_load import LoadEstimator
+from throttllem.core.engine_state import Engines, EngineState, Phase
+from throttllem.core.forecast.projection import Projection
+from throttllem.core.lengths.expectation import Foresight
 from throttllem.core.options import ControllerOptions
-from throttllem.core.projection import Projection
+from throttllem.core.scheduler import Changed, Entrance
 from throttllem.core.snapshot import Snapshot, view
+from throttllem.core.state_update import Booking
 from throttllem.core.types import (
     Arrived,
     Cancel,

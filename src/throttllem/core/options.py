@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from throttllem.core.admission import AdmissionOptions
-from throttllem.core.autoscale import AutoscaleOptions
-from throttllem.core.length import LengthPredictor, Oracle
-from throttllem.core.performance import PerformanceTable
-from throttllem.core.throttle import ThrottleOptions
+from throttllem.core.clocks.policy import ThrottleOptions
+from throttllem.core.clocks.sizing import AutoscaleOptions
+from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.lengths.prediction import LengthPredictor, Oracle
 from throttllem.core.types import EngineSpec
 
 

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from itertools import islice
 
-from throttllem.core.row import Row
+from throttllem.core.sequence_state import Row
 
 _SLACK = 64
 

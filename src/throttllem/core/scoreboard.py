@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from throttllem.core.blocks import GrowingBlocks
-from throttllem.core.drift import Others, Own
-from throttllem.core.row import Row
+from throttllem.core.external_load import Others, Own
+from throttllem.core.sequence_state import Row
 from throttllem.core.types import Request
 
 Ints = npt.NDArray[np.int64]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from throttllem.core.drift import Drift
-from throttllem.core.engines import EngineState, Phase
-from throttllem.core.length import LengthScore
+from throttllem.core.engine_state import EngineState, Phase
+from throttllem.core.external_load import Drift
+from throttllem.core.lengths.prediction import LengthScore
 from throttllem.core.types import FrequencyPlan, Verdict
 
 

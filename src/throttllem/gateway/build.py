@@ -11,28 +11,28 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+from throttllem.core.clocks.names import Policy, parse_policy
+from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.controller import Controller
-from throttllem.core.length import LengthPredictor, MaxTokens
-from throttllem.core.online import Online, OnlineOptions
+from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.lengths.online import Online, OnlineOptions
+from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens
 from throttllem.core.options import ControllerOptions
-from throttllem.core.performance import PerformanceTable
-from throttllem.core.policy import Policy, parse_policy
-from throttllem.core.throttle import ClockPolicy
 from throttllem.core.types import EngineSpec
-from throttllem.engine.fleet import build_fleet
-from throttllem.gateway.driver import Driver
-from throttllem.gateway.links import LinkMaker, called
-from throttllem.gateway.metrics import Histograms
-from throttllem.gateway.models import AllModels, Served
-from throttllem.gateway.recorder import Recorder
-from throttllem.gateway.recordings import safe_name
+from throttllem.engines.simulated.fleet import build_fleet
+from throttllem.gateway.control.backend_factory import LinkMaker, called
+from throttllem.gateway.control.loop import Driver
+from throttllem.gateway.control.models import AllModels, Served
+from throttllem.gateway.flight.recorder import Recorder
+from throttllem.gateway.flight.recordings import safe_name
 from throttllem.gateway.settings import EngineEntry, ServeOptions
-from throttllem.gateway.witness import Record
+from throttllem.gateway.telemetry.metrics import Histograms
+from throttllem.gateway.telemetry.observer import Record
 from throttllem.gpu.hardware import HardwareGpu
-from throttllem.learn.lengths import load_lengths
-from throttllem.learn.storage import load_table
-from throttllem.learn.tables import Progress, performance_tables
 from throttllem.physics.catalogue import Catalogue
+from throttllem.profiling.lengths import load_lengths
+from throttllem.profiling.storage import load_table
+from throttllem.profiling.tables import Progress, performance_tables
 
 log = logging.getLogger("throttllem.gateway")
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.options import ControllerOptions
-from throttllem.core.throttle import ClockPolicy
-from throttllem.engine.live import Connected, EngineError
+from throttllem.engines.base import Connected, EngineError
 from throttllem.files import WriteError, writable_dir
 from throttllem.gateway.build import Gateway, build_gateway
-from throttllem.gateway.link import Link
-from throttllem.gateway.serve_http import bind
+from throttllem.gateway.control.backend import Link
+from throttllem.gateway.http.server import bind
 from throttllem.gateway.settings import ServeOptions, ServerOptions
 from throttllem.gpu.hardware import HardwareGpu, Mode, check_apart
 from throttllem.gpu.keeper_client import keeper_status

@@ -21,21 +21,21 @@ from pathlib import Path
 import uvloop
 from starlette.types import ASGIApp
 
-from throttllem.core.online import Online
+from throttllem.core.lengths.online import Online
 from throttllem.files import hold_dir
-from throttllem.gateway.app import Gateway as Front
-from throttllem.gateway.app import build_app, build_private_app
 from throttllem.gateway.build import Gateway, build_gateway
 from throttllem.gateway.check import open_doors
-from throttllem.gateway.dashboard import dashboard_routes
-from throttllem.gateway.history import History
-from throttllem.gateway.metrics import metrics_page
-from throttllem.gateway.serve_http import Sockets, bind, run
+from throttllem.gateway.http.app import Gateway as Front
+from throttllem.gateway.http.app import build_app, build_private_app
+from throttllem.gateway.http.server import Sockets, bind, run
 from throttllem.gateway.settings import ServeOptions
-from throttllem.gateway.view import assumptions
+from throttllem.gateway.telemetry.dashboard import dashboard_routes
+from throttllem.gateway.telemetry.history import History
+from throttllem.gateway.telemetry.metrics import metrics_page
+from throttllem.gateway.telemetry.view import assumptions
 from throttllem.gpu.hardware import check_apart
-from throttllem.learn.lengths import save_lengths
-from throttllem.learn.tables import Progress
+from throttllem.profiling.lengths import save_lengths
+from throttllem.profiling.tables import Progress
 
 log = logging.getLogger("throttllem.gateway")
 

@@ -13,10 +13,10 @@ from typing import Literal
 
 from throttllem.config import EngineOptions, Noise
 from throttllem.core.admission import AdmissionOptions
-from throttllem.core.autoscale import AutoscaleOptions
-from throttllem.core.throttle import ThrottleOptions
+from throttllem.core.clocks.policy import ThrottleOptions
+from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.types import Slo, check
-from throttllem.engine.http import check_address
+from throttllem.engines.http import check_address
 from throttllem.gpu.keeper_client import SOCKET, TTL_S
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from throttllem.config import Options
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
-from throttllem.core.throttle import ClockPolicy, ThrottleOptions
 from throttllem.core.types import Request, Slo
-from throttllem.engine.fleet import Fleet
+from throttllem.engines.simulated.fleet import Fleet
 from throttllem.sim.driver import Machine, Simulation
 from throttllem.sim.recorder import Recorder
 from throttllem.sim.result import RunResult

@@ -31,7 +31,7 @@ from throttllem.core.types import (
     StopEngine,
     Timer,
 )
-from throttllem.engine.simulated import Physics, SimulatedEngine
+from throttllem.engines.simulated.engine import Physics, SimulatedEngine
 from throttllem.sim.recorder import Life, Recorder
 
 _END_OF_ITERATION, _CLOCK, _READY = range(3)

@@ -1,4 +1,4 @@
-"""Characterised engines, kept in a cache under the inputs that made them, as trained tables are (`learn/tables.py`).
+"""Characterised engines, cached under the inputs that made them, as trained tables are (`profiling/tables.py`).
 
 A changed catalogue, option or trace makes a new one. A file that cannot be read is made again.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from throttllem.config import Options
 from throttllem.core.types import Slo
-from throttllem.engine.fleet import Fleet
+from throttllem.engines.simulated.fleet import Fleet
 from throttllem.files import ensure_writable_dir, write_aside
-from throttllem.learn.tables import Progress, digest
+from throttllem.profiling.tables import Progress, digest
 from throttllem.sim.characterize import METHOD, Capacity, characterize
 from throttllem.sim.traces import Trace
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from throttllem.core.projection import Projection
+from throttllem.core.forecast.projection import Projection
 from throttllem.core.types import Request, Slo
-from throttllem.engine.batcher import Iteration
+from throttllem.engines.simulated.batcher import Iteration
 from throttllem.sim.result import Distributions, ProjectionError, Quantiles, RunResult, Series, SloOutcome
 
 Floats = npt.NDArray[np.float64]

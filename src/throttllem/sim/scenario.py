@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from throttllem.config import Options
+from throttllem.core.clocks.names import Policy
 from throttllem.core.controller import Controller
-from throttllem.core.length import LengthPredictor, MaxTokens, Noisy, Oracle
+from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens, Noisy, Oracle
 from throttllem.core.options import ControllerOptions
-from throttllem.core.performance import PerformanceTable
-from throttllem.core.policy import Policy
 from throttllem.core.types import Request, Slo
-from throttllem.engine.fleet import Fleet
+from throttllem.engines.simulated.fleet import Fleet
 from throttllem.physics.estimate import reach
 from throttllem.sim.characterize import Capacity, answer_limits
 from throttllem.sim.driver import Machine, Simulation, Watch

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from throttllem.config import Options
-from throttllem.core.policy import Policy, parse_policy
+from throttllem.core.clocks.names import Policy, parse_policy
 from throttllem.core.types import Slo
-from throttllem.engine.fleet import build_fleet
-from throttllem.learn.tables import Progress, performance_tables
+from throttllem.engines.simulated.fleet import build_fleet
 from throttllem.physics.catalogue import Catalogue
+from throttllem.profiling.tables import Progress, performance_tables
 from throttllem.sim.prepare import capacities
 from throttllem.sim.scenario import Scenario
 from throttllem.sim.traces import Trace, load_trace

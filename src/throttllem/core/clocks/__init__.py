@@ -1,0 +1,1 @@
+"""Which clock, and which engine size: policies and the controller that applies them."""

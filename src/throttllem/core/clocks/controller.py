@@ -1,0 +1,170 @@
+"""The clock of each engine: plans it, and decides when a planned clock is worth a switch.
+
+Up at once; down only after the minimum dwell and, where energy is the aim, only for a saving worth having. Whatever is
+not known (clock, model, hull) means the top clock, said aloud in the plan. Knows nothing of the queue but that
+somebody waits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from throttllem.core.clocks.policy import (
+    Bools,
+    ClockPolicy,
+    Floats,
+    ThrottleOptions,
+    doomed,
+    feasible,
+    least_energy,
+    lowest_feasible,
+)
+from throttllem.core.clocks.steady_load import LoadEstimator, Steady, steady
+from throttllem.core.engine_state import EngineState
+from throttllem.core.forecast.horizon import Horizon, look_ahead
+from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.forecast.projection import project
+from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, SetClock
+
+
+class Governor:
+    """Plans clocks for one controller."""
+
+    def __init__(self, options: ThrottleOptions, load: LoadEstimator) -> None:
+        self.options = options
+        self._load = load
+
+    def settle(self, engine: EngineState, now_s: float, *, waiting: bool) -> SetClock | None:
+        """Plan the clock of a ready engine after a change; a command if another clock is to be set.
+
+        `waiting`: a request that this engine should serve could not be admitted.
+        """
+        assert engine.spec is not None
+        engine.again_at_s = math.inf
+        plan = self._plan(engine, engine.spec, now_s, waiting)
+        engine.plan = plan
+        if plan.mhz == engine.target_mhz:
+            return None
+        engine.target_mhz, engine.set_at_s = plan.mhz, now_s
+        return SetClock(engine=engine.engine, plan=plan)
+
+    def top_delay_s(self, engine: EngineState, now_s: float) -> float:
+        """Seconds until the top clock could be in force."""
+        assert engine.spec is not None
+        top = engine.spec.clocks_mhz[-1]
+        if engine.clock_mhz == top:
+            return 0.0
+        if engine.target_mhz == top:
+            return max(0.0, engine.set_at_s + self.options.switch_latency_s - now_s)
+        return self.options.switch_latency_s
+
+    def _plan(self, engine: EngineState, spec: EngineSpec, now_s: float, waiting: bool) -> FrequencyPlan:
+        top = spec.clocks_mhz[-1]
+        if self.options.policy is ClockPolicy.TOP:
+            return FrequencyPlan(mhz=top, why=Reason.FIXED)
+        if self.options.policy is ClockPolicy.FIXED:
+            return FrequencyPlan(mhz=self.options.fixed_mhz or top, why=Reason.FIXED)
+        if engine.clock_mhz is None:
+            return FrequencyPlan(mhz=top, why=Reason.UNKNOWN_STATE)
+        if not len(engine.board):
+            engine.projection = None
+            return FrequencyPlan(mhz=engine.target_mhz or top, why=Reason.IDLE)
+        return self._plan_running(engine, spec, now_s, waiting)
+
+    def _plan_running(self, engine: EngineState, spec: EngineSpec, now_s: float, waiting: bool) -> FrequencyPlan:
+        top, table, board = spec.clocks_mhz[-1], engine.table, engine.board
+        engine.projection = projection = project(board, spec, first=engine.iteration)
+        if table is None:
+            return FrequencyPlan(mhz=top, why=Reason.OUTSIDE_HULL)
+        engine.again_at_s = now_s + self.options.replan_s
+        least = self.options.policy is ClockPolicy.LEAST_ENERGY
+        seen = projection.replenished() if least else projection
+        ahead = look_ahead(board, spec, table, seen, base_s=engine.base_s(now_s))
+        if not ahead.inside_hull:
+            return FrequencyPlan(mhz=top, why=Reason.OUTSIDE_HULL)
+        plan = FrequencyPlan(mhz=top, why=Reason.WAITING)
+        if not waiting and not board.lost_rows:
+            plan = self._choose(engine, spec, table, ahead, now_s)
+            if plan.why is not Reason.INFEASIBLE:
+                return plan
+        if least:
+            ahead = look_ahead(board, spec, table, projection, base_s=engine.base_s(now_s))
+        for row in doomed(ahead, board, table, self.top_delay_s(engine, now_s)):
+            board.mark_lost(row)
+        return FrequencyPlan(mhz=top, why=Reason.LOST_RUNNING) if board.lost_rows else plan
+
+    def _choose(
+        self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, ahead: Horizon, now_s: float
+    ) -> FrequencyPlan:
+        """The paper: the lowest clock that keeps every promise of the requests at hand. Ours: the cheapest at the load
+        as it stands, of those that keep every promise though requests go on coming.
+        """
+        least = self.options.policy is ClockPolicy.LEAST_ENERGY
+        steady = self._steady(engine, spec, table, now_s) if least else None
+        delay_s = self._delays(engine, spec, now_s)
+        # What is kept back for requests yet to come may be used when nothing else will do.
+        tries = [(self.options.reserve, 1.0 if steady is None else steady.stretch), *([(0.0, 1.0)] if least else [])]
+        for reserve, stretch in tries:
+            holds, run = feasible(
+                ahead,
+                engine.board,
+                table,
+                delay_s=delay_s,
+                margin=self.options.margin,
+                reserve=reserve,
+                stretch=stretch,
+            )
+            holds = holds & self._first_token_in_time(ahead, table)
+            if holds.any():
+                break
+        binding = None if run is None else ahead.binding_row(engine.board, run)
+        if not least:
+            return self._down_later(engine, lowest_feasible(holds, spec, binding), now_s)
+        cost = ahead.joules(table, spec.idle_w) if steady is None else steady.watts
+        plan = self._down_later(engine, least_energy(holds, cost, spec, binding), now_s)
+        return self._if_worth(engine, spec, plan, cost)
+
+    def _first_token_in_time(self, ahead: Horizon, table: PerformanceTable) -> Bools:
+        """Clocks at which whoever comes next has its first token in time: one prompt is under way, then two are taken,
+        its own among them. A promise that its own prompt alone breaks at the top clock binds nobody.
+        """
+        ttft_s, prompt_tokens = self._load.first_token
+        prompt_s = table.seconds[table.with_prompt(int(ahead.cells[0]), prompt_tokens)]
+        hopeless = float(prompt_s[-1]) > ttft_s
+        in_time: Bools = (3.0 * prompt_s <= ttft_s * (1.0 - self.options.margin)) | hopeless
+        return in_time
+
+    def _delays(self, engine: EngineState, spec: EngineSpec, now_s: float) -> Floats:
+        """Seconds until each clock is in force; a lower one is never late."""
+        clocks = np.asarray(spec.clocks_mhz)
+        delays = np.where(clocks > (engine.clock_mhz or 0), self.options.switch_latency_s, 0.0)
+        under_way = max(0.0, engine.set_at_s + self.options.switch_latency_s - now_s)
+        return np.where(clocks == engine.target_mhz, np.minimum(delays, under_way), delays)
+
+    def _steady(self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, now_s: float) -> Steady | None:
+        """What the load means if it goes on; None while it is unknown, or too much for every clock."""
+        if now_s - engine.steady_at_s >= self.options.replan_s:
+            load = self._load.load(now_s)
+            found = None if load is None else steady(load, table, spec, reserve=self.options.reserve)
+            engine.steady = found if found is not None and np.isfinite(found.watts).any() else None
+            engine.steady_at_s = now_s
+        return engine.steady
+
+    def _down_later(self, engine: EngineState, plan: FrequencyPlan, now_s: float) -> FrequencyPlan:
+        """A lower clock waits until the last one has been kept for the minimum dwell."""
+        kept_until_s = engine.set_at_s + self.options.dwell_s
+        if engine.target_mhz is None or plan.mhz >= engine.target_mhz or now_s >= kept_until_s:
+            return plan
+        engine.again_at_s = min(engine.again_at_s, kept_until_s)
+        return FrequencyPlan(mhz=engine.target_mhz, why=Reason.DWELL, binding=plan.binding)
+
+    def _if_worth(self, engine: EngineState, spec: EngineSpec, plan: FrequencyPlan, cost: Floats) -> FrequencyPlan:
+        if engine.target_mhz is None or plan.mhz >= engine.target_mhz:
+            return plan
+        clocks = np.asarray(spec.clocks_mhz)
+        now, then = (float(cost[int(np.searchsorted(clocks, mhz))]) for mhz in (engine.target_mhz, plan.mhz))
+        if then <= now * (1.0 - self.options.min_saving):
+            return plan
+        return FrequencyPlan(mhz=engine.target_mhz, why=Reason.NOT_WORTH, binding=plan.binding)

@@ -1,0 +1,1 @@
+"""The coming iterations of one engine: projection, horizon, performance table."""

@@ -1,0 +1,1 @@
+"""Predicts how long each request's output will be."""

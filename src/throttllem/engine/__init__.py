@@ -1,1 +1,0 @@
-"""Engines that run batches. Knows nothing of SLOs or clock policies."""

@@ -1,0 +1,1 @@
+"""Engines, live and simulated: what the gateway and the simulator drive."""

@@ -1,0 +1,213 @@
+"""Steps of an engine as datagrams: what its plug-in packs, and the receiver that turns them into reports.
+
+A datagram may be lost (nobody listens, a full buffer): the sequence number shows it, the step number stays right. Only
+the standard library is needed here, as the plug-in runs inside the engine. Knows nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from throttllem.engines.base import Report
+
+MAGIC = b"tls1"
+PACKED = struct.Struct("<4sQQBqdIIdIIIId")
+STEP, DETAILED = 1, 2
+"""Flags: the numbers are those of a step; its prompt tokens, decode rows and seconds are the engine's own."""
+BUFFER_BYTES = 1 << 20
+DRAINED = 256
+"""Datagrams read at most before other tasks get their turn."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """One datagram. `boot` tells one start of an engine from the next, `sequence` counts datagrams, `step` iterations
+    from 0 (None: an empty step, with which nothing was computed). `kv_usage` 0 to 1. `prompt_tokens` that were computed
+    in the step if `seconds` is there, else those of the prompts that were complete with it. `decode_rows` and `seconds`
+    only where the engine measures each iteration.
+    """
+
+    boot: int
+    sequence: int
+    step: int | None
+    monotonic_s: float
+    running: int
+    waiting: int
+    kv_usage: float
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    decode_rows: int | None = None
+    seconds: float | None = None
+
+    def pack(self) -> bytes:
+        """The datagram."""
+        detailed = self.decode_rows is not None and self.seconds is not None
+        flags = STEP * (self.step is not None) + DETAILED * detailed
+        counts = (self.prompt_tokens, self.generated_tokens, self.preemptions, self.decode_rows or 0)
+        state = (self.monotonic_s, self.running, self.waiting, self.kv_usage)
+        return PACKED.pack(MAGIC, self.boot, self.sequence, flags, self.step or 0, *state, *counts, self.seconds or 0.0)
+
+
+def unpack(datagram: bytes) -> StepStats | None:
+    """The step in a datagram; None: it is not one."""
+    if len(datagram) != PACKED.size or datagram[:4] != MAGIC:
+        return None
+    _, boot, sequence, flags, step, monotonic_s, running, waiting, kv_usage, *counts, seconds = PACKED.unpack(datagram)
+    if not 0 <= kv_usage <= 1 or step < 0 or not 0 <= seconds < float("inf"):
+        return None
+    return StepStats(
+        boot=boot,
+        sequence=sequence,
+        step=step if flags & STEP else None,
+        monotonic_s=monotonic_s,
+        running=running,
+        waiting=waiting,
+        kv_usage=kv_usage,
+        prompt_tokens=counts[0],
+        generated_tokens=counts[1],
+        preemptions=counts[2],
+        decode_rows=counts[3] if flags & DETAILED else None,
+        seconds=seconds if flags & DETAILED else None,
+    )
+
+
+def parse_address(text: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
+    """A Unix socket's path (it holds a slash) or HOST:PORT of loopback. Raises ValueError for anything else."""
+    if "/" in text:
+        return socket.AF_UNIX, text
+    host, colon, port = text.rpartition(":")
+    host = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    try:
+        address = ipaddress.ip_address(host)
+        number = int(port)
+    except ValueError as error:
+        raise ValueError(f"stats = {text!r}: must be a path with a slash, or HOST:PORT as in 127.0.0.1:9911") from error
+    if not colon or not address.is_loopback or not 0 <= number < 65536:
+        raise ValueError(f"stats = {text!r}: must be an address of this machine only, as in 127.0.0.1:9911")
+    return (socket.AF_INET if address.version == 4 else socket.AF_INET6), (host, number)
+
+
+def bind(text: str) -> socket.socket:
+    """A socket that hears at the address; a Unix socket takes datagrams of this user only. Raises OSError."""
+    family, address = parse_address(text)
+    listener = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        if isinstance(address, str):
+            _clear(address)
+            # Before bind, so that there is no moment in which others may send.
+            os.fchmod(listener.fileno(), 0o600)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"stats = {text!r}: cannot listen there: {error.strerror or error}") from error
+    return listener
+
+
+def check_address(text: str) -> None:
+    """Raise OSError if nothing could listen at the address now, ValueError if it is none."""
+    bind(text).close()
+    if parse_address(text)[0] == socket.AF_UNIX:
+        Path(text).unlink(missing_ok=True)
+
+
+def _clear(path: str) -> None:
+    """Take away a socket that a process left behind when it died. Raises OSError if somebody listens."""
+    if not Path(path).is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            Path(path).unlink()
+
+
+class StepReceiver:
+    """Listens for the steps of one engine, whose KV cache has `kv_blocks`.
+
+    `received`, `lost` (gaps in the sequence), `garbage` (no step), `strangers` (another start of an engine: a restart,
+    or two engines that were given one address; the first one heard is believed).
+    """
+
+    def __init__(self, address: str, *, kv_blocks: int) -> None:
+        self.address = address
+        self.received = 0
+        self.lost = 0
+        self.garbage = 0
+        self.strangers = 0
+        self.preemptions = 0
+        self.listens = False
+        self.heard: StepStats | None = None
+        self._kv_blocks = kv_blocks
+
+    @contextmanager
+    def listening(self, tell: Callable[[Report], None]) -> Iterator[None]:
+        """Tell every step while in the block. Raises OSError if the address cannot be bound."""
+        loop = asyncio.get_running_loop()
+        listener = bind(self.address)
+        try:
+            # A reader rather than an endpoint: not every event loop has those for Unix datagrams.
+            loop.add_reader(listener, self._drain, listener, tell)
+            self.listens = True
+            yield
+        finally:
+            self.listens = False
+            loop.remove_reader(listener)
+            bound = listener.getsockname()
+            listener.close()
+            if isinstance(bound, str):
+                Path(bound).unlink(missing_ok=True)
+
+    def _drain(self, listener: socket.socket, tell: Callable[[Report], None]) -> None:
+        for _ in range(DRAINED):
+            try:
+                datagram = listener.recv(PACKED.size + 1)
+            except BlockingIOError:
+                return
+            report = self.take(datagram)
+            if report is not None:
+                tell(report)
+
+    def take(self, datagram: bytes) -> Report | None:
+        """The report of one datagram; None: not to be believed."""
+        step, before = unpack(datagram), self.heard
+        if step is None:
+            self.garbage += 1
+            return None
+        if before is not None and step.boot != before.boot:
+            self.strangers += 1
+            return None
+        if before is not None and step.sequence <= before.sequence:
+            self.garbage += 1
+            return None
+        gap = 0 if before is None else step.sequence - before.sequence - 1
+        self.heard, self.received, self.lost = step, self.received + 1, self.lost + gap
+        self.preemptions += step.preemptions
+        return self._report(step, None if gap else before)
+
+    def _report(self, step: StepStats, before: StepStats | None) -> Report:
+        seconds = step.seconds
+        if seconds is None and before is not None and before.running + before.waiting > 0:
+            # The engine went straight from one step to the next.
+            seconds = step.monotonic_s - before.monotonic_s
+        told = step.step is not None
+        return Report(
+            running=step.running,
+            waiting=step.waiting,
+            kv_blocks=round(step.kv_usage * self._kv_blocks),
+            step=step.step,
+            seconds=seconds if told else None,
+            prompt_tokens=step.prompt_tokens if told else None,
+            generated_tokens=step.generated_tokens if told else None,
+            decode_rows=step.decode_rows,
+        )

@@ -1,0 +1,1 @@
+"""The control loop: wall clock, sessions, backends."""

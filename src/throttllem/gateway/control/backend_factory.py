@@ -1,0 +1,130 @@
+"""From an entry of the configuration to a link: the engine, its GPUs (real or simulated), meter, books and clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from throttllem.core.controller import Controller
+from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.types import EngineSpec
+from throttllem.engines.openai import OpenaiEngine
+from throttllem.engines.remote import Remote
+from throttllem.engines.simulated.fleet import Fleet
+from throttllem.engines.simulated.realtime import RealtimeEngine
+from throttllem.engines.triton.engine import TritonEngine
+from throttllem.gateway.control.backend import Link
+from throttllem.gateway.control.clock_setter import EngineClock
+from throttllem.gateway.energy.accounting import Booking
+from throttllem.gateway.energy.meter import EnergyMeter
+from throttllem.gateway.energy.savings_estimate import OtherClocks
+from throttllem.gateway.settings import EngineEntry, ServeOptions
+from throttllem.gateway.telemetry.metrics import Histograms
+from throttllem.gpu.device import Gpu
+from throttllem.gpu.hardware import HardwareGpu, Mode
+from throttllem.gpu.setters import clock_setter
+from throttllem.gpu.simulated import SimulatedGpu
+from throttllem.physics.engine import EnginePhysics
+
+AnyEngine = RealtimeEngine | OpenaiEngine | TritonEngine
+
+
+def called(entry: EngineEntry) -> str:
+    """The name of a model in files, and of a simulated one for clients."""
+    return entry.served_as or entry.model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkMaker:
+    """Reaches nothing yet."""
+
+    options: ServeOptions
+    histograms: Histograms
+    now: Callable[[], float]
+
+    def link(
+        self,
+        entry: EngineEntry,
+        fleet: Fleet,
+        table: PerformanceTable | None,
+        controller: Controller,
+    ) -> Link:
+        """The engine of an entry, with its GPUs and books; `fleet` has its size."""
+        spec, physics = fleet.specs[entry.tp], fleet.physics[entry.tp]
+        gpu = self._gpu(entry, spec, physics, table)
+        name = f"{entry.kind}-{entry.model}-tp{entry.tp}"
+        mode = "simulated" if entry.gpus is None else self.options.clocks.mode
+        meter = EnergyMeter(
+            gpu=gpu,
+            top=OtherClocks(table=table) if table else None,
+            advised=OtherClocks(table=table) if table and mode in ("on", "advise") else None,
+        )
+        booking = Booking(meter=meter, now=self.now, kv_blocks=lambda: _kv_blocks(controller, link))
+        clock = EngineClock(
+            name=name,
+            gpu=gpu,
+            reading=meter.reading,
+            now=self.now,
+            mode=mode,
+            on_command=self.histograms.clock_command,
+        )
+        engine = self._engine(entry, spec, physics, gpu)
+        link = Link(
+            name=name,
+            kind=entry.kind,
+            tp=entry.tp,
+            catalogue_gpu=entry.gpu,
+            catalogue_model=entry.model,
+            engine=engine,
+            close=None if isinstance(engine, RealtimeEngine) else engine.close,
+            clock=clock,
+            booking=booking,
+            now=self.now,
+        )
+        return link
+
+    def _gpu(
+        self, entry: EngineEntry, spec: EngineSpec, physics: EnginePhysics, table: PerformanceTable | None
+    ) -> SimulatedGpu | HardwareGpu:
+        if entry.gpus is not None:
+            clocks = self.options.clocks
+            return HardwareGpu(
+                entry.gpus,
+                mode=Mode(clocks.mode),
+                setter=clock_setter(keeper=clocks.keeper, zeusd=clocks.zeusd, ttl_s=clocks.ttl_s),
+                clocks_mhz=table.clocks_mhz if table else spec.clocks_mhz[-1:],
+            )
+        return SimulatedGpu(
+            spec.clocks_mhz,
+            switch_latency_s=self.options.throttle.switch_latency_s,
+            watts=lambda mhz, work: physics.iteration(
+                mhz, work.decode_rows, work.kv_tokens, work.prefill_tokens, work.prefill_pairs
+            )[1],
+            idle_w=spec.idle_w,
+            now=self.now,
+        )
+
+    def _engine(self, entry: EngineEntry, spec: EngineSpec, physics: EnginePhysics, gpu: Gpu) -> AnyEngine:
+        name = called(entry)
+        if entry.url is None:
+            seed = (self.options.server.seed, entry.tp)
+            return RealtimeEngine(spec, physics, noise=self.options.noise, seed=seed, gpu=gpu, name=name, now=self.now)
+        assert entry.kind != "simulated"
+        return Remote(
+            url=entry.url,
+            kind=entry.kind,
+            served_as=entry.served_as,
+            stats=entry.stats,
+            tokenizer=entry.tokenizer,
+            metrics_url=entry.metrics_url,
+            api_key=entry.api_key,
+            max_batch=entry.max_batch,
+            max_context_tokens=entry.max_context_tokens,
+            kv_blocks=entry.kv_blocks,
+            block_tokens=entry.block_tokens,
+        ).engine(spec)
+
+
+def _kv_blocks(controller: Controller, link: Link) -> int:
+    """The core's own estimate of the blocks in use."""
+    return next((view.kv_blocks for view in controller.snapshot().engines if view.engine == link.key), 0)

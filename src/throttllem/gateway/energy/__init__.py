@@ -1,0 +1,1 @@
+"""Joules of the GPUs, shared among requests, and the savings estimate."""

@@ -1,0 +1,137 @@
+"""What would the same load have taken at other clocks: the top one, or those that were advised and not set? An estimate
+by the model, a slice of time after the other.
+
+A lower clock makes iterations longer, so more requests share each of them: counting the same iterations at another
+clock would forget that there would be more of them, with fewer requests each, or the other way round. So every slice's
+load is put to the core's model of an engine that settles (`core.load.steady`), once at the clocks that were in force
+and once at the others; the measured joules are scaled by the ratio. Requests are taken to come when they come, whatever
+the clock is: bursts shorter than a slice, and clients that wait for their answers before they ask again, make the
+saving too high.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from throttllem.core.clocks.steady_load import Load, steady
+from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.types import EngineSpec
+from throttllem.gpu.device import Work
+
+_SLICE_S = 30.0
+
+
+@dataclass(slots=True)
+class _Slice:
+    """What was booked in some seconds; `busy_s` by column of the table: of the clock in force, and of the other."""
+
+    seconds: float = 0.0
+    joules: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    kv_blocks: int = 0
+    prompts: int = 0
+    prompt_tokens: int = 0
+    busy_s: dict[tuple[int, int], float] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class OtherClocks:
+    """The estimate of one engine. `spec` None: it was not up yet."""
+
+    table: PerformanceTable
+    spec: EngineSpec | None = None
+    _closed_j: float = 0.0
+    _ratio: float = 1.0
+    _told_j: float = 0.0
+    _slice: _Slice = field(default_factory=_Slice)
+
+    def idle(self, seconds: float, joules: float) -> None:
+        """Time in which nothing ran."""
+        self._slice.seconds += seconds
+        self._slice.joules += joules
+        self._close()
+
+    def step(
+        self,
+        work: Work,
+        *,
+        kv_blocks: int,
+        prompts: int,
+        clock_mhz: int | None,
+        joules: float,
+        other_mhz: int | None = None,
+    ) -> None:
+        """An iteration at a clock (None: unknown, which is taken for the top), and at which it would be else (None: the
+        top).
+        """
+        here = self._slice
+        columns = self._column(clock_mhz), self._column(other_mhz)
+        here.seconds += work.seconds
+        here.joules += joules
+        here.steps += 1
+        here.tokens += work.decode_rows
+        here.kv_blocks += kv_blocks
+        here.prompts += prompts
+        here.prompt_tokens += work.prefill_tokens
+        here.busy_s[columns] = here.busy_s.get(columns, 0.0) + work.seconds
+        self._close()
+
+    def joules(self) -> float:
+        """What everything so far would have taken, the slice under way as the last one. It never falls."""
+        self._told_j = max(self._told_j, self._closed_j + self._slice.joules * self._ratio)
+        return self._told_j
+
+    def _column(self, clock_mhz: int | None) -> int:
+        """Of the clock, or the one profiled below it; None: the top."""
+        clocks = self.table.clocks_mhz
+        if clock_mhz is None:
+            return len(clocks) - 1
+        return max(0, int(np.searchsorted(clocks, clock_mhz, side="right")) - 1)
+
+    def _close(self) -> None:
+        if self._slice.seconds >= _SLICE_S:
+            there_j = self._there(self._slice)
+            self._closed_j += there_j
+            self._ratio = there_j / self._slice.joules if self._slice.joules > 0 else 1.0
+            self._slice = _Slice()
+
+    def _there(self, here: _Slice) -> float:
+        busy_s = sum(here.busy_s.values())
+        if self.spec is None or busy_s <= 0 or all(column == other for column, other in here.busy_s):
+            return here.joules
+        watts = self._settled(here, self.spec)
+        used = sum(watts[column] * seconds for (column, _), seconds in here.busy_s.items())
+        there = sum(watts[other] * seconds for (_, other), seconds in here.busy_s.items())
+        if math.isfinite(used) and math.isfinite(there):
+            return here.joules * there / used
+        return self._same_steps(here, busy_s, self.spec)
+
+    def _settled(self, here: _Slice, spec: EngineSpec) -> list[float]:
+        """Mean watts at each clock if the slice's load went on for ever; inf where the clock does not hold it."""
+        prompts, answer = max(1, here.prompts), here.tokens / max(1, here.prompts)
+        load = Load(
+            requests_per_s=prompts / here.seconds,
+            prompt_tokens=here.prompt_tokens / prompts,
+            answer_tokens=answer,
+            long_answer_tokens=answer,
+            burst=1.0,
+            e2e_s=None,
+        )
+        watts: list[float] = steady(load, self.table, spec, reserve=0.0).watts.tolist()
+        return watts
+
+    def _same_steps(self, here: _Slice, busy_s: float, spec: EngineSpec) -> float:
+        """The engine is full at a clock, or nearly: the same iterations, and idle for the rest of the time."""
+        each = (here.tokens + here.prompts, here.kv_blocks, here.prompt_tokens)
+        cell = self.table.cells(*(np.array([total // here.steps]) for total in each))[0]
+        seconds, watts = self.table.seconds[cell], self.table.watts[cell]
+        joules = idle_s = 0.0
+        for (column, other), spent_s in here.busy_s.items():
+            longer = float(seconds[other] / seconds[column])
+            joules += here.joules * spent_s / busy_s * longer * float(watts[other] / watts[column])
+            idle_s += spent_s * max(0.0, 1.0 - longer)
+        return joules + idle_s * spec.idle_w

@@ -1,0 +1,296 @@
+"""The gateway's ASGI application: which path is served how, who may ask, and what becomes of every error.
+
+Plain ASGI: a streamed chunk costs one `send`. Knows the models only by `ticket.Models`, sockets not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from urllib.parse import unquote
+
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from throttllem.engines.base import Call, EngineError, Headers
+from throttllem.gateway.control.ticket import Models
+from throttllem.gateway.http import openai_api as asks
+from throttllem.gateway.http import relay
+from throttllem.gateway.http.auth import Access
+from throttllem.gateway.http.errors import (
+    HttpError,
+    as_http,
+    detail,
+    headers_too_large,
+    not_allowed,
+    not_found,
+    unavailable,
+)
+from throttllem.gateway.http.exchange import Cause, Exchange, GoneError
+from throttllem.gateway.http.pages import MODELS, MetricsPage, Pages
+from throttllem.gateway.http.protocol import CROWDED
+from throttllem.gateway.settings import ServeOptions
+
+_log = logging.getLogger("throttllem.gateway")
+_SANE_ID = re.compile(r"[!-~]{1,128}")
+_NATIVE_MODEL = re.compile(r"/v2/models/([^/]+)(?:/.*)?")
+_CROWDED_RETRY_S = 1
+
+
+class Gateway:
+    """One ASGI application; `private` is another, for the metrics port. `watch` must run beside them."""
+
+    def __init__(self, models: Models, options: ServeOptions, pages: Pages, on_response: Callable[[int], None]) -> None:
+        self.draining = False
+        self._models = models
+        self._options = options
+        self._limits = options.limits
+        self._access = Access(options.server.api_keys or ())
+        self._pages = pages
+        self._on_response = on_response
+        self._open: set[Exchange] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request on the port of the API."""
+        await self._enter(scope, receive, send, self._public)
+
+    async def private(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request on the metrics port, where no key is asked for."""
+        await self._enter(scope, receive, send, self._private)
+
+    # ---- from outside ----------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """No new requests from here on."""
+        self.draining = True
+
+    async def idle(self) -> None:
+        """Wait until nothing is being served."""
+        while self._open:
+            await asyncio.sleep(0.01)
+
+    def cut(self) -> None:
+        """End everything that is being served with an error."""
+        for exchange in tuple(self._open):
+            exchange.cut(Cause.DRAINED)
+
+    async def watch(self) -> None:
+        """Cut off clients that take, or give, nothing for `limits.slow_reader_s`; runs until it is cancelled."""
+        seen: dict[Exchange, tuple[int, float]] = {}
+        while True:
+            now_s = time.monotonic()
+            stuck = {exchange: exchange.moves for exchange in self._open if exchange.blocked}
+            seen = {
+                exchange: before if (before := seen.get(exchange, (-1, 0.0)))[0] == moves else (moves, now_s)
+                for exchange, moves in stuck.items()
+            }
+            for exchange, (_, since_s) in seen.items():
+                if now_s - since_s >= self._limits.slow_reader_s:
+                    exchange.cut(Cause.SLOW)
+            await asyncio.sleep(min(1.0, self._limits.slow_reader_s / 4))
+
+    # ---- every request ---------------------------------------------------------------------------------------
+
+    async def _enter(
+        self, scope: Scope, receive: Receive, send: Send, route: Callable[[Exchange], Awaitable[None]]
+    ) -> None:
+        if scope["type"] != "http":
+            return
+        exchange = Exchange(scope, receive, send, _request_id(scope))
+        self._open.add(exchange)
+        try:
+            await self._serve(exchange, route)
+        except asyncio.CancelledError:
+            if exchange.cause is None:
+                raise
+            exchange.resume()
+            with contextlib.suppress(GoneError):
+                await self._cut_short(exchange, exchange.cause)
+        except GoneError:
+            pass
+        finally:
+            exchange.release()
+            self._open.discard(exchange)
+            if exchange.status is not None:
+                self._on_response(exchange.status)
+
+    async def _serve(self, exchange: Exchange, route: Callable[[Exchange], Awaitable[None]]) -> None:
+        try:
+            self._check_head(exchange)
+            await route(exchange)
+        except GoneError:
+            raise
+        except Exception as error:
+            seen = as_http(error)
+            if seen.status == 500 and not isinstance(error, HttpError | EngineError):
+                _log.exception("request %s: %s %s", exchange.request_id, exchange.method, exchange.scope["path"])
+            elif seen.status > 500:
+                _log.warning("request %s: %d %s", exchange.request_id, seen.status, detail(error))
+            await exchange.fail(seen)
+
+    async def _cut_short(self, exchange: Exchange, cause: Cause) -> None:
+        match cause:
+            case Cause.GONE:
+                return
+            case Cause.SLOW if exchange.started:
+                _log.warning("request %s: %s; cut off", exchange.request_id, cause.value)
+                await exchange.abort()
+            case Cause.SLOW:
+                headers = ((b"connection", b"close"),)
+                await exchange.fail(HttpError(408, "the request's body did not come in time", headers=headers))
+            case Cause.DRAINED:
+                await exchange.fail(self._drained())
+
+    def _check_head(self, exchange: Exchange) -> None:
+        scope = exchange.scope
+        size = sum(len(name) + len(value) + 4 for name, value in scope["headers"]) + len(scope["raw_path"])
+        if size + len(scope["query_string"]) > self._limits.header_bytes:
+            raise headers_too_large(self._limits.header_bytes)
+        if CROWDED in scope.get("extensions", {}) and scope["path"] != "/health":
+            raise unavailable("too many connections", code="too_many_connections", retry_after_s=_CROWDED_RETRY_S)
+
+    def _drained(self) -> HttpError:
+        retry_after_s = max(1, math.ceil(self._limits.drain_s))
+        return unavailable("the gateway is shutting down", code="draining", retry_after_s=retry_after_s)
+
+    # ---- where it goes ---------------------------------------------------------------------------------------
+
+    async def _private(self, exchange: Exchange) -> None:
+        await self._pages.alone(exchange, _path(exchange), draining=self.draining)
+
+    async def _public(self, exchange: Exchange) -> None:
+        path, method = _path(exchange), exchange.method
+        if path == "/health":
+            return await self._pages.health(exchange, draining=self.draining)
+        key_name = self._access.check(exchange.headers.get("authorization"))
+        if path == MODELS or path.startswith(MODELS + "/"):
+            return await self._pages.models(exchange, path)
+        if self._options.server.metrics_port is None and await self._pages.show(exchange, path):
+            return None
+        if asks.controlled(path):
+            if method != "POST":
+                raise not_allowed(method, path, "POST")
+            return await self._controlled(exchange, path, key_name)
+        allow = _passed_methods(path)
+        if not allow:
+            raise not_found(method, path)
+        if method not in allow:
+            raise not_allowed(method, path, ", ".join(allow))
+        return await self._passed(exchange, path)
+
+    async def _controlled(self, exchange: Exchange, path: str, key_name: str | None) -> None:
+        if self.draining:
+            raise self._drained()
+        slo = asks.read_slo(exchange.headers, self._options.slo, self._options.classes)
+        body = await exchange.read(self._limits.body_bytes)
+        wish = asks.read_wish(path, body, exchange.headers, key_name)
+        ask = wish.ask
+        asks.check_sequences(ask, self._models.most_sequences())
+        exchange.attend()
+        count = await self._models.count(ask)
+        async with self._models.ticket(ask, count, slo, wish.caller, streams=ask.stream) as ticket:
+            engine, request_id = await ticket.place()
+            call = Call(
+                method="POST",
+                path=_target(exchange),
+                headers=self._headers(exchange),
+                body=wish.body,
+                request_id=request_id,
+                ask=ask,
+                prompt_tokens=count.tokens,
+                max_tokens=ask.max_tokens,
+            )
+            async with engine.open(call) as reply:
+                await relay.relay(
+                    exchange,
+                    reply,
+                    ticket,
+                    stream=ask.stream,
+                    native=asks.is_native(path),
+                    metrics=wish.metrics,
+                    held_bytes=self._limits.body_bytes,
+                )
+
+    async def _passed(self, exchange: Exchange, path: str) -> None:
+        """Without control: the engine that serves the model, the bytes as they are."""
+        if self.draining:
+            raise self._drained()
+        body = await exchange.read(self._limits.body_bytes)
+        native = _NATIVE_MODEL.fullmatch(path)
+        model = native[1] if native else asks.model_of(body)
+        engine = self._models.passage(model)
+        exchange.attend()
+        call = Call(method=exchange.method, path=_target(exchange), headers=self._headers(exchange), body=body)
+        silence_s = self._limits.silence_s
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(silence_s):
+                    reply = await stack.enter_async_context(engine.open(call))
+            except TimeoutError as error:
+                raise relay.silent(silence_s) from error
+            await relay.forward(exchange, reply, silence_s)
+
+    def _headers(self, exchange: Exchange) -> Headers:
+        """The client's, without a key that was meant for us, with the request's id."""
+        dropped = ("x-request-id", "authorization") if self._access.guarded else ("x-request-id",)
+        decoded = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in exchange.scope["headers"])
+        kept = tuple((name, value) for name, value in decoded if name not in dropped)
+        return (*kept, ("x-request-id", exchange.request_id))
+
+
+def build_app(
+    models: Models,
+    options: ServeOptions,
+    *,
+    metrics_page: MetricsPage,
+    extra_routes: Sequence[Route] = (),
+    on_response: Callable[[int], None] = lambda _: None,
+) -> Gateway:
+    """The gateway in front of `models`; `extra_routes` are served where `/metrics` is; `on_response` hears statuses."""
+    return Gateway(models, options, Pages(models, metrics_page, extra_routes), on_response)
+
+
+def build_private_app(gateway: Gateway) -> ASGIApp:
+    """Health, metrics and the further routes of a gateway, for a port of their own."""
+    return gateway.private
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own if it is sane, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _SANE_ID.fullmatch(value.decode("latin-1")):
+            return str(value.decode("latin-1"))
+    return uuid.uuid4().hex
+
+
+def _path(exchange: Exchange) -> str:
+    """The path, decoded once. Raises HttpError 404 for one that an engine might take for another than we do."""
+    raw = exchange.scope["raw_path"].decode("latin-1")
+    path = unquote(raw, errors="replace")
+    segments = path.split("/")
+    odd = "." in segments or ".." in segments or "" in segments[1:-1] or any(char in path for char in "\\?#\ufffd")
+    if odd or len(segments) != raw.count("/") + 1 or not path.startswith("/") or not path.isprintable():
+        raise not_found(exchange.method, raw)
+    if path.endswith("/") and asks.controlled(path.rstrip("/")):
+        raise not_found(exchange.method, raw)
+    return path
+
+
+def _target(exchange: Exchange) -> str:
+    """Path and query as the client sent them."""
+    query = exchange.scope["query_string"]
+    target: bytes = exchange.scope["raw_path"] + (b"?" + query if query else b"")
+    return target.decode("latin-1")
+
+
+def _passed_methods(path: str) -> tuple[str, ...]:
+    """The methods that go on to an engine without control. Of Triton's own API only what asks, not what changes it."""
+    if path.startswith("/v1/") and path != "/v1/":
+        return ("GET", "POST", "DELETE")
+    return ("GET",) if path.startswith("/v2/") else ()

@@ -1,0 +1,194 @@
+"""One HTTP request and its response: the body read within bounds, the answer sent, and who or what may cut it short.
+
+Knows ASGI, nothing of engines or promises. An exchange belongs to the task that serves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from email.utils import formatdate
+from enum import StrEnum
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+
+from throttllem.gateway.http.errors import ByteHeaders, HttpError, too_large
+
+ABORT = "throttllem.abort"
+"""The scope's extension that ends a connection without waiting for what its client has not taken."""
+DISCARD_S = 1.0
+"""How long a body that nobody wants is read on, so that its sender gets to see the answer."""
+
+
+class Cause(StrEnum):
+    """Why an exchange was cut short."""
+
+    GONE = "the client is gone"
+    SLOW = "the client takes or gives nothing"
+    DRAINED = "the gateway is shutting down"
+
+
+class GoneError(Exception):
+    """The client left before its request was whole."""
+
+
+class Exchange:
+    """`blocked` says that the client is waited for, `moves` counts what it took or gave: together they show a slow one.
+
+    `started`: the response has begun; `finished`: its last byte was handed over; `events`: it is an event stream that
+    can still take an event.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        self.scope = scope
+        self.request_id = request_id
+        self.method: str = scope["method"]
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        self.started = self.finished = self.events = self.blocked = False
+        self.moves = 0
+        self.status: int | None = None
+        self.cause: Cause | None = None
+        self.receive = receive
+        self._send = send
+        self._unread = True
+        self._last = b""
+        self._task = asyncio.current_task()
+        self._listener: asyncio.Task[None] | None = None
+
+    # ---- the request -----------------------------------------------------------------------------------------
+
+    async def read(self, most_bytes: int) -> bytes:
+        """The whole body. Raises HttpError 413 over the limit, GoneError if the client leaves."""
+        announced = self.headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced) > most_bytes:
+            raise too_large(most_bytes)
+        body, more = await self._part()
+        parts, size = [body], len(body)
+        while more and size <= most_bytes:
+            body, more = await self._part()
+            parts.append(body)
+            size += len(body)
+        if size > most_bytes:
+            raise too_large(most_bytes)
+        return b"".join(parts) if len(parts) > 1 else parts[0]
+
+    def attend(self) -> None:
+        """From here on, a client that hangs up interrupts the task. Only after the body was read."""
+        self._listener = asyncio.create_task(self._listen())
+
+    async def _listen(self) -> None:
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+        if not self.finished:
+            self.cut(Cause.GONE)
+
+    async def _part(self) -> tuple[bytes, bool]:
+        self.blocked = True
+        message = await self.receive()
+        self.blocked = False
+        self.moves += 1
+        if message["type"] == "http.disconnect":
+            raise GoneError
+        self._unread = bool(message.get("more_body"))
+        return message.get("body", b""), self._unread
+
+    async def _discard(self) -> bool:
+        """Read the rest of the body and forget it; False if it did not end in time."""
+        if "expect" in self.headers or self.cause is Cause.SLOW:
+            return False
+        try:
+            async with asyncio.timeout(DISCARD_S):
+                while self._unread:
+                    await self._part()
+        except TimeoutError:
+            self.blocked = False
+        return not self._unread
+
+    # ---- the response ----------------------------------------------------------------------------------------
+
+    async def start(self, status: int, headers: ByteHeaders, *, events: bool = False) -> None:
+        """Status and headers, as they are but for the request's id."""
+        self.started = True
+        self.events = events and not any(name == b"content-length" for name, _ in headers)
+        marked = [*headers, (b"x-request-id", self.request_id.encode())]
+        self.status = status
+        await self._put({"type": "http.response.start", "status": status, "headers": marked})
+
+    async def write(self, chunk: bytes) -> None:
+        """A part of the body; waits while the client is behind."""
+        self._last = chunk
+        self.blocked = True
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self.blocked = False
+        self.moves += 1
+
+    async def finish(self, chunk: bytes = b"") -> None:
+        """The last part of the body."""
+        self.finished = True
+        await self._put({"type": "http.response.body", "body": chunk, "more_body": False})
+
+    async def answer(self, status: int, headers: ByteHeaders, body: bytes) -> None:
+        """A whole response of our own."""
+        whole = not self._unread or await self._discard()
+        closing = () if whole else ((b"connection", b"close"),)
+        own = ((b"date", formatdate(usegmt=True).encode()), (b"content-length", str(len(body)).encode()))
+        await self.start(status, headers + own + closing)
+        await self.finish(body)
+
+    async def fail(self, error: HttpError) -> None:
+        """Tell the client of an error in the way that is still open: as the answer, as an event, by breaking off."""
+        if self.finished:
+            return
+        if not self.started:
+            json = ((b"content-type", b"application/json"),)
+            await self.answer(error.status, json + error.headers, error.body)
+        elif self.events:
+            # An event that was broken off must not swallow this one.
+            gap = b"" if not self._last or self._last.endswith(b"\n\n") else b"\n\n"
+            await self.finish(gap + b"data: " + error.body + b"\n\n")
+        else:
+            await self.abort()
+
+    async def abort(self) -> None:
+        """Break the connection off."""
+        self.finished = True
+        abort = self.scope.get("extensions", {}).get(ABORT)
+        if abort is not None:
+            abort()
+            # The server learns of it in its next round.
+            await asyncio.sleep(0)
+
+    async def put(self, message: Message) -> None:
+        """Any ASGI message of an application that answers in our place."""
+        if message["type"] == "http.response.start":
+            await self.start(message["status"], tuple(message.get("headers", ())))
+        elif message.get("more_body"):
+            await self.write(message.get("body", b""))
+        else:
+            await self.finish(message.get("body", b""))
+
+    async def _put(self, message: dict[str, Any]) -> None:
+        self.blocked = True
+        await self._send(message)
+        self.blocked = False
+        self.moves += 1
+
+    # ---- its end ---------------------------------------------------------------------------------------------
+
+    def cut(self, cause: Cause) -> None:
+        """Interrupt the task that serves this; it sees asyncio.CancelledError, and `cause`."""
+        if self.cause is None and self._task is not None:
+            self.cause = cause
+            self._task.cancel()
+
+    def resume(self) -> None:
+        """After a cut: the task may await again."""
+        self.blocked = False
+        while self._task is not None and self._task.cancelling():
+            self._task.uncancel()
+
+    def release(self) -> None:
+        """The task is done with it."""
+        self._task = None
+        if self._listener is not None:
+            self._listener.cancel()

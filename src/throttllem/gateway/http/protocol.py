@@ -1,0 +1,158 @@
+"""uvicorn's HTTP/1.1 protocol with the bounds that it lacks: size and time of a request's head, connections at once.
+
+Errors below ASGI have OpenAI's body too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import cast
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from throttllem.gateway.http.errors import HttpError, headers_too_large
+from throttllem.gateway.http.exchange import ABORT
+from throttllem.gateway.settings import LimitOptions
+
+CROWDED = "throttllem.crowded"
+"""The scope's extension that says: more connections are open than limits.connections."""
+HEAD_S = 30.0
+"""A request's head must be whole in this time."""
+LINGER_S = 1.0
+"""How long a client that was told off may go on sending."""
+KEEP_ALIVE_S = 75
+"""Longer than common clients keep an idle connection, so that none is closed under a new request."""
+
+
+class BoundedConfig(uvicorn.Config):
+    """uvicorn's configuration for one application, with our limits."""
+
+    def __init__(self, app: ASGIApp, limits: LimitOptions) -> None:
+        super().__init__(
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        self.limits = limits
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection. A head that is too long (431), too slow (closed) or no HTTP (400) does not reach the app."""
+
+    _head_bytes: int | None = None
+    """Bytes of the head that is being read, at most so many; None between heads."""
+    _head_timer: asyncio.TimerHandle | None = None
+    _aside_bytes = 0
+    """Bytes since the last part of a body that are no body: the ends of chunks, and fields behind the last of them."""
+    _trailer_bytes = 0
+    """Fields behind the body of the request that is being read."""
+    _broken_off = False
+    """The last word was said; what still comes is not read."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """An idle connection is closed after a while, also before its first request."""
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of the timers."""
+        self._unset_keepalive_if_required()
+        self._head_read()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Bound the head by what was fed while it was open."""
+        if self._broken_off:
+            return
+        before = self._head_bytes
+        self._aside_bytes += len(data)
+        super().data_received(data)
+        if self._broken_off:
+            return
+        if self._head_bytes is None:
+            if max(self._aside_bytes, self._trailer_bytes) > self._limits.header_bytes:
+                self._break_off(headers_too_large(self._limits.header_bytes))
+            return
+        self._head_bytes = (before or 0) + len(data)
+        if self._head_bytes > self._limits.header_bytes:
+            self._break_off(headers_too_large(self._limits.header_bytes))
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def on_message_begin(self) -> None:
+        """A new head begins."""
+        super().on_message_begin()
+        self._head_bytes = self._aside_bytes = self._trailer_bytes = 0
+        extensions: dict[str, object] = {ABORT: self.transport.abort}
+        if len(self.connections) > self._limits.connections:
+            extensions[CROWDED] = True
+        self.scope["extensions"] = extensions  # type: ignore[typeddict-item]
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A field of the head; those behind a body are dropped, as nobody has looked them over."""
+        if self._head_bytes is None:
+            self._trailer_bytes += len(name) + len(value) + 4
+        else:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        self._head_read()
+        self._aside_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        self._aside_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._aside_bytes = 0
+        super().on_message_complete()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection, without waiting for a client that does not take what it was sent."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP."""
+        self._break_off(HttpError(400, msg))
+
+    @property
+    def _limits(self) -> LimitOptions:
+        return cast(BoundedConfig, self.config).limits
+
+    def _head_read(self) -> None:
+        self._head_bytes = None
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _break_off(self, error: HttpError) -> None:
+        self._head_read()
+        if self.cycle is not None and not self.cycle.response_complete:
+            # The answer to an earlier request is on its way; another in its midst would be garbage.
+            self.transport.abort()
+            return
+        head = f"HTTP/1.1 {error.status} \r\ncontent-type: application/json\r\ncontent-length: {len(error.body)}\r\n"
+        head += f"x-request-id: {uuid.uuid4().hex}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode() + error.body)
+        # Closing with bytes unread would reset the connection, and the client might never see why.
+        self._broken_off = True
+        self.transport.write_eof()
+        self._head_timer = self.loop.call_later(LINGER_S, self.transport.abort)

@@ -1,0 +1,243 @@
+"""A gateway's status as metrics: every gauge and counter with its name, its words and where it is read.
+
+What is not known has no sample; a zero is a measured zero. Labels: engine, model (the first of its names), state,
+promise, outcome, window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from throttllem.core.snapshot import EngineView
+from throttllem.gateway.telemetry.status import EngineStatus, GatewayStatus, ModelStatus
+
+STATES = ("up", "starting", "down", "stalled")
+_HZ_PER_MHZ = 1e6
+
+ModelRead = Callable[[ModelStatus], float | None]
+EngineRead = Callable[[EngineStatus], float | None]
+
+
+def _of_view(read: Callable[[EngineView], float | None]) -> EngineRead:
+    """Read from what the core knows of an engine; nothing where it does not know the engine."""
+    return lambda engine: None if engine.view is None else read(engine.view)
+
+
+def _hertz(mhz: float | None) -> float | None:
+    return None if mhz is None else mhz * _HZ_PER_MHZ
+
+
+# (name, words, how to read it); counters get their `_total` from the client library.
+_MODEL_GAUGES: tuple[tuple[str, str, ModelRead], ...] = (
+    ("throttllem_queue_requests", "Requests that wait for a place.", lambda model: model.queue),
+    (
+        "throttllem_length_exceeded_ratio",
+        "Fraction of answers that outgrew their prediction.",
+        lambda model: model.length.exceeded,
+    ),
+    (
+        "throttllem_length_error_tokens",
+        "Mean absolute error of the predicted length before inflation.",
+        lambda model: model.length.mean_error_tokens,
+    ),
+    ("throttllem_recent_promised_requests", "Recent requests with a promise.", lambda model: model.recent.promised),
+    ("throttllem_recent_kept_requests", "Those of them that kept all promises.", lambda model: model.recent.kept),
+)
+_MODEL_COUNTERS: tuple[tuple[str, str, ModelRead], ...] = (
+    ("throttllem_arrived_requests", "Requests under control.", lambda model: model.counts.arrived),
+    ("throttllem_dispatched_requests", "Requests given to an engine.", lambda model: model.counts.dispatched),
+    ("throttllem_lost_requests", "Finished requests that were marked lost.", lambda model: model.counts.lost),
+    ("throttllem_promised_requests", "Ended requests that had a promise.", lambda model: model.ever.promised),
+    ("throttllem_kept_requests", "Those of them that kept all promises.", lambda model: model.ever.kept),
+    ("throttllem_prompt_tokens", "Prompt tokens of served requests.", lambda model: model.prompt_tokens),
+    ("throttllem_generated_tokens", "Tokens of answers.", lambda model: model.generated_tokens),
+    (
+        "throttllem_estimated_prompts",
+        "Prompts whose tokens were estimated, not counted.",
+        lambda model: model.estimated_prompts,
+    ),
+    ("throttllem_length_predictions", "Answers that predictions were held against.", lambda model: model.length.seen),
+)
+_ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (
+    ("throttllem_engine_up", "1 while the engine is up.", lambda engine: engine.state == "up"),
+    ("throttllem_clock_hertz", "Clock in force.", lambda engine: _hertz(engine.clock_mhz)),
+    (
+        "throttllem_planned_clock_hertz",
+        "Clock that the core decided on.",
+        _of_view(lambda view: None if view.plan is None else _hertz(view.plan.mhz)),
+    ),
+    (
+        "throttllem_top_clock_hertz",
+        "Highest clock in use.",
+        lambda engine: None if engine.spec is None else _hertz(engine.spec.clocks_mhz[-1]),
+    ),
+    ("throttllem_power_watts", "Power of all GPUs of the engine.", lambda engine: engine.energy.watts),
+    (
+        "throttllem_energy_saving_ratio",
+        "Estimate: fraction of the top clock's energy that was not taken.",
+        lambda engine: engine.energy.saved,
+    ),
+    (
+        "throttllem_advised_saving_ratio",
+        "Estimate: fraction of the energy that the advised clocks would not have taken.",
+        lambda engine: engine.energy.would_save,
+    ),
+    ("throttllem_advised_clock_hertz", "Clock that is advised, not set.", lambda engine: _hertz(engine.advised_mhz)),
+    (
+        "throttllem_clock_limit_hertz",
+        "GPUs follow no higher than this now: power cap, heat, or somebody else.",
+        lambda engine: _hertz(engine.limit_mhz),
+    ),
+    (
+        "throttllem_clocks_set",
+        "1 while clocks are set on real GPUs, 0 while they are advised or left alone.",
+        lambda engine: None if engine.clocks == "simulated" else engine.clocks == "on" and engine.unset is None,
+    ),
+    ("throttllem_running_requests", "Requests that generate.", _of_view(lambda view: view.running)),
+    ("throttllem_pending_requests", "Dispatched, no token yet.", _of_view(lambda view: view.pending)),
+    ("throttllem_lost_running_requests", "Running and marked lost.", _of_view(lambda view: view.lost_rows)),
+    ("throttllem_kv_blocks", "KV blocks in use by the scoreboard.", lambda engine: engine.kv_blocks),
+    (
+        "throttllem_kv_capacity_blocks",
+        "KV blocks that the engine has.",
+        lambda engine: engine.spec.kv_blocks if engine.spec else None,
+    ),
+    (
+        "throttllem_max_batch_requests",
+        "Most requests that the engine runs at once.",
+        lambda engine: engine.spec.max_batch if engine.spec else None,
+    ),
+    (
+        "throttllem_reported_running_sequences",
+        "Sequences that run, in the engine's words.",
+        lambda engine: engine.report.running if engine.report else None,
+    ),
+    (
+        "throttllem_reported_waiting_sequences",
+        "Sequences that wait inside, in the engine's words.",
+        lambda engine: engine.report.waiting if engine.report else None,
+    ),
+    (
+        "throttllem_reported_kv_blocks",
+        "KV blocks in use, in the engine's words.",
+        lambda engine: engine.report.kv_blocks if engine.report else None,
+    ),
+    ("throttllem_foreign_sequences", "Sequences in the engine that others sent.", _of_view(lambda view: view.foreign)),
+    ("throttllem_drift_requests", "Batch: engine minus scoreboard, last.", lambda engine: engine.drift.batch),
+    ("throttllem_drift_kv_blocks", "KV: engine minus scoreboard, last.", lambda engine: engine.drift.kv_blocks),
+    (
+        "throttllem_mean_drift_requests",
+        "Batch: mean distance of engine and scoreboard.",
+        lambda engine: engine.drift.mean_batch,
+    ),
+    (
+        "throttllem_mean_drift_kv_blocks",
+        "KV: mean distance of engine and scoreboard.",
+        lambda engine: engine.drift.mean_kv_blocks,
+    ),
+)
+_ENGINE_COUNTERS: tuple[tuple[str, str, EngineRead], ...] = (
+    ("throttllem_energy_joules", "Energy of all GPUs, idle in.", lambda engine: engine.energy.total_j),
+    ("throttllem_idle_energy_joules", "The part with no request.", lambda engine: engine.energy.idle_j),
+    (
+        "throttllem_top_clock_energy_joules",
+        "Estimate: the same work at the top clock, idle in.",
+        lambda engine: engine.energy.top_j,
+    ),
+    (
+        "throttllem_advised_energy_joules",
+        "Estimate: the same work at the advised clocks, idle in.",
+        lambda engine: engine.energy.advised_j,
+    ),
+    ("throttllem_corrections", "Corrections of the scoreboard.", lambda engine: engine.drift.corrections),
+    ("throttllem_iterations", "Iterations since the engine is up.", _of_view(lambda view: view.iteration)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StatusCollector(Collector):
+    """One status, for one scrape."""
+
+    status: GatewayStatus
+
+    def collect(self) -> Iterator[Metric]:
+        """All families."""
+        status = self.status
+        yield from _gateway(status)
+        models = [(model.title, model) for model in status.models]
+        for name, words, read in _MODEL_GAUGES:
+            yield _filled(GaugeMetricFamily(name, words, labels=("model",)), [((at,), read(one)) for at, one in models])
+        for name, words, read in _MODEL_COUNTERS:
+            yield _filled(
+                CounterMetricFamily(name, words, labels=("model",)), [((at,), read(one)) for at, one in models]
+            )
+        yield from _outcomes(status.models)
+        engines = [((one.name, model.title), one) for model in status.models for one in model.engines]
+        for name, words, of_engine in _ENGINE_GAUGES:
+            gauge = GaugeMetricFamily(name, words, labels=("engine", "model"))
+            yield _filled(gauge, [(at, of_engine(one)) for at, one in engines])
+        for name, words, of_engine in _ENGINE_COUNTERS:
+            counter = CounterMetricFamily(name, words, labels=("engine", "model"))
+            yield _filled(counter, [(at, of_engine(one)) for at, one in engines])
+        yield from _states(engines)
+
+
+Family = GaugeMetricFamily | CounterMetricFamily
+
+
+def _filled(family: Family, samples: list[tuple[tuple[str, ...], float | None]]) -> Metric:
+    """The family with these samples, absent ones left out."""
+    for labels, value in samples:
+        if value is not None:
+            family.add_metric(labels, float(value))
+    return family
+
+
+def _gateway(status: GatewayStatus) -> Iterator[Metric]:
+    yield InfoMetricFamily("throttllem_build", "What runs here.", {"version": status.version})
+    yield InfoMetricFamily("throttllem_policy", "The policy that sets clocks.", {"policy": status.policy})
+    yield GaugeMetricFamily("throttllem_uptime_seconds", "Since the gateway started.", status.now_s)
+    yield GaugeMetricFamily("throttllem_draining", "1 while no new request is taken.", status.phase == "draining")
+    slo = status.slo
+    promises = [(("e2e",), slo.e2e_s), (("tbt",), slo.tbt_s), (("ttft",), slo.ttft_s)]
+    promise = GaugeMetricFamily(
+        "throttllem_promise_seconds", "Promise of a request that names none.", labels=("promise",)
+    )
+    yield _filled(promise, [*promises])
+    words = "Requests passed on without control."
+    yield CounterMetricFamily("throttllem_uncontrolled_requests", words, status.uncontrolled)
+
+
+def _outcomes(models: tuple[ModelStatus, ...]) -> Iterator[Metric]:
+    """What has a label besides the model."""
+    ended = CounterMetricFamily("throttllem_requests", "Requests that ended.", labels=("model", "outcome"))
+    kept = GaugeMetricFamily("throttllem_slo_attainment_ratio", "Kept all promises.", labels=("model", "window"))
+    missed = CounterMetricFamily("throttllem_missed_promises", "Promises missed.", labels=("model", "promise"))
+    recent = GaugeMetricFamily(
+        "throttllem_recent_missed_promises", "Promises missed recently.", labels=("model", "promise")
+    )
+    for model in models:
+        title, counts = model.title, model.counts
+        outcomes = (("finished", counts.finished), ("rejected", counts.rejected), ("failed", counts.failed))
+        _filled(ended, [((title, outcome), count) for outcome, count in outcomes])
+        windows = (("recent", model.recent), ("ever", model.ever))
+        _filled(kept, [((title, window), over.attainment) for window, over in windows])
+        for family, over in ((missed, model.ever), (recent, model.recent)):
+            misses = (("e2e", over.e2e_missed), ("tbt", over.tbt_missed), ("ttft", over.ttft_missed))
+            _filled(family, [((title, promise), count) for promise, count in misses])
+    yield from (ended, kept, missed, recent)
+
+
+def _states(engines: list[tuple[tuple[str, str], EngineStatus]]) -> Iterator[Metric]:
+    state = GaugeMetricFamily("throttllem_engine_state", "1 at the state.", labels=("engine", "model", "state"))
+    about = InfoMetricFamily("throttllem_engine", "What an engine is.", labels=("engine", "model"))
+    for at, engine in engines:
+        _filled(state, [((*at, name), engine.state == name) for name in STATES])
+        about.add_metric(
+            at, {"kind": engine.kind, "gpu": engine.gpu, "catalogue_model": engine.model, "tp": str(engine.tp)}
+        )
+    yield from (state, about)

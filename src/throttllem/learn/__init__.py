@@ -1,1 +1,0 @@
-"""Profile an engine, train the trees, bake the table, write the score card."""

@@ -1,0 +1,1 @@
+"""From measurements of an engine to its performance table."""

@@ -1,0 +1,1 @@
+"""Profiles a live engine over HTTP."""

@@ -1,0 +1,73 @@
+"""Performance tables on disk: one compressed npz per engine size, with its own mark and version.
+
+Knows nothing of what is in a table beyond its parts, nor of where tables are kept.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+
+from throttllem.core.forecast.performance_table import Hull, PerformanceTable
+from throttllem.files import write_aside
+
+MARK = "throttllem performance table"
+VERSION = 2
+ARRAYS = {
+    "batch_bin": np.int32,
+    "kv_bin": np.int32,
+    "prefill_bin": np.int32,
+    "seconds": np.float32,
+    "watts": np.float32,
+}
+
+
+class TableFileError(ValueError):
+    """A file that is no performance table, or not one that this version reads; the message names it."""
+
+
+def save_table(table: PerformanceTable, path: Path) -> None:
+    """Write one table; the file appears whole or not at all."""
+    arrays = {name: getattr(table, name) for name in ARRAYS}
+    hull = np.array(list(asdict(table.hull).values()), dtype=np.int64)
+    clocks = np.array(table.clocks_mhz, dtype=np.int64)
+    with write_aside(path) as unfinished, unfinished.open("wb") as file:
+        np.savez_compressed(
+            file, mark=np.array(MARK), version=np.array(VERSION), clocks_mhz=clocks, hull=hull, **arrays
+        )
+
+
+def load_table(path: Path) -> PerformanceTable:
+    """Read one table. Raises TableFileError for a missing, foreign, damaged or newer file."""
+    try:
+        # numpy leaves a file open that it opened and cannot read.
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return _table(path, dict(loaded))
+    except FileNotFoundError as error:
+        raise TableFileError(f"{path}: no such file") from error
+    # numpy, zipfile and zlib each have their own error for a file that is cut short or is something else.
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, TableFileError):
+            raise
+        raise TableFileError(f"{path}: not a performance table, or damaged ({error}); bake it again") from error
+
+
+def _table(path: Path, parts: dict[str, np.ndarray]) -> PerformanceTable:
+    if str(parts.get("mark")) != MARK:
+        raise TableFileError(f"{path}: not a performance table of throttllem")
+    if int(parts["version"]) != VERSION:
+        raise TableFileError(f"{path}: table version {int(parts['version'])}, this is version {VERSION}; bake it again")
+    for name, dtype in ARRAYS.items():
+        if parts[name].dtype != dtype:
+            raise TableFileError(f"{path}: {name} holds {parts[name].dtype}, not {np.dtype(dtype)}; bake it again")
+    names = [item.name for item in fields(Hull)]
+    return PerformanceTable(
+        clocks_mhz=tuple(int(clock) for clock in parts["clocks_mhz"]),
+        hull=Hull(**{name: int(value) for name, value in zip(names, parts["hull"], strict=True)}),
+        **{name: parts[name] for name in ARRAYS},
+    )

@@ -1,0 +1,1 @@
+"""The paper's claims, each judged against what this project finds."""

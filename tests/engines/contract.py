@@ -1,0 +1,265 @@
+"""What every LiveEngine must do, as checks over a running one: `CHECKS`, each an async function of a Subject.
+
+A test file parametrises over them with a factory of its own:
+
+    @pytest.mark.parametrize("check", CHECKS, ids=name_of)
+    def test_contract(check):
+        async def run():
+            async with subject() as it:
+                await asyncio.wait_for(check(it), 60)
+        asyncio.run(run())
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from throttllem.engines.base import Ask, Call, EngineError, LiveEngine
+
+WORDS = "Tell me about the river behind the old mill, and do not stop before the sea."
+_JSON = (("content-type", "application/json"),)
+
+
+@dataclass
+class Subject:
+    """A running engine and how to end it for good. `chat` False: it has no chat."""
+
+    engine: LiveEngine
+    kill: Callable[[], Awaitable[None]]
+    chat: bool = True
+    next_id: int = field(default=0)
+
+    async def model(self):
+        return (await self.engine.connect()).models[0]
+
+    async def call(self, *, chat=False, max_tokens=8, stream=True, **more):
+        """A controlled call as the gateway makes it."""
+        body = {"model": await self.model(), "max_tokens": max_tokens, "stream": stream, **more}
+        body |= {"messages": [{"role": "user", "content": WORDS}]} if chat else {"prompt": WORDS}
+        ask = Ask(
+            path="/v1/chat/completions" if chat else "/v1/completions",
+            model=body["model"],
+            body=body,
+            prompts=() if chat else (WORDS,),
+            messages=chat,
+            max_tokens=max_tokens,
+            stream=stream,
+        )
+        count = await self.engine.count(ask)
+        self.next_id += 1
+        return Call(
+            method="POST",
+            path=ask.path,
+            headers=_JSON,
+            body=json.dumps(body).encode(),
+            request_id=self.next_id,
+            ask=ask,
+            prompt_tokens=count.tokens,
+            max_tokens=max_tokens,
+        )
+
+    async def whole(self, call):
+        """Status and all bytes of a reply."""
+        async with self.engine.open(call) as reply:
+            return reply.status, b"".join([chunk async for chunk in reply.chunks])
+
+
+def events_of(data):
+    """The JSON of each server-sent event; [DONE] as it is."""
+    lines = [line[5:].strip() for line in data.replace(b"\r\n", b"\n").split(b"\n") if line.startswith(b"data:")]
+    return [line.decode() if line == b"[DONE]" else json.loads(line) for line in lines]
+
+
+def text_of(event):
+    """The text that one event brings, of a completion or a chat."""
+    if event == "[DONE]" or not event.get("choices"):
+        return ""
+    choice = event["choices"][0]
+    return choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+
+
+async def connect_says_a_sane_spec(it):
+    connected = await it.engine.connect()
+    spec = connected.spec
+    assert connected.models and all(connected.models)
+    assert min(spec.kv_blocks, spec.block_tokens, spec.max_batch, spec.max_context_tokens, spec.tp) >= 1
+    assert list(spec.clocks_mhz) == sorted(set(spec.clocks_mhz)) and spec.clocks_mhz
+    assert spec.prefill_budget_tokens >= 1 and spec.idle_w >= 0
+    assert connected.default_max_tokens is None or connected.default_max_tokens >= 1
+    assert await it.engine.well() is None
+
+
+async def a_text_is_counted(it):
+    short = await it.engine.count((await it.call()).ask)
+    body = {"model": await it.model(), "prompt": WORDS * 10}
+    long = await it.engine.count(Ask(path="/v1/completions", model=body["model"], body=body, prompts=(WORDS * 10,)))
+    assert 1 <= short.tokens <= len(WORDS) < long.tokens * 4
+    assert 5 * short.tokens < long.tokens <= 11 * short.tokens
+    assert short.by
+
+
+async def token_ids_count_themselves(it):
+    ids = tuple(range(5, 28))
+    body = {"model": await it.model(), "prompt": list(ids)}
+    count = await it.engine.count(Ask(path="/v1/completions", model=body["model"], body=body, prompts=(ids,)))
+    assert (count.tokens, count.exact) == (23, True)
+
+
+async def a_stream_ends_in_done(it):
+    status, data = await it.whole(await it.call(max_tokens=8))
+    events = events_of(data)
+    assert status == 200
+    assert events[-1] == "[DONE]"
+    assert 1 <= sum(1 for event in events if text_of(event)) <= 8
+    assert [event["choices"][0]["finish_reason"] for event in events[:-1] if event["choices"]][-1] in {"stop", "length"}
+
+
+async def a_stream_is_told_to_be_one(it):
+    async with it.engine.open(await it.call(max_tokens=2)) as reply:
+        headers = dict(reply.headers)
+        assert headers["content-type"].startswith("text/event-stream")
+        assert all(name == name.lower() for name in headers)
+        assert b"".join([chunk async for chunk in reply.chunks]).endswith(b"\n\n")
+
+
+async def usage_comes_if_asked_for(it):
+    call = await it.call(max_tokens=4, stream_options={"include_usage": True})
+    events = events_of((await it.whole(call))[1])
+    (usage,) = [event["usage"] for event in events[:-1] if event.get("usage") and not event["choices"]]
+    assert 1 <= usage["completion_tokens"] <= 4
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+async def an_answer_in_one_piece_has_its_usage(it):
+    status, data = await it.whole(await it.call(max_tokens=6, stream=False))
+    body = json.loads(data)
+    assert status == 200
+    assert 1 <= body["usage"]["completion_tokens"] <= 6
+    assert isinstance(body["choices"][0]["text"], str)
+
+
+async def a_chat_is_answered(it):
+    if not it.chat:
+        return
+    events = events_of((await it.whole(await it.call(chat=True, max_tokens=6)))[1])
+    assert events[-1] == "[DONE]"
+    assert 1 <= sum(1 for event in events if text_of(event)) <= 6
+    body = json.loads((await it.whole(await it.call(chat=True, max_tokens=6, stream=False)))[1])
+    assert body["choices"][0]["message"]["role"] == "assistant"
+    assert 1 <= body["usage"]["completion_tokens"] <= 6
+
+
+async def two_at_once_are_served(it):
+    calls = [await it.call(max_tokens=12) for _ in range(2)]
+    for status, data in await asyncio.gather(*map(it.whole, calls)):
+        assert status == 200
+        assert events_of(data)[-1] == "[DONE]"
+
+
+async def leaving_early_frees_the_place(it):
+    reports = []
+    watching = asyncio.ensure_future(it.engine.watch(reports.append))
+    try:
+        for _ in range(3):
+            async with it.engine.open(await it.call(max_tokens=1000, ignore_eos=True)) as reply:
+                await anext(aiter(reply.chunks))
+        status, _ = await it.whole(await it.call(max_tokens=2))
+        assert status == 200
+        await asyncio.sleep(0)
+        for _ in range(1000):
+            if not reports or reports[-1].running == 0:
+                break
+            await asyncio.sleep(0.01)
+        assert not reports or (reports[-1].running, reports[-1].waiting) == (0, 0)
+    finally:
+        await ended(watching)
+
+
+async def an_unknown_path_is_answered(it):
+    status, _ = await it.whole(Call(method="GET", path="/v1/no-such-thing", headers=(), body=b""))
+    assert 400 <= status < 500
+
+
+async def a_malformed_body_is_answered(it):
+    model = await it.model()
+    for body in (b"{", b"[]", b'{"model": 5}', json.dumps({"model": model, "prompt": {"a": 1}}).encode()):
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            status, data = await it.whole(Call(method="POST", path=path, headers=_JSON, body=body))
+            assert 400 <= status < 500, (path, body, data)
+
+
+async def watching_tells_while_something_runs(it):
+    reports, told = [], asyncio.Event()
+    watching = asyncio.ensure_future(it.engine.watch(lambda report: (reports.append(report), told.set())))
+    connected = await it.engine.connect()
+    await it.whole(await it.call(max_tokens=20))
+    if connected.exact:
+        await asyncio.wait_for(told.wait(), 5)
+        assert all(report.step is not None for report in reports if report.started is not None)
+        assert any(report.step is not None for report in reports)
+    if connected.named:
+        assert reports and all(report.started is not None and report.finished is not None for report in reports)
+    assert not watching.done()
+    assert all(report.running >= 0 and report.waiting >= 0 for report in reports)
+    await ended(watching)
+
+
+async def a_dead_engine_says_so(it):
+    call = await it.call()
+    watching = asyncio.ensure_future(it.engine.watch(lambda report: None))
+    await asyncio.sleep(0)
+    await it.kill()
+    with pytest.raises(EngineError) as refused:
+        await it.whole(call)
+    assert refused.value.status == 502
+    with pytest.raises(EngineError):
+        await it.engine.connect()
+    with pytest.raises(EngineError):
+        await it.engine.well()
+    with pytest.raises(EngineError):
+        await asyncio.wait_for(watching, 30)
+
+
+async def an_engine_that_dies_breaks_its_streams_off(it):
+    with pytest.raises(EngineError):
+        async with it.engine.open(await it.call(max_tokens=1000, ignore_eos=True)) as reply:
+            chunks = aiter(reply.chunks)
+            await anext(chunks)
+            await it.kill()
+            while True:
+                await asyncio.wait_for(anext(chunks), 30)
+
+
+async def ended(task):
+    """Cancel a task that must not have failed, and see it end."""
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+CHECKS = (
+    connect_says_a_sane_spec,
+    a_text_is_counted,
+    token_ids_count_themselves,
+    a_stream_ends_in_done,
+    a_stream_is_told_to_be_one,
+    usage_comes_if_asked_for,
+    an_answer_in_one_piece_has_its_usage,
+    a_chat_is_answered,
+    two_at_once_are_served,
+    leaving_early_frees_the_place,
+    an_unknown_path_is_answered,
+    a_malformed_body_is_answered,
+    watching_tells_while_something_runs,
+    a_dead_engine_says_so,
+    an_engine_that_dies_breaks_its_streams_off,
+)
+"""The last two end the engine."""
+
+
+def name_of(check):
+    """What a test is called."""
+    return check.__name__

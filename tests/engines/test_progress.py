@@ -1,0 +1,250 @@
+"""From tokens to iterations, by hand, for each kind of engine."""
+
+from throttllem.core.types import Observed, Progressed, Stepped
+from throttllem.engines.base import Report
+from throttllem.engines.progress import Progress
+
+
+def stepped(iteration, started=(), finished=(), preempted=()):
+    return Stepped(engine=3, iteration=iteration, started=started, finished=finished, preempted=preempted)
+
+
+def progressed(key, tokens):
+    return Progressed(engine=3, request_id=key, tokens=tokens)
+
+
+def sent(progress, *keys, streams=True, sequences=1):
+    for key in keys:
+        progress.dispatched(key, streams=streams, sequences=sequences)
+
+
+# ---- engines that say nothing --------------------------------------------------------------------------------
+
+
+def test_one_stream_is_one_iteration_a_token():
+    progress = Progress(3, exact=False)
+    sent(progress, 7)
+    assert progress.iteration == -1
+    assert progress.token(7) == [stepped(0, started=(7,))]
+    assert progress.token(7) == [stepped(1)]
+    assert progress.ended(7, 2) == [stepped(1, finished=(7,))]
+    sent(progress, 8)
+    assert progress.token(8) == [stepped(2, started=(8,))]
+
+
+def test_rows_of_one_burst_share_an_iteration_in_whatever_order_they_come():
+    progress = Progress(3, exact=False)
+    sent(progress, 1, 2)
+    assert [*progress.token(1), *progress.token(2)] == [stepped(0, started=(1,)), stepped(0, started=(2,))]
+    for iteration, (first, second) in enumerate([(2, 1), (1, 2), (1, 2), (2, 1)], start=1):
+        told = [*progress.token(first), *progress.token(second)]
+        # The second row's own place trails by the one token that a late burst could explain.
+        assert [event.iteration for event in told] in ([iteration], [])
+        assert progress.iteration in (iteration - 1, iteration)
+
+
+def test_a_merged_chunk_advances_by_all_its_tokens():
+    progress = Progress(3, exact=False)
+    sent(progress, 1)
+    progress.token(1)
+    assert progress.token(1, 4) == [stepped(4)]
+    assert progress.ended(1, None) == [stepped(4, finished=(1,))]
+
+
+def test_a_row_that_was_thrown_out_is_corrected_but_not_at_every_token():
+    progress = Progress(3, exact=False)
+    sent(progress, 1, 2)
+    progress.token(1)
+    progress.token(2)
+    for _ in range(5):
+        progress.token(1)
+    assert progress.token(2)[-1] == progressed(2, 2)
+    assert progress.token(1) == [stepped(6)]
+    quiet = []
+    for _ in range(6):
+        quiet += progress.token(1)
+    assert quiet == [stepped(iteration) for iteration in range(7, 13)]
+    assert progress.token(2) == [], "corrected 7 iterations ago"
+    progress.token(1)
+    assert progress.token(2) == [progressed(2, 4)]
+
+
+def test_when_the_leader_ends_the_others_lead():
+    progress = Progress(3, exact=False)
+    sent(progress, 1, 2)
+    for key in (1, 2, 1, 2, 1, 2):
+        progress.token(key)
+    progress.ended(1, 3)
+    before = progress.iteration
+    for _ in range(10):
+        progress.token(2)
+    assert before + 9 <= progress.iteration <= before + 10
+    assert progress.ended(2, 13)[-1] == stepped(progress.iteration, finished=(2,))
+
+
+def test_the_exact_count_at_the_end_is_told():
+    progress = Progress(3, exact=False)
+    sent(progress, 1)
+    progress.token(1)
+    assert progress.ended(1, 40) == [progressed(1, 40), stepped(0, finished=(1,))]
+
+
+def test_an_answer_without_tokens_only_ends():
+    progress = Progress(3, exact=False)
+    sent(progress, 1)
+    assert progress.ended(1, 0) == [stepped(0), stepped(0, finished=(1,))]
+
+
+def test_several_sequences_count_by_their_mean():
+    progress = Progress(3, exact=False)
+    sent(progress, 1, sequences=4)
+    assert [event for _ in range(4) for event in progress.token(1)] == [stepped(0, started=(1,))]
+    assert [event for _ in range(4) for event in progress.token(1)] == [stepped(1)]
+    assert progress.ended(1, 8) == [stepped(1, finished=(1,))]
+
+
+def test_what_is_dropped_or_unknown_is_forgotten():
+    progress = Progress(3, exact=False)
+    sent(progress, 1)
+    progress.token(1)
+    progress.dropped(1)
+    progress.dropped(9)
+    assert [progress.token(1), progress.token(9), progress.ended(1, 4), progress.ended(9, None)] == [[], [], [], []]
+
+
+# ---- rows that do not stream ---------------------------------------------------------------------------------
+
+
+def test_a_silent_row_begins_with_the_next_iteration_of_others():
+    progress = Progress(3, exact=False)
+    sent(progress, 1)
+    progress.token(1)
+    sent(progress, 2, streams=False)
+    assert progress.token(1) == [stepped(1, started=(2,))]
+    for _ in range(3):
+        progress.token(1)
+    assert progress.ended(2, 4) == [stepped(4, finished=(2,))]
+
+
+def test_a_silent_row_begins_when_the_engine_runs_so_many():
+    progress = Progress(3, exact=False)
+    sent(progress, 1)
+    progress.token(1)
+    sent(progress, 2, 3, streams=False)
+    assert progress.report(Report(running=1, waiting=2)) == [Observed(engine=3, running=1, waiting=2)]
+    assert progress.report(Report(running=2, waiting=1))[0] == stepped(0, started=(2,))
+    assert progress.token(1) == [stepped(1)]
+    assert progress.report(Report(running=3, waiting=0))[0] == stepped(1, started=(3,))
+
+
+def test_time_moves_rows_that_all_are_silent():
+    progress = Progress(3, exact=False)
+    assert progress.tick(0.02) == []
+    sent(progress, 1, streams=False)
+    assert progress.tick(float("nan")) == []
+    assert progress.tick(0.02) == [stepped(0, started=(1,))]
+    assert progress.tick(0.02) == [stepped(1)]
+    assert progress.ended(1, 2) == [stepped(1, finished=(1,))]
+    assert progress.tick(0.02) == []
+
+
+def test_time_moves_nothing_that_shows_itself():
+    streams, steps = Progress(3, exact=False), Progress(3, exact=False)
+    sent(streams, 1)
+    streams.token(1)
+    sent(streams, 2, streams=False)
+    assert streams.tick(0.02) == []
+    sent(steps, 1, streams=False)
+    steps.report(Report(running=1, waiting=0, step=5))
+    assert steps.tick(0.02) == []
+
+
+def test_a_silent_row_that_ends_before_it_was_seen_begins_and_ends():
+    progress = Progress(3, exact=False)
+    sent(progress, 1, 2, streams=False)
+    assert progress.ended(2, 5) == [stepped(0, started=(2, 1)), progressed(2, 5), stepped(0, finished=(2,))]
+    assert progress.ended(1, None) == [stepped(0, finished=(1,))]
+
+
+# ---- engines with step numbers -------------------------------------------------------------------------------
+
+
+def test_step_numbers_count_from_the_first_and_may_jump():
+    progress = Progress(3, exact=False)
+    assert progress.report(Report(running=0, waiting=0, step=100))[0] == stepped(0)
+    sent(progress, 1)
+    assert progress.report(Report(running=1, waiting=0, kv_blocks=4, step=101)) == [
+        stepped(1),
+        Observed(engine=3, running=1, waiting=0, kv_blocks=4),
+    ]
+    assert progress.token(1) == [stepped(1, started=(1,))]
+    assert progress.report(Report(running=1, waiting=0, step=101)) == [Observed(engine=3, running=1, waiting=0)]
+    assert progress.report(Report(running=1, waiting=0, step=121))[0] == stepped(21)
+    assert progress.token(1) == []  # one event of several tokens, as a busy engine sends them
+    assert progress.ended(1, 2) == [progressed(1, 2), stepped(21, finished=(1,))]
+
+
+def test_a_token_may_come_before_the_report_of_its_step():
+    progress = Progress(3, exact=False)
+    progress.report(Report(running=0, waiting=0, step=10))
+    sent(progress, 1)
+    assert progress.token(1) == [stepped(1, started=(1,))]
+    assert progress.report(Report(running=1, waiting=0, step=11)) == [Observed(engine=3, running=1, waiting=0)]
+    assert progress.token(1) == [stepped(2)]
+
+
+def test_streams_with_several_tokens_a_step_do_not_carry_the_iteration_away():
+    progress = Progress(3, exact=False)
+    progress.report(Report(running=0, waiting=0, step=0))
+    sent(progress, 1)
+    told = []
+    for step in range(1, 60):
+        told += progress.token(1, 3)
+        told += progress.report(Report(running=1, waiting=0, step=step))
+    iterations = [event.iteration for event in told if isinstance(event, Stepped)]
+    assert iterations == sorted(iterations)
+    # Trusted for so long as it could be the report that is late, then held until the steps say so.
+    assert progress.iteration <= 59 + 12
+    corrections = [event for event in told if isinstance(event, Progressed)]
+    assert 59 / 12 <= len(corrections) <= 59 / 8 + 1
+
+
+def test_an_engine_that_counts_from_zero_again_goes_on_from_here():
+    progress = Progress(3, exact=False)
+    for step in (500, 501, 502):
+        progress.report(Report(running=1, waiting=0, step=step))
+    assert progress.report(Report(running=0, waiting=0, step=0)) == [Observed(engine=3, running=0, waiting=0)]
+    assert progress.report(Report(running=1, waiting=0, step=1))[0] == stepped(3)
+    sent(progress, 1)
+    assert progress.token(1) == [stepped(4, started=(1,))], "its streams prove what they did before"
+
+
+# ---- engines that say all ------------------------------------------------------------------------------------
+
+
+def test_exact_reports_are_told_as_they_are_and_nothing_else():
+    progress = Progress(3, exact=True)
+    sent(progress, 1, 2)
+    first = Report(running=2, waiting=0, step=40, started=(1, 2, -1), finished=(2,), preempted=(5,))
+    assert progress.token(1) == progress.ended(2, 1) == progress.tick(0.1) == []
+    assert progress.report(first) == [stepped(0, started=(1, 2, -1), finished=(2,), preempted=(5,))]
+    assert progress.report(Report(running=1, waiting=0)) == []
+    assert progress.report(Report(running=1, waiting=0, step=41, started=(), finished=())) == [stepped(1)]
+    assert progress.iteration == 1
+
+
+def test_tokens_are_those_of_the_steps_where_events_hold_several():
+    progress = Progress(3, exact=False)
+    progress.dispatched(1, streams=True)
+    progress.report(Report(running=1, waiting=0, step=100))
+    progress.token(1)
+    start = progress.iteration
+    progress.report(Report(running=1, waiting=0, step=110))
+    progress.token(1)
+    told = progress.iteration - start + 1
+    assert progress.tokens(1) == told > 2
+    assert [event for event in progress.ended(1, None) if isinstance(event, Progressed)] == []
+    progress.dispatched(2, streams=True)
+    progress.token(2)
+    assert progressed(2, 5) in progress.ended(2, 5)
+    assert progress.tokens(2) is None

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.profiling.storage import ARRAYS, TableFileError, load_table, save_table
+
+
+def test_saved_and_loaded_again(tmp_path: Path, tables: dict[int, PerformanceTable]) -> None:
+    path = tmp_path / "tp2.npz"
+    save_table(tables[2], path)
+    again = load_table(path)
+    for name in ARRAYS:
+        assert np.array_equal(getattr(again, name), getattr(tables[2], name))
+        assert getattr(again, name).dtype == getattr(tables[2], name).dtype
+    assert (again.hull, again.clocks_mhz) == (tables[2].hull, tables[2].clocks_mhz)
+    assert again.at(1410, 8, 80, 0) == tables[2].at(1410, 8, 80, 0)
+    assert [item.name for item in tmp_path.iterdir()] == ["tp2.npz"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path, tables: dict[int, PerformanceTable]) -> Path:
+    path = tmp_path / "table.npz"
+    save_table(tables[1], path)
+    return path
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_a_file_cut_short(saved: Path, keep: float) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(keep if keep > 1 else keep * len(whole))])
+    with pytest.raises(TableFileError, match=r"table.npz: not a performance table"):
+        load_table(saved)
+
+
+def test_a_damaged_file(saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    saved.write_bytes(content)
+    with pytest.raises(TableFileError, match=r"table.npz: not a performance table"):
+        load_table(saved)
+
+
+def test_a_file_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "other.npz"
+    np.savez(path, a=np.arange(3))
+    with pytest.raises(TableFileError, match=r"other.npz: not a performance table of throttllem"):
+        load_table(path)
+    np.save(tmp_path / "one.npy", np.arange(3))
+    with pytest.raises(TableFileError, match=r"one.npy: not a performance table"):
+        load_table(tmp_path / "one.npy")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("version", np.array(99), "table version 99, this is version 2"),
+        ("hull", np.array([1, 2]), "damaged"),
+        ("watts", np.ones((3, 17), dtype=np.float32), "watts has the shape"),
+        ("seconds", np.ones((3, 17)), "seconds holds float64, not float32"),
+        ("clocks_mhz", None, "damaged"),
+    ],
+)
+def test_parts_that_are_wrong(saved: Path, part: str, value: np.ndarray | None, message: str) -> None:
+    with np.load(saved) as file:
+        parts = dict(file)
+    parts.pop(part)
+    np.savez(saved, **parts, **({} if value is None else {part: value}))
+    with pytest.raises(TableFileError, match=message):
+        load_table(saved)
+
+
+def test_absent_file(tmp_path: Path) -> None:
+    with pytest.raises(TableFileError, match="no such file"):
+        load_table(tmp_path / "absent.npz")
