@@ -95,7 +95,15 @@ def forest(kv_and_clock: list[tuple[int, int]]) -> Trained:
     parameters = {"num_leaves": 2, "min_data_in_leaf": 1, "min_data_in_bin": 1, "verbosity": -1}
     booster = lightgbm.train(parameters, lightgbm.Dataset(points, kv / 100), num_boost_round=1)
     hull = Hull(max_batch=32, max_kv_blocks=300, max_prefill_tokens=2048)
-    return Trained(seconds=booster, watts=booster, gpu="test-gpu", model="test-model", block_tokens=16, hulls={1: hull})
+    return Trained(
+        seconds=booster,
+        watts=booster,
+        gpu="test-gpu",
+        model="test-model",
+        block_tokens=16,
+        hulls={1: hull},
+        clocks_measured=frozenset({1}),
+    )
 
 
 def test_trees_without_a_split_bake_too() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,35 @@ def test_saved_and_loaded_again(tmp_path: Path, tables: dict[int, PerformanceTab
     assert (again.hull, again.clocks_mhz) == (tables[2].hull, tables[2].clocks_mhz)
     assert again.at(1410, 8, 80, 0) == tables[2].at(1410, 8, 80, 0)
     assert [item.name for item in tmp_path.iterdir()] == ["tp2.npz"]
+
+
+@pytest.mark.parametrize("mark", [True, False])
+def test_whether_the_clock_axis_was_measured_is_kept(
+    tmp_path: Path, tables: dict[int, PerformanceTable], mark: bool
+) -> None:
+    path = tmp_path / "table.npz"
+    save_table(replace(tables[1], clocks_measured=mark), path)
+    assert load_table(path).clocks_measured is mark
+
+
+def as_version_2(path: Path) -> None:
+    """The file as builds before version 3 wrote it, without the mark."""
+    with np.load(path) as file:
+        parts = dict(file)
+    parts.pop("clocks_measured")
+    np.savez(path, **(parts | {"version": np.array(2)}))
+
+
+def test_an_old_table_shows_whether_its_clock_axis_was_measured(
+    tmp_path: Path, tables: dict[int, PerformanceTable]
+) -> None:
+    path, table = tmp_path / "table.npz", tables[1]
+    flat = np.repeat(table.seconds[:, -1:], len(table.clocks_mhz), axis=1)
+    alone = {"clocks_mhz": (1410,), "seconds": table.seconds[:, -1:], "watts": table.watts[:, -1:]}
+    for one, measured in ((table, True), (replace(table, seconds=flat), False), (replace(table, **alone), False)):
+        save_table(one, path)
+        as_version_2(path)
+        assert load_table(path).clocks_measured is measured
 
 
 @pytest.fixture
@@ -58,11 +88,12 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("version", np.array(99), "table version 99, this is version 2"),
+        ("version", np.array(99), "table version 99, this is version 3"),
         ("hull", np.array([1, 2]), "damaged"),
         ("watts", np.ones((3, 17), dtype=np.float32), "watts has the shape"),
         ("seconds", np.ones((3, 17)), "seconds holds float64, not float32"),
         ("clocks_mhz", None, "damaged"),
+        ("clocks_measured", None, "damaged"),
     ],
 )
 def test_parts_that_are_wrong(saved: Path, part: str, value: np.ndarray | None, message: str) -> None:

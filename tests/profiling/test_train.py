@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import polars as pl
 import pytest
 
 from throttllem.core.forecast.performance_table import Hull, PerformanceTable
-from throttllem.profiling.train import Trained, train
+from throttllem.profiling.bake import bake
+from throttllem.profiling.train import Trained, TrainSettings, train
 
-from .analytic import profile
+from .analytic import profile, spec
 from .conftest import SMALL
 
 AXES = {"prefill": 0, "batch": 1, "kv": 2, "clock": 3}
@@ -56,6 +59,25 @@ def test_thresholds_are_bounded(tables: dict[int, PerformanceTable]) -> None:
 
 def test_hulls_are_what_was_measured(trained: Trained) -> None:
     assert trained.hulls == {tp: Hull(max_batch=32, max_kv_blocks=300 * tp, max_prefill_tokens=2048) for tp in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [
+        (lambda frame: frame, {1, 2}),
+        (lambda frame: frame.with_columns(any_clock=pl.lit(0)), {1, 2}),
+        (lambda frame: frame.with_columns(any_clock=pl.lit(1)), set()),
+        (lambda frame: frame.with_columns(any_clock=(pl.col("tp") == 2).cast(pl.Int64)), {1}),
+        (lambda frame: frame.filter((pl.col("tp") == 2) | (pl.col("clock_mhz") == 1410)), {2}),
+    ],
+)
+def test_sizes_whose_clock_axis_was_measured(
+    measured: pl.DataFrame, rows: Callable[[pl.DataFrame], pl.DataFrame], sizes: set[int]
+) -> None:
+    quick = TrainSettings(rounds=1, leaves=2)
+    found = train(rows(measured), quick)
+    assert found.clocks_measured == sizes
+    assert bake(found, spec(1)).clocks_measured is (1 in sizes)
 
 
 def test_too_little_to_learn_from(measured: pl.DataFrame) -> None:

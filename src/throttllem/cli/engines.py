@@ -242,6 +242,14 @@ def train(
     write_score_card(card, out / "score_card.json")
     Console().print(score_table(card) if card.scores else "too few rows to hold any out: there are no scores")
     Console().print(f"tables and score_card.json in {out}")
+    if unmeasured := [str(tp) for tp in fleet.sizes if tp not in trained.clocks_measured]:
+        Console(soft_wrap=True).print(
+            f"tp {', '.join(unmeasured)}: the clock axis was not measured (a profile without --gpus, or of one clock): "
+            "`serve` keeps the maximum clock with this table, and refuses to set or advise clocks of GPUs; for that, "
+            "profile again with --gpus and --clocks",
+            markup=False,
+            highlight=False,
+        )
 
 
 def estimate(

@@ -186,7 +186,18 @@ class _Part:
         table, gpu = load_table(file), self.catalogue.gpu(entry.gpu)
         if unknown := sorted(set(table.clocks_mhz) - set(gpu.clocks_mhz)):
             raise ValueError(f"{file}: was learned at {unknown[-1]} MHz, which {entry.gpu} does not have")
-        return table
+        if table.clocks_measured:
+            return table
+        if entry.gpus is not None and (mode := self.options.clocks.mode) != "off":
+            gpus = ",".join(entry.gpus)
+            raise ValueError(
+                f"{file}: the clock axis of this table was not measured (a profile without --gpus, or of one clock): "
+                f"no clock of engines: gpus = {gpus} can be chosen by it (clocks.mode = '{mode}'); profile again, "
+                f"`throttllem profile PROFILE --url {entry.url} --gpus {gpus} --clocks MHZ,MHZ,...`, and "
+                f"`throttllem train PROFILE --out {file.parent}`; or leave clocks alone, --clocks off"
+            )
+        log.warning("%s: the clock axis of this table was not measured: the maximum clock is kept", file)
+        return table.only_at(gpu.clocks_mhz[-1])
 
     def _predictor(self, first: EngineEntry) -> tuple[LengthPredictor, Path]:
         file = self.options.state_dir.expanduser() / f"lengths-{safe_name(called(first))}.json"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.options import ControllerOptions
 from throttllem.engines.base import Connected, EngineError
 from throttllem.files import WriteError, writable_dir
@@ -153,6 +154,9 @@ async def _engines(gateway: Gateway, options: ServeOptions, origins: dict[str, s
                 findings.append(_never_started(link, options.policy))
             if aware and link.tp not in model.driver.controller.options.tables:
                 findings.append(_no_table(link))
+            table = model.driver.controller.options.tables.get(link.tp)
+            if table is not None and not table.clocks_measured:
+                findings.append(_no_clock_axis(link))
     try:
         check_apart(gateway.hardware)
     except ValueError as error:
@@ -184,13 +188,18 @@ def _described(link: Link, connected: Connected, core: ControllerOptions, option
         chosen = "would choose no clock, and plan with the top one"
     elif core.throttle.policy is ClockPolicy.FIXED:
         chosen = f"would keep to {core.throttle.fixed_mhz} MHz"
-    elif core.throttle.policy is ClockPolicy.TOP or (core.slo_aware and table is None and link.kind != "simulated"):
+    elif core.throttle.policy is ClockPolicy.TOP or (core.slo_aware and _without_choice(link, table)):
         chosen = "would keep to the top clock"
     return (
         f"engine {link.name} serves {', '.join(connected.models)}: {spec.kv_blocks} KV blocks of {spec.block_tokens} "
         f"tokens, {spec.max_batch} requests, context {spec.max_context_tokens}; policy {options.policy} {chosen} "
         f"of {'a simulated ' if link.clock.mode == 'simulated' else ''}{link.catalogue_gpu}"
     )
+
+
+def _without_choice(link: Link, table: PerformanceTable | None) -> bool:
+    """Whether no table tells one clock from another; that of a simulated engine is made at the first start."""
+    return link.kind != "simulated" if table is None else not table.clocks_measured
 
 
 async def _hardware(link: Link, options: ServeOptions, origins: dict[str, str]) -> list[Finding]:
@@ -254,6 +263,14 @@ def _never_started(link: Link, policy: str) -> Finding:
         mark="!!",
         text=f"engine {link.name} would never be used: policy {policy} serves the largest size; {policy}+autoscale "
         "chooses among them",
+    )
+
+
+def _no_clock_axis(link: Link) -> Finding:
+    return Finding(
+        mark="--",
+        text=f"engine {link.name}: the clock axis of its table was not measured (a profile without --gpus, or of one "
+        "clock): the maximum clock is kept, and no saving is estimated; profile again with --gpus and --clocks",
     )
 
 

@@ -58,6 +58,7 @@ def bake(trained: Trained, spec: EngineSpec) -> PerformanceTable:
         seconds=np.square(_positive(_sums(seconds, edges))).astype(np.float32),
         watts=np.exp(_sums(watts, edges)).astype(np.float32),
         hull=hull,
+        clocks_measured=spec.tp in trained.clocks_measured,
     )
 
 

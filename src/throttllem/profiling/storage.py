@@ -16,7 +16,9 @@ from throttllem.core.forecast.performance_table import Hull, PerformanceTable
 from throttllem.files import write_aside
 
 MARK = "throttllem performance table"
-VERSION = 2
+VERSION = 3
+UNMARKED = 2
+"""The version before: it does not say whether the clock axis was measured."""
 ARRAYS = {
     "batch_bin": np.int32,
     "kv_bin": np.int32,
@@ -37,7 +39,13 @@ def save_table(table: PerformanceTable, path: Path) -> None:
     clocks = np.array(table.clocks_mhz, dtype=np.int64)
     with write_aside(path) as unfinished, unfinished.open("wb") as file:
         np.savez_compressed(
-            file, mark=np.array(MARK), version=np.array(VERSION), clocks_mhz=clocks, hull=hull, **arrays
+            file,
+            mark=np.array(MARK),
+            version=np.array(VERSION),
+            clocks_mhz=clocks,
+            clocks_measured=np.array(table.clocks_measured),
+            hull=hull,
+            **arrays,
         )
 
 
@@ -60,8 +68,9 @@ def load_table(path: Path) -> PerformanceTable:
 def _table(path: Path, parts: dict[str, np.ndarray]) -> PerformanceTable:
     if str(parts.get("mark")) != MARK:
         raise TableFileError(f"{path}: not a performance table of throttllem")
-    if int(parts["version"]) != VERSION:
-        raise TableFileError(f"{path}: table version {int(parts['version'])}, this is version {VERSION}; bake it again")
+    version = int(parts["version"])
+    if version not in (UNMARKED, VERSION):
+        raise TableFileError(f"{path}: table version {version}, this is version {VERSION}; bake it again")
     for name, dtype in ARRAYS.items():
         if parts[name].dtype != dtype:
             raise TableFileError(f"{path}: {name} holds {parts[name].dtype}, not {np.dtype(dtype)}; bake it again")
@@ -69,5 +78,11 @@ def _table(path: Path, parts: dict[str, np.ndarray]) -> PerformanceTable:
     return PerformanceTable(
         clocks_mhz=tuple(int(clock) for clock in parts["clocks_mhz"]),
         hull=Hull(**{name: int(value) for name, value in zip(names, parts["hull"], strict=True)}),
+        clocks_measured=_depends(parts["seconds"]) if version == UNMARKED else bool(parts["clocks_measured"]),
         **{name: parts[name] for name in ARRAYS},
     )
+
+
+def _depends(seconds: np.ndarray) -> bool:
+    """Whether the seconds of any cell depend on the clock; those of one clock do not."""
+    return not np.allclose(seconds, seconds[:, -1:], rtol=1e-3, atol=0.0)

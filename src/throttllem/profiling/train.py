@@ -53,7 +53,8 @@ class TrainSettings:
 class Trained:
     """Two boosters (square root of seconds, natural logarithm of watts; features as in FEATURES) and their profile.
 
-    `hulls` gives the profiled box of each size, by tensor parallel degree.
+    `hulls` gives the profiled box of each size, by tensor parallel degree; `clocks_measured` are the sizes whose clock
+    axis was measured.
     """
 
     seconds: lightgbm.Booster
@@ -62,6 +63,7 @@ class Trained:
     model: str
     block_tokens: int
     hulls: dict[int, Hull]
+    clocks_measured: frozenset[int]
 
     def predict(self, profile: pl.DataFrame) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Seconds and watts of each row, by the trees themselves."""
@@ -86,6 +88,7 @@ def train(profile: pl.DataFrame, settings: TrainSettings | None = None) -> Train
         model=first["model"],
         block_tokens=first["block_tokens"],
         hulls=_hulls(profile),
+        clocks_measured=_clocks_measured(profile),
     )
 
 
@@ -161,6 +164,13 @@ def _snapped(values: npt.NDArray[np.float64], bins: int) -> npt.NDArray[np.float
     midway = (points[1:] + points[:-1]) / 2
     snapped: npt.NDArray[np.float64] = points[np.searchsorted(midway, values)]
     return snapped
+
+
+def _clocks_measured(profile: pl.DataFrame) -> frozenset[int]:
+    """Sizes of two clocks or more, none of whose rows stands for clocks at which it was not measured."""
+    repeats = pl.col("any_clock").max() if "any_clock" in profile.columns else pl.lit(0)
+    sizes = profile.group_by("tp").agg(clocks=pl.col("clock_mhz").n_unique(), repeats=repeats)
+    return frozenset(sizes.filter((pl.col("clocks") > 1) & (pl.col("repeats") == 0))["tp"].to_list())
 
 
 def _hulls(profile: pl.DataFrame) -> dict[int, Hull]:

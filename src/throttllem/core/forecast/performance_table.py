@@ -34,8 +34,9 @@ class PerformanceTable:
     `batch_bin` (batch 0 to the largest), `kv_bin` (KV blocks in use, 0 to capacity) and `prefill_bin` (prompt tokens
     in the iteration, 0 to the budget) give the bin of each value: from 0, rising by at most one. `seconds` and `watts`
     (of all GPUs of the engine) have the shape (cells, C), cell = (prefill bin * batch bins + batch bin) * KV bins + KV
-    bin. Batch counts decode rows and prompts being prefilled. `limit_mhz`: the GPUs are held down to that; `base` is
-    the table without it. Raises ValueError where the parts do not fit together.
+    bin. Batch counts decode rows and prompts being prefilled. `clocks_measured` False: the clock axis was not measured,
+    so no clock may be chosen by it. `limit_mhz`: the GPUs are held down to that; `base` is the table without it. Raises
+    ValueError where the parts do not fit together.
     """
 
     clocks_mhz: tuple[int, ...]
@@ -45,6 +46,7 @@ class PerformanceTable:
     seconds: Steps
     watts: Steps
     hull: Hull
+    clocks_measured: bool = True
     limit_mhz: int | None = field(default=None, init=False)
     base: PerformanceTable | None = field(default=None, init=False, repr=False)
     _slowest: Steps = field(init=False, repr=False)
@@ -86,6 +88,10 @@ class PerformanceTable:
         object.__setattr__(held, "limit_mhz", limit_mhz)
         object.__setattr__(held, "base", base)
         return held
+
+    def only_at(self, clock_mhz: int) -> PerformanceTable:
+        """The same engine with one clock, at which it needs what it needs at the highest of the table."""
+        return replace(self, clocks_mhz=(clock_mhz,), seconds=self.seconds[:, -1:], watts=self.watts[:, -1:])
 
     def cells(self, batch: Whole, kv_blocks: Whole, prefill_tokens: Whole) -> Ints:
         """Rows of `seconds` and `watts` for integer arrays of one shape; beyond either end the end bin counts."""

@@ -38,7 +38,7 @@ class EnergyMeter:
     """The energy of one engine. One writer: its booking.
 
     `top` None: there is no model to say what the top clock would have taken, nor `advised` the clocks that were advised
-    and not set.
+    and not set. With a model whose clock axis was not measured neither is estimated.
     """
 
     gpu: Gpu
@@ -123,7 +123,7 @@ class EnergyMeter:
         return Energy(
             total_j=self.ledger.total_j,
             idle_j=self.ledger.idle_j,
-            top_j=self.top.joules() if self.top else None,
+            top_j=self.top.joules() if self.top and self.top.table.clocks_measured else None,
             advised_j=self.advised.joules() if self.advised and self._advises else None,
             watts=self.reading().watts,
         )

@@ -44,7 +44,7 @@ class CheckpointError(ValueError):
 
 
 def table_digest(table: PerformanceTable) -> str:
-    """16 hex digits over everything that a table says."""
+    """16 hex digits over everything that decisions take from a table."""
     clocks, hull = [int(mhz) for mhz in table.clocks_mhz], {name: int(n) for name, n in asdict(table.hull).items()}
     digest = hashlib.sha256(repr((clocks, hull)).encode())
     for name in ARRAYS:

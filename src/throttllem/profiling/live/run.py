@@ -100,7 +100,8 @@ def _greet(connected: Connected, device: Device, say: Say) -> None:
     if device.modelled is not None:
         say(
             f"watts modelled: the GPU is a simulated {spec.gpu} with {spec.model}, whose clock does not change this "
-            f"engine's speed; seconds are measured once and stand for all of {_listed(device.clocks_mhz)} MHz"
+            f"engine's speed; seconds are measured once and stand for all of {_listed(device.clocks_mhz)} MHz, so no "
+            "clock can be chosen by them: to set or advise clocks, profile with --gpus"
         )
 
 
