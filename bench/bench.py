@@ -89,7 +89,7 @@ def decisions(spec: EngineSpec, table: PerformanceTable, policy: ClockPolicy, ro
 
 def request(index: int, now_s: float, prompt: int, answer: int) -> Request:
     """A request whose answer is known."""
-    return Request(id=index, arrival_s=now_s, prompt_tokens=prompt, answer_tokens=answer, max_tokens=1024, slo=SLO)
+    return Request(id=index, arrival_s=now_s, prompt_tokens=prompt, output_tokens=answer, max_tokens=1024, slo=SLO)
 
 
 def report(policy: ClockPolicy, rows: int, measured: tuple[list[float], int]) -> dict[str, float]:

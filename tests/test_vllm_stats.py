@@ -90,7 +90,7 @@ def test_details_of_an_iteration_go_first(logger, listener):
     details = SimpleNamespace(num_ctx_tokens=99, num_generation_requests=2, elapsed_ms=250.0)
     logger().record(scheduler(details=details), iteration(computed=12))
     (step,) = received(listener)
-    assert (step.prompt_tokens, step.decode_rows, step.seconds) == (99, 2, 0.25)
+    assert (step.prompt_tokens, step.decode_sequences, step.seconds) == (99, 2, 0.25)
 
 
 def test_nobody_listening_costs_nothing_but_a_gap(logger, listener, tmp_path):

@@ -82,7 +82,7 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
             prompt_tokens=prompt_tokens if details is None else details.num_ctx_tokens,
             generated_tokens=iteration.num_generation_tokens if iteration is not None else 0,
             preemptions=iteration.num_preempted_reqs if iteration is not None else 0,
-            decode_rows=None if details is None else details.num_generation_requests,
+            decode_sequences=None if details is None else details.num_generation_requests,
             seconds=None if details is None else details.elapsed_ms / 1000,
         )
 

@@ -3,7 +3,7 @@
 import math
 import random
 
-from throttllem.core.lengths.online import Online
+from throttllem.core.lengths.online import OnlineLengthPredictor
 from throttllem.core.types import Request, Slo
 
 PROMISE = Slo()
@@ -14,20 +14,20 @@ def request(
 ) -> Request:
     return Request(
         id=number, arrival_s=0.0, prompt_tokens=prompt, max_tokens=limit, slo=PROMISE, caller=caller, model=model,
-        answer_tokens=truth,
+        output_tokens=truth,
     )  # fmt: skip
 
 
-def serve(predictor: Online, requests: list[Request], lag: int = 0) -> list[bool]:
+def serve(predictor: OnlineLengthPredictor, requests: list[Request], lag: int = 0) -> list[bool]:
     """Bounds each request on arrival, learns it `lag` arrivals later; whether each answer exceeded its bound."""
     missed = []
     for place, arrived in enumerate(requests):
-        assert arrived.answer_tokens is not None
+        assert arrived.output_tokens is not None
         bound = predictor.bound(arrived)
-        missed.append(arrived.answer_tokens > (arrived.max_tokens if bound is None else bound))
+        missed.append(arrived.output_tokens > (arrived.max_tokens if bound is None else bound))
         if place >= lag:
             done = requests[place - lag]
-            predictor.learn(done, done.answer_tokens or 0)
+            predictor.learn(done, done.output_tokens or 0)
     return missed
 
 

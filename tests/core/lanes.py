@@ -26,7 +26,7 @@ class Lanes:
             self.batcher.add(
                 lane,
                 prompt_tokens=request.prompt_tokens,
-                answer_tokens=request.answer_tokens,
+                output_tokens=request.output_tokens,
                 max_tokens=request.max_tokens,
             )
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from core.toy import request, row, spec, table
 from throttllem.core.admission import AdmissionOptions, Unmeetable, admit, give_up_s, never_fits
-from throttllem.core.external_load import Others
+from throttllem.core.external_load import ExternalLoad
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import Reason, Slo, Verdict, VerdictKind
 
@@ -74,21 +74,21 @@ def test_all_sequences_must_find_a_place():
 def test_what_others_hold_is_not_given_away():
     engine = spec(kv_blocks=200, max_batch=8, no_evict=False)
     board = board_with(spec=engine)
-    board.others = Others(batch=6)
+    board.others = ExternalLoad(batch=6)
     assert check(board, row(2, 100, 80), spec=engine) == ADMIT
-    board.others = Others(batch=7)
+    board.others = ExternalLoad(batch=7)
     assert check(board, row(2, 100, 80), spec=engine) == wait(Reason.BATCH)
     # 65 blocks at iteration 59.
-    board.others = Others(batch=1, kv_blocks=136)
+    board.others = ExternalLoad(batch=1, kv_blocks=136)
     assert check(board, row(2, 100, 80), spec=engine) == wait(Reason.KV)
-    board.others = Others(batch=1, kv_blocks=135)
+    board.others = ExternalLoad(batch=1, kv_blocks=135)
     assert check(board, row(2, 100, 80), spec=engine) == ADMIT
-    board.others = Others(batch=-1, kv_blocks=-40)
+    board.others = ExternalLoad(batch=-1, kv_blocks=-40)
     tight = spec(kv_blocks=64, no_evict=False)
     assert check(board, row(2, 100, 80), spec=tight) == ADMIT, "shared blocks make room"
     never = spec(kv_blocks=80, max_batch=8, no_evict=True)
     assert check(board, row(2, 100, 80), spec=never) == ADMIT, "25 and 45 are reserved"
-    board.others = Others(kv_blocks=11)
+    board.others = ExternalLoad(kv_blocks=11)
     assert check(board, row(2, 100, 80), spec=never) == wait(Reason.KV)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from core.toy import row, spec, table
 from throttllem.core.admission import ADMIT, admit
 from throttllem.core.admission_bound import surely_fits
-from throttllem.core.external_load import Others
+from throttllem.core.external_load import ExternalLoad
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import Slo
 
@@ -59,7 +59,7 @@ def asked(board, newcomer, found, the_spec, **times):
 @given(
     drawn=st.lists(rows, max_size=20),
     newcomer=rows,
-    others=st.builds(Others, batch=st.integers(-3, 3), kv_blocks=st.integers(-50, 50)),
+    others=st.builds(ExternalLoad, batch=st.integers(-3, 3), kv_blocks=st.integers(-50, 50)),
     engine=st.tuples(st.booleans(), st.integers(8, 48)),
     passed=st.integers(0, 5),
     delay_s=st.sampled_from([0.0, 0.2]),
@@ -81,7 +81,7 @@ def test_whoever_passes_would_be_admitted(drawn, newcomer, others, engine, passe
 
 
 def light(**promise):
-    board = board_of([(40, 60, Slo(**promise), "runs", 0)], Others())
+    board = board_of([(40, 60, Slo(**promise), "runs", 0)], ExternalLoad())
     return asked(board, row(2, 40, 60), TABLE, WIDE, first=0, base_s=0.0, delay_s=0.0, margin=0.0)
 
 
@@ -94,7 +94,7 @@ def test_it_decides_where_promises_are_far_away():
 
 @pytest.mark.parametrize("change", ["lost", "several", "outside"])
 def test_what_it_does_not_judge(change):
-    board = board_of([(40, 60, Slo(), "runs", 0)], Others())
+    board = board_of([(40, 60, Slo(), "runs", 0)], ExternalLoad())
     new = row(2, 40, 60, sequences=2 if change == "several" else 1)
     new.lost = change == "lost"
     found = table(WIDE, max_batch=1) if change == "outside" else TABLE

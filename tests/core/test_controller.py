@@ -89,7 +89,7 @@ def test_the_queue_is_bounded():
 def test_a_lost_request_is_served_at_the_top_clock_and_counted(slo):
     told = world()
     arrive(told, 1, 4, 8, slo=slo)
-    assert told.controller.snapshot().engines[0].lost_rows == 1
+    assert told.controller.snapshot().engines[0].lost_requests == 1
     assert told.up[0].asked_mhz == TOP_MHZ
     told.run_out(SIZES.get)
     assert told.controller.snapshot().counts.lost == 1

@@ -10,7 +10,7 @@ from core.world import World
 from throttllem.core.admission import AdmissionOptions, Unmeetable
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.clocks.sizing import AutoscaleOptions
-from throttllem.core.lengths.online import Online, OnlineOptions
+from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import MaxTokens, Noisy, Oracle
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import Cancelled, Observed, Progressed, Request, Slo
@@ -49,7 +49,7 @@ TABLES = {
     for no_evict in (False, True)
     for kind in ("whole", "small", "none")
 }
-LEARNS = Online(OnlineOptions(exceed=0.5, prior_answers=1.0, own_level_answers=1))
+LEARNS = OnlineLengthPredictor(OnlineLengthOptions(exceed=0.5, prior_answers=1.0, own_level_answers=1))
 """Says something after one answer; every world has a copy of its own."""
 
 options = st.builds(
@@ -101,7 +101,7 @@ class ControllerMachine(RuleBasedStateMachine):
                 prompt_tokens=prompt,
                 max_tokens=answer + spare,
                 slo=slo,
-                answer_tokens=answer,
+                output_tokens=answer,
                 sequences=sequences,
             )
         )

@@ -11,13 +11,13 @@ from throttllem.core.admission import AdmissionOptions, Unmeetable
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.controller import Controller
-from throttllem.core.lengths.online import Online, OnlineOptions
+from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import Noisy
 from throttllem.core.types import Observed, Progressed, Slo
 
 MOVES = ("arrive", "arrive", "arrive", "step", "step", "step", "wait", "cancel", "progress", "observe", "clock", "lose")
 OPTIONS = (
-    lambda: options(predictor=Online(OnlineOptions(exceed=0.5, prior_answers=1.0))),
+    lambda: options(predictor=OnlineLengthPredictor(OnlineLengthOptions(exceed=0.5, prior_answers=1.0))),
     lambda: options(ClockPolicy.LEAST_ENERGY, admission=AdmissionOptions(unmeetable=Unmeetable.REJECT)),
     lambda: scaling(predictor=Noisy(p95_error=0.5)),
 )
@@ -98,6 +98,8 @@ def test_a_copy_goes_on_with_the_same_commands(story, when, made):
 
 def test_nothing_in_the_options_stands_in_the_way():
     found = options(
-        autoscale=AutoscaleOptions(capacity_rps={1: 1.0, 2: 10.0}), specs=SIZES, predictor=Online(OnlineOptions())
+        autoscale=AutoscaleOptions(capacity_rps={1: 1.0, 2: 10.0}),
+        specs=SIZES,
+        predictor=OnlineLengthPredictor(OnlineLengthOptions()),
     )
     assert pickle.loads(pickle.dumps(Controller(found))).snapshot() == Controller(found).snapshot()

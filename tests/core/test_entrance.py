@@ -144,7 +144,7 @@ def test_who_was_let_in_in_time_is_served_though_it_is_lost_later():
     assert "Dispatch" in names(arrive(told, 1, 4, 8, slo=Slo(e2e_s=1.0)))
     told.now_s = 5.0
     told.end_iteration(0)
-    assert told.controller.snapshot().engines[0].lost_rows == 1
+    assert told.controller.snapshot().engines[0].lost_requests == 1
     told.run_out(SIZES.get)
     assert told.ended == {1: "finished"}
     assert told.controller.snapshot().counts.lost == 1

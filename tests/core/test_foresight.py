@@ -6,8 +6,8 @@ import pytest
 
 from core.stories import SIZES, arrive, options, world
 from core.toy import request, row
-from throttllem.core.lengths.expectation import Foresight
-from throttllem.core.lengths.online import Online, OnlineOptions
+from throttllem.core.lengths.expectation import LengthPrediction
+from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import LengthScore, MaxTokens, Oracle, Unlearning
 from throttllem.core.scoreboard import Scoreboard
 
@@ -27,8 +27,8 @@ class Diary(Unlearning):
     def bound(self, request):
         return 9
 
-    def learn(self, request, answer_tokens):
-        self.learned.append((request.id, answer_tokens))
+    def learn(self, request, output_tokens):
+        self.learned.append((request.id, output_tokens))
 
     def forget(self, request):
         self.forgotten.append(request.id)
@@ -39,15 +39,15 @@ class Diary(Unlearning):
 
 
 def test_a_bound_stands_in_the_place_of_inflation():
-    made = Foresight(Diary(), 3.0).row(request(1, 4, 20))
-    assert (made.predicted_tokens, made.answer_tokens, made.sure_tokens) == (9, 9, 6)
-    short = Foresight(Diary(), 1.0).row(request(1, 4, 5))
-    assert (short.predicted_tokens, short.sure_tokens) == (5, 5)
+    made = LengthPrediction(Diary(), 3.0).row(request(1, 4, 20))
+    assert (made.predicted_tokens, made.output_tokens, made.expected_tokens) == (9, 9, 6)
+    short = LengthPrediction(Diary(), 1.0).row(request(1, 4, 5))
+    assert (short.predicted_tokens, short.expected_tokens) == (5, 5)
 
 
 def test_the_score():
     diary = Diary()
-    foresight = Foresight(diary, 1.0)
+    foresight = LengthPrediction(diary, 1.0)
     for key, tokens in enumerate((6, 9, 10, 2, 0)):
         foresight.finished(foresight.row(request(key, 4, 20)), tokens)
     assert foresight.score == LengthScore(seen=4, exceeded=1, error_tokens=0 + 3 + 4 + 4)
@@ -106,7 +106,7 @@ def test_what_a_renewed_prediction_may_be(renewed, answer):
     board = Scoreboard(4)
     board.dispatch(row(1, 4, 5, max_tokens=20))
     board.begin(1, 0, 0.0)
-    assert [found.answer_tokens for found in board.outgrown(5, lambda request, generated: renewed)] == [answer]
+    assert [found.output_tokens for found in board.outgrown(5, lambda request, generated: renewed)] == [answer]
 
 
 def test_beyond_max_tokens_nobody_is_asked():
@@ -117,12 +117,12 @@ def test_beyond_max_tokens_nobody_is_asked():
     def renew(request, generated):
         raise AssertionError("it knows no better than the engine")
 
-    assert [found.answer_tokens for found in board.outgrown(5, renew)] == [6]
+    assert [found.output_tokens for found in board.outgrown(5, renew)] == [6]
 
 
 @pytest.mark.parametrize("predictor", [Oracle(), MaxTokens()])
 def test_predictors_that_never_learn(predictor):
-    foresight = Foresight(predictor, 1.0)
+    foresight = LengthPrediction(predictor, 1.0)
     made = foresight.row(request(1, 4, 7))
     foresight.finished(made, 9)
     foresight.dropped(made)
@@ -132,7 +132,7 @@ def test_predictors_that_never_learn(predictor):
 
 def test_the_online_predictor_through_the_controller():
     """A hundred answers of 8 tokens where 60 are allowed: from the first few on nobody is planned with 60."""
-    told = world(options(predictor=Online(OnlineOptions())))
+    told = world(options(predictor=OnlineLengthPredictor(OnlineLengthOptions())))
     for key in range(100):
         arrive(told, key, 4, 8, max_tokens=60)
         told.run_out(SIZES.get)

@@ -79,7 +79,7 @@ def test_what_is_not_known_means_the_top_clock(policy):
 def test_who_cannot_make_it_is_lost_and_runs_at_the_top(policy):
     late = engine(due_in(6.9), row(2, 4, 32), clock_mhz=600, target_mhz=600)
     assert settle(governor(policy), late) == plan(TOP_MHZ, Reason.LOST_RUNNING)
-    assert (late.board.lost_rows, late.board.pending[1].lost, late.board.pending[2].lost) == (1, True, False)
+    assert (late.board.lost_requests, late.board.pending[1].lost, late.board.pending[2].lost) == (1, True, False)
     late.board.remove(1)
     assert settle(governor(policy), late).why is not Reason.LOST_RUNNING
 

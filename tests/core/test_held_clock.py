@@ -49,7 +49,7 @@ def test_admission_knows_that_the_top_clock_is_not_to_be_had(limit_mhz, lost):
     settled(told)
     read(told, limit_mhz or TOP_MHZ, limit_mhz)
     arrive(told, 1, 4, 40, slo=Slo(e2e_s=0.75))
-    assert told.controller.snapshot().engines[0].lost_rows == lost
+    assert told.controller.snapshot().engines[0].lost_requests == lost
 
 
 def test_when_nothing_holds_it_any_more_it_is_planned_anew():

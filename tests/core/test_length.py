@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.toy import request
-from throttllem.core.lengths.prediction import MaxTokens, Noisy, Oracle, predicted_tokens, sure_tokens
+from throttllem.core.lengths.prediction import MaxTokens, Noisy, Oracle, expected_tokens, predicted_tokens
 
 ANSWER = 1_000_000
 
@@ -49,7 +49,7 @@ def test_an_impossible_error_is_refused(p95_error):
 
 
 def test_who_cannot_say_falls_back_to_max_tokens():
-    unknown = request(1, 10, 5, answer_tokens=None, max_tokens=77)
+    unknown = request(1, 10, 5, output_tokens=None, max_tokens=77)
     for predictor in (Oracle(), Noisy(p95_error=0.3), MaxTokens()):
         assert predicted_tokens(predictor, unknown, 1.0) == 77
     assert predicted_tokens(MaxTokens(), request(1, 10, 5, max_tokens=77), 1.0) == 77
@@ -112,13 +112,13 @@ class Bounds(Says):
 def test_a_bound_is_not_inflated(guess, most, tokens, sure):
     asked = request(1, 10, 5, max_tokens=100)
     assert predicted_tokens(Bounds(guess, most), asked, 3.0) == tokens
-    assert sure_tokens(Bounds(guess, most), asked, tokens, 3.0) == sure
+    assert expected_tokens(Bounds(guess, most), asked, tokens, 3.0) == sure
 
 
 def test_what_inflation_added_is_not_sure():
     asked = request(1, 10, 5, max_tokens=100)
-    assert sure_tokens(Says(10), asked, predicted_tokens(Says(10), asked, 1.5), 1.5) == 10
-    assert sure_tokens(Says(10), asked, predicted_tokens(Says(10), asked, 0.5), 0.5) == 5
+    assert expected_tokens(Says(10), asked, predicted_tokens(Says(10), asked, 1.5), 1.5) == 10
+    assert expected_tokens(Says(10), asked, predicted_tokens(Says(10), asked, 0.5), 0.5) == 5
 
 
 @given(st.integers(0, 2**63), st.integers(0, 2**63))

@@ -35,7 +35,7 @@ def test_equals_the_direct_sum(gaps, later_s, window_s):
         weights.sum() / (window_s * (1 - math.exp(-(now_s - first_s) / window_s))), rel=1e-6
     )
     assert load.prompt_tokens == pytest.approx(np.average([p for _, p, _ in seen], weights=weights), rel=1e-6)
-    assert load.answer_tokens == pytest.approx(np.average([a for _, _, a in seen], weights=weights), rel=1e-6)
+    assert load.output_tokens == pytest.approx(np.average([a for _, _, a in seen], weights=weights), rel=1e-6)
 
 
 def test_several_sequences_are_as_many_requests():
@@ -47,7 +47,7 @@ def test_several_sequences_are_as_many_requests():
     found, expected = wide.load(9.0), single.load(9.0)
     assert found.requests_per_s == pytest.approx(expected.requests_per_s)
     assert found.prompt_tokens == pytest.approx(expected.prompt_tokens)
-    assert found.answer_tokens == pytest.approx(expected.answer_tokens)
+    assert found.output_tokens == pytest.approx(expected.output_tokens)
 
 
 def test_nothing_is_said_before_half_a_window():
@@ -63,7 +63,7 @@ def test_a_steady_rate_is_found_and_forgotten():
     for n in range(400):
         estimator.arrived(n / 4, 30, 7, Slo())
     found = estimator.load(100.0)
-    assert (found.requests_per_s, found.prompt_tokens, found.answer_tokens) == (
+    assert (found.requests_per_s, found.prompt_tokens, found.output_tokens) == (
         pytest.approx(4.0, rel=0.02),
         pytest.approx(30),
         pytest.approx(7),
@@ -77,7 +77,7 @@ def test_long_answers_tight_promises_and_bursts():
         estimator.arrived(n / 4, 30, 100 if n % 40 == 0 else 10, Slo(e2e_s=[None, 9.0, 4.0][n % 3]))
     found = estimator.load(100.0)
     # One answer in forty is long: below the longest hundredth.
-    assert (found.long_answer_tokens, found.e2e_s) == (100.0, 4.0)
+    assert (found.long_output_tokens, found.e2e_s) == (100.0, 4.0)
     lengths = np.array([100.0] + [10.0] * 39)
     # Inflow over one promise (4 s): the count is Poisson, so variance over squared mean is (1 + CV^2) / n.
     expected = 1 + 2 * math.sqrt((1 + lengths.var() / lengths.mean() ** 2) / (found.requests_per_s * 4.0))
@@ -85,7 +85,7 @@ def test_long_answers_tight_promises_and_bursts():
 
 
 def load(rate, **changes):
-    plain = {"prompt_tokens": 16.0, "answer_tokens": 16.0, "long_answer_tokens": 16.0, "burst": 1.0, "e2e_s": None}
+    plain = {"prompt_tokens": 16.0, "output_tokens": 16.0, "long_output_tokens": 16.0, "burst": 1.0, "e2e_s": None}
     return Load(requests_per_s=rate, **plain | changes)
 
 
@@ -156,9 +156,9 @@ def test_prompts_to_come_stretch_every_iteration():
 
 def test_a_long_answer_must_come_in_time():
     # A row gets a token every 14 to 28 ms: 50 of them within a second only at high clocks.
-    held = np.isfinite(power_w(load(0.5, long_answer_tokens=50, e2e_s=1.0)))
+    held = np.isfinite(power_w(load(0.5, long_output_tokens=50, e2e_s=1.0)))
     assert held.any() and not held.all() and held.tolist() == sorted(held.tolist())
-    stricter = np.isfinite(power_w(load(0.5, long_answer_tokens=50, e2e_s=1.0), reserve=0.2))
+    stricter = np.isfinite(power_w(load(0.5, long_output_tokens=50, e2e_s=1.0), reserve=0.2))
     assert 0 < stricter.sum() < held.sum()
 
 
@@ -173,5 +173,5 @@ def test_inflated_predictions_are_corrected_by_what_finished_requests_say():
     estimator.finished(130, 100)
     after = estimator.load(100.0)
     assert before is not None and after is not None
-    assert (before.answer_tokens, after.answer_tokens) == pytest.approx((130.0, 100.0))
-    assert after.long_answer_tokens == pytest.approx(100.0)
+    assert (before.output_tokens, after.output_tokens) == pytest.approx((130.0, 100.0))
+    assert after.long_output_tokens == pytest.approx(100.0)

@@ -4,13 +4,16 @@ import pickle
 import pytest
 
 from tests.core.answers import answers, request, serve
-from throttllem.core.lengths.online import Online, OnlineOptions
+from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 
 
 def test_the_same_calls_give_the_same_answers_through_json_and_pickle() -> None:
-    predictor = Online()
+    predictor = OnlineLengthPredictor()
     serve(predictor, [*answers(300, 200, 27, caller="a"), *answers(300, 50, 28, caller="b", limit=64)])
-    copies = [Online.from_state(json.loads(json.dumps(predictor.state()))), pickle.loads(pickle.dumps(predictor))]
+    copies = [
+        OnlineLengthPredictor.from_state(json.loads(json.dumps(predictor.state()))),
+        pickle.loads(pickle.dumps(predictor)),
+    ]
     more = [*answers(200, 300, 29, caller="a"), *answers(200, 60, 30, caller="c")]
     expected = [(predictor.predict(one), predictor.bound(one), predictor.renew(one, 50)) for one in more]
     for copy in copies:
@@ -19,17 +22,17 @@ def test_the_same_calls_give_the_same_answers_through_json_and_pickle() -> None:
 
 
 def test_levels_of_another_exceed_start_anew() -> None:
-    predictor = Online()
+    predictor = OnlineLengthPredictor()
     serve(predictor, answers(400, 200, 31))
-    fifth = Online.from_state(predictor.state(), OnlineOptions(exceed=0.2))
+    fifth = OnlineLengthPredictor.from_state(predictor.state(), OnlineLengthOptions(exceed=0.2))
     assert all(group["level"] is None for group in fifth.state()["groups"])
     assert fifth.predict(request(0)) == predictor.predict(request(0))
     with pytest.raises(ValueError, match="version"):
-        Online.from_state({"version": 0, "groups": []})
+        OnlineLengthPredictor.from_state({"version": 0, "groups": []})
 
 
 def test_memory_is_bounded_and_the_busy_are_kept() -> None:
-    predictor = Online(OnlineOptions(most_groups=40))
+    predictor = OnlineLengthPredictor(OnlineLengthOptions(most_groups=40))
     regular = answers(200, 50, 32, caller="regular")
     serve(predictor, regular)
     for number in range(3000):
@@ -45,7 +48,7 @@ def test_memory_is_bounded_and_the_busy_are_kept() -> None:
 
 
 def test_bounds_of_requests_that_never_end_are_bounded_too() -> None:
-    predictor = Online()
+    predictor = OnlineLengthPredictor()
     serve(predictor, answers(50, 200, 33))
     for number in range(9000):
         predictor.bound(request(10_000 + number))
@@ -58,11 +61,11 @@ def test_bounds_of_requests_that_never_end_are_bounded_too() -> None:
 )
 def test_options_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"length\."):
-        OnlineOptions(**wrong)  # type: ignore[arg-type]
+        OnlineLengthOptions(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_copy_says_the_same_and_learns_no_more() -> None:
-    predictor = Online()
+    predictor = OnlineLengthPredictor()
     serve(predictor, answers(300, 200, 27))
     before, copied = predictor.state(), predictor.copy()
     serve(predictor, answers(5, 90, 28))

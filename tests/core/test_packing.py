@@ -8,7 +8,7 @@ from throttllem.core.forecast.packing import pack
 
 
 @pytest.mark.parametrize(
-    ("prompts", "decode_rows", "budget", "slots", "whole", "chunked"),
+    ("prompts", "decode_sequences", "budget", "slots", "whole", "chunked"),
     [
         ([], 0, 10, 4, [], []),
         ([4, 4, 4], 0, 10, 4, [4, 4], [4, 4, 2]),
@@ -23,17 +23,17 @@ from throttllem.core.forecast.packing import pack
         ([2, 9, 1], 0, 10, 4, [2], [2, 8]),
     ],
 )
-def test_cases(prompts, decode_rows, budget, slots, whole, chunked):
+def test_cases(prompts, decode_sequences, budget, slots, whole, chunked):
     for expected, cut in ((whole, False), (chunked, True)):
-        assert pack(prompts, decode_rows, budget=budget, slots=slots, chunked=cut) == expected
+        assert pack(prompts, decode_sequences, budget=budget, slots=slots, chunked=cut) == expected
 
 
 @given(
     st.lists(st.integers(1, 30), max_size=8), st.integers(0, 30), st.integers(1, 30), st.integers(0, 8), st.booleans()
 )
-def test_is_a_prefix_within_the_budget(prompts, decode_rows, budget, slots, chunked):
-    taken = pack(iter(prompts), decode_rows, budget=budget, slots=slots, chunked=chunked)
-    room = max(0, budget - decode_rows)
+def test_is_a_prefix_within_the_budget(prompts, decode_sequences, budget, slots, chunked):
+    taken = pack(iter(prompts), decode_sequences, budget=budget, slots=slots, chunked=chunked)
+    room = max(0, budget - decode_sequences)
     assert len(taken) <= slots
     assert taken[:-1] == prompts[: len(taken)][:-1], "only the last one can be cut"
     assert sum(taken) <= room or (len(taken) == 1 and not chunked)

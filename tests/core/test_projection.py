@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.toy import SPEC, row, spec
-from throttllem.core.external_load import Others
+from throttllem.core.external_load import ExternalLoad
 from throttllem.core.forecast.projection import project
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.engines.simulated.batcher import Batcher
@@ -13,9 +13,9 @@ from throttllem.engines.simulated.batcher import Batcher
 FIRST = 100
 
 
-def naive_packing(left, decode_rows, spec, slots):
+def naive_packing(left, decode_sequences, spec, slots):
     """The packing rule in words: whole prompts while they fit, the first always; chunked, whatever room is left."""
-    room, taken = max(spec.prefill_budget_tokens - decode_rows, 0), []
+    room, taken = max(spec.prefill_budget_tokens - decode_sequences, 0), []
     for tokens in left[:slots]:
         share = min(tokens, room) if spec.chunked else tokens
         if share > room and taken:
@@ -60,7 +60,7 @@ def naive(board, spec, pending):
             if begin <= k < end:
                 out[0, k - FIRST] += width
                 out[1, k - FIRST] += -(-(prompt + max(0, k - start)) // spec.block_tokens) * width
-    if board.others != Others():
+    if board.others != ExternalLoad():
         out[0] = np.maximum(out[0] + board.others.batch, 1)
         out[1] = np.maximum(out[1] + board.others.kv_blocks, 1)
     out[2, : len(prefill)] = prefill
@@ -102,7 +102,7 @@ def boards(draw):
     for waits in rows:
         board.dispatch(waits)
     if draw(st.booleans()):
-        board.others = Others(batch=draw(st.integers(-5, 5)), kv_blocks=draw(st.integers(-20, 20)))
+        board.others = ExternalLoad(batch=draw(st.integers(-5, 5)), kv_blocks=draw(st.integers(-20, 20)))
     return board, engine, rows, extra
 
 
@@ -163,7 +163,7 @@ def test_foresees_what_the_batcher_does(before, after, age, block, chunked):
     batcher, board = Batcher(engine), Scoreboard(block)
 
     def admit(key, prompt, answer):
-        batcher.add(key, prompt_tokens=prompt, answer_tokens=answer, max_tokens=answer)
+        batcher.add(key, prompt_tokens=prompt, output_tokens=answer, max_tokens=answer)
         board.dispatch(row(key, prompt, answer, earliest=batcher.iteration))
 
     for key, (prompt, answer) in enumerate(before):

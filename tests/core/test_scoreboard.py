@@ -10,7 +10,7 @@ from core.effort import lines_executed
 from core.toy import request, row
 from throttllem.core.external_load import Own
 from throttllem.core.scoreboard import Scoreboard
-from throttllem.core.sequence_state import Row
+from throttllem.core.sequence_state import SequenceState
 from throttllem.core.types import Slo
 
 
@@ -59,13 +59,13 @@ def test_the_tightest_time_between_tokens_is_of_rows_that_are_not_lost():
     board.begin(1, 0, 0.0)
     assert board.tightest_tbt_s() == 0.1
     board.mark_lost(board.pending[2])
-    assert (board.tightest_tbt_s(), board.lost_rows) == (0.2, 1)
+    assert (board.tightest_tbt_s(), board.lost_requests) == (0.2, 1)
     board.mark_lost(board.running[1])
     board.mark_lost(board.running[1])
-    assert (board.tightest_tbt_s(), board.lost_rows) == (0.3, 2)
+    assert (board.tightest_tbt_s(), board.lost_requests) == (0.3, 2)
     assert board.deadline_s.tolist() == [math.inf]
     board.remove(1)
-    assert board.lost_rows == 1
+    assert board.lost_requests == 1
 
 
 def test_reservations_follow_max_tokens_and_outlive_a_preemption():
@@ -235,7 +235,7 @@ class Columns(RuleBasedStateMachine):
         late = {
             key
             for key, r in self.board.running.items()
-            if r.start + max(1, r.answer_tokens - r.done_tokens) <= self.iteration
+            if r.start + max(1, r.output_tokens - r.done_tokens) <= self.iteration
         }
         assert {found.request.id for found in self.board.outgrown(self.iteration)} == late
 
@@ -253,10 +253,10 @@ class Columns(RuleBasedStateMachine):
         assert board.end.tolist() == [r.start + r.remaining_tokens for r in seen]
         assert board.deadline_s.tolist() == [r.deadline_s() for r in seen]
         here = [self.rows[key] for key in self.here()]
-        assert board.lost_rows == sum(r.lost for r in here)
+        assert board.lost_requests == sum(r.lost for r in here)
         assert board.reserved_blocks == sum(-(-(r.request.prompt_tokens + 12) // 4) * r.sequences for r in here)
         assert board.widths.tolist() == [r.sequences for r in seen]
-        assert board.wide_rows == sum(r.sequences > 1 for r in here)
+        assert board.multi_sequence == sum(r.sequences > 1 for r in here)
         assert board.sequences == sum(r.sequences for r in here)
         waiting = board.pending.values()
         assert board.own(self.iteration + 5) == Own(
@@ -275,8 +275,8 @@ TestColumns = Columns.TestCase
 def test_a_mean_is_not_spread_over_tokens_that_inflation_added():
     board = Scoreboard(4)
     asked = request(1, 8, 13, max_tokens=64, arrival_s=0.0, slo=Slo(tbt_s=0.25))
-    board.dispatch(Row(request=asked, predicted_tokens=13, answer_tokens=13, sure_tokens=9))
+    board.dispatch(SequenceState(request=asked, predicted_tokens=13, output_tokens=13, expected_tokens=9))
     board.begin(1, 0, 1.0)
     assert board.deadline_s.tolist() == [1.0 + 8 * 0.25]
-    assert [r.answer_tokens for r in board.outgrown(13)] == [64]
+    assert [r.output_tokens for r in board.outgrown(13)] == [64]
     assert board.deadline_s.tolist() == [1.0 + 63 * 0.25]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.toy import SPEC, hull, row, spec
-from throttllem.core.clocks.policy import doomed, feasible, least_energy, lowest_feasible
+from throttllem.core.clocks.policy import feasible, least_energy, lowest_feasible, unmeetable
 from throttllem.core.forecast.horizon import look_ahead
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import project
@@ -69,7 +69,7 @@ def walk(board, table, projection, column, delay_s, stretch=1.0):
         step_s = table.at(SPEC.clocks_mhz[column], *cell)[0] * stretch
         now_s += step_s
         due = [
-            (r, r.deadline_s() - BASE_S, r.request.slo.e2e_s, 0.1 * r.tbt_s * max(1, r.answer_tokens - 1))
+            (r, r.deadline_s() - BASE_S, r.request.slo.e2e_s, 0.1 * r.tbt_s * max(1, r.output_tokens - 1))
             for r, end in zip(order, projection.ends, strict=True)
             if end == k + 1
         ]
@@ -129,7 +129,7 @@ def test_doomed_equals_the_naive_loop(board, table, delay_s):
     ahead = look_ahead(board, SPEC, table, projection, base_s=BASE_S)
     walked = walk(board, table, projection, CLOCKS - 1, delay_s)
     late = {r.request.id for _, _, now_s, due in walked for r, due_s, *_ in due if now_s > due_s}
-    assert {r.request.id for r in doomed(ahead, board, table, delay_s)} == late
+    assert {r.request.id for r in unmeetable(ahead, board, table, delay_s)} == late
 
 
 @given(boards(), tables())

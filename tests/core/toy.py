@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from throttllem.core.forecast.performance_table import Hull, PerformanceTable
-from throttllem.core.scoreboard import Row
+from throttllem.core.scoreboard import SequenceState
 from throttllem.core.types import EngineSpec, Request, Slo
 
 CLOCKS_MHZ = (600, 800, 1000, 1200, 1400)
@@ -96,11 +96,11 @@ def table(spec: EngineSpec, *, kv_step: int = 4, prefill_step: int = 16, **hull_
 
 def request(request_id: int, prompt: int, answer: int, **changes) -> Request:
     """A request whose max_tokens is its answer, with no promise, arrived at 0."""
-    whole = {"arrival_s": 0.0, "max_tokens": answer, "slo": Slo(), "answer_tokens": answer} | changes
+    whole = {"arrival_s": 0.0, "max_tokens": answer, "slo": Slo(), "output_tokens": answer} | changes
     return Request(id=request_id, prompt_tokens=prompt, **whole)
 
 
-def row(request_id: int, prompt: int, answer: int, *, earliest: int = 0, **changes) -> Row:
+def row(request_id: int, prompt: int, answer: int, *, earliest: int = 0, **changes) -> SequenceState:
     """The row of such a request, predicted exactly."""
     asked = request(request_id, prompt, answer, **changes)
-    return Row(request=asked, predicted_tokens=answer, answer_tokens=answer, earliest=earliest)
+    return SequenceState(request=asked, predicted_tokens=answer, output_tokens=answer, earliest=earliest)

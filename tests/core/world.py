@@ -248,7 +248,7 @@ class World:
         table = self.options.tables.get(view.tp)
         busy = view.running + view.pending
         projection = self.controller.projection(view.engine)
-        unknown = up.unknown or view.clock_mhz is None or (busy and (table is None or view.lost_rows))
+        unknown = up.unknown or view.clock_mhz is None or (busy and (table is None or view.lost_requests))
         if busy and table is not None and projection is not None and projection.horizon:
             peaks = (projection.batch, projection.kv_blocks, projection.prefill_tokens)
             unknown = unknown or not table.inside(*(int(peak.max()) for peak in peaks))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from throttllem.engines.base import Ask, Call, EngineError, LiveEngine
+from throttllem.engines.base import Call, EngineError, LiveEngine, ParsedRequest
 
 WORDS = "Tell me about the river behind the old mill, and do not stop before the sea."
 _JSON = (("content-type", "application/json"),)
@@ -39,7 +39,7 @@ class Subject:
         """A controlled call as the gateway makes it."""
         body = {"model": await self.model(), "max_tokens": max_tokens, "stream": stream, **more}
         body |= {"messages": [{"role": "user", "content": WORDS}]} if chat else {"prompt": WORDS}
-        ask = Ask(
+        ask = ParsedRequest(
             path="/v1/chat/completions" if chat else "/v1/completions",
             model=body["model"],
             body=body,
@@ -95,7 +95,9 @@ async def connect_says_a_sane_spec(it):
 async def a_text_is_counted(it):
     short = await it.engine.count((await it.call()).ask)
     body = {"model": await it.model(), "prompt": WORDS * 10}
-    long = await it.engine.count(Ask(path="/v1/completions", model=body["model"], body=body, prompts=(WORDS * 10,)))
+    long = await it.engine.count(
+        ParsedRequest(path="/v1/completions", model=body["model"], body=body, prompts=(WORDS * 10,))
+    )
     assert 1 <= short.tokens <= len(WORDS) < long.tokens * 4
     assert 5 * short.tokens < long.tokens <= 11 * short.tokens
     assert short.by
@@ -104,7 +106,7 @@ async def a_text_is_counted(it):
 async def token_ids_count_themselves(it):
     ids = tuple(range(5, 28))
     body = {"model": await it.model(), "prompt": list(ids)}
-    count = await it.engine.count(Ask(path="/v1/completions", model=body["model"], body=body, prompts=(ids,)))
+    count = await it.engine.count(ParsedRequest(path="/v1/completions", model=body["model"], body=body, prompts=(ids,)))
     assert (count.tokens, count.exact) == (23, True)
 
 

@@ -18,7 +18,7 @@ def batcher_of(*requests, **changes):
 
 
 def add(batcher, key, prompt, answer, limit=None):
-    batcher.add(key, prompt_tokens=prompt, answer_tokens=answer, max_tokens=limit or answer)
+    batcher.add(key, prompt_tokens=prompt, output_tokens=answer, max_tokens=limit or answer)
 
 
 def run(batcher, iterations=1000):
@@ -39,7 +39,7 @@ def test_a_single_request_grows_block_by_block():
     assert blocks(log) == [2, 2, 2, 2, 3, 3]
     # The prompt is read by its own prefill, not by a decoding row.
     assert [iteration.kv_tokens for iteration, _ in log] == [0, 6, 7, 8, 9, 10]
-    assert [iteration.decode_rows for iteration, _ in log] == [0, 1, 1, 1, 1, 1]
+    assert [iteration.decode_sequences for iteration, _ in log] == [0, 1, 1, 1, 1, 1]
     assert [iteration.prefills for iteration, _ in log] == [((0, 5),), (), (), (), (), ()]
     assert [outcome.started for _, outcome in log] == [(0,), (), (), (), (), ()]
     assert [outcome.finished for _, outcome in log] == [(), (), (), (), (), (0,)]
@@ -194,7 +194,7 @@ def test_cancel_of_a_preempted_row():
 def test_what_can_never_fit_is_refused(prompt, answer, limit, words):
     batcher = Batcher(spec(kv_blocks=64 if prompt == 200 else 32))
     with pytest.raises(ValueError, match=words) as refusal:
-        batcher.add(7, prompt_tokens=prompt, answer_tokens=answer, max_tokens=limit)
+        batcher.add(7, prompt_tokens=prompt, output_tokens=answer, max_tokens=limit)
     assert "request 7" in str(refusal.value)
     assert len(batcher) == 0
 

@@ -38,14 +38,14 @@ class Recount:
         assert iteration.kv_blocks == sum(-(-held // self.spec.block_tokens) for held in tokens.values())
         assert iteration.kv_blocks <= self.spec.kv_blocks
         assert iteration.kv_tokens == sum(tokens[key] for key in self.running)
-        assert iteration.decode_rows == len(self.running)
+        assert iteration.decode_sequences == len(self.running)
         assert iteration.prefill_tokens == sum(share for _, share in iteration.prefills)
         assert 1 <= iteration.batch <= len(self.holding) <= self.spec.max_batch
         self.budget(iteration)
 
     def budget(self, iteration):
         """Only decode rows alone, or one whole prompt, may go over it."""
-        over = iteration.decode_rows + iteration.prefill_tokens > self.spec.prefill_budget_tokens
+        over = iteration.decode_sequences + iteration.prefill_tokens > self.spec.prefill_budget_tokens
         assert not over or len(iteration.prefills) == (0 if self.spec.chunked else 1) or not iteration.prefills
 
     def end(self, outcome):
@@ -106,7 +106,7 @@ def test_every_iteration_and_every_end(spec, arrivals):
 
     for key, (prompt, answer, spare, pause, hangs_up) in enumerate(arrivals):
         limit = min(answer + spare, 40 - prompt)
-        batcher.add(key, prompt_tokens=prompt, answer_tokens=answer, max_tokens=limit)
+        batcher.add(key, prompt_tokens=prompt, output_tokens=answer, max_tokens=limit)
         recount.add(key, prompt, answer)
         for _ in range(pause):
             step()

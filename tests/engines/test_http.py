@@ -7,10 +7,10 @@ import trustme
 from aiohttp import web
 
 from tests.engines.upstreams import call, eventually, raw, served, whole
-from throttllem.engines.base import Ask, EngineError
+from throttllem.engines.base import EngineError, ParsedRequest
 from throttllem.engines.http import Upstream, passed_on, requested
 
-ASK = Ask(path="/v1/completions", model="m", body={}, prompts=("a",))
+ASK = ParsedRequest(path="/v1/completions", model="m", body={}, prompts=("a",))
 
 
 def exchange(answer, one, **options):

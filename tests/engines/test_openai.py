@@ -9,7 +9,7 @@ from aiohttp import web
 
 from tests.engines.upstreams import call, eventually
 from tests.engines.vllm_peer import VllmPeer, connected, engine_of
-from throttllem.engines.base import Ask, EngineError
+from throttllem.engines.base import EngineError, ParsedRequest
 from throttllem.engines.step_reports import StepStats
 
 
@@ -162,7 +162,7 @@ def test_bytes_go_on_and_come_back_unchanged():
 def test_a_look_at_it_changes_nothing_of_how_prompts_are_counted():
     async def run():
         peer = VllmPeer()
-        ask = Ask(path="/v1/completions", model="tiny", body={}, prompts=("a b c",))
+        ask = ParsedRequest(path="/v1/completions", model="tiny", body={}, prompts=("a b c",))
         async with engine_of(peer) as engine:
             await engine.connect()
             await engine.count(ask)

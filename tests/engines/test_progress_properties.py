@@ -26,7 +26,7 @@ class World:
         self.start, self.told, self.ended = {}, -1, {}
 
     def send(self, key, prompt, answer, *, streams=True):
-        self.batcher.add(key, prompt_tokens=prompt, answer_tokens=answer, max_tokens=answer)
+        self.batcher.add(key, prompt_tokens=prompt, output_tokens=answer, max_tokens=answer)
         self.wanted[key], self.given[key] = answer, 0
         self.progress.dispatched(key, streams=streams)
         self.silent |= set() if streams else {key}

@@ -204,7 +204,7 @@ def test_reports_name_everything_and_add_up():
     assert sum(report.generated_tokens for report in reports) == 8
     assert reports[0].prefills == ((1, prompt), (-2, count_tokens("Hello there.")))
     assert reports[0].prompt_tokens == sum(tokens for _, tokens in reports[0].prefills)
-    assert [report.decode_rows for report in reports] == [0, 2, 2, 1, 1]
+    assert [report.decode_sequences for report in reports] == [0, 2, 2, 1, 1]
 
 
 def test_a_step_is_told_before_anyone_has_read_its_tokens():

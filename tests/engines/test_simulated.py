@@ -16,7 +16,7 @@ def test_time_and_power_scatter_by_what_each_was_given():
     logs = ([], [])
     for key in range(200):
         for engine in (noisy, silent):
-            engine.batcher.add(key, prompt_tokens=4, answer_tokens=10, max_tokens=10)
+            engine.batcher.add(key, prompt_tokens=4, output_tokens=10, max_tokens=10)
         for _ in range(10):
             (_, found_s, found_w), (_, true_s, true_w) = noisy.step(), silent.step()
             logs[0].append(math.log(found_s / true_s))

@@ -32,7 +32,7 @@ COUNT = st.integers(0, 2**32 - 1)
 )
 def test_unpacks_what_was_packed(details, **numbers):
     rows, seconds = details or (None, None)
-    step = StepStats(decode_rows=rows, seconds=seconds, **numbers)
+    step = StepStats(decode_sequences=rows, seconds=seconds, **numbers)
     assert unpack(step.pack()) == step
 
 
@@ -64,8 +64,8 @@ def test_reports_of_steps():
 def test_the_engines_own_measure_of_a_step_goes_first():
     receiver = StepReceiver("127.0.0.1:0", kv_blocks=100)
     receiver.take(STEP.pack())
-    told = receiver.take(replace(STEP, sequence=2, step=1, monotonic_s=6.0, decode_rows=2, seconds=0.125).pack())
-    assert (told.seconds, told.decode_rows) == (0.125, 2)
+    told = receiver.take(replace(STEP, sequence=2, step=1, monotonic_s=6.0, decode_sequences=2, seconds=0.125).pack())
+    assert (told.seconds, told.decode_sequences) == (0.125, 2)
 
 
 def test_lost_repeated_and_foreign_datagrams_are_counted():

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from tests.engines.vllm_peer import VllmPeer, connected, engine_of
-from throttllem.engines.base import Ask, EngineError
+from throttllem.engines.base import EngineError, ParsedRequest
 
 
 def counted(peer, *asks, **options):
@@ -17,7 +17,7 @@ def counted(peer, *asks, **options):
 
 
 def ask(*prompts, **body):
-    return Ask(path="/v1/completions", model="tiny", body=body, prompts=prompts)
+    return ParsedRequest(path="/v1/completions", model="tiny", body=body, prompts=prompts)
 
 
 def test_the_engine_counts_and_is_asked_once():
@@ -34,7 +34,7 @@ def test_the_engine_counts_and_is_asked_once():
 def test_a_chat_is_counted_with_what_shapes_its_prompt():
     peer = VllmPeer()
     body = {"messages": [{"role": "user", "content": "a b"}], "tools": [], "temperature": 1, "add_special_tokens": True}
-    chat = Ask(path="/v1/chat/completions", model="tiny", body=body, messages=True)
+    chat = ParsedRequest(path="/v1/chat/completions", model="tiny", body=body, messages=True)
     assert counted(peer, chat) == [(2, "the engine", True)]
     (asked,) = peer.asked
     assert asked == {"model": "tiny"} | {name: body[name] for name in ("messages", "tools", "add_special_tokens")}
@@ -79,7 +79,7 @@ def test_kin_count_by_the_file(tmp_path):
     path = make_tokenizer(tmp_path / "tokenizer.json")
     parts = [{"type": "text", "text": "c d"}, {"type": "image_url", "image_url": {}}]
     messages = [{"role": "user", "content": "a b"}, {"role": "user", "content": parts}, {"role": "x", "content": None}]
-    chat = Ask(path="/v1/chat/completions", model="tiny", body={"messages": messages}, messages=True)
+    chat = ParsedRequest(path="/v1/chat/completions", model="tiny", body={"messages": messages}, messages=True)
     assert counted(peer, ask("a b c"), chat, tokenizer=path) == [(3, str(path), True), (4, str(path), False)]
 
 

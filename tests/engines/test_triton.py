@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from engines.triton_peer import CHAT, COMPLETIONS, SPEC, answer, call, triton
-from throttllem.engines.base import Ask, EngineError
+from throttllem.engines.base import EngineError, ParsedRequest
 from throttllem.engines.triton.engine import Given
 
 
@@ -85,9 +85,11 @@ def test_prompts_are_counted():
         async with triton() as (_, engine):
 
             def ask(**fields):
-                return engine.count(Ask(path="", model="", body={}, **fields))
+                return engine.count(ParsedRequest(path="", model="", body={}, **fields))
 
-            chat = Ask(path=CHAT, model="", body={"messages": [{"role": "user", "content": "hi"}]}, messages=True)
+            chat = ParsedRequest(
+                path=CHAT, model="", body={"messages": [{"role": "user", "content": "hi"}]}, messages=True
+            )
             return [
                 await ask(prompts=("x" * 40,)),
                 await ask(prompts=("x" * 40, (1, 2))),

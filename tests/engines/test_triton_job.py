@@ -4,7 +4,7 @@ import json
 import pytest
 
 from engines.triton_peer import CHAT, COMPLETIONS, SPEC, answer, call, chunks, event, one, triton
-from throttllem.engines.base import Ask, EngineError
+from throttllem.engines.base import EngineError, ParsedRequest
 
 
 def test_a_streamed_completion():
@@ -60,7 +60,7 @@ def test_a_chat():
 def test_what_the_gateway_counted_is_used():
     async def run():
         async with triton() as (peer, engine):
-            ask = Ask(path=COMPLETIONS, model="m", body={"prompt": "hi"}, prompts=("hi",))
+            ask = ParsedRequest(path=COMPLETIONS, model="m", body={"prompt": "hi"}, prompts=("hi",))
             data = await answer(engine, COMPLETIONS, b"unread", ask=ask, prompt_tokens=77, max_tokens=5)
             return data, peer.asked
 

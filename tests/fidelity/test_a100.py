@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 CATALOGUE = Catalogue.load()
 A100, LLAMA = CATALOGUE.gpu(GPU), CATALOGUE.model(MODEL)
-LENGTHS = Lengths(prompt_tokens=400.0, answer_tokens=300.0)
+LENGTHS = Lengths(prompt_tokens=400.0, output_tokens=300.0)
 POINTS = [(clock, batch) for clock in (705, 900, 1110, 1290, 1410) for batch in (4, 16, 64)]
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the reference data (../shared/data) is not here")
 
@@ -40,7 +40,7 @@ def served(law: Served) -> list[Cell]:
 
 def test_a_batch_is_its_prompts_and_then_its_answers() -> None:
     law = Served(gpu=A100, model=LLAMA, lengths=LENGTHS)
-    short = Served(gpu=A100, model=LLAMA, lengths=Lengths(prompt_tokens=1e-9, answer_tokens=300.0))
+    short = Served(gpu=A100, model=LLAMA, lengths=Lengths(prompt_tokens=1e-9, output_tokens=300.0))
     (time_s, power_w), (decode_s, decode_w) = law.at([(1410, 64)])[0], short.at([(1410, 64)])[0]
     prompts_s = time_s - decode_s
     assert 0.1 * decode_s < prompts_s < 0.5 * decode_s
@@ -50,7 +50,7 @@ def test_a_batch_is_its_prompts_and_then_its_answers() -> None:
 def test_lengths_come_back_from_the_seconds_at_the_top_clock() -> None:
     found = lengths_of(A100, LLAMA, served(Served(gpu=A100, model=LLAMA, lengths=LENGTHS)))
     assert found.prompt_tokens == pytest.approx(LENGTHS.prompt_tokens, rel=0.03)
-    assert found.answer_tokens == pytest.approx(LENGTHS.answer_tokens, rel=0.03)
+    assert found.output_tokens == pytest.approx(LENGTHS.output_tokens, rel=0.03)
 
 
 def test_a_fit_finds_the_law_that_made_the_cells() -> None:

@@ -19,7 +19,7 @@ from throttllem.gateway.control.ticket import Health, Receipt, RefusedError
 from throttllem.gateway.http.app import build_app, build_private_app
 from throttllem.gateway.http.server import run
 from throttllem.gateway.settings import LimitOptions, ServeOptions, ServerOptions
-from throttllem.gateway.telemetry.status import EngineStatus, GatewayStatus, Kept, LengthStatus, ModelStatus
+from throttllem.gateway.telemetry.status import EngineStatus, GatewayStatus, LengthStatus, ModelStatus, SloCounts
 
 
 @dataclass
@@ -142,8 +142,8 @@ class Models:
             head=None,
             counts=Counts(),
             engines=(engine,),
-            recent=Kept(),
-            ever=Kept(),
+            recent=SloCounts(),
+            ever=SloCounts(),
             length=LengthStatus(),
         )
         return GatewayStatus(version="1", policy="p", phase="serving", now_s=0.0, slo=Slo(), models=(model,))

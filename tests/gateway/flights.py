@@ -107,7 +107,7 @@ def _happen(world, deed, one, two):  # noqa: C901
                     prompt_tokens=1 + one,
                     max_tokens=1 + two + one % 5,
                     slo=slo,
-                    answer_tokens=1 + two,
+                    output_tokens=1 + two,
                     caller=f"caller {one % 3}",
                 )
             )

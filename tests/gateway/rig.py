@@ -15,16 +15,16 @@ from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import Slo
-from throttllem.engines.base import Ask, Call, EngineError, PromptCount
+from throttllem.engines.base import Call, EngineError, ParsedRequest, PromptCount
 from throttllem.engines.simulated.realtime import RealtimeEngine
-from throttllem.gateway.control.backend import Link
+from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import EngineClock
-from throttllem.gateway.control.loop import Driver
+from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import AllModels, Served
 from throttllem.gateway.control.ticket import RefusedError
-from throttllem.gateway.energy.accounting import Booking
+from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.meter import EnergyMeter
-from throttllem.gateway.energy.savings_estimate import OtherClocks
+from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gpu.simulated import SimulatedGpu
 
@@ -140,7 +140,7 @@ def anonymous(report):
 class Rig:
     """A driver with everything behind it; `models` is what the HTTP side sees."""
 
-    driver: Driver
+    driver: ControlLoop
     models: AllModels
     seen: Seen
 
@@ -174,7 +174,9 @@ def toy_link(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, na
     device = gpu or SimulatedGpu(
         CLOCKS_MHZ,
         switch_latency_s=0.05,
-        watts=lambda mhz, work: physics.iteration(mhz, work.decode_rows, work.kv_tokens, work.prefill_tokens, 0.0)[1],
+        watts=lambda mhz, work: physics.iteration(mhz, work.decode_sequences, work.kv_tokens, work.prefill_tokens, 0.0)[
+            1
+        ],
         idle_w=some.idle_w,
         now=now,
     )
@@ -189,8 +191,8 @@ def toy_link(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, na
         mute=mute,
         numbered=numbered,
     )
-    meter = EnergyMeter(gpu=device, top=OtherClocks(table=table_ or table(some)))
-    link = Link(
+    meter = EnergyMeter(gpu=device, top=SavingsEstimate(table=table_ or table(some)))
+    link = Backend(
         name=f"toy-{tp}",
         kind="simulated",
         tp=tp,
@@ -198,7 +200,7 @@ def toy_link(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, na
         catalogue_model="toy",
         engine=engine,
         clock=EngineClock(name=f"toy-{tp}", gpu=device, reading=meter.reading, now=now),
-        booking=Booking(meter=meter, now=now, kv_blocks=lambda: 1),
+        booking=EnergyAccounting(meter=meter, now=now, kv_blocks=lambda: 1),
         now=now,
     )
     return link, some
@@ -219,7 +221,7 @@ async def rig(*, policy=ClockPolicy.LEAST_ENERGY, sizes=(1,), tables=True, limit
         **(core or {}),
     )
     seen = Seen()
-    driver = Driver(
+    driver = ControlLoop(
         controller=Controller(options),
         links=tuple(link for link, _ in pairs),
         limits=limits or LimitOptions(),
@@ -242,7 +244,7 @@ async def rig(*, policy=ClockPolicy.LEAST_ENERGY, sizes=(1,), tables=True, limit
 def asked(*, tokens=8, stream=True, prompt="one two three", choices=1, model="toy", limit=None):
     body = {"model": model, "prompt": prompt, "max_tokens": limit or tokens, "min_tokens": tokens, "ignore_eos": True}
     body |= {"stream": stream}  # the engine gives one answer: who asks for several is told each token so often
-    return Ask(
+    return ParsedRequest(
         path="/v1/completions",
         model=model,
         body=body,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from throttllem.core.engine_state import Phase
 from throttllem.core.snapshot import Counts, EngineView
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, Slo, Verdict, VerdictKind
-from throttllem.engines.base import Ask, LiveEngine, PromptCount, Report
+from throttllem.engines.base import LiveEngine, ParsedRequest, PromptCount, Report
 from throttllem.gateway.control.ticket import Health, Ticket
 from throttllem.gateway.telemetry.status import (
     Ahead,
@@ -15,9 +15,9 @@ from throttllem.gateway.telemetry.status import (
     Energy,
     EngineStatus,
     GatewayStatus,
-    Kept,
     LengthStatus,
     ModelStatus,
+    SloCounts,
 )
 
 HOSTILE = '"\\</script><img src=x onerror=alert(1)>\n$&'
@@ -44,7 +44,7 @@ VIEW = EngineView(
     plan=FrequencyPlan(mhz=1065, why=Reason.LOWEST_FEASIBLE, binding=4182),
     running=17,
     pending=2,
-    lost_rows=1,
+    lost_requests=1,
     iteration=9001,
     foreign=3,
 )
@@ -80,8 +80,8 @@ MODEL = ModelStatus(
     head=Verdict(kind=VerdictKind.WAIT, why=Reason.E2E, binding=4100),
     counts=Counts(arrived=1511, dispatched=1500, finished=1470, rejected=6, failed=7, lost=8),
     engines=(UP, DOWN),
-    recent=Kept(promised=200, kept=197, e2e_missed=2, tbt_missed=1),
-    ever=Kept(promised=1400, kept=1379, e2e_missed=12, tbt_missed=5, ttft_missed=4),
+    recent=SloCounts(promised=200, kept=197, e2e_missed=2, tbt_missed=1),
+    ever=SloCounts(promised=1400, kept=1379, e2e_missed=12, tbt_missed=5, ttft_missed=4),
     length=LengthStatus(seen=1470, exceeded=0.094, mean_error_tokens=41.5),
     prompt_tokens=350_000,
     generated_tokens=180_000,
@@ -119,10 +119,10 @@ class Still:
     def most_sequences(self) -> int | None:
         raise AssertionError("a page asks for the status alone")
 
-    async def count(self, ask: Ask) -> PromptCount:
+    async def count(self, ask: ParsedRequest) -> PromptCount:
         raise AssertionError("a page asks for the status alone")
 
-    def ticket(self, ask: Ask, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Ticket:
+    def ticket(self, ask: ParsedRequest, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Ticket:
         raise AssertionError("a page asks for the status alone")
 
     def passage(self, model: str | None) -> LiveEngine:

@@ -4,14 +4,14 @@ import asyncio
 import math
 
 from gateway.rig import virtually
-from throttllem.gateway.control.alarm import Alarm
+from throttllem.gateway.control.alarm import LoopTimer
 
 
 def test_it_rings_once_at_the_time_last_set():
     async def run():
         now = asyncio.get_running_loop().time
         rung = []
-        alarm = Alarm(lambda: rung.append(now()), now)
+        alarm = LoopTimer(lambda: rung.append(now()), now)
         for due_s in (1.0, 3.0, 2.0, 2.0):
             alarm.set(due_s)
         await asyncio.sleep(10.0)
@@ -31,7 +31,7 @@ def test_it_is_never_early_whatever_the_loop_says():
     async def run():
         loop = asyncio.get_running_loop()
         rung = []
-        alarm = Alarm(lambda: rung.append(loop.time()), lambda: loop.time() - 0.0025)
+        alarm = LoopTimer(lambda: rung.append(loop.time()), lambda: loop.time() - 0.0025)
         loop.call_later(0.5, alarm.set, 1.0)
         await asyncio.sleep(0.5)
         alarm.set(1.0)

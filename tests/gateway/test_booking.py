@@ -4,7 +4,7 @@ import pytest
 from core.toy import CLOCKS_MHZ, spec
 
 from throttllem.engines.base import Report
-from throttllem.gateway.energy.accounting import Booking
+from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gpu.simulated import SimulatedGpu
 
@@ -16,7 +16,7 @@ class Desk:
         self.now_s = 0.0
         gpu = SimulatedGpu(CLOCKS_MHZ, switch_latency_s=0.0, watts=lambda mhz, work: 100.0, idle_w=40.0)
         self.meter = EnergyMeter(gpu=gpu)
-        self.booking = Booking(meter=self.meter, now=lambda: self.now_s, kv_blocks=lambda: 3)
+        self.booking = EnergyAccounting(meter=self.meter, now=lambda: self.now_s, kv_blocks=lambda: 3)
         self.booking.begin(spec(), exact=exact)
 
     def after(self, seconds):
@@ -25,7 +25,9 @@ class Desk:
 
     def exact(self, *, joules, seconds=1.0, rows=0, prefills=()):
         self.booking.exact(
-            Report(running=0, waiting=0, step=1, seconds=seconds, joules=joules, decode_rows=rows, prefills=prefills)
+            Report(
+                running=0, waiting=0, step=1, seconds=seconds, joules=joules, decode_sequences=rows, prefills=prefills
+            )
         )
 
     @property

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from gateway.flights import OPTIONS, SPECS, TABLES, busy, deeds, fly
 from throttllem.core.controller import Controller
-from throttllem.core.external_load import Others, Own
-from throttllem.core.lengths.online import Online
+from throttllem.core.external_load import ExternalLoad, Own
+from throttllem.core.lengths.online import OnlineLengthPredictor
 from throttllem.core.types import ClockRead, Observed, Reason, Request, Slo, Timer
 from throttllem.gateway.flight.checkpoint import CheckpointError, fill, load, make_blank, save, table_digest
 
@@ -67,7 +67,7 @@ def test_clocks_that_are_held_down_stay_held_down():
 
 
 def test_a_predictor_that_learns_goes_along():
-    predictor = Online()
+    predictor = OnlineLengthPredictor()
     for number in range(300):
         request = Request(id=number, arrival_s=0, prompt_tokens=number % 70, max_tokens=200, slo=Slo(), model="m")
         predictor.bound(request)
@@ -191,7 +191,10 @@ def call(maker, *arguments):
         (call("make_blank", "throttllem.core.lengths.prediction:math"), "no class of the core: refused"),
         (call("make_blank", "throttllem.core.lengths.prediction:Oracle.__init__"), "not of the core: refused"),
         (call("make_blank", "throttllem.core.types:Yesterday"), "holds a Yesterday, which this build does not have"),
-        (call("make_blank", "throttllem.core.yesterday:Row"), "holds a Row, which this build does not have"),
+        (
+            call("make_blank", "throttllem.core.yesterday:SequenceState"),
+            "holds a SequenceState, which this build does not have",
+        ),
         (call("make_member", "throttllem.core.types:Request", 1), "has no members"),
         (call("make_member", "throttllem.core.types:Reason", "because"), "'because' is not a valid Reason"),
         (call("make_tuple", "throttllem.core.types:Request", [1]), "is no named tuple"),
@@ -269,5 +272,5 @@ def test_a_meter_of_a_build_that_knew_one_look_only_goes_on():
     meter = make_blank("throttllem.core.external_load:DriftMeter")
     fill(meter, {"corrections": 2, "_batch": 1, "_kv_blocks": None, "_sums": (1, 0), "_times": (1, 0)})
     own = Own(running=1, kv_blocks=1, pending=0, pending_blocks=0)
-    assert meter.compare(Observed(engine=0, running=2, waiting=0, kv_blocks=1), own) == Others()
+    assert meter.compare(Observed(engine=0, running=2, waiting=0, kv_blocks=1), own) == ExternalLoad()
     assert meter.drift().mean_batch == 1.0

@@ -11,12 +11,12 @@ from throttllem.engines.base import PromptCount
 COUNT = PromptCount(tokens=4, by="test", exact=True)
 
 
-def failing(it, doomed):
-    """The core fails at every event that `doomed` is true of; those events."""
+def failing(it, unmeetable):
+    """The core fails at every event that `unmeetable` is true of; those events."""
     healthy, failed = it.driver.controller.take_in, []
 
     def take_in(event, now_s):
-        if doomed(event):
+        if unmeetable(event):
             failed.append(event)
             raise ZeroDivisionError("a fault of the core")
         return healthy(event, now_s)

@@ -25,7 +25,9 @@ class Counter:
 
 def step(rows, prefills=(), seconds=0.1, joules=None):
     tokens = sum(share for _, share in prefills)
-    work = Work(seconds=seconds, decode_rows=rows, kv_tokens=0, prefill_tokens=tokens, prefill_pairs=0.0, joules=joules)
+    work = Work(
+        seconds=seconds, decode_sequences=rows, kv_tokens=0, prefill_tokens=tokens, prefill_pairs=0.0, joules=joules
+    )
     return Step(work=work, rows=rows, kv_blocks=0, prefills=prefills)
 
 

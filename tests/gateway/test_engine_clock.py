@@ -7,7 +7,7 @@ from core.toy import CLOCKS_MHZ, spec, table
 from throttllem.core.types import ClockRead, FrequencyPlan, Reason
 from throttllem.gateway.control.clock_setter import EngineClock
 from throttllem.gateway.energy.meter import EnergyMeter, Step
-from throttllem.gateway.energy.savings_estimate import OtherClocks
+from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gpu.device import Reading, Work, nothing
 
 
@@ -113,11 +113,11 @@ def test_what_advised_clocks_would_have_saved():
         gpu = Moody()
         made = spec(max_batch=64, kv_blocks=2000)
         law = table(made)
-        meter = EnergyMeter(gpu=gpu, top=OtherClocks(table=law), advised=OtherClocks(table=law))
+        meter = EnergyMeter(gpu=gpu, top=SavingsEstimate(table=law), advised=SavingsEstimate(table=law))
         meter.begin(made)
         for number in range(1, 1500):
             gpu.reading = Reading(clock_mhz=1400, watts=100.0, energy_j=3.0 * number, advised_mhz=advised_mhz)
-            work = Work(seconds=0.03, decode_rows=2, kv_tokens=80, prefill_tokens=0, prefill_pairs=0.0)
+            work = Work(seconds=0.03, decode_sequences=2, kv_tokens=80, prefill_tokens=0, prefill_pairs=0.0)
             prefills = ((number, 4),) if number % 20 == 0 else ()
             meter.step(Step(work=work, rows=2, kv_blocks=20, prefills=prefills))
         return meter.energy()

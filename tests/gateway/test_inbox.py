@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from throttllem.core.types import Cancelled, Observed, Stepped, Timer
-from throttllem.gateway.control.inbox import Inbox
+from throttllem.gateway.control.inbox import EventQueue
 
 
 class Desk:
@@ -13,7 +13,7 @@ class Desk:
 
     def __init__(self, react=lambda event: None):
         self.seen, self.settled, self.clock_s, self.react = [], 0, 0.0, react
-        self.inbox = Inbox(self.handle, self.settle, lambda: self.clock_s)
+        self.inbox = EventQueue(self.handle, self.settle, lambda: self.clock_s)
 
     def handle(self, event, now_s):
         self.seen.append((event, now_s))

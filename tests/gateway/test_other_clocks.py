@@ -8,7 +8,7 @@ from core.toy import spec, table
 
 from gateway.rig import rig, virtually
 from throttllem.core.clocks.policy import ClockPolicy
-from throttllem.gateway.energy.savings_estimate import OtherClocks
+from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gpu.device import Work
 
 
@@ -38,11 +38,11 @@ def test_it_is_about_what_the_top_clock_takes(gap_s, count):
 
 
 def work(**more):
-    return Work(seconds=0.1, decode_rows=4, kv_tokens=100, prefill_tokens=0, prefill_pairs=0.0, **more)
+    return Work(seconds=0.1, decode_sequences=4, kv_tokens=100, prefill_tokens=0, prefill_pairs=0.0, **more)
 
 
 def test_idle_time_and_unknown_clocks_are_as_they_were():
-    top = OtherClocks(table=table(spec()), spec=spec())
+    top = SavingsEstimate(table=table(spec()), spec=spec())
     top.idle(100.0, 4000.0)
     top.step(work(), kv_blocks=3, prompts=0, clock_mhz=None, joules=7.0)
     top.step(work(), kv_blocks=3, prompts=0, clock_mhz=1400, joules=5.0)
@@ -50,14 +50,14 @@ def test_idle_time_and_unknown_clocks_are_as_they_were():
 
 
 def test_before_the_engine_was_up_nothing_is_made_up():
-    top = OtherClocks(table=table(spec()))
+    top = SavingsEstimate(table=table(spec()))
     top.step(work(), kv_blocks=3, prompts=0, clock_mhz=600, joules=5.0)
     assert top.joules() == 5.0
 
 
 def test_an_engine_that_is_full_does_the_same_steps_faster():
     some, law = spec(max_batch=4), table(spec(max_batch=4))
-    top = OtherClocks(table=law, spec=some)
+    top = SavingsEstimate(table=law, spec=some)
     for _ in range(600):
         top.step(work(), kv_blocks=20, prompts=0, clock_mhz=600, joules=10.0)
     slow, fast = (law.at(clock, 4, 20, 0) for clock in (600, 1400))
@@ -66,7 +66,7 @@ def test_an_engine_that_is_full_does_the_same_steps_faster():
 
 
 def test_it_never_falls():
-    top, told = OtherClocks(table=table(spec()), spec=spec()), [0.0]
+    top, told = SavingsEstimate(table=table(spec()), spec=spec()), [0.0]
     for number in range(2000):
         clock = 600 if number % 700 < 400 else 1400
         top.step(work(), kv_blocks=20, prompts=number % 5 == 0, clock_mhz=clock, joules=10.0)
@@ -79,5 +79,5 @@ def test_it_never_falls():
 
 def test_a_clock_between_those_of_the_table_counts_as_the_one_below():
     law = table(spec())
-    top = OtherClocks(table=law, spec=spec())
+    top = SavingsEstimate(table=law, spec=spec())
     assert [top._column(mhz) for mhz in (None, 1400, 1399, 700, 600, 300)] == [4, 4, 3, 0, 0, 0]

@@ -1,10 +1,10 @@
 """When to come back: by the pace of the last minute, from 1 to 60 seconds."""
 
-from throttllem.gateway.control.retry_after import Pace
+from throttllem.gateway.control.retry_after import RetryEstimator
 
 
 def test_by_how_many_ended_and_how_many_wait():
-    pace = Pace()
+    pace = RetryEstimator()
     assert pace.retry_after_s(99, 0.0) == 5
     for second in range(10):
         pace.ended(float(second))

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from throttllem.core.types import Slo
-from throttllem.gateway.control.slo_attainment import RECENT_S, Latencies, Promises, added, judged
-from throttllem.gateway.telemetry.status import Kept
+from throttllem.gateway.control.slo_attainment import RECENT_S, Latencies, SloAttainment, added, judged
+from throttllem.gateway.telemetry.status import SloCounts
 
 ALL = Slo(e2e_s=2.0, tbt_s=0.1, ttft_s=0.5)
 
@@ -29,7 +29,7 @@ def test_each_promise_by_itself(slo, seen, missed):
 
 
 def test_one_that_was_not_served_kept_nothing_of_what_it_was_promised():
-    assert judged(Slo(e2e_s=1.0, ttft_s=1.0), Latencies(ttft_s=0.1), served=False) == Kept(
+    assert judged(Slo(e2e_s=1.0, ttft_s=1.0), Latencies(ttft_s=0.1), served=False) == SloCounts(
         promised=1, kept=0, e2e_missed=1, ttft_missed=1
     )
 
@@ -37,21 +37,21 @@ def test_one_that_was_not_served_kept_nothing_of_what_it_was_promised():
 def test_what_could_not_be_seen_was_not_kept():
     """An answer in one piece shows no token."""
     unseen = Latencies(e2e_s=1.0)
-    assert judged(Slo(tbt_s=0.1, ttft_s=0.1), unseen, served=True) == Kept()
-    assert judged(Slo(tbt_s=0.1), unseen, served=False) == Kept(promised=1, tbt_missed=1)
-    assert judged(Slo(e2e_s=0.5, tbt_s=0.1), unseen, served=True) == Kept(promised=1, e2e_missed=1)
+    assert judged(Slo(tbt_s=0.1, ttft_s=0.1), unseen, served=True) == SloCounts()
+    assert judged(Slo(tbt_s=0.1), unseen, served=False) == SloCounts(promised=1, tbt_missed=1)
+    assert judged(Slo(e2e_s=0.5, tbt_s=0.1), unseen, served=True) == SloCounts(promised=1, e2e_missed=1)
 
 
 def test_no_promise_is_neither_kept_nor_broken():
-    assert judged(Slo(), Latencies(e2e_s=1.0), served=False) == Kept()
+    assert judged(Slo(), Latencies(e2e_s=1.0), served=False) == SloCounts()
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 120.0), st.booleans()), max_size=60))
 def test_the_last_minutes_are_a_part_of_everything(steps):
-    promises, now_s, all_of_them = Promises(), 0.0, []
+    promises, now_s, all_of_them = SloAttainment(), 0.0, []
     for gap_s, kept in steps:
         now_s += gap_s
-        one = Kept(promised=1, kept=int(kept), e2e_missed=int(not kept))
+        one = SloCounts(promised=1, kept=int(kept), e2e_missed=int(not kept))
         promises.ended(one, now_s)
         all_of_them.append((now_s, one))
     assert promises.ever.promised == len(steps)
@@ -60,9 +60,9 @@ def test_the_last_minutes_are_a_part_of_everything(steps):
     least = sum(1 for at_s, _ in all_of_them if at_s > now_s - RECENT_S + 5.0)
     most = sum(1 for at_s, _ in all_of_them if at_s >= now_s - RECENT_S)
     assert least <= promises.recent(now_s).promised <= most
-    assert promises.recent(now_s + RECENT_S + 5.0) == Kept()
+    assert promises.recent(now_s + RECENT_S + 5.0) == SloCounts()
 
 
 def test_sums():
-    one = Kept(promised=1, kept=0, e2e_missed=1, tbt_missed=1)
-    assert added(one, one) == Kept(promised=2, kept=0, e2e_missed=2, tbt_missed=2)
+    one = SloCounts(promised=1, kept=0, e2e_missed=1, tbt_missed=1)
+    assert added(one, one) == SloCounts(promised=2, kept=0, e2e_missed=2, tbt_missed=2)

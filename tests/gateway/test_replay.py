@@ -264,7 +264,7 @@ def test_a_table_that_an_engine_still_uses_is_kept_too(tmp_path):
     slower = tables[1]
     tables[1] = replace_seconds(slower)
     for number in range(60):
-        request = Request(id=number, arrival_s=world.now_s, prompt_tokens=5, max_tokens=4, slo=Slo(), answer_tokens=4)
+        request = Request(id=number, arrival_s=world.now_s, prompt_tokens=5, max_tokens=4, slo=Slo(), output_tokens=4)
         world.requests[number] = request
         world.waiting.append(number)
         world.tell(Arrived(request=request))

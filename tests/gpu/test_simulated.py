@@ -26,14 +26,14 @@ def gpu(*, latency_s=0.0, now=None):
     return SimulatedGpu(
         CLOCKS,
         switch_latency_s=latency_s,
-        watts=lambda mhz, work: mhz / 10 + work.decode_rows,
+        watts=lambda mhz, work: mhz / 10 + work.decode_sequences,
         idle_w=50.0,
         now=now or Clock(),
     )
 
 
 def work(seconds, joules=None):
-    return Work(seconds=seconds, decode_rows=4, kv_tokens=100, prefill_tokens=0, prefill_pairs=0.0, joules=joules)
+    return Work(seconds=seconds, decode_sequences=4, kv_tokens=100, prefill_tokens=0, prefill_pairs=0.0, joules=joules)
 
 
 def test_it_begins_at_the_top_and_idle():

@@ -13,7 +13,7 @@ from tools.loop.plan import BASELINE, OURS, Plan
 from tools.loop.runs import Recorded
 
 PLAN = Plan(seconds=10.0, e2e_s=5.0, rounds=3)
-SENT = [Sent(at_s=float(second), prompt_tokens=1000, answer_tokens=50) for second in range(10)]
+SENT = [Sent(at_s=float(second), prompt_tokens=1000, output_tokens=50) for second in range(10)]
 FIGURES = Figures(
     energy_j=4000.0,
     tokens_per_j=1.5,

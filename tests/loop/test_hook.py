@@ -7,10 +7,10 @@ import pytest
 
 from tools.evaluation.overload_pace import install_plugin
 from tools.loop import hook
-from tools.loop.hook import GRACE_S, Batch, Batches, Pace
+from tools.loop.hook import GRACE_S, Batch, Batches, RetryEstimator
 
 IDLE_W, BUSY_W = 50.0, {1000: 450.0, 500: 250.0}
-BATCH = Batch(decode_rows=1, kv_tokens=100, prefill_tokens=0, prefill_pairs=0.0)
+BATCH = Batch(decode_sequences=1, kv_tokens=100, prefill_tokens=0, prefill_pairs=0.0)
 
 
 def law(mhz, *batch):
@@ -37,7 +37,7 @@ class World:
         self.told.append((util, valid_s))
 
     def pace(self):
-        return Pace(law, self, IDLE_W, BUSY_W, now=self.now, sleep=self.sleep)
+        return RetryEstimator(law, self, IDLE_W, BUSY_W, now=self.now, sleep=self.sleep)
 
     def step(self, pace, *, real_s=0.002, last=False):
         pace.begin(BATCH, last)

@@ -59,7 +59,7 @@ def test_the_fake_gpu_draws_what_the_physics_says(machine, monkeypatch):
     part, gpu = PARTS[0], machine.gpus[0]
     busy_w = dict(zip(part.clocks_mhz, part.busy_w, strict=True))
     seen = hook.FakeGpu(str(machine.library_folder / NAME), 0)
-    pace = hook.Pace(physics().iteration, seen, part.idle_w, busy_w)
+    pace = hook.RetryEstimator(physics().iteration, seen, part.idle_w, busy_w)
     assert seen.clock_mhz() == 1410
     for batch in (hook.Batch(32, 32_000, 0, 0.0), hook.Batch(8, 9000, 2000, 2e6), hook.Batch(1, 100, 0, 0.0)):
         pace.begin(batch, last=False)

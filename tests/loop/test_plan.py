@@ -27,7 +27,7 @@ def test_the_load_fits_the_engine_and_its_share_of_the_capacity():
     sent = load(Plan())
     assert sent == load(Plan())
     assert sent[0].at_s == 0
-    assert max(each.prompt_tokens + each.answer_tokens for each in sent) <= LONGEST_TOKENS
+    assert max(each.prompt_tokens + each.output_tokens for each in sent) <= LONGEST_TOKENS
     assert 0.5 < len(sent) / sent[-1].at_s / CAPACITY_RPS < 0.6
     assert 100 < sent[-1].at_s < 120
     assert f"{len(sent)} requests" in told(sent)

@@ -86,7 +86,7 @@ def modelled(gpu, clocks=CLOCKS):
         gpu=gpu,
         clocks_mhz=clocks,
         modelled=lambda mhz, work: law.iteration(
-            mhz, work.decode_rows, work.kv_tokens, work.prefill_tokens, work.prefill_pairs
+            mhz, work.decode_sequences, work.kv_tokens, work.prefill_tokens, work.prefill_pairs
         )[1],
     )
 

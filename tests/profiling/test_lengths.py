@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from throttllem.core.lengths.online import Online, OnlineOptions
+from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.types import Request, Slo
 from throttllem.profiling.lengths import MARK, load_lengths, save_lengths
 
@@ -12,8 +12,8 @@ def request(number: int = 0) -> Request:
     return Request(id=number, arrival_s=0.0, prompt_tokens=100, max_tokens=4096, slo=Slo(), caller="é", model="m")
 
 
-def trained() -> Online:
-    predictor = Online()
+def trained() -> OnlineLengthPredictor:
+    predictor = OnlineLengthPredictor()
     for number in range(200):
         predictor.bound(request(number))
         predictor.learn(request(number), 50 + number % 60)
@@ -30,7 +30,7 @@ def test_a_restart_goes_on_where_the_last_run_ended(tmp_path: Path) -> None:
 
 
 def test_the_first_start_is_no_trouble(tmp_path: Path) -> None:
-    options = OnlineOptions(exceed=0.2)
+    options = OnlineLengthOptions(exceed=0.2)
     found = load_lengths(tmp_path / "none.json", options)
     assert found.trouble is None
     assert found.predictor.options is options

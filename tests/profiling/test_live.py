@@ -108,7 +108,7 @@ def test_a_real_gpu_is_set_and_its_counter_read(tmp_path):
                     gpu.worked(
                         Work(
                             seconds=report.seconds,
-                            decode_rows=0,
+                            decode_sequences=0,
                             kv_tokens=0,
                             prefill_tokens=0,
                             prefill_pairs=0,

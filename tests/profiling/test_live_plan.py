@@ -30,11 +30,11 @@ def test_every_point_fits_the_engine(engine, steps, bursts):
         return
     for point in points:
         assert point.batch <= engine.max_batch
-        each = point.context_tokens + point.answer_tokens
+        each = point.context_tokens + point.output_tokens
         assert each <= engine.max_context_tokens
         held = point.batch * blocks(each, engine)
         for burst in point.bursts:
-            own = burst.tokens + (1 if point.batch else point.answer_tokens)
+            own = burst.tokens + (1 if point.batch else point.output_tokens)
             assert burst.tokens >= 1
             assert own <= engine.max_context_tokens
             assert point.batch + burst.count <= engine.max_batch

@@ -22,7 +22,7 @@ from tools.evaluation.tap import tapped
 from tools.evaluation.trace import Sent, write_jobs, write_mooncake, write_timed_trace
 
 pytestmark = pytest.mark.real
-SENT = [Sent(at_s=n / 6, prompt_tokens=20 + 37 * n % 400, answer_tokens=20 + 11 * n % 60) for n in range(24)]
+SENT = [Sent(at_s=n / 6, prompt_tokens=20 + 37 * n % 400, output_tokens=20 + 11 * n % 60) for n in range(24)]
 
 
 def workshop_in(folder):

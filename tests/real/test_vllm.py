@@ -12,7 +12,7 @@ import pytest
 from tests.engines.contract import CHECKS, Subject, events_of, name_of, text_of
 from tests.engines.upstreams import call, eventually, whole
 from tests.real.vllm import DEADLY, body, engine_of, started, watched
-from throttllem.engines.base import Ask
+from throttllem.engines.base import ParsedRequest
 from throttllem.engines.prometheus import total
 from tools.engines.vllm_server import MODEL
 
@@ -76,11 +76,15 @@ def test_prompts_are_counted_as_the_engine_counts(server, model):
             assert not [note for note in (await engine.connect()).notes if "does not count" in note]
             for text in ("x", "def f(x):\n    return 2 * x  # déjà vu, 東京", "word " * 300):
                 fields = {"model": MODEL, "prompt": text}
-                count = await engine.count(Ask(path="/v1/completions", model=MODEL, body=fields, prompts=(text,)))
+                count = await engine.count(
+                    ParsedRequest(path="/v1/completions", model=MODEL, body=fields, prompts=(text,))
+                )
                 _, data = await whole(engine, call(body=body(1, stream=False, prompt=text)))
                 assert (count.tokens, count.exact) == (json.loads(data)["usage"]["prompt_tokens"], True)
             chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 1}
-            count = await engine.count(Ask(path="/v1/chat/completions", model=MODEL, body=chat, messages=True))
+            count = await engine.count(
+                ParsedRequest(path="/v1/chat/completions", model=MODEL, body=chat, messages=True)
+            )
             _, data = await whole(engine, call("/v1/chat/completions", json.dumps(chat).encode()))
             assert (count.tokens, count.by) == (json.loads(data)["usage"]["prompt_tokens"], "the engine")
 

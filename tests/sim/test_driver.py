@@ -135,7 +135,7 @@ def test_with_exact_lengths_the_projection_is_what_happens(policy, span_s):
             prompt_tokens=1 + 7 * n % 19,
             max_tokens=30,
             slo=Slo(),
-            answer_tokens=1 + 11 * n % 29,
+            output_tokens=1 + 11 * n % 29,
         )
         for n in range(60)
     ]
@@ -154,7 +154,7 @@ def scaled(**changes):
             prompt_tokens=12,
             max_tokens=40,
             slo=Slo(e2e_s=4.0),
-            answer_tokens=30,
+            output_tokens=30,
         )
         for w, (start_s, rate, count) in enumerate(waves)
         for n in range(count)

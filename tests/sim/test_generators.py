@@ -15,7 +15,7 @@ def test_published_statistics(name, requests, prompt, answer):
     8,819 or more (standard errors: 1 % of most means, 2 % of code's heavy-tailed answers) and the rounding of knots."""
     trace = generate(name, {}, 1)
     assert abs(trace.arrival_s.size - requests) < 4 * requests**0.5
-    for tokens, (mean, median) in ((trace.prompt_tokens, prompt), (trace.answer_tokens, answer)):
+    for tokens, (mean, median) in ((trace.prompt_tokens, prompt), (trace.output_tokens, answer)):
         assert tokens.mean() == pytest.approx(mean, rel=0.06)
         # One token is the resolution of code's median answer, 13.
         assert np.median(tokens) == pytest.approx(median, rel=0.04, abs=1)
@@ -43,13 +43,13 @@ def test_poisson_is_not_modulated():
     counts, _ = np.histogram(trace.arrival_s, np.arange(0, 3601, 10))
     assert counts.var() / counts.mean() == pytest.approx(1, abs=0.3)
     assert set(trace.prompt_tokens) == {7}
-    assert set(trace.answer_tokens) == {3}
+    assert set(trace.output_tokens) == {3}
 
 
 def test_poisson_defaults():
     trace = generate("poisson", {}, 1)
     assert trace.arrival_s.size == pytest.approx(600, abs=100)
-    assert (trace.prompt_tokens[0], trace.answer_tokens[0]) == (1023, 99)
+    assert (trace.prompt_tokens[0], trace.output_tokens[0]) == (1023, 99)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,7 +70,7 @@ def test_rate_and_seconds_mean_what_they_say(name):
     assert trace.arrival_s[0] >= 0
     assert trace.arrival_s[-1] < 100
     assert trace.prompt_tokens.min() >= 1
-    assert trace.answer_tokens.min() >= 1
+    assert trace.output_tokens.min() >= 1
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from throttllem.engines.simulated.batcher import Iteration
 from throttllem.sim.recorder import Life, Recorder, quantiles
 
 
-def iteration(index=0, decode_rows=1, kv_blocks=10, prefills=()):
+def iteration(index=0, decode_sequences=1, kv_blocks=10, prefills=()):
     return Iteration(
         index=index,
-        decode_rows=decode_rows,
+        decode_sequences=decode_sequences,
         kv_tokens=4 * kv_blocks,
         kv_blocks=kv_blocks,
         prefills=prefills,
@@ -73,9 +73,9 @@ def test_nothing_at_all():
 
 def test_gaps_count_once_for_each_row_that_decodes():
     recorder = book(life(1, None, 1.0, 2.0))
-    recorder.iteration(0.0, iteration(decode_rows=0, prefills=((1, 4),)), 9.0, 1.0, 1000, serving=True)
-    recorder.iteration(1.0, iteration(decode_rows=9), 0.01, 1.0, 1000, serving=True)
-    recorder.iteration(2.0, iteration(decode_rows=1), 0.05, 1.0, 1000, serving=True)
+    recorder.iteration(0.0, iteration(decode_sequences=0, prefills=((1, 4),)), 9.0, 1.0, 1000, serving=True)
+    recorder.iteration(1.0, iteration(decode_sequences=9), 0.01, 1.0, 1000, serving=True)
+    recorder.iteration(2.0, iteration(decode_sequences=1), 0.05, 1.0, 1000, serving=True)
     found = result(recorder)
     assert found.tbt_s.mean == pytest.approx((9 * 0.01 + 0.05) / 10)
     assert (found.tbt_s.p50, found.tbt_s.p90, found.tbt_s.p99) == (0.01, 0.01, 0.05)
@@ -86,9 +86,9 @@ def test_gaps_count_once_for_each_row_that_decodes():
 
 def test_clock_batch_and_kv_are_means_over_busy_time_of_the_serving_engine():
     recorder = Recorder(bin_s=1.0)
-    recorder.iteration(0.0, iteration(decode_rows=2, kv_blocks=10), 0.1, 7.0, 1000, serving=True)
-    recorder.iteration(0.5, iteration(decode_rows=4, kv_blocks=30), 0.3, 9.0, 600, serving=True)
-    recorder.iteration(0.5, iteration(decode_rows=9, kv_blocks=99), 0.4, 1.0, 1400, serving=False)
+    recorder.iteration(0.0, iteration(decode_sequences=2, kv_blocks=10), 0.1, 7.0, 1000, serving=True)
+    recorder.iteration(0.5, iteration(decode_sequences=4, kv_blocks=30), 0.3, 9.0, 600, serving=True)
+    recorder.iteration(0.5, iteration(decode_sequences=9, kv_blocks=99), 0.4, 1.0, 1400, serving=False)
     recorder.idle(1.0, 2.0, 50.0)
     series = result(recorder).series
     assert series.clock_mhz == [pytest.approx(700.0), None]
@@ -105,7 +105,7 @@ def test_projection_error_is_the_mean_over_iterations():
         first=5, batch=np.array([4, 2]), kv_blocks=np.array([10, 30]), prefill_tokens=none, ends=none, starts=none
     )
     for index, rows, blocks in ((5, 4, 8), (6, 4, 30), (7, 1, 5)):
-        now = iteration(index=index, decode_rows=rows, kv_blocks=blocks)
+        now = iteration(index=index, decode_sequences=rows, kv_blocks=blocks)
         here = recorder.iteration(0.0, now, 0.1, 1.0, 1000, serving=True)
         recorder.projected(here, now, 0.1, projection, serving=True)
     # Batch: right, half, all missed (the projection had ended). KV: 2 of 8 too many, right, all missed.
@@ -156,6 +156,6 @@ def test_the_wait_of_a_preempted_row_is_a_gap_like_any_other():
     run = simulate(requests, specs=specs_of(no_evict=False))
     result = run.result()
     assert result.preemptions > 0
-    gaps = sum(r.answer_tokens - 1 for r in requests)
+    gaps = sum(r.output_tokens - 1 for r in requests)
     assert sum(run.recorder._gap_rows) == gaps
     assert result.tbt_s.mean == pytest.approx(result.tpot_s.mean, rel=1e-6)

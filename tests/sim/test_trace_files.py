@@ -41,14 +41,14 @@ def test_azure(file, text):
     arrays = read_trace_file(file(text))
     assert arrays.arrival_s.tolist() == pytest.approx([0, 0.2500001], abs=1e-9)
     assert arrays.prompt_tokens.tolist() == [4808, 7]
-    assert arrays.answer_tokens.tolist() == [10, 9]
+    assert arrays.output_tokens.tolist() == [10, 9]
 
 
 def test_mooncake_is_known_by_its_content(file):
     arrays = read_trace_file(file(LINE + "\n" + LINE.replace("1000", "2500.5"), "any.name"))
     assert arrays.arrival_s.tolist() == [1.0, 2.5005]
     assert arrays.prompt_tokens.tolist() == [3, 3]
-    assert arrays.answer_tokens.tolist() == [4, 4]
+    assert arrays.output_tokens.tolist() == [4, 4]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_reference_traces(name, requests, duration_s, prompt_mean, answer_mean, 
     assert trace.peak_rps == pytest.approx(peak_rps)
     if prompt_mean is not None:
         assert trace.prompt_tokens.mean() == pytest.approx(prompt_mean, abs=0.01)
-        assert trace.answer_tokens.mean() == pytest.approx(answer_mean, abs=0.01)
+        assert trace.output_tokens.mean() == pytest.approx(answer_mean, abs=0.01)
 
 
 @needs_data
@@ -140,6 +140,6 @@ def test_the_chat_trace_loads_at_once():
 def test_generated_lengths_have_the_shape_of_the_real_ones(like, real, fractions):
     """Within 20 %: the knots are rounded, and the chat file is half of the trace that the figures describe."""
     ours, theirs = load_trace(like), load_trace(str(DATA / real))
-    for field in ("prompt_tokens", "answer_tokens"):
+    for field in ("prompt_tokens", "output_tokens"):
         made, measured = (np.quantile(getattr(trace, field), fractions) for trace in (ours, theirs))
         assert made == pytest.approx(measured, rel=0.2)

@@ -15,7 +15,7 @@ def make(arrival_s, prompt=5, answer=6):
         source="t",
         arrival_s=np.array(arrival_s, np.float64),
         prompt_tokens=np.full(size, prompt, np.int64),
-        answer_tokens=np.full(size, answer, np.int64),
+        output_tokens=np.full(size, answer, np.int64),
     )
 
 
@@ -94,7 +94,7 @@ def test_scaling_refuses_requests_that_come_together():
 def test_cut_keeps_what_comes_before():
     cut = make([0, 1, 2, 3]).cut(2)
     assert cut.arrival_s.tolist() == [0, 1]
-    assert cut.prompt_tokens.size == cut.answer_tokens.size == 2
+    assert cut.prompt_tokens.size == cut.output_tokens.size == 2
     for seconds in (0, -1, float("nan")):
         with pytest.raises(TraceError, match="must be a positive number"):
             make([0, 1]).cut(seconds)
@@ -109,7 +109,7 @@ def test_digest_is_of_the_requests_alone():
 
 def test_arrays_cannot_be_written():
     trace = load_trace("poisson:seconds=30")
-    for array in (trace.arrival_s, trace.prompt_tokens, trace.answer_tokens, trace.cut(5).arrival_s):
+    for array in (trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.cut(5).arrival_s):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
 

@@ -120,7 +120,7 @@ def steady(rate, seconds, prompt=12, answer=16, slo=None, **changes):
             prompt_tokens=prompt,
             max_tokens=changes.get("max_tokens", answer),
             slo=slo or Slo(e2e_s=2.0, tbt_s=0.1),
-            answer_tokens=answer,
+            output_tokens=answer,
         )
         for n in range(round(rate * seconds))
     ]

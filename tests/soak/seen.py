@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from tools.nvml.machine import Op, Write
 from tools.soak.draw import drawn
-from tools.soak.evidence import Ask, Evidence, Loss
+from tools.soak.evidence import Evidence, Loss, ParsedRequest
 from tools.soak.schedule import GpuPlan, Stop
 
 KEEPER = 4711
@@ -49,7 +49,7 @@ def evidence(writes=GOOD, schedule=SCHEDULE, **more):
         "base_s": BEGAN_S + 1.0,
         "restored_s": BEGAN_S + 1.03,
         "starts_s": [BEGAN_S - 0.5],
-        "asks": {0: Ask(gateway=1, asked_s=BEGAN_S + 0.2, how="complete", ended_s=BEGAN_S + 0.3)},
+        "asks": {0: ParsedRequest(gateway=1, asked_s=BEGAN_S + 0.2, how="complete", ended_s=BEGAN_S + 0.3)},
         "losses": [loss(1.0)],
     }
     return Evidence(schedule=schedule, **(found | more))

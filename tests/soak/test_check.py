@@ -8,7 +8,7 @@ from tests.soak.seen import BEGAN_S, GOOD, SCHEDULE, after, evidence, loss, writ
 from tools.nvml.layout import WRITES
 from tools.nvml.machine import Op
 from tools.soak.check import restorings_s, violations
-from tools.soak.evidence import Ask, Death, Gap, Obstacle, Other
+from tools.soak.evidence import Death, Gap, Obstacle, Other, ParsedRequest
 from tools.soak.schedule import Fault, Stop
 
 
@@ -182,7 +182,7 @@ def test_what_was_seen_on_the_spot_is_passed_on():
 
 
 def asked(how, ended_s=None, **more):
-    return {7: Ask(gateway=1, asked_s=BEGAN_S + 0.2, how=how, ended_s=ended_s and BEGAN_S + ended_s, **more)}
+    return {7: ParsedRequest(gateway=1, asked_s=BEGAN_S + 0.2, how=how, ended_s=ended_s and BEGAN_S + ended_s, **more)}
 
 
 @pytest.mark.parametrize("stop", Stop)

@@ -26,7 +26,7 @@ GAUGES = {
 }
 
 
-class Row:
+class SequenceState:
     """One request: its words to come, and what it has said."""
 
     def __init__(self, request, block_tokens):
@@ -108,7 +108,7 @@ class TritonPythonModel:
     def execute(self, requests):
         """Take requests in; their answers are sent by the engine's thread."""
         with self.wake:
-            for row in [Row(request, self.block_tokens) for request in requests]:
+            for row in [SequenceState(request, self.block_tokens) for request in requests]:
                 if row.blocks > self.kv_blocks:
                     row.fail("the KV cache cannot hold the request")
                 else:

@@ -90,7 +90,7 @@ def _runs(stage: Stage, folder: Path, clients: Path, scale: Scale, trace: int, j
     mooncake = write_mooncake(sent, folder / "mooncake.jsonl")
     cache = tokenizer_cache(stage.model, folder / "hugging-face")
     mixed = [
-        {"at_s": 0.0, "chat": bool(n & 1), "stream": bool(n & 2), "prompt_tokens": 100, "answer_tokens": 64}
+        {"at_s": 0.0, "chat": bool(n & 1), "stream": bool(n & 2), "prompt_tokens": 100, "output_tokens": 64}
         for n in range(jobs)
     ]
     written = write_jobs(mixed, folder / "jobs.jsonl")
@@ -119,6 +119,6 @@ def _made(folder: Path) -> Path:
 def _warm_up(folder: Path) -> Path:
     """vLLM compiles a few things with its first requests."""
     jobs = [
-        {"at_s": 0.0, "chat": bool(n & 1), "stream": True, "prompt_tokens": 300, "answer_tokens": 40} for n in range(8)
+        {"at_s": 0.0, "chat": bool(n & 1), "stream": True, "prompt_tokens": 300, "output_tokens": 40} for n in range(8)
     ]
     return write_jobs(jobs, folder / "warm-up.jsonl")

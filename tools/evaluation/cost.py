@@ -18,7 +18,7 @@ from tools.engines.vllm_server import MODEL, end, free_port, tiny_model, vllm_se
 from tools.evaluation import cost_text, pacer, proxies
 from tools.evaluation.machine import version_of
 from tools.evaluation.quiet import first
-from tools.evaluation.rounds import CLIENTS, PROXY, Pace, Rounds, one_round, plain
+from tools.evaluation.rounds import CLIENTS, PROXY, RetryEstimator, Rounds, one_round, plain
 from tools.evaluation.section import MissingError, Section, Workshop
 from tools.evaluation.streams import Load
 
@@ -27,19 +27,19 @@ CATALOGUE = ("--gpu", "a100-40gb-sxm", "--model", "llama-3-8b", "--tp", "1")
 
 
 LOADS = (
-    Pace(streams=1, tokens_per_s=50.0, tokens=10),
-    Pace(streams=20, tokens_per_s=25.0, tokens=50),
-    Pace(streams=100, tokens_per_s=25.0, tokens=50),
-    Pace(streams=100, tokens_per_s=25.0, tokens=50, together=True),
+    RetryEstimator(streams=1, tokens_per_s=50.0, tokens=10),
+    RetryEstimator(streams=20, tokens_per_s=25.0, tokens=50),
+    RetryEstimator(streams=100, tokens_per_s=25.0, tokens=50),
+    RetryEstimator(streams=100, tokens_per_s=25.0, tokens=50, together=True),
 )
-FULL = Pace(streams=100, tokens_per_s=2000.0, tokens=2000)
+FULL = RetryEstimator(streams=100, tokens_per_s=2000.0, tokens=2000)
 
 
 def section(workshop: Workshop) -> Section:
     """Everything, in rounds in which each proxy has its turn."""
     rounds, seconds = (1, 2.0) if workshop.quick else (4, 5.0)
     tables = make_tables(workshop.folder)
-    found: dict[Pace, Rounds] = {}
+    found: dict[RetryEstimator, Rounds] = {}
     with paced() as (engine, pid), ExitStack() as stack:
         standing = [direct(engine), *others(workshop, engine, pacer.MODEL, tables, stack)]
         with first([pid, *(one for proxy in standing for one in proxy.pids())]) as alone:
@@ -90,7 +90,7 @@ def paced() -> Iterator[tuple[str, int]]:
 
 
 def measure(
-    standing: Sequence[proxies.Proxy], engine: str, load: Pace, rounds: int, seconds: float, say: proxies.Say
+    standing: Sequence[proxies.Proxy], engine: str, load: RetryEstimator, rounds: int, seconds: float, say: proxies.Say
 ) -> Rounds:
     """Each in its turn, `rounds` times."""
     found: Rounds = {proxy.name: [] for proxy in standing}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tools.evaluation.rounds import Pace, Round, Rounds, added, median
+from tools.evaluation.rounds import RetryEstimator, Round, Rounds, added, median
 from tools.evaluation.section import Table
 
 TARGET_P50_MS, TARGET_P99_MS = 1.5, 8.0
@@ -54,7 +54,7 @@ def text(*, alone: bool, rounds: int, seconds: float) -> str:
     return _TEXT.format(alone=_ALONE[alone], rounds=rounds, seconds=seconds)
 
 
-def added_table(found: Mapping[Pace, Rounds]) -> Table:
+def added_table(found: Mapping[RetryEstimator, Rounds]) -> Table:
     """Time to the first token, above the direct way."""
     rows = []
     for load, rounds in found.items():

@@ -52,14 +52,14 @@ async def one(client, model, job, places, began, number):
         "e2e_s": ended - sent,
         "ttft_s": times[0] - sent if times else None,
         "gaps_s": [after - before for before, after in pairwise(times)],
-        "wanted": job["answer_tokens"],
+        "wanted": job["output_tokens"],
     }
 
 
 def fields(model, job, number):
     """The request of a job: prompts of its own, an answer of exactly the length that was asked for."""
     draw = random.Random(number)
-    common = {"model": model, "max_tokens": job["answer_tokens"], "temperature": 0.0, "stream": job["stream"]}
+    common = {"model": model, "max_tokens": job["output_tokens"], "temperature": 0.0, "stream": job["stream"]}
     if job["stream"]:
         common["stream_options"] = {"include_usage": True}
     common["extra_body"] = job.get("extra", {"ignore_eos": True})

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from throttllem.core.clocks.policy import ClockPolicy
-from throttllem.core.lengths.online import Online
+from throttllem.core.lengths.online import OnlineLengthPredictor
 from throttllem.files import write_aside
 from tools.engines.vllm_server import tiny_model
 from tools.evaluation.machine import version_of
@@ -188,7 +188,7 @@ def _simulated(workshop: Workshop, plan: Plan) -> Found:
     outcomes = {
         ALONE: [hardware.limited(None, seed) for seed in plan.seeds],
         LIMITED: [hardware.limited(limit, seed) for seed in plan.seeds],
-        GATEWAY: [hardware.gateway(Online.from_state(known), seed, policy) for seed in plan.seeds],
+        GATEWAY: [hardware.gateway(OnlineLengthPredictor.from_state(known), seed, policy) for seed in plan.seeds],
     }
     found = Found(
         capacity_rps=hardware.capacity_rps, promise=hardware.promise, limit=limit, tuning=tuning, outcomes=outcomes
@@ -260,7 +260,7 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
         f"{outcome.e2e_p99_s:.2f}",
         f"{outcome.tbt_p50_s * 1e3:.1f}",
         f"{outcome.tbt_p99_s * 1e3:.1f}",
-        f"{outcome.answer_tokens:.0f}",
+        f"{outcome.output_tokens:.0f}",
     )
 
 

@@ -1,7 +1,7 @@
 """A client of an open loop, as a process of its own: sends each request at its time, whatever became of the others.
 
 `python -m tools.evaluation.overload_client URL JOBS RESULTS E2E_S TBT_S`: one JSON line per request in both files. An
-answer ends of itself after `answer_tokens`: end-of-text is forbidden until then and certain afterwards, which only the
+answer ends of itself after `output_tokens`: end-of-text is forbidden until then and certain afterwards, which only the
 engine knows of; `max_tokens` is the generous limit of somebody who does not know.
 """
 
@@ -44,7 +44,7 @@ async def _ask(
         "model": "tiny",
         "prompt": job["prompt"],
         "max_tokens": job["max_tokens"],
-        "min_tokens": job["answer_tokens"] - 1,
+        "min_tokens": job["output_tokens"] - 1,
         "logit_bias": {str(END_OF_TEXT): 100},
         "temperature": 0,
         "stream": True,

@@ -70,7 +70,7 @@ class Outcome:
     e2e_p99_s: float
     tbt_p50_s: float
     tbt_p99_s: float
-    answer_tokens: float
+    output_tokens: float
     refused_after_p50_s: float
     late_p99_s: float
 
@@ -102,7 +102,7 @@ def jobs(lengths: Lengths, *, rate: float, seconds: float, seed: int) -> list[di
         {
             "at_s": float(at_s),
             "prompt": draw.integers(*VOCABULARY, prompt).tolist(),
-            "answer_tokens": answer,
+            "output_tokens": answer,
             "max_tokens": MAX_TOKENS,
         }
         for at_s, (prompt, answer) in zip(times, picked, strict=True)
@@ -151,7 +151,7 @@ def judge(results: Sequence[dict[str, object]], promise: Promise, *, from_s: flo
         e2e_p99_s=_percentile(e2e, 99),
         tbt_p50_s=_percentile(tbt, 50),
         tbt_p99_s=_percentile(tbt, 99),
-        answer_tokens=_mean(tokens),
+        output_tokens=_mean(tokens),
         refused_after_p50_s=_percentile(np.array([_number(each, "ended_s") for each in refused]), 50),
         late_p99_s=_percentile(np.array([_number(each, "late_s") for each in results]), 99),
     )

@@ -17,7 +17,7 @@ from throttllem.core.admission import AdmissionOptions, Unmeetable
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
-from throttllem.core.lengths.online import Online
+from throttllem.core.lengths.online import OnlineLengthPredictor
 from throttllem.core.lengths.prediction import LengthPredictor
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import Arrived, Command, Event, Reason, Reject, Request, Slo, Stepped
@@ -103,9 +103,9 @@ def bench(cache: Path) -> Bench:
     return Bench(fleet=fleet, tables=tables, capacity_rps=capacity, promise=promise)
 
 
-def learned(found: Bench, seed: int, policy: ClockPolicy) -> Online:
+def learned(found: Bench, seed: int, policy: ClockPolicy) -> OnlineLengthPredictor:
     """What the gateway's length predictor knows after a run on another seed."""
-    predictor = Online()
+    predictor = OnlineLengthPredictor()
     found.gateway(predictor, seed, policy)
     return predictor
 
@@ -128,7 +128,7 @@ def _requests(rate: float, count: int, seed: int, slo: Slo) -> list[Request]:
             id=number,
             arrival_s=at_s,
             prompt_tokens=rows[index][0],
-            answer_tokens=rows[index][1],
+            output_tokens=rows[index][1],
             max_tokens=MAX_TOKENS,
             slo=slo,
         )
@@ -155,7 +155,7 @@ def _told(lives: Sequence[Life]) -> list[dict[str, object]]:
         if life.ended_s is not None and life.first_token_s is not None:
             last_s = life.ended_s - request.arrival_s
             first_s = life.first_token_s - request.arrival_s
-            one |= {"status": 200, "done": True, "tokens": request.answer_tokens, "ended_s": last_s}
+            one |= {"status": 200, "done": True, "tokens": request.output_tokens, "ended_s": last_s}
             one |= {"first_s": first_s, "last_s": last_s}
         found.append(one)
     return found

@@ -49,7 +49,7 @@ _TOKEN = _chunk(_event({"content": MARK.decode()}, None))
 _LAST = _chunk(_event({"content": MARK.decode()}, "length")) + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
-class Pace:
+class RetryEstimator:
     """When tokens come, for all streams; one timer per stream, or one step for all."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Pace:
 class Connection(asyncio.Protocol):
     """One connection, one request at a time."""
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: RetryEstimator) -> None:
         self._pace = pace
         self._transport: Any = None
         self._data = b""
@@ -154,7 +154,7 @@ class Connection(asyncio.Protocol):
 
 async def serve(port: int) -> None:
     """Serve until killed."""
-    pace = Pace()
+    pace = RetryEstimator()
     server = await asyncio.get_running_loop().create_server(lambda: Connection(pace), "127.0.0.1", port, backlog=1024)
     await server.serve_forever()
 

@@ -22,7 +22,7 @@ _PATIENCE = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
+class RetryEstimator:
     """`streams` at once, each request `tokens` long at `tokens_per_s`; `together`: those of a step in one burst."""
 
     streams: int

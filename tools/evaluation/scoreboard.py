@@ -153,7 +153,7 @@ def mixed(sent: Sequence[Sent]) -> list[dict[str, Any]]:
             "chat": number % 2 == 0,
             "stream": number % 4 != 1,
             "prompt_tokens": each.prompt_tokens,
-            "answer_tokens": each.answer_tokens,
+            "output_tokens": each.output_tokens,
         }
         for number, each in enumerate(sent)
     ]

@@ -25,7 +25,7 @@ from throttllem.cli.app import main as throttllem
 from throttllem.engines.base import Call, EngineError, Reply
 from throttllem.engines.simulated.engine import SimulatedEngine
 from throttllem.engines.simulated.realtime import RealtimeEngine
-from throttllem.gateway.control.loop import Driver
+from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.http.app import Gateway
 from throttllem.gpu.device import nothing
 from throttllem.gpu.simulated import SimulatedGpu
@@ -52,15 +52,15 @@ class Window:
     """Looks into the gateway from its own loop, between two of its steps: no other thread may hold what it works on."""
 
     def __init__(self) -> None:
-        self.drivers: list[Driver] = []
+        self.drivers: list[ControlLoop] = []
         self.gateways: list[Gateway] = []
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def open(self, path: Path) -> None:
         """Get to know what starts in this process, and answer on the socket."""
-        start, watch = Driver.start, Gateway.watch
+        start, watch = ControlLoop.start, Gateway.watch
 
-        async def started(driver: Driver) -> None:
+        async def started(driver: ControlLoop) -> None:
             self.drivers.append(driver)
             self.loop = asyncio.get_running_loop()
             await start(driver)
@@ -69,7 +69,7 @@ class Window:
             self.gateways.append(gateway)
             await watch(gateway)
 
-        Driver.start = started  # type: ignore[method-assign, assignment]
+        ControlLoop.start = started  # type: ignore[method-assign, assignment]
         Gateway.watch = watching  # type: ignore[method-assign, assignment]
         listening = socket.socket(socket.AF_UNIX)
         listening.bind(str(path))

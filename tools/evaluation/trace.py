@@ -42,7 +42,7 @@ class Sent:
 
     at_s: float
     prompt_tokens: int
-    answer_tokens: int
+    output_tokens: int
 
 
 def azure_slice(length: int, scale: Scale, *, skip: int = 0) -> list[Sent]:
@@ -57,7 +57,7 @@ def azure_slice(length: int, scale: Scale, *, skip: int = 0) -> list[Sent]:
         Sent(
             at_s=(at - times[0]) * stretch,
             prompt_tokens=_scaled(row["ContextTokens"], scale.prompt_divisor, scale.prompt_cap),
-            answer_tokens=_scaled(row["GeneratedTokens"], scale.answer_divisor, scale.answer_cap),
+            output_tokens=_scaled(row["GeneratedTokens"], scale.answer_divisor, scale.answer_cap),
         )
         for at, row in zip(times, rows, strict=True)
     ]
@@ -87,7 +87,7 @@ def _mooncake(sent: Sent) -> dict[str, object]:
     return {
         "timestamp": round(sent.at_s * 1000),
         "input_length": sent.prompt_tokens,
-        "output_length": sent.answer_tokens,
+        "output_length": sent.output_tokens,
     }
 
 

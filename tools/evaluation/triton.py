@@ -110,7 +110,7 @@ def _native(server: TritonServer, through: str, workshop: Workshop, rounds: int,
 
 def jobs(count: int) -> list[dict[str, Any]]:
     """Jobs of `openai_client.py`: half streams, a quarter chats, answers of exactly `TOKENS` tokens."""
-    common = {"at_s": 0.0, "text": True, "prompt_tokens": 40, "answer_tokens": TOKENS, "extra": {"min_tokens": TOKENS}}
+    common = {"at_s": 0.0, "text": True, "prompt_tokens": 40, "output_tokens": TOKENS, "extra": {"min_tokens": TOKENS}}
     return [common | {"chat": n % 4 < 1, "stream": n % 2 == 0} for n in range(count)]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from throttllem.engines.openai import OpenaiEngine
 from throttllem.engines.step_reports import PACKED, StepStats, bind, unpack
-from throttllem.gateway.control.loop import Driver
+from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.run import Prepared, run_gateway
 from throttllem.gateway.settings import RESOLVED, ServeOptions
 from throttllem.tree import build, from_settings
@@ -29,7 +29,7 @@ POLL_S = 0.02
 class Watch:
     """Takes down both sides' numbers at each step that arrives."""
 
-    def __init__(self, driver: Driver, steps: str, *, plug_in: bool) -> None:
+    def __init__(self, driver: ControlLoop, steps: str, *, plug_in: bool) -> None:
         self.samples: list[dict[str, Any]] = []
         self._driver = driver
         self._steps = Path(steps)

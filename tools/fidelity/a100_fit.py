@@ -50,7 +50,7 @@ class Lengths:
     """Tokens of every prompt and of every answer."""
 
     prompt_tokens: float
-    answer_tokens: float
+    output_tokens: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +99,9 @@ def serve(engine: EnginePhysics, clock_mhz: int, batch: int, lengths: Lengths) -
     """Seconds and mean watts of a whole batch: the prompts in chunks, then all answers side by side."""
     chunks = lengths.prompt_tokens * batch / CHUNK_TOKENS
     chunk_s, chunk_w = engine.iteration(clock_mhz, 0, 0, CHUNK_TOKENS, CHUNK_TOKENS * lengths.prompt_tokens / 2)
-    kv_tokens = round(batch * (lengths.prompt_tokens + lengths.answer_tokens / 2))
+    kv_tokens = round(batch * (lengths.prompt_tokens + lengths.output_tokens / 2))
     token_s, token_w = engine.iteration(clock_mhz, batch, kv_tokens, 0, 0.0)
-    prefill_s, decode_s = chunks * chunk_s, lengths.answer_tokens * token_s
+    prefill_s, decode_s = chunks * chunk_s, lengths.output_tokens * token_s
     total_s = prefill_s + decode_s
     return total_s, (prefill_s * chunk_w + decode_s * token_w) / total_s
 
@@ -112,12 +112,12 @@ def lengths_of(gpu: Gpu, model: Model, cells: Sequence[Cell]) -> Lengths:
     at_top = [cell for cell in cells if cell.clock_mhz == top]
 
     def residuals(logs: NDArray[np.float64]) -> NDArray[np.float64]:
-        tokens = Lengths(prompt_tokens=math.exp(logs[0]), answer_tokens=math.exp(logs[1]))
+        tokens = Lengths(prompt_tokens=math.exp(logs[0]), output_tokens=math.exp(logs[1]))
         times = [math.log(serve(engine, top, cell.batch, tokens)[0] / cell.time_s) for cell in at_top]
         return np.concatenate([np.array(times) / _TIME_SCATTER, (logs - math.log(_PRIOR_TOKENS)) / _PRIOR_SPREAD])
 
     prompt, answer = least_squares(residuals, np.full(2, math.log(_PRIOR_TOKENS))).x
-    return Lengths(prompt_tokens=math.exp(prompt), answer_tokens=math.exp(answer))
+    return Lengths(prompt_tokens=math.exp(prompt), output_tokens=math.exp(answer))
 
 
 def refit(gpu: Gpu, model: Model, cells: Sequence[Cell], kernels: Sequence[KernelRow]) -> Fitted:

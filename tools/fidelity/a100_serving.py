@@ -169,7 +169,7 @@ def _text(shipped: Served, cells: Sequence[Cell]) -> str:
         "One batch of requests served by vLLM 0.11 with Llama-3.1-8B on an A100-40GB: seconds and mean watts. Its "
         "lengths are not published with it (a later script of its authors has shorter ones), but the seconds over "
         "batch size at the top clock fix them: "
-        f"{lengths.prompt_tokens:.0f} prompt tokens and {lengths.answer_tokens:.0f} answer tokens a request explain "
+        f"{lengths.prompt_tokens:.0f} prompt tokens and {lengths.output_tokens:.0f} answer tokens a request explain "
         "all five. The law's batch is then the prompts in chunks of 2,048 tokens (vLLM's default), and one iteration "
         "per answer token. With its prompts in, batch 64 slows down more than batch 4, as measured. Time and power "
         "constants are fitted to this sweep and to the two kernels at once, from generic priors; a clock left out is "

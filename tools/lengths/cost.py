@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from throttllem.core.lengths.online import Online, OnlineOptions
+from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.types import Request
 from tools.lengths.sets import Asked
 
@@ -31,18 +31,18 @@ class Cost:
 
 def costs(asked: Sequence[Asked]) -> list[Cost]:
     """One caller; and as many callers as it keeps, each with its own groups."""
-    most = OnlineOptions().most_groups
-    one, many = Online(), Online()
+    most = OnlineLengthOptions().most_groups
+    one, many = OnlineLengthPredictor(), OnlineLengthPredictor()
     for at, each in enumerate(asked):
-        one.learn(each.request, each.answer_tokens)
+        one.learn(each.request, each.output_tokens)
         # Blocks of 20 answers: each caller opens all its groups, and the oldest of them have to go.
         for copy in range(4):
-            many.learn(replace(each.request, caller=f"caller {at // 20}.{copy}"), each.answer_tokens)
+            many.learn(replace(each.request, caller=f"caller {at // 20}.{copy}"), each.output_tokens)
     requests = [each.request for each in asked[-_CALLS:]]
     return [_cost("one caller", one, requests), _cost(f"callers enough for all {most:,} groups", many, requests)]
 
 
-def _cost(what: str, predictor: Online, requests: Sequence[Request]) -> Cost:
+def _cost(what: str, predictor: OnlineLengthPredictor, requests: Sequence[Request]) -> Cost:
     state = predictor.state()
     return Cost(
         what=what,

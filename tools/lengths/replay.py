@@ -52,13 +52,13 @@ def replay(asked: Sequence[Asked], predictor: Yardstick) -> Score:
         while ending and ending[0][0] <= one.request.arrival_s:
             predictor.learn(asked[heapq.heappop(ending)[1]])
         if (guess := predictor.guess(one)) is not None:
-            errors.append(abs(guess - one.answer_tokens))
+            errors.append(abs(guess - one.output_tokens))
         bounds[at] = _or_limit(predictor.bound(one), one)
-        if one.answer_tokens > bounds[at] and isinstance(predictor, Learner):
+        if one.output_tokens > bounds[at] and isinstance(predictor, Learner):
             renewed = predictor.online.renew(one.request, int(bounds[at]))
-            again.append(one.answer_tokens > _or_limit(renewed, one))
-        heapq.heappush(ending, (one.request.arrival_s + TOKEN_S * one.answer_tokens, at))
-    truths = np.array([one.answer_tokens for one in asked])
+            again.append(one.output_tokens > _or_limit(renewed, one))
+        heapq.heappush(ending, (one.request.arrival_s + TOKEN_S * one.output_tokens, at))
+    truths = np.array([one.output_tokens for one in asked])
     exceeded = (truths > bounds).astype(float)
     rolling = np.convolve(exceeded, np.ones(WINDOW) / WINDOW, "valid")
     return Score(

@@ -26,9 +26,9 @@ class Asked:
     bucket: int | None = None
 
     @property
-    def answer_tokens(self) -> int:
+    def output_tokens(self) -> int:
         """What it was answered with, cut at max_tokens."""
-        return min(self.request.answer_tokens or 1, self.request.max_tokens)
+        return min(self.request.output_tokens or 1, self.request.max_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +81,6 @@ def _buckets(data: Path, limit: int) -> list[Asked]:
 
 def _asked(number: int, arrival_s: float, prompt: int, answer: int, limit: int) -> Asked:
     request = Request(
-        id=number, arrival_s=arrival_s, prompt_tokens=prompt, max_tokens=limit, slo=_SLO, answer_tokens=answer
+        id=number, arrival_s=arrival_s, prompt_tokens=prompt, max_tokens=limit, slo=_SLO, output_tokens=answer
     )
     return Asked(request=request)

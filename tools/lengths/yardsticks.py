@@ -1,4 +1,4 @@
-"""What `Online` is measured against: predictors that know nothing, a mean, all in hindsight, or a published bucket.
+"""What `OnlineLengthPredictor` is measured against: no knowledge, a mean, hindsight, or a published bucket.
 
 Each has a guess and a bound for a request, and is told the answers as they end. Knows nothing of figures.
 """
@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from throttllem.core.lengths.bins import bin_of
-from throttllem.core.lengths.online import Online, OnlineOptions
+from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from tools.lengths.sets import EDGES, Asked
 
 INFLATION = 1.3
@@ -33,11 +33,11 @@ class Yardstick(Protocol):
 
 
 class Learner:
-    """`Online`; with `still`, its levels stay where they start."""
+    """`OnlineLengthPredictor`; with `still`, its levels stay where they start."""
 
     def __init__(self, exceed: float, *, still: bool = False) -> None:
-        options = OnlineOptions(exceed=exceed)
-        self.online = Online(replace(options, rate=0.0, start=1.0) if still else options)
+        options = OnlineLengthOptions(exceed=exceed)
+        self.online = OnlineLengthPredictor(replace(options, rate=0.0, start=1.0) if still else options)
 
     def guess(self, asked: Asked) -> float | None:
         """Its prediction."""
@@ -49,7 +49,7 @@ class Learner:
 
     def learn(self, asked: Asked) -> None:
         """It learns."""
-        self.online.learn(asked.request, asked.answer_tokens)
+        self.online.learn(asked.request, asked.output_tokens)
 
 
 class Limit:
@@ -84,7 +84,7 @@ class RunningMean:
 
     def learn(self, asked: Asked) -> None:
         """One more."""
-        self._sum += asked.answer_tokens
+        self._sum += asked.output_tokens
         self._count += 1
 
 
@@ -95,7 +95,7 @@ class Hindsight:
         self._kind = kind
         kinds: dict[Hashable, list[int]] = {}
         for one in asked:
-            kinds.setdefault(kind(one), []).append(one.answer_tokens)
+            kinds.setdefault(kind(one), []).append(one.output_tokens)
         parts = (0.5, 1 - exceed)
         self._known = {
             key: [float(token) for token in np.quantile(tokens, parts, method="inverted_cdf")]
@@ -136,7 +136,7 @@ def all_of(asked: Asked) -> Hashable:
 
 
 def by_prompt(asked: Asked) -> Hashable:
-    """As fine as `Online` tells prompts apart."""
+    """As fine as `OnlineLengthPredictor` tells prompts apart."""
     return bin_of(asked.request.prompt_tokens) // 2
 
 

@@ -43,7 +43,7 @@ class Settings(NamedTuple):
 class Batch(NamedTuple):
     """One step, as the physics wants it: rows that decode, the KV they read, prompt tokens, query-key pairs."""
 
-    decode_rows: int
+    decode_sequences: int
     kv_tokens: int
     prefill_tokens: int
     prefill_pairs: float
@@ -76,7 +76,7 @@ class Step(NamedTuple):
     real_s: float
     over: int
     clock_mhz: int
-    decode_rows: int
+    decode_sequences: int
     kv_tokens: int
     prefill_tokens: int
     joules: float
@@ -102,20 +102,20 @@ class Batches:
         return self._sum(rows, output.num_scheduled_tokens)
 
     def _sum(self, rows: list[tuple[str, int, int]], scheduled: Mapping[str, int]) -> tuple[Batch, bool]:
-        decode_rows = kv_tokens = prefill_tokens = 0
+        decode_sequences = kv_tokens = prefill_tokens = 0
         pairs, last = 0.0, bool(rows)
         for name, computed, answered in rows:
             tokens = scheduled[name]
             if answered and tokens == 1:
-                decode_rows, kv_tokens = decode_rows + 1, kv_tokens + computed + 1
+                decode_sequences, kv_tokens = decode_sequences + 1, kv_tokens + computed + 1
             else:
                 prefill_tokens, pairs = prefill_tokens + tokens, pairs + tokens * (computed + tokens / 2)
             # What this step makes is its last token: there is one more token than have been computed.
             last &= computed + tokens >= self._most[name] - 1
-        return Batch(decode_rows, kv_tokens, prefill_tokens, pairs), last
+        return Batch(decode_sequences, kv_tokens, prefill_tokens, pairs), last
 
 
-class Pace:
+class RetryEstimator:
     """Stretches steps: `begin` before the engine computes, `finish` after it."""
 
     def __init__(
@@ -159,7 +159,7 @@ class Pace:
             real_s,
             int(over),
             self._mhz,
-            self._batch.decode_rows,
+            self._batch.decode_sequences,
             self._batch.kv_tokens,
             self._batch.prefill_tokens,
             self._joules,
@@ -245,11 +245,11 @@ def _be_patient() -> None:
     shm_broadcast.sched_yield = lambda: time.sleep(NAP_S)
 
 
-def _pace(settings: Settings) -> Pace:
+def _pace(settings: Settings) -> RetryEstimator:
     from throttllem.physics.catalogue import Catalogue  # noqa: PLC0415
     from throttllem.physics.engine import EnginePhysics  # noqa: PLC0415
 
     catalogue = Catalogue.load(None)
     physics = EnginePhysics(catalogue.gpu(settings.kind), catalogue.model(settings.model), settings.tp)
     busy_w = {int(mhz): watts for mhz, watts in settings.busy_w.items()}
-    return Pace(physics.iteration, FakeGpu(settings.library, settings.gpu), settings.idle_w, busy_w)
+    return RetryEstimator(physics.iteration, FakeGpu(settings.library, settings.gpu), settings.idle_w, busy_w)

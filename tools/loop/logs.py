@@ -86,7 +86,7 @@ class Steps:
             real_s=columns["real_s"],
             over=columns["over"],
             clock_mhz=columns["clock_mhz"],
-            rows=columns["decode_rows"],
+            rows=columns["decode_sequences"],
             prefill_tokens=columns["prefill_tokens"],
             joules=columns["joules"],
         )

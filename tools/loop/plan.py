@@ -63,16 +63,16 @@ QUICK = Plan(
 def load(plan: Plan) -> list[Sent]:
     """The requests: a generator's, without those that the context has no room for."""
     made = load_trace(f"azure-conv-like:seconds={plan.seconds:g},rate={plan.rate_rps:g},seed={plan.seed}")
-    rows = zip(made.arrival_s.tolist(), made.prompt_tokens.tolist(), made.answer_tokens.tolist(), strict=True)
+    rows = zip(made.arrival_s.tolist(), made.prompt_tokens.tolist(), made.output_tokens.tolist(), strict=True)
     kept = [row for row in rows if row[1] + row[2] <= LONGEST_TOKENS]
     first_s = kept[0][0]
-    return [Sent(at_s=at_s - first_s, prompt_tokens=prompt, answer_tokens=answer) for at_s, prompt, answer in kept]
+    return [Sent(at_s=at_s - first_s, prompt_tokens=prompt, output_tokens=answer) for at_s, prompt, answer in kept]
 
 
 def told(sent: Sequence[Sent]) -> str:
     """A load in words."""
     count, seconds = len(sent), sent[-1].at_s
-    prompt, answer = sum(each.prompt_tokens for each in sent), sum(each.answer_tokens for each in sent)
+    prompt, answer = sum(each.prompt_tokens for each in sent), sum(each.output_tokens for each in sent)
     return (
         f"{count} requests in {seconds:.0f} s ({count / seconds:.2f}/s), prompts of {prompt / count:.0f} and answers "
         f"of {answer / count:.0f} tokens on average"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from tools.nvml.layout import WRITES
 from tools.nvml.machine import Op, Write
-from tools.soak.evidence import Ask, Evidence, Loss
+from tools.soak.evidence import Evidence, Loss, ParsedRequest
 from tools.soak.group import torn_groups
 from tools.soak.kind import Hurts
 from tools.soak.kinds import KINDS
@@ -151,7 +151,7 @@ def _requests(evidence: Evidence) -> Iterator[str]:
             yield f"request {number} broke: {ask.why}"
 
 
-def _at_the_end(evidence: Evidence, ask: Ask) -> bool:
+def _at_the_end(evidence: Evidence, ask: ParsedRequest) -> bool:
     """It was open when the gateway was ended, and may well have been."""
     waited_for = evidence.schedule.lift_s < 0 and not ask.at_the_end
     return not waited_for and (ask.ended_s is None or ask.ended_s >= evidence.stopped_s)

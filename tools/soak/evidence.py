@@ -9,7 +9,7 @@ from tools.soak.schedule import Lock, Schedule
 
 
 @dataclass(slots=True)
-class Ask:
+class ParsedRequest:
     """A request to the gateway. `how` it ended: complete, told (an error), cut (its connection), broken; None: not."""
 
     gateway: int
@@ -88,7 +88,7 @@ class Evidence:
     base_s: float = 0.0
     restored_s: float | None = None
     forgot: bool = False
-    asks: dict[int, Ask] = field(default_factory=dict)
+    asks: dict[int, ParsedRequest] = field(default_factory=dict)
     losses: list[Loss] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)
     others: list[Other] = field(default_factory=list)

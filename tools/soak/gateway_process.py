@@ -23,17 +23,17 @@ from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import FrequencyPlan, Reason, Slo
-from throttllem.engines.base import Ask, Call, EngineError
+from throttllem.engines.base import Call, EngineError, ParsedRequest
 from throttllem.engines.simulated import realtime
 from throttllem.engines.simulated import requests as fake_api
 from throttllem.engines.simulated.text import Tape
 from throttllem.gateway.control import clock_setter as engine_clock
-from throttllem.gateway.control.backend import Link
-from throttllem.gateway.control.loop import Driver
+from throttllem.gateway.control.backend import Backend
+from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import AllModels, Served
-from throttllem.gateway.control.session import Visit
+from throttllem.gateway.control.session import Session
 from throttllem.gateway.control.ticket import RefusedError
-from throttllem.gateway.energy.accounting import Booking
+from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gpu import hardware
@@ -93,11 +93,11 @@ async def _live(told: dict[str, Any]) -> None:
     await writer.drain()
 
 
-def _link(told: dict[str, Any], gpu: hardware.HardwareGpu, clocks: tuple[int, ...]) -> Link:
+def _link(told: dict[str, Any], gpu: hardware.HardwareGpu, clocks: tuple[int, ...]) -> Backend:
     spec = small_spec(clocks, len(told["gpus"]))
     engine = SmallEngine(spec, Path(told["library"]), told["indices"][0], told["seed"], not told["engine_there"])
     meter = EnergyMeter(gpu=gpu)
-    return Link(
+    return Backend(
         name="small",
         kind="simulated",
         tp=spec.tp,
@@ -105,14 +105,14 @@ def _link(told: dict[str, Any], gpu: hardware.HardwareGpu, clocks: tuple[int, ..
         catalogue_model=MODEL,
         engine=engine,
         clock=engine_clock.EngineClock(name="small", gpu=gpu, reading=meter.reading, now=time.monotonic, mode="on"),
-        booking=Booking(meter=meter, now=time.monotonic, kv_blocks=lambda: 1),
+        booking=EnergyAccounting(meter=meter, now=time.monotonic, kv_blocks=lambda: 1),
         now=time.monotonic,
     )
 
 
-def _models(link: Link) -> AllModels:
+def _models(link: Backend) -> AllModels:
     options = ControllerOptions(throttle=ThrottleOptions(policy=ClockPolicy.TOP), slo_aware=False)
-    driver = Driver(
+    driver = ControlLoop(
         controller=Controller(options),
         links=(link,),
         limits=LimitOptions(engine_wait_s=4.0, silence_s=2.5, queue_wait_s=5.0),
@@ -123,7 +123,7 @@ def _models(link: Link) -> AllModels:
     return AllModels(served=served, version="1", policy="triton", slo=Slo(), now=time.monotonic)
 
 
-async def _clocks(link: Link, clocks: tuple[int, ...], told: dict[str, Any]) -> None:
+async def _clocks(link: Backend, clocks: tuple[int, ...], told: dict[str, Any]) -> None:
     """Another clock every few hundredths of a second, while there is an engine."""
     draw = random.Random(told["seed"])
     while True:
@@ -135,7 +135,7 @@ async def _clocks(link: Link, clocks: tuple[int, ...], told: dict[str, Any]) -> 
 @dataclass(slots=True)
 class _House:
     models: AllModels
-    link: Link
+    link: Backend
     writer: asyncio.StreamWriter
     asking: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -203,9 +203,11 @@ async def _answered(models: AllModels, tokens: int) -> None:
     prompt = "one two three"
     body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True}
     body["stream"] = True
-    ask = Ask(path="/v1/completions", model=MODEL, body=dict(body), prompts=(prompt,), max_tokens=tokens, stream=True)
+    ask = ParsedRequest(
+        path="/v1/completions", model=MODEL, body=dict(body), prompts=(prompt,), max_tokens=tokens, stream=True
+    )
     count = await models.count(ask)
-    ticket: Visit = models.ticket(ask, count, Slo(), "", streams=True)
+    ticket: Session = models.ticket(ask, count, Slo(), "", streams=True)
     async with ticket:
         engine, request_id = await ticket.place()
         raw = json.dumps(body).encode()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from throttllem.config import Noise
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Ask, Call, Connected, EngineError, PromptCount, Reply, Report
+from throttllem.engines.base import Call, Connected, EngineError, ParsedRequest, PromptCount, Reply, Report
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.gpu.device import Reading, Work, nothing
 from tools.nvml.build import NAME
@@ -111,7 +111,7 @@ class SmallEngine:
         self._check()
         await self._inner.well()
 
-    async def count(self, ask: Ask) -> PromptCount:
+    async def count(self, ask: ParsedRequest) -> PromptCount:
         """As the protocol says."""
         return await self._inner.count(ask)
 

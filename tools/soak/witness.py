@@ -11,7 +11,7 @@ from typing import Any
 
 from tools.nvml.machine import Machine
 from tools.soak.child import Child
-from tools.soak.evidence import Ask, Death, Evidence, Loss
+from tools.soak.evidence import Death, Evidence, Loss, ParsedRequest
 from tools.soak.journal_copy import noted
 
 
@@ -34,7 +34,7 @@ class Witness:
         now_s, asks = time.monotonic(), self.evidence.asks
         match word:
             case {"asked": int(number)}:
-                asks[number] = Ask(gateway=gateway, asked_s=now_s, at_the_end=self.ending)
+                asks[number] = ParsedRequest(gateway=gateway, asked_s=now_s, at_the_end=self.ending)
             case {"ended": int(number), "how": str(how), "why": str(why)}:
                 asks[number].how, asks[number].why, asks[number].ended_s = how, why, now_s
             case {"child": int(pid)}:

@@ -18,7 +18,7 @@ from throttllem.core.forecast.horizon import Horizon, look_ahead
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import project
 from throttllem.core.scoreboard import Scoreboard
-from throttllem.core.sequence_state import Row
+from throttllem.core.sequence_state import SequenceState
 from throttllem.core.types import EngineSpec, Reason, Request, Verdict, VerdictKind, check
 
 ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
@@ -87,7 +87,7 @@ class AdmissionOptions:
         return self.unmeetable == Unmeetable.REJECT
 
 
-def give_up_s(row: Row, tables: Iterable[PerformanceTable]) -> float:
+def give_up_s(row: SequenceState, tables: Iterable[PerformanceTable]) -> float:
     """From when on a request that still waits cannot keep its promises even alone at the top clock; inf: never.
 
     A bound from below, of the fastest of `tables`: its prompts in chunks as large as any that were profiled, then the
@@ -103,7 +103,7 @@ def give_up_s(row: Row, tables: Iterable[PerformanceTable]) -> float:
     return max(times_s, default=math.inf)
 
 
-def _give_up_s(row: Row, prefill_s: float, step_s: float) -> float:
+def _give_up_s(row: SequenceState, prefill_s: float, step_s: float) -> float:
     slo = row.request.slo
     if slo.tbt_s is not None and step_s > slo.tbt_s:
         return -math.inf
@@ -127,7 +127,7 @@ def admit(
     board: Scoreboard,
     spec: EngineSpec,
     table: PerformanceTable,
-    newcomer: Row,
+    newcomer: SequenceState,
     *,
     first: int,
     base_s: float,
@@ -158,12 +158,12 @@ def admit(
     return _check_times(ahead, board, table, newcomer, delay_s, margin, alone=alone, patient=patient)
 
 
-def batch_full(board: Scoreboard, spec: EngineSpec, newcomer: Row) -> bool:
+def batch_full(board: Scoreboard, spec: EngineSpec, newcomer: SequenceState) -> bool:
     """Is there no place left for all sequences of this request?"""
     return board.sequences + max(0, board.others.batch) + newcomer.sequences > spec.max_batch
 
 
-def _no_room(board: Scoreboard, spec: EngineSpec, newcomer: Row) -> Reason | None:
+def _no_room(board: Scoreboard, spec: EngineSpec, newcomer: SequenceState) -> Reason | None:
     if batch_full(board, spec, newcomer):
         return Reason.BATCH
     reserved = board.reserved_blocks + max(0, board.others.kv_blocks)
@@ -176,7 +176,7 @@ def _check_times(
     ahead: Horizon,
     board: Scoreboard,
     table: PerformanceTable,
-    newcomer: Row,
+    newcomer: SequenceState,
     delay_s: float,
     margin: float,
     *,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.scoreboard import Scoreboard
-from throttllem.core.sequence_state import Row
+from throttllem.core.sequence_state import SequenceState
 from throttllem.core.types import EngineSpec
 
 _ROUNDING = 1 + 1e-6
@@ -21,7 +21,7 @@ def surely_fits(
     board: Scoreboard,
     spec: EngineSpec,
     table: PerformanceTable,
-    newcomer: Row,
+    newcomer: SequenceState,
     *,
     first: int,
     base_s: float,
@@ -31,7 +31,7 @@ def surely_fits(
     """Would `admission.admit` find KV and every promise kept, even if nobody left until all are done? O(rows), in a
     few array operations. Rows of several sequences are left to the projection.
     """
-    if board.wide_rows or newcomer.sequences > 1 or newcomer.lost:
+    if board.multi_sequence or newcomer.sequences > 1 or newcomer.lost:
         return False
     batch, kept = len(board) + 1 + max(0, board.others.batch), 1.0 - margin
     if newcomer.remaining_tokens * table.slowest_s(batch, 0, 0) > (newcomer.deadline_s() - base_s) * kept:
@@ -61,7 +61,7 @@ def surely_fits(
     )
 
 
-def _kv_blocks(board: Scoreboard, waiting: list[Row], tokens: npt.NDArray[np.int64], block: int) -> int:
+def _kv_blocks(board: Scoreboard, waiting: list[SequenceState], tokens: npt.NDArray[np.int64], block: int) -> int:
     """All blocks that these rows will ever hold, as if nobody ever left."""
     running = int(((tokens + (block - 1)) // block).sum())
     coming = sum(-(-(row.prefill_tokens + row.remaining_tokens) // block) for row in waiting)

@@ -14,11 +14,11 @@ from throttllem.core.clocks.sizing import Autoscaler
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import Engines, EngineState, Phase
 from throttllem.core.forecast.projection import Projection
-from throttllem.core.lengths.expectation import Foresight
+from throttllem.core.lengths.expectation import LengthPrediction
 from throttllem.core.options import ControllerOptions
-from throttllem.core.scheduler import Changed, Entrance
+from throttllem.core.scheduler import AdmissionQueue, Changed
 from throttllem.core.snapshot import Snapshot, view
-from throttllem.core.state_update import Booking
+from throttllem.core.state_update import StateUpdate
 from throttllem.core.types import (
     Arrived,
     Cancel,
@@ -48,10 +48,10 @@ class Controller:
         self.options = options
         self._engines = Engines(options.specs if options.autoscale else {}, options.tables)
         self._load = LoadEstimator(options.load_window_s)
-        self._foresight = Foresight(options.predictor, options.inflation)
-        self._booking = Booking(self._load, self._foresight)
+        self._foresight = LengthPrediction(options.predictor, options.inflation)
+        self._booking = StateUpdate(self._load, self._foresight)
         self._governor = Governor(options.throttle, self._load)
-        self._entrance = Entrance(options, self._engines, self._governor, self._foresight, self._booking)
+        self._entrance = AdmissionQueue(options, self._engines, self._governor, self._foresight, self._booking)
         self._autoscaler = Autoscaler(options.autoscale) if options.autoscale else None
         self._autoscale_at_s: float | None = None
 

@@ -25,13 +25,13 @@ class EnergyLedger:
         self.total_j += joules
         self.idle_j += joules
 
-    def iteration(self, joules: float, decode_rows: int, prefills: Iterable[tuple[int, int]]) -> None:
-        """Energy of one iteration over `decode_rows` rows and the (request id, prompt tokens) of `prefills`.
+    def iteration(self, joules: float, decode_sequences: int, prefills: Iterable[tuple[int, int]]) -> None:
+        """Energy of one iteration over `decode_sequences` rows and the (request id, prompt tokens) of `prefills`.
 
         Rows decode from `join` to `leave`; an iteration of nothing at all counts as idle.
         """
         chunks = tuple(prefills)
-        tokens = decode_rows + sum(share for _, share in chunks)
+        tokens = decode_sequences + sum(share for _, share in chunks)
         if tokens == 0:
             self.idle(joules)
             return

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from throttllem.core.clocks.steady_load import Steady
-from throttllem.core.external_load import DriftMeter, Others
+from throttllem.core.external_load import DriftMeter, ExternalLoad
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import Projection
 from throttllem.core.scoreboard import Scoreboard
@@ -55,7 +55,7 @@ class EngineState:
     steady: Steady | None = None
     steady_at_s: float = -math.inf
     stale: bool = False
-    others: Others = field(default_factory=Others)
+    others: ExternalLoad = field(default_factory=ExternalLoad)
     drift: DriftMeter = field(default_factory=DriftMeter)
 
     @property

@@ -20,13 +20,13 @@ not explain was 0.64 % of the capacity off with the correction, 0.44 % without.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Others:
+class ExternalLoad:
     """What an engine holds beside our rows: sequences and KV blocks. Negative: it holds less than our rows would."""
 
     batch: int = 0
     kv_blocks: int = 0
 
-    def moved(self, before: Others, capacity_blocks: int) -> bool:
+    def moved(self, before: ExternalLoad, capacity_blocks: int) -> bool:
         """Is it worth a new plan? A sequence, or one in a hundred of the KV blocks, is."""
         return self.batch != before.batch or abs(self.kv_blocks - before.kv_blocks) * 100 >= capacity_blocks
 
@@ -72,7 +72,7 @@ class DriftMeter:
     _others: deque[int] = field(default_factory=_looks)
     _others_kv: deque[int] = field(default_factory=_looks)
 
-    def compare(self, told: Observed, own: Own) -> Others:
+    def compare(self, told: Observed, own: Own) -> ExternalLoad:
         """Who else is in the engine, as far as the last looks agree; what it does not say stays as it was."""
         prefilling = min(max(told.running - own.running, 0), own.pending)
         batch = told.running - own.running - prefilling
@@ -88,7 +88,7 @@ class DriftMeter:
             self._times = (self._times[0], self._times[1] + 1)
             self._kv_blocks = kv_blocks
             self._others_kv.append(kv_blocks)
-        return Others(batch=_agreed(self._others), kv_blocks=_agreed(self._others_kv))
+        return ExternalLoad(batch=_agreed(self._others), kv_blocks=_agreed(self._others_kv))
 
     def drift(self) -> Drift:
         """The figures so far."""

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from itertools import islice
 
-from throttllem.core.sequence_state import Row
+from throttllem.core.sequence_state import SequenceState
 
 _SLACK = 64
 
@@ -21,28 +21,28 @@ class Queue:
 
     def __init__(self) -> None:
         self._line: deque[int] = deque()
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, SequenceState] = {}
         self._ends: list[tuple[float, int]] = []
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def push(self, row: Row, give_up_s: float = math.inf) -> None:
+    def push(self, row: SequenceState, give_up_s: float = math.inf) -> None:
         """A request joins at the end."""
         self._rows[row.request.id] = row
         self._line.append(row.request.id)
         if give_up_s < math.inf:
             heapq.heappush(self._ends, (give_up_s, row.request.id))
 
-    def first(self, most: int) -> tuple[Row, ...]:
+    def first(self, most: int) -> tuple[SequenceState, ...]:
         """So many of those that wait, in order of arrival."""
         return tuple(islice(self._rows.values(), most))
 
-    def head(self) -> Row | None:
+    def head(self) -> SequenceState | None:
         """Whose turn it is."""
         return self._rows[self._line[0]] if self._line else None
 
-    def take(self, request_id: int) -> Row | None:
+    def take(self, request_id: int) -> SequenceState | None:
         """A request leaves, wherever it stands; None if it is not here."""
         row = self._rows.pop(request_id, None)
         if row is not None:
@@ -53,7 +53,7 @@ class Queue:
         """When the next request gives up, if nothing happens before."""
         return self._ends[0][0] if self._ends else math.inf
 
-    def expired(self, now_s: float) -> list[Row]:
+    def expired(self, now_s: float) -> list[SequenceState]:
         """Requests that have waited too long; they leave. O(1) when none has."""
         gone = []
         while self._ends and self._ends[0][0] <= now_s:

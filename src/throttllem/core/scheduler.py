@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from throttllem.core.admission import ADMIT, admit, batch_full, give_up_s, never_fits
 from throttllem.core.clocks.controller import Governor
 from throttllem.core.engine_state import Engines, EngineState
-from throttllem.core.lengths.expectation import Foresight
+from throttllem.core.lengths.expectation import LengthPrediction
 from throttllem.core.options import ControllerOptions
 from throttllem.core.queue import Queue
-from throttllem.core.sequence_state import Row
-from throttllem.core.state_update import Booking
+from throttllem.core.sequence_state import SequenceState
+from throttllem.core.state_update import StateUpdate
 from throttllem.core.types import Command, Dispatch, EngineSpec, Reason, Reject, Request, Verdict, VerdictKind
 
 Changed = dict[int, EngineState]
@@ -27,7 +27,7 @@ _LOOKED_AT = 64
 """So many of those that wait are looked at after one event at most, however long the queue is."""
 
 
-class Entrance:
+class AdmissionQueue:
     """The queue of one controller. `head` says why its head waits, None if nothing does."""
 
     def __init__(
@@ -35,8 +35,8 @@ class Entrance:
         options: ControllerOptions,
         engines: Engines,
         governor: Governor,
-        foresight: Foresight,
-        booking: Booking,
+        foresight: LengthPrediction,
+        booking: StateUpdate,
     ) -> None:
         self.head: Verdict | None = None
         self._options = options
@@ -49,7 +49,7 @@ class Entrance:
     def __len__(self) -> int:
         return len(self._queue)
 
-    def arrived(self, request: Request, commands: list[Command]) -> Row | None:
+    def arrived(self, request: Request, commands: list[Command]) -> SequenceState | None:
         """A request joins the queue; None if it was turned away at once."""
         reasons = [never_fits(request, spec) for spec in self._engines.specs()]
         why = reasons[-1] if reasons and all(reasons) else None
@@ -95,7 +95,7 @@ class Entrance:
         """Dispatch who may join: the queue's head while it may, or whoever waits where nobody waits for others."""
         self.head = None
         engine = self._engines.serving
-        refused: list[Row] = []
+        refused: list[SequenceState] = []
         for row in self._in_turn():
             if engine is None or engine.spec is None:
                 self.head = Verdict(kind=VerdictKind.WAIT, why=Reason.NO_ENGINE)
@@ -119,20 +119,20 @@ class Entrance:
     def _rejects(self) -> bool:
         return self._options.slo_aware and self._options.admission.rejects
 
-    def _may_be_passed(self, row: Row) -> bool:
+    def _may_be_passed(self, row: SequenceState) -> bool:
         """One that is turned away in time anyway holds nobody up; one that waits without end would starve."""
         return self._rejects and self._options.admission.patient_until_s(row.request) < math.inf
 
-    def _in_turn(self) -> Iterable[Row]:
+    def _in_turn(self) -> Iterable[SequenceState]:
         """Who is asked: everybody in order, or always the head, until it has to wait."""
         return self._queue.first(_LOOKED_AT) if self._rejects else iter(self._queue.head, None)
 
-    def _gives_up_s(self, row: Row) -> float:
+    def _gives_up_s(self, row: SequenceState) -> float:
         """Until when a request is of use in the queue: its own promise, and its patience."""
         own_s = give_up_s(row, self._options.tables.values())
         return min(own_s, self._options.admission.patient_until_s(row.request))
 
-    def _answer(self, engine: EngineState, row: Row, verdict: Verdict, commands: list[Command]) -> None:
+    def _answer(self, engine: EngineState, row: SequenceState, verdict: Verdict, commands: list[Command]) -> None:
         """A request leaves the queue, into the engine or away."""
         self._queue.take(row.request.id)
         lost = verdict.kind is VerdictKind.LOST
@@ -144,7 +144,7 @@ class Entrance:
         self._booking.count(dispatched=1)
         commands.append(Dispatch(engine=engine.engine, request_id=row.request.id))
 
-    def _verdict(self, engine: EngineState, spec: EngineSpec, row: Row, now_s: float) -> Verdict:
+    def _verdict(self, engine: EngineState, spec: EngineSpec, row: SequenceState, now_s: float) -> Verdict:
         why = never_fits(row.request, spec)
         if why is not None:  # on this engine; if a larger one can hold it, the autoscaler will bring that up
             larger = any(never_fits(row.request, other) is None for other in self._engines.specs())
@@ -167,7 +167,7 @@ class Entrance:
             crowded=len(self._queue) > 1,
         )
 
-    def _turn_away(self, row: Row, why: Reason, commands: list[Command]) -> None:
+    def _turn_away(self, row: SequenceState, why: Reason, commands: list[Command]) -> None:
         self._foresight.dropped(row)
         self._reject(row.request.id, why, commands)
 
@@ -176,11 +176,11 @@ class Entrance:
         commands.append(Reject(request_id=request_id, why=why))
 
 
-def _is_no_lighter(row: Row, other: Row) -> bool:
+def _is_no_lighter(row: SequenceState, other: SequenceState) -> bool:
     """Would this one be in the way as much, at least? Then it need not be asked where the other had to wait."""
     return (
         row.request.prompt_tokens >= other.request.prompt_tokens
-        and row.answer_tokens >= other.answer_tokens
+        and row.output_tokens >= other.output_tokens
         and row.sequences >= other.sequences
         and row.tbt_s <= other.tbt_s
     )

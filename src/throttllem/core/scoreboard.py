@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from throttllem.core.blocks import GrowingBlocks
-from throttllem.core.external_load import Others, Own
-from throttllem.core.sequence_state import Row
+from throttllem.core.external_load import ExternalLoad, Own
+from throttllem.core.sequence_state import SequenceState
 from throttllem.core.types import Request
 
 Ints = npt.NDArray[np.int64]
@@ -28,19 +28,19 @@ Renew = Callable[[Request, int], float | None]
 class Scoreboard:
     """Rows of one engine: `pending` (dispatched, no token yet) and running ones.
 
-    `lost_rows` counts the lost among them, `wide_rows` those of several sequences; `reserved_blocks` is what an engine
-    that never evicts has set aside. `others` is what the engine holds beside these rows.
+    `lost_requests` counts the lost among them, `multi_sequence` those of several sequences; `reserved_blocks` is
+    what an engine that never evicts has set aside. `others` is what the engine holds beside these rows.
     """
 
     def __init__(self, block_tokens: int) -> None:
-        self.pending: dict[int, Row] = {}
-        self.running: dict[int, Row] = {}
-        self.lost_rows = 0
-        self.wide_rows = 0
+        self.pending: dict[int, SequenceState] = {}
+        self.running: dict[int, SequenceState] = {}
+        self.lost_requests = 0
+        self.multi_sequence = 0
         self.reserved_blocks = 0
-        self.others = Others()
+        self.others = ExternalLoad()
         self._block_tokens = block_tokens
-        self._slots: list[Row] = []
+        self._slots: list[SequenceState] = []
         self._columns: Ints = np.zeros((4, 64), dtype=np.int64)
         self._promises: Floats = np.zeros((4, 64))
         self._ends: list[tuple[int, int]] = []
@@ -112,11 +112,11 @@ class Scoreboard:
         """What a reserve may take from each running row's deadline at most, inf where no TBT binds, shape (rows,)."""
         return self._promises[3, : len(self._slots)]
 
-    def row_at(self, slot: int) -> Row:
+    def row_at(self, slot: int) -> SequenceState:
         """The running row behind one index of the columns."""
         return self._slots[slot]
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SequenceState]:
         """Every row, running ones first. For snapshots and engine loss, never per iteration."""
         return [*self.running.values(), *self.pending.values()]
 
@@ -129,11 +129,11 @@ class Scoreboard:
         """KV blocks that an engine which never evicts sets aside for a request."""
         return -(-(request.prompt_tokens + request.max_tokens) // self._block_tokens) * request.sequences
 
-    def dispatch(self, row: Row) -> None:
+    def dispatch(self, row: SequenceState) -> None:
         """A request goes to the engine and waits for its first token there."""
         self.pending[row.request.id] = row
-        self.lost_rows += row.lost
-        self.wide_rows += row.request.sequences > 1
+        self.lost_requests += row.lost
+        self.multi_sequence += row.request.sequences > 1
         self.reserved_blocks += self.reservation(row.request)
         self._wait(row, row.request.sequences)
 
@@ -168,15 +168,15 @@ class Scoreboard:
         self._growing.add(row.prefill_tokens, row.start, row.request.sequences)
         self._write(row)
 
-    def remove(self, request_id: int) -> Row:
+    def remove(self, request_id: int) -> SequenceState:
         """A row ended, wherever it stood."""
         row = self.pending.pop(request_id, None)
         if row is None:
             row = self._leave(request_id)
         else:
             self._wait(row, -row.request.sequences)
-        self.lost_rows -= row.lost
-        self.wide_rows -= row.request.sequences > 1
+        self.lost_requests -= row.lost
+        self.multi_sequence -= row.request.sequences > 1
         self.reserved_blocks -= self.reservation(row.request)
         return row
 
@@ -190,20 +190,20 @@ class Scoreboard:
         self.pending = {request_id: row, **self.pending}
         self._wait(row, row.request.sequences)
 
-    def mark_lost(self, row: Row) -> None:
+    def mark_lost(self, row: SequenceState) -> None:
         """A row can no longer keep its promises: it binds nothing from now on."""
-        self.lost_rows += not row.lost
+        self.lost_requests += not row.lost
         row.lost = True
         if row.start is not None:
             self._write(row)
 
-    def outgrown(self, iteration: int, renew: Renew | None = None) -> list[Row]:
+    def outgrown(self, iteration: int, renew: Renew | None = None) -> list[SequenceState]:
         """Rows that were to be gone before `iteration` and are not: `renew` says what to expect now, or else their
         answer becomes max_tokens (the paper).
 
         A row that outgrew even that is given one more token at a time: the engine knows better. O(1) when none did.
         """
-        found: list[Row] = []
+        found: list[SequenceState] = []
         while self._ends and self._ends[0][0] <= iteration:
             end, request_id = heapq.heappop(self._ends)
             row = self.running.get(request_id)
@@ -213,17 +213,17 @@ class Scoreboard:
             expected = renew(row.request, generated) if renew and generated < row.request.max_tokens else None
             most = row.request.max_tokens
             tokens = most if expected is None or not math.isfinite(expected) else min(most, math.ceil(expected))
-            row.answer_tokens = max(tokens, generated + 1)
+            row.output_tokens = max(tokens, generated + 1)
             self._write(row)
             found.append(row)
         return found
 
-    def _wait(self, row: Row, sequences: int) -> None:
+    def _wait(self, row: SequenceState, sequences: int) -> None:
         """Count a pending row in, or out if negative."""
         self._pending_sequences += sequences
         self._pending_blocks += -(-row.prefill_tokens // self._block_tokens) * sequences
 
-    def _write(self, row: Row) -> None:
+    def _write(self, row: SequenceState) -> None:
         assert row.start is not None
         end = row.start + row.remaining_tokens
         self._columns[:, row.slot] = (row.start, row.prefill_tokens, end, row.request.sequences)
@@ -234,7 +234,7 @@ class Scoreboard:
             self._ends = [(int(end), held.request.id) for end, held in zip(self.end, self._slots, strict=True)]
             heapq.heapify(self._ends)
 
-    def _leave(self, request_id: int) -> Row:
+    def _leave(self, request_id: int) -> SequenceState:
         row = self.running.pop(request_id)
         assert row.start is not None
         self._growing.remove(row.prefill_tokens, row.start, row.request.sequences)

@@ -9,19 +9,20 @@ from throttllem.core.types import Request
 
 
 @dataclass(slots=True, kw_only=True)
-class Row:
+class SequenceState:
     """One request on its way through an engine.
 
-    `predicted_tokens` is the first prediction, inflated; `sure_tokens` the same before inflation (None: not inflated);
-    `answer_tokens` the prediction in force. `earliest` is the first iteration that can hold the row. `done_tokens` were
-    generated before the last (re)start and are part of the prompt now; `start` is the iteration of the first token
-    since then, None while it waits inside the engine. Tokens are those of one of its `sequences`: all keep pace.
+    `predicted_tokens` is the first prediction, inflated; `expected_tokens` the same before inflation (None: not
+    inflated); `output_tokens` the prediction in force. `earliest` is the first iteration that can hold the row.
+    `done_tokens` were generated before the last (re)start and are part of the prompt now; `start` is the iteration
+    of the first token since then, None while it waits inside the engine. Tokens are those of one of its
+    `sequences`: all keep pace.
     """
 
     request: Request
     predicted_tokens: int
-    answer_tokens: int
-    sure_tokens: int | None = None
+    output_tokens: int
+    expected_tokens: int | None = None
     earliest: int = 0
     lost: bool = False
     done_tokens: int = 0
@@ -42,13 +43,13 @@ class Row:
     @property
     def remaining_tokens(self) -> int:
         """Tokens still to come after the last (re)start, by the prediction in force."""
-        return max(1, self.answer_tokens - self.done_tokens)
+        return max(1, self.output_tokens - self.done_tokens)
 
     @property
     def gaps(self) -> int:
         """Gaps between tokens that a mean may be spread over: those of the answer as far as it is sure to come."""
-        outgrown = self.answer_tokens > self.predicted_tokens
-        tokens = self.answer_tokens if outgrown or self.sure_tokens is None else self.sure_tokens
+        outgrown = self.output_tokens > self.predicted_tokens
+        tokens = self.output_tokens if outgrown or self.expected_tokens is None else self.expected_tokens
         return max(1, tokens - 1)
 
     def generated_tokens(self, iteration: int) -> int:

@@ -37,7 +37,7 @@ class EngineView:
     plan: FrequencyPlan | None
     running: int
     pending: int
-    lost_rows: int
+    lost_requests: int
     iteration: int
     kv_blocks: int = 0
     foreign: int = 0
@@ -68,7 +68,7 @@ def view(state: EngineState) -> EngineView:
         plan=state.plan,
         running=len(state.board.running),
         pending=len(state.board.pending),
-        lost_rows=state.board.lost_rows,
+        lost_requests=state.board.lost_requests,
         iteration=state.iteration,
         kv_blocks=state.board.kv_blocks(state.told),
         foreign=max(0, state.board.others.batch),

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import EngineState
-from throttllem.core.lengths.expectation import Foresight
+from throttllem.core.lengths.expectation import LengthPrediction
 from throttllem.core.snapshot import Counts
 from throttllem.core.types import Observed, Progressed, Stepped
 
 
-class Booking:
+class StateUpdate:
     """The books of one controller. Bare iterations and observations that tell nothing new are O(1)."""
 
-    def __init__(self, load: LoadEstimator, foresight: Foresight) -> None:
+    def __init__(self, load: LoadEstimator, foresight: LengthPrediction) -> None:
         self._counts: dict[str, int] = {}
         self._load = load
         self._foresight = foresight

@@ -30,7 +30,7 @@ class Slo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request as the front door saw it. `answer_tokens` is known in simulation only (oracle predictors).
+    """One request as the front door saw it. `output_tokens` is known in simulation only (oracle predictors).
 
     `sequences` answers are generated side by side, each over a prompt of `prompt_tokens` (their mean), each prompt
     processed for itself. `caller` and `model` (as the client named it) are for the prediction of lengths only.
@@ -41,7 +41,7 @@ class Request:
     prompt_tokens: int
     max_tokens: int
     slo: Slo
-    answer_tokens: int | None = None
+    output_tokens: int | None = None
     sequences: int = 1
     caller: str = ""
     model: str = ""

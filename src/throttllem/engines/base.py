@@ -43,7 +43,7 @@ class EngineError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class ParsedRequest:
     """What the gateway read in the body of a controlled request; the body itself goes on as it came.
 
     `prompts` are texts or token ids, one or more; `messages` is a chat (`prompts` empty then), with `body` at hand for
@@ -74,7 +74,7 @@ class Call:
     headers: Headers
     body: bytes = field(repr=False)
     request_id: int | None = None
-    ask: Ask | None = None
+    ask: ParsedRequest | None = None
     prompt_tokens: int | None = None
     max_tokens: int | None = None
 
@@ -136,7 +136,7 @@ class Report:
     preempted: tuple[int, ...] = ()
     prefills: tuple[tuple[int, int], ...] = ()
     prefill_pairs: float = 0.0
-    decode_rows: int | None = None
+    decode_sequences: int | None = None
     kv_tokens: int | None = None
     joules: float | None = None
 
@@ -150,7 +150,7 @@ class LiveEngine(Protocol):
     async def well(self) -> None:
         """One light look that changes nothing. Raises EngineError if it is not well."""
 
-    async def count(self, ask: Ask) -> PromptCount:
+    async def count(self, ask: ParsedRequest) -> PromptCount:
         """Tokens of a prompt, by the engine's own tokenizer where there is one."""
 
     def open(self, call: Call) -> AbstractAsyncContextManager[Reply]:

@@ -18,7 +18,7 @@ PLUGIN_INFO = "throttllem_engine_info"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class Reported:
     """What the engine said; None: it did not. `engines` (data parallel) and `api_servers` behind the address;
     `sends_to` is where the plug-in sends its steps (None: there is no plug-in).
     """
@@ -58,7 +58,7 @@ class Capacities:
         return value
 
 
-async def ask_capacities(upstream: Upstream, *, need_batch: bool) -> Told:
+async def ask_capacities(upstream: Upstream, *, need_batch: bool) -> Reported:
     """Ask all that can be asked. `need_batch`: look further for the batch size, as nobody has set it."""
     status, _ = await upstream.get("/health")
     if status >= 500:
@@ -68,7 +68,7 @@ async def ask_capacities(upstream: Upstream, *, need_batch: bool) -> Told:
     told = {**_cache(page), **_plugin(page)}
     if need_batch and "max_batch" not in told:
         told |= await _server_info(upstream)
-    return Told(
+    return Reported(
         models=names,
         version=await _version(upstream),
         max_context_tokens=context,

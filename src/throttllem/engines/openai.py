@@ -13,13 +13,13 @@ from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Ask, Call, Connected, EngineError, PromptCount, Reply, Report
+from throttllem.engines.base import Call, Connected, EngineError, ParsedRequest, PromptCount, Reply, Report
 from throttllem.engines.capacity import (
     ASSUMED_BATCH,
     ASSUMED_BLOCK_TOKENS,
     ASSUMED_BUDGET_TOKENS,
     Capacities,
-    Told,
+    Reported,
     ask_capacities,
     metrics_page,
 )
@@ -70,7 +70,7 @@ class OpenaiEngine:
         self._kv_blocks, self._block_tokens = kv_blocks, block_tokens
         self._stats = stats
         self._scrape_s = scrape_s
-        self._told = Told()
+        self._told = Reported()
         self._steps_come = False
         self.steps: StepReceiver | None = None
         """The plug-in's steps while `watch` listens to them, with what was lost of them."""
@@ -99,7 +99,7 @@ class OpenaiEngine:
         if status >= 500:
             raise EngineError(f"the engine at {self._upstream.url} is not well (/health answers {status})", status=503)
 
-    async def count(self, ask: Ask) -> PromptCount:
+    async def count(self, ask: ParsedRequest) -> PromptCount:
         """Tokens of a prompt, mean if they are several. Raises EngineError if the engine stopped answering."""
         return await self._tokens.count(ask)
 
@@ -126,7 +126,7 @@ class OpenaiEngine:
                 self.steps = receiver
             await self._scrape(told, receiver, tell)
 
-    async def _scrape(self, told: Told, receiver: StepReceiver | None, tell: Callable[[Report], None]) -> None:
+    async def _scrape(self, told: Reported, receiver: StepReceiver | None, tell: Callable[[Report], None]) -> None:
         failures, heard = 0, 0
         while True:
             try:
@@ -145,7 +145,7 @@ class OpenaiEngine:
             heard = receiver.received if receiver is not None else 0
             await asyncio.sleep(self._scrape_s)
 
-    async def _scraped(self, told: Told, *, steps: bool) -> Report | None:
+    async def _scraped(self, told: Reported, *, steps: bool) -> Report | None:
         """One look at the metrics; None: it has none. `steps`: others tell the steps."""
         if not told.metrics:
             await self._upstream.get_json("/v1/models", timeout_s=SCRAPE_LIMIT_S)
@@ -167,7 +167,7 @@ class OpenaiEngine:
             step=None if steps or not iterations else int(iterations) - 1,
         )
 
-    def _without_steps(self, told: Told) -> str | None:
+    def _without_steps(self, told: Reported) -> str | None:
         """Why steps will not come from the plug-in; None: they will."""
         if self._stats is None:
             return "progress is counted from streams and /metrics: set engines.stats and install the plug-in in vLLM"
@@ -183,7 +183,7 @@ class OpenaiEngine:
                 return f"{error.strerror}; is another gateway on this engine?"
         return None
 
-    def _spec(self, told: Told) -> tuple[EngineSpec, tuple[str, ...]]:
+    def _spec(self, told: Reported) -> tuple[EngineSpec, tuple[str, ...]]:
         settled, url = Capacities(), self._upstream.url
         batch = settled.capped("max_batch", told.max_batch, self._max_batch)
         batch = settled.assumed("max_batch", ASSUMED_BATCH) if batch is None else batch

@@ -31,8 +31,8 @@ DRAINED = 256
 class StepStats:
     """One datagram. `boot` tells one start of an engine from the next, `sequence` counts datagrams, `step` iterations
     from 0 (None: an empty step, with which nothing was computed). `kv_usage` 0 to 1. `prompt_tokens` that were computed
-    in the step if `seconds` is there, else those of the prompts that were complete with it. `decode_rows` and `seconds`
-    only where the engine measures each iteration.
+    in the step if `seconds` is there, else those of the prompts that were complete with it. `decode_sequences` and
+    `seconds` only where the engine measures each iteration.
     """
 
     boot: int
@@ -45,14 +45,14 @@ class StepStats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
-    decode_rows: int | None = None
+    decode_sequences: int | None = None
     seconds: float | None = None
 
     def pack(self) -> bytes:
         """The datagram."""
-        detailed = self.decode_rows is not None and self.seconds is not None
+        detailed = self.decode_sequences is not None and self.seconds is not None
         flags = STEP * (self.step is not None) + DETAILED * detailed
-        counts = (self.prompt_tokens, self.generated_tokens, self.preemptions, self.decode_rows or 0)
+        counts = (self.prompt_tokens, self.generated_tokens, self.preemptions, self.decode_sequences or 0)
         state = (self.monotonic_s, self.running, self.waiting, self.kv_usage)
         return PACKED.pack(MAGIC, self.boot, self.sequence, flags, self.step or 0, *state, *counts, self.seconds or 0.0)
 
@@ -75,7 +75,7 @@ def unpack(datagram: bytes) -> StepStats | None:
         prompt_tokens=counts[0],
         generated_tokens=counts[1],
         preemptions=counts[2],
-        decode_rows=counts[3] if flags & DETAILED else None,
+        decode_sequences=counts[3] if flags & DETAILED else None,
         seconds=seconds if flags & DETAILED else None,
     )
 
@@ -209,5 +209,5 @@ class StepReceiver:
             seconds=seconds if told else None,
             prompt_tokens=step.prompt_tokens if told else None,
             generated_tokens=step.generated_tokens if told else None,
-            decode_rows=step.decode_rows,
+            decode_sequences=step.decode_sequences,
         )

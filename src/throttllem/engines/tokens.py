@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic_core import to_json
 
-from throttllem.engines.base import Ask, EngineError, PromptCount
+from throttllem.engines.base import EngineError, ParsedRequest, PromptCount
 from throttllem.engines.http import Upstream, parsed
 from throttllem.engines.tokenizer_file import TokenizerFile
 
@@ -49,7 +49,7 @@ class TokenCounter:
             return ()
         return (f"{self._path} does not count as the engine does: the engine is asked for every prompt",)
 
-    async def count(self, ask: Ask) -> PromptCount:
+    async def count(self, ask: ParsedRequest) -> PromptCount:
         """The mean over the prompts of `ask`, rounded up. Raises EngineError if the engine stopped answering."""
         if ask.messages:
             return await self._chat(ask)
@@ -58,7 +58,7 @@ class TokenCounter:
         worst = min(parts, key=lambda part: part.exact, default=PromptCount(tokens=0, by="nothing", exact=True))
         return PromptCount(tokens=tokens, by=worst.by, exact=worst.exact)
 
-    async def _prompt(self, ask: Ask, prompt: str | tuple[int, ...]) -> PromptCount:
+    async def _prompt(self, ask: ParsedRequest, prompt: str | tuple[int, ...]) -> PromptCount:
         if not isinstance(prompt, str):
             return PromptCount(tokens=len(prompt), by="its token ids", exact=True)
         if not (self._file.exact and self._agrees):
@@ -69,7 +69,7 @@ class TokenCounter:
         special = ask.body.get("add_special_tokens") is not False
         return await self._here(prompt, special=special, exact=self._file.exact and self._agrees)
 
-    async def _chat(self, ask: Ask) -> PromptCount:
+    async def _chat(self, ask: ParsedRequest) -> PromptCount:
         fields = {name: ask.body[name] for name in (*CHAT, *ADDED) if name in ask.body}
         tokens = await self._asked({"model": ask.model, **fields})
         if tokens is not None:

@@ -15,13 +15,13 @@ from throttllem.core.clocks.names import Policy, parse_policy
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
-from throttllem.core.lengths.online import Online, OnlineOptions
+from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import EngineSpec
 from throttllem.engines.simulated.fleet import build_fleet
 from throttllem.gateway.control.backend_factory import LinkMaker, called
-from throttllem.gateway.control.loop import Driver
+from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import AllModels, Served
 from throttllem.gateway.flight.recorder import Recorder
 from throttllem.gateway.flight.recordings import safe_name
@@ -45,7 +45,7 @@ class Gateway:
     histograms: Histograms
     recorders: tuple[Recorder, ...]
     hardware: tuple[HardwareGpu, ...]
-    predictors: tuple[tuple[Path, Online], ...]
+    predictors: tuple[tuple[Path, OnlineLengthPredictor], ...]
 
 
 def build_gateway(
@@ -111,7 +111,7 @@ def _together(entry: EngineEntry) -> tuple[str, str, str]:
 class _Built:
     served: Served
     recorder: Recorder | None
-    predictor: tuple[Path, Online] | None
+    predictor: tuple[Path, OnlineLengthPredictor] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +138,9 @@ class _Part:
         witness = Record(
             model=lambda: next(iter(served.all_names()), first.model), histograms=histograms, recorder=recorder
         )
-        driver = Driver(controller=controller, links=links, limits=options.limits, now=self.now, witness=witness)
+        driver = ControlLoop(controller=controller, links=links, limits=options.limits, now=self.now, witness=witness)
         served = Served(driver=driver, names=(first.served_as,) if first.served_as else ())
-        learned = (file, predictor) if isinstance(predictor, Online) else None
+        learned = (file, predictor) if isinstance(predictor, OnlineLengthPredictor) else None
         return _Built(served=served, recorder=recorder, predictor=learned)
 
     def _controller_options(
@@ -203,7 +203,7 @@ class _Part:
         file = self.options.state_dir.expanduser() / f"lengths-{safe_name(called(first))}.json"
         if self.options.length.predictor == "max-tokens":
             return MaxTokens(), file
-        restored = load_lengths(file, OnlineOptions(exceed=self.options.length.exceed))
+        restored = load_lengths(file, OnlineLengthOptions(exceed=self.options.length.exceed))
         if restored.trouble:
             log.warning("%s", restored.trouble)
         return restored.predictor, file

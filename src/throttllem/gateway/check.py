@@ -15,7 +15,7 @@ from throttllem.core.options import ControllerOptions
 from throttllem.engines.base import Connected, EngineError
 from throttllem.files import WriteError, writable_dir
 from throttllem.gateway.build import Gateway, build_gateway
-from throttllem.gateway.control.backend import Link
+from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.http.server import bind
 from throttllem.gateway.settings import ServeOptions, ServerOptions
 from throttllem.gpu.hardware import HardwareGpu, Mode, check_apart
@@ -164,7 +164,7 @@ async def _engines(gateway: Gateway, options: ServeOptions, origins: dict[str, s
     return findings
 
 
-async def _engine(link: Link, core: ControllerOptions, options: ServeOptions) -> list[Finding]:
+async def _engine(link: Backend, core: ControllerOptions, options: ServeOptions) -> list[Finding]:
     try:
         async with asyncio.timeout(_REACH_S):
             connected = await link.engine.connect()
@@ -178,7 +178,7 @@ async def _engine(link: Link, core: ControllerOptions, options: ServeOptions) ->
     return [Finding(mark="ok", text=_described(link, connected, core, options)), *_notes(link, connected)]
 
 
-def _described(link: Link, connected: Connected, core: ControllerOptions, options: ServeOptions) -> str:
+def _described(link: Backend, connected: Connected, core: ControllerOptions, options: ServeOptions) -> str:
     spec, clocks = connected.spec, connected.spec.clocks_mhz
     table = core.tables.get(link.tp)
     if table is not None:
@@ -197,12 +197,12 @@ def _described(link: Link, connected: Connected, core: ControllerOptions, option
     )
 
 
-def _without_choice(link: Link, table: PerformanceTable | None) -> bool:
+def _without_choice(link: Backend, table: PerformanceTable | None) -> bool:
     """Whether no table tells one clock from another; that of a simulated engine is made at the first start."""
     return link.kind != "simulated" if table is None else not table.clocks_measured
 
 
-async def _hardware(link: Link, options: ServeOptions, origins: dict[str, str]) -> list[Finding]:
+async def _hardware(link: Backend, options: ServeOptions, origins: dict[str, str]) -> list[Finding]:
     """Real GPUs are found and read, never set. Whether clocks would be off, advised or on is said in any case."""
     gpu = link.gpu
     if not isinstance(gpu, HardwareGpu):
@@ -253,12 +253,12 @@ async def _setter(gpu: HardwareGpu, options: ServeOptions) -> tuple[str, str]:
     return "ok", text
 
 
-def _notes(link: Link, connected: Connected) -> Iterator[Finding]:
+def _notes(link: Backend, connected: Connected) -> Iterator[Finding]:
     for note in connected.notes:
         yield Finding(mark="--", text=f"engine {link.name}: {note}")
 
 
-def _never_started(link: Link, policy: str) -> Finding:
+def _never_started(link: Backend, policy: str) -> Finding:
     return Finding(
         mark="!!",
         text=f"engine {link.name} would never be used: policy {policy} serves the largest size; {policy}+autoscale "
@@ -266,7 +266,7 @@ def _never_started(link: Link, policy: str) -> Finding:
     )
 
 
-def _no_clock_axis(link: Link) -> Finding:
+def _no_clock_axis(link: Backend) -> Finding:
     return Finding(
         mark="--",
         text=f"engine {link.name}: the clock axis of its table was not measured (a profile without --gpus, or of one "
@@ -274,7 +274,7 @@ def _no_clock_axis(link: Link) -> Finding:
     )
 
 
-def _no_table(link: Link) -> Finding:
+def _no_table(link: Backend) -> Finding:
     if link.kind == "simulated":
         return Finding(
             mark="--", text=f"engine {link.name}: its performance table is trained at the first start (cached)"

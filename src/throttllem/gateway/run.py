@@ -21,7 +21,7 @@ from pathlib import Path
 import uvloop
 from starlette.types import ASGIApp
 
-from throttllem.core.lengths.online import Online
+from throttllem.core.lengths.online import OnlineLengthPredictor
 from throttllem.files import hold_dir
 from throttllem.gateway.build import Gateway, build_gateway
 from throttllem.gateway.check import open_doors
@@ -157,7 +157,7 @@ class Prepared:
                 log.exception("lengths were not saved this time")
 
 
-def _save(predictors: Iterable[tuple[Path, Online]]) -> None:
+def _save(predictors: Iterable[tuple[Path, OnlineLengthPredictor]]) -> None:
     for file, predictor in predictors:
         if trouble := save_lengths(predictor, file):
             log.warning("%s", trouble)

@@ -45,7 +45,7 @@ class Work:
     """
 
     seconds: float
-    decode_rows: int
+    decode_sequences: int
     kv_tokens: int
     prefill_tokens: int
     prefill_pairs: float

@@ -69,7 +69,7 @@ def kv_correlation(catalogue: Catalogue, *, seed: int) -> KvCorrelation:
         prompt = spec.block_tokens // 2
         answer = min(spec.max_context_tokens, spec.kv_blocks // batch * spec.block_tokens) - prompt
         for request_id in range(batch):
-            engine.batcher.add(request_id, prompt_tokens=prompt, answer_tokens=answer, max_tokens=answer)
+            engine.batcher.add(request_id, prompt_tokens=prompt, output_tokens=answer, max_tokens=answer)
         points = []
         while (step := engine.step()) is not None:
             iteration, seconds, _ = step

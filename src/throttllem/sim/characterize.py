@@ -95,7 +95,7 @@ def sample_requests(
         raise ValueError(f"no request of {trace.name} fits {fleet.model} at TP {tp} on {fleet.gpu}")
     chosen = np.random.default_rng([seed, tp]).choice(fits, REQUESTS)
     triples = zip(
-        trace.prompt_tokens[chosen].tolist(), trace.answer_tokens[chosen].tolist(), limits[chosen].tolist(), strict=True
+        trace.prompt_tokens[chosen].tolist(), trace.output_tokens[chosen].tolist(), limits[chosen].tolist(), strict=True
     )
     return list(triples), 1.0 - fits.size / trace.requests
 
@@ -105,9 +105,9 @@ def answer_limits(trace: Trace, fleet: Fleet, options: Options) -> np.ndarray[tu
 
     A request whose true answer does not fit keeps a limit that does not fit either, so that it is rejected.
     """
-    asked = options.engine.max_tokens or 1 << int(trace.answer_tokens.max() - 1).bit_length()
+    asked = options.engine.max_tokens or 1 << int(trace.output_tokens.max() - 1).bit_length()
     context = fleet.specs[fleet.sizes[-1]].max_context_tokens
-    return np.maximum(np.minimum(asked, context - trace.prompt_tokens), trace.answer_tokens)
+    return np.maximum(np.minimum(asked, context - trace.prompt_tokens), trace.output_tokens)
 
 
 def _probe(
@@ -117,7 +117,7 @@ def _probe(
     arrivals_s = (np.cumsum(gaps_s) - gaps_s[0]).tolist()
     slo = Slo()
     requests = [
-        Request(id=i, arrival_s=at_s, prompt_tokens=prompt, answer_tokens=answer, max_tokens=limit, slo=slo)
+        Request(id=i, arrival_s=at_s, prompt_tokens=prompt, output_tokens=answer, max_tokens=limit, slo=slo)
         for i, (at_s, (prompt, answer, limit)) in enumerate(zip(arrivals_s, triples, strict=True))
     ]
     controller = Controller(

@@ -165,11 +165,11 @@ class Simulation:
         match command:
             case Dispatch(engine=key, request_id=request_id):
                 request = self._recorder.lives[request_id].request
-                assert request.answer_tokens is not None
+                assert request.output_tokens is not None
                 self._engines[key].engine.batcher.add(
                     request_id,
                     prompt_tokens=request.prompt_tokens,
-                    answer_tokens=request.answer_tokens,
+                    output_tokens=request.output_tokens,
                     max_tokens=request.max_tokens,
                 )
             case SetClock(engine=key, plan=plan):

@@ -28,7 +28,7 @@ class Arrays(NamedTuple):
 
     arrival_s: NDArray[np.float64]
     prompt_tokens: NDArray[np.int64]
-    answer_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

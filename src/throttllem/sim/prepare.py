@@ -43,7 +43,7 @@ def capacities(
 def _capacity(
     fleet: Fleet, tp: int, trace: Trace, options: Options, cache_dir: Path, *, seed: int, promised: Slo
 ) -> Capacity:
-    lengths = hashlib.sha256(trace.prompt_tokens.tobytes() + trace.answer_tokens.tobytes()).hexdigest()
+    lengths = hashlib.sha256(trace.prompt_tokens.tobytes() + trace.output_tokens.tobytes()).hexdigest()
     alone = replace(fleet, specs={tp: fleet.specs[tp]}, physics={tp: fleet.physics[tp]})
     inputs = {
         "engines": alone.fingerprint(),

@@ -78,9 +78,9 @@ class Recorder:
             here.batch += iteration.batch * seconds
             here.kv += iteration.kv_blocks * seconds
         self._busy_s[clock_mhz] = self._busy_s.get(clock_mhz, 0.0) + seconds
-        if iteration.decode_rows:
+        if iteration.decode_sequences:
             self._gaps_s.append(seconds)
-            self._gap_rows.append(iteration.decode_rows)
+            self._gap_rows.append(iteration.decode_sequences)
         for request_id in iteration.preempted:
             self.lives[request_id].paused_s = at_s
         for request_id, _ in iteration.prefills:
@@ -140,7 +140,7 @@ class Recorder:
     ) -> RunResult:
         """Everything that was booked, as the contract has it."""
         done = [life for life in self.lives.values() if life.ended_s is not None]
-        generated = sum(life.request.answer_tokens or 0 for life in done)
+        generated = sum(life.request.output_tokens or 0 for life in done)
         e2e, ttft, tpot, queue = (_times(done, kind) for kind in ("e2e", "ttft", "tpot", "queue"))
         gaps, rows = np.asarray(self._gaps_s), np.asarray(self._gap_rows)
         busy_s = sum(self._busy_s.values())
@@ -230,7 +230,7 @@ def _times(done: list[Life], kind: str) -> Floats:
             case "queue":
                 values.append(life.begun_s - arrival_s)
             case _:
-                tokens = life.request.answer_tokens or 0
+                tokens = life.request.output_tokens or 0
                 if tokens > 1:
                     values.append((life.ended_s - life.first_token_s) / (tokens - 1))
     return np.asarray(values, dtype=np.float64)
@@ -258,7 +258,7 @@ def _kept(life: Life) -> tuple[bool, bool, bool]:
     if life.ended_s is None or life.first_token_s is None:
         return False, False, False
     slo, arrival_s = life.request.slo, life.request.arrival_s
-    mean_gap_s = (life.ended_s - life.first_token_s) / max(1, (life.request.answer_tokens or 1) - 1)
+    mean_gap_s = (life.ended_s - life.first_token_s) / max(1, (life.request.output_tokens or 1) - 1)
     return (
         slo.e2e_s is None or life.ended_s - arrival_s <= slo.e2e_s,
         slo.tbt_s is None or mean_gap_s <= slo.tbt_s,

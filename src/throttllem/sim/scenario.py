@@ -45,10 +45,10 @@ class Scenario:
         trace = self.trace
         limits = answer_limits(trace, self.fleet, self.options).tolist()
         columns = zip(
-            trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.answer_tokens.tolist(), limits, strict=True
+            trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), limits, strict=True
         )
         return [
-            Request(id=i, arrival_s=at_s, prompt_tokens=prompt, answer_tokens=answer, max_tokens=limit, slo=self.slo)
+            Request(id=i, arrival_s=at_s, prompt_tokens=prompt, output_tokens=answer, max_tokens=limit, slo=self.slo)
             for i, (at_s, prompt, answer, limit) in enumerate(columns)
         ]
 

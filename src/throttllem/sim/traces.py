@@ -36,10 +36,10 @@ class Trace:
     source: str
     arrival_s: NDArray[np.float64]
     prompt_tokens: NDArray[np.int64]
-    answer_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        for array in (self.arrival_s, self.prompt_tokens, self.answer_tokens):
+        for array in (self.arrival_s, self.prompt_tokens, self.output_tokens):
             array.flags.writeable = False
 
     @property
@@ -50,7 +50,7 @@ class Trace:
     @property
     def mean_context_tokens(self) -> int:
         """Tokens of a typical running request: its prompt and half of its answer."""
-        return round(float((self.prompt_tokens + self.answer_tokens / 2).mean()))
+        return round(float((self.prompt_tokens + self.output_tokens / 2).mean()))
 
     @property
     def duration_s(self) -> float:
@@ -72,7 +72,7 @@ class Trace:
     def sha256(self) -> str:
         """Digest of the requests alone (not of the names), for cache keys."""
         digest = hashlib.sha256(b"trace 1\n")
-        for array, kind in ((self.arrival_s, "<f8"), (self.prompt_tokens, "<i8"), (self.answer_tokens, "<i8")):
+        for array, kind in ((self.arrival_s, "<f8"), (self.prompt_tokens, "<i8"), (self.output_tokens, "<i8")):
             digest.update(array.astype(kind).tobytes())
         return digest.hexdigest()
 
@@ -106,7 +106,7 @@ class Trace:
             self,
             arrival_s=self.arrival_s[kept],
             prompt_tokens=self.prompt_tokens[kept],
-            answer_tokens=self.answer_tokens[kept],
+            output_tokens=self.output_tokens[kept],
         )
 
     def _stretched(self, factor: float) -> Trace:
@@ -133,7 +133,7 @@ def load_trace(spec: str, *, seconds: float | None = None, peak_rps: float | Non
         source=spec,
         arrival_s=arrival_s - arrival_s[0],
         prompt_tokens=arrays.prompt_tokens[order],
-        answer_tokens=arrays.answer_tokens[order],
+        output_tokens=arrays.output_tokens[order],
     )
     trace = trace if peak_rps is None else trace.scaled(peak_rps=peak_rps)
     return trace if seconds is None else trace.cut(seconds)

@@ -16,10 +16,10 @@ from throttllem.core.clocks.policy import (
     ClockPolicy,
     Floats,
     ThrottleOptions,
-    doomed,
     feasible,
     least_energy,
     lowest_feasible,
+    unmeetable,
 )
 from throttllem.core.clocks.steady_load import LoadEstimator, Steady, steady
 from throttllem.core.engine_state import EngineState
@@ -85,15 +85,15 @@ class Governor:
         if not ahead.inside_hull:
             return FrequencyPlan(mhz=top, why=Reason.OUTSIDE_HULL)
         plan = FrequencyPlan(mhz=top, why=Reason.WAITING)
-        if not waiting and not board.lost_rows:
+        if not waiting and not board.lost_requests:
             plan = self._choose(engine, spec, table, ahead, now_s)
             if plan.why is not Reason.INFEASIBLE:
                 return plan
         if least:
             ahead = look_ahead(board, spec, table, projection, base_s=engine.base_s(now_s))
-        for row in doomed(ahead, board, table, self.top_delay_s(engine, now_s)):
+        for row in unmeetable(ahead, board, table, self.top_delay_s(engine, now_s)):
             board.mark_lost(row)
-        return FrequencyPlan(mhz=top, why=Reason.LOST_RUNNING) if board.lost_rows else plan
+        return FrequencyPlan(mhz=top, why=Reason.LOST_RUNNING) if board.lost_requests else plan
 
     def _choose(
         self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, ahead: Horizon, now_s: float

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from throttllem.core.forecast.horizon import Horizon
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.scoreboard import Scoreboard
-from throttllem.core.sequence_state import Row
+from throttllem.core.sequence_state import SequenceState
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, check
 
 Floats = npt.NDArray[np.float64]
@@ -59,7 +59,7 @@ class ThrottleOptions:
         check("throttle", margin=(self.margin, 0, 0.9), reserve=(self.reserve, 0, 0.9))
 
 
-def doomed(ahead: Horizon, board: Scoreboard, table: PerformanceTable, delay_s: float) -> list[Row]:
+def unmeetable(ahead: Horizon, board: Scoreboard, table: PerformanceTable, delay_s: float) -> list[SequenceState]:
     """Rows that miss a deadline even at the top clock, `delay_s` from now: the paper calls them lost."""
     spent = ahead.seconds(table, slice(-1, None))[:, 0] + delay_s + ahead.base_s
     running = ahead.finish_run.size - len(ahead.pending)
@@ -99,7 +99,7 @@ def feasible(
     return holds, binding
 
 
-def lowest_feasible(holds: Bools, spec: EngineSpec, binding: Row | None) -> FrequencyPlan:
+def lowest_feasible(holds: Bools, spec: EngineSpec, binding: SequenceState | None) -> FrequencyPlan:
     """The paper's choice: the lowest clock that keeps every SLO, the top clock if none does."""
     if not holds.any():
         return FrequencyPlan(mhz=spec.clocks_mhz[-1], why=Reason.INFEASIBLE, binding=_id(binding))
@@ -108,7 +108,7 @@ def lowest_feasible(holds: Bools, spec: EngineSpec, binding: Row | None) -> Freq
     return FrequencyPlan(mhz=spec.clocks_mhz[index], why=why, binding=_id(binding) if index else None)
 
 
-def least_energy(holds: Bools, cost: Floats, spec: EngineSpec, binding: Row | None) -> FrequencyPlan:
+def least_energy(holds: Bools, cost: Floats, spec: EngineSpec, binding: SequenceState | None) -> FrequencyPlan:
     """Ours: among the feasible clocks the one of least `cost` (clocks,), the higher of equals."""
     if not holds.any():
         return FrequencyPlan(mhz=spec.clocks_mhz[-1], why=Reason.INFEASIBLE, binding=_id(binding))
@@ -122,5 +122,5 @@ def least_energy(holds: Bools, cost: Floats, spec: EngineSpec, binding: Row | No
     )
 
 
-def _id(row: Row | None) -> int | None:
+def _id(row: SequenceState | None) -> int | None:
     return row.request.id if row else None

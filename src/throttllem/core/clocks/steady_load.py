@@ -36,8 +36,8 @@ class Load:
 
     requests_per_s: float
     prompt_tokens: float
-    answer_tokens: float
-    long_answer_tokens: float
+    output_tokens: float
+    long_output_tokens: float
     burst: float
     e2e_s: float | None
     """The tightest E2E promise of the recent requests, None if there was none."""
@@ -63,9 +63,9 @@ class LoadEstimator:
         self._predicted_tokens = 0.0
         self._answer_tokens = 0.0
 
-    def arrived(self, now_s: float, prompt_tokens: int, answer_tokens: int, slo: Slo, sequences: int = 1) -> None:
+    def arrived(self, now_s: float, prompt_tokens: int, output_tokens: int, slo: Slo, sequences: int = 1) -> None:
         """One request came in, with its predicted answer and its promises; `sequences` answers are so many requests."""
-        self._recent.append((answer_tokens, slo.e2e_s or math.inf, prompt_tokens, slo.ttft_s or math.inf))
+        self._recent.append((output_tokens, slo.e2e_s or math.inf, prompt_tokens, slo.ttft_s or math.inf))
         self._arrived += 1
         if self._arrived % _REFRESH == 1:
             prompts_tokens, ttft_s = np.array(self._recent)[:, 2:].T
@@ -77,16 +77,16 @@ class LoadEstimator:
         self._sums = (
             n * keep + sequences,
             prompts * keep + sequences * prompt_tokens,
-            answers * keep + sequences * answer_tokens,
+            answers * keep + sequences * output_tokens,
         )
         self._last_s = now_s
 
-    def finished(self, predicted_tokens: int, answer_tokens: int) -> None:
+    def finished(self, predicted_tokens: int, output_tokens: int) -> None:
         """One request ended with so many tokens."""
         keep = 1.0 - 1.0 / _RECENT
         self._finished += 1
         self._predicted_tokens = keep * self._predicted_tokens + predicted_tokens
-        self._answer_tokens = keep * self._answer_tokens + answer_tokens
+        self._answer_tokens = keep * self._answer_tokens + output_tokens
 
     def load(self, now_s: float) -> Load | None:
         """The load as it stands; None before half a window has been seen."""
@@ -101,16 +101,16 @@ class LoadEstimator:
         return Load(
             requests_per_s=rate,
             prompt_tokens=prompts / n,
-            answer_tokens=truth * answers / n,
-            long_answer_tokens=truth * float(np.quantile(recent[:, 0], _LONG)),
+            output_tokens=truth * answers / n,
+            long_output_tokens=truth * float(np.quantile(recent[:, 0], _LONG)),
             burst=_burst(recent[:, 0], rate * (e2e_s if math.isfinite(e2e_s) else self._window_s)),
             e2e_s=e2e_s if math.isfinite(e2e_s) else None,
         )
 
 
-def _burst(answer_tokens: Floats, requests: float) -> float:
+def _burst(output_tokens: Floats, requests: float) -> float:
     """Two standard deviations of a compound Poisson inflow of that many requests, over its mean: (1 + CV^2) / n."""
-    variation = float(answer_tokens.std() / answer_tokens.mean())
+    variation = float(output_tokens.std() / output_tokens.mean())
     return 1.0 + 2.0 * math.sqrt((1.0 + variation**2) / max(requests, 1.0))
 
 
@@ -135,7 +135,7 @@ def steady(load: Load, table: PerformanceTable, spec: EngineSpec, *, reserve: fl
     mean = _settle(load, 1.0, table, spec)
     held = burst.held
     if load.e2e_s is not None:
-        held = held & (load.long_answer_tokens * burst.pace_s <= load.e2e_s * (1.0 - reserve))
+        held = held & (load.long_output_tokens * burst.pace_s <= load.e2e_s * (1.0 - reserve))
     return Steady(watts=np.where(held, mean.watts, np.inf), stretch=mean.stretch)
 
 
@@ -159,14 +159,14 @@ def _settle(load: Load, times: float, table: PerformanceTable, spec: EngineSpec)
     rate = load.requests_per_s * times
     rows = _MEAN_ROWS[0.9 * spec.max_batch > _MEAN_ROWS]
     batch = np.maximum(np.round(rows / -np.expm1(-rows)), 1).astype(np.int64)
-    kv = np.round(batch * ((load.prompt_tokens + load.answer_tokens / 2) / spec.block_tokens + 0.5)).astype(np.int64)
+    kv = np.round(batch * ((load.prompt_tokens + load.output_tokens / 2) / spec.block_tokens + 0.5)).astype(np.int64)
     prompt = np.full(batch.size, max(1, round(load.prompt_tokens)), dtype=np.int64)
     decode, mixed = table.cells(batch, kv, np.zeros_like(batch)), table.cells(batch, kv, prompt)
     step_s = table.seconds[decode].astype(np.float64)
     prefill = np.minimum(rate * np.maximum(table.seconds[mixed] - step_s, 0.0), 0.99)
     stretch = 1.0 / (1.0 - prefill)
     fits = (kv <= 0.85 * spec.kv_blocks)[:, None] & (prefill < 0.99)
-    enough = (rows[:, None] >= rate * load.answer_tokens * step_s * stretch) & fits
+    enough = (rows[:, None] >= rate * load.output_tokens * step_s * stretch) & fits
     at = enough.argmax(axis=0), np.arange(step_s.shape[1])
     idle = np.exp(-rows[at[0]])
     prefill_w = np.minimum(prefill[at] / np.maximum(1.0 - idle, 1e-9), 1.0)

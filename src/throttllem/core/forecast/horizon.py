@@ -16,7 +16,7 @@ import numpy.typing as npt
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import Projection
 from throttllem.core.scoreboard import Scoreboard
-from throttllem.core.sequence_state import Row
+from throttllem.core.sequence_state import SequenceState
 from throttllem.core.types import EngineSpec
 
 Ints = npt.NDArray[np.int64]
@@ -44,7 +44,7 @@ class Horizon:
     spare_s: Floats
     first_run: Ints
     first_due_s: Floats
-    pending: tuple[Row, ...]
+    pending: tuple[SequenceState, ...]
     kv_peak: int
     inside_hull: bool
 
@@ -69,7 +69,7 @@ class Horizon:
         np.minimum.at(slack, self.first_run, self.first_due_s)
         return slack - self.base_s
 
-    def binding_row(self, board: Scoreboard, run: int) -> Row | None:
+    def binding_row(self, board: Scoreboard, run: int) -> SequenceState | None:
         """The row whose promise is the tightest at the end of `run`, on the scoreboard that was projected."""
         ends = np.flatnonzero(self.finish_run == run)
         first = np.flatnonzero(self.first_run == run)
@@ -89,7 +89,7 @@ def look_ahead(
     projection: Projection,
     *,
     base_s: float,
-    extra: Row | None = None,
+    extra: SequenceState | None = None,
 ) -> Horizon:
     """Cut a projection (made with the same `extra`) into runs. It must hold one row at least."""
     pending = [*board.pending.values(), *([extra] if extra else [])]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from throttllem.core.forecast.packing import pack
 from throttllem.core.scoreboard import Scoreboard
-from throttllem.core.sequence_state import Row
+from throttllem.core.sequence_state import SequenceState
 from throttllem.core.types import EngineSpec
 
 Ints = npt.NDArray[np.int64]
@@ -53,7 +53,7 @@ class Projection:
         return int(self.batch.size)
 
 
-def project(board: Scoreboard, spec: EngineSpec, *, first: int, extra: Row | None = None) -> Projection:
+def project(board: Scoreboard, spec: EngineSpec, *, first: int, extra: SequenceState | None = None) -> Projection:
     """Project one engine from iteration `first`, the one in progress or next to begin.
 
     `extra` is a request that joins virtually, behind everything that waits in the engine. Rows in the scoreboard that
@@ -63,7 +63,7 @@ def project(board: Scoreboard, spec: EngineSpec, *, first: int, extra: Row | Non
     pending = list(board.pending.values())
     if extra is not None:
         pending.append(extra)
-    wide = board.wide_rows > 0 or (extra is not None and extra.sequences > 1)
+    wide = board.multi_sequence > 0 or (extra is not None and extra.sequences > 1)
     decoding = board.running_sequences + max(0, board.others.batch)
     place = _place_wide if wide else _place
     begins, starts, prefill = place(pending, decoding, spec, first)
@@ -123,7 +123,9 @@ def _sums(at: Ints, weights: Ints | None, size: int) -> Ints:
     return np.bincount(at, weights=weights, minlength=size).astype(np.int64)
 
 
-def _place(pending: Sequence[Row], running: int, spec: EngineSpec, first: int) -> tuple[list[int], Ints, list[int]]:
+def _place(
+    pending: Sequence[SequenceState], running: int, spec: EngineSpec, first: int
+) -> tuple[list[int], Ints, list[int]]:
     """Where the engine's packing puts each waiting prompt: offset of its first chunk, of its first token, and the
     prefill tokens of each offset. An engine with whole prompts begins and starts them in the same iteration.
     """
@@ -151,7 +153,7 @@ def _place(pending: Sequence[Row], running: int, spec: EngineSpec, first: int) -
 
 
 def _place_wide(
-    pending: Sequence[Row], running: int, spec: EngineSpec, first: int
+    pending: Sequence[SequenceState], running: int, spec: EngineSpec, first: int
 ) -> tuple[list[int], Ints, list[int]]:
     """The same where rows have several sequences, each with a prompt of its own: a row begins with its first prompt and
     gives its first token with its last one.

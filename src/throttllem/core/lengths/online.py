@@ -30,8 +30,8 @@ Key = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnlineOptions:
-    """How `Online` learns. `exceed` is the fraction of answers that may be longer than their bound.
+class OnlineLengthOptions:
+    """How `OnlineLengthPredictor` learns. `exceed` is the fraction of answers that may be longer than their bound.
 
     `memory_answers`: how many answers of a group count, older ones fade. `prior_answers`: as how many answers of its
     own a group counts what it borrows; before a group has as many, no smaller one is opened below it. `rate`: how far
@@ -84,14 +84,14 @@ class _Issued(NamedTuple):
     governor: Key
 
 
-class Online:
+class OnlineLengthPredictor:
     """Predicts lengths, learns from what came out. Not safe for threads: one owner.
 
     Without `least_answers` answers of the request's model it says None: plan with max_tokens.
     """
 
-    def __init__(self, options: OnlineOptions | None = None) -> None:
-        self.options = options or OnlineOptions()
+    def __init__(self, options: OnlineLengthOptions | None = None) -> None:
+        self.options = options or OnlineLengthOptions()
         self._keep = 1 - 1 / self.options.kept_answers
         self._groups: OrderedDict[Key, _Group] = OrderedDict()
         self._issued: dict[int, _Issued] = {}
@@ -132,16 +132,16 @@ class Online:
         tokens = self._upper(longer, share * self._groups[governor].weight, level, request.max_tokens)
         return max(tokens, generated_tokens + 1.0) if tokens < request.max_tokens else None
 
-    def learn(self, request: Request, answer_tokens: int) -> None:
+    def learn(self, request: Request, output_tokens: int) -> None:
         """An answer has ended with so many tokens; one that reached max_tokens would have been longer."""
         if (issued := self._issued.pop(request.id, None)) is not None:
-            self._judge(issued, request.max_tokens, answer_tokens)
-        path, above, cut = _path(request), math.inf, answer_tokens >= request.max_tokens
+            self._judge(issued, request.max_tokens, output_tokens)
+        path, above, cut = _path(request), math.inf, output_tokens >= request.max_tokens
         for key in path:
             if above < self.options.prior_answers:
                 break
             above = self._group(key).answers
-            self._count(self._groups[key], answer_tokens, cut)
+            self._count(self._groups[key], output_tokens, cut)
         for key in filter(self._groups.__contains__, reversed(path)):
             self._groups.move_to_end(key)
         while len(self._groups) > self.options.most_groups:
@@ -151,9 +151,9 @@ class Online:
         """The request ended without an answer to learn from: its bound is not judged."""
         self._issued.pop(request.id, None)
 
-    def copy(self) -> Online:
+    def copy(self) -> OnlineLengthPredictor:
         """What was learned so far, which learns no more with this one: to be written down while this one goes on."""
-        made = Online(self.options)
+        made = OnlineLengthPredictor(self.options)
         made._groups.update((key, replace(group, counts=group.counts.copy())) for key, group in self._groups.items())
         return made
 
@@ -166,7 +166,7 @@ class Online:
         return (_written(key, group) for key, group in self._groups.items())
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], options: OnlineOptions | None = None) -> Online:
+    def from_state(cls, state: Mapping[str, Any], options: OnlineLengthOptions | None = None) -> OnlineLengthPredictor:
         """What `state` gave. Levels that were learned for another `exceed` start anew. ValueError: it is no state."""
         made = cls(options)
         if state.get("version") != VERSION:
@@ -184,9 +184,9 @@ class Online:
             group = self._groups[key] = _Group(counts=np.zeros(BEYOND + 1, np.float32))
         return group
 
-    def _count(self, group: _Group, answer_tokens: int, cut: bool) -> None:
+    def _count(self, group: _Group, output_tokens: int, cut: bool) -> None:
         """Add one answer. One that was cut is shared among the longer ones, as they are (Efron, 1967)."""
-        counts, at = group.counts, bin_of(answer_tokens)
+        counts, at = group.counts, bin_of(output_tokens)
         counts *= self._keep
         if not cut:
             counts[at] += 1
@@ -197,7 +197,7 @@ class Online:
         group.weight = group.weight * self._keep + 1
         group.answers += 1
 
-    def _judge(self, issued: _Issued, max_tokens: int, answer_tokens: int) -> None:
+    def _judge(self, issued: _Issued, max_tokens: int, output_tokens: int) -> None:
         """Move the level by which that bound was given: up a little where it held, down by more where it did not."""
         if (group := self._groups.get(issued.governor)) is None:
             return
@@ -205,7 +205,7 @@ class Online:
         # Every bound is max_tokens at the lowest level; what good times taught, up to the highest, is soon unlearned.
         low, high = 1 / (self.options.kept_answers + 2), min(_REACH * exceed, (1 + exceed) / 2)
         # Steps in proportion: a run of long answers must not carry the level to the lowest at once.
-        if answer_tokens > issued.tokens:
+        if output_tokens > issued.tokens:
             group.level = max(level * math.exp(-self.options.rate), low)
         elif issued.tokens < max_tokens or level < exceed:
             # That max_tokens held says nothing for bounds below it: it raises to what was asked, not on.

@@ -23,7 +23,7 @@ class LengthPredictor(Protocol):
     def predict(self, request: Request) -> float | None:
         """Tokens of the answer, not yet inflated or clipped; None where it cannot say."""
 
-    def learn(self, request: Request, answer_tokens: int) -> None:
+    def learn(self, request: Request, output_tokens: int) -> None:
         """An answer ended with so many tokens (each of them, where there are several side by side)."""
 
     def renew(self, request: Request, generated_tokens: int) -> float | None:
@@ -61,7 +61,7 @@ class Unlearning:
 
     __slots__ = ()
 
-    def learn(self, request: Request, answer_tokens: int) -> None:
+    def learn(self, request: Request, output_tokens: int) -> None:
         """Nothing."""
 
     def renew(self, request: Request, generated_tokens: int) -> float | None:
@@ -75,7 +75,7 @@ class Oracle(Unlearning):
 
     def predict(self, request: Request) -> float | None:
         """The true length, where the request carries it."""
-        return request.answer_tokens
+        return request.output_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +95,10 @@ class Noisy(Unlearning):
 
     def predict(self, request: Request) -> float | None:
         """The true length times 1 + error."""
-        if request.answer_tokens is None:
+        if request.output_tokens is None:
             return None
         sigma = self.p95_error / _NORMAL.inv_cdf(0.975)
-        return request.answer_tokens * (1.0 + sigma * _NORMAL.inv_cdf(_uniform(self.seed, request.id)))
+        return request.output_tokens * (1.0 + sigma * _NORMAL.inv_cdf(_uniform(self.seed, request.id)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def predicted_tokens(predictor: LengthPredictor, request: Request, inflation: fl
     return _clipped(None if guess is None else guess * inflation, request.max_tokens)
 
 
-def sure_tokens(predictor: LengthPredictor, request: Request, tokens: int, inflation: float) -> int:
+def expected_tokens(predictor: LengthPredictor, request: Request, tokens: int, inflation: float) -> int:
     """The prediction before it was inflated to `tokens`, clipped likewise and never above it."""
     if is_bounding(predictor):
         return min(tokens, _clipped(predictor.predict(request), tokens))

@@ -38,12 +38,12 @@ class Sequence:
 class Iteration:
     """What one iteration processes.
 
-    `decode_rows` rows read `kv_tokens` of KV between them; `prefills` are (request id, prompt tokens) with
+    `decode_sequences` rows read `kv_tokens` of KV between them; `prefills` are (request id, prompt tokens) with
     `prefill_pairs` query-key pairs of attention; `kv_blocks` are in use while it runs.
     """
 
     index: int
-    decode_rows: int
+    decode_sequences: int
     kv_tokens: int
     kv_blocks: int
     prefills: tuple[tuple[int, int], ...]
@@ -54,7 +54,7 @@ class Iteration:
     @property
     def batch(self) -> int:
         """Requests in the iteration."""
-        return self.decode_rows + len(self.prefills)
+        return self.decode_sequences + len(self.prefills)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,22 +96,22 @@ class Batcher:
         """Requests that hold no KV blocks."""
         return len(self._waiting)
 
-    def add(self, request_id: int, *, prompt_tokens: int, answer_tokens: int, max_tokens: int) -> None:
-        """A request comes in; it will generate `answer_tokens`, which the engine learns only when the last one is out.
+    def add(self, request_id: int, *, prompt_tokens: int, output_tokens: int, max_tokens: int) -> None:
+        """A request comes in; it will generate `output_tokens`, which the engine learns only when the last one is out.
 
         Raises ValueError if its prompt and max_tokens can never fit.
         """
         blocks = self._blocks(prompt_tokens + max_tokens)
-        if not 1 <= answer_tokens <= max_tokens or prompt_tokens < 1:
+        if not 1 <= output_tokens <= max_tokens or prompt_tokens < 1:
             raise ValueError(
-                f"request {request_id}: prompt {prompt_tokens}, answer {answer_tokens}, max_tokens {max_tokens}: "
+                f"request {request_id}: prompt {prompt_tokens}, answer {output_tokens}, max_tokens {max_tokens}: "
                 "prompt and answer must be at least 1 and the answer at most max_tokens"
             )
         if blocks > self.spec.kv_blocks or prompt_tokens + max_tokens > self.spec.max_context_tokens:
             raise ValueError(f"request {request_id}: {prompt_tokens} + {max_tokens} tokens can never fit this engine")
         self._waiting.append(
             Sequence(
-                request_id=request_id, prompt_tokens=prompt_tokens, left_tokens=answer_tokens, reserved_blocks=blocks
+                request_id=request_id, prompt_tokens=prompt_tokens, left_tokens=output_tokens, reserved_blocks=blocks
             )
         )
 
@@ -137,16 +137,16 @@ class Batcher:
             return None
         k = self.iteration
         self._preempted = preempted = tuple(self._grow(k))
-        decode_rows = len(self._running)
-        self._chunks = list(self._take_prompts(decode_rows, admit=not preempted))
+        decode_sequences = len(self._running)
+        self._chunks = list(self._take_prompts(decode_sequences, admit=not preempted))
         prefill_tokens, pairs = 0, 0.0
         for sequence, tokens in self._chunks:
             prefill_tokens += tokens
             pairs += tokens * (sequence.prefilled_tokens + tokens / 2)
         return Iteration(
             index=k,
-            decode_rows=decode_rows,
-            kv_tokens=self._tokens_ahead + decode_rows * k,
+            decode_sequences=decode_sequences,
+            kv_tokens=self._tokens_ahead + decode_sequences * k,
             kv_blocks=self.used_blocks,
             prefills=tuple((sequence.request_id, tokens) for sequence, tokens in self._chunks),
             prefill_tokens=prefill_tokens,
@@ -210,15 +210,15 @@ class Batcher:
 
     # ---- rows ------------------------------------------------------------------------------------------------
 
-    def _take_prompts(self, decode_rows: int, *, admit: bool) -> Iterator[tuple[Sequence, int]]:
+    def _take_prompts(self, decode_sequences: int, *, admit: bool) -> Iterator[tuple[Sequence, int]]:
         """The prompt tokens of this iteration, first come first served; nobody joins right after a preemption."""
         spec = self.spec
         partial = len(self._prefilling)
         candidates = chain(self._prefilling, self._waiting) if admit else iter(tuple(self._prefilling))
-        slots = spec.max_batch - decode_rows if admit else partial
+        slots = spec.max_batch - decode_sequences if admit else partial
         taken = pack(
             (sequence.prompt_tokens - sequence.prefilled_tokens for sequence in candidates),
-            decode_rows,
+            decode_sequences,
             budget=spec.prefill_budget_tokens,
             slots=slots,
             chunked=spec.chunked,

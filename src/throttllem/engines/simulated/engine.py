@@ -50,7 +50,7 @@ class SimulatedEngine:
             return None
         seconds, watts = self._physics.iteration(
             self.clock_mhz,
-            iteration.decode_rows,
+            iteration.decode_sequences,
             iteration.kv_tokens,
             iteration.prefill_tokens,
             iteration.prefill_pairs,
@@ -62,7 +62,7 @@ class SimulatedEngine:
         seconds, watts = seconds * slower, watts * hotter
         for request_id in iteration.preempted:
             self.ledger.pause(request_id)
-        self.ledger.iteration(seconds * watts, iteration.decode_rows, iteration.prefills)
+        self.ledger.iteration(seconds * watts, iteration.decode_sequences, iteration.prefills)
         return iteration, seconds, watts
 
     def finish(self) -> tuple[Outcome, dict[int, float]]:

@@ -33,7 +33,7 @@ class BadBodyError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class ParsedBody:
     """What a body asks for. `prompt` is what the answer of a `fixed` one depends on: given a `seed`, or no temperature,
     equal bodies get equal answers. `max_tokens` None: no limit was named.
     """
@@ -55,7 +55,7 @@ def dumped(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def read_wish(path: str, body: Mapping[str, object], model: str) -> Wish:
+def read_wish(path: str, body: Mapping[str, object], model: str) -> ParsedBody:
     """Raises BadBodyError for what is malformed, or more than this engine can do."""
     if body.get("model", model) != model:
         message = f"The model `{str(body['model'])[:80]}` does not exist; this engine serves `{model}`."
@@ -69,7 +69,7 @@ def read_wish(path: str, body: Mapping[str, object], model: str) -> Wish:
     if not isinstance(options, Mapping):
         raise BadBodyError("stream_options must be an object", param="stream_options")
     seed = _number(body, "seed")
-    return Wish(
+    return ParsedBody(
         chat=chat,
         prompt=prompt,
         max_tokens=limits[0] if limits else None,

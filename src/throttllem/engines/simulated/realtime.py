@@ -15,7 +15,7 @@ from importlib.metadata import version
 
 from throttllem.config import Noise
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Ask, Call, Connected, EngineError, PromptCount, Reply, Report
+from throttllem.engines.base import Call, Connected, EngineError, ParsedRequest, PromptCount, Reply, Report
 from throttllem.engines.paths import COMPLETION_TOKENS
 from throttllem.engines.simulated.batcher import Iteration, Outcome
 from throttllem.engines.simulated.engine import Physics, SimulatedEngine
@@ -76,7 +76,7 @@ class RealtimeEngine:
         """EngineError once it was closed."""
         self._check_alive()
 
-    async def count(self, ask: Ask) -> PromptCount:
+    async def count(self, ask: ParsedRequest) -> PromptCount:
         """Tokens by its own tokenizer: exact, unless the prompt is far too long to be served."""
         return self._api.count(ask)
 
@@ -93,7 +93,7 @@ class RealtimeEngine:
             if speech.wish.stream:
                 yield Reply(status=200, headers=STREAM_HEADERS, chunks=Stream(row, speech))
             else:
-                await row.reach(speech.answer_tokens)
+                await row.reach(speech.output_tokens)
                 yield json_reply(200, speech.whole())
         finally:
             self._leave(key, row)
@@ -123,7 +123,7 @@ class RealtimeEngine:
         if key in self._rows:
             raise EngineError(f"request {key} is in the engine already", status=503)
         self._engine.batcher.add(
-            key, prompt_tokens=speech.prompt_tokens, answer_tokens=speech.answer_tokens, max_tokens=speech.limit_tokens
+            key, prompt_tokens=speech.prompt_tokens, output_tokens=speech.output_tokens, max_tokens=speech.limit_tokens
         )
         self._rows[key] = row = Row()
         if self._task is None or self._task.done():
@@ -203,13 +203,13 @@ class RealtimeEngine:
             step=outcome.index,
             seconds=seconds,
             prompt_tokens=iteration.prefill_tokens,
-            generated_tokens=iteration.decode_rows + len(outcome.started),
+            generated_tokens=iteration.decode_sequences + len(outcome.started),
             started=outcome.started,
             finished=outcome.finished,
             preempted=outcome.preempted,
             prefills=iteration.prefills,
             prefill_pairs=iteration.prefill_pairs,
-            decode_rows=iteration.decode_rows,
+            decode_sequences=iteration.decode_sequences,
             kv_tokens=iteration.kv_tokens,
             joules=seconds * watts,
         )

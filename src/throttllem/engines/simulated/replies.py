@@ -8,30 +8,30 @@ from __future__ import annotations
 import asyncio
 
 from throttllem.engines.base import EngineError
-from throttllem.engines.simulated.openai_chunks import Wish, dumped
+from throttllem.engines.simulated.openai_chunks import ParsedBody, dumped
 from throttllem.engines.simulated.text import Tape
 
 
 class Speech:
-    """One answer as bytes: `answer_tokens` tokens of the tape from `begin` on."""
+    """One answer as bytes: `output_tokens` tokens of the tape from `begin` on."""
 
     def __init__(
         self,
-        wish: Wish,
+        wish: ParsedBody,
         tape: Tape,
         *,
         begin: int,
         prompt_tokens: int,
-        answer_tokens: int,
+        output_tokens: int,
         limit_tokens: int,
         name: str,
         model: str,
         created_s: int,
     ) -> None:
-        prompt, answer = prompt_tokens, answer_tokens
+        prompt, answer = prompt_tokens, output_tokens
         self.wish = wish
         self.prompt_tokens = prompt
-        self.answer_tokens = answer
+        self.output_tokens = answer
         self.limit_tokens = limit_tokens
         self._tape = tape
         self._begin = begin
@@ -44,12 +44,12 @@ class Speech:
         """The server-sent events of tokens `first` up to `last` (without), and all that belongs before and after."""
         head, tail = self._head, self._tail
         pieces = self._tape.take(self._begin, first, last)
-        if first > 0 and last < self.answer_tokens:
+        if first > 0 and last < self.output_tokens:
             return head + (tail + head).join(pieces) + tail
         parts = [self._role()] if first == 0 and self.wish.chat else []
         parts += [head + piece + tail for piece in pieces[:-1]]
-        parts.append(head + pieces[-1] + (tail if last < self.answer_tokens else self._last))
-        if last == self.answer_tokens:
+        parts.append(head + pieces[-1] + (tail if last < self.output_tokens else self._last))
+        if last == self.output_tokens:
             if self.wish.include_usage:
                 parts.append(_event({**self._chunk(), "choices": [], "usage": self._usage}))
             parts.append(b"data: [DONE]\n\n")
@@ -57,7 +57,7 @@ class Speech:
 
     def whole(self) -> bytes:
         """The answer in one piece."""
-        text = b"".join(self._tape.take(self._begin, 0, self.answer_tokens)).decode()
+        text = b"".join(self._tape.take(self._begin, 0, self.output_tokens)).decode()
         said: dict[str, object] = {"text": text}
         kind = "text_completion"
         if self.wish.chat:
@@ -131,7 +131,7 @@ class Stream:
 
     async def __anext__(self) -> bytes:
         row, first = self._row, self._sent
-        if first == self._speech.answer_tokens:
+        if first == self._speech.output_tokens:
             raise StopAsyncIteration
         if row.tokens == first:
             await row.reach(first + 1)

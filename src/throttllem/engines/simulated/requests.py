@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator
 from pydantic_core import from_json
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Ask, Call, PromptCount, Reply
+from throttllem.engines.base import Call, ParsedRequest, PromptCount, Reply
 from throttllem.engines.paths import CHAT, COMPLETION_TOKENS, COMPLETIONS
-from throttllem.engines.simulated.openai_chunks import BadBodyError, Wish, dumped, prompt_tokens, read_wish
+from throttllem.engines.simulated.openai_chunks import BadBodyError, ParsedBody, dumped, prompt_tokens, read_wish
 from throttllem.engines.simulated.replies import Speech
 from throttllem.engines.simulated.text import Tape
 
@@ -32,7 +32,7 @@ class FakeApi:
         self._seed = seed
         self._tape = Tape(seed)
 
-    def count(self, ask: Ask) -> PromptCount:
+    def count(self, ask: ParsedRequest) -> PromptCount:
         """Tokens by its own tokenizer: exact, unless the prompt is far too long to be served."""
         prompts = [ask.body.get("messages")] if ask.messages else list(ask.prompts)
         counts = [prompt_tokens(prompt, most_tokens=self.room_tokens) for prompt in prompts]
@@ -59,7 +59,7 @@ class FakeApi:
         model = {"id": self._name, "object": "model", "created": 0, "owned_by": "throttllem"}
         return json_reply(200, dumped({"object": "list", "data": [{**model, "max_model_len": self.room_tokens}]}))
 
-    def _draw(self, call: Call, wish: Wish) -> Speech:
+    def _draw(self, call: Call, wish: ParsedBody) -> Speech:
         """Where on the tape the answer begins, and how long it gets."""
         prompt, limit = self._fit(call, wish)
         self._refuse_stops(wish)
@@ -72,14 +72,14 @@ class FakeApi:
             self._tape,
             begin=self._tape.begin(rng),
             prompt_tokens=prompt,
-            answer_tokens=limit if wish.ignore_eos else min(limit, max(1, drawn, wish.min_tokens)),
+            output_tokens=limit if wish.ignore_eos else min(limit, max(1, drawn, wish.min_tokens)),
             limit_tokens=limit,
             name=f"{'chatcmpl' if wish.chat else 'cmpl'}-{self.calls}",
             model=self._name,
             created_s=int(time.time()),
         )
 
-    def _fit(self, call: Call, wish: Wish) -> tuple[int, int]:
+    def _fit(self, call: Call, wish: ParsedBody) -> tuple[int, int]:
         """Tokens of the prompt, and the most of the answer. Raises BadBodyError if there is no room for them."""
         room = self.room_tokens
         prompt = call.prompt_tokens or prompt_tokens(wish.prompt, most_tokens=room)[0]
@@ -90,7 +90,7 @@ class FakeApi:
             raise BadBodyError(message, code="context_length_exceeded")
         return prompt, limit
 
-    def _refuse_stops(self, wish: Wish) -> None:
+    def _refuse_stops(self, wish: ParsedBody) -> None:
         """A stop that no answer ever holds changes nothing; another would have to end in the middle of a token."""
         for stop in wish.stops:
             if self._tape.holds(stop):

@@ -11,7 +11,7 @@ from typing import TypeGuard
 
 from pydantic_core import from_json, to_json
 
-from throttllem.engines.base import Ask, Headers, Reply
+from throttllem.engines.base import Headers, ParsedRequest, Reply
 from throttllem.engines.paths import NATIVE
 from throttllem.engines.triton.answer import once
 
@@ -84,7 +84,7 @@ def refused(body: bytes) -> str:
     return body[:500].decode(errors="replace") or "the engine gave no reason"
 
 
-def parse_native(path: str, body: bytes | Mapping[str, object]) -> Ask | None:
+def parse_native(path: str, body: bytes | Mapping[str, object]) -> ParsedRequest | None:
     """What a call of Triton's own `generate` or `generate_stream` asks; None for every other path.
 
     Raises ValueError if the body is no JSON object or its `text_input` no text. `model` is the path's.
@@ -103,7 +103,7 @@ def parse_native(path: str, body: bytes | Mapping[str, object]) -> Ask | None:
     limit = limit[0] if isinstance(limit, list) and len(limit) == 1 else limit
     if limit is not None and (not _whole(limit) or limit < 1):
         raise ValueError(f"max_tokens = {limit!r}: must be a whole number from 1 up")
-    return Ask(
+    return ParsedRequest(
         path=path, model=match[1], body=found, prompts=tuple(texts), max_tokens=limit, stream=match[2] is not None
     )
 

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 from pydantic_core import from_json, to_json
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Ask, Call, Connected, EngineError, PromptCount, Reply, Report
+from throttllem.engines.base import Call, Connected, EngineError, ParsedRequest, PromptCount, Reply, Report
 from throttllem.engines.http import Upstream
 from throttllem.engines.paths import CHAT, COMPLETION_TOKENS, COMPLETIONS
 from throttllem.engines.tokenizer_file import TokenizerFile
@@ -96,7 +96,7 @@ class TritonEngine:
         """Ask whether the model is ready. Raises EngineError if it is not."""
         await self._ready()
 
-    async def count(self, ask: Ask) -> PromptCount:
+    async def count(self, ask: ParsedRequest) -> PromptCount:
         """Tokens of the prompt by the tokenizer.json, or an estimate from its bytes that says so."""
         if not ask.messages and ask.prompts and all(isinstance(prompt, tuple) for prompt in ask.prompts):
             return PromptCount(tokens=_mean([len(prompt) for prompt in ask.prompts]), by="its token ids", exact=True)

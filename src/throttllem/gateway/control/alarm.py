@@ -10,7 +10,7 @@ _CLOCK_S = 0.001
 """The loop's clock may be so much coarser than ours."""
 
 
-class Alarm:
+class LoopTimer:
     """`ring` is called when the time last set has come, by `now`."""
 
     def __init__(self, ring: Callable[[], None], now: Callable[[], float]) -> None:

@@ -14,7 +14,7 @@ from throttllem.core.types import EngineLost, EngineReady, Event, Progressed, St
 from throttllem.engines.base import Connected, EngineError, LiveEngine, Report
 from throttllem.engines.progress import Progress
 from throttllem.gateway.control.clock_setter import EngineClock
-from throttllem.gateway.energy.accounting import Booking
+from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gpu.device import Gpu
 
 log = logging.getLogger("throttllem.gateway")
@@ -29,7 +29,7 @@ _COUNTS_AT_A_TIME = 64
 
 
 @dataclass(slots=True)
-class Link:
+class Backend:
     """One engine. `key` is the core's id for it while the core knows it, None otherwise."""
 
     name: str
@@ -39,7 +39,7 @@ class Link:
     catalogue_model: str
     engine: LiveEngine
     clock: EngineClock
-    booking: Booking
+    booking: EnergyAccounting
     now: Callable[[], float]
     close: Callable[[], Awaitable[None]] | None = None
     key: int | None = None

@@ -13,11 +13,11 @@ from throttllem.engines.remote import Remote
 from throttllem.engines.simulated.fleet import Fleet
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.engines.triton.engine import TritonEngine
-from throttllem.gateway.control.backend import Link
+from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import EngineClock
-from throttllem.gateway.energy.accounting import Booking
+from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.meter import EnergyMeter
-from throttllem.gateway.energy.savings_estimate import OtherClocks
+from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gateway.settings import EngineEntry, ServeOptions
 from throttllem.gateway.telemetry.metrics import Histograms
 from throttllem.gpu.device import Gpu
@@ -48,7 +48,7 @@ class LinkMaker:
         fleet: Fleet,
         table: PerformanceTable | None,
         controller: Controller,
-    ) -> Link:
+    ) -> Backend:
         """The engine of an entry, with its GPUs and books; `fleet` has its size."""
         spec, physics = fleet.specs[entry.tp], fleet.physics[entry.tp]
         gpu = self._gpu(entry, spec, physics, table)
@@ -56,10 +56,10 @@ class LinkMaker:
         mode = "simulated" if entry.gpus is None else self.options.clocks.mode
         meter = EnergyMeter(
             gpu=gpu,
-            top=OtherClocks(table=table) if table else None,
-            advised=OtherClocks(table=table) if table and mode in ("on", "advise") else None,
+            top=SavingsEstimate(table=table) if table else None,
+            advised=SavingsEstimate(table=table) if table and mode in ("on", "advise") else None,
         )
-        booking = Booking(meter=meter, now=self.now, kv_blocks=lambda: _kv_blocks(controller, link))
+        booking = EnergyAccounting(meter=meter, now=self.now, kv_blocks=lambda: _kv_blocks(controller, link))
         clock = EngineClock(
             name=name,
             gpu=gpu,
@@ -69,7 +69,7 @@ class LinkMaker:
             on_command=self.histograms.clock_command,
         )
         engine = self._engine(entry, spec, physics, gpu)
-        link = Link(
+        link = Backend(
             name=name,
             kind=entry.kind,
             tp=entry.tp,
@@ -98,7 +98,7 @@ class LinkMaker:
             spec.clocks_mhz,
             switch_latency_s=self.options.throttle.switch_latency_s,
             watts=lambda mhz, work: physics.iteration(
-                mhz, work.decode_rows, work.kv_tokens, work.prefill_tokens, work.prefill_pairs
+                mhz, work.decode_sequences, work.kv_tokens, work.prefill_tokens, work.prefill_pairs
             )[1],
             idle_w=spec.idle_w,
             now=self.now,
@@ -125,6 +125,6 @@ class LinkMaker:
         ).engine(spec)
 
 
-def _kv_blocks(controller: Controller, link: Link) -> int:
+def _kv_blocks(controller: Controller, link: Backend) -> int:
     """The core's own estimate of the blocks in use."""
     return next((view.kv_blocks for view in controller.snapshot().engines if view.engine == link.key), 0)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from throttllem.core.types import Event, Stepped
 
 
-class Inbox:
+class EventQueue:
     """`handle` is called with one event after the other, never within itself; `settled` when none is left."""
 
     def __init__(

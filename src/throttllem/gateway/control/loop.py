@@ -34,15 +34,15 @@ from throttllem.core.types import (
 )
 from throttllem.engines.base import EngineError
 from throttllem.gateway.control import rejections as refusals
-from throttllem.gateway.control.alarm import Alarm
-from throttllem.gateway.control.backend import Link
-from throttllem.gateway.control.inbox import Inbox
+from throttllem.gateway.control.alarm import LoopTimer
+from throttllem.gateway.control.backend import Backend
+from throttllem.gateway.control.inbox import EventQueue
 from throttllem.gateway.control.named import done, named
-from throttllem.gateway.control.retry_after import Pace
-from throttllem.gateway.control.session import Visit
-from throttllem.gateway.control.slo_attainment import Promises, judged
+from throttllem.gateway.control.retry_after import RetryEstimator
+from throttllem.gateway.control.session import Session
+from throttllem.gateway.control.slo_attainment import SloAttainment, judged
 from throttllem.gateway.control.ticket import RefusedError
-from throttllem.gateway.control.turn import Turn, Witness
+from throttllem.gateway.control.turn import Observer, Turn
 from throttllem.gateway.control.watchdog import sweep, tick
 from throttllem.gateway.settings import LimitOptions
 
@@ -52,35 +52,35 @@ _AFTER_FAULT_S = 1.0
 """The core that failed is not woken at once again: what failed may still be due."""
 
 
-class Driver:
-    """One controller and the engines of one model. `start`, then requests as `Visit`s, then `stop`."""
+class ControlLoop:
+    """One controller and the engines of one model. `start`, then requests as `Session`s, then `stop`."""
 
     def __init__(
         self,
         *,
         controller: Controller,
-        links: tuple[Link, ...],
+        links: tuple[Backend, ...],
         limits: LimitOptions,
         now: Callable[[], float],
-        witness: Witness,
+        witness: Observer,
     ) -> None:
         self.controller = controller
         self.links = links
         self.limits = limits
         self.now = now
-        self.promises = Promises()
+        self.promises = SloAttainment()
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.counting = 0
         """Requests whose prompts are being counted, before they arrive."""
         self._witness = witness
-        self._visits: dict[int, Visit] = {}
+        self._visits: dict[int, Session] = {}
         self._next_id = 0
-        self._inbox = Inbox(self._handle, self._settled, now)
+        self._inbox = EventQueue(self._handle, self._settled, now)
         self._turn = Turn(controller, self._do_all, self._give_up, witness)
-        self._alarm = Alarm(lambda: self.tell(Timer()), now)
+        self._alarm = LoopTimer(lambda: self.tell(Timer()), now)
         self._not_before_s = -math.inf
-        self._pace = Pace()
+        self._pace = RetryEstimator()
         self._tasks: list[asyncio.Task[None]] = []
 
     # ---- life ------------------------------------------------------------------------------------------------
@@ -111,12 +111,12 @@ class Driver:
         self._next_id += 1
         return self._next_id
 
-    def arrive(self, visit: Visit) -> None:
+    def arrive(self, visit: Session) -> None:
         """A request came in."""
         self._visits[visit.request.id] = visit
         self.tell(Arrived(request=visit.request))
 
-    def finish(self, visit: Visit, tokens: int | None) -> None:
+    def finish(self, visit: Session, tokens: int | None) -> None:
         """A request has its whole answer."""
         visit.ended = True
         self._visits.pop(visit.request.id, None)
@@ -127,7 +127,7 @@ class Driver:
         self._pace.ended(self.now())
         self._book(visit, served=True)
 
-    def leave(self, visit: Visit, error: BaseException | None = None) -> None:
+    def leave(self, visit: Session, error: BaseException | None = None) -> None:
         """The HTTP side is done with a request that did not finish: its client left (`error`: a cancel), or the engine
         failed it, or answered with an error below 500 (None), which is no reason to doubt it.
         """
@@ -139,7 +139,7 @@ class Driver:
             self._forget(visit)
         self._book(visit, served=None if not engine_failed else False)
 
-    def fail(self, visit: Visit, failure: RefusedError) -> None:
+    def fail(self, visit: Session, failure: RefusedError) -> None:
         """End a request from this side, if it has not ended."""
         if visit.ended:
             return
@@ -154,7 +154,7 @@ class Driver:
         found = found or [link for link in self.links if link.connected]
         return found[0].connected.spec if found and found[0].connected else None
 
-    def link(self) -> Link | None:
+    def link(self) -> Backend | None:
         """The engine that takes new requests now."""
         serving = self.controller.serving()
         return next((link for link in self.links if serving is not None and link.key == serving), None)
@@ -163,7 +163,7 @@ class Driver:
         """When a refused client may well find a place: the queue ahead of it, at the pace of the last minute."""
         return self._pace.retry_after_s(self.controller.snapshot().queue, self.now())
 
-    def open(self) -> tuple[Visit, ...]:
+    def open(self) -> tuple[Session, ...]:
         """Requests that have not ended."""
         return tuple(self._visits.values())
 
@@ -268,26 +268,26 @@ class Driver:
         assert free, f"the core asked for a second engine of TP {tp}"
         free[0].start(key, self.tell)
 
-    def _by_key(self, key: int) -> Link | None:
+    def _by_key(self, key: int) -> Backend | None:
         return next((link for link in self.links if link.key == key), None)
 
     # ---- ends ------------------------------------------------------------------------------------------------
 
-    def _forget(self, visit: Visit) -> None:
+    def _forget(self, visit: Session) -> None:
         if self._visits.pop(visit.request.id, None) is None:
             return
         self.tell(Cancelled(request_id=visit.request.id))
         if visit.link is not None:
             visit.energy_j = visit.link.dropped(visit.request.id)
 
-    def _leave_suspect(self, visit: Visit, link: Link) -> None:
+    def _leave_suspect(self, visit: Session, link: Backend) -> None:
         """Its place stays taken until the engine is known to be well, or whoever waits would follow it to its end."""
         request_id = visit.request.id
         self._visits.pop(request_id, None)
         visit.energy_j = link.dropped(request_id)
         link.suspect(lambda: self.tell(Cancelled(request_id=request_id)))
 
-    def _book(self, visit: Visit, *, served: bool | None) -> None:
+    def _book(self, visit: Session, *, served: bool | None) -> None:
         """`served` None: the client left, and no promise was kept or broken."""
         if visit.generated_tokens or served:
             self.prompt_tokens += visit.request.prompt_tokens * visit.request.sequences

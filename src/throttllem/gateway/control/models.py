@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from throttllem.core.types import Request, Slo
-from throttllem.engines.base import Ask, Connected, EngineError, LiveEngine, PromptCount
+from throttllem.engines.base import Connected, EngineError, LiveEngine, ParsedRequest, PromptCount
 from throttllem.gateway.control import rejections as refusals
-from throttllem.gateway.control.backend import Link
-from throttllem.gateway.control.loop import Driver
-from throttllem.gateway.control.session import Visit
+from throttllem.gateway.control.backend import Backend
+from throttllem.gateway.control.loop import ControlLoop
+from throttllem.gateway.control.session import Session
 from throttllem.gateway.control.ticket import Health, RefusedError
 from throttllem.gateway.telemetry.status import GatewayStatus
 from throttllem.gateway.telemetry.view import engine_state, model_status
@@ -26,7 +26,7 @@ _LOOK_AGAIN_S = 0.05
 class Served:
     """One driver and the names that clients may use; `names` empty: what its engines say."""
 
-    driver: Driver
+    driver: ControlLoop
     names: tuple[str, ...] = ()
 
     def all_names(self) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class AllModels:
         most = [one.spec.max_batch for one in connected if one is not None]
         return max(most) if len(most) == len(connected) else None
 
-    async def count(self, ask: Ask) -> PromptCount:
+    async def count(self, ask: ParsedRequest) -> PromptCount:
         """Tokens of a prompt. Raises RefusedError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
         if self.draining:
             raise refusals.draining()
@@ -80,7 +80,7 @@ class AllModels:
         finally:
             driver.counting -= 1
 
-    async def _counted(self, ask: Ask) -> PromptCount:
+    async def _counted(self, ask: ParsedRequest) -> PromptCount:
         link, _ = await self._reached(ask.model)
         try:
             async with link.counting:
@@ -94,7 +94,7 @@ class AllModels:
                 error.status, error.told, kind="engine_error", code="engine_failed", detail=str(error)
             ) from error
 
-    def ticket(self, ask: Ask, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Visit:
+    def ticket(self, ask: ParsedRequest, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Session:
         """A ticket for a controlled request; `streams`: its tokens will be told as they come."""
         driver = self._driver(ask.model)
         connected = next((link.connected for link in _by_nearness(driver) if link.connected), None)
@@ -110,7 +110,7 @@ class AllModels:
             caller=caller,
             model=ask.model,
         )
-        return Visit(driver=driver, request=request, streams=streams, chat=ask.messages)
+        return Session(driver=driver, request=request, streams=streams, chat=ask.messages)
 
     def passage(self, model: str | None) -> LiveEngine:
         """The engine of a request without control (None: the first model). Raises RefusedError (404, 503)."""
@@ -145,7 +145,7 @@ class AllModels:
             uncontrolled=self.uncontrolled,
         )
 
-    def _driver(self, name: str) -> Driver:
+    def _driver(self, name: str) -> ControlLoop:
         """Who serves this name: who says so, else the one model whose engine has not said yet."""
         for model in self.served:
             if name in model.all_names():
@@ -155,7 +155,7 @@ class AllModels:
             return unnamed[0].driver
         raise refusals.unknown_model(name, self.names())
 
-    async def _reached(self, name: str) -> tuple[Link, Connected]:
+    async def _reached(self, name: str) -> tuple[Backend, Connected]:
         """An engine that can count this model's tokens, waiting for one for `limits.engine_wait_s`."""
         driver = self._driver(name)
         until_s = self.now() + driver.limits.engine_wait_s
@@ -169,13 +169,13 @@ class AllModels:
             await asyncio.sleep(_LOOK_AGAIN_S)
 
 
-def _by_nearness(driver: Driver) -> list[Link]:
+def _by_nearness(driver: ControlLoop) -> list[Backend]:
     """The serving engine first."""
     serving = driver.link()
     return sorted(driver.links, key=lambda link: link is not serving)
 
 
-def _limit(ask: Ask, count: PromptCount, connected: Connected) -> int:
+def _limit(ask: ParsedRequest, count: PromptCount, connected: Connected) -> int:
     """The longest answer that the engine may give: what was asked, its default, or what the context leaves."""
     left = max(1, connected.spec.max_context_tokens - count.tokens)
     if ask.max_tokens is not None:

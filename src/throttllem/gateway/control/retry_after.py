@@ -11,7 +11,7 @@ _LONGEST_S = 60
 
 
 @dataclass(slots=True)
-class Pace:
+class RetryEstimator:
     """The ends of the last requests."""
 
     _ends: deque[float] = field(default_factory=lambda: deque(maxlen=64))

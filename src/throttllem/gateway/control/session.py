@@ -12,22 +12,22 @@ from throttllem.gateway.control.slo_attainment import Latencies
 from throttllem.gateway.control.ticket import Receipt, RefusedError
 
 if TYPE_CHECKING:
-    from throttllem.gateway.control.backend import Link
-    from throttllem.gateway.control.loop import Driver
+    from throttllem.gateway.control.backend import Backend
+    from throttllem.gateway.control.loop import ControlLoop
 
 
 @dataclass(slots=True, eq=False)
-class Visit:
+class Session:
     """A request at the gateway; implements `ticket.Ticket`. Seconds on the driver's time line, None: not yet.
 
     `failure` is what the driver ended it with while the HTTP side was busy with it.
     """
 
-    driver: Driver
+    driver: ControlLoop
     request: Request
     streams: bool
     chat: bool = False
-    link: Link | None = None
+    link: Backend | None = None
     dispatched_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -35,13 +35,13 @@ class Visit:
     energy_j: float | None = None
     ended: bool = False
     failure: RefusedError | None = None
-    _placed: asyncio.Future[Link] | None = None
+    _placed: asyncio.Future[Backend] | None = None
     _task: asyncio.Task[object] | None = None
     _waits: bool = field(default=False)
     _interrupted: bool = False
     _cancelling: int = 0
 
-    async def __aenter__(self) -> Visit:
+    async def __aenter__(self) -> Session:
         """Hand the request to the core."""
         self._task = asyncio.current_task()
         self._cancelling = self._task.cancelling() if self._task is not None else 0
@@ -97,7 +97,7 @@ class Visit:
 
     # ---- the driver's side -----------------------------------------------------------------------------------
 
-    def admitted(self, link: Link, now_s: float) -> None:
+    def admitted(self, link: Backend, now_s: float) -> None:
         """A place was found."""
         self.link, self.dispatched_s = link, now_s
         if self._placed is not None and not self._placed.done():

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field, fields, replace
 
 from throttllem.core.types import Slo
-from throttllem.gateway.telemetry.status import Kept
+from throttllem.gateway.telemetry.status import SloCounts
 
 RECENT_S = 300.0
 _SLICE_S = 5.0
@@ -22,7 +22,7 @@ class Latencies:
     e2e_s: float | None = None
 
 
-def judged(slo: Slo, seen: Latencies, *, served: bool) -> Kept:
+def judged(slo: Slo, seen: Latencies, *, served: bool) -> SloCounts:
     """One request's promises; all zero if it had none. One that was not served kept nothing; of one that was, what
     could not be seen (the tokens of an answer in one piece) was neither kept nor missed.
     """
@@ -32,8 +32,8 @@ def judged(slo: Slo, seen: Latencies, *, served: bool) -> Kept:
         if due_s is not None and (not served or had_s is not None):
             missed[name] = int(not served or (had_s is not None and had_s > due_s))
     if not missed:
-        return Kept()
-    return Kept(
+        return SloCounts()
+    return SloCounts(
         promised=1,
         kept=int(not any(missed.values())),
         e2e_missed=missed.get("e2e", 0),
@@ -42,19 +42,21 @@ def judged(slo: Slo, seen: Latencies, *, served: bool) -> Kept:
     )
 
 
-def added(one: Kept, other: Kept) -> Kept:
+def added(one: SloCounts, other: SloCounts) -> SloCounts:
     """The sum of two counts."""
-    return replace(one, **{item.name: getattr(one, item.name) + getattr(other, item.name) for item in fields(Kept)})
+    return replace(
+        one, **{item.name: getattr(one, item.name) + getattr(other, item.name) for item in fields(SloCounts)}
+    )
 
 
 @dataclass(slots=True)
-class Promises:
+class SloAttainment:
     """Counts since the start, and in slices of a few seconds over the last minutes."""
 
-    ever: Kept = field(default_factory=Kept)
-    _slices: deque[tuple[float, Kept]] = field(default_factory=deque)
+    ever: SloCounts = field(default_factory=SloCounts)
+    _slices: deque[tuple[float, SloCounts]] = field(default_factory=deque)
 
-    def ended(self, kept: Kept, now_s: float) -> None:
+    def ended(self, kept: SloCounts, now_s: float) -> None:
         """A request ended."""
         if not kept.promised:
             return
@@ -66,10 +68,10 @@ class Promises:
             self._slices.append((now_s, kept))
         self._forget(now_s)
 
-    def recent(self, now_s: float) -> Kept:
+    def recent(self, now_s: float) -> SloCounts:
         """The last minutes."""
         self._forget(now_s)
-        total = Kept()
+        total = SloCounts()
         for _, kept in self._slices:
             total = added(total, kept)
         return total

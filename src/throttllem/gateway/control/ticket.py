@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from throttllem.core.types import Slo
-from throttllem.engines.base import Ask, LiveEngine, PromptCount
+from throttllem.engines.base import LiveEngine, ParsedRequest, PromptCount
 from throttllem.gateway.telemetry.status import GatewayStatus
 
 
@@ -95,10 +95,10 @@ class Models(Protocol):
     def most_sequences(self) -> int | None:
         """Answers side by side that the largest engine can run; None: not all have said yet."""
 
-    async def count(self, ask: Ask) -> PromptCount:
+    async def count(self, ask: ParsedRequest) -> PromptCount:
         """Tokens of a prompt. Raises RefusedError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
 
-    def ticket(self, ask: Ask, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Ticket:
+    def ticket(self, ask: ParsedRequest, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Ticket:
         """A ticket for a controlled request; `streams`: tokens will be told as they come."""
 
     def passage(self, model: str | None) -> LiveEngine:

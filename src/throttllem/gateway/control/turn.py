@@ -16,18 +16,18 @@ from throttllem.core.scheduler import Changed
 from throttllem.core.types import Command, Event
 
 if TYPE_CHECKING:
-    from throttllem.gateway.control.session import Visit
+    from throttllem.gateway.control.session import Session
 
 log = logging.getLogger("throttllem.gateway")
 
 
-class Witness(Protocol):
+class Observer(Protocol):
     """Whoever keeps what happened: the flight recorder and the histograms of metrics."""
 
     def handled(self, now_s: float, event: Event, commands: list[Command] | None, seconds: float) -> None:
         """The core took `event` in, in `seconds`, and answered with `commands` (None: it raised)."""
 
-    def ended(self, visit: Visit, kept: bool | None) -> None:
+    def ended(self, visit: Session, kept: bool | None) -> None:
         """A request ended; `kept`: all its promises, None if it had none or its client left."""
 
 
@@ -47,7 +47,7 @@ class Turn:
         controller: Controller,
         do: Callable[[list[Command]], None],
         give_up: Callable[[Event], None],
-        witness: Witness,
+        witness: Observer,
     ) -> None:
         self._controller = controller
         self._do = do

@@ -11,12 +11,12 @@ import math
 from typing import TYPE_CHECKING
 
 from throttllem.gateway.control import rejections as refusals
-from throttllem.gateway.control.backend import Link
-from throttllem.gateway.control.session import Visit
+from throttllem.gateway.control.backend import Backend
+from throttllem.gateway.control.session import Session
 from throttllem.gateway.control.ticket import RefusedError
 
 if TYPE_CHECKING:
-    from throttllem.gateway.control.loop import Driver
+    from throttllem.gateway.control.loop import ControlLoop
 
 log = logging.getLogger("throttllem.gateway")
 
@@ -27,7 +27,7 @@ _UNKNOWN_STEP_S = 0.05
 _SHORTEST_STEP_S = 0.005
 
 
-async def sweep(driver: Driver) -> None:
+async def sweep(driver: ControlLoop) -> None:
     """End requests that found no place, or whose engine gives nothing, within the limits."""
     down_since_s = driver.now()
     alone_s: dict[int, float] = {}
@@ -47,7 +47,7 @@ async def sweep(driver: Driver) -> None:
             log.exception("the limits were not looked after this time")
 
 
-def foreigners(driver: Driver, alone_s: dict[int, float]) -> dict[int, float]:
+def foreigners(driver: ControlLoop, alone_s: dict[int, float]) -> dict[int, float]:
     """Say in the log when others have come into an engine. `alone_s`: when each engine was seen without them last,
     infinite once it was said; the next one is returned.
     """
@@ -64,7 +64,7 @@ def foreigners(driver: Driver, alone_s: dict[int, float]) -> dict[int, float]:
     return found
 
 
-def overdue(driver: Driver, visit: Visit, down_since_s: float) -> RefusedError | None:
+def overdue(driver: ControlLoop, visit: Session, down_since_s: float) -> RefusedError | None:
     """What ends a request now, None if nothing does. `down_since_s`: when an engine was up last.
 
     A streamed answer that has begun must go on; before that, and where answers come in one piece, any sign of life of
@@ -83,7 +83,7 @@ def overdue(driver: Driver, visit: Visit, down_since_s: float) -> RefusedError |
     return refusals.silent(limits.silence_s) if now_s - sign_s > limits.silence_s else None
 
 
-async def tick(link: Link) -> None:
+async def tick(link: Backend) -> None:
     """Time's own steps for an engine whose progress is not to be seen."""
     step_s = _EVERY_S
     while True:
@@ -97,7 +97,7 @@ async def tick(link: Link) -> None:
             step_s = _EVERY_S
 
 
-def _step_s(link: Link) -> float:
+def _step_s(link: Backend) -> float:
     table, clock = link.booking.meter.table, link.booking.meter.reading().clock_mhz
     if not link.booking.open or (link.connected and link.connected.named):
         return _EVERY_S

@@ -27,7 +27,7 @@ class Open:
 
 
 @dataclass(slots=True)
-class Booking:
+class EnergyAccounting:
     """The requests in one engine and the time since its last booked step.
 
     `kv_blocks` asks the core for its estimate, which is looked up a few times a second at most.
@@ -110,7 +110,7 @@ class Booking:
         self._busy, self._emptied = report.running + report.waiting > 0, not self.open
         work = Work(
             seconds=seconds,
-            decode_rows=report.decode_rows or 0,
+            decode_sequences=report.decode_sequences or 0,
             kv_tokens=report.kv_tokens or 0,
             prefill_tokens=sum(tokens for _, tokens in report.prefills),
             prefill_pairs=report.prefill_pairs,
@@ -164,7 +164,7 @@ class Booking:
         rows, tokens = self._rows, sum(share for _, share in prefills)
         work = Work(
             seconds=seconds,
-            decode_rows=rows,
+            decode_sequences=rows,
             kv_tokens=self._held_blocks * self._block_tokens,
             prefill_tokens=tokens,
             prefill_pairs=sum(share * share / 2 for _, share in prefills),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from throttllem.core.energy import EnergyLedger
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.types import EngineSpec
-from throttllem.gateway.energy.savings_estimate import OtherClocks
+from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gateway.telemetry.status import Energy
 from throttllem.gpu.device import Gpu, Reading, Work
 
@@ -42,8 +42,8 @@ class EnergyMeter:
     """
 
     gpu: Gpu
-    top: OtherClocks | None = None
-    advised: OtherClocks | None = None
+    top: SavingsEstimate | None = None
+    advised: SavingsEstimate | None = None
     ledger: EnergyLedger = field(default_factory=EnergyLedger)
     _counted_j: float = 0.0
     _open: set[int] = field(default_factory=set)
@@ -128,7 +128,7 @@ class EnergyMeter:
             watts=self.reading().watts,
         )
 
-    def _others(self) -> tuple[OtherClocks, ...]:
+    def _others(self) -> tuple[SavingsEstimate, ...]:
         return tuple(other for other in (self.top, self.advised) if other is not None)
 
     def _since_last(self) -> float:

@@ -39,7 +39,7 @@ class _Slice:
 
 
 @dataclass(slots=True, kw_only=True)
-class OtherClocks:
+class SavingsEstimate:
     """The estimate of one engine. `spec` None: it was not up yet."""
 
     table: PerformanceTable
@@ -73,7 +73,7 @@ class OtherClocks:
         here.seconds += work.seconds
         here.joules += joules
         here.steps += 1
-        here.tokens += work.decode_rows
+        here.tokens += work.decode_sequences
         here.kv_blocks += kv_blocks
         here.prompts += prompts
         here.prompt_tokens += work.prefill_tokens
@@ -116,8 +116,8 @@ class OtherClocks:
         load = Load(
             requests_per_s=prompts / here.seconds,
             prompt_tokens=here.prompt_tokens / prompts,
-            answer_tokens=answer,
-            long_answer_tokens=answer,
+            output_tokens=answer,
+            long_output_tokens=answer,
             burst=1.0,
             e2e_s=None,
         )

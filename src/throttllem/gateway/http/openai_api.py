@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import pydantic_core
 
 from throttllem.core.types import Slo
-from throttllem.engines.base import Ask
+from throttllem.engines.base import ParsedRequest
 from throttllem.engines.paths import CHAT, COMPLETIONS, NATIVE
 from throttllem.engines.triton.api import parse_native
 from throttllem.gateway.http.errors import HttpError, invalid
@@ -35,10 +35,10 @@ _PROMISE_HEADERS = ("x-slo-ttft-ms", "x-slo-tpot-ms", "x-slo-e2e-ms", "x-slo-cla
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class ParsedBody:
     """A controlled request, read: the Ask, the bytes to send on, who asks, whether the answer shall carry `metrics`."""
 
-    ask: Ask
+    ask: ParsedRequest
     body: bytes
     caller: str
     metrics: bool
@@ -54,7 +54,7 @@ def is_native(path: str) -> bool:
     return NATIVE.fullmatch(path) is not None
 
 
-def check_sequences(ask: Ask, most: int | None) -> None:
+def check_sequences(ask: ParsedRequest, most: int | None) -> None:
     """Refuse more answers side by side than any engine can run (None: not known). Raises HttpError 400."""
     most = _MOST_SEQUENCES if most is None else most
     if ask.sequences > most:
@@ -67,7 +67,7 @@ def check_sequences(ask: Ask, most: int | None) -> None:
         )
 
 
-def read_wish(path: str, body: bytes, headers: Mapping[str, str], key_name: str | None) -> Wish:
+def read_wish(path: str, body: bytes, headers: Mapping[str, str], key_name: str | None) -> ParsedBody:
     """The body of a controlled request. `key_name`: which API key was shown. Raises HttpError 400, naming the field."""
     fields = _json_object(body)
     metrics = headers.get("x-throttllem-metrics", "").strip() == "1"
@@ -77,7 +77,7 @@ def read_wish(path: str, body: bytes, headers: Mapping[str, str], key_name: str 
     user = fields.get("user")
     caller = key_name or _caller(user)
     ask = _openai(path, fields) if path in (COMPLETIONS, CHAT) else _native(path, fields)
-    return Wish(ask=ask, body=body, caller=caller, metrics=metrics)
+    return ParsedBody(ask=ask, body=body, caller=caller, metrics=metrics)
 
 
 def model_of(body: bytes) -> str | None:
@@ -167,7 +167,7 @@ def _own(value: object) -> bool:
     return bool(value.get("metrics"))
 
 
-def _openai(path: str, fields: dict[str, object]) -> Ask:
+def _openai(path: str, fields: dict[str, object]) -> ParsedRequest:
     model = fields.get("model")
     if not isinstance(model, str) or not model:
         raise invalid("model: must be the name of a model", "model")
@@ -176,7 +176,7 @@ def _openai(path: str, fields: dict[str, object]) -> Ask:
     if chat:
         limit = _count(fields, "max_completion_tokens") or limit
         _check_messages(fields.get("messages"))
-    return Ask(
+    return ParsedRequest(
         path=path,
         model=model,
         body=fields,
@@ -188,7 +188,7 @@ def _openai(path: str, fields: dict[str, object]) -> Ask:
     )
 
 
-def _native(path: str, fields: dict[str, object]) -> Ask:
+def _native(path: str, fields: dict[str, object]) -> ParsedRequest:
     try:
         ask = parse_native(path, fields)
     except ValueError as error:

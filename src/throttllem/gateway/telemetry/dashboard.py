@@ -22,7 +22,7 @@ from starlette.routing import Route
 from throttllem.gateway.control.slo_attainment import RECENT_S, added
 from throttllem.gateway.control.ticket import Models
 from throttllem.gateway.telemetry.history import KEPT_S, History
-from throttllem.gateway.telemetry.status import Energy, GatewayStatus, Kept
+from throttllem.gateway.telemetry.status import Energy, GatewayStatus, SloCounts
 
 _HEADERS = {
     "cache-control": "no-store",
@@ -85,8 +85,8 @@ class Totals:
     estimated: int
     joules_per_token: float | None
     busy_joules_per_token: float | None
-    recent: Kept
-    ever: Kept
+    recent: SloCounts
+    ever: SloCounts
     recent_attainment: float | None
     ever_attainment: float | None
 
@@ -106,7 +106,7 @@ def totals(status: GatewayStatus) -> Totals:
     )
     total_j, idle_j = sum(energy.total_j for energy in energies), sum(energy.idle_j for energy in energies)
     tokens = sum(model.generated_tokens for model in status.models)
-    recent, ever = Kept(), Kept()
+    recent, ever = SloCounts(), SloCounts()
     for model in status.models:
         recent, ever = added(recent, model.recent), added(ever, model.ever)
     return Totals(

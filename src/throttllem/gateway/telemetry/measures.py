@@ -99,7 +99,7 @@ _ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (
     ),
     ("throttllem_running_requests", "Requests that generate.", _of_view(lambda view: view.running)),
     ("throttllem_pending_requests", "Dispatched, no token yet.", _of_view(lambda view: view.pending)),
-    ("throttllem_lost_running_requests", "Running and marked lost.", _of_view(lambda view: view.lost_rows)),
+    ("throttllem_lost_running_requests", "Running and marked lost.", _of_view(lambda view: view.lost_requests)),
     ("throttllem_kv_blocks", "KV blocks in use by the scoreboard.", lambda engine: engine.kv_blocks),
     (
         "throttllem_kv_capacity_blocks",

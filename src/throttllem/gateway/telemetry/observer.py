@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from throttllem.core.types import Command, Event, Stepped
-from throttllem.gateway.control.session import Visit
+from throttllem.gateway.control.session import Session
 from throttllem.gateway.flight.recorder import Recorder
 from throttllem.gateway.telemetry.metrics import Histograms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """Implements `driver.Witness`. `recorder` None: nothing is recorded."""
+    """Implements `driver.Observer`. `recorder` None: nothing is recorded."""
 
     model: Callable[[], str]
     histograms: Histograms
@@ -26,7 +26,7 @@ class Record:
         if commands or not isinstance(event, Stepped) or event.started or event.finished:
             self.histograms.decision(seconds)
 
-    def ended(self, visit: Visit, kept: bool | None) -> None:
+    def ended(self, visit: Session, kept: bool | None) -> None:
         """A request ended; `kept`: all its promises, None if it had none or its client left."""
         seen, request = visit.seen(), visit.request
         self.histograms.request(

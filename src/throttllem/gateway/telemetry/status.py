@@ -90,7 +90,7 @@ class EngineStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class SloCounts:
     """Promises over requests that ended: how many had one, how many kept all of theirs, and by promise."""
 
     promised: int = 0
@@ -125,8 +125,8 @@ class ModelStatus:
     head: Verdict | None
     counts: Counts
     engines: tuple[EngineStatus, ...]
-    recent: Kept
-    ever: Kept
+    recent: SloCounts
+    ever: SloCounts
     length: LengthStatus
     prompt_tokens: int = 0
     generated_tokens: int = 0

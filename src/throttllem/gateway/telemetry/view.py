@@ -8,8 +8,8 @@ import numpy as np
 
 from throttllem.core.snapshot import EngineView, Snapshot
 from throttllem.core.types import FrequencyPlan
-from throttllem.gateway.control.backend import Link
-from throttllem.gateway.control.loop import Driver
+from throttllem.gateway.control.backend import Backend
+from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.telemetry.status import Ahead, Drift, EngineStatus, LengthStatus, ModelStatus
 from throttllem.gpu.device import Reading
 
@@ -17,7 +17,7 @@ _POINTS = 120
 _STALLED_AFTER_S = 10.0
 
 
-def model_status(driver: Driver, names: tuple[str, ...]) -> ModelStatus:
+def model_status(driver: ControlLoop, names: tuple[str, ...]) -> ModelStatus:
     """One model: its queue, its engines, what the core decided."""
     snapshot = driver.controller.snapshot()
     now_s = driver.now()
@@ -44,7 +44,7 @@ def decision(plan: FrequencyPlan | None) -> str:
     return f"{plan.mhz} MHz: {plan.why.value}{bound}"
 
 
-def assumptions(driver: Driver, link: Link) -> tuple[str, ...]:
+def assumptions(driver: ControlLoop, link: Backend) -> tuple[str, ...]:
     """What the core goes by for this engine that nobody has measured."""
     notes = []
     options = driver.controller.options
@@ -59,7 +59,7 @@ def assumptions(driver: Driver, link: Link) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _engine_status(driver: Driver, link: Link, snapshot: Snapshot) -> EngineStatus:
+def _engine_status(driver: ControlLoop, link: Backend, snapshot: Snapshot) -> EngineStatus:
     view = next((view for view in snapshot.engines if view.engine == link.key), None)
     connected = link.connected
     reading = link.booking.meter.reading()
@@ -107,7 +107,7 @@ def _of_clocks(reading: Reading) -> Iterator[str]:
         yield f"clocks are held at {reading.limit_mhz} MHz: {reading.held}; planned with that"
 
 
-def engine_state(driver: Driver, link: Link) -> tuple[str, str | None]:
+def engine_state(driver: ControlLoop, link: Backend) -> tuple[str, str | None]:
     """Up means that it also moves: one that holds requests and gives no sign has stalled."""
     still_s = driver.now() - link.last_sign_s
     if link.state == "up" and link.booking.open and still_s > min(_STALLED_AFTER_S, driver.limits.silence_s / 2):
@@ -128,7 +128,7 @@ def _drift(view: EngineView | None) -> Drift:
     )
 
 
-def _ahead(driver: Driver, link: Link, view: EngineView | None) -> Ahead:
+def _ahead(driver: ControlLoop, link: Backend, view: EngineView | None) -> Ahead:
     """The projection at the clock planned, thinned; empty where there is none, or no model to say how long it takes."""
     table = link.booking.meter.table
     projection = None if link.key is None else driver.controller.projection(link.key)

@@ -73,13 +73,13 @@ def _row(number: int, clock_mhz: int, row: Mapping[str, Any], spec: EngineSpec, 
 
 def work_of(row: Mapping[str, Any], spec: EngineSpec) -> Work:
     """What a row's iteration did, for the model of its power: of each row's last block about half is filled."""
-    decode_rows = row["batch"] - row["prompts"]
+    decode_sequences = row["batch"] - row["prompts"]
     prompt_blocks = -(-row["prefill_tokens"] // spec.block_tokens)
-    tokens = (row["kv_blocks"] - prompt_blocks) * spec.block_tokens - decode_rows * (spec.block_tokens - 1) // 2
+    tokens = (row["kv_blocks"] - prompt_blocks) * spec.block_tokens - decode_sequences * (spec.block_tokens - 1) // 2
     return Work(
         seconds=row["seconds"],
-        decode_rows=decode_rows,
-        kv_tokens=max(decode_rows, tokens) if decode_rows else 0,
+        decode_sequences=decode_sequences,
+        kv_tokens=max(decode_sequences, tokens) if decode_sequences else 0,
         prefill_tokens=row["prefill_tokens"],
         prefill_pairs=row["prefill_pairs"],
     )

@@ -59,7 +59,7 @@ class Burst:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivePoint:
-    """`batch` answers of up to `answer_tokens` over prompts of `context_tokens`, and the bursts sent meanwhile.
+    """`batch` answers of up to `output_tokens` over prompts of `context_tokens`, and the bursts sent meanwhile.
 
     `batch` 0: each burst is one prompt in an engine that has nothing else to do.
     """
@@ -67,7 +67,7 @@ class LivePoint:
     number: int
     batch: int
     context_tokens: int
-    answer_tokens: int
+    output_tokens: int
     bursts: tuple[Burst, ...]
 
 
@@ -125,7 +125,7 @@ def _point(number: int, shape: _Shape, spec: EngineSpec, plan: LivePlan, rng: np
     if shape.fill is None:
         lengths = _spread(_lone_most(spec), 4 * 2**shape.level, skip=shape.level > 0)
         alone = tuple(Burst(count=1, tokens=tokens) for tokens in lengths)
-        return LivePoint(number=number, batch=0, context_tokens=0, answer_tokens=LONE_ANSWER_TOKENS, bursts=alone)
+        return LivePoint(number=number, batch=0, context_tokens=0, output_tokens=LONE_ANSWER_TOKENS, bursts=alone)
     bursts, row_steps, most = _effort(shape.batch, shape.fill, spec, plan)
     context = _between(min(MIN_PREFILL_TOKENS, most), most, 4 * spec.block_tokens, shape.fill)
     answer = _answer_tokens(shape.batch, context, bursts, row_steps, spec, plan)
@@ -138,7 +138,7 @@ def _point(number: int, shape: _Shape, spec: EngineSpec, plan: LivePlan, rng: np
         number=number,
         batch=shape.batch,
         context_tokens=context,
-        answer_tokens=answer,
+        output_tokens=answer,
         bursts=tuple(burst for burst in drawn if burst is not None),
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from pydantic_core import to_json
 
-from throttllem.engines.base import Ask, Call, EngineError, LiveEngine
+from throttllem.engines.base import Call, EngineError, LiveEngine, ParsedRequest
 from throttllem.engines.paths import COMPLETIONS
 
 HEADERS = (("content-type", "application/json"), ("accept", "*/*"))
@@ -74,9 +74,11 @@ class Prompts:
         )
         return call, counted
 
-    def _ask(self, prompt: list[int] | str, body: dict[str, object], max_tokens: int) -> Ask:
+    def _ask(self, prompt: list[int] | str, body: dict[str, object], max_tokens: int) -> ParsedRequest:
         prompts = (prompt,) if isinstance(prompt, str) else (tuple(prompt),)
-        return Ask(path=COMPLETIONS, model=self._model, body=body, prompts=prompts, max_tokens=max_tokens, stream=True)
+        return ParsedRequest(
+            path=COMPLETIONS, model=self._model, body=body, prompts=prompts, max_tokens=max_tokens, stream=True
+        )
 
     async def _settle(self) -> None:
         notes = []

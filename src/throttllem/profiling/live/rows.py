@@ -55,7 +55,7 @@ class Pace:
         return max(1, min(MOST_NEIGHBOURS, math.ceil(NEIGHBOURS_S / self.decode_s)))
 
 
-def decode_rows(reports: Sequence[Report], pace: Pace) -> list[Row]:
+def decode_sequences(reports: Sequence[Report], pace: Pace) -> list[Row]:
     """Rows of steps with exactly `pace.batch` decode rows and no prompt."""
     rows, window, spent_s = [], 0, 0.0
     for report in reports:
@@ -177,7 +177,7 @@ def _decodes(report: Report, batch: int) -> bool:
 def _prompts_in(report: Report, lengths: Sequence[int], batch: int) -> Sequence[int] | None:
     """The prompts of a step; None where there are none, or it is open which."""
     count = (report.generated_tokens or 0) - batch
-    known = report.running in (batch, batch + count) and report.decode_rows in (None, batch)
+    known = report.running in (batch, batch + count) and report.decode_sequences in (None, batch)
     if not 0 < count <= len(lengths) or not known:
         return None
     if count < len(lengths) and len(set(lengths)) > 1:

@@ -31,7 +31,7 @@ from throttllem.profiling.live.rows import (
     Pace,
     Row,
     burst_rows,
-    decode_rows,
+    decode_sequences,
     gap_s,
     lone_row,
     mean_gap,
@@ -148,7 +148,7 @@ class LiveProfiler:
         steps = [report for report in rig.reports if report.seconds and report.generated_tokens]
         self.told.by = STEPS if steps else STREAMS
         # Else the times are those at which somebody outside the engine heard of its steps.
-        self._exact = bool(steps) and all(report.decode_rows is not None for report in steps)
+        self._exact = bool(steps) and all(report.decode_sequences is not None for report in steps)
         notes = list(self._prompts.notes)
         if not rig.speaks:
             notes.append("the engine does not say what runs in it: requests of others would go unnoticed")
@@ -199,7 +199,7 @@ class LiveProfiler:
             meter, answers, rows = self._meter(), [], []
             for _ in range(LONE_TRIES):
                 await self._rig.idle()
-                answers.append(await self._rig.ask(burst.tokens, point.answer_tokens))
+                answers.append(await self._rig.ask(burst.tokens, point.output_tokens))
                 await self._rig.ended(answers)
                 lengths = [answers[-1].prompt_tokens]
                 alone = Pace(batch=0, exact=self._exact)
@@ -213,7 +213,7 @@ class LiveProfiler:
     async def _held(self, point: LivePoint) -> list[dict[str, object]]:
         """A batch that stays as it is: its decode rows, then the bursts that are sent into it."""
         rig = self._rig
-        answers = [await rig.ask(point.context_tokens, point.answer_tokens) for _ in range(point.batch)]
+        answers = [await rig.ask(point.context_tokens, point.output_tokens) for _ in range(point.batch)]
         await rig.until(lambda: all(answer.length > 1 for answer in answers) or _some_ended(answers))
         meter, mark = self._meter(), len(rig.reports)
         await rig.until(lambda: _some_ended(answers) or len(self._decoded(answers, mark)) >= self._plan.steps)
@@ -240,7 +240,7 @@ class LiveProfiler:
 
     def _decoded(self, answers: Sequence[Answer], mark: int) -> list[Row]:
         if self.told.by == STEPS:
-            return decode_rows(self._rig.reports[mark:], Pace(batch=len(answers), exact=self._exact))
+            return decode_sequences(self._rig.reports[mark:], Pace(batch=len(answers), exact=self._exact))
         return window_rows(answers, self.spec.block_tokens) if _began(answers) else []
 
     async def _burst(self, answers: Sequence[Answer], lengths: Sequence[int], pace: Pace) -> list[dict[str, object]]:

@@ -51,7 +51,9 @@ class Target:
         physics = self.fleet.physics[tp]
 
         def watts(mhz: int, work: Work) -> float:
-            return physics.iteration(mhz, work.decode_rows, work.kv_tokens, work.prefill_tokens, work.prefill_pairs)[1]
+            return physics.iteration(
+                mhz, work.decode_sequences, work.kv_tokens, work.prefill_tokens, work.prefill_pairs
+            )[1]
 
         gpu = SimulatedGpu(spec.clocks_mhz, switch_latency_s=0.0, watts=watts, idle_w=spec.idle_w)
         return Device(gpu=gpu, clocks_mhz=clocks_mhz, modelled=watts)
