@@ -44,6 +44,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python -m bench.gateway
+	$(BIN)/python -m bench.request_path
 
 fidelity: $(STAMP)
 	$(BIN)/python -m tools.fidelity $(FIDELITY)
