@@ -30,7 +30,7 @@ test-slow: $(STAMP)
 
 # Real engines, pinned, each in an environment of its own: about 3 GB. ENGINES="vllm triton" names some only.
 engines: $(STAMP)
-	$(BIN)/python -m tools.engines $(ENGINES) --into .engines
+	$(BIN)/python -m tools.testbed.engines $(ENGINES) --into .engines
 
 test-real: $(STAMP)
 	$(BIN)/python -m pytest -m real tests/real

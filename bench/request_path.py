@@ -24,8 +24,8 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import throttllem
+from tools.testbed.engines.openai_engine import MODEL, openai_engine
 from tools.testbed.gateway import Gateway, gateway
-from tools.testbed.openai_engine import MODEL, openai_engine
 from tools.testbed.processes import post
 
 PACKAGE = str(Path(throttllem.__file__).parent)
@@ -84,7 +84,7 @@ def measured(folder: Path) -> dict[str, Distance]:
     """The path to the first chunk and of one token, and the calls in an idle second."""
     calls = folder / "calls.json"
     with openai_engine(folder / "engine.log") as (engine, _):
-        post(f"{engine}/pace", {"tokens_per_s": 1 / GAP_S, "first_s": GAP_S, "together": False})
+        post(f"{engine}/pace", {"step_s": GAP_S, "first_s": GAP_S})
         command = (sys.executable, "-m", "bench.request_path", "--noted", str(calls), "serve")
         arguments = ("--engine", engine, "--set", "engines.0.max_batch=64")
         with gateway(arguments, folder / "gateway", command=command) as up:

@@ -10,7 +10,7 @@ import pytest
 
 from throttllem.profiling.profile import read_profile
 from throttllem.profiling.storage import load_table
-from tools.engines.vllm_server import FLAGS, tiny_model, vllm_server
+from tools.testbed.engines.vllm import FLAGS, tiny_model, vllm_server
 
 pytestmark = pytest.mark.real
 ENVIRONMENT = Path(__file__).parents[2] / ".engines/vllm"

@@ -14,7 +14,7 @@ from tests.engines.upstreams import call, eventually, whole
 from tests.real.vllm import DEADLY, body, engine_of, started, watched
 from throttllem.engines.base import ParsedRequest
 from throttllem.engines.prometheus import total
-from tools.engines.vllm_server import MODEL
+from tools.testbed.engines.vllm import MODEL
 
 pytestmark = pytest.mark.real
 

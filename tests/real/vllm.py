@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-import os
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from tests.engines.contract import CHECKS
 from tests.engines.upstreams import eventually
 from throttllem.engines.openai import OpenaiEngine
-from tools.engines.vllm_server import FLAGS, MODEL, vllm_server
+from tools.testbed.engines.vllm import FLAGS, MODEL, vllm
 
 ENVIRONMENT = Path(__file__).parents[2] / ".engines/vllm"
 CARD = {"gpu": "a100-40gb-sxm", "model": "llama-3-8b", "tp": 1, "clocks_mhz": (210, 1410), "idle_w": 50.0}
@@ -20,17 +19,9 @@ DEADLY = CHECKS[-2:]
 @contextmanager
 def started(model, folder, *, flags=FLAGS):
     """A vLLM with the plug-in, beside which this process keeps off its core."""
-    address = str(folder / "steps.sock")
-    before = os.sched_getaffinity(0)
-    environment = {"THROTTLLEM_STATS": address, "VLLM_SERVER_DEV_MODE": "1"}
-    with vllm_server(
-        ENVIRONMENT, model, folder / "vllm.log", flags=flags, environment=environment, say=print
-    ) as server:
-        os.sched_setaffinity(0, server.cores)
-        try:
-            yield server, address
-        finally:
-            os.sched_setaffinity(0, before)
+    environment = {"VLLM_SERVER_DEV_MODE": "1"}
+    with vllm(ENVIRONMENT, folder, model=model, flags=flags, environment=environment, report=print) as server:
+        yield server, server.stats
 
 
 @asynccontextmanager

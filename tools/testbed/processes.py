@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 POLL_S = 0.05
 _LOG_LINES = 25
 _TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
@@ -78,6 +79,7 @@ def started(
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | dict(environment or {}),
+            cwd=ROOT,  # modules of tools are found from here
             start_new_session=True,
         )
     process = Process(handle=handle, log=log)
@@ -107,6 +109,7 @@ def completed(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | dict(environment or {}),
+        cwd=ROOT,
         start_new_session=True,
     )
     words = " ".join(map(str, command))
