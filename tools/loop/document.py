@@ -32,7 +32,7 @@ WIDTH = 120
 _TEXT = """\
 **What is real.** vLLM (scheduler, batching, KV cache, API server), the gateway, the keeper, the client (`aiperf`) and
 NVML's callers, each in a process of its own. **What is not:** the GPU. `libnvidia-ml.so.1` is a fake one whose clock
-and energy are a file (`tools/nvml`), and a plug-in in vLLM (`tools/loop/hook.py`) makes each step last as long as
+and energy are a file (`tools/nvml`), and a plug-in in vLLM (`vllm_pace`) makes each step last as long as
 [the physics](../physics.md) says that its batch takes on {kind} with {model} at the clock that the fake GPU has in that
 moment, and tells it the watts. vLLM's own model is the least there is: what it computes means nothing, and is over long
 before the step is. So this measures the loop (engine, telemetry, decisions, clock commands, switches), **not a GPU:

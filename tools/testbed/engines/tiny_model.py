@@ -1,7 +1,7 @@
 """Makes a tiny random Llama with a tokenizer and a chat template, for engines that only have to be real, not clever.
 
-Run by the Python of an engine's own environment: `python tools/engines/tiny_model.py FOLDER [--least]`. No network: the
-tokenizer is trained on the standard library's sources. Text and speed mean nothing; tokens, batches and KV blocks do.
+Run by the Python of an engine's own environment: `python tiny_model.py FOLDER [--least]`. No network: the tokenizer is
+trained on the standard library's sources. Text and speed mean nothing; tokens, batches and KV blocks do.
 """
 
 import sys
