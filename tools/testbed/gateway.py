@@ -11,6 +11,8 @@ from pathlib import Path
 from tools.testbed.processes import Process, answers, completed, free_port, started
 
 THROTTLLEM = Path(sys.executable).with_name("throttllem")
+COMMAND_S = 1800.0
+"""A profile of all clocks takes minutes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,5 +52,5 @@ def gateway(
 
 
 def throttllem(*arguments: str | Path, environment: Mapping[str, str] | None = None) -> str:
-    """Run a command of `throttllem` to its end; its output. Raises ProcessError."""
-    return completed([THROTTLLEM, *arguments], environment=environment)
+    """Run a command of `throttllem` to its end; all that it printed. Raises ProcessError."""
+    return "".join(completed([THROTTLLEM, *arguments], within_s=COMMAND_S, environment=environment))

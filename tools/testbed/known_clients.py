@@ -124,4 +124,4 @@ def tokenizer_cache(model: Path, folder: Path) -> Path:
 
 def _run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> str:
     # The hashes of text seed the prompts of `vllm bench serve`.
-    return completed(command, environment={**ENVIRONMENT, "PYTHONHASHSEED": "0", **(environment or {})})
+    return completed(command, environment={**ENVIRONMENT, "PYTHONHASHSEED": "0", **(environment or {})})[0]

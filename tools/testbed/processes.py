@@ -102,8 +102,8 @@ def started(
 
 def completed(
     command: Sequence[str | Path], *, within_s: float = 400.0, environment: Mapping[str, str] | None = None
-) -> str:
-    """Run a command to its end; its standard output. Raises ProcessError; nothing of it is left running."""
+) -> tuple[str, str]:
+    """Run a command to its end; its output and its errors. Raises ProcessError; nothing of it goes on running."""
     handle = subprocess.Popen(
         [str(word) for word in command],
         stdout=subprocess.PIPE,
@@ -122,7 +122,7 @@ def completed(
     if handle.returncode:
         last = "\n".join((out + error).splitlines()[-_LOG_LINES:])
         raise ProcessError(f"{words}: exit status {handle.returncode}\n{last}")
-    return out
+    return out, error
 
 
 def end(handle: subprocess.Popen[bytes], patience_s: float = 8.0) -> None:
