@@ -28,6 +28,10 @@ _TOLERATED_TOKENS = 2
 _TRUSTED_AHEAD = 8
 """Streams may run this many iterations ahead of step numbers, which come late. Further ahead they prove nothing:
 engines that speculate give more than one token an iteration."""
+STEPS_PER_S = 2000
+"""No engine steps faster: the fastest take a few milliseconds a step, and several behind one address are summed."""
+JUMP_STEPS = 4096
+"""Step numbers may jump this far whatever time passed: reports get lost, and come in bursts."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -174,12 +178,13 @@ class Progress:
             return self.output_tokens(flight)
         return max(flight.tokens, flight.done_tokens) if flight.streams or self.exact else 0
 
-    def report(self, report: Report) -> Sequence[Event]:
-        """What the engine reported of itself."""
+    def report(self, report: Report, *, elapsed_s: float = 0.0) -> Sequence[Event]:
+        """What the engine reported of itself, `elapsed_s` after the last step that it reported."""
+        step = None if report.step is None else self._numbered(report.step, elapsed_s)
         if self.exact:
-            return () if report.step is None else self._named(report, report.step)
+            return () if step is None else self._named(report, step)
         self._reports = True
-        at = self.iteration if report.step is None else max(self.iteration, self._numbered(report.step))
+        at = self.iteration if step is None else max(self.iteration, step)
         began = self._covered(report.running) if self._silent_waiting else []
         events = self._reach(max(at, 0) if began else at, began)
         events.append(
@@ -193,13 +198,13 @@ class Progress:
 
     # ---- iterations ------------------------------------------------------------------------------------------
 
-    def _named(self, report: Report, step: int) -> list[Event]:
+    def _named(self, report: Report, iteration: int) -> list[Event]:
         """A step that names its requests. Their tokens are counted by the iterations in which they ran."""
         started, finished = report.started or (), report.finished or ()
         for request_id in report.preempted:
             if flight := self.in_flight.get(request_id):
                 flight.done_tokens, flight.start = self.output_tokens(flight), None
-        self.iteration = max(self.iteration, self._numbered(step))
+        self.iteration = max(self.iteration, iteration)
         for request_id in started:
             if flight := self.in_flight.get(request_id):
                 flight.start = self.iteration
@@ -216,9 +221,12 @@ class Progress:
             )
         ]
 
-    def _numbered(self, step: int) -> int:
-        """The iteration that a step number stands for."""
-        restarted = self._last_step is not None and step < self._last_step
+    def _numbered(self, step: int, elapsed_s: float) -> int:
+        """The iteration that a step number stands for. A number that goes back, or further ahead than the engine can
+        have come since, starts the numbering from the iteration at hand.
+        """
+        most = JUMP_STEPS + STEPS_PER_S * elapsed_s
+        restarted = self._last_step is not None and not 0 <= step - self._last_step <= most
         if self._first_step is None or restarted:
             self._first_step = step - max(0, self.iteration)
         elif self.iteration - (step - self._first_step) > _TRUSTED_AHEAD:
