@@ -9,13 +9,13 @@ import json
 from dataclasses import dataclass, field, replace
 
 import aiohttp
+from throttllem.gateway.control.ticket import Health, Receipt, RefusedError
 
 from tests.gateway.upstream import Engine, engine_server
 from throttllem.core.snapshot import Counts
 from throttllem.core.types import Slo
 from throttllem.engines.base import PromptCount
 from throttllem.engines.http import Upstream
-from throttllem.gateway.control.ticket import Health, Receipt, RefusedError
 from throttllem.gateway.http.app import build_app, build_private_app
 from throttllem.gateway.http.server import run
 from throttllem.gateway.settings import LimitOptions, ServeOptions, ServerOptions

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field, replace
 
 from core.toy import CLOCKS_MHZ, ToyPhysics, spec, table
+from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.energy.meter import EnergyMeter
 
 from throttllem.config import Noise
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
@@ -21,9 +23,7 @@ from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import EngineClock
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import AllModels, Served
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.energy.accounting import EnergyAccounting
-from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gpu.simulated import SimulatedGpu

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from throttllem.gateway.control.ticket import Health, Ticket
+
 from throttllem.core.engine_state import Phase
 from throttllem.core.snapshot import Counts, EngineView
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, Slo, Verdict, VerdictKind
 from throttllem.engines.base import LiveEngine, ParsedRequest, PromptCount, Report
-from throttllem.gateway.control.ticket import Health, Ticket
 from throttllem.gateway.telemetry.status import (
     Ahead,
     Drift,

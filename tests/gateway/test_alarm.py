@@ -3,8 +3,9 @@
 import asyncio
 import math
 
-from gateway.rig import virtually
 from throttllem.gateway.control.alarm import LoopTimer
+
+from gateway.rig import virtually
 
 
 def test_it_rings_once_at_the_time_last_set():

@@ -5,10 +5,10 @@ import logging
 import pytest
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from throttllem.gateway.control.ticket import RefusedError
 
 from tests.gateway.fakes import house, until
 from throttllem.core.types import Slo
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions, ServerOptions
 
 COMPLETIONS = "/v1/completions"

@@ -5,9 +5,9 @@ import asyncio
 import httpx
 import openai
 import pytest
+from throttllem.gateway.control.ticket import RefusedError
 
 from tests.gateway.fakes import house
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions, ServerOptions
 
 MESSAGES = [{"role": "user", "content": "x"}]

@@ -6,11 +6,11 @@ import json
 
 import aiohttp
 import pytest
+from throttllem.gateway.control.ticket import RefusedError
 
 from tests.gateway.fakes import house, until
 from tests.gateway.upstream import chat_events
 from throttllem.engines.http import Upstream
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions
 
 CHAT = "/v1/chat/completions"

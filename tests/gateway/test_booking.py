@@ -2,10 +2,10 @@
 
 import pytest
 from core.toy import CLOCKS_MHZ, spec
+from throttllem.gateway.energy.meter import EnergyMeter
 
 from throttllem.engines.base import Report
 from throttllem.gateway.energy.accounting import EnergyAccounting
-from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gpu.simulated import SimulatedGpu
 
 

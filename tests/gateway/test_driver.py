@@ -6,6 +6,7 @@ import contextlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from throttllem.gateway.control.ticket import RefusedError
 
 from gateway.rig import asked, outcome, rig, virtually
 from throttllem.core.admission import AdmissionOptions
@@ -17,7 +18,6 @@ from throttllem.core.types import (
     Slo,
 )
 from throttllem.engines.base import EngineError
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions
 
 SHORT = LimitOptions(queue_wait_s=2.0, engine_wait_s=1.0, silence_s=1.0)

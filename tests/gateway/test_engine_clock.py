@@ -3,10 +3,10 @@
 import asyncio
 
 from core.toy import CLOCKS_MHZ, spec, table
+from throttllem.gateway.energy.meter import EnergyMeter, Step
 
 from throttllem.core.types import ClockRead, FrequencyPlan, Reason
 from throttllem.gateway.control.clock_setter import EngineClock
-from throttllem.gateway.energy.meter import EnergyMeter, Step
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gpu.device import Reading, Work, nothing
 

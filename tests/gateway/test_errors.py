@@ -1,9 +1,9 @@
 import json
 
 import pytest
+from throttllem.gateway.control.ticket import RefusedError
 
 from throttllem.engines.base import EngineError
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.http.errors import HttpError, as_http, detail, invalid, not_allowed, unavailable
 
 

@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
+from throttllem.gateway.control.inbox import EventQueue
 
 from throttllem.core.types import Cancelled, Observed, Stepped, Timer
-from throttllem.gateway.control.inbox import EventQueue
 
 
 class Desk:

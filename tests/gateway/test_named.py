@@ -1,6 +1,7 @@
 """Who is named by an event or a command."""
 
 import pytest
+from throttllem.gateway.control.named import done, named
 
 from throttllem.core.types import (
     Arrived,
@@ -16,7 +17,6 @@ from throttllem.core.types import (
     Stepped,
     Timer,
 )
-from throttllem.gateway.control.named import done, named
 
 REQUEST = Request(id=7, arrival_s=0.0, prompt_tokens=1, max_tokens=1, slo=Slo())
 

@@ -3,12 +3,12 @@
 import asyncio
 
 import pytest
+from throttllem.gateway.telemetry.view import decision
 
 from gateway.rig import asked, rig, virtually
 from throttllem.core.types import FrequencyPlan, Observed, Reason, Slo
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gateway.telemetry.metrics import Histograms, metrics_page
-from throttllem.gateway.telemetry.view import decision
 
 
 @pytest.mark.parametrize("mode", [{}, {"mute": True}, {"numbered": True}, {"tables": False}])

@@ -4,11 +4,11 @@ import asyncio
 import contextlib
 
 import pytest
+from throttllem.gateway.control.ticket import RefusedError
 
 from gateway.rig import asked, rig, virtually
 from throttllem.core.types import Slo
 from throttllem.engines.base import EngineError, PromptCount
-from throttllem.gateway.control.ticket import RefusedError
 
 COUNT = PromptCount(tokens=4, by="test", exact=True)
 GONE = RefusedError(502, "gone", kind="engine_error", code="test")

@@ -4,11 +4,11 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from throttllem.gateway.control.ticket import RefusedError
 
 from gateway.rig import asked, rig, virtually
 from throttllem.core.types import Slo, Stepped
 from throttllem.engines.base import PromptCount
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions
 
 COUNT = PromptCount(tokens=4, by="test", exact=True)

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.energy.meter import EnergyMeter
 
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
@@ -32,9 +34,7 @@ from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import AllModels, Served
 from throttllem.gateway.control.session import Session
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.energy.accounting import EnergyAccounting
-from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gpu import hardware
 from throttllem.gpu.setters import clock_setter

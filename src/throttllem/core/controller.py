@@ -111,6 +111,11 @@ class Controller:
         """The engine that takes new requests."""
         return self._engines.serving.engine if self._engines.serving else None
 
+    def kv_blocks(self, engine: int) -> int:
+        """The scoreboard's estimate of the KV blocks in use. O(1)."""
+        state = self._engines.get(engine)
+        return 0 if state is None else state.board.kv_blocks(state.told)
+
     def snapshot(self) -> Snapshot:
         """All that others may know, frozen. O(engines)."""
         views = tuple(view(state) for state in self._engines)

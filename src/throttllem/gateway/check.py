@@ -144,19 +144,19 @@ def _promises(options: ServeOptions) -> Iterator[Finding]:
 async def _engines(gateway: Gateway, options: ServeOptions, origins: dict[str, str]) -> list[Finding]:
     findings = []
     for model in gateway.models.served:
-        aware = model.driver.controller.options.slo_aware
-        scales = model.driver.controller.options.autoscale is not None
-        largest = max(link.tp for link in model.driver.links)
-        for link in model.driver.links:
-            findings += await _engine(link, model.driver.controller.options, options)
-            findings += await _hardware(link, options, origins)
-            if link.tp < largest and not scales:
-                findings.append(_never_started(link, options.policy))
-            if aware and link.tp not in model.driver.controller.options.tables:
-                findings.append(_no_table(link))
-            table = model.driver.controller.options.tables.get(link.tp)
+        aware = model.loop.controller.options.slo_aware
+        scales = model.loop.controller.options.autoscale is not None
+        largest = max(backend.tp for backend in model.loop.backends)
+        for backend in model.loop.backends:
+            findings += await _engine(backend, model.loop.controller.options, options)
+            findings += await _hardware(backend, options, origins)
+            if backend.tp < largest and not scales:
+                findings.append(_never_started(backend, options.policy))
+            if aware and backend.tp not in model.loop.controller.options.tables:
+                findings.append(_no_table(backend))
+            table = model.loop.controller.options.tables.get(backend.tp)
             if table is not None and not table.clocks_measured:
-                findings.append(_no_clock_axis(link))
+                findings.append(_no_clock_axis(backend))
     try:
         check_apart(gateway.hardware)
     except ValueError as error:
@@ -164,59 +164,59 @@ async def _engines(gateway: Gateway, options: ServeOptions, origins: dict[str, s
     return findings
 
 
-async def _engine(link: Backend, core: ControllerOptions, options: ServeOptions) -> list[Finding]:
+async def _engine(backend: Backend, core: ControllerOptions, options: ServeOptions) -> list[Finding]:
     try:
         async with asyncio.timeout(_REACH_S):
-            connected = await link.engine.connect()
+            connected = await backend.engine.connect()
     except TimeoutError:
-        return [Finding(mark="!!", text=f"engine {link.name}: no answer within {_REACH_S:g} s")]
+        return [Finding(mark="!!", text=f"engine {backend.name}: no answer within {_REACH_S:g} s")]
     except EngineError as error:
-        return [Finding(mark="!!", text=f"engine {link.name}: {error}; serve would wait for it")]
+        return [Finding(mark="!!", text=f"engine {backend.name}: {error}; serve would wait for it")]
     finally:
-        if link.close is not None:
-            await link.close()
-    return [Finding(mark="ok", text=_described(link, connected, core, options)), *_notes(link, connected)]
+        if backend.close is not None:
+            await backend.close()
+    return [Finding(mark="ok", text=_described(backend, connected, core, options)), *_notes(backend, connected)]
 
 
-def _described(link: Backend, connected: Connected, core: ControllerOptions, options: ServeOptions) -> str:
+def _described(backend: Backend, connected: Connected, core: ControllerOptions, options: ServeOptions) -> str:
     spec, clocks = connected.spec, connected.spec.clocks_mhz
-    table = core.tables.get(link.tp)
+    table = core.tables.get(backend.tp)
     if table is not None:
         clocks = table.clocks_mhz
     chosen = f"would choose among {len(clocks)} clocks, {clocks[0]} to {clocks[-1]} MHz,"
-    if isinstance(link.gpu, HardwareGpu) and link.gpu.mode is Mode.OFF:
+    if isinstance(backend.gpu, HardwareGpu) and backend.gpu.mode is Mode.OFF:
         chosen = "would choose no clock, and plan with the top one"
     elif core.throttle.policy is ClockPolicy.FIXED:
         chosen = f"would keep to {core.throttle.fixed_mhz} MHz"
-    elif core.throttle.policy is ClockPolicy.TOP or (core.slo_aware and _without_choice(link, table)):
+    elif core.throttle.policy is ClockPolicy.TOP or (core.slo_aware and _without_choice(backend, table)):
         chosen = "would keep to the top clock"
     return (
-        f"engine {link.name} serves {', '.join(connected.models)}: {spec.kv_blocks} KV blocks of {spec.block_tokens} "
-        f"tokens, {spec.max_batch} requests, context {spec.max_context_tokens}; policy {options.policy} {chosen} "
-        f"of {'a simulated ' if link.clock.mode == 'simulated' else ''}{link.catalogue_gpu}"
+        f"engine {backend.name} serves {', '.join(connected.models)}: "
+        f"{spec.kv_blocks} KV blocks of {spec.block_tokens} tokens, {spec.max_batch} requests, context {spec.max_context_tokens}; policy {options.policy} {chosen} "
+        f"of {'a simulated ' if backend.clock.mode == 'simulated' else ''}{backend.catalogue_gpu}"
     )
 
 
-def _without_choice(link: Backend, table: PerformanceTable | None) -> bool:
+def _without_choice(backend: Backend, table: PerformanceTable | None) -> bool:
     """Whether no table tells one clock from another; that of a simulated engine is made at the first start."""
-    return link.kind != "simulated" if table is None else not table.clocks_measured
+    return backend.kind != "simulated" if table is None else not table.clocks_measured
 
 
-async def _hardware(link: Backend, options: ServeOptions, origins: dict[str, str]) -> list[Finding]:
+async def _hardware(backend: Backend, options: ServeOptions, origins: dict[str, str]) -> list[Finding]:
     """Real GPUs are found and read, never set. Whether clocks would be off, advised or on is said in any case."""
-    gpu = link.gpu
+    gpu = backend.gpu
     if not isinstance(gpu, HardwareGpu):
-        text = f"engine {link.name}: clocks are simulated: it names no GPUs (engines.N.gpus, --gpus)"
+        text = f"engine {backend.name}: clocks are simulated: it names no GPUs (engines.N.gpus, --gpus)"
         return [Finding(mark="--", text=text)]
     try:
         async with gpu:
             reading = gpu.read()
     except (OSError, ValueError) as error:
-        return [Finding(mark="!!", text=f"engine {link.name}: {error}", fatal=True)]
+        return [Finding(mark="!!", text=f"engine {backend.name}: {error}", fatal=True)]
     count = "1 GPU" if len(gpu.names) == 1 else f"{len(gpu.names)} GPUs"
-    text = f"engine {link.name}: {count} at {reading.clock_mhz} MHz, {reading.watts:.0f} W"
+    text = f"engine {backend.name}: {count} at {reading.clock_mhz} MHz, {reading.watts:.0f} W"
     why = f"clocks.mode = {gpu.mode.value}, {origins.get('clocks.mode', 'the default')}"
-    return [Finding(mark="ok", text=text), await _clocks(link.name, gpu, options, why)]
+    return [Finding(mark="ok", text=text), await _clocks(backend.name, gpu, options, why)]
 
 
 async def _clocks(name: str, gpu: HardwareGpu, options: ServeOptions, why: str) -> Finding:
@@ -253,34 +253,34 @@ async def _setter(gpu: HardwareGpu, options: ServeOptions) -> tuple[str, str]:
     return "ok", text
 
 
-def _notes(link: Backend, connected: Connected) -> Iterator[Finding]:
+def _notes(backend: Backend, connected: Connected) -> Iterator[Finding]:
     for note in connected.notes:
-        yield Finding(mark="--", text=f"engine {link.name}: {note}")
+        yield Finding(mark="--", text=f"engine {backend.name}: {note}")
 
 
-def _never_started(link: Backend, policy: str) -> Finding:
+def _never_started(backend: Backend, policy: str) -> Finding:
     return Finding(
         mark="!!",
-        text=f"engine {link.name} would never be used: policy {policy} serves the largest size; {policy}+autoscale "
+        text=f"engine {backend.name} would never be used: policy {policy} serves the largest size; {policy}+autoscale "
         "chooses among them",
     )
 
 
-def _no_clock_axis(link: Backend) -> Finding:
+def _no_clock_axis(backend: Backend) -> Finding:
     return Finding(
         mark="--",
-        text=f"engine {link.name}: the clock axis of its table was not measured (a profile without --gpus, or of one "
-        "clock): the maximum clock is kept, and no saving is estimated; profile again with --gpus and --clocks",
+        text=f"engine {backend.name}: the clock axis of its table was not measured (a profile without --gpus, or "
+        "of one clock): the maximum clock is kept, and no saving is estimated; profile again with --gpus and --clocks",
     )
 
 
-def _no_table(link: Backend) -> Finding:
-    if link.kind == "simulated":
+def _no_table(backend: Backend) -> Finding:
+    if backend.kind == "simulated":
         return Finding(
-            mark="--", text=f"engine {link.name}: its performance table is trained at the first start (cached)"
+            mark="--", text=f"engine {backend.name}: its performance table is trained at the first start (cached)"
         )
     return Finding(
         mark="--",
-        text=f"engine {link.name} has no performance table: top clock, no admission by promises; "
+        text=f"engine {backend.name} has no performance table: top clock, no admission by promises; "
         f"`throttllem profile --url ...`, `throttllem train`, then tables = FOLDER",
     )

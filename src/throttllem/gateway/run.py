@@ -32,7 +32,7 @@ from throttllem.gateway.settings import ServeOptions
 from throttllem.gateway.telemetry.dashboard import dashboard_routes
 from throttllem.gateway.telemetry.history import History
 from throttllem.gateway.telemetry.metrics import metrics_page
-from throttllem.gateway.telemetry.view import assumptions
+from throttllem.gateway.telemetry.status import GatewayStatus, assumptions
 from throttllem.gpu.hardware import check_apart
 from throttllem.profiling.lengths import save_lengths
 from throttllem.profiling.tables import Progress
@@ -70,7 +70,7 @@ class Prepared:
         app = build_app(
             models,
             options,
-            metrics_page=lambda status: metrics_page(status, gateway.histograms),
+            metrics_page=self._metrics_page,
             extra_routes=dashboard_routes(models, history),
             on_response=gateway.histograms.http,
         )
@@ -121,27 +121,30 @@ class Prepared:
 
     def _greet(self, say: Say, addresses: tuple[tuple[str, int], ...]) -> None:
         urls = [f"http://{f'[{host}]' if ':' in host else host}:{port}" for host, port in addresses]
-        engines = [link.name for model in self.gateway.models.served for link in model.driver.links]
+        engines = [backend.name for model in self.gateway.models.served for backend in model.loop.backends]
         say(f"throttllem {self.gateway.models.version}: policy {self.options.policy}, engine {', '.join(engines)}")
         say(f"API        {urls[0]}/v1")
         say(f"dashboard  {urls[-1]}/dashboard   metrics  {urls[-1]}/metrics")
         for model in self.gateway.models.served:
-            for link in model.driver.links:
-                for note in assumptions(model.driver, link):
-                    say(f"note       {link.name}: {note}")
+            for backend in model.loop.backends:
+                for note in assumptions(model.loop, backend):
+                    say(f"note       {backend.name}: {note}")
         for door in open_doors(self.options.server):
             say(f"warning    {door}")
 
     def _drain(self, say: Say) -> None:
         self.gateway.models.draining = True
-        running = sum(len(model.driver.open()) for model in self.gateway.models.served)
+        running = sum(len(model.loop.open()) for model in self.gateway.models.served)
         say(f"stopping: {running} requests have up to {self.options.limits.drain_s:g} s; again to stop at once")
+
+    def _metrics_page(self, status: GatewayStatus) -> tuple[str, bytes]:
+        self.gateway.flush()
+        return metrics_page(status, self.gateway.histograms)
 
     async def _flushes(self) -> None:
         while True:
             await asyncio.sleep(_FLUSH_EVERY_S)
-            for recorder in self.gateway.recorders:
-                recorder.flush()
+            self.gateway.flush()
 
     async def _saves(self) -> None:
         while True:
@@ -189,13 +192,8 @@ def run_gateway(options: ServeOptions, cache_dir: Path, *, progress: Progress = 
     try:
         folder, held = _own_folder(options.state_dir.expanduser(), sockets.addresses()[0][1])
         options = replace(options, state_dir=folder)
-        began_s = time.monotonic()
         gateway = build_gateway(
-            options,
-            cache_dir,
-            version=version("throttllem"),
-            now=lambda: time.monotonic() - began_s,
-            progress=progress,
+            options, cache_dir, version=version("throttllem"), now=time.monotonic, progress=progress
         )
     except BaseException:
         sockets.close()

@@ -26,6 +26,7 @@ _HEALTH_CHECKS = 3
 """An engine that is suspected counts as lost after this many failed checks, or one refused connection."""
 _NEXT_CHECK_S = 0.5
 _COUNTS_AT_A_TIME = 64
+_STALLED_AFTER_S = 10.0
 _UNKNOWN_STEP_S = 0.05
 _SHORTEST_STEP_S = 0.005
 
@@ -79,6 +80,15 @@ class Backend:
     def in_flight(self) -> int:
         """Requests in the engine."""
         return 0 if self.progress is None else len(self.progress.in_flight)
+
+    def health(self, silence_s: float) -> tuple[str, str | None]:
+        """Its state, and what is wrong. Up means that it also moves: one that holds requests and shows no progress has
+        stalled.
+        """
+        still_s = self.now() - self.last_sign_s
+        if self.state == "up" and self.in_flight and still_s > min(_STALLED_AFTER_S, silence_s / 2):
+            return "stalled", f"no sign of progress for {still_s:.0f} s"
+        return self.state, self.trouble
 
     # ---- life ------------------------------------------------------------------------------------------------
 

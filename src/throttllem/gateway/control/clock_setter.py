@@ -50,7 +50,7 @@ class ClockSetter:
         self._key = self._wanted_mhz = None
 
     def set(self, plan: FrequencyPlan, since_s: float) -> None:
-        """Set it in the background; a ClockRead follows. `since_s`: the time of the event that the plan follows from."""
+        """Set it in the background; a ClockRead follows. `since_s`: when the event came that the plan follows from."""
         self._wanted_mhz = plan.mhz
         self._in_background(self._set(plan.mhz, since_s))
 

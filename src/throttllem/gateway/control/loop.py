@@ -40,10 +40,10 @@ from throttllem.core.types import (
 from throttllem.engines.base import EngineError
 from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
+from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.control.retry_after import RetryEstimator
 from throttllem.gateway.control.session import Session
 from throttllem.gateway.control.slo_attainment import SloAttainment, judged
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions
 
 log = logging.getLogger("throttllem.gateway")
@@ -193,7 +193,7 @@ class ControlLoop:
             self._forget(session)
         self._count(session, served=False if engine_failed else None)
 
-    def fail(self, session: Session, failure: RefusedError) -> None:
+    def fail(self, session: Session, failure: RejectedError) -> None:
         """End a request from this side, if it has not ended."""
         if session.ended:
             return
@@ -352,45 +352,49 @@ class ControlLoop:
         """End the requests that an event or a command was about that could not be handled; the others go on. A failure
         at an engine's event leaves the core's state of that engine in doubt: it counts as lost and is connected again.
         """
-        self._not_before_s = self.now() + _AFTER_FAULT_S
-        ids: tuple[int, ...] = ()
-        suspects: list[Backend] = []
+        now_s = self._not_before_s = self.now()
+        self._not_before_s += _AFTER_FAULT_S
         match what:
-            case Arrived(request=request):
-                ids = (request.id,)
-                suspects = self._after_faulty_request()
-            case Dispatch(request_id=request_id):
-                ids = (request_id,)
-                suspects = self._after_faulty_request()
-            case Stepped():
-                ids = what.started + what.preempted
-                for request_id in what.finished:  # they have their output, but their place must be freed
-                    self.handle(Cancelled(request_id=request_id))
-                suspects = [backend for backend in self.backends if backend.key == what.engine]
-            case Progressed() | Observed() | ClockRead() | EngineReady():
-                ids = (what.request_id,) if isinstance(what, Progressed) else ()
-                suspects = [backend for backend in self.backends if backend.key == what.engine]
-            case Cancelled() | Reject() | Fail() | Cancel():
-                ids = (what.request_id,)
+            case Arrived() | Dispatch():
+                self._faulty_requests += 1
+                suspects = self.backends if self._faulty_requests >= _FAULTY_REQUESTS else ()
+            case Stepped() | Progressed() | Observed() | ClockRead() | EngineReady():
+                suspects = tuple(backend for backend in self.backends if backend.key == what.engine)
             case EngineLost():
-                ids = tuple(key for key, one in self._sessions.items() if one.backend and one.backend.key is None)
+                suspects = ()
                 self._later(_AFTER_FAULT_S, lambda: self.handle(what))
                 self._later(0.0, self._ensure_engine)
             case StartEngine():
+                suspects = ()
                 self._later(0.0, self._ensure_engine)
-        if suspects or not isinstance(what, Cancelled | Reject | Fail | Cancel | SetClock | StopEngine | Timer):
-            self.doubtful, self._failed_s = True, self.now()
-        for backend in suspects:
+            case _:
+                suspects = None
+        if suspects is not None:
+            self.doubtful, self._failed_s = True, now_s
+        for backend in suspects or ():
             self._rebuild(backend)
-        for session in [self._sessions[request_id] for request_id in ids if request_id in self._sessions]:
-            self.fail(session, rejections.broken())
+        for request_id in self._affected(what):
+            if session := self._sessions.get(request_id):
+                self.fail(session, rejections.broken())
+        if isinstance(what, Stepped):
+            for request_id in what.finished:  # these have their output, but their places must be freed
+                self.handle(Cancelled(request_id=request_id))
 
-    def _after_faulty_request(self) -> list[Backend]:
-        self._faulty_requests += 1
-        return list(self.backends) if self._faulty_requests >= _FAULTY_REQUESTS else []
+    def _affected(self, what: Event | Command) -> tuple[int, ...]:
+        """Requests that cannot go on without this event or command."""
+        match what:
+            case Arrived(request=request):
+                return (request.id,)
+            case Stepped(started=started, preempted=preempted):
+                return started + preempted
+            case Progressed() | Cancelled() | Dispatch() | Reject() | Fail() | Cancel():
+                return (what.request_id,)
+            case EngineLost():
+                return tuple(key for key, one in self._sessions.items() if one.backend and one.backend.key is None)
+        return ()
 
     def _rebuild(self, backend: Backend) -> None:
-        """Build the core's state of an engine again, soon: the task that watches the engine may be the one that failed."""
+        """Build the core's state of an engine again, soon: the task that watches the engine may run this very call."""
         key = backend.key
         if key is None:
             return
@@ -441,7 +445,7 @@ class ControlLoop:
             except Exception:  # the limits must hold after it too
                 log.exception("limits were not enforced this time")
 
-    def overdue(self, session: Session, up_s: float, now_s: float) -> RefusedError | None:
+    def overdue(self, session: Session, up_s: float, now_s: float) -> RejectedError | None:
         """What ends a request now, None if nothing does. `up_s`: when an engine was up last.
 
         A streamed output that has begun must go on; before that, and where output comes in one piece, any sign of life

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from throttllem.core.types import Request
 from throttllem.engines.base import EngineError
 from throttllem.gateway.control.backend import Backend
+from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.control.slo_attainment import Latencies
-from throttllem.gateway.control.ticket import RefusedError
 
 if TYPE_CHECKING:
     from throttllem.gateway.control.loop import ControlLoop
@@ -54,7 +54,7 @@ class Session:
     generated_tokens: int = 0
     energy_j: float | None = None
     ended: bool = False
-    failure: RefusedError | None = None
+    failure: RejectedError | None = None
     _placed: asyncio.Future[Backend] | None = None
     _task: asyncio.Task[object] | None = None
     _interrupted: bool = False
@@ -103,7 +103,7 @@ class Session:
                 loop.handle(event)
 
     def finish(self, tokens: int | None = None) -> Receipt:
-        """The output is complete; `tokens` in all, where the engine reported it. Call it before the last chunk is sent."""
+        """The output is complete; `tokens` in all, where the engine reported it. To be called before the last chunk."""
         if not self.ended:
             if tokens is not None:
                 self.generated_tokens = tokens
@@ -120,7 +120,7 @@ class Session:
         if self._placed is not None and not self._placed.done():
             self._placed.set_result(backend)
 
-    def fail(self, failure: RefusedError) -> None:
+    def fail(self, failure: RejectedError) -> None:
         """End it from the control loop: `placed` raises, or the task that relays the output is interrupted."""
         self.ended, self.failure = True, failure
         if self._placed is not None and not self._placed.done():

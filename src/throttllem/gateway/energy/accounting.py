@@ -15,12 +15,35 @@ from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Report
 from throttllem.engines.progress import InFlight, Progress
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
-from throttllem.gateway.telemetry.status import Energy
 from throttllem.gpu.device import Gpu, Reading, Work
 
 log = logging.getLogger("throttllem.gateway")
 
 _UNREAD = Reading(clock_mhz=None, watts=0.0, energy_j=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Energy:
+    """Joules of one engine's GPUs since the gateway started: requests' and idle; `top_j` what the same work would have
+    taken at the top clock, by the model, with the idle time left over (None: there is no model); `advised_j` likewise
+    at the clocks that were advised where none is set (None: none was). Savings are estimates for that reason.
+    """
+
+    total_j: float = 0.0
+    idle_j: float = 0.0
+    top_j: float | None = None
+    advised_j: float | None = None
+    watts: float = 0.0
+
+    @property
+    def saved(self) -> float | None:
+        """The fraction of `top_j` that was not taken, negative where it took more; None: nothing to compare."""
+        return 1.0 - self.total_j / self.top_j if self.top_j else None
+
+    @property
+    def would_save(self) -> float | None:
+        """The fraction of `total_j` that the advised clocks would not have taken; None: none were advised."""
+        return 1.0 - self.advised_j / self.total_j if self.advised_j is not None and self.total_j else None
 
 
 @dataclass(slots=True)

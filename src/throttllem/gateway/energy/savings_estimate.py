@@ -1,12 +1,11 @@
 """What the same load would have taken at other clocks: the maximum, or those of a dry run. An estimate by the
 performance table, one slice of time after the other.
 
-A lower clock makes iterations longer, so more requests share each of them: counting the same iterations at another
-clock would forget that there would be more of them, with fewer requests each, or the other way round. So every slice's
-load is put to the core's model of an engine that settles (`core.clocks.steady_load.steady`), once at the clocks that were in force
-and once at the others; the measured joules are scaled by the ratio. Requests are taken to come when they come, whatever
-the clock is: bursts shorter than a slice, and clients that wait for their answers before they ask again, make the
-saving too high.
+A lower clock makes iterations longer, so more requests share each of them: the same iterations at another clock would
+be another number of iterations, with other batches. So the load of each slice is put to the core's model of an engine
+in a steady state (`core.clocks.steady_load.steady`), once at the clocks in force and once at the others, and the
+measured joules are scaled by the ratio. Arrivals are assumed not to depend on the clock: bursts shorter than a slice,
+and clients that wait for an output before they send the next request, make the estimated saving too high.
 """
 
 from __future__ import annotations

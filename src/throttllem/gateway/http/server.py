@@ -132,7 +132,7 @@ class _Listener:
         state = ServerState()
         loop = asyncio.get_running_loop()
         try:
-            server = await loop.create_server(lambda: BoundedProtocol(config, state, {}), sock=sock, backlog=_BACKLOG)
+            server = await loop.create_server(lambda: BoundedProtocol(config, state), sock=sock, backlog=_BACKLOG)
         except OSError as error:
             raise _taken(error, "port", *sock.getsockname()[:2]) from error
         return cls(server, state)

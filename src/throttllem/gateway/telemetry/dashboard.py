@@ -19,10 +19,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from throttllem.gateway.control.slo_attainment import RECENT_S, added
-from throttllem.gateway.control.ticket import Models
+from throttllem.gateway.control.models import Models
+from throttllem.gateway.control.slo_attainment import RECENT_S, SloCounts, added
+from throttllem.gateway.energy.accounting import Energy
 from throttllem.gateway.telemetry.history import KEPT_S, History
-from throttllem.gateway.telemetry.status import Energy, GatewayStatus, SloCounts
+from throttllem.gateway.telemetry.status import GatewayStatus, gateway_status
 
 _HEADERS = {
     "cache-control": "no-store",
@@ -41,7 +42,7 @@ def dashboard_routes(models: Models, history: History) -> list[Route]:
         return Response(page, headers=headers, media_type="text/html")
 
     async def tell(request: Request) -> Response:
-        status = models.status()
+        status = gateway_status(models)
         history.note(status)
         asked = request.query_params
         known_s = _seconds(asked.get("since")) if asked.get("run") == history.run_id else None

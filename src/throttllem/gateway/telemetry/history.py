@@ -9,8 +9,8 @@ import secrets
 from collections import deque
 from dataclasses import dataclass
 
-from throttllem.gateway.control.ticket import Models
-from throttllem.gateway.telemetry.status import EngineStatus, GatewayStatus, ModelStatus
+from throttllem.gateway.control.models import Models
+from throttllem.gateway.telemetry.status import EngineStatus, GatewayStatus, ModelStatus, gateway_status
 
 KEPT_S = 300.0
 PERIOD_S = 1.0
@@ -59,7 +59,7 @@ class History:
     async def run(self, models: Models) -> None:
         """Take a sample every period, until cancelled."""
         while True:
-            self.note(models.status())
+            self.note(gateway_status(models))
             await asyncio.sleep(self._period_s)
 
     def note(self, status: GatewayStatus) -> None:
