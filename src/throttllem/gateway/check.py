@@ -190,10 +190,11 @@ def _described(backend: Backend, connected: Connected, core: ControllerOptions, 
         chosen = f"would keep to {core.throttle.fixed_mhz} MHz"
     elif core.throttle.policy is ClockPolicy.TOP or (core.slo_aware and _without_choice(backend, table)):
         chosen = "would keep to the top clock"
+    simulated = "a simulated " if backend.clock.mode == "simulated" else ""
     return (
         f"engine {backend.name} serves {', '.join(connected.models)}: "
-        f"{spec.kv_blocks} KV blocks of {spec.block_tokens} tokens, {spec.max_batch} requests, context {spec.max_context_tokens}; policy {options.policy} {chosen} "
-        f"of {'a simulated ' if backend.clock.mode == 'simulated' else ''}{backend.catalogue_gpu}"
+        f"{spec.kv_blocks} KV blocks of {spec.block_tokens} tokens, {spec.max_batch} requests, "
+        f"context {spec.max_context_tokens}; policy {options.policy} {chosen} of {simulated}{backend.catalogue_gpu}"
     )
 
 

@@ -352,23 +352,9 @@ class ControlLoop:
         """End the requests that an event or a command was about that could not be handled; the others go on. A failure
         at an engine's event leaves the core's state of that engine in doubt: it counts as lost and is connected again.
         """
-        now_s = self._not_before_s = self.now()
-        self._not_before_s += _AFTER_FAULT_S
-        match what:
-            case Arrived() | Dispatch():
-                self._faulty_requests += 1
-                suspects = self.backends if self._faulty_requests >= _FAULTY_REQUESTS else ()
-            case Stepped() | Progressed() | Observed() | ClockRead() | EngineReady():
-                suspects = tuple(backend for backend in self.backends if backend.key == what.engine)
-            case EngineLost():
-                suspects = ()
-                self._later(_AFTER_FAULT_S, lambda: self.handle(what))
-                self._later(0.0, self._ensure_engine)
-            case StartEngine():
-                suspects = ()
-                self._later(0.0, self._ensure_engine)
-            case _:
-                suspects = None
+        now_s = self.now()
+        self._not_before_s = now_s + _AFTER_FAULT_S
+        suspects = self._suspects(what)
         if suspects is not None:
             self.doubtful, self._failed_s = True, now_s
         for backend in suspects or ():
@@ -379,6 +365,23 @@ class ControlLoop:
         if isinstance(what, Stepped):
             for request_id in what.finished:  # these have their output, but their places must be freed
                 self.handle(Cancelled(request_id=request_id))
+
+    def _suspects(self, what: Event | Command) -> tuple[Backend, ...] | None:
+        """Backends whose state in the core is in doubt; None: a failure at `what` puts no state in doubt."""
+        match what:
+            case Arrived() | Dispatch():
+                self._faulty_requests += 1
+                return self.backends if self._faulty_requests >= _FAULTY_REQUESTS else ()
+            case Stepped() | Progressed() | Observed() | ClockRead() | EngineReady():
+                return tuple(backend for backend in self.backends if backend.key == what.engine)
+            case EngineLost():
+                self._later(_AFTER_FAULT_S, lambda: self.handle(what))
+                self._later(0.0, self._ensure_engine)
+                return ()
+            case StartEngine():
+                self._later(0.0, self._ensure_engine)
+                return ()
+        return None
 
     def _affected(self, what: Event | Command) -> tuple[int, ...]:
         """Requests that cannot go on without this event or command."""
