@@ -1,6 +1,6 @@
-"""The gateway's ASGI application: which path is served how, who may ask, and what becomes of every error.
+"""The gateway's ASGI application: what serves each path, which key it needs, and how every error is answered.
 
-Plain ASGI: a streamed chunk costs one `send`. Knows the models only by `ticket.Models`, sockets not at all.
+Plain ASGI: a streamed chunk costs one `send`. Knows no sockets.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _log = logging.getLogger("throttllem.gateway")
 _SANE_ID = re.compile(r"[!-~]{1,128}")
 _NATIVE_MODEL = re.compile(r"/v2/models/([^/]+)(?:/.*)?")
 _CROWDED_RETRY_S = 1
+_ODD = re.compile("[\\\\?#\ufffd]")
 
 
 class Gateway:
@@ -168,7 +169,8 @@ class Gateway:
         path, method = _path(exchange), exchange.method
         if path == "/health":
             return self._pages.health(exchange, draining=self.draining)
-        key_name = self._access.check(exchange.headers.get("authorization"))
+        access = self._access
+        key_name = access.check(exchange.headers.get("authorization")) if access.guarded else None
         if asks.controlled(path):
             if method != "POST":
                 raise not_allowed(method, path, "POST")
@@ -277,7 +279,7 @@ def _path(exchange: Exchange) -> str:
     raw = exchange.scope["raw_path"].decode("latin-1")
     path = unquote(raw, errors="replace")
     segments = path.split("/")
-    odd = "." in segments or ".." in segments or "" in segments[1:-1] or any(char in path for char in "\\?#\ufffd")
+    odd = "." in segments or ".." in segments or "" in segments[1:-1] or _ODD.search(path) is not None
     if odd or len(segments) != raw.count("/") + 1 or not path.startswith("/") or not path.isprintable():
         raise not_found(exchange.method, raw)
     if path.endswith("/") and asks.controlled(path.rstrip("/")):

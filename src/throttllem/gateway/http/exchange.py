@@ -107,7 +107,7 @@ class Exchange:
     async def start(self, status: int, headers: ByteHeaders, *, events: bool = False) -> None:
         """Status and headers, as they are but for the request's id."""
         self.started = True
-        self.events = events and not any(name == b"content-length" for name, _ in headers)
+        self.events = events
         marked = [*headers, (b"x-request-id", self.request_id.encode())]
         self.status = status
         self.blocked = True

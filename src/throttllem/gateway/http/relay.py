@@ -103,7 +103,8 @@ async def _end(exchange: Exchange, rest: bytes, *, cut_off: bool, failed: bool) 
 async def forward(exchange: Exchange, reply: Reply, silence_s: float | None = None) -> None:
     """A reply that passes as it is. Raises EngineError 504 if the engine sends nothing for `silence_s`."""
     status, is_stream, headers = _head(reply, drop_length=False)
-    await exchange.start(status, headers, events=is_stream)
+    bounded = any(name == b"content-length" for name, _ in headers)
+    await exchange.start(status, headers, events=is_stream and not bounded)
     while chunk := await _next(reply, silence_s):
         await exchange.write(chunk)
     await exchange.finish()

@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
@@ -132,7 +133,7 @@ class _Listener:
         state = ServerState()
         loop = asyncio.get_running_loop()
         try:
-            server = await loop.create_server(lambda: BoundedProtocol(config, state), sock=sock, backlog=_BACKLOG)
+            server = await loop.create_server(partial(BoundedProtocol, config, state), sock=sock, backlog=_BACKLOG)
         except OSError as error:
             raise _taken(error, "port", *sock.getsockname()[:2]) from error
         return cls(server, state)
