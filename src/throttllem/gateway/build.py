@@ -207,7 +207,7 @@ class _Part:
                 f"`throttllem profile PROFILE --url {entry.url} --gpus {gpus} --clocks MHZ,MHZ,...`, and "
                 f"`throttllem train PROFILE --out {file.parent}`; or leave clocks alone, --clocks off"
             )
-        log.warning("%s: the clock axis of this table was not measured: the maximum clock is kept", file)
+        log.warning("%s: the clock axis of this table was not measured: the clock stays at its maximum", file)
         return table.only_at(gpu.clocks_mhz[-1])
 
     def _predictor(self, first: EngineEntry) -> tuple[LengthPredictor, Path]:

@@ -42,7 +42,7 @@ async def check_configuration(options: ServeOptions, origins: dict[str, str], ca
         *_ports(options),
         *_access(options),
         *_folders(options),
-        *_promises(options),
+        *_slos(options),
     ]
     try:
         gateway = build_gateway(options, cache_dir, version="", now=time.monotonic, learn=False)
@@ -77,7 +77,7 @@ def _ports(options: ServeOptions) -> Iterator[Finding]:
     yield Finding(mark="ok", text=f"would listen on {server.host}:{server.port}")
     if server.metrics_port is not None:
         where = f"{server.metrics_host}:{server.metrics_port}"
-        yield Finding(mark="ok", text=f"metrics and dashboard on {where}, where no key is asked for")
+        yield Finding(mark="ok", text=f"metrics and dashboard on {where}, which needs no key")
 
 
 def _access(options: ServeOptions) -> Iterator[Finding]:
@@ -87,26 +87,26 @@ def _access(options: ServeOptions) -> Iterator[Finding]:
     elif server.api_keys:
         yield Finding(mark="ok", text=f"{len(server.api_keys)} API keys: a request must carry one of them")
     else:
-        yield Finding(mark="ok", text="no API keys: everybody on this machine may ask")
+        yield Finding(mark="ok", text="no API keys: every client on this machine is served")
     if door := _public_metrics(server):
         yield Finding(mark="--", text=door)
 
 
 def open_doors(server: ServerOptions) -> Iterator[str]:
-    """Where others than this machine may ask without a key."""
+    """Where clients of other machines need no key."""
     yield from filter(None, (_keyless(server), _public_metrics(server)))
 
 
 def _keyless(server: ServerOptions) -> str | None:
     if server.api_keys or _is_loopback(server.host):
         return None
-    return f"no API keys, and {server.host} is not loopback: everybody who reaches it may ask"
+    return f"no API keys, and {server.host} is not loopback: every client that reaches it is served"
 
 
 def _public_metrics(server: ServerOptions) -> str | None:
     if server.metrics_port is None or _is_loopback(server.metrics_host):
         return None
-    return f"{server.metrics_host} is not loopback: everybody who reaches it may see metrics and the dashboard"
+    return f"{server.metrics_host} is not loopback: every client that reaches it sees metrics and the dashboard"
 
 
 def _is_loopback(host: str) -> bool:
@@ -123,7 +123,7 @@ def _folders(options: ServeOptions) -> Iterator[Finding]:
     except WriteError as error:
         yield Finding(mark="!!", text=f"state_dir: {error}", fatal=True)
         return
-    yield Finding(mark="ok", text=f"what is learned of answers' lengths is kept in {state}")
+    yield Finding(mark="ok", text=f"learned output lengths are stored in {state}")
     recorder = options.recorder
     if recorder.enabled:
         folder = (recorder.folder or options.state_dir / "flight").expanduser()
@@ -131,14 +131,14 @@ def _folders(options: ServeOptions) -> Iterator[Finding]:
         yield Finding(mark="ok", text=f"flight recorder: {folder}, at most {most:.0f} MiB per model")
 
 
-def _promises(options: ServeOptions) -> Iterator[Finding]:
+def _slos(options: ServeOptions) -> Iterator[Finding]:
     for name, slo in (("by default", options.slo), *((f"class {name}", slo) for name, slo in options.classes.items())):
         parts = [
             f"{part[:-2].upper()} {getattr(slo, part):g} s"
             for part in ("e2e_s", "tbt_s", "ttft_s")
             if getattr(slo, part)
         ]
-        yield Finding(mark="ok" if parts else "--", text=f"promise {name}: {', '.join(parts) or 'none'}")
+        yield Finding(mark="ok" if parts else "--", text=f"SLO {name}: {', '.join(parts) or 'none'}")
 
 
 async def _engines(gateway: Gateway, options: ServeOptions, origins: dict[str, str]) -> list[Finding]:
@@ -204,7 +204,7 @@ def _without_choice(backend: Backend, table: PerformanceTable | None) -> bool:
 
 
 async def _hardware(backend: Backend, options: ServeOptions, origins: dict[str, str]) -> list[Finding]:
-    """Real GPUs are found and read, never set. Whether clocks would be off, advised or on is said in any case."""
+    """Real GPUs are found and read, never set; the finding names the mode that clocks would run in."""
     gpu = backend.gpu
     if not isinstance(gpu, HardwareGpu):
         text = f"engine {backend.name}: clocks are simulated: it names no GPUs (engines.N.gpus, --gpus)"
@@ -226,12 +226,12 @@ async def _clocks(name: str, gpu: HardwareGpu, options: ServeOptions, why: str) 
         case Mode.OFF:
             return Finding(mark="ok", text=f"engine {name}: clocks would be off ({why}): left alone")
         case Mode.ADVISE:
-            text = f"engine {name}: clocks would be advised ({why}): decided, recorded and shown, never set"
+            text = f"engine {name}: clocks would be a dry run ({why}): decided, recorded and shown, never set"
             return Finding(mark="ok", text=text)
     try:
         mark, text = await _setter(gpu, options)
     except OSError as error:
-        return Finding(mark="!!", text=f"engine {name}: clocks would only be advised (though {why}): {error}")
+        return Finding(mark="!!", text=f"engine {name}: clocks would be a dry run (though {why}): {error}")
     return Finding(mark=mark, text=f"engine {name}: clocks would be on ({why}): {text}")
 
 
@@ -250,7 +250,7 @@ async def _setter(gpu: HardwareGpu, options: ServeOptions) -> tuple[str, str]:
     if high < top:
         return "--", f"{text}, at most {high} of {top} MHz: its --gpu allows no more"
     if taken := [f"{uuid} ({status['held'][uuid]['by']})" for uuid in gpu.uuids if uuid in status["held"]]:
-        return "--", f"{text}, once its present holder gives back {', '.join(taken)}"
+        return "--", f"{text}, once its present holder releases {', '.join(taken)}"
     return "ok", text
 
 
@@ -271,7 +271,8 @@ def _no_clock_axis(backend: Backend) -> Finding:
     return Finding(
         mark="--",
         text=f"engine {backend.name}: the clock axis of its table was not measured (a profile without --gpus, or "
-        "of one clock): the maximum clock is kept, and no saving is estimated; profile again with --gpus and --clocks",
+        "of one clock): the clock stays at its maximum, and no saving is estimated; profile again with --gpus and "
+        "--clocks",
     )
 
 
@@ -282,6 +283,7 @@ def _no_table(backend: Backend) -> Finding:
         )
     return Finding(
         mark="--",
-        text=f"engine {backend.name} has no performance table: top clock, no admission by promises; "
+        text=f"engine {backend.name} has no performance table: the clock stays at its maximum, and admission does not "
+        "check SLOs; "
         f"`throttllem profile --url ...`, `throttllem train`, then tables = FOLDER",
     )

@@ -48,7 +48,7 @@ class BackendFactory:
         table: PerformanceTable | None,
         controller: Controller,
     ) -> Backend:
-        """The engine of an entry, with its GPUs and books; `fleet` has its size."""
+        """The backend of an entry; `fleet` has its size."""
         spec, physics = fleet.specs[entry.tp], fleet.physics[entry.tp]
         gpu = self._gpu(entry, spec, physics, table)
         name = f"{entry.kind}-{entry.model}-tp{entry.tp}"

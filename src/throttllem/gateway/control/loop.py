@@ -312,7 +312,7 @@ class ControlLoop:
                 if backend := self._by_key(key):
                     backend.retire()
             case Cancel():
-                pass  # the session was closed before the core was told
+                pass  # the session was closed before the core got the event
 
     def _reject(self, request_id: int, why: Reason) -> None:
         session = self._sessions.pop(request_id, None)

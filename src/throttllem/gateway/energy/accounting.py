@@ -24,9 +24,9 @@ _UNREAD = Reading(clock_mhz=None, watts=0.0, energy_j=0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
-    """Joules of one engine's GPUs since the gateway started: requests' and idle; `top_j` what the same work would have
-    taken at the top clock, by the model, with the idle time left over (None: there is no model); `advised_j` likewise
-    at the clocks that were advised where none is set (None: none was). Savings are estimates for that reason.
+    """Joules of one engine's GPUs since the gateway started, of requests and idle. `top_j` is the estimate for the same
+    load at the maximum clock (None: there is no performance table), `advised_j` that at the clocks of a dry run
+    (None: there was none). Savings are therefore estimates.
     """
 
     total_j: float = 0.0
@@ -42,7 +42,7 @@ class Energy:
 
     @property
     def would_save(self) -> float | None:
-        """The fraction of `total_j` that the advised clocks would not have taken; None: none were advised."""
+        """The fraction of `total_j` that the clocks of the dry run would not have taken; None: there was none."""
         return 1.0 - self.advised_j / self.total_j if self.advised_j is not None and self.total_j else None
 
 

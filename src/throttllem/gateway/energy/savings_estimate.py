@@ -112,7 +112,7 @@ class SavingsEstimate:
         return self._same_steps(here, busy_s, self.spec)
 
     def _settled(self, here: _Slice, spec: EngineSpec) -> list[float]:
-        """Mean watts at each clock if the slice's load went on for ever; inf where the clock does not hold it."""
+        """Mean watts at each clock if the slice's load went on; inf where the clock does not sustain it."""
         prompts, answer = max(1, here.prompts), here.tokens / max(1, here.prompts)
         load = Load(
             requests_per_s=prompts / here.seconds,

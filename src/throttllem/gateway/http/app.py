@@ -257,7 +257,7 @@ def build_app(
     extra_routes: Sequence[Route] = (),
     on_response: Callable[[int], None] = lambda _: None,
 ) -> Gateway:
-    """The gateway in front of `models`; `extra_routes` are served where `/metrics` is; `on_response` hears statuses."""
+    """The gateway in front of `models`; `extra_routes` are served where `/metrics` is; `on_response` gets each status."""
     return Gateway(models, options, Pages(models, metrics_page, extra_routes), on_response)
 
 
@@ -295,7 +295,7 @@ def _target(exchange: Exchange) -> str:
 
 
 def _passed_methods(path: str) -> tuple[str, ...]:
-    """The methods that go on to an engine without control. Of Triton's own API only what asks, not what changes it."""
+    """The methods that go on to an engine without control. Of Triton's native API only those that change nothing."""
     if path.startswith("/v1/") and path != "/v1/":
         return ("GET", "POST", "DELETE")
     return ("GET",) if path.startswith("/v2/") else ()

@@ -16,7 +16,7 @@ from throttllem.gateway.http.errors import ByteHeaders, HttpError, too_large
 ABORT = "throttllem.abort"
 """The scope's extension that ends a connection without waiting for what its client has not taken."""
 DISCARD_S = 1.0
-"""How long a body that nobody wants is read on, so that its sender gets to see the answer."""
+"""How long an unwanted body is read on, so that its sender gets to see the response."""
 
 
 class Cause(StrEnum):
@@ -132,7 +132,7 @@ class Exchange:
         self.moves += 1
 
     async def answer(self, status: int, headers: ByteHeaders, body: bytes) -> None:
-        """A whole response of our own."""
+        """A whole response that the gateway makes."""
         whole = not self._unread or await self._discard()
         closing = () if whole else ((b"connection", b"close"),)
         own = ((b"date", formatdate(usegmt=True).encode()), (b"content-length", str(len(body)).encode()))
@@ -140,7 +140,7 @@ class Exchange:
         await self.finish(body)
 
     async def fail(self, error: HttpError) -> None:
-        """Tell the client of an error in the way that is still open: as the answer, as an event, by breaking off."""
+        """Send an error in the way that is still open: as the response, as an event, or by breaking off."""
         if self.finished:
             return
         if not self.started:
@@ -163,7 +163,7 @@ class Exchange:
             await asyncio.sleep(0)
 
     async def put(self, message: Message) -> None:
-        """Any ASGI message of an application that answers in our place."""
+        """Any ASGI message of an application that responds in place of the gateway."""
         if message["type"] == "http.response.start":
             await self.start(message["status"], tuple(message.get("headers", ())))
         elif message.get("more_body"):

@@ -1,4 +1,4 @@
-"""What the gateway says of itself: health, metrics, the dashboard, and which models there are."""
+"""Health, metrics, the dashboard, and the list of models."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Pages:
         self._since_s = int(time.time())
 
     async def health(self, exchange: Exchange, *, draining: bool) -> None:
-        """200 while requests are welcome, else 503; tells no more than anybody may know."""
+        """200 while requests are served, else 503. Shows nothing confidential, as it needs no key."""
         _only(exchange, "GET, HEAD")
         seen = self._models.health()
         draining = draining or seen.draining
-        word = "draining" if draining else "ok" if seen.up and not seen.degraded else "degraded"
-        body = {"status": word, "engines_up": seen.up, "engines": seen.engines, "version": seen.version}
+        state = "draining" if draining else "ok" if seen.up and not seen.degraded else "degraded"
+        body = {"status": state, "engines_up": seen.up, "engines": seen.engines, "version": seen.version}
         await exchange.answer(503 if draining or not seen.up else 200, _JSON, json.dumps(body).encode())
 
     def find(self, exchange: Exchange, path: str) -> Awaitable[None] | None:

@@ -24,7 +24,7 @@ CROWDED = "throttllem.crowded"
 HEAD_S = 30.0
 """A request's head must be whole in this time."""
 LINGER_S = 1.0
-"""How long a client that was told off may go on sending."""
+"""How long a client whose request was refused may go on sending."""
 KEEP_ALIVE_S = 75
 """Longer than common clients keep an idle connection, so that none is closed under a new request."""
 
@@ -57,12 +57,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._limits = config.limits
 
     _head_bytes: int | None = None
-    """Bytes of the head that is being read, at most so many; None between heads."""
+    """An upper bound on the bytes of the head that is being read; None between heads."""
     _head_timer: asyncio.TimerHandle | None = None
     _aside_bytes = 0
     """Bytes since the last part of a body that are no body: the ends of chunks, and fields behind the last of them."""
     _broken_off = False
-    """The last word was said; what still comes is not read."""
+    """The last response was sent; what still comes is not read."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """An idle connection is closed after a while, also before its first request."""

@@ -102,7 +102,7 @@ class Histograms(Collector):
         self._decision_s.observe(seconds)
 
     def clock_command(self, seconds: float) -> None:
-        """A clock command is on its way, so long after the event that it came of."""
+        """A clock command was sent, `seconds` after the event that it follows from."""
         self._clock_s.observe(seconds)
 
     def http(self, status: int) -> None:
@@ -118,5 +118,5 @@ class Histograms(Collector):
                 yield family
 
 
-def _histogram(name: str, words: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> Histogram:
-    return Histogram(name, words, labels, buckets=buckets, registry=None)
+def _histogram(name: str, help_text: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(name, help_text, labels, buckets=buckets, registry=None)

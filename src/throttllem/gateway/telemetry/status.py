@@ -34,10 +34,10 @@ class Ahead:
 class EngineStatus:
     """One engine of the configuration. `view` None: the core does not know it now (down, or starting).
 
-    `state`: "up", "starting", "down" or "stalled"; `trouble` says why in words. `clock_mhz` None: unknown.
-    `kv_blocks` is the scoreboard's own estimate, `report` the engine's last word. `clocks` says how clocks are set
+    `state`: "up", "starting", "down" or "stalled"; `trouble` is the reason. `clock_mhz` None: unknown.
+    `kv_blocks` is the scoreboard's estimate, `report` the engine's last report. `clocks` is how clocks are set
     ("on", "advise", "off"; "simulated"), `advised_mhz` what would be set, `held` what keeps the GPUs from following and
-    `unset` why clocks are only advised though they should be set.
+    `unset` why they are not set though they should be.
     """
 
     name: str
@@ -93,7 +93,7 @@ class ModelStatus:
 
     @property
     def title(self) -> str:
-        """The first of its names; its first engine's where no engine has told one yet."""
+        """The first of its names; its first engine's where no engine has reported one yet."""
         return next(iter(self.names), self.engines[0].name if self.engines else "unknown")
 
 
@@ -148,7 +148,7 @@ def _model_status(loop: ControlLoop, names: tuple[str, ...]) -> ModelStatus:
 
 
 def decision(plan: FrequencyPlan | None) -> str:
-    """A plan in words."""
+    """A plan as text."""
     if plan is None:
         return "no decision yet"
     bound = f" (request {plan.binding})" if plan.binding is not None else ""
