@@ -13,15 +13,15 @@ COUNT = PromptCount(tokens=4, by="test", exact=True)
 
 def failing(it, unmeetable):
     """The core fails at every event that `unmeetable` is true of; those events."""
-    healthy, failed = it.driver.controller.take_in, []
+    healthy, failed = it.driver.controller.handle, []
 
-    def take_in(event, now_s):
+    def handle(event, now_s):
         if unmeetable(event):
             failed.append(event)
             raise ZeroDivisionError("a fault of the core")
         return healthy(event, now_s)
 
-    it.driver.controller.take_in = take_in
+    it.driver.controller.handle = handle
     return failed
 
 
@@ -33,7 +33,7 @@ def test_a_request_at_whose_arrival_the_core_fails_is_told_so_and_no_other(caplo
             await asyncio.sleep(0.05)
             failing(it, lambda event: isinstance(event, Arrived))
             first = await outcome(it.ask())
-            del it.driver.controller.take_in
+            del it.driver.controller.handle
             return first, await other, await outcome(it.ask()), it.driver.open(), it.seen.handled_
 
     first, other, after, still_open, handled = virtually(run())
@@ -66,7 +66,7 @@ def test_a_step_in_which_it_fails_ends_who_began_in_it_and_frees_who_finished():
             await it.up()
             failed = failing(it, lambda event: isinstance(event, Stepped) and (event.started or event.finished))
             begins = await outcome(it.ask())
-            del it.driver.controller.take_in
+            del it.driver.controller.handle
             failed = failing(it, lambda event: isinstance(event, Stepped) and event.finished)
             ends = await outcome(it.ask())
             await asyncio.sleep(0.5)
@@ -120,7 +120,7 @@ def test_what_is_due_and_fails_is_tried_again_but_not_at_once():
             it.driver._arm()
             await asyncio.sleep(5.0)
             count = len(failed)
-            del it.driver.controller.next_deadline, it.driver.controller.take_in
+            del it.driver.controller.next_deadline, it.driver.controller.handle
             return count
 
     assert virtually(run()) == pytest.approx(5, abs=1)

@@ -12,8 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from throttllem.core.controller import Controller
-from throttllem.core.scheduler import Changed
-from throttllem.core.types import Command, Event
+from throttllem.core.types import Command, Event, Timer
 
 if TYPE_CHECKING:
     from throttllem.gateway.control.session import Session
@@ -35,7 +34,6 @@ class _Open(NamedTuple):
     event: Event
     now_s: float
     commands: list[Command]
-    changed: Changed
     seconds: float
 
 
@@ -67,11 +65,11 @@ class Turn:
         self.at_s = now_s
         before = perf_counter()
         try:
-            commands, changed = self._controller.take_in(event, now_s)
+            commands = self._controller.handle(event, now_s)
         except Exception:
             self._failed(event, now_s, perf_counter() - before)
             return []
-        self._open = _Open(event, now_s, commands, changed, perf_counter() - before)
+        self._open = _Open(event, now_s, commands, perf_counter() - before)
         return commands
 
     def end(self) -> None:
@@ -79,15 +77,18 @@ class Turn:
         taken, self._open = self._open, None
         if taken is None:
             return
+        self._witness.handled(taken.now_s, taken.event, taken.commands, taken.seconds)
+        deadline_s = self._controller.next_deadline()
+        if deadline_s is None or deadline_s > taken.now_s:
+            return
         before = perf_counter()
         try:
-            more = self._controller.settle(taken.changed, taken.now_s)
+            more = self._controller.handle(Timer(), taken.now_s)
         except Exception:
-            self._failed(taken.event, taken.now_s, taken.seconds)
+            self._failed(Timer(), taken.now_s, perf_counter() - before)
             return
-        seconds = taken.seconds + perf_counter() - before
         self._do(more)
-        self._witness.handled(taken.now_s, taken.event, taken.commands + more, seconds)
+        self._witness.handled(taken.now_s, Timer(), more, perf_counter() - before)
 
     def _failed(self, event: Event, now_s: float, seconds: float) -> None:
         log.exception("the control core failed at %s", type(event).__name__)
