@@ -72,9 +72,8 @@ class Watch:
         if not views or connected is None:
             return
         view, blocks = views[0], connected.spec.kv_blocks
-        board = next(
-            iter(self._driver.controller._engines)
-        ).board  # nobody else asks for the blocks of prompts under way
+        # Only this measurement needs the blocks of prompts under way.
+        board = next(iter(self._driver.controller._engines.by_id.values())).board
         engine = {"running": step.running, "waiting": step.waiting, "kv_blocks": round(step.kv_usage * blocks)}
         own = {"running": view.running, "pending": view.pending, "kv_blocks": view.kv_blocks}
         own["pending_blocks"] = board.own(view.iteration).pending_blocks

@@ -257,7 +257,7 @@ def build_app(
     extra_routes: Sequence[Route] = (),
     on_response: Callable[[int], None] = lambda _: None,
 ) -> Gateway:
-    """The gateway in front of `models`; `extra_routes` are served where `/metrics` is; `on_response` gets each status."""
+    """The gateway in front of `models`; `extra_routes` are served where `/metrics` is; `on_response`: each status."""
     return Gateway(models, options, Pages(models, metrics_page, extra_routes), on_response)
 
 
