@@ -1,4 +1,4 @@
-"""The estimate of what the top clock would have taken, against an engine that ran there."""
+"""What the same load would have taken at other clocks, against an engine that ran at them."""
 
 import asyncio
 import random
@@ -9,16 +9,15 @@ from core.toy import spec, table
 from gateway.rig import rig, virtually
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
-from throttllem.gpu.device import Work
 
 
 async def energy(policy, gap_s, count):
-    """Joules of `count` requests that come when they come, the estimate of the top clock for them, and the clocks."""
+    """The energy of `count` requests at random times, with the estimate for the maximum clock, and the clock at the end."""
     async with rig(policy=policy, max_batch=64, kv_blocks=2000) as it:
         await it.up()
         dice, tasks = random.Random(3), []
         for _ in range(count):
-            tasks.append(asyncio.ensure_future(it.ask(tokens=dice.randint(20, 60), stream=False)))
+            tasks.append(asyncio.ensure_future(it.request(tokens=dice.randint(20, 60), stream=False)))
             await asyncio.sleep(dice.expovariate(1 / gap_s))
         await asyncio.gather(*tasks)
         await asyncio.sleep(count * gap_s * 1.3 + 20.0 - it.loop.now())
@@ -26,7 +25,7 @@ async def energy(policy, gap_s, count):
 
 
 @pytest.mark.parametrize(("gap_s", "count"), [(2.0, 20), (0.4, 100)])
-def test_it_is_about_what_the_top_clock_takes(gap_s, count):
+def test_the_estimate_is_about_what_the_maximum_clock_takes(gap_s, count):
     (truth, top), (slow, low) = (
         virtually(energy(policy, gap_s, count)) for policy in (ClockPolicy.TOP, ClockPolicy.THROTTLLEM)
     )
@@ -37,47 +36,89 @@ def test_it_is_about_what_the_top_clock_takes(gap_s, count):
     assert truth.saved == pytest.approx(0.0)
 
 
-def work(**more):
-    return Work(seconds=0.1, decode_sequences=4, kv_tokens=100, prefill_tokens=0, prefill_pairs=0.0, **more)
+def worked(estimate, *, joules, clock_mhz, kv_blocks=3, prompts=0, seconds=0.1, **more):
+    """One step of four sequences."""
+    estimate.worked(
+        seconds=seconds,
+        joules=joules,
+        steps=1,
+        output_tokens=4,
+        prompts=prompts,
+        prompt_tokens=0,
+        kv_block_steps=kv_blocks,
+        clock_mhz=clock_mhz,
+        **more,
+    )
 
 
-def test_idle_time_and_unknown_clocks_are_as_they_were():
-    top = SavingsEstimate(table=table(spec()), spec=spec())
-    top.idle(100.0, 4000.0)
-    top.step(work(), kv_blocks=3, prompts=0, clock_mhz=None, joules=7.0)
-    top.step(work(), kv_blocks=3, prompts=0, clock_mhz=1400, joules=5.0)
-    assert top.joules() == pytest.approx(4012.0)
+def test_idle_time_and_unknown_clocks_cost_the_same_at_the_maximum():
+    estimate = SavingsEstimate(table=table(spec()), spec=spec())
+    estimate.idle(100.0, 4000.0)
+    worked(estimate, clock_mhz=None, joules=7.0)
+    worked(estimate, clock_mhz=1400, joules=5.0)
+    assert estimate.joules() == pytest.approx(4012.0)
 
 
-def test_before_the_engine_was_up_nothing_is_made_up():
-    top = SavingsEstimate(table=table(spec()))
-    top.step(work(), kv_blocks=3, prompts=0, clock_mhz=600, joules=5.0)
-    assert top.joules() == 5.0
+def test_before_the_engine_was_up_nothing_is_invented():
+    estimate = SavingsEstimate(table=table(spec()))
+    worked(estimate, clock_mhz=600, joules=5.0)
+    assert estimate.joules() == 5.0
 
 
 def test_an_engine_that_is_full_does_the_same_steps_faster():
     some, law = spec(max_batch=4), table(spec(max_batch=4))
-    top = SavingsEstimate(table=law, spec=some)
+    estimate = SavingsEstimate(table=law, spec=some)
     for _ in range(600):
-        top.step(work(), kv_blocks=20, prompts=0, clock_mhz=600, joules=10.0)
+        worked(estimate, kv_blocks=20, clock_mhz=600, joules=10.0)
     slow, fast = (law.at(clock, 4, 20, 0) for clock in (600, 1400))
     same = 6000.0 * (fast[0] * fast[1]) / (slow[0] * slow[1]) + 60.0 * (1 - fast[0] / slow[0]) * some.idle_w
-    assert top.joules() == pytest.approx(same, rel=0.15)
+    assert estimate.joules() == pytest.approx(same, rel=0.15)
+
+
+def test_steps_that_are_settled_together_count_as_steps():
+    """A settlement holds many; the estimate is the same however often one is made."""
+    each, together = (SavingsEstimate(table=table(spec(max_batch=64)), spec=spec(max_batch=64)) for _ in range(2))
+    for _ in range(100):
+        for _ in range(10):
+            worked(each, clock_mhz=600, joules=10.0, kv_blocks=20)
+        together.worked(
+            seconds=1.0,
+            joules=100.0,
+            steps=10,
+            output_tokens=40,
+            prompts=0,
+            prompt_tokens=0,
+            kv_block_steps=200,
+            clock_mhz=600,
+        )
+    assert together.joules() == pytest.approx(each.joules(), rel=0.01)
+
+
+def test_another_clock_than_the_maximum():
+    """The clock of a dry run: at the clock in force it is the same, at a lower one less."""
+    some = spec(max_batch=64, kv_blocks=2000)
+    found = {}
+    for other_mhz in (600, 1000, 1400):
+        estimate = SavingsEstimate(table=table(some), spec=some)
+        for number in range(1000):
+            worked(estimate, kv_blocks=20, prompts=number % 20 == 0, clock_mhz=1400, other_mhz=other_mhz, joules=10.0)
+        found[other_mhz] = estimate.joules()
+    assert found[1400] == pytest.approx(10_000.0)
+    assert found[600] < found[1000] < found[1400]
 
 
 def test_it_never_falls():
-    top, told = SavingsEstimate(table=table(spec()), spec=spec()), [0.0]
+    estimate, shown = SavingsEstimate(table=table(spec()), spec=spec()), [0.0]
     for number in range(2000):
         clock = 600 if number % 700 < 400 else 1400
-        top.step(work(), kv_blocks=20, prompts=number % 5 == 0, clock_mhz=clock, joules=10.0)
+        worked(estimate, kv_blocks=20, prompts=number % 5 == 0, clock_mhz=clock, joules=10.0)
         if number % 9 == 0:
-            top.idle(number % 11, 5.0)
-        told.append(top.joules())
-    assert told == sorted(told)
-    assert told[-1] > told[1000] > 0
+            estimate.idle(number % 11, 5.0)
+        shown.append(estimate.joules())
+    assert shown == sorted(shown)
+    assert shown[-1] > shown[1000] > 0
 
 
 def test_a_clock_between_those_of_the_table_counts_as_the_one_below():
-    law = table(spec())
-    top = SavingsEstimate(table=law, spec=spec())
-    assert [top._column(mhz) for mhz in (None, 1400, 1399, 700, 600, 300)] == [4, 4, 3, 0, 0, 0]
+    estimate = SavingsEstimate(table=table(spec()), spec=spec())
+    assert [estimate._column(mhz) for mhz in (None, 1400, 1399, 700, 600, 300)] == [4, 4, 3, 0, 0, 0]
