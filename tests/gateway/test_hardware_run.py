@@ -133,7 +133,7 @@ def test_a_keeper_that_is_missing_is_said_before_and_no_reason_not_to_serve(tmp_
     ("mode", "origins", "told"),
     [
         ("on", {"clocks.mode": "t.toml:2"}, "would be on (clocks.mode = on, t.toml:2): set through the keeper at "),
-        ("advise", {}, "would be advised (clocks.mode = advise, the default): decided, recorded and shown, never set"),
+        ("advise", {}, "would be advised (clocks.mode = dry-run, the default): decided, recorded and shown, never set"),
         ("off", {"clocks.mode": "command line"}, "would be off (clocks.mode = off, command line): left alone"),
     ],
 )

@@ -50,7 +50,7 @@ _TAPE = Tape(0, sentences=50)
 def run(told: dict[str, Any]) -> None:
     """Serve until SIGTERM. `told`: as `house` says; requests and faults come over "control", their ends go back."""
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(levelname)s %(message)s")
-    hardware.AGAIN_S = engine_clock._RETRY_S = AGAIN_S
+    hardware.RETRY_S = engine_clock._RETRY_S = AGAIN_S
     vars(fake_api)["Tape"] = lambda _: _TAPE
     vars(realtime)["version"] = lambda _: "soaked"
     uvloop.run(_live(told))

@@ -64,7 +64,7 @@ class EnergyMeter:
             if not self._fails:
                 log.error("the GPU cannot be read: %s", error)
             self._fails = True
-            return replace(self._last, clock_mhz=None, advised_mhz=None, stands_for_mhz=None)
+            return replace(self._last, clock_mhz=None, dry_run_mhz=None, stands_for_mhz=None)
         self._fails = False
         return self._last
 
@@ -77,7 +77,7 @@ class EnergyMeter:
     def step(self, step: Step) -> None:
         """Book an iteration."""
         reading = self.reading()
-        self._advises = self._advises or reading.advised_mhz is not None
+        self._advises = self._advises or reading.dry_run_mhz is not None
         self.gpu.worked(step.work)
         joules = self._since_last()
         self.ledger.iteration(joules, step.rows, step.prefills)

@@ -86,7 +86,7 @@ def _engine_status(driver: ControlLoop, link: Backend, snapshot: Snapshot) -> En
         view=view,
         clock_mhz=reading.clock_mhz,
         clocks=link.clock.mode,
-        advised_mhz=None if link.clock.mode == "off" else reading.advised_mhz,
+        advised_mhz=None if link.clock.mode == "off" else reading.dry_run_mhz,
         limit_mhz=reading.limit_mhz,
         held=reading.held,
         unset=reading.trouble,

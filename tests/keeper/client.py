@@ -1,4 +1,4 @@
-"""A connection to the keeper with nothing clever about it: what is said is said, what comes back is what came back."""
+"""A plain connection to the keeper: sends what it is given, and returns what comes back."""
 
 import json
 import socket
@@ -6,8 +6,8 @@ import socket
 ANSWER_S = 10.0
 
 
-class Talk:
-    """One connection. A keeper that hangs up raises ConnectionError."""
+class Client:
+    """One connection. Raises ConnectionError if the keeper closes it."""
 
     def __init__(self, path, answer_s=ANSWER_S):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -25,37 +25,37 @@ class Talk:
     def __exit__(self, *_):
         self.close()
 
-    def ask(self, op, **fields):
-        """What it answers."""
-        self.say({"op": op, **fields})
-        return self.hear()
+    def request(self, op, **fields):
+        """The answer."""
+        self.send({"op": op, **fields})
+        return self.receive()
 
-    def done(self, op, **fields):
-        """Asked for, and done."""
-        answer = self.ask(op, **fields)
+    def ok(self, op, **fields):
+        """The answer to a request that is carried out."""
+        answer = self.request(op, **fields)
         assert answer["ok"], answer
         return answer
 
-    def refused(self, op, **fields):
-        """Asked for, and refused: with which code."""
-        answer = self.ask(op, **fields)
+    def rejected(self, op, **fields):
+        """The code of a request that is rejected."""
+        answer = self.request(op, **fields)
         assert not answer["ok"], answer
         assert answer["error"]
         return answer["code"]
 
-    def say(self, what):
+    def send(self, what):
         """A JSON value, or bytes as they are."""
         self.socket.sendall(what if isinstance(what, bytes) else json.dumps(what).encode() + b"\n")
 
-    def hear(self):
+    def receive(self):
         """The next line."""
         line = self._lines.readline()
         if not line:
-            raise ConnectionAbortedError("the keeper hung up")
+            raise ConnectionAbortedError("the keeper closed the connection")
         return json.loads(line)
 
-    def hung_up(self):
-        """Whether the keeper has ended it; whatever it still said is thrown away."""
+    def disconnected(self):
+        """Wait until the keeper has closed it; true. Drops what it still sent."""
         try:
             while self._lines.readline():
                 pass
