@@ -43,8 +43,7 @@ from throttllem.report.output import results_json, show_results
 from throttllem.report.page import write_report
 from throttllem.reproduce.run import claims_table, outcomes_json
 from throttllem.reproduce.run import reproduce as reproduce_claims
-from throttllem.sim.runs import run_all
-from throttllem.sim.study import MAXIMUM, Study
+from throttllem.sim.study import MAXIMUM, Study, run_all
 
 app = typer.Typer(
     help="Serve LLMs at the least energy that keeps every latency promise.",

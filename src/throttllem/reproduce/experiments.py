@@ -14,11 +14,9 @@ from throttllem.core.clocks.names import Policy
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.tables import Progress
 from throttllem.sim.characterize import Capacity
+from throttllem.sim.parallel import Progress as TaskProgress
 from throttllem.sim.result import RunResult
-from throttllem.sim.runs import Progress as TaskProgress
-from throttllem.sim.runs import run_all
-from throttllem.sim.scenario import Scenario
-from throttllem.sim.study import MAXIMUM, Study
+from throttllem.sim.study import MAXIMUM, Scenario, Study, run_all
 
 GPU = "a100-40gb-sxm"
 """The paper's: AWS p4d.24xlarge."""

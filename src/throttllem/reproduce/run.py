@@ -30,7 +30,7 @@ from throttllem.reproduce.experiments import (
 )
 from throttllem.reproduce.findings import outcomes as judged
 from throttllem.reproduce.probes import PROFILED, clock_sweep, kv_correlation, score_card
-from throttllem.sim.runs import Task, side_by_side
+from throttllem.sim.parallel import Task, side_by_side
 from throttllem.sim.study import Study
 
 _STYLES = {
