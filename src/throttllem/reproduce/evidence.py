@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from throttllem.profiling.score import Score, ScoreCard
-from throttllem.report.verdict import is_promise_kept
+from throttllem.report.metrics import slo_met
 from throttllem.reproduce.experiments import BASELINE, MAIN_MODEL, Comparison
 from throttllem.reproduce.probes import ClockSweep, KvCorrelation
 from throttllem.sim.result import RunResult
@@ -92,7 +92,7 @@ def promises_broken(comparisons: tuple[Comparison, ...], policy: str) -> str:
         f"(triton {percent(comparison.baseline.slo.attainment)}; p99 wait for a place "
         f"{comparison.runs[policy].queue_s.p99 or 0:.1f} s, triton {comparison.baseline.queue_s.p99 or 0:.1f} s)"
         for comparison in comparisons
-        if not is_promise_kept(comparison.runs[policy], comparison.baseline)
+        if not slo_met(comparison.runs[policy], comparison.baseline)
     ]
     return f"Attainment more than half a point under the baseline's: {', '.join(worse)}." if worse else ""
 
