@@ -62,7 +62,7 @@ from throttllem.profiling.score import score_profile, score_table, write_score_c
 from throttllem.profiling.storage import save_table
 from throttllem.profiling.tables import profile_fleet
 from throttllem.profiling.train import train as train_trees
-from throttllem.sim.prepare import capacities
+from throttllem.sim.characterize import capacities
 from throttllem.sim.traces import load_trace
 
 
@@ -93,7 +93,7 @@ def characterize(
             options,
             cache_dir(),
             seed=seed,
-            promised=Slo(e2e_s=slo_e2e, tbt_s=slo_tbt),
+            slo=Slo(e2e_s=slo_e2e, tbt_s=slo_tbt),
             progress=lambda what, share: bar.update(task, completed=share),
         )
     table = Table("TP", "max load req/s", "E2E p99 s", "TBT p99 ms", "tokens/J", "never fits")

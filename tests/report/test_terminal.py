@@ -1,13 +1,41 @@
-from __future__ import annotations
-
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from throttllem.report.table import results_table
+from throttllem.report.terminal import results_table, show_results
 
 from .factory import make_run, make_runs
+
+CALIBRATED = {"kind": "calibrated", "why": "", "clocks_mhz": [840, 1410], "below_top": ""}
+
+
+@pytest.mark.parametrize(
+    ("reach", "said"),
+    [
+        (CALIBRATED, "watts calibrated from 840 to 1410 MHz."),
+        (
+            CALIBRATED | {"clocks_mhz": [1200, 1410], "below_top": "the clock's effect at tp 2 (fitted at 1)"},
+            "watts calibrated from 1200 to 1410 MHz (modelled for 25% of throttllem's time; below the top clock "
+            "modelled: the clock's effect at tp 2 (fitted at 1)).",
+        ),
+        (
+            CALIBRATED | {"kind": "modelled", "why": "tp 8 is not among 4"},
+            "watts modelled, not measured (tp 8 is not among 4).",
+        ),
+    ],
+)
+def test_the_basis_of_the_simulated_gpu(reach: dict[str, object], said: str) -> None:
+    scenario = {"engines": [{"tp": 2, "physics": {"seconds": CALIBRATED, "watts": reach}}]}
+    console = Console(file=io.StringIO(), width=400)
+    top, lower = (
+        replace(make_run(policy), busy_s_by_mhz=busy_s)
+        for policy, busy_s in (("triton", {1410: 9.0}), ("throttllem", {900: 1.0, 1200: 2.0, 1410: 1.0}))
+    )
+    show_results(scenario, [top, lower], console)
+    beginning = "Simulated GPU, TP 2: seconds calibrated from 840 to 1410 MHz; "
+    assert console.file.getvalue().rstrip().endswith(beginning + said)
 
 
 def show(width: int, runs: list) -> list[str]:
@@ -35,7 +63,7 @@ def test_the_saving_and_the_loss_are_signed() -> None:
     assert "1.45x" in text
 
 
-def test_what_is_left_out_is_named_and_a_wide_terminal_leaves_out_nothing() -> None:
+def test_omitted_figures_are_named_and_a_wide_terminal_omits_none() -> None:
     narrow, wide = (" ".join(" ".join(show(width, make_runs())).split()) for width in (80, 200))
     assert "No room for: idle kJ" in narrow
     assert "No room for" not in wide
@@ -45,7 +73,7 @@ def test_markup_in_a_name_is_only_text() -> None:
     assert "[red]x[/red]" in "\n".join(show(100, [make_run("[red]x[/red]")]))
 
 
-def test_broken_promises_and_rejections_stand_out() -> None:
+def test_violated_slos_and_rejections_are_marked() -> None:
     table = results_table(make_runs(), width=200)
     marked = [
         cell.plain

@@ -1,6 +1,6 @@
-"""The data sheet of a GPU that the catalogue lacks: a few figures put into the entry of one that resembles it.
+"""The data sheet of a GPU that the catalogue lacks: a few figures in the entry of a similar GPU.
 
-First guesses move along: watts with the power limit, knees with the top clock. Knows nothing of measurements.
+First guesses scale with them: watts with the power limit, knees with the top clock. Knows nothing of measurements.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ KEYS = (
     "idle_w",
     "bare_idle_w",
 )
-"""What a data sheet says, or a look at an idle GPU; the last three are the power law's."""
+"""Figures of a data sheet, or of an idle GPU; the last three are the power law's."""
 _WITH_LIMIT = ("idle_w", "bare_idle_w", "static_w", "memory_w", "core_w", "compute_w")
 
 
-def with_sheet(like: Gpu, settings: Iterable[str]) -> Gpu:
-    """`like` with every `key=value` put in. Raises ValueError (what, and what would do) for what cannot be."""
+def with_datasheet(like: Gpu, settings: Iterable[str]) -> Gpu:
+    """`like` with every `key=value` applied. Raises ValueError (what, and what to do) for impossible figures."""
     sheet = dict(_parsed(setting) for setting in settings)
     if not sheet:
         return like
     tree = like.model_dump()
     power, time = tree["power"], tree["time"]
-    brighter = sheet.get("limit_w", like.power.limit_w) / like.power.limit_w
-    faster = sheet.get("clock_max_mhz", like.clock_max_mhz) / like.clock_max_mhz
-    power |= {name: power[name] * brighter for name in _WITH_LIMIT} | {"knee_mhz": power["knee_mhz"] * faster}
-    time["memory_knee_mhz"] *= faster
+    power_ratio = sheet.get("limit_w", like.power.limit_w) / like.power.limit_w
+    clock_ratio = sheet.get("clock_max_mhz", like.clock_max_mhz) / like.clock_max_mhz
+    power |= {name: power[name] * power_ratio for name in _WITH_LIMIT} | {"knee_mhz": power["knee_mhz"] * clock_ratio}
+    time["memory_knee_mhz"] *= clock_ratio
     if time["compute_knee_mhz"] is not None:
-        time["compute_knee_mhz"] *= faster
+        time["compute_knee_mhz"] *= clock_ratio
     for key, value in sheet.items():
         (power if key.endswith("_w") else tree)[key] = value
     try:
@@ -47,7 +47,7 @@ def with_sheet(like: Gpu, settings: Iterable[str]) -> Gpu:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"--sheet {where}: {first['msg']}; give the figures that belong together") from error
+        raise ValueError(f"--sheet {where}: {first['msg']}; give all figures that depend on each other") from error
 
 
 def _parsed(setting: str) -> tuple[str, float]:
@@ -58,4 +58,4 @@ def _parsed(setting: str) -> tuple[str, float]:
     try:
         return key, float(text)
     except ValueError as error:
-        raise ValueError(f"--sheet {setting!r}: {text!r} is no number") from error
+        raise ValueError(f"--sheet {setting!r}: {text!r} is not a number") from error

@@ -5,16 +5,15 @@ import json
 from dataclasses import replace
 
 import pytest
+from report.factory import make_run
 from rich.console import Console
 
 from throttllem.physics.catalogue import Catalogue
-from throttllem.reproduce.claim_list import OURS, PAPER
-from throttllem.reproduce.claims import Outcome, Standing
+from throttllem.reproduce.claims import OURS, PAPER, Outcome, Standing
 from throttllem.reproduce.findings import outcomes
 from throttllem.reproduce.run import check_completed, claims_table, outcomes_json, reproduce, tally
 
 from .evaluation import evidence
-from .factory import make_run
 
 
 def show(found: list[Outcome], width: int) -> list[str]:

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from throttllem.reproduce.claim_list import OURS, PAPER
-from throttllem.reproduce.claims import CLOSE, Claim, Figure, Form, Outcome, Rule, Standing
+from throttllem.reproduce.claims import CLOSE, OURS, PAPER, Claim, Figure, Form, Outcome, Rule, Standing
 
 IDS = [
     *("model-r2", "model-mae", "model-mape", "projection-batch", "projection-kv", "kv-tbt", "kv-throughput"),
@@ -83,7 +82,7 @@ def test_a_shown_figure_does_not_weigh() -> None:
 
 @pytest.mark.parametrize("ours", [0.3, 0.9, -1.0])
 def test_what_was_calibrated_is_never_counted(ours: float) -> None:
-    found = outcome((ours,), of=claim(calibrated=True), broken="promises")
+    found = outcome((ours,), of=claim(calibrated=True), violations="violations")
     assert found.standing is Standing.CALIBRATED
     assert "not counted" in found.why
 
@@ -94,21 +93,21 @@ def test_a_calibration_point_that_is_missed_says_so_instead() -> None:
     assert found.why == "Missed by far. More."
 
 
-def test_broken_promises_undo_a_saving() -> None:
+def test_slo_violations_undo_a_saving() -> None:
     assert outcome((0.5,)).standing is Standing.BETTER
-    found = outcome((0.5,), broken="Attainment fell.", reason="Unneeded.")
+    found = outcome((0.5,), violations="Attainment fell.", reason="Unneeded.")
     assert found.standing is Standing.NOT_REPRODUCED
     assert found.why == "Attainment fell.", "the figure itself holds"
 
 
 def test_a_failure_says_what_was_asked_for_and_why() -> None:
     found = outcome((0.1,), reason="The load was low.", detail="More.")
-    assert found.why == "-10.0 % where at least -25.5 % (85 % of -30.0 %) was asked for. The load was low. More."
+    assert found.why == "-10.0 % where at least -25.5 % (85 % of -30.0 %) is required. The load was low. More."
     assert found.ours_text == "-10.0 %"
 
 
 def test_close_says_how_close() -> None:
-    assert outcome((0.27,)).why == "Close: 10 % of the paper's -30.0 % is missing."
+    assert outcome((0.27,)).why == "Close: 10 % below the paper's -30.0 %."
     assert outcome((0.33,)).why == ""
 
 

@@ -3,15 +3,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from report.factory import make_run, quantiles
 
-from throttllem.reproduce.claim_list import OURS, PAPER
-from throttllem.reproduce.claims import Outcome, Standing
+from throttllem.reproduce.claims import OURS, PAPER, Outcome, Standing
 from throttllem.reproduce.evidence import Evidence, draw, time_by_size, violations
 from throttllem.reproduce.findings import outcomes
 from throttllem.sim.result import ProjectionError
 
 from .evaluation import evidence
-from .factory import make_run, quantiles
 
 
 def found(of: Evidence) -> dict[str, Outcome]:
@@ -38,7 +37,7 @@ def test_savings_are_of_the_runs() -> None:
     assert by_id["model-mae"].standing is Standing.REPRODUCED
 
 
-def test_a_saving_with_broken_promises_is_not_reproduced() -> None:
+def test_a_saving_with_slo_violations_is_not_reproduced() -> None:
     by_id = found(evidence(attainment=0.9))
     for claim_id in ("throttle-energy", "throttle-tpj", "throttle-only-tp4", "both-oracle", "both-30", "scale-only"):
         assert by_id[claim_id].standing is Standing.NOT_REPRODUCED, claim_id
@@ -94,7 +93,7 @@ def test_a_request_is_held_to_its_own_time_between_tokens() -> None:
 
 def test_tp_1_saves_little_only_at_half_of_tp_4() -> None:
     assert (outcome := found(evidence())["tp1"]).standing is Standing.NOT_REPRODUCED, "a little less is not little"
-    assert "saves 30.6 % at TP 1 and 32.4 % at TP 4" in outcome.why and "at most 50.0 % was asked for" in outcome.why
+    assert "saves 30.6 % at TP 1 and 32.4 % at TP 4" in outcome.why and "at most 50.0 % is required" in outcome.why
     for energy, standing in ((0.84, Standing.REPRODUCED), (0.83, Standing.NOT_REPRODUCED)):
         assert found(saving(1, energy))["tp1"].standing is standing
     assert found(saving(4, 1.1))["tp1"].standing is Standing.NOT_REPRODUCED, "there is no half of nothing"

@@ -1,6 +1,6 @@
 import pytest
 
-from throttllem.calibrate.sheet import KEYS, with_sheet
+from throttllem.calibrate.datasheet import KEYS, with_datasheet
 from throttllem.physics.catalogue import Catalogue
 
 LIKE = Catalogue.load().gpu("a40-48gb")
@@ -8,7 +8,7 @@ L40S = ("clock_max_mhz=2520", "bandwidth_bytes_per_s=864e9", "peak_flop_per_s=36
 
 
 def test_figures_go_in_and_first_guesses_move_along() -> None:
-    gpu = with_sheet(LIKE, L40S)
+    gpu = with_datasheet(LIKE, L40S)
     assert (gpu.clock_max_mhz, gpu.bandwidth_bytes_per_s, gpu.peak_flop_per_s) == (2520, 864e9, 362e12)
     assert (gpu.power.limit_w, gpu.power.idle_w) == (350, 35)
     assert gpu.power.core_w == pytest.approx(LIKE.power.core_w * 350 / 300)
@@ -18,7 +18,7 @@ def test_figures_go_in_and_first_guesses_move_along() -> None:
 
 
 def test_nothing_given_nothing_changed() -> None:
-    assert with_sheet(LIKE, ()) is LIKE
+    assert with_datasheet(LIKE, ()) is LIKE
 
 
 @pytest.mark.parametrize(
@@ -26,16 +26,16 @@ def test_nothing_given_nothing_changed() -> None:
     [
         ("clock_max=2520", "did you mean clock_max_mhz"),
         ("limit_w", "write key=value"),
-        ("limit_w=much", "'much' is no number"),
+        ("limit_w=much", "'much' is not a number"),
         ("clock_max_mhz=2521", "clock_max_mhz must be clock_min_mhz plus"),
         ("memory_bytes=-1", "--sheet memory_bytes"),
         ("limit_w=nan", "limit_w"),
         ("idle_w=400", "must be below power.limit_w"),
     ],
 )
-def test_what_cannot_be_is_refused(setting: str, said: str) -> None:
+def test_impossible_figures_are_refused(setting: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        with_sheet(LIKE, [setting])
+        with_datasheet(LIKE, [setting])
 
 
 def test_every_key_is_a_figure_of_the_entry() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
+
+from report.factory import make_run, quantiles
 
 from throttllem.profiling.score import QUICK, Score, ScoreCard
 from throttllem.reproduce.evidence import HELD_OUT, Evidence
@@ -11,8 +14,6 @@ from throttllem.reproduce.probes import PROFILED, ClockSweep, KvCorrelation
 from throttllem.sim.characterize import Capacity
 from throttllem.sim.result import RunResult
 from throttllem.sim.study import Study
-
-from .factory import make_run, quantiles
 
 ENERGY = {
     "triton": 1.0,
@@ -37,8 +38,8 @@ def comparison(study: Study, attainment: float = 0.989) -> Comparison:
 
 
 def run(policy: str, energy: float, attainment: float) -> RunResult:
-    kept = 1.0 if policy == "triton" else attainment
-    return replace(make_run(policy, energy=energy, attainment=kept), e2e_s=quantiles(6.2))
+    met = 1.0 if policy == "triton" else attainment
+    return replace(make_run(policy, energy=energy, attainment=met), e2e_s=quantiles(6.2))
 
 
 def card(model: str, sizes: tuple[int, ...], mae: float) -> ScoreCard:
@@ -49,6 +50,7 @@ def card(model: str, sizes: tuple[int, ...], mae: float) -> ScoreCard:
     return ScoreCard(gpu="a100-40gb-sxm", model=model, rows=1000, settings=QUICK, scores=scores)
 
 
+@functools.cache
 def evidence(*, attainment: float = 0.999, mae: float = 0.5) -> Evidence:
     oracle, noisy = (
         [

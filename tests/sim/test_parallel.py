@@ -1,4 +1,4 @@
-"""The runner of tasks in processes: order, progress, failures, and that a stop ends what does not report."""
+"""Tasks in processes: order, progress, failures, and that a stop ends tasks that report nothing."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from throttllem.sim.runs import run_all, side_by_side
+from throttllem.sim.parallel import side_by_side
 
 FOREVER_S = 60.0
 SOON_S = 10.0
@@ -22,29 +22,20 @@ def divided(number, by, report):
 
 
 def lasting(path, report):
-    """Says that it began, then works on without a report; says how it was ended."""
+    """Writes that it began, works without a report, and cleans up when it is ended."""
     path.write_text("began")
     try:
         end = time.monotonic() + FOREVER_S
         while time.monotonic() < end:
             pass
-    except KeyboardInterrupt:
-        path.write_text("interrupted")
-        raise
+    finally:
+        path.write_text("ended")
 
 
 def failing_after(paths, report):
     while not all(path.exists() for path in paths):
         time.sleep(0.01)
     raise ZeroDivisionError("on purpose")
-
-
-class Recorded:
-    """Stands for a scenario: what `run_all` asks of one."""
-
-    def run(self, policy, progress):
-        progress(0.25)
-        return f"ran {policy}"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -59,28 +50,22 @@ def test_nothing_to_do_is_done():
     assert side_by_side([], workers=2) == []
 
 
-def test_in_this_process_each_report_is_heard():
-    heard = []
-    side_by_side([partial(divided, 4, 2)], workers=2, progress=lambda *what: heard.append(what))
-    assert heard == [(0, 0.5), (0, 1.0)]
+def test_one_task_runs_here_and_every_report_arrives():
+    reports = []
+    side_by_side([partial(divided, 4, 2)], workers=2, progress=lambda *report: reports.append(report))
+    assert reports == [(0, 0.5), (0, 1.0)]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_runs_are_of_their_scenario_and_policy(workers):
-    jobs = [(Recorded(), "triton"), (Recorded(), "throttllem")]
-    assert run_all(jobs, workers=workers) == ["ran triton", "ran throttllem"]
-
-
-def test_a_failure_interrupts_the_tasks_beside_it_and_begins_no_other(tmp_path):
-    """The first task never reports, and would be waited for: the failure is the second's."""
+def test_a_failure_ends_the_other_tasks_and_begins_none(tmp_path):
+    """The first task reports nothing for a minute; the second one fails."""
     first, third = tmp_path / "first", tmp_path / "third"
     tasks = [partial(lasting, first), partial(failing_after, [first]), partial(lasting, third)]
     began_s = time.monotonic()
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         side_by_side(tasks, workers=2)
     assert time.monotonic() - began_s < SOON_S
-    assert first.read_text() == "interrupted"
-    assert not third.exists() or third.read_text() == "interrupted"
+    assert first.read_text() == "ended"
+    assert not third.exists() or third.read_text() == "ended"
 
 
 SCRIPT = """
@@ -88,8 +73,8 @@ import signal, sys
 from functools import partial
 from pathlib import Path
 sys.path[:0] = {path!r}
-from sim.test_runs import lasting
-from throttllem.sim.runs import side_by_side
+from sim.test_parallel import lasting
+from throttllem.sim.parallel import side_by_side
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -115,7 +100,7 @@ def test_no_process_outlives_a_stop(how, tmp_path):
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    assert [file.read_text() for file in files[:2]] == ["interrupted"] * 2
+    assert [file.read_text() for file in files[:2]] == ["ended"] * 2
     assert not files[2].exists()
 
 

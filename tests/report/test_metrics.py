@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from throttllem.report.verdict import baseline_of, factor, is_promise_kept, saved, verdict
+from throttllem.report.metrics import baseline_of, change, gain, saved, slo_met, verdict
 
 from .factory import make_run
 
@@ -20,11 +20,11 @@ def test_worse_says_so_in_every_respect() -> None:
     run = make_run("fixed:600", energy=1.04, attainment=0.912, rejected=41)
     assert verdict(run, TRITON) == (
         "fixed:600: 4.0 % more energy than triton, 0.94x tokens per joule, attainment 91.2 % (triton 98.9 %); "
-        "but keeps fewer promises (7.7 points under triton) and completed 41 requests fewer"
+        "but meets fewer SLOs (7.7 points below triton) and completed 41 requests fewer"
     )
 
 
-def test_a_saving_bought_with_rejections_is_not_left_bare() -> None:
+def test_a_saving_names_the_requests_that_were_not_completed() -> None:
     assert verdict(make_run("x", energy=0.9, rejected=1), TRITON).endswith("; but completed 1 request fewer")
 
 
@@ -40,15 +40,15 @@ def test_the_baseline_is_not_compared_with_itself() -> None:
 
 
 def test_half_a_point_is_the_slack_and_no_more() -> None:
-    assert is_promise_kept(make_run(attainment=0.984), TRITON)
-    assert not is_promise_kept(make_run(attainment=0.9839), TRITON)
+    assert slo_met(make_run(attainment=0.984), TRITON)
+    assert not slo_met(make_run(attainment=0.9839), TRITON)
 
 
 def test_a_baseline_without_energy_is_not_divided_by() -> None:
     nothing = make_run("triton", energy=0.0)
     run = make_run("throttllem", energy=0.5)
     assert saved(run, nothing) is None
-    assert factor(run, nothing) is None
+    assert gain(run, nothing) is None
     assert verdict(run, nothing).startswith("throttllem: 306.0 kJ (triton used none), attainment")
 
 
@@ -59,3 +59,7 @@ def test_which_run_is_the_baseline() -> None:
     assert baseline_of([other, make_run("fixed:900")]) is other
     with pytest.raises(ValueError, match="no runs"):
         baseline_of([])
+
+
+def test_a_change_has_a_sign_unless_it_rounds_to_nothing() -> None:
+    assert [change(each) for each in (0.312, -0.04, 1e-6, -1e-6, None)] == ["−31.2", "+4.0", "0.0", "0.0", "–"]
