@@ -5,8 +5,7 @@ import asyncio
 from core.toy import CLOCKS_MHZ, spec, table
 
 from throttllem.core.types import ClockRead, FrequencyPlan, Reason
-from throttllem.gateway.control.clock_setter import EngineClock
-from throttllem.gateway.energy.meter import EnergyMeter, Step
+from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gpu.device import Reading, Work
 
@@ -37,7 +36,7 @@ class Moody:
 
 def clock(gpu, **more):
     told, commands = [], []
-    made = EngineClock(name="x", gpu=gpu, reading=gpu.read, now=lambda: 5.0, on_command=commands.append, **more)
+    made = ClockSetter(name="x", gpu=gpu, reading=gpu.read, now=lambda: 5.0, on_command=commands.append, **more)
     made.begin(0, told.append, 1400)
     return made, told, commands
 

@@ -57,7 +57,7 @@ def with_steps(check, folder, address):
             peer.info = {"engines": 1, "servers": 1, "stats": address}
             async with whole(folder, f"engines.0.stats={address}", url=peer.url) as there:
                 await there.up()
-                await until(lambda: there.link.engine.steps is not None and there.link.engine.steps.listens)
+                await until(lambda: there.backend.engine.steps is not None and there.backend.engine.steps.listens)
                 await check(there, peer)
                 await there.empty(peer)
                 assert await health(there) == (200, "ok")
@@ -66,7 +66,7 @@ def with_steps(check, folder, address):
 
 
 def heard(there, more):
-    steps = there.link.engine.steps
+    steps = there.backend.engine.steps
     return steps.received + steps.garbage + steps.strangers >= more
 
 
@@ -82,7 +82,7 @@ def test_requests_are_served_after_forged_steps(tmp_path, name, busy, caplog):
         await until(lambda: heard(there, 1 + len(FORGED[name])))
         for asked in (running, asks(there, 4, 3), asks(there, 4, 3)):
             assert all(answer.served for answer in await told(asked))
-        assert abs(there.link.progress.iteration) < 10**6
+        assert abs(there.backend.progress.iteration) < 10**6
 
     with_steps(check, tmp_path, address)
     assert "the control core failed" not in caplog.text

@@ -23,7 +23,7 @@ def test_books_that_an_iteration_has_ruined_are_built_again(tmp_path, iteration,
     async def check(there, peer):
         running = asks(there, 4, 300) if busy else []
         await until(lambda: peer.open == len(running))
-        there.driver.tell(Stepped(engine=there.link.key, iteration=iteration))
+        there.loop.handle(Stepped(engine=there.backend.key, iteration=iteration))
         failures = 0
         while not (await told(asks(there, 1, 3)))[0].served:
             assert (await health(there))[1] == "degraded"
@@ -45,7 +45,7 @@ def test_a_failure_at_an_engines_event_stops_nobody_for_long(kind, times, half):
     async def run():
         async with rig(numbered=True) as it:
             await it.up()
-            healthy, count = it.driver.controller.take_in, 0
+            healthy, count = it.loop.controller.take_in, 0
 
             def take_in(event, now_s):
                 nonlocal count
@@ -57,11 +57,11 @@ def test_a_failure_at_an_engines_event_stops_nobody_for_long(kind, times, half):
                     raise OverflowError("a fault of the core")
                 return found
 
-            it.driver.controller.take_in = take_in
+            it.loop.controller.take_in = take_in
             asked = asyncio.ensure_future(outcome(it.ask()))
             await asyncio.sleep(0.02)
             if kind is not Stepped:
-                await it.link.engine.kill()
+                await it.backend.engine.kill()
             await asked
             await asyncio.sleep(6.0)
             seen = [await outcome(it.ask()) for _ in range(times)]
@@ -71,7 +71,7 @@ def test_a_failure_at_an_engines_event_stops_nobody_for_long(kind, times, half):
                 seen[-1],
                 await outcome(it.ask()),
                 it.models.health(),
-                len(it.driver.controller.snapshot().engines),
+                len(it.loop.controller.snapshot().engines),
             )
 
     count, _, last, health, engines = virtually(run())
@@ -82,8 +82,8 @@ def test_an_engine_is_connected_again_if_the_core_fails_at_several_arrivals():
     async def run():
         async with rig() as it:
             await it.up()
-            first = it.link.key
-            failing(it, lambda event: isinstance(event, Arrived) and it.link.key == first)
+            first = it.backend.key
+            failing(it, lambda event: isinstance(event, Arrived) and it.backend.key == first)
             seen, healths = [], []
             for _ in range(5):
                 seen.append(await outcome(it.ask()))
@@ -105,7 +105,7 @@ def test_a_core_that_always_fails_is_not_called_well():
                 assert await outcome(it.ask()) == "internal_error"
                 assert it.models.health().ails
                 await asyncio.sleep(0.25)
-            assert it.link.engine.connects < 10
+            assert it.backend.engine.connects < 10
             return len(failed)
 
     assert virtually(run()) == 20

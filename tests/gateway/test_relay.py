@@ -2,11 +2,11 @@ import asyncio
 import json
 
 import pytest
+from throttllem.gateway.control.ticket import Receipt
 
 from tests.gateway.fakes import house
 from tests.gateway.upstream import chat_chunk, chat_events, sse
 from throttllem.engines.base import Reply
-from throttllem.gateway.control.ticket import Receipt
 from throttllem.gateway.http.relay import relay
 from throttllem.gateway.settings import LimitOptions
 
