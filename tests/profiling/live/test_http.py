@@ -16,7 +16,7 @@ from throttllem.profiling.live.run import profile_live
 from throttllem.profiling.profile import read_profile
 from throttllem.profiling.storage import load_table
 
-from .live_house import gateway, house, modelled, virtually
+from .testbed import engine_and_gpu, gateway, modelled, virtually
 
 CAPACITIES = {"max_batch": 4, "kv_blocks": 400, "block_tokens": 64, "max_context_tokens": 2048}
 TOLD = [f"--capacity={name}={value}" for name, value in CAPACITIES.items()]
@@ -45,7 +45,7 @@ def test_train_makes_a_table_of_the_engines_own_capacities(tmp_path, monkeypatch
     """Not of those that the catalogue's engine would have; the gateway takes it for an engine like that one."""
 
     async def profiled():
-        engine, gpu = house(gpu="a100-40gb-sxm", model="llama-3-8b")
+        engine, gpu = engine_and_gpu(gpu="a100-40gb-sxm", model="llama-3-8b")
         plan = LivePlan(points=24, steps=6, bursts=4)
         return await profile_live(engine, modelled(gpu, (705, 1410)), plan, tmp_path / "p.csv")
 
@@ -81,7 +81,7 @@ def close_to(frame):
         (["--engine-kind", "steam"], "must be one of openai, triton"),
         (["--sizes", "1,2"], "one engine has one size; give --tp"),
         (["--points", "0"], "must be at least 1"),
-        (["--resume"], "to go on with"),
+        (["--resume"], "to continue"),
         (["--url", "http://me:pw@127.0.0.1"], "--url: must hold no user and password"),
         (TOLD[:1], "does not tell kv_blocks"),
     ],

@@ -1,4 +1,4 @@
-"""Engines whose law is known, to be profiled: here in virtual time, or behind the real gateway over HTTP."""
+"""Engines with a known law to profile: in virtual time, or behind the real gateway over HTTP."""
 
 import asyncio
 import contextlib
@@ -17,14 +17,14 @@ from throttllem.gateway.http.server import bind, run
 from throttllem.gateway.settings import EngineEntry, RecorderOptions, ServeOptions, ServerOptions
 from throttllem.gateway.telemetry.metrics import metrics_page
 from throttllem.gpu.simulated import SimulatedGpu
-from throttllem.profiling.live.run_profile import Device
+from throttllem.profiling.live.profiler import Device
 
 CLOCKS = (700, 1050, 1400)
 SMALL = {"max_batch": 8, "kv_blocks": 400, "max_context_tokens": 1200, "prefill_budget_tokens": 512}
 
 
 class Law:
-    """Seconds and watts are sums that can be checked by hand; `by_clock`: seconds stretch as the clock falls."""
+    """Seconds and watts are sums; `by_clock`: seconds grow as the clock falls."""
 
     def __init__(self, *, by_clock=False):
         self.by_clock = by_clock
@@ -38,7 +38,7 @@ class Law:
 
 
 class Silent:
-    """An engine that answers as the one within, and tells nothing of its steps. `left`: calls that are let through."""
+    """An engine that reports no steps. `left`: calls that it still accepts."""
 
     def __init__(self, engine, *, calls=None):
         self.engine = engine
@@ -66,8 +66,8 @@ class Silent:
         await asyncio.Event().wait()
 
 
-def house(law=None, **changes):
-    """An engine, and its GPU, which counts the engine's joules as a real one does."""
+def engine_and_gpu(law=None, **changes):
+    """An engine and its GPU, which counts the engine's joules as a real one does."""
     law = law or Law()
     spec = toy_spec(clocks_mhz=CLOCKS, chunked=False, **(SMALL | changes))
     gpu = SimulatedGpu(CLOCKS, switch_latency_s=0.0, watts=lambda mhz, work: 0.0, idle_w=50.0, now=_now)
@@ -80,7 +80,7 @@ def _now():
 
 
 def modelled(gpu, clocks=CLOCKS):
-    """A GPU that is only modelled."""
+    """A device whose watts are modelled."""
     law = Law()
     return Device(
         gpu=gpu,
@@ -92,7 +92,7 @@ def modelled(gpu, clocks=CLOCKS):
 
 
 def virtually(coroutine):
-    """Run it in a time that only waiting moves."""
+    """Run it in virtual time, which only waiting moves."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(coroutine)
 

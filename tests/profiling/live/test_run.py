@@ -1,4 +1,4 @@
-"""Profiling a live engine: what is measured is the law of the engine, whoever timed it and whatever interrupts it."""
+"""Profiling a live engine: the measured iterations follow its law, however they are timed and interrupted."""
 
 import asyncio
 import dataclasses
@@ -10,15 +10,20 @@ from engines.live import asked
 
 from throttllem.engines.base import EngineError, Report
 from throttllem.gpu.device import Work
-from throttllem.profiling.live.checkpoint import CheckpointError, checkpoint_of
 from throttllem.profiling.live.plan import LivePlan
-from throttllem.profiling.live.run import LiveProfileError, profile_live
-from throttllem.profiling.live.run_profile import Device, LiveProfiler
+from throttllem.profiling.live.profiler import Device, LiveProfiler
+from throttllem.profiling.live.run import (
+    CheckpointError,
+    LiveProfileError,
+    checkpoint_of,
+    chosen_clocks,
+    profile_live,
+)
 from throttllem.profiling.profile import read_profile
 from throttllem.profiling.score import score_profile
 from throttllem.profiling.train import settings_for
 
-from .live_house import CLOCKS, Law, Silent, house, modelled, virtually
+from .testbed import CLOCKS, Law, Silent, engine_and_gpu, modelled, virtually
 
 PLAN = LivePlan(points=7, steps=3, bursts=3)
 
@@ -27,7 +32,7 @@ def profiled(out, *, plan=PLAN, engine=None, device=None, resume=False, said=Non
     """The frame of a profile in virtual time."""
 
     async def run():
-        inner, gpu = house()
+        inner, gpu = engine_and_gpu()
         some = (engine or (lambda plain: plain))(inner)
         lines = said if said is not None else []
         return await profile_live(some, device or modelled(gpu), plan, out, resume=resume, say=lines.append)
@@ -39,7 +44,7 @@ def profiled(out, *, plan=PLAN, engine=None, device=None, resume=False, said=Non
 
 
 def predicted(row):
-    """Seconds by the law, and how far the tokens that a row does not tell may move them."""
+    """Seconds by the law, and how far the unknown tokens of a row's last blocks may move them."""
     decode = row["batch"] - row["prompts"]
     blocks = row["kv_blocks"] - row["prompts"] * -(-row["prefill_tokens"] // 16 // max(1, row["prompts"]))
     tokens = blocks * 16 - decode * 7.5
@@ -58,7 +63,7 @@ def worst(frame):
 # ---- what is measured ----------------------------------------------------------------------------------------
 
 
-def test_an_engine_that_tells_its_steps_is_measured_exactly(tmp_path):
+def test_an_engine_that_reports_its_steps_is_measured_exactly(tmp_path):
     said = []
     frame = profiled(tmp_path / "p.csv", said=said)
     assert worst(frame) < 1e-6
@@ -72,12 +77,12 @@ def test_an_engine_that_tells_its_steps_is_measured_exactly(tmp_path):
     assert not checkpoint_of(tmp_path / "p.csv").exists()
 
 
-def test_an_engine_that_tells_nothing_is_measured_by_its_streams(tmp_path):
+def test_an_engine_without_reports_is_measured_by_its_streams(tmp_path):
     said = []
     frame = profiled(tmp_path / "p.parquet", engine=Silent, said=said)
     assert worst(frame) < 0.02
     assert set(frame["seconds_by"]) == {"streams"}
-    assert any("requests of others would go unnoticed" in line for line in said)
+    assert any("requests of other clients go unnoticed" in line for line in said)
     prompts = frame.filter(pl.col("prompts") > 0)
     assert prompts.height > 15
     assert prompts.filter(pl.col("batch") == 1).height >= 4 * len(CLOCKS)
@@ -96,9 +101,9 @@ def test_a_modelled_gpu_says_so_and_has_every_clock(tmp_path):
         assert rows["watts"].to_list() == pytest.approx((clock / 10 + decode).to_list())
 
 
-def test_a_real_gpu_is_set_and_its_counter_read(tmp_path):
+def test_a_real_gpu_has_its_clock_set_and_its_counter_read(tmp_path):
     async def run():
-        engine, gpu = house(Law(by_clock=True))
+        engine, gpu = engine_and_gpu(Law(by_clock=True))
 
         class Drawing(Silent):
             """The engine's joules go to the GPU, which is what a real one measures."""
@@ -151,7 +156,7 @@ def test_a_small_profile_trains_and_scores(tmp_path):
     frame = profiled(tmp_path / "p.csv", plan=LivePlan(points=30, steps=4, bursts=4))
     card = score_profile(frame, dataclasses.replace(settings_for(frame), rounds=40, learning_rate=0.2))
     names = {score.split for score in card.scores}
-    # Every clock has the seconds of every other: nothing to be told of clocks that are left out.
+    # Every clock has the same seconds: left-out clocks would prove nothing.
     assert "clocks left out" not in names
     assert {"random 90/10", "batch sizes left out"} <= names
     assert card.score("random 90/10").mape_seconds < 0.15
@@ -183,7 +188,7 @@ def test_interrupted_and_resumed_is_the_same_profile(tmp_path):
 
 
 class Interrupted(Silent):
-    """Tells its steps, until after so many requests the user presses Ctrl-C."""
+    """Reports its steps; after some requests the user presses Ctrl-C."""
 
     async def watch(self, tell):
         await self.engine.watch(tell)
@@ -199,16 +204,16 @@ class Interrupted(Silent):
 
 def test_a_checkpoint_of_another_engine_or_plan_is_refused(tmp_path):
     out = tmp_path / "p.csv"
-    with pytest.raises(CheckpointError, match=r"there is no .*p\.csv\.partial"):
+    with pytest.raises(CheckpointError, match=r"there is no .*p\.csv\.partial to continue"):
         profiled(out, resume=True)
     with pytest.raises(asyncio.CancelledError):
         profiled(out, engine=lambda plain: Interrupted(plain, calls=40))
-    with pytest.raises(CheckpointError, match="--resume goes on"):
+    with pytest.raises(CheckpointError, match="--resume continues it"):
         profiled(out)
     with pytest.raises(CheckpointError, match="bursts 3 there, 4 now"):
         profiled(out, plan=dataclasses.replace(PLAN, bursts=4), resume=True)
     checkpoint_of(out).write_text(json.dumps({"rows": 1}) + "\n")
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         profiled(out, resume=True)
 
 
@@ -221,16 +226,16 @@ def test_an_engine_that_dies_leaves_what_was_measured(tmp_path):
             return self.engine.open(call)
 
     out = tmp_path / "p.csv"
-    with pytest.raises(LiveProfileError, match=r"it is gone; [0-9] points are kept in .*--resume goes on"):
+    with pytest.raises(LiveProfileError, match=r"it is gone; [0-9] points are saved in .*--resume continues"):
         profiled(out, engine=lambda plain: Dying(plain, calls=40))
     assert read_profile(out).height > 0
 
 
-# ---- others --------------------------------------------------------------------------------------------------
+# ---- other clients --------------------------------------------------------------------------------------------------
 
 
 class Crowded(Silent):
-    """An engine in which somebody else has a request, from the `since`-th report to the `until`-th."""
+    """An engine with a request of another client, from the `since`-th report to the `until`-th."""
 
     def __init__(self, engine, *, since=0, until=10**9):
         super().__init__(engine)
@@ -248,14 +253,14 @@ class Crowded(Silent):
         await self.engine.watch(more)
 
 
-def test_a_passing_guest_costs_a_point_that_is_measured_again(tmp_path):
+def test_another_client_makes_a_point_be_measured_again(tmp_path):
     said = []
     frame = profiled(tmp_path / "p.csv", engine=lambda plain: Crowded(plain, since=200, until=204), said=said)
-    assert any(line.startswith("points thrown away, as somebody else") for line in said)
+    assert any(line.startswith("points measured again, because another client") for line in said)
     assert worst(frame) < 1e-6
 
 
-def test_a_guest_who_stays_ends_the_run(tmp_path):
+def test_another_client_that_stays_ends_the_run(tmp_path):
     with pytest.raises(LiveProfileError, match=r"requests are in the engine, and .* ours"):
         profiled(tmp_path / "p.csv", engine=lambda plain: Crowded(plain, since=200))
 
@@ -273,7 +278,7 @@ def test_an_engine_that_refuses_every_request(tmp_path):
     assert not checkpoint_of(tmp_path / "p.csv").exists(), "nothing to go on with"
 
 
-def test_time_is_an_end_too(tmp_path):
+def test_the_plan_may_end_by_time(tmp_path):
     few = profiled(tmp_path / "few.csv", plan=LivePlan(points=None, seconds=1.0, steps=3, bursts=3))
     more = profiled(tmp_path / "more.csv", plan=LivePlan(points=None, seconds=4.0, steps=3, bursts=3))
     assert 0 < few["point"].n_unique() < more["point"].n_unique()
@@ -281,8 +286,48 @@ def test_time_is_an_end_too(tmp_path):
 
 def test_profiler_is_built_without_reaching_anything():
     async def run():
-        engine, gpu = house()
+        engine, gpu = engine_and_gpu()
         profiler = LiveProfiler(engine, await engine.connect(), modelled(gpu), PLAN)
-        return profiler.told.thrown_away
+        return profiler.summary.repeated
 
     assert virtually(run()) == 0
+
+
+# ---- clocks ---------------------------------------------------------------------------------------------------
+
+
+def test_clocks_are_those_of_the_gpu_with_the_top_one():
+    assert chosen_clocks(CLOCKS, None) == CLOCKS
+    ladder = tuple(range(210, 1411, 15))
+    assert len(chosen_clocks(ladder, None)) == 8
+    assert chosen_clocks(ladder, None)[-1] == 1410
+    assert chosen_clocks(CLOCKS, "1400,700") == (700, 1400)
+    with pytest.raises(ValueError, match="no such clock; the nearest is 1050"):
+        chosen_clocks(CLOCKS, "1400,1000")
+    with pytest.raises(ValueError, match="the top clock, 1400, must be among them"):
+        chosen_clocks(CLOCKS, "700,1050")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"clock_mhz": 1050}, "700 MHz, at 1050 MHz: may the keeper set it"),
+        ({"clock_mhz": 1050, "held": "power cap"}, "700 MHz, at 1050 MHz: power cap"),
+        ({"trouble": "the GPU is lost"}, "the GPU is lost"),
+    ],
+)
+def test_a_clock_that_is_not_reached_ends_the_run_and_is_named(tmp_path, monkeypatch, changes, why):
+    async def run():
+        engine, gpu = engine_and_gpu()
+        read = gpu.read
+
+        def reading():
+            found = read()
+            return dataclasses.replace(found, **changes) if found.clock_mhz == 700 else found
+
+        monkeypatch.setattr(gpu, "read", reading)
+        device = Device(gpu=gpu, clocks_mhz=CLOCKS)
+        await profile_live(engine, device, LivePlan(points=2, steps=3, bursts=3), tmp_path / "p.csv")
+
+    with pytest.raises(LiveProfileError, match=why):
+        virtually(run())
