@@ -169,13 +169,14 @@ def with_peer(check, folder, *settings, **options):
     return asyncio.run(main())
 
 
-def asks(there, count, tokens):
-    """Streams and others in turn."""
+def stream_and_whole(there, count, tokens):
+    """Requests under way, streamed and not in turn."""
     return [asyncio.create_task(there.client.ask(tokens=tokens, stream=n % 2 > 0, hang_s=10)) for n in range(count)]
 
 
-async def told(asked):
-    answers = await asyncio.gather(*asked)
-    for answer in answers:
+async def answers(requests):
+    """Their answers, each checked."""
+    found = await asyncio.gather(*requests)
+    for answer in found:
         answer.check()
-    return answers
+    return found

@@ -1,4 +1,4 @@
-"""What a client hears of the core's reasons: OpenAI's shape, a status that fits, and what to do."""
+"""The core's reasons as a client gets them: status, OpenAI's type and code, and what to do."""
 
 import pytest
 from core.toy import spec
@@ -11,7 +11,7 @@ REQUEST = Request(id=1, arrival_s=0.0, prompt_tokens=100, max_tokens=200, slo=Sl
 
 @pytest.mark.parametrize("known", [None, spec()])
 @pytest.mark.parametrize("why", Reason)
-def test_every_reason_has_words_and_a_status(why, known):
+def test_every_reason_has_a_message_and_a_status(why, known):
     error = refused(why, REQUEST, known, 7)
     assert error.status in (400, 429, 502)
     assert error.kind in ("invalid_request_error", "rate_limit_error", "engine_error")
@@ -28,11 +28,11 @@ def test_limits_are_named_where_they_are_known():
     )
 
 
-def test_the_gateways_own_refusals():
-    told = [waited_too_long(2.0, 9), no_engine("it is out"), no_engine(None), silent(3.0), draining()]
-    assert [error.status for error in told] == [503, 503, 503, 504, 503]
-    assert [error.retry_after_s for error in told] == [9, 5, 5, None, 5]
-    assert (str(told[1]), told[1].detail, told[2].detail) == ("no engine is up", "it is out", None)
+def test_the_gateways_own_rejections():
+    found = [waited_too_long(2.0, 9), no_engine("it is out"), no_engine(None), silent(3.0), draining()]
+    assert [error.status for error in found] == [503, 503, 503, 504, 503]
+    assert [error.retry_after_s for error in found] == [9, 5, 5, None, 5]
+    assert (str(found[1]), found[1].detail, found[2].detail) == ("no engine is up", "it is out", None)
     assert "'x' does not exist; there is: a, b" in str(unknown_model("x", ("a", "b")))
     assert "none yet" in str(unknown_model("x", ()))
     assert len(str(unknown_model("x" * 10_000, ("a",)))) < 200

@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from tests.engines.test_stats import free_udp, send
-from tests.gateway.peer import Peer, asks, told, until, whole
+from tests.gateway.peer import Peer, answers, stream_and_whole, until, whole
 from throttllem.engines.step_reports import PACKED, StepStats
 
 NAN, INF = float("nan"), float("inf")
@@ -23,7 +23,7 @@ def forged(**numbers):
 
 
 def text(value):
-    """What a sender of JSON would say, as long as a datagram of ours."""
+    """JSON as long as a datagram of the format."""
     return b"tls1" + json.dumps({"step": value}).encode()[: PACKED.size - 4].ljust(PACKED.size - 4)
 
 
@@ -65,7 +65,7 @@ def with_steps(check, folder, address):
     asyncio.run(main())
 
 
-def heard(there, more):
+def received(there, more):
     steps = there.backend.engine.steps
     return steps.received + steps.garbage + steps.strangers >= more
 
@@ -76,12 +76,12 @@ def test_requests_are_served_after_forged_steps(tmp_path, name, busy, caplog):
     address = free_udp()
 
     async def check(there, peer):
-        running = asks(there, 4, 400) if busy else []
+        running = stream_and_whole(there, 4, 400) if busy else []
         await until(lambda: peer.open == len(running))
         send(address, STEP.pack(), *FORGED[name])
-        await until(lambda: heard(there, 1 + len(FORGED[name])))
-        for asked in (running, asks(there, 4, 3), asks(there, 4, 3)):
-            assert all(answer.served for answer in await told(asked))
+        await until(lambda: received(there, 1 + len(FORGED[name])))
+        for requests in (running, stream_and_whole(there, 4, 3), stream_and_whole(there, 4, 3)):
+            assert all(answer.served for answer in await answers(requests))
         assert abs(there.backend.progress.iteration) < 10**6
 
     with_steps(check, tmp_path, address)

@@ -1,43 +1,45 @@
-"""Which loop serves a name, how long one waits until anybody can say, and what a request may ask for."""
+"""Which control loop serves a name, how long counting waits for an engine, and what a request may ask for."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
-from gateway.rig import asked, rig, virtually
+from gateway.rig import parsed, rig, virtually
 from throttllem.core.admission import AdmissionOptions
 from throttllem.core.types import Slo
 from throttllem.engines.base import EngineError, PromptCount
 from throttllem.gateway.control.models import ServedModel
 from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.settings import LimitOptions
+from throttllem.gateway.telemetry.status import gateway_status
 
 SHORT = LimitOptions(engine_wait_s=2.0)
 
 
-async def refusal(coroutine):
+async def rejection(coroutine):
     with pytest.raises(RejectedError) as found:
         await coroutine
     return found.value.status, found.value.code
 
 
-def test_a_name_that_nobody_has():
+def test_a_name_that_no_engine_serves():
     async def run():
         async with rig() as it:
             await it.up()
             assert it.models.names() == ("toy",)
             with pytest.raises(RejectedError, match="there is: toy"):
                 it.models.uncontrolled_engine("other")
-            return await refusal(it.models.count(asked(model="other")))
+            return await rejection(it.models.count(parsed(model="other")))
 
     assert virtually(run()) == (404, "model_not_found")
 
 
-def test_an_engine_that_comes_late_is_waited_for():
+def test_counting_waits_for_an_engine():
     async def run():
         async with rig(limits=SHORT) as it:
             it.backend.engine.gone = True
-            counting = asyncio.ensure_future(it.models.count(asked()))
+            counting = asyncio.ensure_future(it.models.count(parsed()))
             await asyncio.sleep(1.0)
             it.backend.engine.gone = False
             return (await counting).tokens, it.loop.now()
@@ -47,25 +49,25 @@ def test_an_engine_that_comes_late_is_waited_for():
     assert now_s < 2.5
 
 
-def test_an_engine_that_comes_late_under_another_name():
+def test_an_engine_that_comes_up_under_another_name():
     async def run():
         async with rig(limits=SHORT) as it:
-            return await refusal(it.models.count(asked(model="guess")))
+            return await rejection(it.models.count(parsed(model="guess")))
 
     assert virtually(run()) == (404, "model_not_found")
 
 
-def test_an_engine_that_does_not_come():
+def test_an_engine_that_does_not_come_up():
     async def run():
         async with rig(limits=SHORT) as it:
             it.backend.engine.gone = True
-            it.models.status()
-            found = await refusal(it.models.count(asked()))
+            gateway_status(it.models)
+            found = await rejection(it.models.count(parsed()))
             with pytest.raises(RejectedError, match=r"^no engine is up$") as caught:
                 it.models.uncontrolled_engine(None)
-            assert caught.value.detail == "nobody is there"
+            assert caught.value.detail == "connection refused"
             with pytest.raises(RejectedError, match="no engine is up"):
-                it.models.session(asked(), PromptCount(tokens=1, by="t", exact=True), Slo(), "")
+                it.models.session(parsed(), PromptCount(tokens=1, by="t", exact=True), Slo(), "")
             return *found, it.loop.now()
 
     status, code, now_s = virtually(run())
@@ -73,7 +75,7 @@ def test_an_engine_that_does_not_come():
     assert 2.0 <= now_s <= 2.2
 
 
-def test_an_engine_that_cannot_count_is_looked_at():
+def test_an_engine_that_cannot_count_is_checked():
     async def run():
         async with rig() as it:
             await it.up()
@@ -82,21 +84,21 @@ def test_an_engine_that_cannot_count_is_looked_at():
                 raise EngineError("it broke off", status=504)
 
             it.backend.engine.count = fails
-            before = it.backend.engine.looks
-            found = await refusal(it.models.count(asked()))
+            before = it.backend.engine.checks
+            found = await rejection(it.models.count(parsed()))
             await asyncio.sleep(0.01)
-            return *found, it.backend.engine.looks - before
+            return *found, it.backend.engine.checks - before
 
     assert virtually(run()) == (504, "engine_failed", 1)
 
 
-def test_while_draining_nobody_comes_in():
+def test_while_draining_no_request_is_counted():
     async def run():
         async with rig() as it:
             await it.up()
             it.models.draining = True
-            assert it.models.status().phase == "draining"
-            return await refusal(it.models.count(asked()))
+            assert gateway_status(it.models).phase == "draining"
+            return await rejection(it.models.count(parsed()))
 
     assert virtually(run()) == (503, "draining")
 
@@ -105,31 +107,30 @@ def test_while_draining_nobody_comes_in():
     ("wanted", "chat", "tokens", "limit"),
     [(7, False, 10, 7), (None, True, 10, 246), (None, False, 10, 16), (None, False, 250, 6), (None, True, 300, 1)],
 )
-def test_the_longest_answer(wanted, chat, tokens, limit):
+def test_the_default_of_max_tokens(wanted, chat, tokens, limit):
     async def run():
         async with rig() as it:
             await it.up()
-            ask = asked()
-            ask = type(ask)(path=ask.path, model="toy", body={}, prompts=("x",), messages=chat, max_tokens=wanted)
+            body = replace(parsed(), prompts=("x",), messages=chat, max_tokens=wanted)
             count = PromptCount(tokens=tokens, by="t", exact=True)
-            return it.models.session(ask, count, Slo(), "me").request
+            return it.models.session(body, count, Slo(), "me").request
 
     request = virtually(run())
     assert (request.prompt_tokens, request.max_tokens, request.caller, request.model) == (tokens, limit, "me", "toy")
 
 
-def test_a_model_may_be_called_otherwise():
+def test_a_model_may_be_served_under_another_name():
     async def run():
         async with rig() as it:
             it.models.served = (ServedModel(loop=it.loop, names=("mine",)),)
             await it.up()
             assert it.models.uncontrolled_engine("mine") is it.models.uncontrolled_engine(None)
-            return it.models.names(), it.models.uncontrolled, await refusal(it.models.count(asked()))
+            return it.models.names(), it.models.uncontrolled, await rejection(it.models.count(parsed()))
 
     assert virtually(run()) == (("mine",), 2, (404, "model_not_found"))
 
 
-def test_no_more_are_counted_than_may_wait_and_not_all_at_once():
+def test_no_more_prompts_are_counted_than_may_wait_and_not_all_at_once():
     async def run():
         core = {"admission": AdmissionOptions(queue_limit=100)}
         async with rig(core=core) as it:
@@ -146,13 +147,13 @@ def test_no_more_are_counted_than_may_wait_and_not_all_at_once():
                 return PromptCount(tokens=1, by="t", exact=True)
 
             it.backend.engine.count = slow
-            counts = [asyncio.ensure_future(it.models.count(asked())) for _ in range(100)]
+            counts = [asyncio.ensure_future(it.models.count(parsed())) for _ in range(100)]
             await asyncio.sleep(0.01)
             with pytest.raises(RejectedError) as found:
-                await it.models.count(asked())
+                await it.models.count(parsed())
             counts[0].cancel()
             await asyncio.sleep(0.01)
-            counts.append(asyncio.ensure_future(it.models.count(asked())))
+            counts.append(asyncio.ensure_future(it.models.count(parsed())))
             go.set()
             ends = await asyncio.gather(*counts, return_exceptions=True)
             return found.value, max(most), [type(end).__name__ for end in ends], it.loop.counting
@@ -164,20 +165,20 @@ def test_no_more_are_counted_than_may_wait_and_not_all_at_once():
     assert left == 0
 
 
-def test_prompts_that_were_estimated_are_counted_and_said(caplog):
+def test_estimated_prompts_are_counted_and_logged_once(caplog):
     async def run():
         async with rig() as it:
             await it.up()
-            assert not any("estimated" in note for note in it.models.status().models[0].engines[0].notes)
-            await it.models.count(asked())
+            assert not any("estimated" in note for note in gateway_status(it.models).models[0].engines[0].notes)
+            await it.models.count(parsed())
 
             async def estimates(ask):
                 return PromptCount(tokens=1, by="an estimate", exact=False)
 
             it.backend.engine.count = estimates
             for _ in range(2):
-                await it.models.count(asked())
-            return it.models.status().models[0]
+                await it.models.count(parsed())
+            return gateway_status(it.models).models[0]
 
     model = virtually(run())
     assert model.estimated_prompts == 2
@@ -185,20 +186,20 @@ def test_prompts_that_were_estimated_are_counted_and_said(caplog):
     assert caplog.text.count("were estimated (an estimate), not counted") == 1
 
 
-def test_health_and_the_most_answers_side_by_side():
+def test_health_and_the_max_sequences():
     async def run():
         async with rig(sizes=(1, 2)) as it:
-            seen = [(it.models.most_sequences(), it.models.health())]
+            seen = [(it.models.max_sequences(), it.models.health())]
             await it.up()
             for backend in it.loop.backends:
                 backend.connected = await backend.engine.connect()
-            seen.append((it.models.most_sequences(), it.models.health()))
+            seen.append((it.models.max_sequences(), it.models.health()))
             it.loop.backends[0].own_trouble = "it is out"
             it.loop.backends[1].own_trouble = "it is out"
             it.models.draining = True
             return *seen, it.models.health()
 
     (before, starting), (most, up), troubled = virtually(run())
-    assert (before, starting.up, starting.engines, starting.ails) == (None, 0, 2, False)
-    assert (most, up.up, up.engines, up.ails, up.draining) == (8, 1, 2, False, False)
-    assert (troubled.up, troubled.ails, troubled.draining) == (1, True, True)
+    assert (before, starting.up, starting.engines, starting.degraded) == (None, 0, 2, False)
+    assert (most, up.up, up.engines, up.degraded, up.draining) == (8, 1, 2, False, False)
+    assert (troubled.up, troubled.degraded, troubled.draining) == (1, True, True)
