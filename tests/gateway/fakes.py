@@ -15,11 +15,12 @@ from throttllem.core.snapshot import Counts
 from throttllem.core.types import Slo
 from throttllem.engines.base import PromptCount
 from throttllem.engines.http import Upstream
-from throttllem.gateway.control.ticket import Health, Receipt, RefusedError
+from throttllem.gateway.control.ticket import Health, Receipt
 from throttllem.gateway.http.app import build_app, build_private_app
 from throttllem.gateway.http.server import run
 from throttllem.gateway.settings import LimitOptions, ServeOptions, ServerOptions
 from throttllem.gateway.telemetry.status import EngineStatus, GatewayStatus, LengthStatus, ModelStatus, SloCounts
+from throttllem.openai_api.errors import ApiError
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Ticket:
     counted: int = 0
     finished: int | None = None
     ends: list = field(default_factory=list)
-    failure: RefusedError | None = None
+    failure: ApiError | None = None
 
     async def __aenter__(self):
         self.task = asyncio.current_task()
@@ -89,7 +90,7 @@ class Models:
     """`ticket.Models` over one engine that is called "tiny". While `open` is not set, requests wait for a place."""
 
     engine: Live
-    refuse: RefusedError | None = None
+    refuse: ApiError | None = None
     state: str = "up"
     tickets: list = field(default_factory=list)
     open: asyncio.Event = field(default_factory=asyncio.Event)
@@ -103,7 +104,7 @@ class Models:
         if self.broken:
             raise KeyError("a secret of the inside")
         if name not in self.names():
-            raise RefusedError(404, f"no model {name!r}", kind="invalid_request_error", code="model_not_found")
+            raise ApiError(404, f"no model {name!r}", kind="invalid_request_error", code="model_not_found")
 
     async def count(self, ask):
         self._known(ask.model)

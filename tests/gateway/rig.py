@@ -15,18 +15,19 @@ from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import Slo
-from throttllem.engines.base import Call, EngineError, ParsedRequest, PromptCount
+from throttllem.engines.base import Call, EngineError, PromptCount
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import EngineClock
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import AllModels, Served
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gpu.simulated import SimulatedGpu
+from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.requests import COMPLETIONS, parse_request
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -244,15 +245,7 @@ async def rig(*, policy=ClockPolicy.LEAST_ENERGY, sizes=(1,), tables=True, limit
 def asked(*, tokens=8, stream=True, prompt="one two three", choices=1, model="toy", limit=None):
     body = {"model": model, "prompt": prompt, "max_tokens": limit or tokens, "min_tokens": tokens, "ignore_eos": True}
     body |= {"stream": stream}  # the engine gives one answer: who asks for several is told each token so often
-    return ParsedRequest(
-        path="/v1/completions",
-        model=model,
-        body=body,
-        prompts=(prompt,),
-        max_tokens=limit or tokens,
-        choices=choices,
-        stream=stream,
-    )
+    return replace(parse_request(COMPLETIONS, json.dumps(body).encode()), choices=choices)
 
 
 async def ask(models, *, slo=None, count=6, hang_up_after=None, on_ticket=None, **more):
@@ -267,9 +260,9 @@ async def ask(models, *, slo=None, count=6, hang_up_after=None, on_ticket=None, 
             method="POST",
             path=it.path,
             headers=(),
-            body=json.dumps(it.body).encode(),
+            body=it.body,
             request_id=request_id,
-            ask=it,
+            request=it,
         )
         async with engine.open(call) as reply:
             assert reply.status == 200, await reply.body()
@@ -288,11 +281,11 @@ async def outcome(request):
     """What became of a request: "served", the refusal's code, "engine" or "cancelled"."""
     try:
         return "left" if await request is None else "served"
-    except RefusedError as error:
-        assert error.retry_after_s is None or 1 <= error.retry_after_s <= 60
-        return error.code
     except EngineError:
         return "engine"
+    except ApiError as error:
+        assert error.retry_after_s is None or 1 <= error.retry_after_s <= 60
+        return error.code
     except asyncio.CancelledError:
         task = asyncio.current_task()
         while task.cancelling():

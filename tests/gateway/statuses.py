@@ -7,7 +7,7 @@ from dataclasses import replace
 from throttllem.core.engine_state import Phase
 from throttllem.core.snapshot import Counts, EngineView
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, Slo, Verdict, VerdictKind
-from throttllem.engines.base import LiveEngine, ParsedRequest, PromptCount, Report
+from throttllem.engines.base import LiveEngine, PromptCount, Report
 from throttllem.gateway.control.ticket import Health, Ticket
 from throttllem.gateway.telemetry.status import (
     Ahead,
@@ -19,6 +19,7 @@ from throttllem.gateway.telemetry.status import (
     ModelStatus,
     SloCounts,
 )
+from throttllem.openai_api.requests import ParsedRequest
 
 HOSTILE = '"\\</script><img src=x onerror=alert(1)>\n$&'
 SPEC = EngineSpec(

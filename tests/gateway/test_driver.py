@@ -17,8 +17,8 @@ from throttllem.core.types import (
     Slo,
 )
 from throttllem.engines.base import EngineError
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions
+from throttllem.openai_api.errors import ApiError
 
 SHORT = LimitOptions(queue_wait_s=2.0, engine_wait_s=1.0, silence_s=1.0)
 
@@ -108,7 +108,7 @@ def test_a_request_that_never_fits_is_turned_away_at_once():
     async def run():
         async with rig() as it:
             await it.up()
-            with pytest.raises(RefusedError) as refused:
+            with pytest.raises(ApiError) as refused:
                 await it.ask(count=10, tokens=300)
             return refused.value, it
 
@@ -228,7 +228,7 @@ def test_ending_one_may_end_another_and_neither_twice():
             await asyncio.sleep(0.05)
             for visit in it.driver.open():
                 for _ in range(2):
-                    it.driver.fail(visit, RefusedError(503, "x", kind="k", code="tried"))
+                    it.driver.fail(visit, ApiError(503, "x", kind="k", code="tried"))
             return await asyncio.gather(*asks)
 
     assert virtually(run()) == ["tried"] * 3

@@ -1,6 +1,7 @@
 """Which driver serves a name, how long one waits until anybody can say, and what a request may ask for."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -9,14 +10,14 @@ from throttllem.core.admission import AdmissionOptions
 from throttllem.core.types import Slo
 from throttllem.engines.base import EngineError, PromptCount
 from throttllem.gateway.control.models import Served
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions
+from throttllem.openai_api.errors import ApiError
 
 SHORT = LimitOptions(engine_wait_s=2.0)
 
 
 async def refusal(coroutine):
-    with pytest.raises(RefusedError) as found:
+    with pytest.raises(ApiError) as found:
         await coroutine
     return found.value.status, found.value.code
 
@@ -26,7 +27,7 @@ def test_a_name_that_nobody_has():
         async with rig() as it:
             await it.up()
             assert it.models.names() == ("toy",)
-            with pytest.raises(RefusedError, match="there is: toy"):
+            with pytest.raises(ApiError, match="there is: toy"):
                 it.models.passage("other")
             return await refusal(it.models.count(asked(model="other")))
 
@@ -61,10 +62,10 @@ def test_an_engine_that_does_not_come():
             it.link.engine.gone = True
             it.models.status()
             found = await refusal(it.models.count(asked()))
-            with pytest.raises(RefusedError, match=r"^no engine is up$") as caught:
+            with pytest.raises(ApiError, match=r"^no engine is up") as caught:
                 it.models.passage(None)
-            assert caught.value.detail == "nobody is there"
-            with pytest.raises(RefusedError, match="no engine is up"):
+            assert str(caught.value) == "no engine is up: nobody is there"
+            with pytest.raises(ApiError, match="no engine is up"):
                 it.models.ticket(asked(), PromptCount(tokens=1, by="t", exact=True), Slo(), "", streams=True)
             return *found, it.driver.now()
 
@@ -110,7 +111,7 @@ def test_the_longest_answer(wanted, chat, tokens, limit):
         async with rig() as it:
             await it.up()
             ask = asked()
-            ask = type(ask)(path=ask.path, model="toy", body={}, prompts=("x",), messages=chat, max_tokens=wanted)
+            ask = replace(ask, chat=chat, max_tokens=wanted)
             count = PromptCount(tokens=tokens, by="t", exact=True)
             return it.models.ticket(ask, count, Slo(), "me", streams=True).request
 
@@ -148,7 +149,7 @@ def test_no_more_are_counted_than_may_wait_and_not_all_at_once():
             it.link.engine.count = slow
             counts = [asyncio.ensure_future(it.models.count(asked())) for _ in range(100)]
             await asyncio.sleep(0.01)
-            with pytest.raises(RefusedError) as found:
+            with pytest.raises(ApiError) as found:
                 await it.models.count(asked())
             counts[0].cancel()
             await asyncio.sleep(0.01)

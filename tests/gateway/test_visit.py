@@ -8,10 +8,10 @@ import pytest
 from gateway.rig import asked, rig, virtually
 from throttllem.core.types import Slo
 from throttllem.engines.base import EngineError, PromptCount
-from throttllem.gateway.control.ticket import RefusedError
+from throttllem.openai_api.errors import ApiError
 
 COUNT = PromptCount(tokens=4, by="test", exact=True)
-GONE = RefusedError(502, "gone", kind="engine_error", code="test")
+GONE = ApiError(502, "gone", kind="engine_error", code="test")
 
 
 def ticket(it, **more):
@@ -84,7 +84,7 @@ def test_a_task_that_was_cancelled_before_does_not_hide_the_refusal():
             async def twice():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.sleep(3600)
-                with pytest.raises(RefusedError):
+                with pytest.raises(ApiError):
                     await hold(it)
                 return asyncio.current_task().cancelling()
 
@@ -161,7 +161,7 @@ def test_a_failed_one_does_not_finish():
     async def run():
         async with rig() as it:
             await it.up()
-            with pytest.raises(RefusedError):
+            with pytest.raises(ApiError):
                 async with ticket(it) as held:
                     await held.place()
                     held.tokens(1)

@@ -8,8 +8,8 @@ import pytest
 from gateway.rig import asked, rig, virtually
 from throttllem.core.types import Slo, Stepped
 from throttllem.engines.base import PromptCount
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.settings import LimitOptions
+from throttllem.openai_api.errors import ApiError
 
 COUNT = PromptCount(tokens=4, by="test", exact=True)
 
@@ -18,7 +18,7 @@ async def refused(it, after=lambda: None, *, stream=True, tokens=0):
     """The refusal of a request that would wait for ever, and after how many seconds it came."""
     began_s = it.driver.now()
     it_asks = asked(stream=stream)
-    with pytest.raises(RefusedError) as found:
+    with pytest.raises(ApiError) as found:
         async with it.models.ticket(it_asks, COUNT, Slo(e2e_s=9e3), "", streams=stream) as held:
             await held.place()
             if tokens:
@@ -55,7 +55,7 @@ def test_no_engine():
 
     error, waited_s, counts = virtually(run())
     assert (error.status, error.code) == (503, "no_engine")
-    assert error.detail == "nobody is there"
+    assert str(error) == "no engine is up: nobody is there"
     assert 3.0 <= waited_s <= 3.6
     assert counts.rejected == 1
 

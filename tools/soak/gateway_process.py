@@ -23,21 +23,21 @@ from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import FrequencyPlan, Reason, Slo
-from throttllem.engines.base import Call, EngineError, ParsedRequest
-from throttllem.engines.simulated import realtime
-from throttllem.engines.simulated import requests as fake_api
+from throttllem.engines.base import Call, EngineError
+from throttllem.engines.simulated import realtime, replies
 from throttllem.engines.simulated.text import Tape
 from throttllem.gateway.control import clock_setter as engine_clock
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import AllModels, Served
 from throttllem.gateway.control.session import Session
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gpu import hardware
 from throttllem.gpu.setters import clock_setter
+from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.requests import COMPLETIONS, parse_request
 from tools.soak.small_engine import MODEL, SmallEngine, small_spec
 
 AGAIN_S = 0.12
@@ -51,7 +51,7 @@ def run(told: dict[str, Any]) -> None:
     """Serve until SIGTERM. `told`: as `house` says; requests and faults come over "control", their ends go back."""
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(levelname)s %(message)s")
     hardware.AGAIN_S = engine_clock._RETRY_S = AGAIN_S
-    vars(fake_api)["Tape"] = lambda _: _TAPE
+    vars(replies)["Tape"] = lambda _: _TAPE
     vars(realtime)["version"] = lambda _: "soaked"
     uvloop.run(_live(told))
 
@@ -181,7 +181,7 @@ class _House:
         how, why = "complete", ""
         try:
             await _answered(self.models, tokens)
-        except (RefusedError, EngineError) as error:
+        except ApiError as error:
             how, why = "told", f"{type(error).__name__}: {error}"
         except BaseException as error:
             how, why = "broken", repr(error)
@@ -203,15 +203,14 @@ async def _answered(models: AllModels, tokens: int) -> None:
     prompt = "one two three"
     body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True}
     body["stream"] = True
-    ask = ParsedRequest(
-        path="/v1/completions", model=MODEL, body=dict(body), prompts=(prompt,), max_tokens=tokens, stream=True
-    )
-    count = await models.count(ask)
-    ticket: Session = models.ticket(ask, count, Slo(), "", streams=True)
+    request = parse_request(COMPLETIONS, json.dumps(body).encode())
+    count = await models.count(request)
+    ticket: Session = models.ticket(request, count, Slo(), "", streams=True)
     async with ticket:
         engine, request_id = await ticket.place()
-        raw = json.dumps(body).encode()
-        call = Call(method="POST", path=ask.path, headers=(), body=raw, request_id=request_id, ask=ask)
+        call = Call(
+            method="POST", path=COMPLETIONS, headers=(), body=request.body, request_id=request_id, request=request
+        )
         async with engine.open(call) as reply:
             if reply.status != 200:
                 raise EngineError(f"status {reply.status}")

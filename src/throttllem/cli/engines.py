@@ -33,9 +33,8 @@ from throttllem.cli.arguments import (
 )
 from throttllem.config import Options, changed
 from throttllem.core.types import Slo
-from throttllem.engines.base import EngineError
+from throttllem.engines.base import EngineError, RemoteOptions
 from throttllem.engines.openai import OpenaiEngine
-from throttllem.engines.remote import Remote
 from throttllem.engines.simulated.fleet import Fleet, build_fleet
 from throttllem.engines.triton.engine import TritonEngine
 from throttllem.files import ensure_writable_dir
@@ -153,7 +152,7 @@ def profile(
         return _profile_simulated(fleet, ProfilePlan(rows=rows, seed=seed), out)
     size = parsed_sizes(tp or (1 if sizes is None else None), sizes)
     given = parsed_capacities(capacity or [])
-    remote = Remote(
+    remote = RemoteOptions(
         url=url,
         kind=parsed_kind(engine_kind),
         served_as=served_as,

@@ -41,10 +41,10 @@ from throttllem.gateway.control.named import done, named
 from throttllem.gateway.control.retry_after import RetryEstimator
 from throttllem.gateway.control.session import Session
 from throttllem.gateway.control.slo_attainment import SloAttainment, judged
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.control.turn import Observer, Turn
 from throttllem.gateway.control.watchdog import sweep, tick
 from throttllem.gateway.settings import LimitOptions
+from throttllem.openai_api.errors import ApiError, internal_error
 
 log = logging.getLogger("throttllem.gateway")
 
@@ -139,7 +139,7 @@ class ControlLoop:
             self._forget(visit)
         self._book(visit, served=None if not engine_failed else False)
 
-    def fail(self, visit: Session, failure: RefusedError) -> None:
+    def fail(self, visit: Session, failure: ApiError) -> None:
         """End a request from this side, if it has not ended."""
         if visit.ended:
             return
@@ -211,7 +211,7 @@ class ControlLoop:
         lost = self.open() if isinstance(what, EngineLost) else ()
         names = {*named(what), *(visit.request.id for visit in lost if visit.link and visit.link.key is None)}
         for visit in [self._visits[request_id] for request_id in names if request_id in self._visits]:
-            self.fail(visit, refusals.broken())
+            self.fail(visit, internal_error())
         for request_id in done(what):
             self.tell(Cancelled(request_id=request_id))
 
@@ -238,7 +238,7 @@ class ControlLoop:
         visit = self._visits.get(request_id)
         if visit is None:
             return
-        failure = refusals.refused(why, visit.request, self.spec(), self.retry_after_s())
+        failure = refusals.rejected(why, visit.request, self.spec(), self.retry_after_s())
         del self._visits[request_id]
         if visit.link is not None:
             visit.energy_j = visit.link.dropped(request_id)

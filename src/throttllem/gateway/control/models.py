@@ -10,14 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from throttllem.core.types import Request, Slo
-from throttllem.engines.base import Connected, EngineError, LiveEngine, ParsedRequest, PromptCount
+from throttllem.engines.base import Connected, EngineError, LiveEngine, PromptCount
 from throttllem.gateway.control import rejections as refusals
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.session import Session
-from throttllem.gateway.control.ticket import Health, RefusedError
+from throttllem.gateway.control.ticket import Health
 from throttllem.gateway.telemetry.status import GatewayStatus
 from throttllem.gateway.telemetry.view import engine_state, model_status
+from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.requests import ParsedRequest
 
 _LOOK_AGAIN_S = 0.05
 
@@ -68,7 +70,7 @@ class AllModels:
         return max(most) if len(most) == len(connected) else None
 
     async def count(self, ask: ParsedRequest) -> PromptCount:
-        """Tokens of a prompt. Raises RefusedError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
+        """Tokens of a prompt. Raises ApiError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
         if self.draining:
             raise refusals.draining()
         driver = self._driver(ask.model)
@@ -90,8 +92,8 @@ class AllModels:
             return found
         except EngineError as error:
             link.suspect()
-            raise RefusedError(
-                error.status, error.told, kind="engine_error", code="engine_failed", detail=str(error)
+            raise ApiError(
+                error.status, error.message, kind="engine_error", code="engine_failed", detail=str(error)
             ) from error
 
     def ticket(self, ask: ParsedRequest, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Session:
@@ -110,10 +112,10 @@ class AllModels:
             caller=caller,
             model=ask.model,
         )
-        return Session(driver=driver, request=request, streams=streams, chat=ask.messages)
+        return Session(driver=driver, request=request, streams=streams, chat=ask.chat)
 
     def passage(self, model: str | None) -> LiveEngine:
-        """The engine of a request without control (None: the first model). Raises RefusedError (404, 503)."""
+        """The engine of a request without control (None: the first model). Raises ApiError (404, 503)."""
         driver = self.served[0].driver if model is None else self._driver(model)
         link = driver.link()
         if link is None:
@@ -180,5 +182,5 @@ def _limit(ask: ParsedRequest, count: PromptCount, connected: Connected) -> int:
     left = max(1, connected.spec.max_context_tokens - count.tokens)
     if ask.max_tokens is not None:
         return ask.max_tokens
-    default = None if ask.messages else connected.default_max_tokens
+    default = None if ask.chat else connected.default_max_tokens
     return left if default is None else min(default, left)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from throttllem.core.types import Request
 from throttllem.engines.base import EngineError, LiveEngine
 from throttllem.gateway.control.slo_attainment import Latencies
-from throttllem.gateway.control.ticket import Receipt, RefusedError
+from throttllem.gateway.control.ticket import Receipt
+from throttllem.openai_api.errors import ApiError
 
 if TYPE_CHECKING:
     from throttllem.gateway.control.backend import Backend
@@ -34,7 +35,7 @@ class Session:
     generated_tokens: int = 0
     energy_j: float | None = None
     ended: bool = False
-    failure: RefusedError | None = None
+    failure: ApiError | None = None
     _placed: asyncio.Future[Backend] | None = None
     _task: asyncio.Task[object] | None = None
     _waits: bool = field(default=False)
@@ -50,7 +51,7 @@ class Session:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Cancel what did not finish; RefusedError in place of an interruption by the driver."""
+        """Cancel what did not finish; ApiError in place of an interruption by the driver."""
         if not self.ended:
             self.driver.leave(self, error)
         if self._placed is not None and not self._placed.done():
@@ -103,7 +104,7 @@ class Session:
         if self._placed is not None and not self._placed.done():
             self._placed.set_result(link)
 
-    def refuse(self, failure: RefusedError) -> None:
+    def refuse(self, failure: ApiError) -> None:
         """It ends here, by the driver's word: who waits hears it, who is busy with the engine is interrupted."""
         self.ended, self.failure = True, failure
         if self._placed is not None and not self._placed.done():

@@ -1,9 +1,9 @@
 """A request's way through the gateway as the HTTP side sees it: it waits for its place, reports its tokens, ends once.
 
-async with models.ticket(ask, count, slo, caller, streams=True) as ticket:  # RefusedError: never any place for it
-    engine, request_id = await ticket.place()                    # RefusedError: queue, promise, no engine
+async with models.ticket(ask, count, slo, caller, streams=True) as ticket:  # ApiError: never any place for it
+    engine, request_id = await ticket.place()                    # ApiError: queue, promise, no engine
     async with engine.open(call) as reply:
-        while chunk := await reply.read(): ticket.tokens(n) ...  # RefusedError: engine lost, silent too long
+        while chunk := await reply.read(): ticket.tokens(n) ...  # ApiError: engine lost, silent too long
     receipt = ticket.finish(tokens)                              # leaving without it: cancelled
 """
 
@@ -13,32 +13,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from throttllem.core.types import Slo
-from throttllem.engines.base import LiveEngine, ParsedRequest, PromptCount
+from throttllem.engines.base import LiveEngine, PromptCount
 from throttllem.gateway.telemetry.status import GatewayStatus
-
-
-class RefusedError(Exception):
-    """A request that is not served (further). `status`, `kind`, `code` as in OpenAI; `retry_after_s` for 429, 503.
-
-    `detail` is for the log, and no client sees it.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str,
-        code: str | None = None,
-        retry_after_s: int | None = None,
-        detail: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.kind = kind
-        self.code = code
-        self.retry_after_s = retry_after_s
-        self.detail = detail
+from throttllem.openai_api.requests import ParsedRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +51,7 @@ class Ticket(Protocol):
         """Hand the request to the core."""
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Cancel what did not finish; RefusedError in place of an interruption by the driver."""
+        """Cancel what did not finish; ApiError in place of an interruption by the driver."""
 
     async def place(self) -> tuple[LiveEngine, int]:
         """Wait for a place in an engine: the engine, and the id to name in `Call.request_id`."""
@@ -96,13 +73,13 @@ class Models(Protocol):
         """Answers side by side that the largest engine can run; None: not all have said yet."""
 
     async def count(self, ask: ParsedRequest) -> PromptCount:
-        """Tokens of a prompt. Raises RefusedError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
+        """Tokens of a prompt. Raises ApiError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
 
     def ticket(self, ask: ParsedRequest, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Ticket:
         """A ticket for a controlled request; `streams`: tokens will be told as they come."""
 
     def passage(self, model: str | None) -> LiveEngine:
-        """The engine of a request without control (None: the first model). Raises RefusedError (404, 503)."""
+        """The engine of a request without control (None: the first model). Raises ApiError (404, 503)."""
 
     def health(self) -> Health:
         """How it is, told at next to no cost."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from throttllem.gateway.control import rejections as refusals
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.session import Session
-from throttllem.gateway.control.ticket import RefusedError
+from throttllem.openai_api.errors import ApiError
 
 if TYPE_CHECKING:
     from throttllem.gateway.control.loop import ControlLoop
@@ -64,7 +64,7 @@ def foreigners(driver: ControlLoop, alone_s: dict[int, float]) -> dict[int, floa
     return found
 
 
-def overdue(driver: ControlLoop, visit: Session, down_since_s: float) -> RefusedError | None:
+def overdue(driver: ControlLoop, visit: Session, down_since_s: float) -> ApiError | None:
     """What ends a request now, None if nothing does. `down_since_s`: when an engine was up last.
 
     A streamed answer that has begun must go on; before that, and where answers come in one piece, any sign of life of
@@ -73,14 +73,14 @@ def overdue(driver: ControlLoop, visit: Session, down_since_s: float) -> Refused
     now_s, limits = driver.now(), driver.limits
     if visit.dispatched_s is None or visit.link is None:
         if now_s - visit.request.arrival_s > limits.queue_wait_s:
-            return refusals.waited_too_long(limits.queue_wait_s, driver.retry_after_s())
+            return refusals.queue_timeout(limits.queue_wait_s, driver.retry_after_s())
         if now_s - max(down_since_s, visit.request.arrival_s) > limits.engine_wait_s:
             return refusals.no_engine(next((link.trouble for link in driver.links if link.trouble), None))
         return None
     sign_s = max(visit.link.last_sign_s, visit.dispatched_s)
     if visit.streams and visit.last_token_s is not None:
         sign_s = visit.last_token_s
-    return refusals.silent(limits.silence_s) if now_s - sign_s > limits.silence_s else None
+    return refusals.engine_silent(limits.silence_s) if now_s - sign_s > limits.silence_s else None
 
 
 async def tick(link: Backend) -> None:

@@ -18,15 +18,11 @@ from urllib.parse import unquote
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from throttllem.engines.base import Call, EngineError, Headers
+from throttllem.engines.base import Call, Headers
 from throttllem.gateway.control.ticket import Models
-from throttllem.gateway.http import openai_api as asks
 from throttllem.gateway.http import relay
 from throttllem.gateway.http.auth import Access
 from throttllem.gateway.http.errors import (
-    HttpError,
-    as_http,
-    detail,
     headers_too_large,
     not_allowed,
     not_found,
@@ -35,7 +31,10 @@ from throttllem.gateway.http.errors import (
 from throttllem.gateway.http.exchange import Cause, Exchange, GoneError
 from throttllem.gateway.http.pages import MODELS, MetricsPage, Pages
 from throttllem.gateway.http.protocol import CROWDED
+from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
 from throttllem.gateway.settings import ServeOptions
+from throttllem.openai_api.errors import ApiError, as_api_error
+from throttllem.openai_api.requests import check_sequences, is_controlled, is_native, model_of, parse_request
 
 _log = logging.getLogger("throttllem.gateway")
 _SANE_ID = re.compile(r"[!-~]{1,128}")
@@ -127,11 +126,11 @@ class Gateway:
         except GoneError:
             raise
         except Exception as error:
-            seen = as_http(error)
-            if seen.status == 500 and not isinstance(error, HttpError | EngineError):
+            seen = as_api_error(error)
+            if seen.status == 500 and not isinstance(error, ApiError):
                 _log.exception("request %s: %s %s", exchange.request_id, exchange.method, exchange.scope["path"])
             elif seen.status > 500:
-                _log.warning("request %s: %d %s", exchange.request_id, seen.status, detail(error))
+                _log.warning("request %s: %d %s", exchange.request_id, seen.status, error)
             await exchange.fail(seen)
 
     async def _cut_short(self, exchange: Exchange, cause: Cause) -> None:
@@ -143,7 +142,7 @@ class Gateway:
                 await exchange.abort()
             case Cause.SLOW:
                 headers = ((b"connection", b"close"),)
-                await exchange.fail(HttpError(408, "the request's body did not come in time", headers=headers))
+                await exchange.fail(ApiError(408, "the request's body did not come in time", headers=headers))
             case Cause.DRAINED:
                 await exchange.fail(self._drained())
 
@@ -155,7 +154,7 @@ class Gateway:
         if CROWDED in scope.get("extensions", {}) and scope["path"] != "/health":
             raise unavailable("too many connections", code="too_many_connections", retry_after_s=_CROWDED_RETRY_S)
 
-    def _drained(self) -> HttpError:
+    def _drained(self) -> ApiError:
         retry_after_s = max(1, math.ceil(self._limits.drain_s))
         return unavailable("the gateway is shutting down", code="draining", retry_after_s=retry_after_s)
 
@@ -173,7 +172,7 @@ class Gateway:
             return await self._pages.models(exchange, path)
         if self._options.server.metrics_port is None and await self._pages.show(exchange, path):
             return None
-        if asks.controlled(path):
+        if is_controlled(path):
             if method != "POST":
                 raise not_allowed(method, path, "POST")
             return await self._controlled(exchange, path, key_name)
@@ -187,22 +186,22 @@ class Gateway:
     async def _controlled(self, exchange: Exchange, path: str, key_name: str | None) -> None:
         if self.draining:
             raise self._drained()
-        slo = asks.read_slo(exchange.headers, self._options.slo, self._options.classes)
+        slo = read_slo(exchange.headers, self._options.slo, self._options.classes)
         body = await exchange.read(self._limits.body_bytes)
-        wish = asks.read_wish(path, body, exchange.headers, key_name)
-        ask = wish.ask
-        asks.check_sequences(ask, self._models.most_sequences())
+        metrics = exchange.headers.get(METRICS_HEADER, "").strip() == "1"
+        ask = parse_request(path, body, key_name=key_name, metrics=metrics)
+        check_sequences(ask, self._models.most_sequences())
         exchange.attend()
         count = await self._models.count(ask)
-        async with self._models.ticket(ask, count, slo, wish.caller, streams=ask.stream) as ticket:
+        async with self._models.ticket(ask, count, slo, ask.caller, streams=ask.stream) as ticket:
             engine, request_id = await ticket.place()
             call = Call(
                 method="POST",
                 path=_target(exchange),
                 headers=self._headers(exchange),
-                body=wish.body,
+                body=ask.body,
                 request_id=request_id,
-                ask=ask,
+                request=ask,
                 prompt_tokens=count.tokens,
                 max_tokens=ask.max_tokens,
             )
@@ -212,8 +211,8 @@ class Gateway:
                     reply,
                     ticket,
                     stream=ask.stream,
-                    native=asks.is_native(path),
-                    metrics=wish.metrics,
+                    native=is_native(path),
+                    metrics=ask.metrics,
                     held_bytes=self._limits.body_bytes,
                 )
 
@@ -223,7 +222,7 @@ class Gateway:
             raise self._drained()
         body = await exchange.read(self._limits.body_bytes)
         native = _NATIVE_MODEL.fullmatch(path)
-        model = native[1] if native else asks.model_of(body)
+        model = native[1] if native else model_of(body)
         engine = self._models.passage(model)
         exchange.attend()
         call = Call(method=exchange.method, path=_target(exchange), headers=self._headers(exchange), body=body)
@@ -270,14 +269,14 @@ def _request_id(scope: Scope) -> str:
 
 
 def _path(exchange: Exchange) -> str:
-    """The path, decoded once. Raises HttpError 404 for one that an engine might take for another than we do."""
+    """The path, decoded once. Raises ApiError 404 for one that an engine might take for another than we do."""
     raw = exchange.scope["raw_path"].decode("latin-1")
     path = unquote(raw, errors="replace")
     segments = path.split("/")
     odd = "." in segments or ".." in segments or "" in segments[1:-1] or any(char in path for char in "\\?#\ufffd")
     if odd or len(segments) != raw.count("/") + 1 or not path.startswith("/") or not path.isprintable():
         raise not_found(exchange.method, raw)
-    if path.endswith("/") and asks.controlled(path.rstrip("/")):
+    if path.endswith("/") and is_controlled(path.rstrip("/")):
         raise not_found(exchange.method, raw)
     return path
 

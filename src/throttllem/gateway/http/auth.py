@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 
-from throttllem.gateway.http.errors import HttpError
+from throttllem.openai_api.errors import ApiError
 
 
 class Access:
@@ -20,7 +20,7 @@ class Access:
         return bool(self._digests)
 
     def check(self, authorization: str | None) -> str | None:
-        """A short name of the key that was shown, None where none is needed. Raises HttpError 401."""
+        """A short name of the key that was shown, None where none is needed. Raises ApiError 401."""
         if not self._digests:
             return None
         scheme, _, key = (authorization or "").partition(" ")
@@ -29,7 +29,7 @@ class Access:
         known = sum(hmac.compare_digest(shown, digest) for digest in self._digests)
         if scheme.lower() != "bearer" or not known:
             what = "no API key was given" if not key else "the API key is not known here"
-            raise HttpError(
+            raise ApiError(
                 401,
                 f"{what}; send one as 'Authorization: Bearer KEY'",
                 code="invalid_api_key",

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 
 from starlette.routing import Match, Route
 
-from throttllem.gateway.control.rejections import MODEL_SHOWN
+from throttllem.gateway.control.rejections import MODEL_CHARACTERS
 from throttllem.gateway.control.ticket import Models
-from throttllem.gateway.http.errors import ByteHeaders, HttpError, not_allowed, not_found
+from throttllem.gateway.http.errors import not_allowed, not_found
 from throttllem.gateway.http.exchange import Exchange
 from throttllem.gateway.telemetry.status import GatewayStatus
+from throttllem.openai_api.errors import ApiError, ByteHeaders
+from throttllem.openai_api.responses import model_entry, model_list
 
 MetricsPage = Callable[[GatewayStatus], tuple[str, bytes]]
 """Content type and body of `/metrics`."""
@@ -57,20 +59,15 @@ class Pages:
     async def models(self, exchange: Exchange, path: str) -> None:
         """`/v1/models` and `/v1/models/NAME`."""
         _only(exchange, "GET")
-        entries = [
-            {"id": name, "object": "model", "created": self._since_s, "owned_by": "throttllem"}
-            for name in self._models.names()
-        ]
+        names, name = self._models.names(), path.removeprefix(MODELS + "/")
         if path == MODELS:
-            body: object = {"object": "list", "data": entries}
+            body = model_list(names, self._since_s)
+        elif name in names:
+            body = json.dumps(model_entry(name, self._since_s)).encode()
         else:
-            name = path.removeprefix(MODELS + "/")
-            body = next((entry for entry in entries if entry["id"] == name), None)
-            if body is None:
-                raise HttpError(
-                    404, f"the model {name[:MODEL_SHOWN]!r} does not exist", param="model", code="model_not_found"
-                )
-        await exchange.answer(200, _JSON, json.dumps(body).encode())
+            shown = name[:MODEL_CHARACTERS]
+            raise ApiError(404, f"the model {shown!r} does not exist", param="model", code="model_not_found")
+        await exchange.answer(200, _JSON, body)
 
     async def alone(self, exchange: Exchange, path: str, *, draining: bool) -> None:
         """Everything that a port of their own serves."""

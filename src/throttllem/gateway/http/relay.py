@@ -13,11 +13,10 @@ import pydantic_core
 
 from throttllem.engines.base import EngineError, Headers, Reply
 from throttllem.engines.http import passed_on
-from throttllem.engines.sse import Splitter, is_whole
 from throttllem.gateway.control.ticket import Receipt, Ticket
-from throttllem.gateway.http.errors import ByteHeaders
 from throttllem.gateway.http.exchange import Exchange
-from throttllem.gateway.http.token_events import Meter
+from throttllem.openai_api.errors import ByteHeaders
+from throttllem.openai_api.event_stream import Meter, Splitter, is_done, is_whole
 
 _OWN = frozenset({"x-request-id"})
 _LENGTH = frozenset({"content-length"})
@@ -42,7 +41,7 @@ async def relay(
     if reply.status >= 300:
         await forward(exchange, reply)
         if reply.status >= 500:
-            raise EngineError(f"the engine answered {reply.status}", told=f"the engine answered {reply.status}")
+            raise EngineError(f"the engine answered {reply.status}", message=f"the engine answered {reply.status}")
     elif _is_stream(reply.headers):
         meter = Meter(native=native)
         await _events(exchange, reply, ticket, meter, counted=stream, metrics=metrics)
@@ -96,7 +95,7 @@ async def _end(exchange: Exchange, rest: bytes, *, cut_off: bool) -> None:
         return await exchange.finish(rest)
     if rest:
         await exchange.write(rest)
-    raise EngineError("the engine's stream ended before its answer did", told="the engine broke off")
+    raise EngineError("the engine's stream ended before its answer did", message="the engine broke off")
 
 
 async def _whole(exchange: Exchange, reply: Reply, ticket: Ticket, *, metrics: bool, held_bytes: int) -> None:
@@ -139,7 +138,7 @@ class _Held:
         """What may go now; with a receipt, everything that is whole, the metrics in the last event of data."""
         ready: list[bytes] = []
         for event in self._events.feed(chunk):
-            done = event.startswith((b"data: [DONE]", b"data:[DONE]"))
+            done = is_done(event)
             if not is_whole(event):
                 ready += [*self._kept, event]
                 self._kept = []
@@ -182,7 +181,7 @@ async def _next(reply: Reply, silence_s: float | None) -> bytes:
 def silent(seconds: float) -> EngineError:
     """The engine gave nothing for so long."""
     said = f"the engine gave nothing for {seconds:g} s (limits.silence_s)"
-    return EngineError(said, status=504, told=said)
+    return EngineError(said, status=504, message=said)
 
 
 def _with_metrics(fields: dict[str, object], receipt: Receipt) -> dict[str, object]:

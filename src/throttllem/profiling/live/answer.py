@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from throttllem.engines.base import Call, EngineError, LiveEngine
-from throttllem.engines.sse import Splitter, data_of
+from throttllem.openai_api.event_stream import Splitter, data_of
 
 _COUNTED = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
 

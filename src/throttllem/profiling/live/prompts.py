@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 from pydantic_core import to_json
 
-from throttllem.engines.base import Call, EngineError, LiveEngine, ParsedRequest
-from throttllem.engines.paths import COMPLETIONS
+from throttllem.engines.base import Call, EngineError, LiveEngine
+from throttllem.openai_api.requests import COMPLETIONS, ParsedRequest, parse_request
 
 HEADERS = (("content-type", "application/json"), ("accept", "*/*"))
 FIRST_ID, LAST_ID = 16, 1000
@@ -62,29 +62,26 @@ class Prompts:
             prompt, counted = await self._words(tokens)
         body: dict[str, object] = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "stream": True}
         body |= {"temperature": 0, **self._extras}
-        ask = self._ask(prompt, body, max_tokens)
+        request = parse_request(COMPLETIONS, to_json(body))
         call = Call(
             method="POST",
             path=COMPLETIONS,
             headers=HEADERS,
-            body=to_json(body),
-            ask=ask,
+            body=request.body,
+            request=request,
             prompt_tokens=counted,
             max_tokens=max_tokens,
         )
         return call, counted
 
-    def _ask(self, prompt: list[int] | str, body: dict[str, object], max_tokens: int) -> ParsedRequest:
-        prompts = (prompt,) if isinstance(prompt, str) else (tuple(prompt),)
-        return ParsedRequest(
-            path=COMPLETIONS, model=self._model, body=body, prompts=prompts, max_tokens=max_tokens, stream=True
-        )
+    def _to_count(self, text: str) -> ParsedRequest:
+        return parse_request(COMPLETIONS, to_json({"model": self._model, "prompt": text}))
 
     async def _settle(self) -> None:
         notes = []
         if not self._ids:
             text = self._drawn(_SAMPLE_WORDS)
-            count = await self._engine.count(self._ask(text, {"model": self._model, "prompt": text}, 1))
+            count = await self._engine.count(self._to_count(text))
             self._tokens_per_word = max(0.25, count.tokens / _SAMPLE_WORDS)
             exact = "" if count.exact else ", which is an estimate: prompt tokens and KV blocks are off by as much"
             notes.append(f"the engine takes no token ids: prompts are words, counted by {count.by}{exact}")
@@ -96,7 +93,7 @@ class Prompts:
         words = max(1, int(tokens / self._tokens_per_word))
         while True:
             text = self._drawn(words)
-            counted = await self._engine.count(self._ask(text, {"model": self._model, "prompt": text}, 1))
+            counted = await self._engine.count(self._to_count(text))
             # Longer than planned might not fit.
             if counted.tokens <= tokens or words == 1:
                 return text, counted.tokens

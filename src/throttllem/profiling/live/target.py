@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from throttllem.engines.base import Kind, RemoteOptions
 from throttllem.engines.http import check_address
 from throttllem.engines.openai import OpenaiEngine
-from throttllem.engines.remote import KINDS, Kind, Remote
+from throttllem.engines.remote import KINDS, remote_engine
 from throttllem.engines.simulated.fleet import Fleet
 from throttllem.engines.triton.engine import TritonEngine
 from throttllem.gpu.device import Work
@@ -28,7 +29,7 @@ class Target:
     """One engine of the one size in `fleet`."""
 
     fleet: Fleet
-    remote: Remote
+    remote: RemoteOptions
 
     def __post_init__(self) -> None:
         check_address("--url", self.remote.url)
@@ -37,7 +38,7 @@ class Target:
 
     def engine(self) -> OpenaiEngine | TritonEngine:
         """The engine, not reached yet."""
-        return self.remote.engine(next(iter(self.fleet.specs.values())))
+        return remote_engine(self.remote, next(iter(self.fleet.specs.values())))
 
     def device(self, clocks_mhz: tuple[int, ...], gpus: tuple[str, ...] | None = None, keeper: Path = SOCKET) -> Device:
         """The GPUs that are named, their clocks set through the keeper, watts counted; without, the simulated ones of
