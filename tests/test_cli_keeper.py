@@ -15,7 +15,7 @@ from command import run
 from throttllem.cli import keeper as cli_keeper
 from throttllem.cli.keeper import HOMES, STATE, unit_text, user_id
 from throttllem.gpu.keeper_client import SOCKET
-from throttllem.keeper.__main__ import GIVE_BACK_S, parsed
+from throttllem.keeper.__main__ import RESTORE_S, parsed
 
 UUID = "GPU-cfbd6ca2-5f85-43b7-dcc7-dd4f6c1cf3df"
 OTHER = "GPU-00000000-5f85-43b7-dcc7-dd4f6c1cf3df"
@@ -172,7 +172,7 @@ def test_the_unit_is_hardened(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert found["ProtectHome"][0] in ("yes", "read-only")
     assert found["DeviceAllow"][0] == "/dev/nvidiactl rw"
     assert all(re.fullmatch(r"(/dev/nvidiactl|char-nvidia[a-z-]*) rw", allowed) for allowed in found["DeviceAllow"])
-    assert float(found["TimeoutStopSec"][0].removesuffix("s")) > GIVE_BACK_S + 1
+    assert float(found["TimeoutStopSec"][0].removesuffix("s")) > RESTORE_S + 1
     assert not {"User", "PrivateDevices", "ProcSubset"} & found.keys(), "root, NVIDIA's devices, /proc/driver"
 
 

@@ -1,6 +1,6 @@
 """Three scenes, and what `throttllem doctor` says in each: `python -m tests.doctor.scenes`.
 
-No GPU; a GPU without permission; a GPU that somebody else has locked. The latter two as a user without rights.
+No GPU; a GPU without permission; a GPU whose clock stands still. The latter two as a user without rights.
 """
 
 import os
@@ -17,7 +17,7 @@ NOBODY = 65534
 NAMES = {
     "no-gpu": "a machine without a GPU",
     "not-permitted": "a GPU whose clocks this user may not set, and no keeper",
-    "locked": "a GPU that somebody else has locked",
+    "steady": "a GPU whose clock stands still, here since another program has locked it",
 }
 
 
@@ -54,7 +54,7 @@ def scene(name, ward, nursery, library):
         machine = stack.enter_context(Machine.create(ward.folder / "gpus", a100(1), library=library))
         machine.file.chmod(0o666)
         machine.gpus[0].permission(False)
-        if name == "locked":
+        if name == "steady":
             machine.gpus[0].lock_by_other(1005, 1005)
         return ward.doctor(machine=machine, uid=NOBODY)
 

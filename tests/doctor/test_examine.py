@@ -36,7 +36,7 @@ def test_a_machine_as_it_should_be(findings, keeper):
     )
     assert told[2:4] == [
         "ok GPU 0: energy counter",
-        "ok GPU 0: no lock shows (one that holds back no clock now would not)",
+        "ok GPU 0: no sign of a lock (NVML does not report locks; one that limits no clock now has no sign)",
     ]
     assert f"ok keeper: runs, and /run/throttllem/keeper.sock answers {who()}" in told
     assert sum(line.startswith("ok rights: the keeper sets GPU") for line in told) == 2
@@ -60,41 +60,43 @@ def test_who_holds_what(findings, keeper):
     assert everything["keeper"]["held"][keeper.uuids[0]]["mhz"] == 900
 
 
-def test_what_is_still_being_given_back(findings, keeper, machine):
+def test_what_is_still_being_restored(findings, keeper, machine):
     with keeper.holds(0, mhz=900):
         machine.gpus[0].permission(False)
     until(lambda: keeper.status()["returning"])
     told, _ = findings()
-    assert "!! GPU 0: still being given back by the keeper: the driver refuses, or hangs" in told
+    assert "!! GPU 0: still being restored by the keeper: the driver refuses, or hangs" in told
     machine.gpus[0].permission(True)
 
 
-def test_what_a_dead_keeper_left(findings, keeper, machine):
-    machine.gpus[1].lock_by_other(705, 705)
+def test_what_a_dead_keeper_left(findings, keepers, machine):
+    keeper = keepers(normally={1: (705, 705)})
     with keeper.holds(mhz=900):
         keeper.kill()
     told, everything = findings()
     uuids = keeper.uuids
-    assert f"!! GPU 0: locked by a keeper that is gone; before, {uuids[0]} was not locked" in told
-    assert f"!! GPU 1: locked by a keeper that is gone; before, {uuids[1]} was locked to 705 to 705 MHz" in told
-    assert not [line for line in told if "somebody else" in line]
+    assert f"!! GPU 0: locked by a keeper that is gone; {uuids[0]} is to be unlocked" in told
+    goal = "restored to its baseline, 705 to 705 MHz"
+    assert f"!! GPU 1: locked by a keeper that is gone; {uuids[1]} is to be {goal}" in told
+    assert not [line for line in told if "another program" in line]
     assert f"-- keeper: none runs: {everything['keeper']['socket']} has nobody behind it" in told
     assert everything["keeper"]["left"] == {uuids[0]: None, uuids[1]: [705, 705]}
 
 
-def test_a_lock_of_somebody_else(findings, keeper, machine):
+def test_a_steady_clock_is_a_hint_at_a_lock_and_nothing_to_mend(findings, keeper, machine):
     machine.gpus[1].lock_by_other(705, 705)
     told, everything = findings()
-    assert [line for line in told if line.startswith("!! GPU 1: locked at 705 MHz by somebody else")]
-    (remedy,) = (one["remedy"] for one in everything["findings"] if "somebody else" in one["text"])
+    hint = "another program's lock, or the boost clock of a busy GPU"
+    assert f"-- GPU 1: steady at 705 of 1410 MHz: {hint}" in told
+    (remedy,) = (one["remedy"] for one in everything["findings"] if "another program" in one["text"])
     assert "nvidia-smi -i 1 -rgc" in remedy
-    assert everything["gpus"][1]["seen_lock_mhz"] == 705
+    assert everything["gpus"][1]["steady_mhz"] == 705
 
 
-def test_a_lock_that_is_normally_there(findings, keepers, machine):
+def test_a_lock_within_the_baseline(findings, keepers, machine):
     keepers(normally={1: (600, 900)})
     machine.gpus[1].lock_by_other(705, 705)
-    assert "ok GPU 1: locked at 705 MHz, as it normally is here (the keeper's --normally)" in findings()[0]
+    assert "ok GPU 1: steady at 705 MHz, within its baseline (the keeper's --normally)" in findings()[0]
 
 
 @needs_root
@@ -102,7 +104,7 @@ def test_a_keeper_that_does_not_let_in(findings, keeper):
     with keeper.holds(0, mhz=900):
         told, _ = findings(uid=NOBODY)
     assert [line for line in told if line.startswith("!! keeper: runs; ") and f"lets user {NOBODY}" in line]
-    assert "-- GPU 0: locked at 900 MHz by the keeper, as its journal says" in told
+    assert "-- GPU 0: locked at 900 MHz by the keeper, according to its journal" in told
     assert [line for line in told if line.startswith("!! rights: ") and "no keeper does it for them" in line]
 
 
@@ -216,7 +218,7 @@ def test_what_slows_it(findings, machine):
     told, _ = findings()
     assert "-- GPU 0: slowed down by power cap" in told
     assert "!! GPU 1: slowed down by thermal" in told
-    assert not [line for line in told if "somebody else" in line], "what is slowed down is not locked for that"
+    assert not [line for line in told if "another program" in line], "what is slowed down is not locked for that"
 
 
 def test_energy_counters(findings, machine):

@@ -1,11 +1,12 @@
-"""`doctor --restore`: what a dead keeper left goes back; what others locked only where it is named; nothing else."""
+"""`doctor --restore`: what a dead keeper left is restored; what others locked only where it is named; nothing else."""
 
 import json
+import zlib
 from contextlib import closing
 
 import pytest
 
-from tests.keeper.rig import NOBODY, locks, needs_root, until
+from tests.keeper.rig import BOOT, NOBODY, locks, needs_root, until
 from throttllem.doctor.rights import sets_clocks
 from throttllem.files import hold_dir
 from throttllem.keeper.journal import Journal
@@ -27,28 +28,35 @@ def restored(ward, machine):
 
 @pytest.fixture
 def dead(keepers, machine):
-    """A keeper that left both GPUs locked, one of which somebody else had locked before."""
-    machine.gpus[1].lock_by_other(705, 705)
-    keeper = keepers()
+    """A keeper that left both GPUs locked, and has a baseline for one of them."""
+    keeper = keepers(normally={1: (705, 705)})
     with keeper.holds(mhz=900):
         keeper.kill()
     assert locks(machine) == [(900, 900)] * 2
     return keeper
 
 
-def test_what_a_dead_keeper_left_goes_back(dead, restored, machine):
+def test_what_a_dead_keeper_left_is_restored(dead, restored, machine):
     first, second = dead.uuids
     _, told = restored()
-    assert told == [f"ok {first} is unlocked again", f"ok {second} is locked to 705 to 705 MHz again"]
+    assert told == [f"ok {first} is unlocked", f"ok {second} is at its baseline again, 705 to 705 MHz"]
     assert locks(machine) == [None, (705, 705)]
     assert dead.journal == {}
     assert restored()[1] == ["ok no keeper left anything locked"]
 
 
+def test_locks_that_an_older_version_inferred_are_reset(dead, restored, machine):
+    body = json.dumps([99, BOOT, {uuid: [705, 705] for uuid in dead.uuids}]).encode()
+    dead.copies[0].write_bytes(b"%08x %s\n" % (zlib.crc32(body), body))
+    _, told = restored()
+    assert told == [f"ok {uuid} is unlocked" for uuid in dead.uuids]
+    assert locks(machine) == [None, None]
+
+
 def test_what_others_locked_stays(restored, machine):
     machine.gpus[0].lock_by_other(1005, 1005)
     code, told = restored()
-    assert (code, told) == (1, ["ok no keeper left anything locked"])
+    assert (code, told) == (0, ["ok no keeper left anything locked"])
     assert locks(machine) == [(1005, 1005), None]
     assert machine.writes() == []
 
@@ -56,7 +64,7 @@ def test_what_others_locked_stays(restored, machine):
 def test_what_is_named_is_reset_and_nothing_else(dead, restored, machine):
     first, second = dead.uuids
     _, told = restored("--gpu", second)
-    assert told == [f"-- resetting {second}, whoever locked it", f"ok {second} is not locked any more"]
+    assert told == [f"-- resetting {second}, no matter what locked it", f"ok {second} is not locked any more"]
     assert locks(machine) == [(900, 900), None]
     assert dead.journal == {first: None}
 
@@ -99,10 +107,10 @@ def test_what_does_not_work_stays_in_the_journal(dead, restored, machine):
     machine.fault("nvmlDeviceResetGpuLockedClocks", error=999)
     code, told = restored()
     assert code == 1
-    assert told[0].startswith("!! not put back: unlocking of")
+    assert told[0].startswith("!! not restored: unlocking of")
     assert dead.journal == {dead.uuids[0]: None}
     machine.clear_faults()
-    assert restored()[1] == [f"ok {dead.uuids[0]} is unlocked again"]
+    assert restored()[1] == [f"ok {dead.uuids[0]} is unlocked"]
 
 
 def test_what_cannot_be_reset_is_told(dead, restored, machine):
@@ -124,7 +132,7 @@ def test_a_journal_of_another_boot_is_nothing_to_restore(keepers, restored, mach
 
 def test_a_keeper_starts_again_after_it(dead, restored, keepers, machine):
     restored()
-    again = keepers()
+    again = keepers(normally={1: (705, 705)})
     with again.holds(0, mhz=1005):
         assert again.journal == {again.uuids[0]: None}
     until(lambda: locks(machine) == [None, (705, 705)])
@@ -156,6 +164,6 @@ def test_without_a_driver_it_is_said(ward, machine):
 def test_a_gpu_that_hangs_holds_no_other_up(dead, restored, machine):
     machine.fault("nvmlDeviceResetGpuLockedClocks", sleep_s=30, gpu=0)
     _, told = restored()
-    assert told[0] == "!! not put back: a call of the driver has not come back for 3 s"
+    assert told[0] == "!! not restored: a call of the driver has not come back for 3 s"
     assert machine.gpus[1].lock == (705, 705)
     assert dead.journal == {dead.uuids[0]: None}

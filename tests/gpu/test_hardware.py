@@ -32,10 +32,9 @@ def locks(house):
     return [gpu.lock for gpu in house.machine.gpus]
 
 
-def test_on_sets_all_of_them_and_gives_back_what_was_there(house):
+def test_on_sets_all_of_them_and_restores_the_baseline(house):
     async def run():
-        house.machine.gpus[1].lock_by_other(1005, 1005)
-        async with house.keeper():
+        async with house.keeper("--normally", f"{house.machine.gpus[1].uuid}=1005-1005"):
             async with hardware(house) as device:
                 gpu: Gpu = device
                 heard = []

@@ -1,13 +1,12 @@
-"""GPUs through nvidia-ml-py, on the fake library: readings, what is refused, what of a lock shows."""
+"""GPUs through nvidia-ml-py, on the fake library: readings, what is refused, locks that are set and reset."""
 
-import itertools
 import time
 
 import pytest
 
 from throttllem.gpu.hardware import found_gpu
 from throttllem.gpu.locks import LockableGpu
-from throttllem.gpu.nvml import Brake, Lock, Nvml, NvmlError, NvmlGpu, Trouble, Use, seen_lock
+from throttllem.gpu.nvml import Brake, Lock, Nvml, NvmlError, NvmlGpu, Trouble, Use
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def test_what_a_gpu_says(machine, gpu):
 
 def test_reading_offers_no_way_to_set():
     assert not {name for name in dir(NvmlGpu) if "lock" in name.lower() and name not in ("clock_mhz", "clocks_mhz")}
-    assert {"lock", "give_back"} <= set(dir(LockableGpu))
+    assert {"lock", "restore"} <= set(dir(LockableGpu))
 
 
 def test_no_counter_is_no_error(machine, gpu):
@@ -81,17 +80,17 @@ def test_shared_gpus_are_not_to_be_set(machine, gpu):
     machine.gpus[0].mps([4711])
     assert gpu.use() is Use.MPS
     with pytest.raises(NvmlError, match="MPS shares it"):
-        lockable.before(None)
+        lockable.check()
     assert machine.gpus[0].attempted == 0
 
 
-def test_a_lock_is_set_and_given_back(machine, gpu):
+def test_a_lock_is_set_and_a_baseline_restored(machine, gpu):
     lockable = LockableGpu(gpu.nvml, gpu.uuid)
     lockable.lock(Lock(900, 900))
     assert (machine.gpus[0].lock, gpu.clock_mhz()) == ((900, 900), 900)
-    lockable.give_back(Lock(600, 1200))
+    lockable.restore(Lock(600, 1200))
     assert machine.gpus[0].lock == (600, 1200)
-    lockable.give_back(None)
+    lockable.restore(None)
     assert machine.gpus[0].lock is None
 
 
@@ -100,52 +99,6 @@ def test_permission_is_asked_of_the_driver(machine, gpu):
     with pytest.raises(NvmlError, match="needs root") as denied:
         LockableGpu(gpu.nvml, gpu.uuid).lock(Lock(900, 900))
     assert denied.value.trouble is Trouble.DENIED and machine.gpus[0].lock is None
-
-
-# ---- locks that others set -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("load", [0.0, 0.5])
-@pytest.mark.parametrize("mhz", [1005, 510, 1395])
-def test_a_lock_by_others_shows_busy_or_idle(machine, gpu, load, mhz):
-    machine.gpus[0].work(load, 3600.0)
-    machine.gpus[0].lock_by_other(mhz, mhz)
-    assert seen_lock(gpu) == Lock(mhz, mhz)
-
-
-@pytest.mark.parametrize("load", [0.0, 0.5])
-def test_no_lock_shows_where_none_is(machine, gpu, load):
-    machine.gpus[0].work(load, 3600.0)
-    assert seen_lock(gpu) is None
-
-
-def test_what_slows_a_gpu_down_is_no_lock(machine, gpu):
-    machine.gpus[0].thermal(900)
-    assert gpu.clock_mhz() == 900 and seen_lock(gpu) is None
-
-
-def test_a_clock_that_never_stands_still_is_no_lock(machine, gpu):
-    moves = itertools.cycle((900, 915))
-    machine.gpus[0].lock_by_other(900, 900)
-    assert seen_lock(gpu, sleep=lambda _: machine.gpus[0].lock_by_other(*[next(moves)] * 2)) is None
-
-
-def test_a_lock_of_a_moment_ago_is_waited_for(machine, gpu):
-    """The clock has not followed yet at the first looks: at the top, then on its way."""
-    looks = iter((1200, 1005))
-
-    def sleep(_):
-        mhz = next(looks, None)
-        if mhz is not None:
-            machine.gpus[0].lock_by_other(mhz, mhz)
-
-    assert seen_lock(gpu, sleep=sleep) == Lock(1005, 1005)
-
-
-def test_of_a_range_the_end_in_force_shows(machine, gpu):
-    """What cannot be known: --normally of the keeper is for such sites."""
-    machine.gpus[0].lock_by_other(600, 1200)
-    assert seen_lock(gpu) == Lock(1200, 1200)
 
 
 def test_a_range_is_two_clocks_in_order():

@@ -48,6 +48,13 @@ def test_what_is_written_is_read(paths, said):
     assert {path.name for path in paths[0].parent.iterdir()} == {"one.journal", "two.journal"}
 
 
+def test_of_an_older_version_only_the_gpus_count(paths, said):
+    """It inferred locks from steady clocks, and its entries have no mark."""
+    paths[0].write_bytes(lines(b'[1, "now", {"GPU-a": null, "GPU-b": [2730, 2730]}]'))
+    assert read(paths) == {"GPU-a": None, "GPU-b": None}
+    assert said() == []
+
+
 def test_nothing_there_is_nothing_left(paths):
     assert read(paths) == {}
 
@@ -110,7 +117,15 @@ def test_a_flipped_bit_is_never_believed(paths):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{}", b"[1]", b'["x", "now", {}]', b'[1, "now", []]', b'[1, "now", {"GPU-a": [0, 5]}]', b'[1, "now", 5]'],
+    [
+        b"",
+        b"{}",
+        b"[1]",
+        b'["x", "now", {}]',
+        b'[1, "now", []]',
+        b'[1, "now", {"GPU-a": [0, 5]}, true]',
+        b'[1, "now", 5]',
+    ],
 )
 def test_a_whole_copy_that_means_nothing_is_not_used(paths, said, body):
     paths[0].write_bytes(lines(body))

@@ -15,8 +15,9 @@ NO_PERMISSION, UNKNOWN = 4, 999
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_group_follows_as_a_whole_or_its_lease_ends(keeper, talk, machine, number, first):
-    machine.gpus[0].lock_by_other(705, 705)
+def test_a_group_follows_as_a_whole_or_its_lease_ends(keepers, machine, number, first):
+    keeper = keepers(normally={0: (705, 705)})
+    talk = keeper.talk()
     talk.done("lease", gpus=keeper.uuids, ttl_s=LONG_S)
     if not first:
         talk.done("set", mhz=900)
@@ -101,33 +102,23 @@ def test_nothing_is_touched_that_was_not_set(keeper, machine):
     assert {write.gpu for write in machine.writes()} == {0}, "the lease on GPU 1 never set it"
 
 
-def test_the_locks_of_others_come_back(keeper, machine):
-    machine.gpus[0].lock_by_other(705, 705)
-    talk = keeper.holds(mhz=900)
-    assert keeper.status()["before"] == {keeper.uuids[0]: [705, 705], keeper.uuids[1]: None}
-    talk.done("release")
-    assert locks(machine) == [(705, 705), None]
-
-
-def test_what_counts_is_what_was_there_before_the_first_set(keeper, talk, machine):
-    talk.done("lease", gpus=keeper.uuids, ttl_s=LONG_S)
-    machine.gpus[0].lock_by_other(705, 705)
-    talk.done("set", mhz=900)
-    talk.done("set", mhz=1005)
-    talk.done("release")
-    assert locks(machine) == [(705, 705), None], "neither what was at the lease nor our own 900 MHz"
-
-
-def test_what_it_normally_is_wins_over_what_shows(keepers, machine):
+def test_locks_of_other_programs_are_reset_without_a_baseline(keepers, machine):
     keeper = keepers(normally={0: (300, 1200)})
     machine.gpus[0].lock_by_other(705, 705)
     machine.gpus[1].lock_by_other(810, 810)
     keeper.holds(mhz=900).done("release")
-    assert locks(machine) == [(300, 1200), (810, 810)]
+    assert locks(machine) == [(300, 1200), None]
 
 
-def test_sigterm_gives_everything_back(keeper, machine):
-    machine.gpus[0].lock_by_other(705, 705)
+def test_a_lease_that_set_nothing_leaves_locks_of_other_programs(keepers, machine):
+    keeper = keepers(normally={0: (300, 1200)})
+    machine.gpus[1].lock_by_other(810, 810)
+    keeper.holds().done("release")
+    assert (locks(machine), machine.writes()) == ([None, (810, 810)], [])
+
+
+def test_sigterm_restores_everything(keepers, machine):
+    keeper = keepers(normally={0: (705, 705)})
     with keeper.holds(0, mhz=900), keeper.holds(1, mhz=1005):
         assert keeper.stop() == 0
     assert "Traceback" not in keeper.said
@@ -166,7 +157,7 @@ def test_a_refusal_is_told_once_and_tried_again(keeper, machine):
     with keeper.holds(0, mhz=900):
         machine.fault(RESET, error=NO_PERMISSION, times=2)
     until(lambda: machine.gpus[0].lock is None)
-    assert keeper.said.count("not given back yet") == 1
+    assert keeper.said.count("not restored yet") == 1
     refused = [write for write in machine.writes() if write.op is Op.UNLOCK and write.result == NO_PERMISSION]
     assert len(refused) == 2
 
@@ -182,9 +173,9 @@ def test_a_call_that_hangs_ends_the_lease_in_time_and_is_undone_after_it(keeper,
     assert [write.op for write in machine.writes() if write.gpu == 0] == [Op.LOCK, Op.UNLOCK], "in this order"
 
 
-def test_a_first_look_that_hangs_locks_nothing(keeper, machine):
+def test_a_first_check_that_hangs_locks_nothing(keeper, machine):
     with keeper.holds(ttl_s=TTL_S) as talk:
-        machine.fault("nvmlDeviceGetClockInfo", sleep_s=0.45, gpu=0, times=1)
+        machine.fault("nvmlDeviceGetMigMode", sleep_s=0.45, gpu=0, times=1)
         assert talk.refused("set", mhz=900) == "lost"
     assert keeper.status()["held"] == {}
     assert [machine.writes(), keeper.status()["before"]] == [[], {}]

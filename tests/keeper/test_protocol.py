@@ -40,7 +40,7 @@ def test_a_lease_from_its_begin_to_its_end(keeper, talk, machine):
     assert talk.done("set", mhz=600) == {"ok": True}
     assert locks(machine) == [(600, 600)] * 2
     assert talk.done("release") == {"ok": True}
-    assert locks(machine) == [None, None], "release is answered when everything is given back"
+    assert locks(machine) == [None, None], "release is answered when everything is restored"
     assert keeper.status()["held"] == {}
     assert talk.done("lease", gpus=keeper.uuids[:1], ttl_s=LONG_S), "and then it may ask for another"
 

@@ -18,13 +18,12 @@ def full(*journals):
         path.with_suffix(".part").symlink_to("/dev/full")
 
 
-def test_the_next_one_restores_what_was_there_and_not_the_default(keepers, machine):
-    machine.gpus[0].lock_by_other(705, 705)
-    first = keepers()
+def test_the_next_one_restores_the_baseline_and_resets_the_others(keepers, machine):
+    first = keepers(normally={0: (705, 705)})
     with first.holds(mhz=900):
         first.kill()
     assert locks(machine) == [(900, 900)] * 2, "a lock outlives whoever set it"
-    second = keepers()
+    second = keepers(normally={0: (705, 705)})
     until(lambda: locks(machine) == [(705, 705), None])
     until(lambda: second.journal == {} and not second.status()["returning"])
 
@@ -41,21 +40,20 @@ def test_also_gpus_that_the_next_one_may_not_set(keepers, machine):
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("number", [0, 1])
 def test_killed_while_it_locks(keepers, machine, moment, number):
-    machine.gpus[1].lock_by_other(705, 705)
-    first = keepers()
+    first = keepers(normally={1: (705, 705)})
     talk = first.holds()
     machine.fault(LOCK, kill=moment, gpu=number, times=1)
     talk.say({"op": "set", "mhz": 900})
     assert first.wait() == -signal.SIGKILL
     assert first.journal == {first.uuids[0]: None, first.uuids[1]: (705, 705)}, "on disk before the first lock"
     machine.clear_faults()
-    keepers()
+    keepers(normally={1: (705, 705)})
     until(lambda: locks(machine) == [None, (705, 705)])
     talk.close()
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_while_it_gives_back(keepers, machine, moment):
+def test_killed_while_it_restores(keepers, machine, moment):
     first = keepers()
     with first.holds(mhz=900):
         machine.fault(RESET, kill=moment, gpu=0, times=1)
@@ -65,16 +63,15 @@ def test_killed_while_it_gives_back(keepers, machine, moment):
     until(lambda: locks(machine) == [None, None] and second.journal == {})
 
 
-def test_killed_again_and_again_it_is_still_known_what_was_there(keepers, machine):
-    machine.gpus[0].lock_by_other(705, 705)
-    first = keepers()
+def test_killed_again_and_again_the_baseline_is_still_restored(keepers, machine):
+    first = keepers(normally={0: (705, 705)})
     with first.holds(mhz=900):
         first.kill()
     for _ in range(3):
         machine.fault(LOCK, kill="before", gpu=0, times=1)
-        assert keepers(wait=False).wait() == -signal.SIGKILL
+        assert keepers(wait=False, normally={0: (705, 705)}).wait() == -signal.SIGKILL
         machine.clear_faults()
-    keepers()
+    keepers(normally={0: (705, 705)})
     until(lambda: locks(machine) == [(705, 705), None])
 
 
@@ -116,7 +113,7 @@ def test_one_copy_is_enough_to_lock_and_it_is_said(keepers, machine, copy):
     until(lambda: locks(machine) == [None, None])
 
 
-def test_what_was_given_back_stays_noted_while_that_cannot_be_written(keepers, machine):
+def test_what_was_restored_stays_noted_while_that_cannot_be_written(keepers, machine):
     first = keepers()
     with first.holds(0, mhz=900):
         full(*first.copies)
@@ -159,4 +156,4 @@ def test_a_holder_notices_and_leases_anew(keepers, machine):
     until(lambda: not second.status()["returning"])
     with second.holds(mhz=1005):
         time.sleep(0.05)
-        assert locks(machine) == [(1005, 1005)] * 2, "what the first left was given back before, not after"
+        assert locks(machine) == [(1005, 1005)] * 2, "what the first left was restored before, not after"

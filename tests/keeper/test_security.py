@@ -1,4 +1,4 @@
-"""The promises of docs/keeper.md, one test each, in the page's order; what is exhausted or goes back is in
+"""The guarantees of docs/keeper.md, one test each, in the page's order; what is exhausted or goes back is in
 test_security_bounds. The last test here compares the two lists.
 """
 
@@ -207,13 +207,13 @@ def test_what_is_said_is_data(keeper):
 # ---- the page -------------------------------------------------------------------------------------------------
 
 
-def test_every_promise_of_the_page_is_tested_and_nothing_else():
-    part = PAGE.read_text().split("\n## What it promises\n", 1)[1].split("\n## ", 1)[0]
-    promised = re.findall(r"^\d+\. .*?`(test_\w+)`", part, re.MULTILINE | re.DOTALL)
+def test_every_guarantee_of_the_page_is_tested_and_nothing_else():
+    part = PAGE.read_text().split("\n## What it guarantees\n", 1)[1].split("\n## ", 1)[0]
+    guaranteed = re.findall(r"^\d+\. .*?`(test_\w+)`", part, re.MULTILINE | re.DOTALL)
     numbered = re.findall(r"^(\d+)\. ", part, re.MULTILINE)
     files = Path(__file__), Path(__file__).with_name("test_security_bounds.py")
     nodes = [node for file in files for node in ast.parse(file.read_text()).body]
     tests = [node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
-    tests.remove(test_every_promise_of_the_page_is_tested_and_nothing_else.__name__)
+    tests.remove(test_every_guarantee_of_the_page_is_tested_and_nothing_else.__name__)
     assert numbered == [str(number) for number in range(1, len(numbered) + 1)]
-    assert promised == tests
+    assert guaranteed == tests

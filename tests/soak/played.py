@@ -10,6 +10,8 @@ from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+from throttllem.gpu.locks import LockableGpu
+from throttllem.gpu.nvml import Lock
 from throttllem.keeper import __main__ as door
 from throttllem.keeper import journal, leases
 from tools.soak.draw import drawn
@@ -18,13 +20,13 @@ from tools.soak.stage import stage
 from tools.soak.stranger_process import NOBODY
 
 OPTED = GpuPlan(allowed=(510, 1200), held=True, before=None, declared=False)
-SEEN = replace(OPTED, before=(855, 855))
+UNDECLARED = replace(OPTED, before=(855, 855))
 DECLARED = replace(OPTED, before=(645, 1365), declared=True)
 STRANGER = GpuPlan(allowed=None, held=False, before=(960, 960), declared=False)
 
 CALM = replace(
     drawn(0),
-    gpus=(OPTED, STRANGER, SEEN, DECLARED),
+    gpus=(OPTED, STRANGER, UNDECLARED, DECLARED),
     early=False,
     ttl_s=4.0,
     life_s=0.4,
@@ -42,7 +44,7 @@ SCHEDULES = {
 
 def no_journal():
     """Nothing is written down before a GPU is locked."""
-    journal.Journal.write = lambda self, before: None
+    journal.Journal.write = lambda self, baselines: None
 
 
 def no_end():
@@ -55,6 +57,12 @@ def no_undo():
     """A group of which one GPU fails stays as far as it came."""
     real = leases.Leases.end
     leases.Leases.end = lambda self, lease, why: None if "was not set" in why else real(self, lease, why)
+
+
+def infers():
+    """A lock that was there before, and that no option states, is restored."""
+    real = LockableGpu.restore
+    LockableGpu.restore = lambda self, baseline: real(self, baseline or Lock(855, 855))
 
 
 def all_users():

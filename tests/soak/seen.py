@@ -10,7 +10,7 @@ from tools.soak.schedule import GpuPlan, Stop
 KEEPER = 4711
 BEGAN_S = 100.0
 OPTED = GpuPlan(allowed=(510, 1200), held=True, before=None, declared=False)
-LOCKED = replace(OPTED, before=(855, 855))
+LOCKED = replace(OPTED, before=(855, 855), declared=True)
 STRANGER = GpuPlan(allowed=None, held=False, before=(960, 960), declared=False)
 SCHEDULE = replace(
     drawn(0), gpus=(OPTED, LOCKED, STRANGER), ttl_s=0.5, faults=(), lift_s=-0.05, stop=Stop.KILL, early=False
@@ -35,7 +35,7 @@ GOOD = (
 
 
 def evidence(writes=GOOD, schedule=SCHEDULE, **more):
-    """The gateway was killed at 1 s; everything was as before 20 ms later."""
+    """The gateway was killed at 1 s; everything was restored 20 ms later."""
     left = (None, (855, 855), (960, 960))
     found = {
         "began_s": BEGAN_S,

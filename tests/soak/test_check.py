@@ -27,7 +27,7 @@ def test_what_went_well_violates_nothing_and_its_restoring_is_timed():
     assert restorings_s(evidence()) == [pytest.approx(0.02)]
 
 
-# ---- as before -----------------------------------------------------------------------------------------------
+# ---- restored -----------------------------------------------------------------------------------------------
 
 
 def test_a_gpu_left_locked():
@@ -35,7 +35,32 @@ def test_a_gpu_left_locked():
     assert [text[:24] for text in violations(spoiled)] == ["GPU 0 is locked (1110, 1", "GPU 1 is locked (1110, 1"]
 
 
-def test_a_gpu_unlocked_though_it_was_locked_before():
+def undeclared():
+    """The schedule, but the lock of GPU 1 is no baseline."""
+    one, other, stranger = SCHEDULE.gpus
+    return after(gpus=(one, replace(other, declared=False), stranger))
+
+
+def test_a_lock_that_no_option_states_is_reset_and_not_restored():
+    restored = evidence(schedule=undeclared(), restored_s=None)
+    assert any(text.startswith("GPU 1 is locked (855, 855)") for text in violations(restored))
+    reset = evidence((*GOOD[:-1], write(1.02, 1)), undeclared(), left=(None, None, (960, 960)))
+    assert violations(reset) == []
+
+
+def test_a_lock_that_no_option_states_stays_where_no_lease_set_anything():
+    untouched = evidence([one for one in GOOD if one.gpu != 1], undeclared(), restored_s=None)
+    assert [text for text in violations(untouched) if text.startswith("GPU 1")] == []
+
+
+def test_another_controllers_lock_is_reset_by_a_later_lease():
+    earlier = [Other(at_s=BEGAN_S + 0.05, gpu=1, lock=(405, 405))]
+    for writes, fine in ((GOOD, False), ([one for one in GOOD if one.gpu != 1], True)):
+        found = evidence(writes, restored_s=None, left=(None, (405, 405), (960, 960)), others=earlier)
+        assert (not any(text.startswith("GPU 1 is locked") for text in violations(found))) is fine
+
+
+def test_a_gpu_unlocked_though_it_has_a_baseline():
     spoiled = evidence((*GOOD[:-1], write(1.02, 1)), restored_s=None, left=(None, None, (960, 960)))
     assert only(violations(spoiled)).startswith("GPU 1 is locked None")
 
@@ -43,7 +68,7 @@ def test_a_gpu_unlocked_though_it_was_locked_before():
 def test_a_lease_in_mid_life_whose_gpus_went_back_too_late():
     late = (*GOOD[:4], write(3.6, 0), write(3.7, 1, 855))
     found = evidence(late, losses=[loss(0.6), loss(4.0)], stopped_s=BEGAN_S + 4.0)
-    assert "given back 3.100 s late" in only(violations(found))
+    assert "restored 3.100 s late" in only(violations(found))
 
 
 def test_what_stood_in_the_way_is_not_the_keepers_fault():
@@ -78,9 +103,9 @@ def test_a_driver_that_was_loaded_anew_may_have_taken_the_lock_away():
 def test_another_controllers_lock_stays_only_if_no_lease_was_there():
     spoiled = {"restored_s": None, "left": (None, (405, 405), (960, 960))}
     during = [Other(at_s=BEGAN_S + 0.7, gpu=1, lock=(405, 405))]
-    earlier = [Other(at_s=BEGAN_S + 0.05, gpu=1, lock=(405, 405))]
+    later = [Other(at_s=BEGAN_S + 1.5, gpu=1, lock=(405, 405))]
     assert only(violations(evidence(**spoiled, others=during))).startswith("GPU 1 is locked (405, 405)")
-    assert violations(evidence(**spoiled, others=earlier)) == []
+    assert violations(evidence(**spoiled, others=later)) == []
 
 
 def test_without_any_journal_another_controllers_lock_may_stay_also_of_during_a_lease():

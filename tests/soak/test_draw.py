@@ -56,12 +56,6 @@ def test_every_keeper_allows_the_clock_of_the_fresh_client(schedules):
     assert all(low <= COMMON_MHZ <= high for low, high in ranges)
 
 
-def test_a_lock_that_cannot_be_seen_is_declared(schedules):
-    for schedule in schedules:
-        if any(KINDS[kind].hides_lock for kind in schedule.kinds):
-            assert all(gpu.declared for gpu in schedule.gpus if gpu.allowed and gpu.before)
-
-
 def test_both_copies_of_the_journal_are_never_lost_by_two_faults(schedules):
     for schedule in schedules:
         hits = [fault for fault in schedule.faults if KINDS[fault.kind].journal is not Journal.NOTHING]

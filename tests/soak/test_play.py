@@ -24,7 +24,15 @@ def library(tmp_path_factory):
 @pytest.fixture(scope="module")
 def played(library):
     """Violations, and requests complete, told and cut, and restorings."""
-    whats = ["sound:calm", "sound:killed", "no_journal:killed", "no_end:calm", "no_undo:calm", "all_users:stranger"]
+    whats = [
+        "sound:calm",
+        "sound:killed",
+        "no_journal:killed",
+        "no_end:calm",
+        "no_undo:calm",
+        "infers:calm",
+        "all_users:stranger",
+    ]
     command = [sys.executable, "-m", "tests.soak.played", str(library), *whats]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     rows = [line.split("|") for line in done.stdout.splitlines()]
@@ -50,6 +58,10 @@ def test_a_keeper_without_a_journal_is_found_out(played):
 
 def test_a_keeper_that_does_not_mind_who_hangs_up_is_found_out(played):
     assert any("2 s after it was due" in text for text in played["no_end:calm"][0])
+
+
+def test_a_keeper_that_restores_a_lock_that_no_option_states_is_found_out(played):
+    assert any("is locked (855, 855)" in text for text in played["infers:calm"][0])
 
 
 def test_a_keeper_that_leaves_half_a_group_is_found_out(played):

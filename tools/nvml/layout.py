@@ -7,7 +7,7 @@ from ctypes import c_char, c_double, c_int32, c_int64, c_uint32, c_uint64
 from enum import IntEnum
 
 MAGIC = 0x4C4D564E454B4146
-VERSION = 1
+VERSION = 2
 GPUS = 16
 CLOCKS = 256
 PIDS = 16
@@ -89,7 +89,7 @@ class PartLayout(ctypes.Structure):
         ("limit_min_mw", c_uint32),
         ("limit_max_mw", c_uint32),
         ("context", c_uint32),
-        ("unused", c_uint32),
+        ("boost_clock", c_uint32),
         ("memory_bytes", c_uint64),
         ("refresh_ns", c_int64),
         ("idle_w", c_double),

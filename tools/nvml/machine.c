@@ -90,9 +90,9 @@ static uint32_t clock_now(const struct part *part, const struct moment *moment, 
     return clock;
 }
 
-/* The clock that a GPU tends to: the lock's high end if busy, the idle clock or the lock's low end otherwise. */
+/* The clock that a GPU tends to: the boost clock if busy, the idle clock otherwise; within the lock, if there is one. */
 static void settle(const struct part *part, struct moment *moment, int64_t at_ns) {
-    uint32_t wanted = moment->util > 0 || moment->context ? part->clocks - 1 : part->idle_clock;
+    uint32_t wanted = moment->util > 0 || moment->context ? part->boost_clock : part->idle_clock;
     if (moment->locked && wanted < moment->low) wanted = moment->low;
     if (moment->locked && wanted > moment->high) wanted = moment->high;
     if (wanted == moment->target) return;
@@ -135,7 +135,7 @@ static void carry_on(const struct part *part, struct moment *moment, int64_t to_
 static void anew(const struct part *part, struct moment *moment, int64_t at_ns) {
     *moment = (struct moment){.at_ns = at_ns, .origin_ns = at_ns, .average_w = part->idle_w, .context = part->context,
                               .limit_mw = part->limit_mw, .persistence = 1};
-    moment->clock = moment->target = part->context ? part->clocks - 1 : part->idle_clock;
+    moment->clock = moment->target = part->context ? part->boost_clock : part->idle_clock;
 }
 
 uint32_t nearest(const struct part *part, double mhz) {

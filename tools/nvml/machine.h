@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define MAGIC 0x4c4d564e454b4146ull /* "FAKENVML", little endian */
-#define VERSION 1
+#define VERSION 2
 #define GPUS 16
 #define CLOCKS 256
 #define PIDS 16
@@ -82,7 +82,7 @@ struct part {
     uint32_t limit_min_mw;
     uint32_t limit_max_mw;
     uint32_t context;
-    uint32_t unused;
+    uint32_t boost_clock; /* what a busy GPU reaches without a lock */
     uint64_t memory_bytes;
     int64_t refresh_ns;
     double idle_w;

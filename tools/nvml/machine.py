@@ -17,10 +17,10 @@ from typing import Literal, Self
 from tools.nvml import build
 from tools.nvml.gpu import FakeGpu
 from tools.nvml.layout import FAULTS, GPUS, MAGIC, VERSION, WRITES, MachineLayout, Op
-from tools.nvml.part import Part, PartError, a100, h100
+from tools.nvml.part import Part, PartError, a100, h100, rtx4090
 from tools.nvml.state import SIZE, MachineError, State
 
-__all__ = ["FakeGpu", "Machine", "MachineError", "Op", "Part", "PartError", "Write", "a100", "h100"]
+__all__ = ["FakeGpu", "Machine", "MachineError", "Op", "Part", "PartError", "Write", "a100", "h100", "rtx4090"]
 STATE = "FAKE_NVML_STATE"
 ANY = -1
 
@@ -188,6 +188,7 @@ def _fill(layout: MachineLayout, index: int, part: Part) -> None:
     into.limit_min_mw, into.limit_max_mw = round(low_w * 1000), round(high_w * 1000)
     into.context, into.refresh_ns, into.idle_w = part.context_keeps_clock, round(part.refresh_s * 1e9), part.idle_w
     into.clocks, into.idle_clock = len(clocks), clocks.index(clocks[0] if part.idle_mhz is None else part.idle_mhz)
+    into.boost_clock = clocks.index(clocks[-1] if part.boost_mhz is None else part.boost_mhz)
     for place, clock in enumerate(clocks):
         into.clock_mhz[place], into.busy_w[place] = clock, part.busy_w[place]
         into.switch_ns[place] = round(part.switch_s(clock) * 1e9)

@@ -39,6 +39,8 @@ class Part:
     """None: a quarter of the default limit, and the limit itself."""
     idle_mhz: int | None = None
     """What an unlocked idle GPU falls to; None: the lowest."""
+    boost_mhz: int | None = None
+    """What an unlocked busy GPU reaches, without any clock event reason; None: the highest. GeForce stays below it."""
     context_keeps_clock: bool = False
     """An H100 with a context idles at its top clock."""
     switch_ms: tuple[float, float] = SWITCH_MS
@@ -62,6 +64,7 @@ class Part:
         _require(0 < self.idle_w <= self.busy_w[0], "idle_w: above 0, at most the lowest busy_w")
         _require(0 < self.limits_w[0] <= self.limit_w <= self.limits_w[1], "limit_w: within its smallest and largest")
         _require(self.idle_mhz is None or self.idle_mhz in clocks, "idle_mhz: one of clocks_mhz")
+        _require(self.boost_mhz is None or self.boost_mhz in clocks, "boost_mhz: one of clocks_mhz")
         _require(0 <= self.switch_ms[0] <= self.switch_ms[1], "switch_ms: median, then largest")
         _require(self.refresh_s >= 0, "refresh_s: at least 0")
         _require(self.uuid.startswith("GPU-") and len(self.uuid) < 48, "uuid: GPU-..., under 48 characters")
@@ -113,6 +116,25 @@ def a100(n: int = 1, **fields: Any) -> tuple[Part, ...]:
     """A100-SXM4-40GB; `fields` replace those of Part, or choose `model` and `tp`."""
     own: dict[str, Any] = {"name": "NVIDIA A100-SXM4-40GB", "limit_min_w": 100.0}
     return catalogue_parts("a100-40gb-sxm", n, **(own | fields))
+
+
+def rtx4090(n: int = 1, **fields: Any) -> tuple[Part, ...]:
+    """GeForce RTX 4090, which under load stays at a steady boost clock below its highest; watts are rough."""
+    clocks = tuple(range(210, 3106, 15))
+    own: dict[str, Any] = {
+        "name": "NVIDIA GeForce RTX 4090",
+        "clocks_mhz": clocks,
+        "boost_mhz": 2730,
+        "idle_w": 25.0,
+        "busy_w": tuple(60.0 + 340.0 * (clock / clocks[-1]) ** 2 for clock in clocks),
+        "limit_w": 450.0,
+        "memory_mhz": 10501,
+        "memory_bytes": 24 * 2**30,
+        "pci_device_id": 0x268410DE,
+        "capability": (8, 9),
+        "architecture": 8,
+    }
+    return tuple(Part(**{"uuid": uuid_of(index), **own, **fields}) for index in range(n))
 
 
 def h100(n: int = 1, **fields: Any) -> tuple[Part, ...]:

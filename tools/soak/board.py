@@ -15,7 +15,7 @@ POINTS = (
     *(f"replace.{when}.{copy}" for copy in (0, 1) for when in ("before", "after")),
     *(
         f"{step}.{when}"
-        for step in ("note", "lock", "give-back", "reply", "entry", "recover")
+        for step in ("note", "lock", "restore", "reply", "entry", "recover")
         for when in ("before", "after")
     ),
 )

@@ -14,7 +14,7 @@ from tools.soak.locks import downs, fits, logged, moments
 from tools.soak.schedule import Stop
 
 WITHIN_S = 2.0
-"""So soon everything is as it was: after the lease is lost, the keeper is back, the obstacle is gone."""
+"""So soon everything is restored: after the lease is lost, the keeper is back, the obstacle is gone."""
 
 
 def violations(evidence: Evidence) -> list[str]:
@@ -44,24 +44,25 @@ def _restored(evidence: Evidence) -> Iterator[str]:
         return
     for gpu, plan in enumerate(evidence.schedule.gpus):
         if plan.allowed and not fits(evidence, gpu, evidence.left[gpu]):
-            yield f"GPU {gpu} is locked {evidence.left[gpu]} {WITHIN_S:g} s after it was due; before: {plan.before}"
+            left = evidence.left[gpu]
+            yield f"GPU {gpu} is locked {left} {WITHIN_S:g} s after it was due; its baseline: {plan.baseline}"
 
 
 # ---- losses --------------------------------------------------------------------------------------------------
 
 
 def due_s(evidence: Evidence) -> float:
-    """When everything has to begin to be as it was, as far as is known now."""
+    """When everything has to begin to be restored, as far as is known now."""
     lifted = [obstacle.ended_s for obstacle in evidence.obstacles]
     return max([evidence.stopped_s, *(loss.at_s for loss in evidence.losses), *lifted, *evidence.starts_s])
 
 
 def _losses(evidence: Evidence) -> Iterator[tuple[str, float | None]]:
-    """Of every lost lease with GPUs that had to be given back: what was too slow ("" if nothing), and its seconds."""
+    """Of every lost lease with GPUs that had to be restored: what was too slow ("" if nothing), and its seconds."""
     for loss in evidence.losses:
         slowest = max((_seconds(evidence, loss, gpu) for gpu in loss.gpus), default=None, key=lambda it: it or -1.0)
         if slowest is not None:
-            late = f"{loss.why} at {loss.at_s - evidence.began_s:.3f} s, and a GPU was given back {slowest:.3f} s late"
+            late = f"{loss.why} at {loss.at_s - evidence.began_s:.3f} s, and a GPU was restored {slowest:.3f} s late"
             yield late if slowest > WITHIN_S else "", slowest
 
 
@@ -71,14 +72,14 @@ def _seconds(evidence: Evidence, loss: Loss, gpu: int) -> float | None:
         return None
     found = moments(evidence, gpu)
     before = [lock for at_s, lock in found if at_s <= loss.from_s]
-    if fits(evidence, gpu, before[-1]):
+    if fits(evidence, gpu, before[-1], loss.from_s):
         return None
-    after = [at_s for at_s, lock in found if at_s > loss.from_s and fits(evidence, gpu, lock)]
+    after = [at_s for at_s, lock in found if at_s > loss.from_s and fits(evidence, gpu, lock, at_s)]
     return max(0.0, after[0] - _possible_s(evidence, loss.at_s)) if after else None
 
 
 def _possible_s(evidence: Evidence, at_s: float) -> float:
-    """From when on it could be given back: no obstacle, and a keeper that runs."""
+    """From when on it could be restored: no obstacle, and a keeper that runs."""
     for obstacle in sorted([*evidence.obstacles, *downs(evidence)], key=lambda it: it.began_s):
         if obstacle.began_s <= at_s + WITHIN_S:
             at_s = max(at_s, obstacle.ended_s)
@@ -102,13 +103,13 @@ def _writes(evidence: Evidence) -> Iterator[str]:
 
 
 def _permitted(evidence: Evidence, write: Write) -> bool:
-    """To unlock, to lock within the range, and to put back what was there."""
+    """To unlock, to lock within the range, and to restore the baseline."""
     plan = evidence.schedule.gpus[write.gpu]
     if write.op is Op.UNLOCK or plan.allowed is None:
         return write.op is Op.UNLOCK
     others = {other.lock for other in evidence.others if other.gpu == write.gpu}
     inside = plan.allowed[0] <= write.low <= write.high <= plan.allowed[1]
-    return write.op is Op.LOCK and (inside or (write.low, write.high) in others | {plan.before})
+    return write.op is Op.LOCK and (inside or (write.low, write.high) in others | {plan.baseline})
 
 
 # ---- processes -----------------------------------------------------------------------------------------------

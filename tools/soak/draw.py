@@ -63,18 +63,17 @@ def _together(kind: Kind, others: Sequence[Kind]) -> bool:
 def _gpus(draw: random.Random, kinds: Sequence[Kind]) -> tuple[GpuPlan, ...]:
     held = draw.randint(1, 4)
     spare = 1 if any(kind.spare for kind in kinds) or draw.random() < 0.2 else 0
-    declared_only = any(kind.hides_lock for kind in kinds)
     uses = ["held"] * held + ["spare"] * spare + ["stranger"] * draw.randint(1, 6 - held - spare)
     draw.shuffle(uses)
-    return tuple(_gpu(draw, use, declared_only) for use in uses)
+    return tuple(_gpu(draw, use) for use in uses)
 
 
-def _gpu(draw: random.Random, use: str, declared_only: bool) -> GpuPlan:
+def _gpu(draw: random.Random, use: str) -> GpuPlan:
     allowed = (draw.choice(LOW_MHZ), draw.choice(HIGH_MHZ))
     before: Lock | None = None
     declared = False
-    match draw.choice(("unlocked", "seen", "declared")):
-        case "seen" if not declared_only:
+    match draw.choice(("unlocked", "undeclared", "declared")):
+        case "undeclared":
             before = (mhz := draw.choice(BETWEEN_MHZ), mhz)
         case "declared":
             low, high = sorted(draw.sample(BETWEEN_MHZ, 2))

@@ -32,7 +32,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Obstacle:
-    """While it lasts nobody can give a GPU back."""
+    """While it lasts nobody can restore a GPU."""
 
     began_s: float
     ended_s: float
@@ -69,7 +69,7 @@ class Gap:
 class Evidence:
     """One play; the gateway was ended at `stopped_s`. Per GPU: `attempted` writes, `effective` writes, `left` (its lock
     when time was up), `last` (its lock when all was over). `base_s`: from when on the last restoring counts;
-    `restored_s`: when all was as before (None: never). `forgot`: both copies of the journal were destroyed and a keeper
+    `restored_s`: when all was restored (None: never). `forgot`: both copies of the journal were destroyed and a keeper
     began without them. `strangers` came as far as the socket. `idle` kinds never had an effect. `must_say`:
     what has to be in the keeper's log.
     `troubles` are violations seen on the spot. `waited_s`: so long the lane was ready to run and had no core, from the

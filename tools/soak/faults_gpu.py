@@ -98,13 +98,11 @@ KINDS = (
         name="GPU: power cap",
         inject=_while(lambda gpu, on: gpu.limit_w(120.0 if on else None)),
         lasts_s=(0.1, 0.8),
-        hides_lock=True,
     ),
     Kind(
         name="GPU: too hot",
         inject=_while(lambda gpu, on: gpu.thermal(510 if on else None)),
         lasts_s=(0.1, 0.8),
-        hides_lock=True,
     ),
     Kind(name="GPU: another controller locks it", inject=_other, counts=(1, 15)),
     Kind(name="GPU: MIG turned on", inject=_while(FakeGpu.mig), ends_gateway=True, lasts_s=(0.1, 0.8)),

@@ -20,10 +20,11 @@ HEAD = ("kind of fault", "schedules", "failed", "had effect", "restorings", "p50
 TEXT = f"""
 Every schedule is a few seconds of a keeper of clocks, a gateway and an engine as real processes on fake GPUs (the real
 NVML calls, a C library behind them), with up to four faults at random times, some lasting, some overlapping; all of it
-from one seed. After each one the GPUs must be as they were before within {WITHIN_S:g} s of the loss of the lease, or of
-the keeper's next start, or of the end of what stood in the way; no write may have gone to a GPU that is not opted in,
-or out of the allowed range; the keeper must answer, with nothing held, and a fresh client must get a lease; and every
-request to the gateway must have ended, with its whole answer where no fault touched gateway or engine.
+from one seed. After each one the GPUs must be restored (to the baseline of `--normally`, else unlocked) within
+{WITHIN_S:g} s of the loss of the lease, or of the keeper's next start, or of the end of what stood in the way; no write
+may have gone to a GPU that is not opted in, or out of the allowed range; the keeper must answer, with nothing held, and
+a fresh client must get a lease; and every request to the gateway must have ended, with its whole answer where no fault
+touched gateway or engine.
 
 Restorings are counted from the moment when they were due: of a lease that runs out, from its last possible end.
 """

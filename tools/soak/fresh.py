@@ -1,21 +1,18 @@
 """After everything is over: nothing is held, and a client that has nothing to do with it all has its lease.
 
-Lease, set, give back; at once again, with a set that fails on one GPU and leaves all as they were, or as before. Then
-all is as it was again.
+Lease, set, release; at once again, with a set that fails on one GPU and leaves all as they were, or restored. Then
+every GPU that the keeper may set is at its baseline, or unlocked, no matter what it was locked to before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 
 from throttllem.gpu.keeper_client import KeeperError, KeptClocks
 from tools.soak.check import WITHIN_S
 from tools.soak.draw import COMMON_MHZ
-from tools.soak.evidence import Evidence
-from tools.soak.house import CLOCKS_MHZ, House
-from tools.soak.schedule import Lock
+from tools.soak.house import House
 
 OTHER_MHZ = 945
 """Allowed by every keeper, too."""
@@ -47,8 +44,7 @@ async def fresh_lease(house: House) -> None:
     """All of it, in time."""
     evidence, plans = house.evidence, house.schedule.gpus
     expected = [
-        ({plan.before} if plan.declared else {gpu.lock} | _unseen(evidence, gpu.lock)) if plan.allowed else {gpu.lock}
-        for gpu, plan in zip(house.machine.gpus, plans, strict=True)
+        plan.baseline if plan.allowed else gpu.lock for gpu, plan in zip(house.machine.gpus, plans, strict=True)
     ]
     refusals, since_s = list[str](), time.monotonic()
     leased = asyncio.create_task(_leased_once(house, refusals))
@@ -59,21 +55,15 @@ async def fresh_lease(house: House) -> None:
         await asyncio.wait({leased})
         evidence.troubles.append(f"a fresh client has no lease within {WITHIN_S:g} s: {refusals[-1:]}")
     until_s = time.monotonic() + WITHIN_S
-    while time.monotonic() < until_s and not all(gpu.lock in expected[gpu.index] for gpu in house.machine.gpus):
+    while time.monotonic() < until_s and [gpu.lock for gpu in house.machine.gpus] != expected:
         await asyncio.sleep(LOOK_S)
     evidence.last = tuple(gpu.lock for gpu in house.machine.gpus)
-    if any(last not in found for last, found in zip(evidence.last, expected, strict=True)):
+    if list(evidence.last) != expected:
         evidence.troubles.append(f"after a fresh client's lease the locks are {evidence.last}, expected {expected}")
-
-
-def _unseen(evidence: Evidence, lock: Lock | None) -> set[Lock | None]:
-    """Of a lease that nobody remembers: a lock at the top clock cannot be seen, and goes with the next lease."""
-    return {None} if evidence.forgot and lock is not None and lock[1] == CLOCKS_MHZ[-1] else set()
 
 
 async def _leased_once(house: House, refusals: list[str]) -> None:
     """Until it worked, as a client does it: a keeper may be about to start, or die once more."""
-    before = [gpu.lock for gpu in house.machine.gpus]
     while True:
         client = KeptClocks(house.socket, tuple(house.uuids(house.opted)), TTL_S)
         try:
@@ -81,8 +71,8 @@ async def _leased_once(house: House, refusals: list[str]) -> None:
             locks = {house.machine.gpus[index].lock for index in house.opted}
             await asyncio.sleep(_SWITCHED_S)
             await client.give_back()
-            await client.set(COMMON_MHZ)  # at once: clocks still switch to what they were
-            await _all_or_none(house, client, before)
+            await client.set(COMMON_MHZ)  # at once: clocks still switch
+            await _all_or_none(house, client)
             await client.give_back()
             break
         except KeeperError as error:
@@ -94,8 +84,8 @@ async def _leased_once(house: House, refusals: list[str]) -> None:
         house.evidence.troubles.append(f"a fresh client set {COMMON_MHZ} MHz, and the locks are {locks}")
 
 
-async def _all_or_none(house: House, client: KeptClocks, before: Sequence[Lock | None]) -> None:
-    """A set that one GPU does not follow: soon all are as they were. Raises KeeperError if no keeper is there."""
+async def _all_or_none(house: House, client: KeptClocks) -> None:
+    """A set that one GPU does not follow: soon all are as they were, or restored. Raises KeeperError: no keeper."""
     fault = house.nvml_fault(_SET, error=_UNKNOWN, times=1, gpu=house.opted[-1])
     try:
         await client.set(OTHER_MHZ)
@@ -106,7 +96,7 @@ async def _all_or_none(house: House, client: KeptClocks, before: Sequence[Lock |
     finally:
         house.nvml_again(fault)
     until_s = time.monotonic() + _SOON_S
-    while not _whole(house, before):
+    while not _whole(house):
         if time.monotonic() > until_s:
             locks = [house.machine.gpus[index].lock for index in house.opted]
             house.evidence.troubles.append(f"a set failed on one GPU, and {_SOON_S:g} s later the locks are {locks}")
@@ -114,8 +104,8 @@ async def _all_or_none(house: House, client: KeptClocks, before: Sequence[Lock |
         await asyncio.sleep(LOOK_S)
 
 
-def _whole(house: House, before: Sequence[Lock | None]) -> bool:
-    """All as the first set left them, or all as they are without a lease."""
+def _whole(house: House) -> bool:
+    """All as the first set left them, or all restored."""
     locks = {index: house.machine.gpus[index].lock for index in house.opted}
-    free = all(lock in (before[index], house.schedule.gpus[index].before) for index, lock in locks.items())
-    return free or set(locks.values()) == {(COMMON_MHZ, COMMON_MHZ)}
+    restored = all(lock == house.schedule.gpus[index].baseline for index, lock in locks.items())
+    return restored or set(locks.values()) == {(COMMON_MHZ, COMMON_MHZ)}

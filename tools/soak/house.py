@@ -132,8 +132,8 @@ class House:
         for uuid, plan in zip(self.uuids(tuple(range(len(self.schedule.gpus)))), self.schedule.gpus, strict=True):
             if plan.allowed:
                 arguments += ["--gpu", f"{uuid}={plan.allowed[0]}-{plan.allowed[1]}"]
-            if plan.allowed and plan.declared and plan.before:
-                arguments += ["--normally", f"{uuid}={plan.before[0]}-{plan.before[1]}"]
+            if plan.allowed and plan.baseline:
+                arguments += ["--normally", f"{uuid}={plan.baseline[0]}-{plan.baseline[1]}"]
         self.witness.keeper_starts()
         copies = [str(copy) for copy in self.copies]
         board = str(self.place.folder / "board")

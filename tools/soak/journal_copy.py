@@ -19,7 +19,7 @@ def _read(path: Path) -> tuple[int, frozenset[str]] | None:
         checksum, _, body = path.read_bytes().rstrip(b"\n").partition(b" ")
         if int(checksum, 16) != zlib.crc32(body):
             return None
-        number, _, before = json.loads(body)
-        return number, frozenset(before)
+        number, _, baselines, *_ = json.loads(body)
+        return number, frozenset(baselines)
     except (OSError, ValueError):
         return None

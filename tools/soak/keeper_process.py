@@ -128,24 +128,24 @@ def _between(traps: _Traps, point: str, real: Callable[..., Any]) -> Callable[..
 
 
 def _around_gpus(traps: _Traps) -> None:
-    for method, point in (("before", "note"), ("lock", "lock"), ("give_back", "give-back")):
+    for method, point in (("check", "note"), ("lock", "lock"), ("restore", "restore")):
         setattr(LockableGpu, method, _between(traps, point, getattr(LockableGpu, method)))
     real_write, shorter = journal.Journal.write, _between(traps, "entry", journal.Journal.write)
-    real_give, recovers = leases.Leases.give_back, _between(traps, "recover", leases.Leases.give_back)
+    real_restore, recovers = leases.Leases.restore, _between(traps, "recover", leases.Leases.restore)
     entries, begun = 0, False
 
-    def written(it: journal.Journal, before: Any) -> None:
+    def written(it: journal.Journal, baselines: Any) -> None:
         nonlocal entries
-        write, entries = shorter if len(before) < entries else real_write, len(before)
-        write(it, before)
+        write, entries = shorter if len(baselines) < entries else real_write, len(baselines)
+        write(it, baselines)
 
-    def given(it: leases.Leases, gpus: Any) -> None:
+    def restored(it: leases.Leases, gpus: Any) -> None:
         nonlocal begun
-        give, begun = real_give if begun else recovers, True
-        give(it, gpus)
+        restore, begun = real_restore if begun else recovers, True
+        restore(it, gpus)
 
     journal.Journal.write = written  # type: ignore[method-assign, assignment]
-    leases.Leases.give_back = given  # type: ignore[method-assign, assignment]
+    leases.Leases.restore = restored  # type: ignore[method-assign, assignment]
 
 
 def _around_answers(traps: _Traps) -> None:

@@ -36,9 +36,8 @@ class Journal(Enum):
 class Kind:
     """`lasts_s`: the range that its time is drawn of (None: a moment); `which`, `counts`: what `Fault` may have there.
 
-    `hides_lock`: while it is there nobody can see how a GPU is locked, so that locks must be declared. `spare`: it
-    needs a GPU that is opted in and not the gateway's. `runs_out`: a lease ends by time in it. `ends_keeper`,
-    `ends_gateway`: one may end by itself.
+    `spare`: it needs a GPU that is opted in and not the gateway's. `runs_out`: a lease ends by time in it.
+    `ends_keeper`, `ends_gateway`: one may end by itself.
     """
 
     name: str
@@ -48,7 +47,6 @@ class Kind:
     counts: tuple[int, int] = (1, 1)
     hurts: Hurts = Hurts.NOBODY
     journal: Journal = Journal.NOTHING
-    hides_lock: bool = False
     spare: bool = False
     runs_out: bool = False
     ends_keeper: bool = False
@@ -63,7 +61,7 @@ async def lasting(house: House, fault: Fault) -> None:
 
 @contextmanager
 def obstacle(house: House, what: str, after_s: float = 0.0) -> Iterator[None]:
-    """Nobody can give a GPU back in here, nor for `after_s` after it."""
+    """Nobody can restore a GPU in here, nor for `after_s` after it."""
     began_s = time.monotonic()
     try:
         yield

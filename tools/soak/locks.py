@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from tools.nvml.machine import Op, Write
 from tools.soak.evidence import Evidence, Obstacle
 from tools.soak.schedule import Lock
 
 
-def fits(evidence: Evidence, gpu: int, lock: Lock | None) -> bool:
-    """Whether this GPU may be locked so while nobody has a lease on it."""
+def fits(evidence: Evidence, gpu: int, lock: Lock | None, at_s: float = math.inf) -> bool:
+    """Whether this GPU may be locked so at that time (or at last), while nobody has a lease on it."""
     plan = evidence.schedule.gpus[gpu]
-    if lock in _accepted(evidence, gpu):
+    if lock in _accepted(evidence, gpu, at_s):
         return True
     # Nobody can know what is in no copy of the journal: what a forgotten lease had set may stay, and what others made
     # of it meanwhile; nothing else.
@@ -19,21 +21,32 @@ def fits(evidence: Evidence, gpu: int, lock: Lock | None) -> bool:
     return evidence.forgot and (inside or by_others or lock is None)
 
 
-def _accepted(evidence: Evidence, gpu: int) -> set[Lock | None]:
-    """As before; and what others have made of it meanwhile, unless it was locked by a lease then."""
-    found = {evidence.schedule.gpus[gpu].before}
+def _accepted(evidence: Evidence, gpu: int, at_s: float) -> set[Lock | None]:
+    """Its baseline. Without a lease since, also what it was at first, and what others have made of it. A driver that
+    was loaded anew may have unlocked it at any time.
+    """
+    plan = evidence.schedule.gpus[gpu]
+    leases_s = [one.at_s for one in _effective(evidence, gpu, at_s) if locked(one) not in (None, plan.baseline)]
+    found = {plan.baseline}
+    if not leases_s:
+        found.add(plan.before)
     for other in evidence.others:
         if other.gpu == gpu and other.lock is None:
             found.add(None)
-        elif other.gpu == gpu and not _leased(evidence, gpu, other.at_s):
-            found |= {other.lock, None}
+        elif other.gpu == gpu and not any(each_s > other.at_s for each_s in leases_s):
+            found |= set() if _leased(evidence, gpu, other.at_s) else {other.lock}
     return found
+
+
+def _effective(evidence: Evidence, gpu: int, until_s: float) -> list[Write]:
+    """The keeper's writes to it until then that had an effect."""
+    return [write for write in evidence.writes if write.gpu == gpu and write.result == 0 and write.at_s <= until_s]
 
 
 def _leased(evidence: Evidence, gpu: int, at_s: float) -> bool:
     """Whether the last that a keeper did to it was to lock it for somebody."""
-    last = [write for write in evidence.writes if write.gpu == gpu and write.result == 0 and write.at_s <= at_s]
-    return bool(last) and locked(last[-1]) not in (None, evidence.schedule.gpus[gpu].before)
+    last = _effective(evidence, gpu, at_s)
+    return bool(last) and locked(last[-1]) not in (None, evidence.schedule.gpus[gpu].baseline)
 
 
 def locked(write: Write) -> Lock | None:

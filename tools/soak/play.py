@@ -128,7 +128,7 @@ async def _stop(house: House) -> None:
 
 
 async def _settle(house: House) -> None:
-    """All is as it was, in time; then a fresh client has its lease, and all is as it was again."""
+    """All is restored, in time; then a fresh client has its lease, and all is restored again."""
     evidence = house.evidence
     evidence.writes = tuple(house.machine.writes())
     house.waited_s = waited_s()

@@ -22,7 +22,9 @@ class Stop(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuPlan:
-    """One GPU. `allowed` None: it is not opted in. `held`: the gateway's. `declared`: the keeper is told its lock."""
+    """One GPU. `allowed` None: it is not opted in. `held`: the gateway's. `before`: its lock when the schedule begins.
+    `declared`: the keeper's --normally states that lock as the baseline.
+    """
 
     allowed: Lock | None
     held: bool
@@ -30,14 +32,19 @@ class GpuPlan:
     declared: bool
 
     @property
+    def baseline(self) -> Lock | None:
+        """What it must be locked to after a lease; None: it must be unlocked."""
+        return self.before if self.declared else None
+
+    @property
     def words(self) -> str:
         """For people."""
         lock = "unlocked" if self.before is None else f"locked {self.before[0]}-{self.before[1]}"
         if self.allowed is None:
             return f"{lock}, not opted in"
-        told = ", the keeper is told" if self.declared else ""
+        stated = ", its baseline" if self.declared else ""
         use = "the gateway's" if self.held else "nobody's"
-        return f"{lock}{told}, may be {self.allowed[0]}-{self.allowed[1]}, {use}"
+        return f"{lock}{stated}, may be {self.allowed[0]}-{self.allowed[1]}, {use}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,6 +81,6 @@ class Witness:
             for gpu, plan in zip(self.machine.gpus, plans, strict=True)
             if gpu.lock is not None
             and gpu.lock == last.get(gpu.index)
-            and gpu.lock != plan.before
+            and gpu.lock != plan.baseline
             and gpu.uuid not in uuids
         )

@@ -1,4 +1,4 @@
-"""`throttllem doctor`: what may I do here, what is locked and by whom; `--restore` puts it back. Output alone."""
+"""`throttllem doctor`: what may I do here, what is locked and by whom; `--restore` resets it. Output alone."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ ZEUSD = "/var/run/zeusd.sock"
 
 def doctor(
     put_back: Annotated[
-        bool, typer.Option("--restore", help="Unlock what a keeper that is gone left locked. Needs root.")
+        bool, typer.Option("--restore", help="Restore what a keeper that is gone left locked. Needs root.")
     ] = False,
     gpu: Annotated[
         list[str] | None,
-        typer.Option("--gpu", metavar="UUID", help="With --restore: reset this GPU, whoever locked it, and no other."),
+        typer.Option("--gpu", metavar="UUID", help="With --restore: reset only this GPU, no matter what locked it."),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help=f"Watch the energy counters for {MEASURE_S:g} s.")
@@ -98,5 +98,5 @@ def _gpu_json(gpu: Gpu) -> dict[str, Any]:
         "brake": gpu.brake.words,
         "shared": gpu.use and gpu.use.name,
         "processes": gpu.pids,
-        "seen_lock_mhz": gpu.lock and gpu.lock[0],
+        "steady_mhz": gpu.steady_mhz,
     }

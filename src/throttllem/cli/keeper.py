@@ -39,7 +39,7 @@ _UNIT = """\
 # throttllem's keeper of clocks: /etc/systemd/system/throttllem-keeper.service
 # Made by `throttllem keeper --unit`; docs/keeper.md says what for.
 {warnings}[Unit]
-Description=throttllem's keeper: leases GPU clocks and gives them back
+Description=throttllem's keeper: leases GPU clocks and restores them
 After=systemd-modules-load.service nvidia-persistenced.service
 StartLimitIntervalSec=0
 
@@ -47,7 +47,7 @@ StartLimitIntervalSec=0
 Type=notify
 NotifyAccess=main
 ExecStart={command}
-# Whatever ends it, the next one gives back what it left locked: within 2 s of its death or its silence.
+# Whatever ends it, the next one restores what it left locked: within 2 s of its death or its silence.
 Restart=always
 RestartSec=100ms
 WatchdogSec=750ms
@@ -112,7 +112,11 @@ def keeper(
     ],
     normally: Annotated[
         list[str] | None,
-        typer.Option("--normally", metavar=_CLOCKS, help="The lock that it has while nobody asks for a clock."),
+        typer.Option(
+            "--normally",
+            metavar=_CLOCKS,
+            help="Baseline: the lock to restore after a lease; without it, a reset.",
+        ),
     ] = None,
     user: Annotated[
         list[str] | None, typer.Option("--user", metavar="NAME", help="Who may ask, besides root. Repeat.")
@@ -123,7 +127,7 @@ def keeper(
         bool, typer.Option("--unit", help="Print a systemd unit for these options, hardened, and stop.")
     ] = False,
 ) -> None:
-    """Lease GPU clocks to a gateway without rights, and give them back whatever happens. Needs root."""
+    """Lease GPU clocks to a gateway without rights, and restore them whatever happens. Needs root."""
     options = [("--gpu", text) for text in gpu]
     options += [("--normally", text) for text in normally or ()]
     options += [("--user", user_id(name)) for name in user or ()]

@@ -48,31 +48,31 @@ def examine(state: Path, socket: Path, zeusd: Path, measure_s: float | None) -> 
 
 
 def lock_of(gpu: Gpu, keeper: Keeper) -> Iterator[Finding]:
-    """What it is locked to and by whom, as far as it shows."""
-    subject, uuid, seen = gpu.subject, gpu.uuid, gpu.lock
-    mhz, normally = keeper.set_mhz(uuid), keeper.status.get("normally", {}).get(uuid)
+    """What the keeper knows about its lock; else a hint, if its clock stands still. NVML does not report locks."""
+    subject, uuid, steady = gpu.subject, gpu.uuid, gpu.steady_mhz
+    mhz, baseline = keeper.set_mhz(uuid), keeper.status.get("normally", {}).get(uuid)
     if keeper.returning(uuid):
         yield trouble(
             subject,
-            "still being given back by the keeper: the driver refuses, or hangs",
-            "`journalctl -u throttllem-keeper` tells why; the keeper goes on trying",
+            "still being restored by the keeper: the driver refuses, or hangs",
+            "`journalctl -u throttllem-keeper` shows why; the keeper retries",
         )
     elif (holder := keeper.holder_of(uuid)) is not None:
         locked = "not set yet" if mhz is None else f"locked to {mhz} MHz"
         yield ok(subject, f"{locked} by the keeper, for {holder}")
-    elif seen is None:
-        yield ok(subject, "no lock shows (one that holds back no clock now would not)")
-    elif normally is not None and normally[0] <= seen[0] <= normally[1]:
-        yield ok(subject, f"locked at {seen[0]} MHz, as it normally is here (the keeper's --normally)")
+    elif steady is None:
+        yield ok(subject, "no sign of a lock (NVML does not report locks; one that limits no clock now has no sign)")
+    elif baseline is not None and baseline[0] <= steady <= baseline[1]:
+        yield ok(subject, f"steady at {steady} MHz, within its baseline (the keeper's --normally)")
     elif uuid in keeper.left:
         if keeper.runs:
-            yield note(subject, f"locked at {seen[0]} MHz by the keeper, as its journal says")
+            yield note(subject, f"locked at {steady} MHz by the keeper, according to its journal")
     else:
-        yield trouble(
+        yield note(
             subject,
-            f"locked at {seen[0]} MHz by somebody else: its clock stands still there, and nothing slows it down",
-            f"`nvidia-smi -i {gpu.number} -rgc` as root resets it, or `throttllem doctor --restore --gpu {uuid}`; "
-            "if it is meant so, tell the keeper: --normally",
+            f"steady at {steady} of {gpu.clocks_mhz[-1]} MHz: another program's lock, or the boost clock of a busy GPU",
+            f"`nvidia-smi -i {gpu.number} -rgc` as root, or `throttllem doctor --restore --gpu {uuid}`, resets a lock; "
+            "so does the end of a lease, unless the keeper's --normally states it as the baseline",
         )
 
 
@@ -108,5 +108,5 @@ def rights(gpus: list[Gpu], keeper: Keeper) -> Iterator[Finding]:
 def _zeusd(path: Path) -> Iterator[Finding]:
     if path.exists():
         yield note(
-            "zeusd", f"there is one at {path}: [clocks] zeusd can stand in the keeper's place, but does not give back"
+            "zeusd", f"there is one at {path}: [clocks] zeusd can stand in the keeper's place, but restores nothing"
         )

@@ -1,4 +1,4 @@
-"""What can be read of the GPUs here: what they are, what they do, who works on them, whether a lock shows.
+"""What can be read of the GPUs here: what they are, what they do, who works on them, whether their clock stands still.
 
 Sets nothing. Knows nothing of keepers.
 """
@@ -15,8 +15,9 @@ from pathlib import Path
 import pynvml
 
 from throttllem.doctor.finding import Finding, note, ok, trouble
+from throttllem.doctor.steady import steady_mhz
 from throttllem.doctor.waiting import side_by_side, within
-from throttllem.gpu.nvml import Brake, Lock, Nvml, NvmlError, NvmlGpu, Trouble, Use, seen_lock
+from throttllem.gpu.nvml import Brake, Nvml, NvmlError, NvmlGpu, Trouble, Use
 
 MEASURE_S = 0.5
 HANG_S = 3.0
@@ -30,7 +31,9 @@ _BRAKES_OF_HARDWARE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One GPU as it is now. `lock`: the one that shows. `refresh_s`: of its energy counter, None: not measured."""
+    """One GPU as it is now. `steady_mhz`: its clock, if it stands still for no reason that NVML reports. `refresh_s`:
+    of its energy counter, None: not measured.
+    """
 
     number: int
     uuid: str
@@ -44,7 +47,7 @@ class Gpu:
     brake: Brake
     use: Use | None
     pids: tuple[int, ...]
-    lock: Lock | None
+    steady_mhz: int | None
 
     @property
     def subject(self) -> str:
@@ -93,7 +96,7 @@ def look(nvml: Nvml, measure_s: float | None) -> tuple[list[Gpu], list[Finding],
 
 
 def described(gpu: Gpu, process: Path = Path("/proc")) -> list[Finding]:
-    """Everything of it but its lock."""
+    """Everything about it except its lock."""
     subject, clocks = gpu.subject, gpu.clocks_mhz
     facts = f"{len(clocks)} clocks from {clocks[0]} to {clocks[-1]} MHz, now {gpu.clock_mhz} MHz"
     findings = [ok(subject, f"{gpu.uuid}, {gpu.name}: {facts}, {gpu.watts:.0f} of {gpu.limit_w:.0f} W")]
@@ -116,7 +119,7 @@ def described(gpu: Gpu, process: Path = Path("/proc")) -> list[Finding]:
 
 
 def _one(number: int, gpu: NvmlGpu, measure_s: float | None) -> Gpu:
-    lock, refresh_s, sample = seen_lock(gpu), _refresh_s(gpu, measure_s) if measure_s else None, gpu.sample()
+    steady, refresh_s, sample = steady_mhz(gpu), _refresh_s(gpu, measure_s) if measure_s else None, gpu.sample()
     return Gpu(
         number=number,
         uuid=gpu.uuid,
@@ -130,7 +133,7 @@ def _one(number: int, gpu: NvmlGpu, measure_s: float | None) -> Gpu:
         brake=sample.brake,
         use=gpu.use(),
         pids=gpu.processes(),
-        lock=lock,
+        steady_mhz=steady,
     )
 
 

@@ -35,7 +35,7 @@ class Door(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keeper:
-    """What is known of it. `left`: by its journal, GPUs that it has locked or may have, and what they were before."""
+    """What is known of it. `left`: by its journal, GPUs that it has locked or may have, and their baselines."""
 
     socket: Path
     door: Door
@@ -64,7 +64,7 @@ class Keeper:
         return None if mhz is None else int(mhz)
 
     def returning(self, uuid: str) -> bool:
-        """Whether it is being given back, and is not yet."""
+        """Whether it is being restored, and is not yet."""
         return uuid in self.status.get("returning", ())
 
 
@@ -174,10 +174,10 @@ def left_behind(keeper: Keeper, here: Mapping[str, str]) -> Iterator[Finding]:
     """What a dead keeper left locked."""
     if keeper.runs or keeper.door is Door.HIDDEN:
         return
-    for uuid, before in keeper.left.items():
-        was = f"locked to {before[0]} to {before[1]} MHz" if before else "not locked"
+    for uuid, baseline in keeper.left.items():
+        goal = f"restored to its baseline, {baseline[0]} to {baseline[1]} MHz" if baseline else "unlocked"
         yield trouble(
             here.get(uuid, uuid),
-            f"locked by a keeper that is gone; before, {uuid} was {was}",
+            f"locked by a keeper that is gone; {uuid} is to be {goal}",
             "start it (`systemctl start throttllem-keeper`), or `throttllem doctor --restore` as root",
         )

@@ -1,4 +1,5 @@
-"""`doctor --restore`: what a dead keeper left locked goes back to what it was; a GPU that is named is reset.
+"""`doctor --restore`: what a dead keeper left locked is restored: to its stated baseline, else its clocks are reset. A
+GPU that is named is reset.
 
 Holds the keeper's folder meanwhile, so that none starts in between. Touches nothing else.
 """
@@ -25,8 +26,8 @@ _AGAIN = "try again; a reset of the GPU or a reboot unlocks it too"
 
 
 def restore(state: Path, socket: Path, named: Sequence[str], tell: Tell) -> None:
-    """Each finding is told before the next step is taken. `named`: UUIDs to reset, whoever locked them; none: all that
-    the journal names are put back. Raises ValueError for a GPU that is not here, WriteError.
+    """Each finding is told before the next step is taken. `named`: UUIDs to reset, no matter what locked them;
+    none: all that the journal names are restored. Raises ValueError for a GPU that is not here, WriteError.
     """
     if missing := missing_right():
         tell(trouble("restore", f"{who()} may not set clocks (missing: {missing})", "run it with sudo, on the host"))
@@ -45,15 +46,15 @@ def restore(state: Path, socket: Path, named: Sequence[str], tell: Tell) -> None
 
 
 class Hands:
-    """What gives GPUs back, and remembers whether one does not answer."""
+    """Restores GPUs, and remembers whether one does not answer."""
 
     def __init__(self, nvml: Nvml) -> None:
         self.nvml, self.hang = nvml, False
 
-    def give_back(self, uuid: str, before: Lock | None) -> str | None:
+    def restore(self, uuid: str, baseline: Lock | None) -> str | None:
         """Why it did not work; None if it did."""
         try:
-            within(HANG_S, lambda: LockableGpu(self.nvml, uuid).give_back(before))
+            within(HANG_S, lambda: LockableGpu(self.nvml, uuid).restore(baseline))
         except (NvmlError, TimeoutError) as error:
             self.hang |= isinstance(error, TimeoutError)
             return str(error)
@@ -73,28 +74,28 @@ def _restore(hands: Hands, state: Path, socket: Path, named: Sequence[str], tell
             for finding in _reset(hands, state, socket, named, held=hold is not None):
                 tell(finding)
         elif hold is None:
-            tell(note("restore", f"a keeper runs on {socket.parent}: it gives back by itself what nobody holds"))
+            tell(note("restore", f"a keeper runs on {socket.parent}: it restores by itself what is under no lease"))
         else:
-            for finding in _put_back(hands, journal_of(state, socket)):
+            for finding in _restore_left(hands, journal_of(state, socket)):
                 tell(finding)
     finally:
         if hold is not None:
             os.close(hold)
 
 
-def _put_back(hands: Hands, journal: Journal) -> Iterator[Finding]:
+def _restore_left(hands: Hands, journal: Journal) -> Iterator[Finding]:
     """All that the journal names."""
     left = journal.read()
     if not left:
         yield ok("restore", "no keeper left anything locked")
         return
     remaining = dict(left)
-    for uuid, before in left.items():
-        if error := hands.give_back(uuid, before):
-            yield trouble("restore", f"not put back: {error}", _AGAIN)
+    for uuid, baseline in left.items():
+        if error := hands.restore(uuid, baseline):
+            yield trouble("restore", f"not restored: {error}", _AGAIN)
         else:
             del remaining[uuid]
-            yield ok("restore", f"{uuid} is {_words(before)} again")
+            yield ok("restore", f"{uuid} is {_words(baseline)}")
     journal.write(remaining)
 
 
@@ -104,19 +105,19 @@ def _reset(hands: Hands, state: Path, socket: Path, named: Sequence[str], *, hel
     left = journal.read()
     for uuid in named:
         if not held and (not keeper.status or keeper.holder_of(uuid) or keeper.returning(uuid)):
-            by = keeper.holder_of(uuid) or "somebody whom it does not tell"
-            remedy = "stop its holder; then it is given back"
+            by = keeper.holder_of(uuid) or "a holder that it does not show"
+            remedy = "stop its holder; then it is restored"
             yield trouble("restore", f"{uuid} is left alone: the keeper holds it for {by}", remedy)
             continue
-        yield note("restore", f"resetting {uuid}, whoever locked it")
-        if error := hands.give_back(uuid, None):
+        yield note("restore", f"resetting {uuid}, no matter what locked it")
+        if error := hands.restore(uuid, None):
             yield trouble("restore", f"not reset: {error}", _AGAIN)
             continue
         yield ok("restore", f"{uuid} is not locked any more")
         if held and uuid in left:
-            left = {other: before for other, before in left.items() if other != uuid}
+            left = {other: baseline for other, baseline in left.items() if other != uuid}
             journal.write(left)
 
 
-def _words(before: Lock | None) -> str:
-    return f"locked to {before[0]} to {before[1]} MHz" if before else "unlocked"
+def _words(baseline: Lock | None) -> str:
+    return f"at its baseline again, {baseline[0]} to {baseline[1]} MHz" if baseline else "unlocked"

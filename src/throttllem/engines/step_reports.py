@@ -25,6 +25,15 @@ STEP, DETAILED = 1, 2
 BUFFER_BYTES = 1 << 20
 DRAINED = 256
 """The most datagrams that are read before other tasks run."""
+MOST_STEPS = 1 << 40
+"""Step and sequence numbers stay below it: at 1000 steps a second they reach it after 34 years."""
+MOST_REQUESTS = 1 << 20
+MOST_TOKENS = 1 << 28
+"""The most requests at once, and tokens in one step: no engine has more."""
+LONGEST_S = 86400.0
+"""No step takes longer."""
+LATEST_S = 1e10
+"""No monotonic clock shows more: 300 years."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +67,14 @@ class StepStats:
 
 
 def unpack(datagram: bytes) -> StepStats | None:
-    """The step in a datagram; None if it holds none."""
+    """The step in a datagram; None if it holds none, or a number beyond what an engine can report."""
     if len(datagram) != PACKED.size or datagram[:4] != MAGIC:
         return None
     _, boot, sequence, flags, step, monotonic_s, running, waiting, kv_usage, *counts, seconds = PACKED.unpack(datagram)
-    if not 0 <= kv_usage <= 1 or step < 0 or not 0 <= seconds < float("inf"):
+    numbered = 0 <= step < MOST_STEPS and sequence < MOST_STEPS
+    counted = max(running, waiting, counts[2], counts[3]) <= MOST_REQUESTS and max(counts[:2]) <= MOST_TOKENS
+    timed = 0 <= monotonic_s <= LATEST_S and 0 <= seconds <= LONGEST_S
+    if not (numbered and counted and timed and 0 <= kv_usage <= 1):
         return None
     return StepStats(
         boot=boot,

@@ -130,8 +130,8 @@ class EngineEntry:
 class ClockOptions:
     """How clocks of real GPUs (`engines.N.gpus`) are set. `mode`: "on"; "advise" decides, records and shows, and sets
     nothing; "off" leaves clocks alone. `keeper` is the socket of `throttllem keeper`, from which a lease of `ttl_s` is
-    taken: so long after this process fell silent, clocks are what they were before. `zeusd`: the socket of a zeusd that
-    stands in its place (it gives nothing back when this process is killed).
+    taken: so long after this process fell silent, clocks are restored (to the baseline of the keeper's --normally, else
+    they are reset). `zeusd`: the socket of a zeusd to use instead (it resets nothing when this process is killed).
     """
 
     mode: Literal["on", "advise", "off"] = "advise"

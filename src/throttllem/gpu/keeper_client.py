@@ -48,7 +48,7 @@ class KeptClocks:
 
     async def set(self, mhz: int, sent: Callable[[], None] = nothing) -> int:
         """Lock all of them to a clock, or to the nearest that the keeper may set; which one that is. Raises
-        KeeperError: where a GPU could not be set they go back to what they were before the lease.
+        KeeperError: where a GPU could not be set all are restored.
         """
         async with self._gate:
             for again in (True, False):

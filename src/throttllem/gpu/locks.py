@@ -1,4 +1,4 @@
-"""Sets and resets locked clocks. The keeper alone imports this; whoever reads GPUs has no way to it."""
+"""Sets and resets locked clocks. Only the keeper and the doctor import this; code that reads GPUs cannot reach it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pynvml
 
-from throttllem.gpu.nvml import Lock, NvmlError, NvmlGpu, Trouble, seen_lock
+from throttllem.gpu.nvml import Lock, NvmlError, NvmlGpu, Trouble
 
 
 class SharedError(NvmlError):
@@ -17,23 +17,19 @@ class SharedError(NvmlError):
 class LockableGpu(NvmlGpu):
     """One GPU whose clock may be locked. Every method raises NvmlError."""
 
-    def before(self, normally: Lock | None) -> Lock | None:
-        """The lock that it has now: its normal one, else what shows; not where others share the GPU."""
-        self._check()
-        return normally or seen_lock(self)
-
-    def lock(self, lock: Lock) -> None:
-        """Lock its SM clock; not where others share the GPU."""
-        self._check()
-        self._ask(f"{lock[0]} to {lock[1]} MHz", pynvml.nvmlDeviceSetGpuLockedClocks, *lock)
-
-    def give_back(self, before: Lock | None) -> None:
-        """As it was before: locked to that, or not at all. Whoever shares the GPU now."""
-        if before is None:
-            self._ask("unlocking", pynvml.nvmlDeviceResetGpuLockedClocks)
-        else:
-            self._ask(f"{before[0]} to {before[1]} MHz", pynvml.nvmlDeviceSetGpuLockedClocks, *before)
-
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises SharedError where others share the GPU."""
         if (use := self.use()) is not None:
             raise SharedError(f"clock of {self.uuid}: {use.value}", Trouble.UNSUPPORTED)
+
+    def lock(self, lock: Lock) -> None:
+        """Lock its SM clock. Raises SharedError where others share the GPU."""
+        self.check()
+        self._ask(f"{lock[0]} to {lock[1]} MHz", pynvml.nvmlDeviceSetGpuLockedClocks, *lock)
+
+    def restore(self, baseline: Lock | None) -> None:
+        """Lock it to its baseline, or reset its clocks where it has none; also where others share the GPU now."""
+        if baseline is None:
+            self._ask("unlocking", pynvml.nvmlDeviceResetGpuLockedClocks)
+        else:
+            self._ask(f"{baseline[0]} to {baseline[1]} MHz", pynvml.nvmlDeviceSetGpuLockedClocks, *baseline)

@@ -271,29 +271,3 @@ class Lock(tuple[int, int]):
         if not 0 < low_mhz <= high_mhz:
             raise ValueError(f"clocks {low_mhz} to {high_mhz} MHz: must be two positive numbers, the lower one first")
         return super().__new__(cls, (low_mhz, high_mhz))
-
-
-_LOOKS, _MOST_LOOKS, _LOOK_S = 4, 20, 0.03
-_EXPLAINS = Brake.APPLICATION_CLOCKS | Brake.POWER_CAP | Brake.HARDWARE | Brake.SYNC_BOOST | Brake.THERMAL
-_EXPLAINS |= Brake.HARDWARE_THERMAL | Brake.POWER_BRAKE | Brake.DISPLAY
-
-
-def seen_lock(gpu: NvmlGpu, sleep: Callable[[float], None] = time.sleep) -> Lock | None:
-    """The lock that somebody set on this GPU, as far as it shows; None: none shows. About 0.1 s.
-
-    NVML sets locked clocks and does not tell them. What shows: a clock that stands still strictly between the lowest
-    (an idle GPU's) and the highest (a busy one's, or one with a context), though nothing slows the GPU down. One that
-    moves may still follow a lock of a moment ago, and is waited for. A range shows as the end that is in force now.
-    Raises NvmlError.
-    """
-    ends, still, mhz = gpu.clocks_mhz(), 0, 0
-    for look in range(_MOST_LOOKS):
-        if look:
-            sleep(_LOOK_S)
-        sample = gpu.sample()
-        if sample.brake & _EXPLAINS:
-            return None
-        still, mhz = (still + 1 if sample.clock_mhz == mhz else 1), sample.clock_mhz
-        if still == _LOOKS:
-            return None if mhz in (ends[0], ends[-1]) else Lock(mhz, mhz)
-    return None

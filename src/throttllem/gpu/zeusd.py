@@ -1,7 +1,7 @@
 """Clocks set through zeusd, the daemon of the Zeus project, where a site has it in the keeper's place.
 
-zeusd sets what it is told and remembers nothing: what was there before is remembered here, and is given back only if
-this process lives to do it. Its HTTP interface is that of zeus 0.16 (`zeus/utils/zeusd.py`).
+zeusd remembers nothing: the GPUs that were set are remembered here, and their clocks are reset only if this process
+lives to do it. Its HTTP interface is that of zeus 0.16 (`zeus/utils/zeusd.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from throttllem.gpu.device import nothing
-from throttllem.gpu.nvml import Lock, NvmlGpu, seen_lock
+from throttllem.gpu.nvml import NvmlGpu
 
 _TIMEOUT_S = 3.0
 
@@ -40,41 +40,34 @@ class ZeusdClocks:
 
     def __init__(self, path: Path, gpus: Sequence[NvmlGpu]) -> None:
         self._path, self._gpus = path, tuple(gpus)
-        self._before: dict[NvmlGpu, Lock | None] = {}
+        self._touched: list[NvmlGpu] = []
         self._thread = ThreadPoolExecutor(1)
-        """Calls keep their order: what gives back comes last, whoever stopped waiting for the one before."""
+        """Calls keep their order: a reset comes after the set before it, even if nobody waits for that any more."""
 
     async def set(self, mhz: int, sent: Callable[[], None] = nothing) -> int:
         """Lock all of them to a clock. Raises OSError."""
         sent()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._set, Lock(mhz, mhz))
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._set, mhz)
         return mhz
 
     async def give_back(self) -> None:
-        """As they were before the first set. Raises OSError."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._restore)
+        """Reset the clocks of all that were set. Raises OSError."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._reset)
 
-    def _set(self, lock: Lock) -> None:
-        if not self._before:
-            self._before = {gpu: seen_lock(gpu) for gpu in self._gpus}
-        self._lock(self._gpus, lock)
+    def _set(self, mhz: int) -> None:
+        self._touched = list(self._gpus)
+        self._post("set_gpu_locked_clocks", self._gpus, {"min_clock_mhz": mhz, "max_clock_mhz": mhz})
 
-    def _restore(self) -> None:
+    def _reset(self) -> None:
         failed: OSError | None = None
-        for gpu, lock in list(self._before.items()):  # whatever comes of one, the others too
+        for gpu in list(self._touched):  # one that fails does not keep the others locked
             try:
-                if lock is None:
-                    self._post("reset_gpu_locked_clocks", (gpu,), {})
-                else:
-                    self._lock((gpu,), lock)
-                del self._before[gpu]
+                self._post("reset_gpu_locked_clocks", (gpu,), {})
+                self._touched.remove(gpu)
             except OSError as error:
                 failed = error
         if failed is not None:
             raise failed
-
-    def _lock(self, gpus: Sequence[NvmlGpu], lock: Lock) -> None:
-        self._post("set_gpu_locked_clocks", gpus, {"min_clock_mhz": lock[0], "max_clock_mhz": lock[1]})
 
     def _post(self, what: str, gpus: Sequence[NvmlGpu], more: dict[str, int]) -> None:
         fields = {"gpu_ids": ",".join(str(gpu.index()) for gpu in gpus), **more, "block": "true"}

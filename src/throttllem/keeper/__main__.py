@@ -19,7 +19,7 @@ from throttllem.gpu.nvml import Lock, Nvml
 from throttllem.keeper.journal import Journal, log, places
 from throttllem.keeper.leases import Gone, Lease, Leases, RefusedError
 
-LINE_BYTES, CONNECTIONS, GIVE_BACK_S, LOOK_S, PAUSE_S, SAY_S, UNSAID_S = 4096, 32, 5.0, 0.1, 1.0, 5.0, 250.0
+LINE_BYTES, CONNECTIONS, RESTORE_S, LOOK_S, PAUSE_S, SAY_S, UNSAID_S = 4096, 32, 5.0, 0.1, 1.0, 5.0, 250.0
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -57,7 +57,7 @@ class Door:
         leases, what = self._leases, asked["op"]
         if what == "status":
             held = {uuid: {"by": lease.holder, "mhz": lease.mhz} for uuid, lease in leases.held.items()}
-            given = {"allowed": leases.clocks, "normally": leases.normally, "before": leases.before}
+            given = {"allowed": leases.clocks, "normally": leases.normally, "before": leases.baselines}
             return {**given, "held": held, "returning": list(leases.returning)}
         if what == "lease" and not mine:
             gpus, ttl_s = (typed(uuid, str) for uuid in typed(asked["gpus"], list)), typed(asked["ttl_s"], int, float)
@@ -67,7 +67,7 @@ class Door:
         elif what == "beat" and mine:
             leases.beat(mine[0])
         elif what == "release" and mine:
-            leases.end(lease := mine.pop(), "given back by its holder")
+            leases.end(lease := mine.pop(), "released by its holder")
             await asyncio.gather(*(leases.returning[uuid] for uuid in lease.gpus if uuid in leases.returning))
         else:
             raise RefusedError("malformed", "one lease a connection, then beat, set or release; status at any time")
@@ -90,9 +90,9 @@ class Door:
 
 
 async def keep(told: argparse.Namespace, nvml: Nvml, boot: str, stop: asyncio.Event) -> None:
-    """Until `stop`; then everything is given back."""
+    """Until `stop`; then every GPU is restored."""
     leases = Leases(nvml, dict(told.gpu), dict(told.normally), Journal(places(told.state, told.socket), boot))
-    leases.give_back(leases.before)
+    leases.restore(leases.baselines)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     sweeping = asyncio.ensure_future(leases.sweep(partial(tell_systemd, b"WATCHDOG=1")))
@@ -101,7 +101,7 @@ async def keep(told: argparse.Namespace, nvml: Nvml, boot: str, stop: asyncio.Ev
     leases.clocks = {}  # nobody gets a lease any more
     for lease in set(leases.held.values()):
         leases.end(lease, "the keeper stops")
-    await asyncio.wait([*done, *leases.returning.values()], timeout=GIVE_BACK_S)
+    await asyncio.wait([*done, *leases.returning.values()], timeout=RESTORE_S)
     await asyncio.gather(*done)  # what failed is said at the end
 
 
@@ -129,7 +129,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="throttllem keeper", description=__doc__)
     gpu = partial(parser.add_argument, type=gpu_clocks, action="append", metavar="UUID=LOWEST-HIGHEST")
     gpu("--gpu", required=True, help="a GPU whose clock may be set, and to what MHz")
-    gpu("--normally", default=[], help="the lock that is there while nobody asks for a clock, if there is one")
+    gpu("--normally", default=[], help="baseline: the lock to restore after a lease; without it, a reset")
     parser.add_argument("--user", default=[], type=int, action="append", help="user id that may connect, beside root")
     parser.add_argument("--socket", default=Path("/run/throttllem/keeper.sock"), type=Path)
     parser.add_argument("--state", default=Path("/var/lib/throttllem"), type=Path)
@@ -147,7 +147,7 @@ def seldom(due_s: dict[str, float], said: logging.LogRecord) -> bool:
 
 
 def crash(_: object, context: dict[str, Any]) -> None:
-    """What must not fail has, for want of memory, say: end at once, the next keeper gives back by the journal."""
+    """What must not fail has, for want of memory, say: end at once, the next keeper restores by the journal."""
     if not isinstance(context.get("exception"), OSError):
         try:
             log.critical("the keeper ends: %s", context)

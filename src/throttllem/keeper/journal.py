@@ -1,4 +1,5 @@
-"""What each locked GPU was before, written before it is locked: whoever starts after a kill puts it back.
+"""GPUs that may be locked, and their baselines, written before they are locked: after a kill the next keeper restores
+them.
 
 Two copies, each whole or not there. It is not forced to the disk: what outlives every process but no boot of the host
 is just what a lock does, and entries of another boot mean nothing.
@@ -27,25 +28,27 @@ class Journal:
         self._paths, self._boot, self._number = paths, boot, 0
 
     def read(self) -> dict[str, Lock | None]:
-        """What has to be put back; what is broken is said and not used."""
+        """GPUs to restore, with their stated baselines (None: reset). Damaged copies are logged and not used. An older
+        version inferred what was there before: of its entries only the GPUs count.
+        """
         found = dict[str, Lock | None]()
         for path in filter(Path.exists, self._paths):
             try:
                 checksum, _, body = path.read_bytes().rstrip(b"\n").partition(b" ")
                 if zlib.crc32(body) != int(checksum, 16):
                     raise ValueError("it is torn")
-                number, boot, before = json.loads(body)
+                number, boot, gpus, stated = (*json.loads(body), None)[:4]  # an older version wrote three
                 if number > self._number:
-                    found = {uuid: lock and Lock(*lock) for uuid, lock in before.items()} if boot == self._boot else {}
+                    found = {uuid: stated and lock and Lock(*lock) for uuid, lock in gpus.items() if boot == self._boot}
                     self._number = number
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 log.error("journal %s is not used: %s", path, error)
         return found
 
-    def write(self, before: Mapping[str, Lock | None]) -> None:
-        """Write both copies. Raises OSError if neither could be written; one that could not is said."""
+    def write(self, baselines: Mapping[str, Lock | None]) -> None:
+        """Write both copies. Raises OSError if neither could be written; a single failure is logged."""
         self._number += 1
-        body, troubles = json.dumps([self._number, self._boot, before]).encode(), []
+        body, troubles = json.dumps([self._number, self._boot, baselines, True]).encode(), []
         for path in self._paths:
             try:
                 aside = path.with_suffix(".part")

@@ -1,6 +1,6 @@
-"""Leases on groups of GPUs. Nothing is locked before what was there is in the journal; whatever ends a lease, its GPUs
-are given back, again and again until it worked. One thread a GPU makes its calls, in order: one that hangs holds up no
-other. Knows nothing of sockets.
+"""Leases on groups of GPUs. No GPU is locked before it is in the journal. Whatever ends a lease, its GPUs are restored:
+to the baseline that `--normally` states, else their clocks are reset; it is retried until it succeeds. Each GPU has one
+thread, which makes its calls in order: a call that hangs delays no other GPU. Knows nothing of sockets.
 """
 
 import asyncio
@@ -41,14 +41,17 @@ class Lease:
 
 
 class Leases:
-    """All of them, on one event loop. By UUID: the `clocks` that may be set, and the lock that is `normally` there."""
+    """All leases, on one event loop. By UUID: the `clocks` that may be set; `normally`, the stated baselines; and
+    `baselines`, what each GPU that may be locked now will be restored to (None: reset). A GPU of the journal that the
+    options do not name keeps the baseline that was stated to the keeper before.
+    """
 
     def __init__(self, nvml: Nvml, clocks: Mapping[str, Lock], normally: Mapping[str, Lock], journal: Journal) -> None:
         self.clocks, self.normally, self._journal, self._pen = clocks, normally, journal, asyncio.Lock()
         self._sets = dict.fromkeys(clocks, SETS_AT_ONCE)
         self.held, self.returning = dict[str, Lease](), dict[str, asyncio.Task[None]]()
-        self.before = journal.read()
-        self._hands = {uuid: (LockableGpu(nvml, uuid), ThreadPoolExecutor(1)) for uuid in {*clocks, *self.before}}
+        self.baselines = {uuid: normally.get(uuid) if uuid in clocks else lock for uuid, lock in journal.read().items()}
+        self._hands = {uuid: (LockableGpu(nvml, uuid), ThreadPoolExecutor(1)) for uuid in {*clocks, *self.baselines}}
 
     def take(self, gpus: tuple[str, ...], ttl_s: float, holder: str, gone: Gone) -> Lease:
         """A lease on GPUs that are allowed and nobody's. Raises RefusedError."""
@@ -58,7 +61,7 @@ class Leases:
             if uuid not in self.clocks:
                 raise RefusedError("not-allowed", f"{uuid} is none of the GPUs that the keeper may set")
             if uuid in self.held or uuid in self.returning:
-                by = self.held[uuid].holder if uuid in self.held else "nobody, but still being given back"
+                by = self.held[uuid].holder if uuid in self.held else "nobody, but still being restored"
                 raise RefusedError("held", f"{uuid} is held by {by}")
         lease = Lease(gpus=gpus, holder=holder, ttl_s=ttl_s, until_s=time.monotonic() + ttl_s, gone=gone)
         self.held |= dict.fromkeys(gpus, lease)
@@ -71,8 +74,8 @@ class Leases:
         lease.until_s = time.monotonic() + lease.ttl_s
 
     async def set(self, lease: Lease, mhz: int) -> None:
-        """Lock all its GPUs to one clock, side by side; where one cannot be, the lease ends and all are as before it.
-        Raises RefusedError.
+        """Lock all its GPUs to one clock, in parallel; if one fails, the lease ends and all are restored. Raises
+        RefusedError.
         """
         self.beat(lease)
         for low, high in (self.clocks[uuid] for uuid in lease.gpus):
@@ -86,7 +89,7 @@ class Leases:
                 await self._note(lease)
             locking = (self._do(uuid, lambda gpu: gpu.lock(Lock(mhz, mhz))) for uuid in lease.gpus)
             done = await asyncio.gather(*locking, return_exceptions=True)
-            self.beat(lease)  # where it ended meanwhile, giving back comes after these calls
+            self.beat(lease)  # if it ended meanwhile, its GPUs are restored after these calls
             if failed := [error for error in done if isinstance(error, BaseException)]:
                 self.end(lease, f"a GPU was not set: {failed[0]}")
                 raise failed[0]
@@ -95,18 +98,18 @@ class Leases:
         lease.mhz = mhz
 
     def end(self, lease: Lease, why: str) -> None:
-        """It is over, whatever the reason; its GPUs go back."""
+        """It is over, whatever the reason; its GPUs are restored."""
         if not lease.ended:
             lease.ended = why
             log.info("lease of %s on %s: %s", lease.holder, ", ".join(lease.gpus), why)
             if not lease.noting:
                 self._free(lease)
 
-    def give_back(self, gpus: Iterable[str]) -> None:
-        """What is in `before` of them, until it worked."""
+    def restore(self, gpus: Iterable[str]) -> None:
+        """To their `baselines`, retried until it succeeds."""
         for uuid in gpus:
             self.returning[uuid] = asyncio.get_running_loop().create_task(self._return(uuid))
-            self.returning[uuid].add_done_callback(lambda task: task.cancelled() or task.result())  # loud if it failed
+            self.returning[uuid].add_done_callback(lambda task: task.cancelled() or task.result())  # an error is raised
 
     async def sweep(self, alive: Callable[[], None]) -> None:
         """For ever: end what is silent."""
@@ -119,11 +122,11 @@ class Leases:
             await asyncio.sleep(SWEEP_S)
 
     async def _note(self, lease: Lease) -> None:
-        """What its GPUs are now, into the journal; nothing is locked yet, and nobody else gets them meanwhile."""
+        """Its GPUs and baselines, into the journal; nothing is locked yet, and no other lease gets them meanwhile."""
         lease.noting = True
         try:
-            looks = (self._do(uuid, lambda gpu: gpu.before(self.normally.get(gpu.uuid))) for uuid in lease.gpus)
-            self.before |= dict(zip(lease.gpus, await asyncio.gather(*looks), strict=True))
+            await asyncio.gather(*(self._do(uuid, LockableGpu.check) for uuid in lease.gpus))
+            self.baselines |= {uuid: self.normally.get(uuid) for uuid in lease.gpus}
             await self._write()
             self.beat(lease)
             lease.touched = True
@@ -132,26 +135,26 @@ class Leases:
             if lease.ended:
                 self._free(lease)
             if not lease.touched:
-                self.before = {uuid: lock for uuid, lock in self.before.items() if uuid not in lease.gpus}
+                self.baselines = {uuid: lock for uuid, lock in self.baselines.items() if uuid not in lease.gpus}
                 with contextlib.suppress(OSError):
                     await self._write()
 
     def _free(self, lease: Lease) -> None:
         self.held = {uuid: other for uuid, other in self.held.items() if other is not lease}
-        self.give_back(lease.gpus if lease.touched else ())
+        self.restore(lease.gpus if lease.touched else ())
 
     async def _return(self, uuid: str) -> None:
-        told = None
+        logged = None
         while True:
             try:
-                await self._do(uuid, lambda gpu: gpu.give_back(self.before[uuid]))
+                await self._do(uuid, lambda gpu: gpu.restore(self.baselines[uuid]))
                 break
             except OSError as error:
-                if told != (told := str(error)):
-                    log.error("not given back yet: %s", error)
+                if logged != (logged := str(error)):
+                    log.error("not restored yet: %s", error)
             await asyncio.sleep(RETRY_S)
-        del self.before[uuid], self.returning[uuid]
-        with contextlib.suppress(OSError):  # it stays in the journal: the next keeper gives it back once more
+        del self.baselines[uuid], self.returning[uuid]
+        with contextlib.suppress(OSError):  # it stays in the journal: the next keeper restores it once more
             await self._write()
 
     def _do(self, uuid: str, call: Callable[[LockableGpu], Any]) -> asyncio.Future[Any]:
@@ -160,4 +163,4 @@ class Leases:
 
     async def _write(self) -> None:
         async with self._pen:
-            await asyncio.to_thread(self._journal.write, dict(self.before))
+            await asyncio.to_thread(self._journal.write, dict(self.baselines))
