@@ -2,14 +2,14 @@ import asyncio
 
 import pytest
 
-from engines.triton_peer import CHAT, COMPLETIONS, SPEC, answer, call, triton
-from throttllem.engines.base import EngineError, ParsedRequest
-from throttllem.engines.triton.engine import Given
+from engines.triton_peer import SPEC, answer, call, triton
+from throttllem.engines.base import EngineError
+from throttllem.openai_api.requests import CHAT, COMPLETIONS, ParsedRequest
 
 
 def test_connect_reads_the_model():
     async def run():
-        async with triton(measured=True, given=Given(max_context_tokens=4096)) as (_, engine):
+        async with triton(measured=True, max_context_tokens=4096) as (_, engine):
             return await engine.connect()
 
     connected = asyncio.run(run())
@@ -21,7 +21,7 @@ def test_connect_reads_the_model():
     assert len(connected.notes) == 2  # template, tokenizer
 
 
-def test_connect_without_configuration_or_metrics_says_what_it_assumes():
+def test_connect_without_configuration_or_metrics_notes_what_it_assumes():
     async def run():
         async with triton() as (peer, engine):
             peer.config = None
@@ -84,37 +84,38 @@ def test_prompts_are_counted():
     async def run():
         async with triton() as (_, engine):
 
-            def ask(**fields):
-                return engine.count(ParsedRequest(path="", model="", body={}, **fields))
+            def completion(*prompts):
+                request = ParsedRequest(path=COMPLETIONS, model="", fields={}, body=b"", prompts=prompts)
+                return engine.count(request)
 
-            chat = ParsedRequest(
-                path=CHAT, model="", body={"messages": [{"role": "user", "content": "hi"}]}, messages=True
-            )
+            def chat(**fields):
+                return engine.count(ParsedRequest(path=CHAT, model="", fields=fields, body=b"", chat=True))
+
             return [
-                await ask(prompts=("x" * 40,)),
-                await ask(prompts=("x" * 40, (1, 2))),
-                await engine.count(chat),
-                await ask(prompts=((1, 2),)),
-            ], (await ask(messages=True))
+                await completion("x" * 40),
+                await completion("x" * 40, (1, 2)),
+                await chat(messages=[{"role": "user", "content": "hi"}]),
+                await completion((1, 2)),
+            ], await chat()
 
     counts, broken = asyncio.run(run())
     assert [count.tokens for count in counts] == [10, 6, 5, 2]
     assert [count.exact for count in counts] == [False, False, False, True]
     assert "4 bytes" in counts[0].by
-    assert broken.tokens == 1  # `open` says what is wrong with it
+    assert broken.tokens == 1  # `open` answers it with an error
 
 
-def test_watch_tells_what_triton_measures_and_gives_up_after_three_failures():
+def test_watch_reports_tritons_metrics_and_ends_after_three_failures():
     async def run():
         async with triton(measured=True) as (peer, engine):
             reports = []
 
-            def tell(report):
+            def take(report):
                 reports.append(report)
                 peer.ready = 400
 
             with pytest.raises(EngineError, match="not ready"):
-                await engine.watch(tell)
+                await engine.watch(take)
             return reports
 
     reports = asyncio.run(run())

@@ -1,6 +1,11 @@
 from engines.triton_peer import PAGE, SPEC
-from throttllem.engines.triton.api import ENSEMBLE
-from throttllem.engines.triton.facts import Given, Metrics, ModelFacts, capacities, metrics, model_facts
+from throttllem.engines.base import RemoteOptions
+from throttllem.engines.triton.facts import ENSEMBLE, Metrics, ModelFacts, engine_spec, metrics, model_facts
+
+
+def known(facts=None, measured=None, **options):
+    remote = RemoteOptions(url="http://127.0.0.1:1", kind="triton", **options)
+    return engine_spec(SPEC, remote, facts or ModelFacts(), measured or Metrics())
 
 
 def config(**parameters):
@@ -29,23 +34,23 @@ def test_a_configuration_is_read():
 
 
 def test_what_is_measured_goes_first_and_nothing_is_assumed_then():
-    given = Given(max_batch=9, kv_blocks=9, block_tokens=9, max_context_tokens=4096, no_evict=True)
-    spec, notes = capacities(SPEC, given, ModelFacts(no_evict=False, max_batch=8), metrics(PAGE))
+    options = {"max_batch": 9, "kv_blocks": 9, "block_tokens": 9, "max_context_tokens": 4096}
+    spec, notes = known(ModelFacts(no_evict=True, max_batch=8), metrics(PAGE), **options)
     assert (spec.kv_blocks, spec.block_tokens, spec.max_batch) == (6239, 32, 512)
     assert (spec.max_context_tokens, spec.no_evict, spec.chunked) == (4096, True, False)
     assert notes == []
 
 
-def test_what_a_user_gave_goes_before_the_configuration():
-    spec, notes = capacities(SPEC, Given(max_batch=9, kv_blocks=90), ModelFacts(max_batch=64), Metrics())
+def test_options_go_before_the_models_configuration():
+    spec, notes = known(ModelFacts(max_batch=64), max_batch=9, kv_blocks=90)
     assert (spec.max_batch, spec.kv_blocks, spec.block_tokens) == (9, 90, 64)
     assert [note.rpartition(" ")[2] for note in notes] == ["engines.max_context_tokens"]
 
 
-def test_every_assumption_is_said():
-    spec, notes = capacities(SPEC, Given(block_tokens=32), ModelFacts(max_batch=64), Metrics())
+def test_every_assumption_is_noted():
+    spec, notes = known(ModelFacts(max_batch=64), block_tokens=32)
     assert (spec.max_batch, spec.kv_blocks, spec.block_tokens) == (64, 2000, 32)
     assert len(notes) == 3
-    spec, notes = capacities(SPEC, Given(), ModelFacts(), Metrics())
+    spec, notes = known()
     assert spec == SPEC
     assert len(notes) == 3

@@ -1,4 +1,4 @@
-"""The simulated engine in real time: its pace, who joins and leaves, and what it reports."""
+"""The simulated engine in real time: its timing, requests that join and leave, and its reports."""
 
 import asyncio
 from itertools import accumulate, pairwise
@@ -14,7 +14,7 @@ from throttllem.gpu.simulated import SimulatedGpu
 
 
 def watched(run, subject, reports=None):
-    """All reports told while `run(subject)` runs, and what that returns."""
+    """All reports made while `run(subject)` runs, and what that returns."""
     reports = [] if reports is None else reports
 
     async def both():
@@ -99,10 +99,10 @@ def test_the_clock_of_the_gpu_holds_from_the_next_step_on():
     assert [report.joules for report in reports] == pytest.approx([0.14, 0.14, 0.14, 0.14])
 
 
-# ---- who joins and leaves ------------------------------------------------------------------------------------
+# ---- requests that join and leave ----------------------------------------------------------------------------
 
 
-def test_who_leaves_in_the_middle_of_an_iteration_is_out_at_its_end():
+def test_a_request_that_leaves_within_an_iteration_is_out_at_its_end():
     async def run(subject):
         staying = asyncio.ensure_future(answer(subject, asked(max_tokens=10, ignore_eos=True)))
         async with subject.open(asked(max_tokens=900, stream=True, ignore_eos=True)) as reply:
@@ -121,16 +121,19 @@ def test_who_leaves_in_the_middle_of_an_iteration_is_out_at_its_end():
     assert subject._engine.ledger.open_j() == 0
 
 
-def test_who_leaves_while_it_waits_never_runs():
+def test_a_request_that_leaves_while_it_waits_never_runs():
     async def run(subject):
-        first = asyncio.ensure_future(answer(subject, asked(max_tokens=30, ignore_eos=True)))
-        await asyncio.sleep(0.003)
-        async with subject.open(asked(max_tokens=8, stream=True)):
-            await asyncio.sleep(0.003)
-        await first
+        async with subject.open(asked(max_tokens=900, stream=True, ignore_eos=True)) as first:
+            await first.read()
+            async with subject.open(asked(max_tokens=8, stream=True)):
+                while reports[-1].waiting == 0:
+                    await asyncio.sleep(0.001)
+            while reports[-1].waiting == 1:
+                await asyncio.sleep(0.001)
+            await first.read()
 
-    reports, _ = watched(run, engine(max_batch=1))
-    assert {report.waiting for report in reports} == {0, 1}
+    reports = []
+    watched(run, engine(max_batch=1), reports)
     assert [key for report in reports for key in report.started] == [-1]
 
 
@@ -149,7 +152,7 @@ def test_a_request_may_not_be_in_the_engine_twice():
     assert asyncio.run(run()) == 503
 
 
-def test_rows_that_are_thrown_out_get_no_tokens_meanwhile_and_keep_their_words():
+def test_preempted_sequences_get_no_tokens_meanwhile_and_keep_their_words():
     body = {"prompt": "One two three four five six seven", "max_tokens": 60, "ignore_eos": True, "temperature": 0}
     texts = {}
 
@@ -179,7 +182,7 @@ def test_a_slow_reader_finds_all_tokens_in_one_chunk():
     async def run():
         subject = engine(seconds=0)
         async with subject.open(asked(max_tokens=50, ignore_eos=True, stream=True)) as reply:
-            while len(subject._rows):
+            while len(subject._generations):
                 await asyncio.sleep(0)
             return [await reply.read(), await reply.read()]
 
@@ -207,7 +210,7 @@ def test_reports_name_everything_and_add_up():
     assert [report.decode_sequences for report in reports] == [0, 2, 2, 1, 1]
 
 
-def test_a_step_is_told_before_anyone_has_read_its_tokens():
+def test_a_step_is_reported_before_any_of_its_tokens_is_read():
     seen, at_report = [], []
 
     async def run():

@@ -80,7 +80,7 @@ def test_numbers_beyond_what_an_engine_can_say_are_garbage(beyond):
     st.binary(max_size=2 * PACKED.size)
     | st.binary(min_size=PACKED.size - 4, max_size=PACKED.size - 4).map(b"tls1".__add__)
 )
-def test_garbage_is_counted_and_told_to_nobody(noise):
+def test_garbage_is_counted_and_not_reported(noise):
     receiver = StepReceiver("127.0.0.1:0", kv_blocks=100)
     report = receiver.take(noise)
     assert receiver.garbage + receiver.received == 1
@@ -104,18 +104,18 @@ def test_reports_of_steps():
 def test_the_engines_own_measure_of_a_step_goes_first():
     receiver = StepReceiver("127.0.0.1:0", kv_blocks=100)
     receiver.take(STEP.pack())
-    told = receiver.take(replace(STEP, sequence=2, step=1, monotonic_s=6.0, decode_sequences=2, seconds=0.125).pack())
-    assert (told.seconds, told.decode_sequences) == (0.125, 2)
+    step = receiver.take(replace(STEP, sequence=2, step=1, monotonic_s=6.0, decode_sequences=2, seconds=0.125).pack())
+    assert (step.seconds, step.decode_sequences) == (0.125, 2)
 
 
-def test_lost_repeated_and_foreign_datagrams_are_counted():
+def test_lost_and_repeated_datagrams_and_those_of_another_boot_are_counted():
     receiver = StepReceiver("127.0.0.1:0", kv_blocks=100)
     receiver.take(STEP.pack())
     gap = receiver.take(replace(STEP, sequence=5, step=4, monotonic_s=6.0).pack())
     assert (receiver.lost, gap.step, gap.seconds) == (3, 4, None)
     assert receiver.take(replace(STEP, sequence=5, step=4).pack()) is None
     assert receiver.take(replace(STEP, sequence=6, step=5, boot=8).pack()) is None
-    assert (receiver.received, receiver.garbage, receiver.strangers) == (2, 1, 1)
+    assert (receiver.received, receiver.garbage, receiver.other_boots) == (2, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -162,12 +162,12 @@ def test_datagrams_arrive(tmp_path, kind, loop):
         told = []
         receiver = StepReceiver(address, kv_blocks=8)
         with receiver.listening(told.append):
-            assert receiver.listens
+            assert receiver.is_listening
             send(
                 address, STEP.pack(), b"garbage", STEP.pack()[:-1], STEP.pack() + b"x", replace(STEP, sequence=2).pack()
             )
             await eventually(lambda: receiver.garbage == 3 and len(told) == 2)
-        assert not receiver.listens
+        assert not receiver.is_listening
 
     if loop == "asyncio":
         asyncio.run(run())
@@ -204,7 +204,7 @@ def test_a_socket_left_behind_is_taken_away_but_a_live_one_is_not(tmp_path):
                 check_address(path)
             with pytest.raises(OSError, match="cannot listen"), StepReceiver(path, kv_blocks=8).listening(print):
                 raise AssertionError("two listen")
-            assert receiver.listens
+            assert receiver.is_listening
             send(path, STEP.pack())
 
     asyncio.run(run())

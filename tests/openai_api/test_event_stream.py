@@ -1,14 +1,55 @@
 import itertools
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.gateway.upstream import chat_chunk, chat_events, completion_events, sse
-from throttllem.gateway.http.token_events import Meter
+from throttllem.openai_api.event_stream import MOST_BYTES, Meter, Splitter, data_of, is_whole
 
 TOKEN = b'data: {"choices": [{"text": "x"}]}\n\n'
+
+pieces = st.lists(st.sampled_from([b"\n", b"\r", b"\r\n", b"data: x", b"data:", b"a", b": c"]), max_size=40).map(
+    b"".join
+)
+
+
+@given(st.binary(max_size=200) | pieces, st.lists(st.integers(0, 200), max_size=20))
+def test_cut_anywhere_the_events_are_the_same(data, cuts):
+    once, often = Splitter(), Splitter()
+    edges = sorted({0, len(data), *(min(cut, len(data)) for cut in cuts)})
+    found = [event for begin, end in pairwise(edges) for event in often.feed(data[begin:end])]
+    assert all(map(is_whole, found))
+    assert b"".join(found) + often.rest() == data
+    # A blank line of two carriage returns may be cut before the line feed that belongs to it.
+    if b"\r" not in data:
+        assert found == once.feed(data)
+
+
+def test_an_event_without_end_is_not_kept():
+    splitter = Splitter()
+    chunks = [b"data: " + b"x" * MOST_BYTES, b"y" * 100, b"\n\n", b"data: z\n\n"]
+    assert [splitter.feed(chunk) for chunk in chunks] == [[chunks[0]], [], [b"y" * 100 + b"\n\n"], [chunks[3]]]
+    assert not is_whole(chunks[0]) and splitter.rest() == b""
+
+
+@pytest.mark.parametrize(
+    ("event", "data"),
+    [
+        (b"data: x\n\n", b" x"),
+        (b"data:x\r\n\r\n", b"x"),
+        (b"id: 1\rdata:x\rdata:y\r\r", b"x\ny"),
+        (b": data: x\n\n", None),
+        (b"\ndata:", b""),
+    ],
+)
+def test_data_of_an_event(event, data):
+    assert data_of(event) == data
+
+
+# ---- tokens ------------------------------------------------------------------------------------------------------
 
 
 def measured(chunks, **api):
@@ -97,7 +138,7 @@ def test_last_event_may_lack_its_blank_line():
         ([b'data: {"ping": 1}\n\n'], False),
     ],
 )
-def test_whether_all_was_said(chunks, whole):
+def test_whether_the_answer_is_complete(chunks, whole):
     for native in (False, True):
         meter = Meter(native=native)
         for chunk in chunks:
@@ -113,7 +154,7 @@ STREAM = chat_events(6, usage=True) + completion_events(3)
     cuts=st.lists(st.integers(0, len(b"".join(STREAM))), max_size=30),
     ends=st.lists(st.sampled_from([b"\n\n", b"\r\n\r\n", b"\r\r"]), min_size=len(STREAM), max_size=len(STREAM)),
 )
-def test_events_may_be_cut_anywhere(cuts, ends):
+def test_tokens_are_the_same_wherever_events_are_cut(cuts, ends):
     data = b"".join(event.removesuffix(b"\n\n") + end for event, end in zip(STREAM, ends, strict=True))
     cuts = [0, *sorted(cuts), len(data)]
     chunks = [data[start:end] for start, end in itertools.pairwise(cuts)]
@@ -126,7 +167,7 @@ def test_garbage_is_bounded_however_it_is_cut(data, size):
     assert measured(chunks)[0] <= data.count(b'"choices"') + data.count(b'"delta"')
 
 
-def test_endless_event_is_not_kept():
+def test_an_endless_event_is_not_held():
     meter = Meter()
     for _ in range(40):
         meter.feed(b"x" * 65536)

@@ -1,10 +1,13 @@
+"""OpenAI's completions and chats over a Triton that answers `generate_stream`."""
+
 import asyncio
 import json
 
 import pytest
 
-from engines.triton_peer import CHAT, COMPLETIONS, SPEC, answer, call, chunks, event, one, triton
-from throttllem.engines.base import EngineError, ParsedRequest
+from engines.triton_peer import SPEC, answer, call, chunks, event, one, triton
+from throttllem.engines.base import EngineError
+from throttllem.openai_api.requests import CHAT, COMPLETIONS, parse_request
 
 
 def test_a_streamed_completion():
@@ -18,7 +21,7 @@ def test_a_streamed_completion():
     assert usage["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
 
 
-def test_what_was_kept_back_for_a_stop_word_comes_with_the_end():
+def test_a_text_held_back_for_a_stop_word_comes_with_the_end():
     for limit, reason in ((3, "length"), (9, "stop")):
         body = {"prompt": "hi", "stop": "e!", "max_tokens": limit, "stream": True}
         _, data, _ = asyncio.run(one(COMPLETIONS, body))
@@ -60,8 +63,8 @@ def test_a_chat():
 def test_what_the_gateway_counted_is_used():
     async def run():
         async with triton() as (peer, engine):
-            ask = ParsedRequest(path=COMPLETIONS, model="m", body={"prompt": "hi"}, prompts=("hi",))
-            data = await answer(engine, COMPLETIONS, b"unread", ask=ask, prompt_tokens=77, max_tokens=5)
+            request = parse_request(COMPLETIONS, b'{"model": "m", "prompt": "hi"}')
+            data = await answer(engine, COMPLETIONS, b"unread", request=request, prompt_tokens=77, max_tokens=5)
             return data, peer.asked
 
     (_, data), ((path, headers, body),) = asyncio.run(run())
