@@ -16,11 +16,11 @@ from throttllem.core.types import Slo
 from throttllem.engines.base import PromptCount
 from throttllem.engines.http import Upstream
 from throttllem.gateway.control.models import Health
-from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.control.session import Receipt
 from throttllem.gateway.http.app import build_app, build_private_app
 from throttllem.gateway.http.server import run
 from throttllem.gateway.settings import LimitOptions, ServeOptions, ServerOptions
+from throttllem.openai_api.errors import ApiError
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Ticket:
     counted: int = 0
     finished: int | None = None
     ends: list = field(default_factory=list)
-    failure: RejectedError | None = None
+    failure: ApiError | None = None
 
     async def __aenter__(self):
         self.task = asyncio.current_task()
@@ -94,7 +94,7 @@ class Models:
     """`ticket.Models` over one engine that is called "tiny". While `open` is not set, requests wait for a place."""
 
     engine: Live
-    refuse: RejectedError | None = None
+    refuse: ApiError | None = None
     state: str = "up"
     tickets: list = field(default_factory=list)
     open: asyncio.Event = field(default_factory=asyncio.Event)
@@ -108,14 +108,14 @@ class Models:
         if self.broken:
             raise KeyError("a secret of the inside")
         if name not in self.names():
-            raise RejectedError(404, f"no model {name!r}", kind="invalid_request_error", code="model_not_found")
+            raise ApiError(404, f"no model {name!r}", kind="invalid_request_error", code="model_not_found")
 
     async def count(self, ask):
         self._known(ask.model)
         return await self.engine.count(ask)
 
-    def session(self, ask, count, slo, caller):
-        ticket = Ticket(models=self, ask=ask, slo=slo, caller=caller, streams=ask.stream)
+    def session(self, ask, count, slo):
+        ticket = Ticket(models=self, ask=ask, slo=slo, caller=ask.caller, streams=ask.stream)
         self.tickets.append(ticket)
         return ticket
 

@@ -15,17 +15,18 @@ from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import Slo
-from throttllem.engines.base import Call, EngineError, ParsedRequest, PromptCount
+from throttllem.engines.base import Call, EngineError, PromptCount
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
-from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gpu.simulated import SimulatedGpu
+from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.requests import COMPLETIONS, parse_request
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -189,7 +190,7 @@ class Rig:
 
     def session(self, *, slo=None, count=4, **more):
         """A session that has not been entered."""
-        return self.models.session(parsed(**more), PromptCount(tokens=count, by="test", exact=True), slo or Slo(), "")
+        return self.models.session(parsed(**more), PromptCount(tokens=count, by="test", exact=True), slo or Slo())
 
 
 def toy_backend(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, name="toy", **changes):
@@ -273,15 +274,7 @@ def parsed(*, tokens=8, stream=True, prompt="one two three", choices=1, model="t
     """
     body = {"model": model, "prompt": prompt, "max_tokens": limit or tokens, "min_tokens": tokens, "ignore_eos": True}
     body |= {"stream": stream}
-    return ParsedRequest(
-        path="/v1/completions",
-        model=model,
-        body=body,
-        prompts=(prompt,),
-        max_tokens=limit or tokens,
-        choices=choices,
-        stream=stream,
-    )
+    return replace(parse_request(COMPLETIONS, json.dumps(body).encode()), choices=choices)
 
 
 async def request(models, *, slo=None, count=6, usage=True, disconnect_after=None, **more):
@@ -290,15 +283,15 @@ async def request(models, *, slo=None, count=6, usage=True, disconnect_after=Non
     """
     it = parsed(**more)
     counted = PromptCount(tokens=count, by="test", exact=True)
-    async with models.session(it, counted, slo or Slo(), "") as session:
+    async with models.session(it, counted, slo or Slo()) as session:
         backend = await session.placed()
         call = Call(
             method="POST",
             path=it.path,
             headers=(),
-            body=json.dumps(it.body).encode(),
+            body=it.body,
             request_id=session.request.id,
-            ask=it,
+            request=it,
         )
         async with backend.engine.open(call) as reply:
             assert reply.status == 200, await reply.body()
@@ -317,7 +310,7 @@ async def outcome(coroutine):
     """How a request ended: "served", "disconnected", the code of its rejection, "engine" or "cancelled"."""
     try:
         return "disconnected" if await coroutine is None else "served"
-    except RejectedError as error:
+    except ApiError as error:
         assert error.retry_after_s is None or 1 <= error.retry_after_s <= 60
         return error.code
     except EngineError:

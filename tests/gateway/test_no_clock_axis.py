@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from command import run
-from profiling.live_house import house, modelled, virtually
+from profiling.live.testbed import engine_and_gpu, modelled, virtually
 
 from gateway.test_build import A100, trained
 from gateway.test_check import found, text_of
@@ -88,7 +88,7 @@ def test_the_commands_in_the_order_of_the_readme(tmp_path, monkeypatch, capsys, 
     """`profile` without --gpus, `train`, `serve --gpus 0`: an error, and the GPU is left as it is."""
 
     async def profiled():
-        engine, gpu = house(gpu="a100-40gb-sxm", model="llama-3-8b")
+        engine, gpu = engine_and_gpu(gpu="a100-40gb-sxm", model="llama-3-8b")
         device = modelled(gpu, (210, 705, 1410))
         return await profile_live(engine, device, LivePlan(points=24, steps=6, bursts=4), tmp_path / "engine.parquet")
 

@@ -27,7 +27,6 @@ from throttllem.engines.simulated.engine import SimulatedEngine
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.http.app import Gateway
-from throttllem.gpu.device import nothing
 from throttllem.gpu.simulated import SimulatedGpu
 
 
@@ -108,7 +107,7 @@ def _name(task: asyncio.Task[Any]) -> str:
     return str(getattr(task.get_coro(), "__qualname__", "?"))
 
 
-async def _stuck(self: SimulatedGpu, mhz: int | None, sent: Callable[[], None] = nothing) -> int | None:
+async def _stuck(self: SimulatedGpu, mhz: int | None, sent: Callable[[], None] | None = None) -> int | None:
     raise OSError(f"{mhz} MHz: the clock is stuck (injected)")
 
 

@@ -83,7 +83,7 @@ class Watch:
 
 
 def _listens(engine: object) -> bool:
-    return isinstance(engine, OpenaiEngine) and engine.steps is not None and engine.steps.listens
+    return isinstance(engine, OpenaiEngine) and engine.steps is not None and engine.steps.is_listening
 
 
 def main() -> None:

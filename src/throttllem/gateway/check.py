@@ -225,7 +225,7 @@ async def _clocks(name: str, gpu: HardwareGpu, options: ServeOptions, why: str) 
     match gpu.mode:
         case Mode.OFF:
             return Finding(mark="ok", text=f"engine {name}: clocks would be off ({why}): left alone")
-        case Mode.ADVISE:
+        case Mode.DRY_RUN:
             text = f"engine {name}: clocks would be a dry run ({why}): decided, recorded and shown, never set"
             return Finding(mark="ok", text=text)
     try:

@@ -12,9 +12,9 @@ from throttllem.core.admission import AdmissionOptions
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.types import Cancelled, EngineReady, Reject, Slo
 from throttllem.engines.base import EngineError
-from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gateway.telemetry.status import gateway_status
+from throttllem.openai_api.errors import ApiError
 
 SHORT = LimitOptions(queue_wait_s=2.0, engine_wait_s=1.0, silence_s=1.0)
 
@@ -106,7 +106,7 @@ def test_a_request_that_never_fits_is_rejected_at_once():
     async def run():
         async with rig() as it:
             await it.up()
-            with pytest.raises(RejectedError) as rejected:
+            with pytest.raises(ApiError) as rejected:
                 await it.request(count=10, tokens=300)
             return rejected.value, it
 
@@ -224,7 +224,7 @@ def test_a_request_that_is_failed_twice_ends_once():
             await asyncio.sleep(0.05)
             for session in it.loop.open():
                 for _ in range(2):
-                    it.loop.fail(session, RejectedError(503, "x", kind="k", code="tried"))
+                    it.loop.fail(session, ApiError(503, "x", kind="k", code="tried"))
             return await asyncio.gather(*requests)
 
     assert virtually(run()) == ["tried"] * 3

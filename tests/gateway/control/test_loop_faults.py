@@ -116,9 +116,7 @@ def test_a_failure_at_the_loss_of_an_engine_ends_its_requests():
     async def run():
         async with rig() as it:
             await it.up()
-            requests = [
-                asyncio.ensure_future(outcome(it.request(tokens=90, stream=n % 2 == 0))) for n in range(3)
-            ]
+            requests = [asyncio.ensure_future(outcome(it.request(tokens=90, stream=n % 2 == 0))) for n in range(3)]
             await asyncio.sleep(0.1)
             failing(it, lambda event: isinstance(event, EngineLost))
             await it.backend.engine.kill()

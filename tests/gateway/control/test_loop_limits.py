@@ -8,15 +8,15 @@ import pytest
 
 from gateway.rig import rig, virtually
 from throttllem.core.types import Observed, Slo
-from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gateway.telemetry.status import gateway_status
+from throttllem.openai_api.errors import ApiError
 
 
 async def rejection(it, *, stream=True, tokens=0):
     """The rejection of a request that would wait for ever, and after how many seconds it came."""
     began_s = it.loop.now()
-    with pytest.raises(RejectedError) as found:
+    with pytest.raises(ApiError) as found:
         async with it.session(slo=Slo(e2e_s=9e3), stream=stream) as session:
             await session.placed()
             if tokens:

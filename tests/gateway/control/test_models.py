@@ -10,15 +10,15 @@ from throttllem.core.admission import AdmissionOptions
 from throttllem.core.types import Slo
 from throttllem.engines.base import EngineError, PromptCount
 from throttllem.gateway.control.models import ServedModel
-from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.settings import LimitOptions
 from throttllem.gateway.telemetry.status import gateway_status
+from throttllem.openai_api.errors import ApiError
 
 SHORT = LimitOptions(engine_wait_s=2.0)
 
 
 async def rejection(coroutine):
-    with pytest.raises(RejectedError) as found:
+    with pytest.raises(ApiError) as found:
         await coroutine
     return found.value.status, found.value.code
 
@@ -28,7 +28,7 @@ def test_a_name_that_no_engine_serves():
         async with rig() as it:
             await it.up()
             assert it.models.names() == ("toy",)
-            with pytest.raises(RejectedError, match="there is: toy"):
+            with pytest.raises(ApiError, match="there is: toy"):
                 it.models.uncontrolled_engine("other")
             return await rejection(it.models.count(parsed(model="other")))
 
@@ -63,11 +63,11 @@ def test_an_engine_that_does_not_come_up():
             it.backend.engine.gone = True
             gateway_status(it.models)
             found = await rejection(it.models.count(parsed()))
-            with pytest.raises(RejectedError, match=r"^no engine is up$") as caught:
+            with pytest.raises(ApiError, match=r"^no engine is up$") as caught:
                 it.models.uncontrolled_engine(None)
             assert caught.value.detail == "connection refused"
-            with pytest.raises(RejectedError, match="no engine is up"):
-                it.models.session(parsed(), PromptCount(tokens=1, by="t", exact=True), Slo(), "")
+            with pytest.raises(ApiError, match="no engine is up"):
+                it.models.session(parsed(), PromptCount(tokens=1, by="t", exact=True), Slo())
             return *found, it.loop.now()
 
     status, code, now_s = virtually(run())
@@ -149,7 +149,7 @@ def test_no_more_prompts_are_counted_than_may_wait_and_not_all_at_once():
             it.backend.engine.count = slow
             counts = [asyncio.ensure_future(it.models.count(parsed())) for _ in range(100)]
             await asyncio.sleep(0.01)
-            with pytest.raises(RejectedError) as found:
+            with pytest.raises(ApiError) as found:
                 await it.models.count(parsed())
             counts[0].cancel()
             await asyncio.sleep(0.01)

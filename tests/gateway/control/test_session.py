@@ -10,9 +10,9 @@ import pytest
 
 from gateway.rig import rig, virtually
 from throttllem.engines.base import EngineError
-from throttllem.gateway.control.rejections import RejectedError
+from throttllem.openai_api.errors import ApiError
 
-GONE = RejectedError(502, "gone", kind="engine_error", code="test")
+GONE = ApiError(502, "gone", kind="engine_error", code="test")
 
 
 async def hold(it, *, raised=None):
@@ -79,7 +79,7 @@ def test_an_earlier_cancellation_of_the_task_does_not_hide_the_failure():
             async def twice():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.sleep(3600)
-                with pytest.raises(RejectedError):
+                with pytest.raises(ApiError):
                     await hold(it)
                 return asyncio.current_task().cancelling()
 
@@ -156,7 +156,7 @@ def test_a_failed_session_does_not_finish():
     async def run():
         async with rig() as it:
             await it.up()
-            with pytest.raises(RejectedError):
+            with pytest.raises(ApiError):
                 async with it.session() as session:
                     await session.placed()
                     session.tokens(1)

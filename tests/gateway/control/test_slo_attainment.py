@@ -24,7 +24,9 @@ ALL = Slo(e2e_s=2.0, tbt_s=0.1, ttft_s=0.5)
 def test_each_slo_by_itself(slo, seen, violated):
     found = judged(slo, seen, served=True)
     assert (found.with_slo, found.met) == (1, int(not violated))
-    assert [name for name in ("e2e_violated", "tbt_violated", "ttft_violated") if getattr(found, name)] == list(violated)
+    assert [name for name in ("e2e_violated", "tbt_violated", "ttft_violated") if getattr(found, name)] == list(
+        violated
+    )
 
 
 def test_a_request_that_was_not_served_violates_all_its_slos():

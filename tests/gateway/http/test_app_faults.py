@@ -10,11 +10,11 @@ import pytest
 from tests.gateway.fakes import house, until
 from tests.gateway.upstream import chat_events
 from throttllem.engines.http import Upstream
-from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.settings import LimitOptions
+from throttllem.openai_api.errors import ApiError
 
 CHAT = "/v1/chat/completions"
-LOST = RejectedError(502, "the engine was lost", kind="engine_error", code="engine_lost")
+LOST = ApiError(502, "the engine was lost", kind="engine_error", code="engine_lost")
 
 
 def chat(**fields):

@@ -1,7 +1,7 @@
 import pytest
 
 from throttllem.gateway.http.auth import Access
-from throttllem.gateway.http.errors import HttpError
+from throttllem.openai_api.errors import ApiError
 
 
 def test_without_keys_anybody_may_ask():
@@ -21,6 +21,6 @@ def test_each_key_opens_and_has_a_name_that_does_not_tell_it():
     "shown", [None, "", "Bearer", "Bearer ", "Bearer onf", "Basic one", "one", "Bearer \xff\u20ac"]
 )
 def test_others_are_refused(shown):
-    with pytest.raises(HttpError) as caught:
+    with pytest.raises(ApiError) as caught:
         Access(("one",)).check(shown)
     assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")

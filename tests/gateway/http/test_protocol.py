@@ -4,9 +4,9 @@ import asyncio
 import json
 
 import pytest
+from tests.gateway.test_app_garbage import answer
 
 from tests.gateway.fakes import house
-from tests.gateway.test_app_garbage import answer
 from throttllem.gateway.settings import LimitOptions
 
 PATH = "/v1/completions"

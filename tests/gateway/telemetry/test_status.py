@@ -71,7 +71,7 @@ def test_an_engine_that_does_not_move_is_said_to_have_stalled():
             states = []
 
             async def held():
-                visit = it.models.session(*(await counted(it)), Slo(), "")
+                visit = it.models.session(*(await counted(it)), Slo())
                 async with visit as ticket:
                     await ticket.placed()
                     states.append(it.models.status().models[0].engines[0].state)

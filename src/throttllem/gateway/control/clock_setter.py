@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
 from throttllem.core.types import ClockRead, Event, FrequencyPlan
-from throttllem.gpu.device import Gpu, Reading, nothing
+from throttllem.gpu.device import Gpu, Reading
 
 log = logging.getLogger("throttllem.gateway")
 
@@ -73,7 +73,7 @@ class ClockSetter:
         except OSError as error:
             log.error("engine %s: its clocks were not restored: %s", self.name, error)
 
-    async def in_force(self, mhz: int, sent: Callable[[], None] = nothing) -> int | None:
+    async def in_force(self, mhz: int, sent: Callable[[], None] | None = None) -> int | None:
         """Set a clock; the one in force then, None if it is not known."""
         try:
             read, trouble = await self.gpu.set_clock(mhz, sent), "it cannot be read"
@@ -89,7 +89,7 @@ class ClockSetter:
         return read
 
     async def _set(self, mhz: int, since_s: float) -> None:
-        sent = nothing if self._fails else lambda: self.on_command(self.now() - since_s)
+        sent = None if self._fails else lambda: self.on_command(self.now() - since_s)
         if self._fails:  # the core commands it again at once
             await asyncio.sleep(_RETRY_S)
             if mhz != self._wanted_mhz:

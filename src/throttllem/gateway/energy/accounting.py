@@ -108,7 +108,7 @@ class EnergyAccounting:
             if not self._unreadable:
                 log.error("the GPU cannot be read: %s", error)
             self._unreadable = True
-            return replace(self._last, clock_mhz=None, advised_mhz=None, stands_for_mhz=None)
+            return replace(self._last, clock_mhz=None, dry_run_mhz=None, stands_for_mhz=None)
         self._unreadable = False
         return self._last
 
@@ -212,7 +212,7 @@ class EnergyAccounting:
         self.total_j += joules
         for flight, tokens in shares:
             flight.energy_j += joules * tokens / (output_tokens + prompt_tokens)
-        self._dry_runs = self._dry_runs or reading.advised_mhz is not None
+        self._dry_runs = self._dry_runs or reading.dry_run_mhz is not None
         for estimate, other_mhz in ((self.at_maximum, None), (self.dry_run, reading.planned_on_mhz)):
             if estimate is not None:
                 estimate.worked(

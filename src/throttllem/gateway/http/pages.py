@@ -9,10 +9,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from starlette.routing import Match, Route
 
 from throttllem.gateway.control.models import Models
-from throttllem.gateway.control.rejections import MODEL_SHOWN
-from throttllem.gateway.http.errors import ByteHeaders, HttpError, not_allowed, not_found
+from throttllem.gateway.control.rejections import MODEL_CHARACTERS
+from throttllem.gateway.http.errors import not_allowed, not_found
 from throttllem.gateway.http.exchange import Exchange
 from throttllem.gateway.telemetry.status import GatewayStatus, gateway_status
+from throttllem.openai_api.errors import ApiError, ByteHeaders
 
 MetricsPage = Callable[[GatewayStatus], tuple[str, bytes]]
 """Content type and body of `/metrics`."""
@@ -68,8 +69,8 @@ class Pages:
             name = path.removeprefix(MODELS + "/")
             body = next((entry for entry in entries if entry["id"] == name), None)
             if body is None:
-                raise HttpError(
-                    404, f"the model {name[:MODEL_SHOWN]!r} does not exist", param="model", code="model_not_found"
+                raise ApiError(
+                    404, f"the model {name[:MODEL_CHARACTERS]!r} does not exist", param="model", code="model_not_found"
                 )
         await exchange.answer(200, _JSON, json.dumps(body).encode())
 

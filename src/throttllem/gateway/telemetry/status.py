@@ -196,7 +196,7 @@ def _engine_status(loop: ControlLoop, backend: Backend, snapshot: Snapshot) -> E
         view=view,
         clock_mhz=reading.clock_mhz,
         clocks=backend.clock.mode,
-        advised_mhz=None if backend.clock.mode == "off" else reading.advised_mhz,
+        advised_mhz=None if backend.clock.mode == "off" else reading.dry_run_mhz,
         limit_mhz=reading.limit_mhz,
         held=reading.held,
         unset=reading.trouble,
