@@ -29,7 +29,7 @@ from throttllem.gateway.http.errors import (
     unavailable,
 )
 from throttllem.gateway.http.exchange import Cause, Exchange, GoneError
-from throttllem.gateway.http.pages import MODELS, MetricsPage, Pages
+from throttllem.gateway.http.pages import MODELS, OPENAPI, MetricsPage, Pages
 from throttllem.gateway.http.protocol import CROWDED
 from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
 from throttllem.gateway.settings import ServeOptions
@@ -176,6 +176,8 @@ class Gateway:
             return self._generate(exchange, path, key_name)
         if path == MODELS or path.startswith(MODELS + "/"):
             return self._pages.models(exchange, path)
+        if path == OPENAPI:
+            return self._pages.openapi(exchange)
         if self._options.server.metrics_port is None and (page := self._pages.find(exchange, path)) is not None:
             return page
         allow = _passed_methods(path)
