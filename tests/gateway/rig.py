@@ -272,9 +272,9 @@ async def ask(models, *, slo=None, count=6, hang_up_after=None, on_ticket=None, 
             ask=it,
         )
         async with engine.open(call) as reply:
-            assert reply.status == 200, b"".join([chunk async for chunk in reply.chunks])
+            assert reply.status == 200, await reply.body()
             told = 0
-            async for chunk in reply.chunks:
+            while chunk := await reply.read():
                 tokens = it.choices * chunk.count(b"index") if it.stream else 0
                 if tokens:
                     ticket.tokens(tokens)

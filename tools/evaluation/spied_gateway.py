@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def _hurry(times: float) -> None:
             raise EngineError("this request fails (injected)")
         async with whole(self, call) as reply:
             if number % 50 == 49:
-                yield Reply(status=reply.status, headers=reply.headers, chunks=_cut(reply.chunks))
+                yield Reply(status=reply.status, headers=reply.headers, read=_cut_off(reply))
             else:
                 yield reply
 
@@ -137,11 +137,16 @@ def _hurry(times: float) -> None:
     SimulatedEngine.step = hurried  # type: ignore[method-assign]
 
 
-async def _cut(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async for chunk in chunks:
-        yield chunk
-        break
-    raise EngineError("this answer breaks off (injected)")
+def _cut_off(reply: Reply) -> Callable[[], Awaitable[bytes]]:
+    """`reply.read` that fails at its second call."""
+    calls = itertools.count()
+
+    async def read() -> bytes:
+        if next(calls):
+            raise EngineError("this answer breaks off (injected)")
+        return await reply.read()
+
+    return read
 
 
 if __name__ == "__main__":

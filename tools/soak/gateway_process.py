@@ -216,7 +216,7 @@ async def _answered(models: AllModels, tokens: int) -> None:
             if reply.status != 200:
                 raise EngineError(f"status {reply.status}")
             seen = 0
-            async for chunk in reply.chunks:
+            while chunk := await reply.read():
                 if came := chunk.count(b'"index"'):
                     seen += came
                     ticket.tokens(came)

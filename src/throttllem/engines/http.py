@@ -88,26 +88,6 @@ def parsed(where: str, body: bytes) -> object:
         raise EngineError(f"{where} answers what is no JSON: {error}") from error
 
 
-class _Chunks:
-    """The bytes of a reply as they come; an object rather than a generator, which costs more per chunk."""
-
-    def __init__(self, url: str, connection: Connection) -> None:
-        self._url = url
-        self._read = connection.read
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        try:
-            chunk = await self._read()
-        except (SpeechError, OSError) as error:
-            raise engine_error(self._url, error) from error
-        if not chunk:
-            raise StopAsyncIteration
-        return chunk
-
-
 class Upstream:
     """One engine's address. `url` without a trailing slash or with; paths begin with one and may hold a query."""
 
@@ -255,7 +235,14 @@ class Upstream:
             connection, (status, got) = await self._sent(call.method, call.path, headers, call.body)
         except (_UnreachedError, SpeechError, OSError) as error:
             raise engine_error(self.url, error) from error
+
+        async def read() -> bytes:
+            try:
+                return await connection.read()
+            except (SpeechError, OSError) as error:
+                raise engine_error(self.url, error) from error
+
         try:
-            yield Reply(status=status, headers=passed_on(got), chunks=_Chunks(self.url, connection))
+            yield Reply(status=status, headers=passed_on(got), read=read)
         finally:
             self._keep(connection)

@@ -26,6 +26,10 @@ _TOLERATED_TOKENS = 2
 _TRUSTED_AHEAD = 8
 """So many iterations may streams run ahead of step numbers (which come late); further, and they prove nothing: engines
 that guess several tokens ahead give more than one an iteration."""
+STEPS_PER_S = 2000
+"""No engine steps faster: the fastest take a few milliseconds a step, and several behind one address are summed."""
+JUMP_STEPS = 4096
+"""Step numbers may jump so far whatever time passed: reports get lost, and come in bursts."""
 
 
 @dataclass(slots=True, eq=False)
@@ -129,12 +133,13 @@ class Progress:
         """A request was cancelled, or failed: forget it."""
         self._leave(request_id)
 
-    def report(self, report: Report) -> list[Event]:
-        """What the engine said of itself."""
+    def report(self, report: Report, *, elapsed_s: float = 0.0) -> list[Event]:
+        """What the engine said of itself, so long after the last step that it reported."""
+        step = None if report.step is None else self._numbered(report.step, elapsed_s)
         if self.exact:
-            return [] if report.step is None else [self._named(report, report.step)]
+            return [] if step is None else [self._named(report, step)]
         self._reports = True
-        at = self._iteration if report.step is None else max(self._iteration, self._numbered(report.step))
+        at = self._iteration if step is None else max(self._iteration, step)
         began = self._covered(report.running)
         events = self._reach(max(at, 0) if began else at, began)
         said = Observed(engine=self.engine, running=report.running, waiting=report.waiting, kv_blocks=report.kv_blocks)
@@ -148,9 +153,9 @@ class Progress:
 
     # ---- iterations ------------------------------------------------------------------------------------------
 
-    def _named(self, report: Report, step: int) -> Stepped:
+    def _named(self, report: Report, iteration: int) -> Stepped:
         """A step that says all."""
-        self._iteration = max(self._iteration, self._numbered(step))
+        self._iteration = max(self._iteration, iteration)
         return Stepped(
             engine=self.engine,
             iteration=self._iteration,
@@ -159,9 +164,12 @@ class Progress:
             preempted=report.preempted,
         )
 
-    def _numbered(self, step: int) -> int:
-        """The iteration that a step number stands for."""
-        restarted = self._last_step is not None and step < self._last_step
+    def _numbered(self, step: int, elapsed_s: float) -> int:
+        """The iteration that a step number stands for. A number that goes back, or further ahead than the engine can
+        have come since, starts the numbering from the iteration at hand.
+        """
+        most = JUMP_STEPS + STEPS_PER_S * elapsed_s
+        restarted = self._last_step is not None and not 0 <= step - self._last_step <= most
         if self._first_step is None or restarted:
             self._first_step = step - max(0, self._iteration)
         elif self._iteration - (step - self._first_step) > _TRUSTED_AHEAD:

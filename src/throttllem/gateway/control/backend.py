@@ -48,10 +48,13 @@ class Backend:
     connected: Connected | None = None
     progress: Progress | None = None
     report: Report | None = None
+    last_key: int = -1
+    """The key that it was started under last."""
     last_sign_s: float = 0.0
     estimated_prompts: int = 0
     counting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_COUNTS_AT_A_TIME))
     """Who asks the engine for the tokens of a prompt holds it."""
+    _stepped_s: float = 0.0
     _tell: Tell | None = None
     _task: asyncio.Task[None] | None = None
     _checking: asyncio.Task[None] | None = None
@@ -72,7 +75,7 @@ class Backend:
 
     def start(self, key: int, tell: Tell) -> None:
         """Bring it up (or wait until it is) under this id; the core hears when it is ready."""
-        self.key, self._tell = key, tell
+        self.key, self.last_key, self._tell = key, key, tell
         self.state, self.own_trouble = "starting", None
         self._task = asyncio.get_running_loop().create_task(self._live(key, tell), name=f"engine {self.name}")
 
@@ -241,6 +244,9 @@ class Backend:
             return
         before = self.report
         self.report = report
+        elapsed_s = self.now() - self._stepped_s
+        if report.step is not None:
+            self._stepped_s = self.now()
         if report.step is not None and (before is None or report.step != before.step):
             self.last_sign_s = self.now()
         if report.joules is not None:
@@ -249,7 +255,7 @@ class Backend:
             self.booking.exact(report)
         elif report.prompt_tokens:
             self.booking.prompts(report.prompt_tokens)
-        self._take(self.progress.report(report), exact=report.joules is not None)
+        self._take(self.progress.report(report, elapsed_s=elapsed_s), exact=report.joules is not None)
 
     def _take(self, events: Iterable[Event], *, exact: bool = False) -> None:
         """Hand events on to the core; steps that are not booked yet are booked by the time that they took."""

@@ -18,7 +18,6 @@ from throttllem.core.types import (
     Cancelled,
     Command,
     Dispatch,
-    EngineLost,
     EngineSpec,
     Event,
     Fail,
@@ -37,7 +36,8 @@ from throttllem.gateway.control import rejections as refusals
 from throttllem.gateway.control.alarm import LoopTimer
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.inbox import EventQueue
-from throttllem.gateway.control.named import done, named
+from throttllem.gateway.control.named import affected, done
+from throttllem.gateway.control.recovery import AFTER_FAULT_S, Recovery
 from throttllem.gateway.control.retry_after import RetryEstimator
 from throttllem.gateway.control.session import Session
 from throttllem.gateway.control.slo_attainment import SloAttainment, judged
@@ -47,9 +47,6 @@ from throttllem.gateway.control.watchdog import sweep, tick
 from throttllem.gateway.settings import LimitOptions
 
 log = logging.getLogger("throttllem.gateway")
-
-_AFTER_FAULT_S = 1.0
-"""The core that failed is not woken at once again: what failed may still be due."""
 
 
 class ControlLoop:
@@ -81,13 +78,14 @@ class ControlLoop:
         self._alarm = LoopTimer(lambda: self.tell(Timer()), now)
         self._not_before_s = -math.inf
         self._pace = RetryEstimator()
+        self.recovery = Recovery(links, self.tell, now)
         self._tasks: list[asyncio.Task[None]] = []
 
     # ---- life ------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Bring up the largest engine; the core starts others as it needs them."""
-        max(self.links, key=lambda link: link.tp).start(0, self.tell)
+        self.recovery.ensure()
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(work) for work in (sweep(self), *(tick(link) for link in self.links))]
 
@@ -97,6 +95,7 @@ class ControlLoop:
             self.fail(visit, refusals.draining())
         self._inbox.drain()
         self._turn.end()
+        self.recovery.stop()
         self._alarm.cancel()
         for task in self._tasks:
             task.cancel()
@@ -125,6 +124,7 @@ class ControlLoop:
                 visit.generated_tokens = max(visit.generated_tokens, visit.link.tokens_of(visit.request.id))
             visit.energy_j = visit.link.ended(visit.request.id, tokens)
         self._pace.ended(self.now())
+        self.recovery.served(visit.request.arrival_s)
         self._book(visit, served=True)
 
     def leave(self, visit: Session, error: BaseException | None = None) -> None:
@@ -207,10 +207,9 @@ class ControlLoop:
 
     def _give_up(self, what: Event | Command) -> None:
         """End the requests that something was about that could not be done; the others go on."""
-        self._not_before_s = self.now() + _AFTER_FAULT_S
-        lost = self.open() if isinstance(what, EngineLost) else ()
-        names = {*named(what), *(visit.request.id for visit in lost if visit.link and visit.link.key is None)}
-        for visit in [self._visits[request_id] for request_id in names if request_id in self._visits]:
+        self._not_before_s = self.now() + AFTER_FAULT_S
+        self.recovery.failed(what)  # before any client hears of it, and asks again
+        for visit in affected(what, self._visits):
             self.fail(visit, refusals.broken())
         for request_id in done(what):
             self.tell(Cancelled(request_id=request_id))

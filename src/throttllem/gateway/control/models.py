@@ -128,7 +128,8 @@ class AllModels:
             up=sum(state == "up" for state, _ in states),
             engines=len(states),
             # An engine may be down because it is not needed; one that should be up has a trouble.
-            ails=any(state == "stalled" or (state != "up" and trouble is not None) for state, trouble in states),
+            ails=any(state == "stalled" or (state != "up" and trouble is not None) for state, trouble in states)
+            or any(model.driver.recovery.doubtful for model in self.served),
             draining=self.draining,
             version=self.version,
         )

@@ -3,7 +3,7 @@
 async with models.ticket(ask, count, slo, caller, streams=True) as ticket:  # RefusedError: never any place for it
     engine, request_id = await ticket.place()                    # RefusedError: queue, promise, no engine
     async with engine.open(call) as reply:
-        async for chunk in reply.chunks: ticket.tokens(n) ...    # RefusedError: engine lost, silent too long
+        while chunk := await reply.read(): ticket.tokens(n) ...  # RefusedError: engine lost, silent too long
     receipt = ticket.finish(tokens)                              # leaving without it: cancelled
 """
 

@@ -6,9 +6,11 @@ Errors below ASGI have OpenAI's body too.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from typing import cast
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -77,7 +79,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         before = self._head_bytes
         self._aside_bytes += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self._broken_off:
             return
         if self._head_bytes is None:
@@ -89,6 +91,36 @@ class BoundedProtocol(HttpToolsProtocol):
             self._break_off(headers_too_large(self._limits.header_bytes))
         elif self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser. An offer to change the protocol (`Upgrade`) is ignored, as HTTP allows: the head is parsed
+        again without it. httptools takes no body behind such a head, and would read it as the next request.
+        """
+        self._unset_keepalive_if_required()
+        rest: bytes | memoryview = data
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as offer:
+                    rest = memoryview(rest)[offer.args[0] :]
+                if self.parser.get_method() == b"CONNECT":
+                    self.send_400_response("CONNECT is not served")
+                    return
+                self._parse_without_offer()
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _parse_without_offer(self) -> None:
+        """The head that was just read, without `Upgrade`, through a new parser, which then reads on."""
+        head = [b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        head += [b"%s: %s\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        with contextlib.suppress(AttributeError):  # httptools before 0.6.3; as uvicorn sets it
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser.feed_data(b"".join(head) + b"\r\n")
 
     def on_message_begin(self) -> None:
         """A new head begins."""
@@ -107,7 +139,9 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is whole."""
+        """The head is whole; one that offers another protocol is parsed again first."""
+        if self.parser.should_upgrade():
+            return
         self._head_read()
         self._aside_bytes = 0
         super().on_headers_complete()
@@ -119,6 +153,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is whole."""
+        if self.parser.should_upgrade():
+            return
         self._aside_bytes = 0
         super().on_message_complete()
 

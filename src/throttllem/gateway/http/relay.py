@@ -55,7 +55,7 @@ async def relay(
 async def forward(exchange: Exchange, reply: Reply, silence_s: float | None = None) -> None:
     """A reply that is nobody's business. Raises EngineError 504 if the engine is silent for `silence_s`."""
     await exchange.start(_status(reply), _headers(reply.headers), events=_is_stream(reply.headers))
-    while (chunk := await _next(reply, silence_s)) is not None:
+    while chunk := await _next(reply, silence_s):
         await exchange.write(chunk)
     await exchange.finish()
 
@@ -67,7 +67,7 @@ async def _events(
     receipt: Receipt | None = None
     await exchange.start(_status(reply), _headers(reply.headers, _LENGTH), events=True)
     try:
-        async for chunk in reply.chunks:
+        while chunk := await reply.read():
             count = meter.feed(chunk)
             ending = meter.done and receipt is None and not meter.failed
             at_once = held is None and not ending
@@ -103,7 +103,7 @@ async def _whole(exchange: Exchange, reply: Reply, ticket: Ticket, *, metrics: b
     """A body that is not streamed: held until it is whole, so that an engine that dies is told as an error."""
     parts: list[bytes] = []
     size = 0
-    async for chunk in reply.chunks:
+    while chunk := await reply.read():
         parts.append(chunk)
         size += len(chunk)
         if size > held_bytes:
@@ -122,7 +122,7 @@ async def _unheld(exchange: Exchange, reply: Reply, ticket: Ticket, begun: bytes
     """A body too long to be held, of which `begun` is the front: it passes as it comes, and is not read."""
     await exchange.start(_status(reply), _headers(reply.headers))
     await exchange.write(begun)
-    async for chunk in reply.chunks:
+    while chunk := await reply.read():
         await exchange.write(chunk)
     ticket.finish()
     await exchange.finish()
@@ -170,11 +170,11 @@ class _Held:
         return [b"data: " + patched + blank, *self._kept[1:]]
 
 
-async def _next(reply: Reply, silence_s: float | None) -> bytes | None:
-    """The next bytes, None at the end."""
+async def _next(reply: Reply, silence_s: float | None) -> bytes:
+    """The next bytes, b"" at the end."""
     try:
         async with asyncio.timeout(silence_s):
-            return await anext(reply.chunks, None)
+            return await reply.read()
     except TimeoutError as error:
         raise silent(silence_s or 0.0) from error
 
