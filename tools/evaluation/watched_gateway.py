@@ -76,7 +76,9 @@ class Watch:
 
     def _note(self, step: StepStats) -> None:
         assert self._controller is not None
-        state = next(iter(self._controller._engines), None)  # no snapshot has the blocks of prompts under way
+        state = next(
+            iter(self._controller._engines.by_id.values()), None
+        )  # no snapshot has the blocks of prompts under way
         views = self._controller.snapshot().engines
         if state is None or state.spec is None or not views:
             return

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from throttllem.engines.prometheus import samples, total
+from throttllem.engines.capacity import samples, total
 from tools.testbed.engines.vllm_pace import Step
 from tools.testbed.known_clients import run_aiperf
 from tools.testbed.trace import Sent, write_mooncake

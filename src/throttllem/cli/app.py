@@ -39,12 +39,11 @@ from throttllem.cli.serve import serve
 from throttllem.config import Environment, LengthOptions, Options, changed
 from throttllem.files import ensure_writable_dir
 from throttllem.physics.catalogue import Catalogue
-from throttllem.report.output import results_json, show_results
 from throttllem.report.page import write_report
+from throttllem.report.terminal import results_json, show_results
 from throttllem.reproduce.run import claims_table, outcomes_json
 from throttllem.reproduce.run import reproduce as reproduce_claims
-from throttllem.sim.runs import run_all
-from throttllem.sim.study import MAXIMUM, Study
+from throttllem.sim.study import MAXIMUM, Study, run_all
 
 app = typer.Typer(
     help="Serve LLMs at the least energy that keeps every latency promise.",

@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from throttllem.calibrate.calibration import Calibration, calibrate_points
-from throttllem.calibrate.doubts import fitted_to, seen_before
+from throttllem.calibrate.datasheet import with_datasheet
 from throttllem.calibrate.entry import absent, basis, check_name, entry, printable, write_entry
 from throttllem.calibrate.points import points_of
-from throttllem.calibrate.refuse import percent
-from throttllem.calibrate.sheet import with_sheet
+from throttllem.calibrate.validation import fitted_before, fitted_to, percent
 from throttllem.cli.arguments import Extra, progress_bar
 from throttllem.files import ensure_writable_dir
 from throttllem.physics.catalogue import Catalogue, Gpu, Model, UnknownName
@@ -45,7 +44,7 @@ def calibrate(
     _check_target(out, profile_file, catalogue)
     known = Catalogue.load(catalogue)
     frame = read_profile(profile_file)
-    gpu = with_sheet(_like(known, frame, like, profile_file), sheet or ())
+    gpu = with_datasheet(_like(known, frame, like, profile_file), sheet or ())
     model = _model(known, frame, profile_file)
     new_name = check_name(name if name is not None else str(frame["gpu"][0]))
     points = points_of(frame, model, profile_file)
@@ -55,7 +54,7 @@ def calibrate(
             points, gpu, model, profile_file, lambda done, total: bar.update(task, completed=done / total)
         )
     source_name = printable(profile_file.name)
-    calibration = replace(calibration, doubts=(*seen_before(gpu, source_name), *calibration.doubts))
+    calibration = replace(calibration, warnings=(*fitted_before(gpu, source_name), *calibration.warnings))
     source = f"{fitted_to(source_name)}, {frame.height} rows"
     covered = basis(points, model.name, source)
     new_model = None if Catalogue.load().models.get(model.name) == model else model
@@ -112,8 +111,8 @@ def _show(calibration: Calibration, name: str, out: Path) -> None:
     console = Console()
     console.print(_errors_table(calibration, name))
     console.print(_constants_table(calibration))
-    for doubt in calibration.doubts:
-        Console(soft_wrap=True, stderr=True).print(f"warning: {doubt}", markup=False)
+    for warning in calibration.warnings:
+        Console(soft_wrap=True, stderr=True).print(f"warning: {warning}", markup=False)
     said = f"[gpu.{name}] is in {out}: use it with --catalogue."
     if calibration.like != name:
         said += f" Memory, clocks, power limit and idle watts are those of {calibration.like} (or of --sheet)."

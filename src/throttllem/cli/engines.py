@@ -33,9 +33,10 @@ from throttllem.cli.arguments import (
 )
 from throttllem.config import Options, changed
 from throttllem.core.types import Slo
-from throttllem.engines.base import EngineError
+from throttllem.engines.base import EngineError, Kind, RemoteOptions
+from throttllem.engines.http import check_address
 from throttllem.engines.openai import OpenaiEngine
-from throttllem.engines.remote import Remote
+from throttllem.engines.remote import KINDS, remote_engine
 from throttllem.engines.simulated.fleet import Fleet, build_fleet
 from throttllem.engines.triton.engine import TritonEngine
 from throttllem.files import ensure_writable_dir
@@ -46,23 +47,15 @@ from throttllem.physics.engine import EnginePhysics
 from throttllem.physics.estimate import estimate as estimate_point
 from throttllem.profiling.bake import bake
 from throttllem.profiling.live.plan import POINTS, LivePlan
-from throttllem.profiling.live.run import chosen_clocks, profile_live
-from throttllem.profiling.live.run_profile import Device
-from throttllem.profiling.live.target import (
-    SCRAPE_S,
-    Target,
-    parsed_capacities,
-    parsed_clocks,
-    parsed_gpus,
-    parsed_kind,
-)
+from throttllem.profiling.live.profiler import Device
+from throttllem.profiling.live.run import SCRAPE_S, chosen_clocks, engine_spec, live_device, profile_live
 from throttllem.profiling.measure import ProfilePlan
 from throttllem.profiling.profile import check_ending, read_profile, spec_of, write_profile
 from throttllem.profiling.score import score_profile, score_table, write_score_card
 from throttllem.profiling.storage import save_table
 from throttllem.profiling.tables import profile_fleet
 from throttllem.profiling.train import train as train_trees
-from throttllem.sim.prepare import capacities
+from throttllem.sim.characterize import capacities
 from throttllem.sim.traces import load_trace
 
 
@@ -93,7 +86,7 @@ def characterize(
             options,
             cache_dir(),
             seed=seed,
-            promised=Slo(e2e_s=slo_e2e, tbt_s=slo_tbt),
+            slo=Slo(e2e_s=slo_e2e, tbt_s=slo_tbt),
             progress=lambda what, share: bar.update(task, completed=share),
         )
     table = Table("TP", "max load req/s", "E2E p99 s", "TBT p99 ms", "tokens/J", "never fits")
@@ -151,11 +144,13 @@ def profile(
     if url is None:
         fleet = build_fleet(known, gpu, model or "llama-2-13b", parsed_sizes(tp, sizes), options.engine)
         return _profile_simulated(fleet, ProfilePlan(rows=rows, seed=seed), out)
+    check_address("--url", url)
     size = parsed_sizes(tp or (1 if sizes is None else None), sizes)
-    given = parsed_capacities(capacity or [])
-    remote = Remote(
+    fleet = build_fleet(known, gpu, model or "llama-3-8b", size, options.engine)
+    given = _capacities(capacity or [])
+    remote = RemoteOptions(
         url=url,
-        kind=parsed_kind(engine_kind),
+        kind=_kind(engine_kind),
         served_as=served_as,
         stats=stats,
         tokenizer=tokenizer,
@@ -166,11 +161,28 @@ def profile(
         kv_blocks=given.get("kv_blocks"),
         block_tokens=given.get("block_tokens"),
     )
-    target = Target(fleet=build_fleet(known, gpu, model or "llama-3-8b", size, options.engine), remote=remote)
     plan = LivePlan(points=POINTS if seconds is None and points is None else points, seconds=seconds, seed=seed)
-    chosen = chosen_clocks(target.fleet.clocks_mhz, parsed_clocks(clocks))
-    device = target.device(chosen, parsed_gpus(gpus), keeper)
-    return _profile_live(target, device, plan, out, resume=resume)
+    named = None if gpus is None else tuple(part.strip() for part in gpus.split(",") if part.strip())
+    device = live_device(fleet, chosen_clocks(fleet.clocks_mhz, clocks), named, keeper)
+    engine = remote_engine(remote, engine_spec(fleet))
+    return _profile_live(engine, device, plan, out, resume=resume, served_as=served_as)
+
+
+def _kind(text: str) -> Kind:
+    for kind in KINDS:
+        if text == kind:
+            return kind
+    raise ValueError(f"--engine-kind {text}: must be one of {', '.join(KINDS)}")
+
+
+def _capacities(texts: list[str]) -> dict[str, int]:
+    names, found = ("max_batch", "max_context_tokens", "kv_blocks", "block_tokens"), {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in names or not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"--capacity {text}: write NAME=N, as in kv_blocks=4096; names are {', '.join(names)}")
+        found[name] = int(value)
+    return found
 
 
 def _profile_simulated(fleet: Fleet, plan: ProfilePlan, out: Path) -> None:
@@ -181,38 +193,41 @@ def _profile_simulated(fleet: Fleet, plan: ProfilePlan, out: Path) -> None:
     Console().print(f"{frame.height} iterations in {out}")
 
 
-def _profile_live(target: Target, device: Device, plan: LivePlan, out: Path, *, resume: bool) -> None:
+def _profile_live(
+    engine: OpenaiEngine | TritonEngine,
+    device: Device,
+    plan: LivePlan,
+    out: Path,
+    *,
+    resume: bool,
+    served_as: str | None,
+) -> None:
     check_ending(out)
     console = Console(stderr=True, soft_wrap=True)
     columns = (TextColumn("{task.description:>28}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("connecting", total=1.0)
 
-        async def run() -> int:
-            engine = target.engine()
-            async with contextlib.AsyncExitStack() as hardware:
+        async def measured() -> int:
+            async with contextlib.AsyncExitStack() as stack:
+                stack.push_async_callback(engine.close)
                 if isinstance(device.gpu, HardwareGpu):
-                    await hardware.enter_async_context(device.gpu)
-                return await measured(engine)
-
-        async def measured(engine: OpenaiEngine | TritonEngine) -> int:
-            try:
+                    await stack.enter_async_context(device.gpu)
                 return await profile_live(
                     engine,
                     device,
                     plan,
                     out,
                     resume=resume,
-                    served_as=target.remote.served_as,
+                    served_as=served_as,
                     say=lambda line: console.print(line, markup=False, highlight=False),
                     progress=lambda what, share: bar.update(task, description=what, completed=share),
                 )
-            except EngineError as error:
-                raise ValueError(str(error)) from error
-            finally:
-                await engine.close()
 
-        rows = asyncio.run(run())
+        try:
+            rows = asyncio.run(measured())
+        except EngineError as error:
+            raise ValueError(str(error)) from error
     Console().print(f"{rows} rows in {out}")
 
 

@@ -114,7 +114,7 @@ def _measure(engine: Iterates, spec: EngineSpec, point: Point) -> tuple[object, 
         pairs,
     )
     batch = point.decode_batch + len(point.prompts)
-    kv_blocks = point.decode_blocks + sum(_blocks(tokens, spec) for tokens in point.prompts)
+    kv_blocks = point.decode_blocks + sum(blocks(tokens, spec) for tokens in point.prompts)
     asked = (batch, kv_blocks, point.clock_mhz, sum(point.prompts))
     return (spec.gpu, spec.model, spec.tp, spec.block_tokens, *asked, seconds, watts, len(point.prompts), pairs)
 
@@ -137,7 +137,7 @@ def _largest_prompts(spec: EngineSpec) -> tuple[int, ...]:
     while left > 0 and room > 0 and len(prompts) < spec.max_batch:
         prompts.append(min(left, room * spec.block_tokens, spec.max_context_tokens))
         left -= prompts[-1]
-        room -= _blocks(prompts[-1], spec)
+        room -= blocks(prompts[-1], spec)
     return tuple(prompts)
 
 
@@ -153,9 +153,9 @@ def _sample(spec: EngineSpec, plan: ProfilePlan, rng: np.random.Generator) -> It
             deck.extend(int(clock) for clock in rng.permutation(spec.clocks_mhz))
         prompts = _draw_prompts(batch, spec, rng) if prefill else ()
         decode = batch - len(prompts)
-        room = spec.kv_blocks - sum(_blocks(tokens, spec) for tokens in prompts)
-        blocks = _shifted_log(decode, min(room, _most_blocks(decode, spec)), spec.kv_blocks / 4, rng) if decode else 0
-        yield Point(clock_mhz=deck.pop(), decode_batch=decode, decode_blocks=blocks, prompts=prompts)
+        room = spec.kv_blocks - sum(blocks(tokens, spec) for tokens in prompts)
+        held = _shifted_log(decode, min(room, _most_blocks(decode, spec)), spec.kv_blocks / 4, rng) if decode else 0
+        yield Point(clock_mhz=deck.pop(), decode_batch=decode, decode_blocks=held, prompts=prompts)
 
 
 def _draw_prompts(batch: int, spec: EngineSpec, rng: np.random.Generator) -> tuple[int, ...]:
@@ -173,7 +173,7 @@ def _draw_prompts(batch: int, spec: EngineSpec, rng: np.random.Generator) -> tup
     cuts = np.round(np.cumsum(shares) / shares.sum() * tokens).astype(int)
     lengths = np.clip(np.diff(cuts, prepend=0), 1, spec.max_context_tokens)
     # A prompt takes up to a block more than its tokens fill.
-    while sum(_blocks(int(length), spec) for length in lengths) > spec.kv_blocks - batch + len(lengths):
+    while sum(blocks(int(length), spec) for length in lengths) > spec.kv_blocks - batch + len(lengths):
         lengths = np.maximum(lengths // 2, 1)
     return tuple(int(length) for length in lengths)
 
@@ -190,8 +190,9 @@ def _shifted_log(low: int, high: int, shift: float, rng: np.random.Generator) ->
 
 
 def _most_blocks(batch: int, spec: EngineSpec) -> int:
-    return min(spec.kv_blocks, batch * _blocks(spec.max_context_tokens, spec))
+    return min(spec.kv_blocks, batch * blocks(spec.max_context_tokens, spec))
 
 
-def _blocks(tokens: int, spec: EngineSpec) -> int:
+def blocks(tokens: int, spec: EngineSpec) -> int:
+    """KV blocks of this many tokens of one request."""
     return -(-tokens // spec.block_tokens)

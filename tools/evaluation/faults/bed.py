@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from throttllem.engines.prometheus import total
+from throttllem.engines.capacity import total
 from tools.testbed.engines import openai_engine as small
 from tools.testbed.engines import vllm as real
 from tools.testbed.inspected_gateway import Inspected, inspected_gateway
