@@ -219,7 +219,7 @@ class SoakBed:
         elif answer.error is not None:
             self.observer.ended(number, "error", str(answer.error))
         elif answer.status is None or answer.broken:
-            self.observer.ended(number, "cut", answer.said)
+            self.observer.ended(number, "cut", answer.said, begun=answer.status is not None)
         else:
             self.observer.ended(number, "broken", f"{answer.said}, {answer.tokens} of {tokens} tokens")
 

@@ -13,6 +13,8 @@ from tools.soak.group import torn_groups
 from tools.soak.locks import downs, fits, logged, moments
 from tools.soak.schedule import Stop
 
+ACCEPTED_S = 0.5
+"""A gateway that runs has accepted a request by then."""
 WITHIN_S = 2.0
 """So soon everything is restored: after the lease is lost, the keeper is back, the obstacle is gone."""
 
@@ -144,7 +146,7 @@ def _requests(evidence: Evidence) -> Iterator[str]:
             yield f"request {number} never ended"
         elif ask.how == "cut" and not memory and not at_end and Hurts.GATEWAY not in hurt:
             yield f"request {number} was cut off by the end of a gateway that nothing had happened to"
-        elif ask.how == "cut" and at_end and evidence.schedule.stop is Stop.TERM and Hurts.GATEWAY not in hurt:
+        elif ask.how == "cut" and at_end and _accepted(evidence, ask) and Hurts.GATEWAY not in hurt:
             yield f"request {number} was cut off by a gateway that was asked to end"
         elif ask.how == "error" and not at_end and not hurt & {Hurts.GATEWAY, Hurts.ENGINE}:
             yield f"request {number} was refused, though nothing touched gateway or engine: {ask.why}"
@@ -156,3 +158,9 @@ def _at_the_end(evidence: Evidence, ask: Ask) -> bool:
     """It was open when the gateway was ended, and may well have been."""
     waited_for = evidence.schedule.lift_s < 0 and not ask.at_the_end
     return not waited_for and (ask.ended_s is None or ask.ended_s >= evidence.stopped_s)
+
+
+def _accepted(evidence: Evidence, ask: Ask) -> bool:
+    """The gateway was told to end and had the request: one that only just connects is refused or reset."""
+    early = ask.asked_s < evidence.stopped_s - ACCEPTED_S
+    return evidence.schedule.stop is Stop.TERM and (ask.begun or early)

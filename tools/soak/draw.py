@@ -65,7 +65,7 @@ def _together(kind: Kind, others: Sequence[Kind]) -> bool:
 
 
 def _gpus(draw: random.Random, kinds: Sequence[Kind]) -> tuple[GpuPlan, ...]:
-    held = draw.randint(1, 4)
+    held = draw.choice((1, 2, 4))  # as many as the model can be spread over
     spare = 1 if any(kind.spare for kind in kinds) or draw.random() < 0.2 else 0
     uses = ["held"] * held + ["spare"] * spare + ["unlisted"] * draw.randint(1, 6 - held - spare)
     draw.shuffle(uses)

@@ -11,7 +11,7 @@ from tools.soak.schedule import Lock, Schedule
 @dataclass(slots=True)
 class Ask:
     """A request to the gateway. `how` it ended: complete, error (in OpenAI's shape), cut (its
-    connection), broken; None: not.
+    connection), broken; None: not. `begun`: its answer had begun.
     """
 
     gateway: int
@@ -20,6 +20,7 @@ class Ask:
     why: str = ""
     ended_s: float | None = None
     at_the_end: bool = False
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

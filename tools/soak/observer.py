@@ -40,11 +40,11 @@ class Observer:
         """A request is on its way."""
         self.evidence.asks[number] = Ask(gateway=gateway, asked_s=time.monotonic(), at_the_end=self.ending)
 
-    def ended(self, number: int, how: str, why: str) -> None:
+    def ended(self, number: int, how: str, why: str, *, begun: bool = True) -> None:
         """It has ended, unless its gateway had before."""
         ask = self.evidence.asks[number]
         if ask.how is None:
-            ask.how, ask.why, ask.ended_s = how, why, time.monotonic()
+            ask.how, ask.why, ask.ended_s, ask.begun = how, why, time.monotonic(), begun
 
     def gateway_died(self, process: SoakProcess, gateway: int) -> None:
         """Its requests are cut off; its lease ends with the last holder of its sockets, or by time."""

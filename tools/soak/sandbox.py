@@ -70,13 +70,16 @@ class Sandbox:
 
 @contextmanager
 def sandboxes(
-    count: int, *, roles: str = "tools.soak.roles", library: Path | None = None, **environment: str
+    count: int, *, roles: str = "tools.soak.roles", library: Path | None = None, mounts: bool = True, **environment: str
 ) -> Iterator[list[Sandbox]]:
-    """So many, with one fork server of these roles. `library` is where the fake NVML is compiled (None: anywhere)."""
+    """So many, with one fork server of these roles. `library` is where the fake NVML is compiled (None: anywhere).
+
+    `mounts`: this thread may have its own, for ever.
+    """
     with ExitStack() as stack:
         folder = _folder(stack, MEMORY if os.access(MEMORY, os.W_OK) else None)
         built = build.library(library or _folder(stack, None))
-        places, small = [folder / str(number) for number in range(count)], _own_mounts()
+        places, small = [folder / str(number) for number in range(count)], mounts and _own_mounts()
         for place in places:
             for each in (place, place / "state", place / "run"):
                 each.mkdir()

@@ -76,7 +76,7 @@ async def _other_user(bed: SoakBed, fault: Fault) -> None:
     if os.geteuid() != 0:
         return
     heard: list[dict[str, Any]] = []
-    other = bed.start("other user", on_word=heard.append, socket=str(bed.socket), gpus=bed.uuids(bed.opted))
+    other = bed.start("other user", on_line=heard.append, socket=str(bed.socket), gpus=bed.uuids(bed.opted))
     await asyncio.wait_for(other.dead.wait(), _OTHER_USER_S)
     for word in heard:
         bed.evidence.other_users += bool(word["came_in"])
