@@ -146,7 +146,7 @@ def test_kv_capacity_by_hand() -> None:
     assert EnginePhysics(gpu, model, 4).kv_capacity_tokens() == int(free // (model.kv_bytes_per_token / 4))
 
 
-def test_a_model_that_does_not_fit_says_what_would() -> None:
+def test_a_model_that_does_not_fit_names_the_smallest_size_that_does() -> None:
     gpu, model = CATALOGUE.gpu("a100-40gb-sxm"), CATALOGUE.model("llama-3-70b")
     with pytest.raises(
         ModelDoesNotFit, match=r"needs 66\.6 GiB .* 35\.6 GiB .* are there: the smallest tp that fits is 4"

@@ -98,7 +98,7 @@ def test_four_gpus_talk_in_one_step_or_in_two() -> None:
     assert costs.large_s == pytest.approx(2 * 2 * (6e-6 + 3e-5))
 
 
-def test_kv_heads_are_kept_twice_where_there_are_too_few() -> None:
+def test_kv_heads_are_stored_twice_if_there_are_too_few() -> None:
     whole = TINY.kv_bytes_per_token
     assert kv_bytes_per_token(TINY, 2) == whole / 2
     assert kv_bytes_per_token(TINY, 4) == whole / 2

@@ -20,7 +20,7 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Frozen)
 
 
-class UnknownName(ValueError):  # noqa: N818 - the name says what happened
+class UnknownName(ValueError):  # noqa: N818 - a plain name for users' code
     """No GPU or model of that name; the message lists similar names."""
 
 
@@ -29,7 +29,7 @@ class CatalogueError(ValueError):
 
 
 class Gpu(Frozen):
-    """One kind of GPU. SI units unless the name says otherwise."""
+    """One kind of GPU. SI units unless the name has another unit."""
 
     name: str
     clock_min_mhz: PositiveInt

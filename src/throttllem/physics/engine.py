@@ -33,7 +33,7 @@ _LARGEST_TP = 8
 """GPUs of one NVLink node (DGX A100, DGX H100)."""
 
 
-class ModelDoesNotFit(ValueError):  # noqa: N818 - the name says what happened
+class ModelDoesNotFit(ValueError):  # noqa: N818 - a plain name for users' code
     """Weights and activations leave no room for a KV cache, or the heads cannot be divided among the GPUs."""
 
 

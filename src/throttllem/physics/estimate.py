@@ -105,8 +105,8 @@ def _basis(
     if basis.kind == "modelled" or not outside:
         below = basis.below_top if clock_mhz < physics.gpu.clock_max_mhz else None
         off = below.median_error if below else basis.median_error
-        said = "" if off is None else f"; held out, it was {off:.1%} off (median)"
-        return f"{basis.kind}: {basis.source}{said}"
+        error = "" if off is None else f"; held out, it was {off:.1%} off (median)"
+        return f"{basis.kind}: {basis.source}{error}"
     return f"modelled: {'; '.join(outside)} ({basis.kind} there: {basis.source})"
 
 
