@@ -8,7 +8,7 @@ WORKERS := $(shell expr $$(nproc) + 1)
 # Tests start hundreds of processes: each would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-slow test-real engines check bench fidelity lengths evaluation loop soak lock clean
+.PHONY: setup docs demo test test-slow test-real engines check bench fidelity lengths evaluation loop soak lock clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 
+# The documentation as a site in out/site: offline, and strict (a broken link is an error).
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(STAMP)
 	$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python -m bench.gateway
@@ -64,7 +68,7 @@ soak: $(STAMP)
 	$(BIN)/python -m tools.soak $(or $(SOAK),--schedules 10000)
 
 lock:
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra dev pyproject.toml -o requirements.lock
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra dev --extra docs pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf .venv out build src/*.egg-info

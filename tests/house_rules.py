@@ -13,16 +13,17 @@ SRC = ROOT / "src"
 
 BELOW = {
     "core": set(),
+    "openai_api": set(),
     "physics": {"core"},
     "gpu": {"core", "physics"},
     "keeper": {"gpu"},
     "doctor": {"gpu", "keeper"},
-    "engines": {"core", "physics", "gpu"},
-    "profiling": {"core", "physics", "gpu", "engines"},
+    "engines": {"core", "physics", "gpu", "openai_api"},
+    "profiling": {"core", "physics", "gpu", "openai_api", "engines"},
     "calibrate": {"core", "physics", "profiling"},
-    "sim": {"core", "physics", "gpu", "engines", "profiling"},
-    "gateway": {"core", "physics", "gpu", "engines", "profiling"},
-    "report": {"core", "physics", "gpu", "engines", "profiling", "sim", "gateway"},
+    "sim": {"core", "physics", "gpu", "openai_api", "engines", "profiling"},
+    "gateway": {"core", "physics", "gpu", "openai_api", "engines", "profiling"},
+    "report": {"core", "physics", "gpu", "openai_api", "engines", "profiling", "sim", "gateway"},
     "reproduce": {"core", "physics", "gpu", "engines", "profiling", "sim", "report"},
 }
 """What each layer may import besides itself. Outside: `cli` and its parts; `config` and `files` serve all but core;

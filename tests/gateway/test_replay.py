@@ -46,11 +46,12 @@ def is_dispatch(line):
 # ---- the same --------------------------------------------------------------------------------------------------
 
 
-@given(deeds, st.sampled_from([6_000, 1 << 20]))
-def test_every_history_replays_from_every_file(tmp_path_factory, history, file_bytes):
+@given(deeds, st.sampled_from([6_000, 1 << 20]), st.sampled_from([1, 7, 1000]))
+def test_every_history_replays_from_every_file(tmp_path_factory, history, file_bytes, batch):
     folder = tmp_path_factory.mktemp("records")
-    world, recorder = recorded_world(folder, file_bytes=file_bytes, files=1000)
+    world, recorder = recorded_world(folder, file_bytes=file_bytes, files=1000, batch=batch)
     fly(world, history)
+    world.controller.flush()
     recorder.close()
     results = [replay(path) for path in sorted(folder.glob("*.jsonl"))]
     assert [result.first_difference for result in results] == [None] * len(results)
@@ -88,7 +89,7 @@ def test_a_call_that_raised_is_recorded_and_raises_again(tmp_path, monkeypatch):
         patch.setattr("throttllem.core.clocks.steady_load.LoadEstimator.arrived", broken)
         with pytest.raises(ZeroDivisionError):
             world.controller.handle(Arrived(request=request), 0.0)
-        recorder.record(0.0, Arrived(request=request), None)
+        recorder.record([(0.0, Arrived(request=request), None)])
         recorder.close()
         (path,) = tmp_path.glob("*.jsonl")
         assert replay(path).first_difference is None
@@ -183,9 +184,12 @@ def test_a_file_cut_off_anywhere_is_cut_off_or_no_record(tmp_path):
         (b"[" * 100_000 + b"\n", ":1: is not JSON"),
         (b'{"a": 1}\n', ":1: is no header of a flight record"),
         (b"[1, 2]\n", ":1: is no header of a flight record"),
-        (b'{"schema": 0}\n', ":1: schema 0; this build replays schema 1"),
-        (b'{"schema": 2, "build": "x"}\n', ":1: schema 2; this build replays schema 1"),
-        (b'{"schema": 1, "build": "x", "model": "m"}\n', ":1: the header has no policy"),
+        (b'{"schema": 0}\n', ":1: recorded with schema 0, this build replays schema 2 only"),
+        (
+            b'{"schema": 1, "build": "0.9+core.x"}\n',
+            ":1: recorded with schema 1, .* replay it with the build that recorded it .'0.9.core.x'.",
+        ),
+        (b'{"schema": 2, "build": "x", "model": "m"}\n', ":1: the header has no policy"),
     ],
 )
 def test_what_is_no_record_is_said(tmp_path, text, said):
@@ -217,7 +221,7 @@ def test_a_file_that_is_not_there_is_said(tmp_path):
 def test_a_bad_line_is_named(tmp_path, line, said):
     _, recorder = recorded_world(tmp_path)
     for now_s in (0.0, 1.0, 2.0):
-        recorder.record(now_s, Timer(), [])
+        recorder.record([(now_s, Timer(), [])])
     recorder.close()
     (path,) = tmp_path.glob("*.jsonl")
     lines = path.read_text().splitlines()

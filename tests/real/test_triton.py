@@ -11,10 +11,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 from engines.contract import CHECKS, Subject, name_of
-from engines.triton_peer import COMPLETIONS, SPEC, answer, call, chunks
+from engines.triton_peer import SPEC, answer, call, chunks
 
-from throttllem.engines.base import EngineError
+from throttllem.engines.base import EngineError, RemoteOptions
 from throttllem.engines.triton.engine import TritonEngine
+from throttllem.openai_api.requests import COMPLETIONS
 from tools.engines.triton_server import ModelSpeed, triton_server
 
 pytestmark = pytest.mark.real
@@ -32,7 +33,8 @@ def server():
 
 @asynccontextmanager
 async def engine_of(server, **options):
-    engine = TritonEngine(server.url, SPEC, metrics_url=server.metrics_url, poll_s=0.02, **options)
+    address = {"url": server.url, "metrics_url": server.metrics_url}
+    engine = TritonEngine(RemoteOptions(kind="triton", scrape_s=0.02, **address, **options), SPEC)
     try:
         yield engine
     finally:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from tests.engines.contract import CHECKS
 from tests.engines.upstreams import eventually
+from tests.engines.vllm_peer import SPEC
+from throttllem.engines.base import RemoteOptions
 from throttllem.engines.openai import OpenaiEngine
 from tools.engines.vllm_server import FLAGS, MODEL, vllm_server
 
 ENVIRONMENT = Path(__file__).parents[2] / ".engines/vllm"
-CARD = {"gpu": "a100-40gb-sxm", "model": "llama-3-8b", "tp": 1, "clocks_mhz": (210, 1410), "idle_w": 50.0}
 DEADLY = CHECKS[-2:]
 """They end the engine: each has one of its own."""
 
@@ -35,7 +36,7 @@ def started(model, folder, *, flags=FLAGS):
 
 @asynccontextmanager
 async def engine_of(url, **options):
-    engine = OpenaiEngine(url=url, scrape_s=0.1, **CARD | options)
+    engine = OpenaiEngine(RemoteOptions(url=url, kind="openai", **{"scrape_s": 0.1} | options), SPEC)
     try:
         yield engine
     finally:

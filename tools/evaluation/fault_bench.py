@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from throttllem.engines.prometheus import total
+from throttllem.engines.capacity import total
 from tools.engines.vllm_server import FLAGS, MODEL, Server, ServerError, free_port, vllm_server
 from tools.evaluation.fault_house import House, gateway
 

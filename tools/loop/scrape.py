@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import urllib.request
 
-from throttllem.engines.prometheus import samples, total
+from throttllem.engines.capacity import samples, total
 
 TIMEOUT_S = 10.0
 

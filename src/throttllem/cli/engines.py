@@ -33,10 +33,10 @@ from throttllem.cli.arguments import (
 )
 from throttllem.config import Options, changed
 from throttllem.core.types import Slo
-from throttllem.engines.base import EngineError
+from throttllem.engines.base import EngineError, Kind, RemoteOptions
 from throttllem.engines.http import check_address
 from throttllem.engines.openai import OpenaiEngine
-from throttllem.engines.remote import KINDS, Kind, Remote
+from throttllem.engines.remote import KINDS, remote_engine
 from throttllem.engines.simulated.fleet import Fleet, build_fleet
 from throttllem.engines.triton.engine import TritonEngine
 from throttllem.files import ensure_writable_dir
@@ -148,7 +148,7 @@ def profile(
     size = parsed_sizes(tp or (1 if sizes is None else None), sizes)
     fleet = build_fleet(known, gpu, model or "llama-3-8b", size, options.engine)
     given = _capacities(capacity or [])
-    remote = Remote(
+    remote = RemoteOptions(
         url=url,
         kind=_kind(engine_kind),
         served_as=served_as,
@@ -164,7 +164,7 @@ def profile(
     plan = LivePlan(points=POINTS if seconds is None and points is None else points, seconds=seconds, seed=seed)
     named = None if gpus is None else tuple(part.strip() for part in gpus.split(",") if part.strip())
     device = live_device(fleet, chosen_clocks(fleet.clocks_mhz, clocks), named, keeper)
-    engine = remote.engine(engine_spec(fleet))
+    engine = remote_engine(remote, engine_spec(fleet))
     return _profile_live(engine, device, plan, out, resume=resume, served_as=served_as)
 
 

@@ -83,7 +83,7 @@ def close_to(frame):
         (["--points", "0"], "must be at least 1"),
         (["--resume"], "to continue"),
         (["--url", "http://me:pw@127.0.0.1"], "--url: must hold no user and password"),
-        (TOLD[:1], "does not tell kv_blocks"),
+        (TOLD[:1], "does not report kv_blocks"),
     ],
 )
 def test_refusals(there, tmp_path, monkeypatch, capsys, more, said):

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from pydantic_core import to_json
 
-from throttllem.engines.base import Call, EngineError, LiveEngine, ParsedRequest, Report
-from throttllem.engines.paths import COMPLETIONS
-from throttllem.engines.sse import Splitter, data_of
+from throttllem.engines.base import Call, EngineError, LiveEngine, Report
+from throttllem.openai_api.event_stream import Splitter, data_of
+from throttllem.openai_api.requests import COMPLETIONS, ParsedRequest, parse_request
 
 STALL_S = 120.0
 """An engine that sends nothing for this time has failed."""
@@ -81,7 +81,7 @@ class Prompts:
     async def _settle(self) -> None:
         notes = []
         if not self._ids:
-            count = await self._engine.count(self._parsed(self._words(_SAMPLE_WORDS), {}, 1))
+            count = await self._engine.count(self._to_count(self._words(_SAMPLE_WORDS)))
             self._tokens_per_word = max(0.25, count.tokens / _SAMPLE_WORDS)
             exact = "" if count.exact else ", which is an estimate: prompt tokens and KV blocks are off by as much"
             notes.append(f"the engine takes no token ids: prompts are words, counted by {count.by}{exact}")
@@ -98,27 +98,25 @@ class Prompts:
             prompt, counted = await self._counted_words(tokens)
         body: dict[str, object] = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "stream": True}
         body |= {"temperature": 0, **self._extras}
+        request = parse_request(COMPLETIONS, to_json(body))
         return Call(
             method="POST",
             path=COMPLETIONS,
             headers=HEADERS,
-            body=to_json(body),
-            ask=self._parsed(prompt, body, max_tokens),
+            body=request.body,
+            request=request,
             prompt_tokens=counted,
             max_tokens=max_tokens,
         )
 
-    def _parsed(self, prompt: list[int] | str, body: dict[str, object], max_tokens: int) -> ParsedRequest:
-        prompts = (prompt,) if isinstance(prompt, str) else (tuple(prompt),)
-        return ParsedRequest(
-            path=COMPLETIONS, model=self._model, body=body, prompts=prompts, max_tokens=max_tokens, stream=True
-        )
+    def _to_count(self, text: str) -> ParsedRequest:
+        return parse_request(COMPLETIONS, to_json({"model": self._model, "prompt": text}))
 
     async def _counted_words(self, tokens: int) -> tuple[str, int]:
         words = max(1, int(tokens / self._tokens_per_word))
         while True:
             text = self._words(words)
-            counted = (await self._engine.count(self._parsed(text, {}, 1))).tokens
+            counted = (await self._engine.count(self._to_count(text))).tokens
             # A longer prompt might not fit the engine.
             if counted <= tokens or words == 1:
                 return text, counted
