@@ -6,7 +6,7 @@ Knows nothing of models, engines or iterations.
 # With f the clock (docs/physics.md, "The clock"):
 #
 # - arithmetic takes a fixed number of cycles, so it follows 1 / f, all but a few per cent;
-# - memory has a clock of its own: above a knee it is the bottleneck, and f does not matter; below, the cores cannot
+# - memory has another clock: above a knee it is the bottleneck, and f does not matter; below, the cores cannot
 #   issue requests fast enough, and it follows 1 / f. `memory_sharpness` is the exponent of the smooth maximum;
 # - of fixed kernel and all-reduce latencies a share (instructions) follows 1 / f, the rest (memory, links) does not;
 # - the host is another chip;
