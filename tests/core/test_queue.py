@@ -13,7 +13,6 @@ from throttllem.core.options import ControllerOptions
 from throttllem.core.scheduler import AdmissionQueue
 from throttllem.core.types import Slo
 
-
 REJECT = AdmissionOptions(unmeetable=Unmeetable.REJECT, reject_patience=1.0)
 OPTIONS = ControllerOptions(throttle=ThrottleOptions(), admission=REJECT)
 

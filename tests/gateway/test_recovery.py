@@ -45,9 +45,9 @@ def test_a_failure_at_an_engines_event_stops_nobody_for_long(kind, times, half):
     async def run():
         async with rig(numbered=True) as it:
             await it.up()
-            healthy, count = it.driver.controller.take_in, 0
+            healthy, count = it.driver.controller.handle, 0
 
-            def take_in(event, now_s):
+            def handle(event, now_s):
                 nonlocal count
                 fails = isinstance(event, kind) and count < times
                 count += fails
@@ -57,7 +57,7 @@ def test_a_failure_at_an_engines_event_stops_nobody_for_long(kind, times, half):
                     raise OverflowError("a fault of the core")
                 return found
 
-            it.driver.controller.take_in = take_in
+            it.driver.controller.handle = handle
             asked = asyncio.ensure_future(outcome(it.ask()))
             await asyncio.sleep(0.02)
             if kind is not Stepped:

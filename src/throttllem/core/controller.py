@@ -46,6 +46,14 @@ from throttllem.core.types import (
 )
 
 
+class PlanningError(Exception):
+    """No clock could be planned for `engine`: what the core knows of it is in doubt. Others keep their turn."""
+
+    def __init__(self, engine: int) -> None:
+        super().__init__(f"no clock could be planned for engine {engine}")
+        self.engine = engine
+
+
 class Controller:
     """The control core. `handle` is its only way in; all its state is a function of the events so far."""
 
@@ -66,42 +74,31 @@ class Controller:
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """Take in one event; the commands that follow from it, in order. `now_s` never goes back.
 
-        Engines that this leaves without a plan make `next_deadline` due: the driver hands in a `Timer` then.
+        Engines that this leaves without a plan make `next_deadline` due: the driver hands in a `Timer` then. Raises
+        PlanningError at a `Timer` if what is known of an engine makes no sense.
         """
         commands: list[Command] = []
         match event:
             case Stepped():
-                if not self._stepped(event, now_s):
-                    return commands
+                changed = self._stepped(event, now_s)
             case Observed():
-                if not self._observed(event):
-                    return commands
+                changed = self._observed(event)
             case Progressed():
-                if not self._progressed(event, now_s):
-                    return commands
-            case Timer():
-                if self._unplanned:
-                    self._plan(now_s, commands)
-                    return commands
-                if now_s >= self._replan_s:
-                    self._mark_due(now_s)
-            case Arrived(request=request):
-                self._arrived(request, now_s, commands)
-            case Cancelled(request_id=request_id):
-                self._cancelled(request_id, commands)
-            case EngineReady(engine=key, spec=spec):
-                self._ready(key, spec, now_s)
-            case EngineLost(engine=key):
-                self._engine_lost(key, now_s, commands)
-            case ClockRead():
-                self._clock_read(event, now_s)
-        if now_s >= self._resize_s:
-            self._resize(now_s, commands)
-        self._admit(now_s, commands)
-        for state in self._unplanned.values():
-            if state.began_s is None and (state.board.running or state.board.pending):
-                state.began_s = now_s
-        self._unplanned_since_s = now_s
+                changed = self._progressed(event, now_s)
+            case Timer() if self._unplanned:
+                self._plan(now_s, commands)
+                changed = False
+            case _:
+                self._take_in(event, now_s, commands)
+                changed = True
+        if changed:
+            if now_s >= self._resize_s:
+                self._resize(now_s, commands)
+            self._admit(now_s, commands)
+            for state in self._unplanned.values():
+                if state.began_s is None and (state.board.running or state.board.pending):
+                    state.began_s = now_s
+            self._unplanned_since_s = now_s
         return commands
 
     def next_deadline(self) -> float | None:
@@ -136,6 +133,22 @@ class Controller:
             counts=Counts(**self._counts),
             lengths=self._lengths.score,
         )
+
+    def _take_in(self, event: Event, now_s: float, commands: list[Command]) -> None:
+        """Events that are rare beside the iterations."""
+        match event:
+            case Arrived(request=request):
+                self._arrived(request, now_s, commands)
+            case Cancelled(request_id=request_id):
+                self._cancelled(request_id, commands)
+            case EngineReady(engine=key, spec=spec):
+                self._ready(key, spec, now_s)
+            case EngineLost(engine=key):
+                self._engine_lost(key, now_s, commands)
+            case ClockRead():
+                self._clock_read(event, now_s)
+            case Timer() if now_s >= self._replan_s:
+                self._mark_due(now_s)
 
     # ---- engines report --------------------------------------------------------------------------------------
 
@@ -363,7 +376,10 @@ class Controller:
                 continue
             state.others = state.board.others
             waiting = len(self._queue.waiting) > 0 and state.phase is Phase.SERVING
-            command = self._clocks.plan(state, now_s, waiting=waiting)
+            try:
+                command = self._clocks.plan(state, now_s, waiting=waiting)
+            except Exception as error:
+                raise PlanningError(state.engine) from error
             if command:
                 commands.append(command)
         self._find_replan()
