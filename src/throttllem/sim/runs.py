@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
-from throttllem.core.clocks.names import Policy
+from throttllem.core.clocks.policy import Policy
 from throttllem.sim.result import RunResult
 from throttllem.sim.scenario import Scenario
 

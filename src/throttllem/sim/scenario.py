@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from throttllem.config import Options
-from throttllem.core.clocks.names import Policy
+from throttllem.core.clocks.policy import Policy
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens, Noisy, Oracle

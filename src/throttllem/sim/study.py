@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from throttllem.config import Options
-from throttllem.core.clocks.names import Policy, parse_policy
+from throttllem.core.clocks.policy import Policy, parse_policy
 from throttllem.core.types import Slo
 from throttllem.engines.simulated.fleet import build_fleet
 from throttllem.physics.catalogue import Catalogue

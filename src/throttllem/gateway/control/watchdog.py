@@ -53,13 +53,13 @@ def foreigners(driver: ControlLoop, alone_s: dict[int, float]) -> dict[int, floa
     """
     now_s, found = driver.now(), {}
     for view in driver.controller.snapshot().engines:
-        found[view.engine] = since_s = now_s if view.foreign == 0 else alone_s.get(view.engine, now_s)
+        found[view.engine] = since_s = now_s if view.external_sequences == 0 else alone_s.get(view.engine, now_s)
         if now_s - since_s >= _FOREIGN_S:
             found[view.engine] = math.inf
             log.warning(
                 "engine of TP %d: %d sequences in it are not ours: does another gateway or client use it?",
                 view.tp,
-                view.foreign,
+                view.external_sequences,
             )
     return found
 

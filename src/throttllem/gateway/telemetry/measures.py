@@ -126,7 +126,11 @@ _ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (
         "KV blocks in use, in the engine's words.",
         lambda engine: engine.report.kv_blocks if engine.report else None,
     ),
-    ("throttllem_foreign_sequences", "Sequences in the engine that others sent.", _of_view(lambda view: view.foreign)),
+    (
+        "throttllem_foreign_sequences",
+        "Sequences in the engine that others sent.",
+        _of_view(lambda view: view.external_sequences),
+    ),
     ("throttllem_drift_requests", "Batch: engine minus scoreboard, last.", lambda engine: engine.drift.batch),
     ("throttllem_drift_kv_blocks", "KV: engine minus scoreboard, last.", lambda engine: engine.drift.kv_blocks),
     (

@@ -66,10 +66,10 @@ def _engine_status(driver: ControlLoop, link: Backend, snapshot: Snapshot) -> En
     notes = (*(connected.notes if connected else ()), *assumptions(driver, link), *_of_clocks(reading))
     if link.estimated_prompts:
         notes = (*notes, f"the tokens of {link.estimated_prompts} prompts were estimated, not counted")
-    if view is not None and view.foreign > 0:
+    if view is not None and view.external_sequences > 0:
         notes = (
             *notes,
-            f"{view.foreign} sequences in this engine are not ours: does another gateway or client use it?",
+            f"{view.external_sequences} sequences in this engine are not ours: does another gateway or client use it?",
         )
     state, trouble = engine_state(driver, link)
     spec = connected.spec if connected else None
