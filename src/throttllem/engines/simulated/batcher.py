@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from throttllem.core.forecast.packing import pack
+from throttllem.core.forecast.projection import pack
 from throttllem.core.types import EngineSpec
 
 

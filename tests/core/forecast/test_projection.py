@@ -1,12 +1,13 @@
 """The projection against a naive loop over rows and iterations, and against what the batcher then does."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.toy import SPEC, row, spec
+from core.toy import SPEC, sequence, spec
 from throttllem.core.external_load import ExternalLoad
-from throttllem.core.forecast.projection import project
+from throttllem.core.forecast.projection import pack, project
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.engines.simulated.batcher import Batcher
 
@@ -34,7 +35,7 @@ def naive(board, spec, pending):
         for r in board_rows(board)
     ]
     prompts = [r for r in pending for _ in range(r.sequences)]
-    decoding = sum(life[4] for life in lives) + max(0, board.others.batch)
+    decoding = sum(life[4] for life in lives) + max(0, board.external.batch)
     placed, left, k, prefill = [], [r.prefill_tokens for r in prompts], FIRST, []
     while len([life for life in placed if life[1] is not None]) < len(prompts):
         done = len([life for life in placed if life[1] is not None])
@@ -60,15 +61,15 @@ def naive(board, spec, pending):
             if begin <= k < end:
                 out[0, k - FIRST] += width
                 out[1, k - FIRST] += -(-(prompt + max(0, k - start)) // spec.block_tokens) * width
-    if board.others != ExternalLoad():
-        out[0] = np.maximum(out[0] + board.others.batch, 1)
-        out[1] = np.maximum(out[1] + board.others.kv_blocks, 1)
+    if board.external != ExternalLoad():
+        out[0] = np.maximum(out[0] + board.external.batch, 1)
+        out[1] = np.maximum(out[1] + board.external.kv_blocks, 1)
     out[2, : len(prefill)] = prefill
     return out, [life[3] - FIRST for life in lives], [start - FIRST for start in starts]
 
 
 def board_rows(board):
-    return [board.row_at(slot) for slot in range(len(board.running))]
+    return [board.at(slot) for slot in range(len(board.running))]
 
 
 @st.composite
@@ -87,7 +88,7 @@ def boards(draw):
     for key, (prompt, age, left) in enumerate(
         draw(st.lists(st.tuples(st.integers(1, 100), st.integers(1, 60), st.integers(-3, 60)), max_size=6))
     ):
-        board.dispatch(row(key, prompt, max(1, age + left), sequences=draw(widths)))
+        board.dispatch(sequence(key, prompt, max(1, age + left), sequences=draw(widths)))
         board.begin(key, FIRST - age, 0.0)
     earliest = 0
     waiting = draw(
@@ -96,13 +97,13 @@ def boards(draw):
     rows = []
     for key, (prompt, answer, done, later) in enumerate(waiting, start=100):
         earliest += later
-        rows.append(row(key, prompt, answer, earliest=FIRST + earliest - 1, sequences=draw(widths)))
+        rows.append(sequence(key, prompt, answer, earliest=FIRST + earliest - 1, sequences=draw(widths)))
         rows[-1].done_tokens = min(done, answer + 1)
     extra = rows.pop() if rows and draw(st.booleans()) else None
     for waits in rows:
         board.dispatch(waits)
     if draw(st.booleans()):
-        board.others = ExternalLoad(batch=draw(st.integers(-5, 5)), kv_blocks=draw(st.integers(-20, 20)))
+        board.external = ExternalLoad(batch=draw(st.integers(-5, 5)), kv_blocks=draw(st.integers(-20, 20)))
     return board, engine, rows, extra
 
 
@@ -125,7 +126,7 @@ def test_a_request_of_several_sequences_is_as_many_requests():
     def board(widths):
         made = Scoreboard(4)
         for key, width in enumerate(widths):
-            made.dispatch(row(key, 10, 9, sequences=width))
+            made.dispatch(sequence(key, 10, 9, sequences=width))
         return made
 
     wide, single = (project(board(widths), spec(prefill_budget_tokens=100), first=0) for widths in ((3,), (1, 1, 1)))
@@ -142,7 +143,7 @@ def test_the_empty_engine_has_no_future():
 def test_rows_that_should_be_gone_count_for_one_more_iteration():
     board = Scoreboard(4)
     for key, answer in enumerate((3, 9)):
-        board.dispatch(row(key, 4, answer))
+        board.dispatch(sequence(key, 4, answer))
         board.begin(key, FIRST - 7, 0.0)
     projection = project(board, spec(), first=FIRST)
     # Both hold 4 + 7 tokens now, and the second one 12 in its last iteration.
@@ -164,7 +165,7 @@ def test_foresees_what_the_batcher_does(before, after, age, block, chunked):
 
     def admit(key, prompt, answer):
         batcher.add(key, prompt_tokens=prompt, output_tokens=answer, max_tokens=answer)
-        board.dispatch(row(key, prompt, answer, earliest=batcher.iteration))
+        board.dispatch(sequence(key, prompt, answer, earliest=batcher.iteration))
 
     for key, (prompt, answer) in enumerate(before):
         admit(key, prompt, answer)
@@ -200,7 +201,7 @@ def test_replenished_never_falls_below_now(case):
 def test_replenished_never_falls_below_what_is_now():
     board = Scoreboard(4)
     for key, answer in enumerate((3, 9, 30)):
-        board.dispatch(row(key, 8, answer))
+        board.dispatch(sequence(key, 8, answer))
         board.begin(key, 0, 0.0)
     plain = project(board, SPEC, first=1)
     full = plain.replenished()
@@ -208,3 +209,40 @@ def test_replenished_never_falls_below_what_is_now():
     assert full.batch.tolist() == [3] * plain.horizon
     assert (full.kv_blocks == [max(blocks, int(plain.kv_blocks[0])) for blocks in plain.kv_blocks]).all()
     assert (full.ends == plain.ends).all()
+
+
+# ---- packing -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "decode_sequences", "budget", "slots", "whole", "chunked"),
+    [
+        ([], 0, 10, 4, [], []),
+        ([4, 4, 4], 0, 10, 4, [4, 4], [4, 4, 2]),
+        ([4, 4, 4], 0, 10, 1, [4], [4]),
+        ([4], 0, 10, 0, [], []),
+        ([40, 1], 0, 10, 4, [40], [10]),
+        ([4, 4], 6, 10, 4, [4], [4]),
+        ([4, 4], 9, 10, 4, [4], [1]),
+        ([4, 4], 10, 10, 4, [4], []),
+        ([4, 4], 12, 10, 4, [4], []),
+        ([10, 1], 0, 10, 4, [10], [10]),
+        ([2, 9, 1], 0, 10, 4, [2], [2, 8]),
+    ],
+)
+def test_packing_cases(prompts, decode_sequences, budget, slots, whole, chunked):
+    for expected, cut in ((whole, False), (chunked, True)):
+        assert pack(prompts, decode_sequences, budget=budget, slots=slots, chunked=cut) == expected
+
+
+@given(
+    st.lists(st.integers(1, 30), max_size=8), st.integers(0, 30), st.integers(1, 30), st.integers(0, 8), st.booleans()
+)
+def test_packing_is_a_prefix_within_the_budget(prompts, decode_sequences, budget, slots, chunked):
+    taken = pack(iter(prompts), decode_sequences, budget=budget, slots=slots, chunked=chunked)
+    room = max(0, budget - decode_sequences)
+    assert len(taken) <= slots
+    assert taken[:-1] == prompts[: len(taken)][:-1], "only the last one can be cut"
+    assert sum(taken) <= room or (len(taken) == 1 and not chunked)
+    if chunked and len(prompts) <= slots:
+        assert sum(taken) == min(room, sum(prompts)), "no room is left over"

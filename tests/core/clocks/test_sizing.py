@@ -7,7 +7,7 @@ from throttllem.core.clocks.sizing import AutoscaleOptions, Autoscaler
 
 def scaler(**changes):
     whole = {"capacity_rps": {1: 1.0, 2: 2.0, 4: 5.0}, "interval_s": 10.0, "window_s": 20.0, "grace_s": 60.0}
-    return Autoscaler(AutoscaleOptions(**whole | {"headroom": 1.0} | changes))
+    return Autoscaler(options=AutoscaleOptions(**whole | {"headroom": 1.0} | changes))
 
 
 def fed(rate, until_s=100.0, **changes):

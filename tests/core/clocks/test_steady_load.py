@@ -18,7 +18,7 @@ arrivals = st.lists(st.tuples(st.floats(0.0, 30.0), st.integers(1, 500), st.inte
 
 @given(arrivals, st.floats(5.0, 60.0), st.floats(1.0, 100.0))
 def test_equals_the_direct_sum(gaps, later_s, window_s):
-    estimator, now_s, seen = LoadEstimator(window_s), 100.0, []
+    estimator, now_s, seen = LoadEstimator(window_s=window_s), 100.0, []
     for gap_s, prompt, answer in gaps:
         now_s += gap_s
         estimator.arrived(now_s, prompt, answer, Slo())
@@ -39,7 +39,7 @@ def test_equals_the_direct_sum(gaps, later_s, window_s):
 
 
 def test_several_sequences_are_as_many_requests():
-    wide, single = LoadEstimator(10.0), LoadEstimator(10.0)
+    wide, single = LoadEstimator(window_s=10.0), LoadEstimator(window_s=10.0)
     for at_s, width in ((0.0, 1), (3.0, 4), (5.0, 2)):
         wide.arrived(at_s, 10 * width, 20, Slo(), width)
         for _ in range(width):
@@ -51,7 +51,7 @@ def test_several_sequences_are_as_many_requests():
 
 
 def test_nothing_is_said_before_half_a_window():
-    estimator = LoadEstimator(60.0)
+    estimator = LoadEstimator(window_s=60.0)
     assert estimator.load(1000.0) is None
     estimator.arrived(1000.0, 10, 10, Slo())
     assert estimator.load(1029.9) is None
@@ -59,7 +59,7 @@ def test_nothing_is_said_before_half_a_window():
 
 
 def test_a_steady_rate_is_found_and_forgotten():
-    estimator = LoadEstimator(10.0)
+    estimator = LoadEstimator(window_s=10.0)
     for n in range(400):
         estimator.arrived(n / 4, 30, 7, Slo())
     found = estimator.load(100.0)
@@ -72,7 +72,7 @@ def test_a_steady_rate_is_found_and_forgotten():
 
 
 def test_long_answers_tight_promises_and_bursts():
-    estimator = LoadEstimator(10.0)
+    estimator = LoadEstimator(window_s=10.0)
     for n in range(400):
         estimator.arrived(n / 4, 30, 100 if n % 40 == 0 else 10, Slo(e2e_s=[None, 9.0, 4.0][n % 3]))
     found = estimator.load(100.0)
@@ -163,7 +163,7 @@ def test_a_long_answer_must_come_in_time():
 
 
 def test_inflated_predictions_are_corrected_by_what_finished_requests_say():
-    estimator = LoadEstimator(60.0)
+    estimator = LoadEstimator(window_s=60.0)
     for n in range(400):
         estimator.arrived(n / 4, 30, 130, Slo(e2e_s=20.0))
     before = estimator.load(100.0)

@@ -1,4 +1,4 @@
-"""Which clocks keep every promise: the arrays against naive loops over clocks and iterations, in exact fractions."""
+"""Which clocks meet every SLO: the arrays against naive loops over clocks and iterations, in exact fractions."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.toy import SPEC, hull, row, spec
+from core.toy import SPEC, flat_table, hull, sequence, spec
 from throttllem.core.clocks.policy import feasible, least_energy, lowest_feasible, unmeetable
 from throttllem.core.forecast.horizon import look_ahead
 from throttllem.core.forecast.performance_table import PerformanceTable
@@ -41,52 +41,57 @@ def tables(draw):
 
 sixteenths = st.none() | st.integers(1, 200).map(lambda n: n / 16)
 slos = st.builds(Slo, e2e_s=sixteenths, tbt_s=st.none() | st.integers(8, 64).map(lambda n: n / 512), ttft_s=sixteenths)
-rows = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20), slos), max_size=4)
+drawn = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20), slos), max_size=4)
 
 
 @st.composite
 def boards(draw):
     board = Scoreboard(SPEC.block_tokens)
-    for key, (prompt, answer, slo) in enumerate(draw(rows)):
-        board.dispatch(row(key, prompt, answer + 5, slo=slo, arrival_s=4.0))
+    for key, (prompt, output, slo) in enumerate(draw(drawn)):
+        board.dispatch(sequence(key, prompt, output + 5, slo=slo, arrival_s=4.0))
         board.begin(key, FIRST - draw(st.integers(1, 5)), 6.0)
-    for key, (prompt, answer, slo) in enumerate(draw(rows), start=10):
-        board.dispatch(row(key, prompt, answer, slo=slo, arrival_s=5.0, earliest=FIRST))
+    for key, (prompt, output, slo) in enumerate(draw(drawn), start=10):
+        board.dispatch(sequence(key, prompt, output, slo=slo, arrival_s=5.0, earliest=FIRST))
     if not len(board):
-        board.dispatch(row(99, 3, 3, slo=Slo(e2e_s=4.5), arrival_s=4.0))
-    for r in board.rows():
+        board.dispatch(sequence(99, 3, 3, slo=Slo(e2e_s=4.5), arrival_s=4.0))
+    for r in board.sequences():
         if draw(st.integers(0, 9)) == 0:
             board.mark_lost(r)
     return board
 
 
 def walk(board, table, projection, column, delay_s, stretch=1.0):
-    """(iteration, its seconds, when it ends, promises that end with it) at one clock, one iteration after the other."""
-    order = [board.row_at(slot) for slot in range(len(board.running))] + list(board.pending.values())
+    """(iteration, its seconds, when it ends, deadlines that end with it) at one clock, iteration by iteration."""
+    order = [board.at(slot) for slot in range(len(board.running))] + list(board.pending.values())
     now_s = delay_s
     for k in range(projection.horizon):
         cell = (int(projection.batch[k]), int(projection.kv_blocks[k]), int(projection.prefill_tokens[k]))
         step_s = table.at(SPEC.clocks_mhz[column], *cell)[0] * stretch
         now_s += step_s
-        due = [
-            (r, r.deadline_s() - BASE_S, r.request.slo.e2e_s, 0.1 * r.tbt_s * max(1, r.output_tokens - 1))
+        deadlines = [
+            (
+                r,
+                r.limits().deadline_s - BASE_S,
+                r.request.slo.e2e_s,
+                0.1 * r.limits().tbt_s * max(1, r.output_tokens - 1),
+            )
             for r, end in zip(order, projection.ends, strict=True)
             if end == k + 1
         ]
         for r, start in zip(board.pending.values(), projection.starts, strict=True):
             if start == k and r.request.slo.ttft_s and not r.lost:
-                due.append((r, r.request.arrival_s + r.request.slo.ttft_s - BASE_S, None, math.inf))
-        yield k, step_s, now_s, due
+                deadlines.append((r, r.request.arrival_s + r.request.slo.ttft_s - BASE_S, None, math.inf))
+        yield k, step_s, now_s, deadlines
 
 
 def naive_holds(board, table, projection, column, delay_s, stretch, margin, reserve):
     keep = 1 - margin
-    tbt_s = min((r.tbt_s for r in board.rows()), default=math.inf)
-    for k, step_s, now_s, due in walk(board, table, projection, column, delay_s, stretch):
+    tbt_s = min((r.limits().tbt_s for r in board.sequences()), default=math.inf)
+    for k, step_s, now_s, deadlines in walk(board, table, projection, column, delay_s, stretch):
         if projection.prefill_tokens[k] == 0 and step_s > tbt_s * keep:
             return False
-        for _, due_s, e2e_s, most_s in due:
-            if now_s > (due_s - min(reserve * (e2e_s or 0.0), most_s)) * keep:
+        for _, deadline_s, e2e_s, most_s in deadlines:
+            if now_s > (deadline_s - min(reserve * (e2e_s or 0.0), most_s)) * keep:
                 return False
     return True
 
@@ -109,7 +114,7 @@ def test_feasible_and_lowest_equal_the_naive_loops(board, table, delay_s, stretc
         naive_holds(board, table, projection, c, delay_s[c], stretch[c], margin, reserve) for c in range(CLOCKS)
     ]
     assert holds.tolist() == expected
-    binding = None if run is None else ahead.binding_row(board, run)
+    binding = None if run is None else ahead.binding(board, run)
     plan = lowest_feasible(holds, SPEC, binding)
     if not any(expected):
         assert (plan.mhz, plan.why) == (SPEC.clocks_mhz[-1], Reason.INFEASIBLE)
@@ -124,11 +129,11 @@ def test_feasible_and_lowest_equal_the_naive_loops(board, table, delay_s, stretc
 
 
 @given(boards(), tables(), st.integers(0, 16).map(lambda n: n / 64))
-def test_doomed_equals_the_naive_loop(board, table, delay_s):
+def test_unmeetable_equals_the_naive_loop(board, table, delay_s):
     projection = project(board, SPEC, first=FIRST)
     ahead = look_ahead(board, SPEC, table, projection, base_s=BASE_S)
     walked = walk(board, table, projection, CLOCKS - 1, delay_s)
-    late = {r.request.id for _, _, now_s, due in walked for r, due_s, *_ in due if now_s > due_s}
+    late = {r.request.id for _, _, now_s, deadlines in walked for r, deadline_s, *_ in deadlines if now_s > deadline_s}
     assert {r.request.id for r in unmeetable(ahead, board, table, delay_s)} == late
 
 
@@ -145,32 +150,18 @@ def test_the_horizons_joules_equal_the_naive_sum(board, table):
         assert ahead.joules(table, 40.0)[column] == pytest.approx(expected_j, rel=1e-5, abs=1e-4)
 
 
-def test_the_binding_row_is_the_one_that_stops_us():
-    """Two rows end in different iterations; the second one's deadline rules out the lower clock."""
-    table = steps([8, 6, 4, 2, 1])
+def test_the_binding_request_rules_out_the_lower_clock():
+    """Two requests end in different iterations; the deadline of the second is the tighter one."""
+    table = flat_table([8, 6, 4, 2, 1])
     board = Scoreboard(4)
-    for key, (answer, e2e_s) in enumerate([(8, 5.0), (16, 4.0 + 50 / 1024)]):
-        board.dispatch(row(key, 4, answer, slo=Slo(e2e_s=e2e_s), arrival_s=4.0))
+    for key, (output, e2e_s) in enumerate([(8, 5.0), (16, 4.0 + 50 / 1024)]):
+        board.dispatch(sequence(key, 4, output, slo=Slo(e2e_s=e2e_s), arrival_s=4.0))
         board.begin(key, FIRST - 1, 6.0)
     ahead = look_ahead(board, SPEC, table, project(board, SPEC, first=FIRST), base_s=BASE_S)
     # 15 iterations in 50/1024 s: at most 3.3/1024 each, so the fourth clock.
     holds, run = feasible(ahead, board, table, delay_s=np.zeros(CLOCKS), margin=0.0, reserve=0.0)
     assert holds.tolist() == [False, False, False, True, True]
-    assert ahead.binding_row(board, run).request.id == 1
-
-
-def steps(ticks):
-    """A table of one cell: one number of 1/1024 s for each clock."""
-    one = np.zeros(40, dtype=np.int32)
-    return PerformanceTable(
-        clocks_mhz=SPEC.clocks_mhz,
-        batch_bin=one,
-        kv_bin=one,
-        prefill_bin=one,
-        seconds=np.array([ticks], dtype=np.float32) / 1024,
-        watts=np.full((1, CLOCKS), 100, dtype=np.float32),
-        hull=hull(SPEC),
-    )
+    assert ahead.binding(board, run).request.id == 1
 
 
 @pytest.mark.parametrize(
@@ -187,7 +178,7 @@ def steps(ticks):
     ],
 )
 def test_least_energy(holds, cost, mhz, why):
-    who = row(7, 1, 1)
-    plan = least_energy(np.array([c == "1" for c in holds]), np.array(cost, dtype=float), spec(), who)
+    binding = sequence(7, 1, 1)
+    plan = least_energy(np.array([c == "1" for c in holds]), np.array(cost, dtype=float), spec(), binding)
     assert (plan.mhz, plan.why) == (mhz, why)
     assert plan.binding == (7 if why in {Reason.LOWEST_FEASIBLE, Reason.INFEASIBLE} else None)
