@@ -18,7 +18,6 @@ from throttllem.gateway.control.session import Session
 from throttllem.gateway.control.ticket import Health
 from throttllem.gateway.telemetry.status import GatewayStatus
 from throttllem.gateway.telemetry.view import engine_state, model_status
-from throttllem.openai_api.errors import ApiError
 from throttllem.openai_api.requests import ParsedRequest
 
 _LOOK_AGAIN_S = 0.05
@@ -92,9 +91,7 @@ class AllModels:
             return found
         except EngineError as error:
             link.suspect()
-            raise ApiError(
-                error.status, error.message, kind="engine_error", code="engine_failed", detail=str(error)
-            ) from error
+            raise refusals.engine_failed(error) from error
 
     def ticket(self, ask: ParsedRequest, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Session:
         """A ticket for a controlled request; `streams`: its tokens will be told as they come."""

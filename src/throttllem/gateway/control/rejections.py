@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from throttllem.core.types import EngineSpec, Reason, Request
+from throttllem.engines.base import EngineError
 from throttllem.openai_api.errors import ApiError, invalid
 
 MODEL_CHARACTERS = 80
@@ -53,6 +54,11 @@ def no_engine(trouble: str | None, retry_after_s: int = 5) -> ApiError:
     message = "no engine is up"
     detail = f"{message}: {trouble}" if trouble else None
     return ApiError(503, message, kind=ENGINE_ERROR, code="no_engine", retry_after_s=retry_after_s, detail=detail)
+
+
+def engine_failed(error: EngineError) -> ApiError:
+    """502 to 504: the engine failed before the request was sent to it."""
+    return ApiError(error.status, error.message, kind=ENGINE_ERROR, code="engine_failed", detail=str(error))
 
 
 def engine_silent(seconds: float) -> ApiError:
