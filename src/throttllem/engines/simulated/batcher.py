@@ -27,8 +27,9 @@ from throttllem.core.types import EngineSpec
 class Sequence:
     """One request inside the engine. The batcher is its only writer.
 
-    `prompt_tokens` includes the tokens that were generated before a preemption; `left_tokens` are still to be generated; `prefilled_tokens`
-    of the prompt are in the KV cache; `start` is the iteration of the first token since the last (re)start.
+    `prompt_tokens` includes the tokens generated before a preemption; `left_tokens` are still to be generated;
+    `prefilled_tokens` of the prompt are in the KV cache; `start` is the iteration of the first token since the last
+    (re)start.
     """
 
     request_id: int
