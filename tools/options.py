@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from throttllem.cli.serve import PREFIX
-from throttllem.gateway.settings import RESOLVED, ServeOptions
+from throttllem.config import RESOLVED, Options
 
 FILE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """\
@@ -61,7 +61,7 @@ PLACES = {"engines": "engines.N", "classes": "classes.NAME"}
 
 def document() -> str:
     """The whole file."""
-    parts = [HEAD.format(prefix=PREFIX), *sections(ServeOptions, "")]
+    parts = [HEAD.format(prefix=PREFIX), *sections(Options, "")]
     return "\n".join(parts)
 
 

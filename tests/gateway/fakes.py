@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import aiohttp
 
 from tests.gateway.upstream import Engine, engine_server
+from throttllem.config import LimitOptions, Options, ServerOptions
 from throttllem.core.snapshot import Counts
 from throttllem.core.types import Slo
 from throttllem.engines.base import PromptCount
@@ -18,7 +19,6 @@ from throttllem.engines.http import Upstream
 from throttllem.gateway.control.ticket import Health, Receipt, RefusedError
 from throttllem.gateway.http.app import build_app, build_private_app
 from throttllem.gateway.http.server import run
-from throttllem.gateway.settings import LimitOptions, ServeOptions, ServerOptions
 from throttllem.gateway.telemetry.status import EngineStatus, GatewayStatus, LengthStatus, ModelStatus, SloCounts
 
 
@@ -187,7 +187,7 @@ async def house(*, server=None, limits=None, extra_routes=(), **options):
     listening = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     limits = limits or LimitOptions()
-    serve = ServeOptions(server=replace(server or ServerOptions(), port=0), limits=limits, **options)
+    serve = Options(server=replace(server or ServerOptions(), port=0), limits=limits, **options)
     async with engine_server(engine) as address, aiohttp.ClientSession() as http:
         upstream = Upstream(address)
         models = Models(engine=Live(upstream))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from core.toy import CLOCKS_MHZ, ToyPhysics, spec, table
 
-from throttllem.config import Noise
+from throttllem.config import LimitOptions, Noise
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
@@ -25,7 +25,6 @@ from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
-from throttllem.gateway.settings import LimitOptions
 from throttllem.gpu.simulated import SimulatedGpu
 
 

@@ -7,9 +7,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from tests.gateway.fakes import house, until
+from throttllem.config import LimitOptions, ServerOptions
 from throttllem.core.types import Slo
 from throttllem.gateway.control.ticket import RefusedError
-from throttllem.gateway.settings import LimitOptions, ServerOptions
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": "tiny", "prompt": "x"}

@@ -7,8 +7,8 @@ import openai
 import pytest
 
 from tests.gateway.fakes import house
+from throttllem.config import LimitOptions, ServerOptions
 from throttllem.gateway.control.ticket import RefusedError
-from throttllem.gateway.settings import LimitOptions, ServerOptions
 
 MESSAGES = [{"role": "user", "content": "x"}]
 

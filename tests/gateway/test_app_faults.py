@@ -9,9 +9,9 @@ import pytest
 
 from tests.gateway.fakes import house, until
 from tests.gateway.upstream import chat_events
+from throttllem.config import LimitOptions
 from throttllem.engines.http import Upstream
 from throttllem.gateway.control.ticket import RefusedError
-from throttllem.gateway.settings import LimitOptions
 
 CHAT = "/v1/chat/completions"
 LOST = RefusedError(502, "the engine was lost", kind="engine_error", code="engine_lost")

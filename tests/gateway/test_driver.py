@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.rig import asked, outcome, rig, virtually
+from throttllem.config import LimitOptions
 from throttllem.core.admission import AdmissionOptions
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.types import (
@@ -18,7 +19,6 @@ from throttllem.core.types import (
 )
 from throttllem.engines.base import EngineError
 from throttllem.gateway.control.ticket import RefusedError
-from throttllem.gateway.settings import LimitOptions
 
 SHORT = LimitOptions(queue_wait_s=2.0, engine_wait_s=1.0, silence_s=1.0)
 

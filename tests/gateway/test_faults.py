@@ -9,8 +9,8 @@ import pytest
 from core.toy import spec, table
 
 from tests.gateway.peer import Peer, asks, told, until, whole, with_peer
+from throttllem.config import Options, ServerOptions
 from throttllem.gateway.run import run_gateway
-from throttllem.gateway.settings import ServeOptions, ServerOptions
 from throttllem.profiling.storage import save_table
 from tools.evaluation.fault_client import tallied
 from tools.evaluation.garbage_engine import ANSWERS, CHUNK, PAGES, GarbageEngine, garbage_engine
@@ -214,7 +214,7 @@ def test_taken_port_is_named_before_anything_is_built(tmp_path):
     async def main():
         async with whole(tmp_path) as there:
             port = int(there.client.url.rpartition(":")[2])
-            options = ServeOptions(server=ServerOptions(port=port), state_dir=tmp_path / "other")
+            options = Options(server=ServerOptions(port=port), state_dir=tmp_path / "other")
             with pytest.raises(OSError, match=f"server.port = {port}: cannot listen"):
                 run_gateway(options, tmp_path)
             assert not options.state_dir.exists()

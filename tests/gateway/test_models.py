@@ -5,12 +5,12 @@ import asyncio
 import pytest
 
 from gateway.rig import asked, rig, virtually
+from throttllem.config import LimitOptions
 from throttllem.core.admission import AdmissionOptions
 from throttllem.core.types import Slo
 from throttllem.engines.base import EngineError, PromptCount
 from throttllem.gateway.control.models import Served
 from throttllem.gateway.control.ticket import RefusedError
-from throttllem.gateway.settings import LimitOptions
 
 SHORT = LimitOptions(engine_wait_s=2.0)
 

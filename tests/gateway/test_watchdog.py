@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from gateway.rig import asked, rig, virtually
+from throttllem.config import LimitOptions
 from throttllem.core.types import Slo, Stepped
 from throttllem.engines.base import PromptCount
 from throttllem.gateway.control.ticket import RefusedError
-from throttllem.gateway.settings import LimitOptions
 
 COUNT = PromptCount(tokens=4, by="test", exact=True)
 

@@ -54,7 +54,7 @@ def test_on_sets_all_of_them_and_restores_the_baseline(house):
     assert len(heard) == 1
 
 
-@pytest.mark.parametrize(("mode", "planned"), [(Mode.ADVISE, 900), (Mode.OFF, 1410)])
+@pytest.mark.parametrize(("mode", "planned"), [(Mode.DRY_RUN, 900), (Mode.OFF, 1410)])
 def test_advise_and_off_set_nothing(house, mode, planned):
     async def run():
         async with house.keeper(), hardware(house, mode) as gpu:
@@ -63,7 +63,7 @@ def test_advise_and_off_set_nothing(house, mode, planned):
 
     read, reading, advising = asyncio.run(run())
     assert (read, reading.clock_mhz, reading.planned_on_mhz) == (planned, 1410, planned)
-    assert advising == (mode is Mode.ADVISE)
+    assert advising == (mode is Mode.DRY_RUN)
     assert all(gpu.attempted == 0 for gpu in house.machine.gpus)
 
 

@@ -15,8 +15,8 @@ import pytest
 from tests.keeper.rig import locks, until
 from tests.keeper.test_size import KEEPER, MOST_LINES, OURS, code_lines
 from tests.keeper.test_socket import GARBAGE
-from throttllem.cli.keeper import unit_text
 from throttllem.keeper.__main__ import CONNECTIONS, LINE_BYTES, Door
+from throttllem.keeper.unit import unit_text
 
 # ---- what it cannot exhaust -----------------------------------------------------------------------------------
 

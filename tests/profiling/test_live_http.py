@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 from command import run
 
+from throttllem.config import EngineEntry, Options
 from throttllem.gateway.build import build_gateway
-from throttllem.gateway.settings import EngineEntry, ServeOptions
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 from throttllem.profiling.live.plan import LivePlan
@@ -57,7 +57,7 @@ def test_train_makes_a_table_of_the_engines_own_capacities(tmp_path, monkeypatch
     assert (table.clocks_mhz[0], table.clocks_mhz[-1]) == (705, 1410)
     assert table.at(1410, 8, 300, 0)[0] > table.at(1410, 1, 2, 0)[0]
     entry = EngineEntry(kind="openai", url="http://127.0.0.1:1", tables=tmp_path / "tables")
-    options = ServeOptions(engines=(entry,), state_dir=tmp_path / "state")
+    options = Options(engines=(entry,), state_dir=tmp_path / "state")
     assert build_gateway(options, tmp_path, version="1", now=time.monotonic).models.served
 
 

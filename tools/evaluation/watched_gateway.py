@@ -20,8 +20,7 @@ from throttllem.engines.openai import OpenaiEngine
 from throttllem.engines.step_reports import PACKED, StepStats, bind, unpack
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.run import Prepared, run_gateway
-from throttllem.gateway.settings import RESOLVED, ServeOptions
-from throttllem.tree import build, from_settings
+from throttllem.option_sources import load_options
 
 POLL_S = 0.02
 
@@ -98,7 +97,7 @@ def main() -> None:
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
     settings = [f"server.port={asked.port}", "engines.0.kind=openai", f"engines.0.url={asked.engine}", *asked.set]
     settings += [f"engines.0.stats={asked.steps}"] if asked.plug_in else []
-    options, _ = build(ServeOptions, [from_settings(settings)], RESOLVED)
+    options = load_options(settings=settings).options
     prepared = run_gateway(options, options.state_dir / "cache")
     watch = Watch(prepared.gateway.models.served[0].driver, asked.steps, plug_in=asked.plug_in)
     _serve(prepared, watch)

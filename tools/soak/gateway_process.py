@@ -19,6 +19,7 @@ from typing import Any
 
 import uvloop
 
+from throttllem.config import LimitOptions
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
@@ -35,7 +36,6 @@ from throttllem.gateway.control.session import Session
 from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.meter import EnergyMeter
-from throttllem.gateway.settings import LimitOptions
 from throttllem.gpu import hardware
 from throttllem.gpu.setters import clock_setter
 from tools.soak.small_engine import MODEL, SmallEngine, small_spec

@@ -1,6 +1,6 @@
 """Real GPUs of one engine: read by a sampler, set through a keeper (or zeusd), and read back whether they followed.
 
-Three modes: `on` sets clocks; `advise` only says what it would set, and so does `on` for as long as it is not let;
+Three modes: `on` sets clocks; `dry-run` only reports what it would set, and so does `on` for as long as it is not let;
 `off` does neither. Knows nothing of requests or plans.
 """
 
@@ -38,7 +38,7 @@ class Mode(StrEnum):
     """What may be done with clocks."""
 
     OFF = "off"
-    ADVISE = "advise"
+    DRY_RUN = "dry-run"
     ON = "on"
 
 
@@ -122,7 +122,7 @@ class HardwareGpu:
     @property
     def advising(self) -> bool:
         """Whether clocks are decided and not set."""
-        return self.mode is Mode.ADVISE or (self.mode is Mode.ON and self._trouble is not None)
+        return self.mode is Mode.DRY_RUN or (self.mode is Mode.ON and self._trouble is not None)
 
     async def set_clock(self, mhz: int | None, sent: Callable[[], None] = nothing) -> int | None:
         """As the protocol says. Where clocks may not be set this is no error: it is advice then, and said."""

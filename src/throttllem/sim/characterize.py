@@ -88,7 +88,7 @@ def sample_requests(
     does not.
     """
     limits = answer_limits(trace, fleet, options)
-    blocks = -(-(trace.prompt_tokens + limits) // options.engine.block_tokens)
+    blocks = -(-(trace.prompt_tokens + limits) // options.batching.block_tokens)
     spec = fleet.specs[tp]
     fits = np.flatnonzero((trace.prompt_tokens + limits <= spec.max_context_tokens) & (blocks <= spec.kv_blocks))
     if not fits.size:
@@ -105,7 +105,7 @@ def answer_limits(trace: Trace, fleet: Fleet, options: Options) -> np.ndarray[tu
 
     A request whose true answer does not fit keeps a limit that does not fit either, so that it is rejected.
     """
-    asked = options.engine.max_tokens or 1 << int(trace.output_tokens.max() - 1).bit_length()
+    asked = options.batching.max_tokens or 1 << int(trace.output_tokens.max() - 1).bit_length()
     context = fleet.specs[fleet.sizes[-1]].max_context_tokens
     return np.maximum(np.minimum(asked, context - trace.prompt_tokens), trace.output_tokens)
 

@@ -51,7 +51,7 @@ def _capacity(
         "model": fleet.model,
         "trace": trace.name,
         "lengths": lengths,
-        "engine": asdict(options.engine),
+        "engine": asdict(options.batching),
         "noise": asdict(options.noise),
         "method": METHOD,
         "seed": seed,

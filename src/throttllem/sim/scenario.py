@@ -25,6 +25,8 @@ from throttllem.sim.result import RunResult
 from throttllem.sim.traces import Trace
 
 _BINS = 500
+_SECTIONS = ("throttle", "admission", "autoscale", "length", "batching", "noise")
+"""Of the options, those that a simulation depends on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +133,7 @@ class Scenario:
                 | {"physics": reach(self.fleet.physics[tp], self.trace.mean_context_tokens)}
                 for tp in self.fleet.sizes
             ],
-            "options": asdict(self.options),
+            "options": {name: asdict(getattr(self.options, name)) for name in _SECTIONS},
             "count_freed_gpus": self.count_freed_gpus,
             "seed": self.seed,
         }

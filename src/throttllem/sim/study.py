@@ -52,7 +52,7 @@ class Study:
             raise ValueError("no policy given: name one or more, as in --policy triton,throttllem")
         if len(set(self.policies)) < len(self.policies):
             raise ValueError(f"--policy {','.join(self.policies)}: a policy is named twice")
-        fleet = build_fleet(catalogue, self.gpu, self.model, self.sizes, self.options.engine)
+        fleet = build_fleet(catalogue, self.gpu, self.model, self.sizes, self.options.batching)
         policies = [parse_policy(name, fleet.clocks_mhz, fleet.sizes) for name in self.policies]
         lengths = load_trace(self.trace, seed=self.seed)
         at_most = None if self.peak_rps in (None, MAXIMUM) else float(self.peak_rps or 0)

@@ -22,7 +22,7 @@ _RETRY_S = 1.0
 @dataclass(slots=True, kw_only=True)
 class EngineClock:
     """`reading` is the meter's. `on_command` is called with the seconds from an event to the clock command that came of
-    it, as that is on its way. `mode`: "on", "advise", "off" of real GPUs, or "simulated".
+    it, as that is on its way. `mode`: "on", "dry-run", "off" of real GPUs, or "simulated".
     """
 
     name: str

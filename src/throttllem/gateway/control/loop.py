@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable
 
+from throttllem.config import LimitOptions
 from throttllem.core.controller import Controller
 from throttllem.core.types import (
     Arrived,
@@ -44,7 +45,6 @@ from throttllem.gateway.control.slo_attainment import SloAttainment, judged
 from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.control.turn import Observer, Turn
 from throttllem.gateway.control.watchdog import sweep, tick
-from throttllem.gateway.settings import LimitOptions
 
 log = logging.getLogger("throttllem.gateway")
 

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from throttllem.config import Options
 from throttllem.engines.base import Call, EngineError, Headers
 from throttllem.gateway.control.ticket import Models
 from throttllem.gateway.http import openai_api as asks
@@ -35,7 +36,6 @@ from throttllem.gateway.http.errors import (
 from throttllem.gateway.http.exchange import Cause, Exchange, GoneError
 from throttllem.gateway.http.pages import MODELS, MetricsPage, Pages
 from throttllem.gateway.http.protocol import CROWDED
-from throttllem.gateway.settings import ServeOptions
 
 _log = logging.getLogger("throttllem.gateway")
 _SANE_ID = re.compile(r"[!-~]{1,128}")
@@ -46,7 +46,7 @@ _CROWDED_RETRY_S = 1
 class Gateway:
     """One ASGI application; `private` is another, for the metrics port. `watch` must run beside them."""
 
-    def __init__(self, models: Models, options: ServeOptions, pages: Pages, on_response: Callable[[int], None]) -> None:
+    def __init__(self, models: Models, options: Options, pages: Pages, on_response: Callable[[int], None]) -> None:
         self.draining = False
         self._models = models
         self._options = options
@@ -246,7 +246,7 @@ class Gateway:
 
 def build_app(
     models: Models,
-    options: ServeOptions,
+    options: Options,
     *,
     metrics_page: MetricsPage,
     extra_routes: Sequence[Route] = (),

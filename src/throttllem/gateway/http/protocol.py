@@ -13,9 +13,9 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from throttllem.config import LimitOptions
 from throttllem.gateway.http.errors import HttpError, headers_too_large
 from throttllem.gateway.http.exchange import ABORT
-from throttllem.gateway.settings import LimitOptions
 
 CROWDED = "throttllem.crowded"
 """The scope's extension that says: more connections are open than limits.connections."""

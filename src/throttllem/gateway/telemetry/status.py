@@ -61,7 +61,7 @@ class EngineStatus:
 
     `state`: "up", "starting", "down" or "stalled"; `trouble` says why in words. `clock_mhz` None: unknown.
     `kv_blocks` is the scoreboard's own estimate, `report` the engine's last word. `clocks` says how clocks are set
-    ("on", "advise", "off"; "simulated"), `advised_mhz` what would be set, `held` what keeps the GPUs from following and
+    ("on", "dry-run", "off"; "simulated"), `advised_mhz` what would be set, `held` what keeps GPUs from following and
     `unset` why clocks are only advised though they should be set.
     """
 

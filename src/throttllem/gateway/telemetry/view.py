@@ -50,7 +50,7 @@ def assumptions(driver: ControlLoop, link: Backend) -> tuple[str, ...]:
     options = driver.controller.options
     if link.clock.mode == "off":
         notes.append("clocks are left alone: [clocks] mode = 'off'")
-    elif link.clock.mode == "advise":
+    elif link.clock.mode == "dry-run":
         notes.append("clocks are not set, only advised: [clocks] mode = 'on' sets them")
     elif link.clock.mode == "simulated" and link.kind != "simulated":
         notes.append(f"clock and watts are those of a simulated {link.catalogue_gpu} with {link.catalogue_model}")
