@@ -270,7 +270,7 @@ def test_link_rule_sees(tmp_path):
         ("throttllem simulate --tracy my.csv", False),
         ("throttllem serve --check || test $? = 1", True),
         ("throttllem serve --chek || test $? = 1", False),
-        ("throttllem simulate --slo-e2e soon", False),
+        ("throttllem simulate --seed soon", False),
         ("throttllem estimate --clock 1050", False),
         ("throttllem emulate", False),
     ],

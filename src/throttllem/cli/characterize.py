@@ -33,9 +33,11 @@ def characterize(
     tp: Tp = None,
     sizes: Sizes = None,
     trace: TraceName = "azure-conv-like",
-    slo_e2e: Annotated[str | None, typer.Option("--slo-e2e", help="Bound on p99 of E2E, as in 20s.")] = None,
+    slo_e2e: Annotated[
+        str | None, typer.Option("--slo-e2e", metavar="DURATION", help="Bound on p99 of E2E, as in 20s.")
+    ] = None,
     slo_tbt: Annotated[
-        str | None, typer.Option("--slo-tbt", help="Bound on p99 of the mean TBT; default 200ms.")
+        str | None, typer.Option("--slo-tbt", metavar="DURATION", help="Bound on p99 of the mean TBT; default 200ms.")
     ] = None,
     seed: Seed = 0,
     catalogue: Extra = None,

@@ -67,7 +67,8 @@ def profile(
     gpus: Annotated[str | None, typer.Option("--gpus", help="With --url: its GPUs here; their clocks are set.")] = None,
     keeper: Annotated[Path | None, typer.Option("--keeper", help="With --gpus: the keeper's socket.")] = None,
     seconds: Annotated[
-        str | None, typer.Option("--seconds", help="With --url: begin no point after this time, as in 10m.")
+        str | None,
+        typer.Option("--seconds", metavar="DURATION", help="With --url: begin no point after this time, as in 10m."),
     ] = None,
     points: Annotated[
         int | None, typer.Option("--points", help="With --url: number of points; 60 without --seconds.")

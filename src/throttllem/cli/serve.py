@@ -39,12 +39,16 @@ def serve(
     gpus: Annotated[str | None, typer.Option("--gpus", help="GPUs of the one engine: UUIDs or numbers.")] = None,
     clocks: Annotated[str | None, typer.Option("--clocks", help="With --gpus: on, dry-run (default) or off.")] = None,
     slo_e2e: Annotated[
-        str | None, typer.Option("--slo-e2e", help="E2E SLO of a request that has none of its own, as in 20s.")
+        str | None,
+        typer.Option("--slo-e2e", metavar="DURATION", help="E2E SLO of a request that has none of its own, as in 20s."),
     ] = None,
     slo_tbt: Annotated[
-        str | None, typer.Option("--slo-tbt", help="SLO on the mean time between tokens, likewise, as in 200ms.")
+        str | None,
+        typer.Option(
+            "--slo-tbt", metavar="DURATION", help="SLO on the mean time between tokens, likewise, as in 200ms."
+        ),
     ] = None,
-    slo_ttft: Annotated[str | None, typer.Option("--slo-ttft", help="TTFT SLO, likewise.")] = None,
+    slo_ttft: Annotated[str | None, typer.Option("--slo-ttft", metavar="DURATION", help="TTFT SLO, likewise.")] = None,
     setting: Setting = None,
     check: Annotated[bool, typer.Option("--check", help=_EXPLAIN)] = False,
     log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",

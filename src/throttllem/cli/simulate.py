@@ -48,19 +48,27 @@ def simulate(
         float | None, typer.Option("--length-error", help="Error of length predictions at p95; default 0.")
     ] = None,
     slo_e2e: Annotated[
-        str | None, typer.Option("--slo-e2e", help="E2E SLO, as in 20s; default: what characterize finds.")
+        str | None,
+        typer.Option("--slo-e2e", metavar="DURATION", help="E2E SLO, as in 20s; default: what characterize finds."),
     ] = None,
     slo_tbt: Annotated[
-        str | None, typer.Option("--slo-tbt", help="SLO on a request's mean time between tokens; default 200ms.")
+        str | None,
+        typer.Option(
+            "--slo-tbt", metavar="DURATION", help="SLO on a request's mean time between tokens; default 200ms."
+        ),
     ] = None,
-    slo_ttft: Annotated[str | None, typer.Option("--slo-ttft", help="TTFT SLO; default: none.")] = None,
+    slo_ttft: Annotated[
+        str | None, typer.Option("--slo-ttft", metavar="DURATION", help="TTFT SLO; default: none.")
+    ] = None,
     peak_rps: Annotated[
         str | None,
         typer.Option(
             "--peak-rps", help="Scale arrivals: busiest 60 s at this rate, or max: the engine's maximum load."
         ),
     ] = None,
-    seconds: Annotated[str | None, typer.Option("--seconds", help="Cut the (scaled) trace, as in 300 or 5m.")] = None,
+    seconds: Annotated[
+        str | None, typer.Option("--seconds", metavar="DURATION", help="Cut the (scaled) trace, as in 300 or 5m.")
+    ] = None,
     seed: Seed = 0,
     count_freed_gpus: Annotated[bool, typer.Option("--count-freed-gpus", help="Count GPUs of no engine too.")] = False,
     catalogue: Extra = None,
