@@ -106,8 +106,8 @@ A long command shows its progress on stderr: bars on a terminal, a line now and 
 METRICS = """\
 # Metrics
 
-`GET /metrics` answers in Prometheus' text format. Base units throughout. A value that is not known has no sample: a zero
-is a measured zero. Counters begin at 0 when the gateway starts; "recent" is the last 5 minutes.
+`GET /metrics` answers in Prometheus' text format. Base units throughout. A value that is not known has no sample: a
+zero is a measured zero. Counters begin at 0 when the gateway starts; "recent" is the last 5 minutes.
 
 `model` is the first name that a model is served by, `engine` the name of an engine. No label names a client or a
 request, so the number of series depends on the configuration alone. Metrics of a request have the names of

@@ -1,13 +1,16 @@
 """The command line as a whole: its help is quick, its errors are one sentence."""
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import typer
 from command import run
 
-from throttllem.cli.app import EXTRAS, app
+from throttllem.cli.app import OPTIONAL, app
 from throttllem.profiling.live.plan import POINTS
 from throttllem.profiling.measure import ProfilePlan
 
@@ -27,7 +30,18 @@ def test_serving_imports_nothing_of_an_extra():
     code = (
         "import sys, throttllem.gateway.run, throttllem.gateway.check, throttllem.option_sources; print(*sys.modules)"
     )
-    assert set(EXTRAS) & set(python(code).split()) == set()
+    assert OPTIONAL & set(python(code).split()) == set()
+
+
+def test_every_optional_package_is_in_an_extra():
+    """And in no requirement of the package itself."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = {
+        extra: {re.match(r"[\w-]+", each)[0] for each in needs}
+        for extra, needs in project["optional-dependencies"].items()
+    }
+    assert not OPTIONAL & {re.match(r"[\w-]+", each)[0] for each in project["dependencies"]}
+    assert names["all"] == OPTIONAL == names["profile"] | names["simulate"] | names["calibrate"]
 
 
 def test_the_version(monkeypatch, capsys):
@@ -51,7 +65,7 @@ def test_defaults_in_the_help_are_those_of_the_code():
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
     [
-        ("simulate", "polars", "profile"),
+        ("simulate", "polars", "simulate"),
         ("train", "lightgbm.basic", "profile"),
         ("demo", "plotly", "simulate"),
         ("serve", "polars", "profile"),

@@ -25,8 +25,10 @@ from throttllem.cli.serve import serve
 from throttllem.cli.simulate import simulate
 from throttllem.cli.train import train
 
-EXTRAS = MappingProxyType({"polars": "profile", "lightgbm": "profile", "plotly": "simulate", "scipy": "calibrate"})
-"""Packages that serving does not need, and the extra of this one that installs each."""
+OPTIONAL = frozenset({"lightgbm", "plotly", "polars", "scipy"})
+"""Packages that serving does not need."""
+EXTRAS = MappingProxyType({"serve": "profile", "profile": "profile", "train": "profile", "calibrate": "calibrate"})
+"""By command: the extra of this package that installs what it needs; else `simulate`."""
 _INTERRUPTED = 130
 """Exit code of a command that a signal ended (128 + SIGINT)."""
 
@@ -42,9 +44,9 @@ class Commands(TyperGroup):
             text = str(error)
             if isinstance(error, ModuleNotFoundError):
                 package = (error.name or "").partition(".")[0]
-                if package not in EXTRAS:
+                if package not in OPTIONAL:
                     raise
-                text = _explained(ctx.invoked_subcommand, package)
+                text = _explained(str(ctx.invoked_subcommand), package)
             if ctx.params["debug"]:
                 raise
             typer.echo(f"error: {text}", err=True)
@@ -107,10 +109,10 @@ def main() -> None:
         raise
 
 
-def _explained(command: str | None, package: str) -> str:
+def _explained(command: str, package: str) -> str:
     """What to do about a package that an extra installs."""
     text = f"{command} needs the package {package}, which is not installed here: "
-    text += f"pip install 'throttllem[{EXTRAS[package]}]', or throttllem[all] for every command"
+    text += f"pip install 'throttllem[{EXTRAS.get(command, 'simulate')}]', or throttllem[all] for every command"
     if command == "serve":
         text += "; or serve an engine (--engine, --triton), or give the simulated one a table (--tables)"
     return text
