@@ -78,11 +78,11 @@ def close_to(frame):
         (["--clocks", "705"], "the top clock, 1410, must be among them"),
         (["--clocks", "fast"], "must be MHz with commas between"),
         (["--capacity", "wings=2"], "write NAME=N, as in kv_blocks=4096"),
-        (["--engine-kind", "steam"], "must be one of openai, triton"),
+        (["--engine-kind", "steam"], "--engine-kind: engines.0.kind = 'steam'"),
         (["--sizes", "1,2"], "one engine has one size; give --tp"),
         (["--points", "0"], "must be at least 1"),
         (["--resume"], "to go on with"),
-        (["--url", "http://me:pw@127.0.0.1"], "--url: must hold no user and password"),
+        (["--url", "http://me:pw@127.0.0.1"], "--url: engines.0.url: must hold no user and password"),
         (TOLD[:1], "does not tell kv_blocks"),
     ],
 )

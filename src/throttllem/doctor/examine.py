@@ -101,7 +101,7 @@ def rights(gpus: list[Gpu], keeper: Keeper) -> Iterator[Finding]:
             "rights",
             f"{who()} may not set clocks (missing: {missing}), and no keeper does it for them: clocks are only advised",
             "`throttllem keeper --gpu UUID=MHZ-MHZ --user NAME --unit` prints a service for root; "
-            "until then clocks.mode = dry-run",
+            "until then [clocks] mode = 'dry-run'",
         )
 
 

@@ -74,7 +74,7 @@ class Sample:
 
 _REMEDY = {
     Trouble.NO_DRIVER: "load the NVIDIA driver (`nvidia-smi` must work), or serve without [engines] gpus",
-    Trouble.DENIED: "setting clocks needs root: run `throttllem keeper` as a service, or clocks.mode = dry-run",
+    Trouble.DENIED: "setting clocks needs root: run `throttllem keeper` as a service, or mode = 'dry-run'",
     Trouble.LOST: "it fell off the bus: see `dmesg`; reset or reboot it, the rest goes on without it",
     Trouble.UNKNOWN_GPU: "`throttllem doctor` lists the GPUs that are here",
 }
