@@ -53,7 +53,8 @@ def doctor(
             _print(finding)
 
     if put_back:
-        restore(state, socket, gpu or (), report)
+        for finding in restore(state, socket, gpu or ()):
+            report(finding)
     examined = examine(state, socket, zeusd, MEASURE_S if measure else None)
     for finding in examined.findings:
         report(finding)
@@ -82,7 +83,7 @@ def _as_json(found: list[Finding], examined: Examined) -> dict[str, Any]:
         ],
         "gpus": [_gpu_json(gpu) for gpu in examined.gpus],
         "keeper": {
-            "socket": str(examined.keeper.socket),
+            "socket": str(examined.keeper.path),
             "runs": examined.keeper.runs,
             "allowed": examined.keeper.status.get("allowed", {}),
             "held": examined.keeper.status.get("held", {}),
@@ -103,8 +104,8 @@ def _gpu_json(gpu: Gpu) -> dict[str, Any]:
         "limit_w": gpu.limit_w,
         "energy_counter": gpu.has_counter,
         "energy_refresh_s": gpu.refresh_s,
-        "brake": gpu.brake.words,
-        "shared": gpu.use and gpu.use.name,
+        "brake": gpu.throttle.text,
+        "shared": gpu.sharing and gpu.sharing.name,
         "processes": gpu.pids,
         "steady_mhz": gpu.steady_mhz,
     }
