@@ -6,9 +6,9 @@ from throttllem.gateway.control.ticket import Receipt
 
 from tests.gateway.fakes import house
 from tests.gateway.upstream import chat_chunk, chat_events, sse
+from throttllem.config import LimitOptions
 from throttllem.engines.base import Reply
 from throttllem.gateway.http.relay import relay
-from throttllem.gateway.settings import LimitOptions
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
