@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import aiohttp
 
 from tests.gateway.upstream import Engine, engine_server
+from throttllem.config import LimitOptions, Options, ServerOptions
 from throttllem.core.types import Slo
 from throttllem.engines.base import PromptCount
 from throttllem.engines.http import Upstream
@@ -20,7 +21,6 @@ from throttllem.gateway.control.models import Health
 from throttllem.gateway.control.session import Receipt
 from throttllem.gateway.http.app import build_app, build_private_app
 from throttllem.gateway.http.server import run
-from throttllem.gateway.settings import LimitOptions, ServeOptions, ServerOptions
 from throttllem.openai_api.errors import ApiError
 
 
@@ -178,7 +178,7 @@ async def running(*, server=None, limits=None, extra_routes=(), **options):
     listening = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     limits = limits or LimitOptions()
-    serve = ServeOptions(server=replace(server or ServerOptions(), port=0), limits=limits, **options)
+    serve = Options(server=replace(server or ServerOptions(), port=0), limits=limits, **options)
     async with engine_server(engine) as address, aiohttp.ClientSession() as http:
         upstream = Upstream(address)
         models = Models(engine=Live(upstream))

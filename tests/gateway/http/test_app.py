@@ -9,8 +9,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from tests.gateway.fakes import running, until
+from throttllem.config import LimitOptions, ServerOptions
 from throttllem.core.types import Slo
-from throttllem.gateway.settings import LimitOptions, ServerOptions
 from throttllem.openai_api.errors import ApiError
 
 COMPLETIONS = "/v1/completions"

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from tests.gateway.fakes import running
-from throttllem.gateway.settings import LimitOptions, ServerOptions
+from throttllem.config import LimitOptions, ServerOptions
 from throttllem.openai_api.errors import ApiError
 
 MESSAGES = [{"role": "user", "content": "x"}]

@@ -9,8 +9,8 @@ import pytest
 
 from tests.gateway.fakes import running, until
 from tests.gateway.upstream import chat_events
+from throttllem.config import LimitOptions
 from throttllem.engines.http import Upstream
-from throttllem.gateway.settings import LimitOptions
 from throttllem.openai_api.errors import ApiError
 
 CHAT = "/v1/chat/completions"

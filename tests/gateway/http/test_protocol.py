@@ -7,7 +7,7 @@ import pytest
 
 from gateway.http.test_app_garbage import answer
 from tests.gateway.fakes import running
-from throttllem.gateway.settings import LimitOptions
+from throttllem.config import LimitOptions
 
 PATH = "/v1/completions"
 BODY = json.dumps({"model": "tiny", "prompt": "x"}).encode()

@@ -4,12 +4,13 @@ import asyncio
 import json
 
 import pytest
+
 from tests.gateway.fakes import running
 from tests.gateway.upstream import chat_chunk, chat_events, sse
+from throttllem.config import LimitOptions
 from throttllem.engines.base import Reply
 from throttllem.gateway.control.session import Receipt
 from throttllem.gateway.http.relay import relay
-from throttllem.gateway.settings import LimitOptions
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

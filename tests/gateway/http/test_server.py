@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.gateway.fakes import running, until
+from throttllem.config import LimitOptions, ServerOptions
 from throttllem.gateway.http import server as serve_http
 from throttllem.gateway.http.app import Gateway
 from throttllem.gateway.http.protocol import BoundedProtocol
 from throttllem.gateway.http.server import bind
-from throttllem.gateway.settings import LimitOptions, ServerOptions
 
 ROOT = Path(__file__).parents[2]
 
