@@ -309,11 +309,11 @@ async def outcome(coroutine):
     """How a request ended: "served", "disconnected", the code of its rejection, "engine" or "cancelled"."""
     try:
         return "disconnected" if await coroutine is None else "served"
+    except EngineError:
+        return "engine"
     except ApiError as error:
         assert error.retry_after_s is None or 1 <= error.retry_after_s <= 60
         return error.code
-    except EngineError:
-        return "engine"
     except asyncio.CancelledError:
         task = asyncio.current_task()
         while task.cancelling():

@@ -52,7 +52,7 @@ def test_no_engine():
 
     error, waited_s, counts = virtually(run())
     assert (error.status, error.code) == (503, "no_engine")
-    assert error.detail == "connection refused"
+    assert (error.message, str(error)) == ("no engine is up", "no engine is up: connection refused")
     assert 3.0 <= waited_s <= 3.6
     assert counts.rejected == 1
 
