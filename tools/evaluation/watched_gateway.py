@@ -86,7 +86,7 @@ class Watch:
         engine = {"running": step.running, "waiting": step.waiting, "kv_blocks": round(step.kv_usage * blocks)}
         own = {"running": view.running, "pending": view.pending, "kv_blocks": view.kv_blocks}
         own["pending_blocks"] = board.own(view.iteration).pending_blocks
-        others = {"batch": board.others.batch, "kv_blocks": board.others.kv_blocks}
+        others = {"batch": board.external.batch, "kv_blocks": board.external.kv_blocks}
         at = {"step_s": step.monotonic_s, "at_s": time.monotonic(), "step": step.step, "capacity": blocks}
         self.samples.append(at | {"engine": engine, "gateway": own, "others": others})
 
