@@ -135,7 +135,7 @@ def test_learned_lengths_are_restored_and_damage_is_logged(tmp_path, caplog):
     file.parent.mkdir()
     file.write_text(json.dumps({"mark": "throttllem lengths", "lengths": 7}))
     built(tmp_path)
-    assert "Lengths are learned anew" in caplog.text
+    assert "Learning begins again" in caplog.text
 
 
 def test_without_learning_and_without_recording(tmp_path):
