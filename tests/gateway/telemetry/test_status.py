@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from gateway.rig import asked, rig, virtually
+from throttllem.config import LimitOptions
 from throttllem.core.types import FrequencyPlan, Observed, Reason, Slo
-from throttllem.gateway.settings import LimitOptions
 from throttllem.gateway.telemetry.metrics import Histograms, metrics_page
 from throttllem.gateway.telemetry.status import decision
 
