@@ -70,13 +70,13 @@ def test_a_predictor_that_learns_goes_along():
     predictor = OnlineLengthPredictor()
     for number in range(300):
         request = Request(id=number, arrival_s=0, prompt_tokens=number % 70, max_tokens=200, slo=Slo(), model="m")
-        predictor.bound(request)
-        if number % 7:  # the others are running still, their bounds given out
+        predictor.predict(request)
+        if number % 7:  # the others still run, with their predictions issued
             predictor.learn(request, 3 + number % 90)
     again = copied(Controller(replace(OPTIONS, predictor=predictor))).options.predictor
     assert again.state() == predictor.state()
     assert again._issued == predictor._issued
-    assert again.bound(request) == predictor.bound(request)
+    assert again.predict(request) == predictor.predict(request)
     again.learn(request, 5)
     assert again.state() != predictor.state()
 
@@ -268,9 +268,9 @@ def test_fields_that_are_new_get_their_defaults():
     assert request == Request(id=1, arrival_s=0.0, prompt_tokens=1, max_tokens=2, slo=Slo())
 
 
-def test_a_meter_of_a_build_that_knew_one_look_only_goes_on():
+def test_a_meter_without_its_newer_fields_goes_on():
     meter = make_blank("throttllem.core.external_load:DriftMeter")
-    fill(meter, {"corrections": 2, "_batch": 1, "_kv_blocks": None, "_sums": (1, 0), "_times": (1, 0)})
+    fill(meter, {"corrections": 2, "batch": 1, "kv_blocks": None, "sums": (1, 0), "times": (1, 0)})
     own = OwnLoad(running=1, kv_blocks=1, pending=0, pending_blocks=0)
     assert meter.compare(Observed(engine=0, running=2, waiting=0, kv_blocks=1), own) == ExternalLoad()
     assert meter.drift().mean_batch == 1.0
