@@ -133,7 +133,7 @@ def test_a_missing_keeper_is_found_by_check_and_does_not_keep_the_gateway_from_s
     ("mode", "origins", "text"),
     [
         ("on", {"clocks.mode": "t.toml:2"}, "would be on (clocks.mode = on, t.toml:2): set through the keeper at "),
-        ("advise", {}, "would be a dry run (clocks.mode = advise, the default): decided, recorded and shown, never set"),
+        ("advise", {}, "would be a dry run (clocks.mode = dry-run, the default): decided, recorded and shown"),
         ("off", {"clocks.mode": "command line"}, "would be off (clocks.mode = off, command line): left alone"),
     ],
 )
