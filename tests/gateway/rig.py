@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from core.toy import CLOCKS_MHZ, ToyPhysics, spec, table
 
-from throttllem.config import Noise
+from throttllem.config import LimitOptions, Noise
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
@@ -23,7 +23,6 @@ from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
-from throttllem.gateway.settings import LimitOptions
 from throttllem.gpu.simulated import SimulatedGpu
 from throttllem.openai_api.errors import ApiError
 from throttllem.openai_api.requests import COMPLETIONS, parse_request

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from gateway.rig import outcome, rig, virtually
+from throttllem.config import LimitOptions
 from throttllem.core.types import Cancelled, ClockRead, EngineLost, EngineReady, FrequencyPlan, Reason, Stepped
 from throttllem.engines.base import EngineError
-from throttllem.gateway.settings import LimitOptions
 
 
 def plan(mhz):

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from gateway.rig import rig, virtually
+from throttllem.config import LimitOptions
 from throttllem.core.types import Observed, Slo
-from throttllem.gateway.settings import LimitOptions
 from throttllem.gateway.telemetry.status import gateway_status
 from throttllem.openai_api.errors import ApiError
 

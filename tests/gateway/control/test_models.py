@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from gateway.rig import parsed, rig, virtually
+from throttllem.config import LimitOptions
 from throttllem.core.admission import AdmissionOptions
 from throttllem.core.types import Slo
 from throttllem.engines.base import EngineError, PromptCount
 from throttllem.gateway.control.models import ServedModel
-from throttllem.gateway.settings import LimitOptions
 from throttllem.gateway.telemetry.status import gateway_status
 from throttllem.openai_api.errors import ApiError
 

@@ -293,9 +293,7 @@ class Counter:
         self.reading = Reading(clock_mhz=1400, watts=1.0, energy_j=1000.0)
 
     def rose(self, joules, **more):
-        self.reading = Reading(
-            **{"clock_mhz": 1400, "watts": 1.0, "energy_j": self.reading.energy_j + joules} | more
-        )
+        self.reading = Reading(**{"clock_mhz": 1400, "watts": 1.0, "energy_j": self.reading.energy_j + joules} | more)
 
     def read(self):
         return self.reading

@@ -4,10 +4,10 @@ import asyncio
 import json
 
 import pytest
-from tests.gateway.test_app_garbage import answer
 
-from tests.gateway.fakes import house
-from throttllem.gateway.settings import LimitOptions
+from gateway.http.test_app_garbage import answer
+from tests.gateway.fakes import running
+from throttllem.config import LimitOptions
 
 PATH = "/v1/completions"
 BODY = json.dumps({"model": "tiny", "prompt": "x"}).encode()
@@ -45,7 +45,7 @@ def spoken(*segments, answers=1, pause_s=0.02, **limits):
     """The answers to bytes that come in these segments on one connection, and what the engine got."""
 
     async def main():
-        async with house(limits=LimitOptions(**limits)) as there:
+        async with running(limits=LimitOptions(**limits)) as there:
             host, port = there.url.removeprefix("http://").split(":")
             reader, writer = await asyncio.open_connection(host, int(port))
             for segment in segments:
@@ -119,7 +119,7 @@ def test_many_offers_in_one_segment():
 @pytest.mark.parametrize("fields", [("connection: close",), ("expect: 100-continue",)])
 def test_other_wishes_of_the_head_hold(fields):
     async def main():
-        async with house() as there:
+        async with running() as there:
             host, port = there.url.removeprefix("http://").split(":")
             reader, writer = await asyncio.open_connection(host, int(port))
             writer.write(head(JDK, sized(BODY), *fields))
@@ -137,7 +137,7 @@ def test_other_wishes_of_the_head_hold(fields):
 
 def refused(*segments, **limits):
     async def main():
-        async with house(limits=LimitOptions(**limits)) as there:
+        async with running(limits=LimitOptions(**limits)) as there:
             host, port = there.url.removeprefix("http://").split(":")
             reader, writer = await asyncio.open_connection(host, int(port))
             for segment in segments:

@@ -88,7 +88,7 @@ def test_an_engine_without_reports_is_measured_by_its_streams(tmp_path):
     assert prompts.filter(pl.col("batch") == 1).height >= 4 * len(CLOCKS)
 
 
-def test_a_modelled_gpu_says_so_and_has_every_clock(tmp_path):
+def test_a_modelled_gpu_is_named_and_has_every_clock(tmp_path):
     said = []
     frame = profiled(tmp_path / "p.csv", said=said)
     assert any(line.startswith("watts modelled") for line in said)

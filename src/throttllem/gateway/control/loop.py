@@ -14,6 +14,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
+from throttllem.config import LimitOptions
 from throttllem.core.controller import Controller
 from throttllem.core.types import (
     Arrived,
@@ -43,7 +44,6 @@ from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.retry_after import RetryEstimator
 from throttllem.gateway.control.session import Session
 from throttllem.gateway.control.slo_attainment import SloAttainment, judged
-from throttllem.gateway.settings import LimitOptions
 from throttllem.openai_api.errors import ApiError, internal_error
 
 log = logging.getLogger("throttllem.gateway")
@@ -472,12 +472,12 @@ class ControlLoop:
         """
         now_s, found = self.now(), {}
         for view in self.controller.snapshot().engines:
-            found[view.engine] = since_s = now_s if view.foreign == 0 else without_s.get(view.engine, now_s)
+            found[view.engine] = since_s = now_s if view.external_sequences == 0 else without_s.get(view.engine, now_s)
             if now_s - since_s >= _EXTERNAL_S:
                 found[view.engine] = math.inf
                 log.warning(
                     "engine of TP %d: %d sequences in it are not ours: does another gateway or client use it?",
                     view.tp,
-                    view.foreign,
+                    view.external_sequences,
                 )
         return found

@@ -11,8 +11,9 @@ from throttllem.core.types import Slo
 from throttllem.openai_api.errors import invalid
 
 CLASS_HEADER = "x-slo-class"
-_TARGETS = {"x-slo-ttft-ms": "ttft_s", "x-slo-tpot-ms": "tbt_s", "x-slo-e2e-ms": "e2e_s"}
-_HEADERS = (*_TARGETS, CLASS_HEADER)
+TARGETS = {"x-slo-ttft-ms": "ttft_s", "x-slo-tpot-ms": "tbt_s", "x-slo-e2e-ms": "e2e_s"}
+"""Headers of single targets, and the field of Slo that each sets."""
+_HEADERS = (*TARGETS, CLASS_HEADER)
 METRICS_HEADER = "x-throttllem-metrics"
 
 
@@ -26,9 +27,9 @@ def read_slo(headers: Mapping[str, str], default: Slo, classes: Mapping[str, Slo
         known = ", ".join(sorted(classes)) or "none are configured"
         raise invalid(f"{CLASS_HEADER}: {name!r} is not known here; known classes: {known}", CLASS_HEADER)
     slo = default if name is None else classes[name]
-    if unknown := next((header for header in named if header not in _TARGETS), None):
+    if unknown := next((header for header in named if header not in TARGETS), None):
         raise invalid(f"{unknown[:80]} is not a known SLO header; {_hint(unknown)}", unknown[:80])
-    return replace(slo, **{_TARGETS[header]: _seconds(header, text) for header, text in named.items()})
+    return replace(slo, **{TARGETS[header]: _seconds(header, text) for header, text in named.items()})
 
 
 def _hint(unknown: str) -> str:

@@ -36,7 +36,7 @@ class EngineStatus:
 
     `state`: "up", "starting", "down" or "stalled"; `trouble` is the reason. `clock_mhz` None: unknown.
     `kv_blocks` is the scoreboard's estimate, `report` the engine's last report. `clocks` is how clocks are set
-    ("on", "advise", "off"; "simulated"), `advised_mhz` what would be set, `held` what keeps the GPUs from following and
+    ("on", "dry-run", "off"; "simulated"), `advised_mhz` what would be set, `held` what keeps GPUs from following and
     `unset` why they are not set though they should be.
     """
 
@@ -161,7 +161,7 @@ def assumptions(loop: ControlLoop, backend: Backend) -> tuple[str, ...]:
     options = loop.controller.options
     if backend.clock.mode == "off":
         notes.append("clocks are left alone: [clocks] mode = 'off'")
-    elif backend.clock.mode == "advise":
+    elif backend.clock.mode == "dry-run":
         notes.append("dry run: clocks are decided and shown, not set; [clocks] mode = 'on' sets them")
     elif backend.clock.mode == "simulated" and backend.kind != "simulated":
         notes.append(f"clock and watts are those of a simulated {backend.catalogue_gpu} with {backend.catalogue_model}")
@@ -180,8 +180,10 @@ def _engine_status(loop: ControlLoop, backend: Backend, snapshot: Snapshot) -> E
     notes = [*(connected.notes if connected else ()), *assumptions(loop, backend), *_clock_notes(reading)]
     if backend.estimated_prompts:
         notes.append(f"the tokens of {backend.estimated_prompts} prompts were estimated, not counted")
-    if view is not None and view.foreign > 0:
-        notes.append(f"{view.foreign} sequences in this engine are not ours: does another gateway or client use it?")
+    if view is not None and view.external_sequences > 0:
+        notes.append(
+            f"{view.external_sequences} sequences in this engine are not ours: does another gateway or client use it?"
+        )
     state, trouble = backend.health(loop.limits.silence_s)
     return EngineStatus(
         name=backend.name,
