@@ -64,7 +64,8 @@ def test_whole_prompts_go_while_they_fit_the_budget():
 
 def test_chunked_prompts_fill_the_budget():
     log = run(batcher_of((20, 3), (20, 3), (40, 2), prefill_budget_tokens=32, chunked=True), 4)
-    # 0: 20 + 12.  1: one sequence decodes, 31 left: the other 8, and 23 of 40.  2: two sequences decode, 30 left: the other 17.
+    # 0: 20 + 12.  1: one sequence decodes, 31 left: the other 8, and 23 of 40.  2: two sequences decode, 30
+    # left: the other 17.
     assert [iteration.prefills for iteration, _ in log] == [((0, 20), (1, 12)), ((1, 8), (2, 23)), ((2, 17),), ()]
     # A chunk attends to what came before it and half of itself: 20*10 + 12*6; 8*(12+4) + 23*11.5; 17*(23+8.5).
     assert [iteration.prefill_pairs for iteration, _ in log] == [272, 392.5, 535.5, 0]
@@ -99,7 +100,8 @@ def test_preemption_takes_the_latest_and_recomputes_it():
     batcher = batcher_of((4, 8), (4, 8), kv_blocks=4, no_evict=False)
     log = run(batcher)
     # Tokens held by each: 4, 5..8 -> 1 + 1, then 2 + 2 blocks. In iteration 5 both need a third and none is free:
-    # sequence 1 goes (5 tokens generated), sequence 0 takes one. Row 1 needs ceil(9 / 4) = 3, so it waits for sequence 0's end (7).
+    # sequence 1 goes (5 tokens generated), sequence 0 takes one. Row 1 needs ceil(9 / 4) = 3, so it waits for
+    # sequence 0's end (7).
     assert blocks(log) == [2, 4, 4, 4, 4, 3, 3, 3, 3, 3, 3]
     assert [iteration.preempted for iteration, _ in log][5] == log[5][1].preempted == (1,)
     # The prompt and the 5 tokens are computed again; 3 of 8 tokens were left: iterations 8, 9, 10.
@@ -126,7 +128,8 @@ def test_as_many_are_preempted_as_needed():
     add(batcher, 2, 1, 9)
     add(batcher, 3, 1, 9)
     log += run(batcher, 2)
-    # Iteration 4: 2 + 2 + 1 + 1 blocks, all 6. In 5 sequences 0 and 1 need one more each: sequence 3 frees one, sequence 2 another.
+    # Iteration 4: 2 + 2 + 1 + 1 blocks, all 6. In 5 sequences 0 and 1 need one more each: sequence 3 frees
+    # one, sequence 2 another.
     assert (blocks(log), log[5][0].preempted) == ([2, 4, 4, 4, 6, 6], (3, 2))
     # Rows 0 and 1 end in iteration 8; then 2 comes back before 3, with the one token that each had as prompt.
     log = run(batcher)
