@@ -270,7 +270,9 @@ def test_output_tokens_are_the_steps_in_which_a_request_ran():
     progress.dispatched(1, streams=False, sequences=2, prompt_tokens=8)
     (flight,) = progress.in_flight.values()
     found = [progress.output_tokens(flight)]
-    for step, named in enumerate(({"started": (1,)}, {}, {"preempted": (1,)}, {}, {"started": (1,)}, {"finished": (1,)})):
+    for step, named in enumerate(
+        ({"started": (1,)}, {}, {"preempted": (1,)}, {}, {"started": (1,)}, {"finished": (1,)})
+    ):
         progress.report(Report(**{"running": 1, "waiting": 0, "step": step, "started": (), "finished": ()} | named))
         found.append(progress.output_tokens(flight))
     assert found == [0, 2, 4, 4, 4, 6, 8]

@@ -139,7 +139,9 @@ def test_bursts_in_order_are_followed_closely(reports):
     lags = []
     while len(world.batcher):
         world.deliver([world.burst()])
-        lags += [abs(world.reported - world.start[key] + 1 - world.given[key]) for key in world.running & set(world.start)]
+        lags += [
+            abs(world.reported - world.start[key] + 1 - world.given[key]) for key in world.running & set(world.start)
+        ]
     assert max(lags) <= 2
     assert sum(lags) / len(lags) < 1
     assert world.reported >= 0.97 * world.batcher.iteration

@@ -1,4 +1,4 @@
-"""A real Chromium without a window, steered by its debugging protocol: what it shows, requests and reports as errors."""
+"""A real Chromium without a window, steered by its debugging protocol: what it shows and requests, and its errors."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Tab:
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
 
     async def listen(self) -> None:
-        async for message in self._socket:
-            message = message.json()
+        async for received in self._socket:
+            message = received.json()
             if "id" in message:
                 self._answers.pop(message["id"]).set_result(message)
             match message.get("method"):
@@ -91,7 +91,7 @@ class Tab:
 
 @asynccontextmanager
 async def browse(address: str, **screen: Any) -> AsyncIterator[Tab]:
-    """A browser of its own that has `address` open."""
+    """A new browser that has `address` open."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         silent = asyncio.subprocess.DEVNULL
         arguments = [*QUIET, f"--user-data-dir={profile}", "about:blank"]
@@ -116,8 +116,8 @@ async def browse(address: str, **screen: Any) -> AsyncIterator[Tab]:
             await browser.wait()
 
 
-async def _port(told: Path) -> int:
+async def _port(file: Path) -> int:
     async with asyncio.timeout(PATIENCE_S):
-        while not (told.is_file() and (lines := told.read_text().split())):
+        while not (file.is_file() and (lines := file.read_text().split())):
             await asyncio.sleep(0.03)
     return int(lines[0])

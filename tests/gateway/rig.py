@@ -121,8 +121,8 @@ class Killable:
             raise EngineError("connection refused", status=503)
         await self.inner.well()
 
-    async def count(self, ask):
-        return await self.inner.count(ask)
+    async def count(self, parsed):
+        return await self.inner.count(parsed)
 
     def open(self, call):
         return self.inner.open(call)
@@ -277,7 +277,7 @@ def parsed(*, tokens=8, stream=True, prompt="one two three", choices=1, model="t
 
 
 async def request(models, *, slo=None, count=6, usage=True, disconnect_after=None, **more):
-    """One request as the HTTP side serves it; its receipt, None if its client disconnects after so many tokens.
+    """One request as the HTTP side serves it; its receipt, None if its client disconnects after some tokens.
     `usage`: the engine reports the number of tokens at the end.
     """
     it = parsed(**more)

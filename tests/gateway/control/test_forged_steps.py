@@ -5,8 +5,8 @@ import json
 import struct
 
 import pytest
-from tests.engines.test_step_reports import free_udp, send
 
+from tests.engines.test_step_reports import free_udp, send
 from tests.gateway.peer import Peer, answers, stream_and_whole, until, whole
 from throttllem.engines.step_reports import PACKED, StepStats
 

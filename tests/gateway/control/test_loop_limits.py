@@ -3,6 +3,7 @@ external load is logged.
 """
 
 import asyncio
+from itertools import pairwise
 
 import pytest
 
@@ -114,7 +115,7 @@ def test_a_running_requests_energy_is_settled_as_time_passes():
 
     seen, energy_j = virtually(run())
     assert len(seen) > 3
-    assert all(before < after for before, after in zip(seen, seen[1:], strict=False))
+    assert all(before < after for before, after in pairwise(seen))
     assert 0.8 * energy_j < seen[-1] <= energy_j
 
 

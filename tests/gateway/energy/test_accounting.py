@@ -128,7 +128,7 @@ def test_prompts_are_charged_in_the_order_of_arrival_where_only_their_sum_is_rep
 
 
 def test_reported_prompt_tokens_are_charged_once():
-    """The report of a step says how many; the first token says again that all of them were processed."""
+    """Once with the report of the step, not again with the first token."""
     desk = Desk()
     desk.dispatched(1, prompt_tokens=10)
     desk.dispatched(2, prompt_tokens=10)

@@ -159,7 +159,7 @@ def test_what_follows_a_connect_is_not_run(target, apart):
 
 
 def test_a_folded_field_adds_none():
-    """A line that continues the field before it must not come back as a field of its own."""
+    """A line that continues the field before it must not come back as another field."""
     first = head(JDK, "x-a: 1\r\n content-length: 3", sized(BODY))
     found, seen = errors(first + BODY + LAST)
     assert found.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 200 ")) and found.count(b"HTTP/1.1") <= 2

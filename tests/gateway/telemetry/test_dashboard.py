@@ -7,14 +7,13 @@ import re
 from dataclasses import replace
 
 import pytest
-from gateway.statuses import EMPTY, MODEL, STATUS, UP, Still, status_of_still  # noqa: F401 (a fixture)
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from gateway.statuses import EMPTY, MODEL, STATUS, UP, Still, status_of_still  # noqa: F401 (a fixture)
 from throttllem.gateway.telemetry.dashboard import dashboard_routes, state, totals
 from throttllem.gateway.telemetry.history import History
 from throttllem.gateway.telemetry.status import Ahead, Energy
-
 
 
 def app(models: Still, history: History | None = None) -> Starlette:

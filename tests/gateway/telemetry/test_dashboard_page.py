@@ -13,18 +13,17 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from gateway.chromium import CHROMIUM, Tab, browse
-from gateway.statuses import DOWN, EMPTY, HOSTILE, MODEL, STATUS, UP, Still, status_of_still  # noqa: F401 (a fixture)
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gateway.chromium import CHROMIUM, Tab, browse
+from gateway.statuses import DOWN, EMPTY, HOSTILE, MODEL, STATUS, UP, Still, status_of_still  # noqa: F401 (a fixture)
 from throttllem.gateway.telemetry.dashboard import dashboard_routes
 from throttllem.gateway.telemetry.history import History
 from throttllem.gateway.telemetry.metrics import metrics_page
-
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")]
 LIVE = "document.getElementById('live')?.textContent === '✓ live'"

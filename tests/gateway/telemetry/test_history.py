@@ -9,7 +9,6 @@ from gateway.statuses import STATUS, Still, status_of_still  # noqa: F401 (a fix
 from throttllem.gateway.telemetry.history import History
 
 
-
 def test_a_sample_holds_what_the_charts_draw() -> None:
     history = History()
     history.note(STATUS)

@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gateway.statuses import DOWN, EMPTY, HOSTILE, MODEL, STATUS
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.statuses import DOWN, EMPTY, HOSTILE, MODEL, STATUS
 from throttllem.gateway.telemetry.metrics import Histograms, metrics_page
 from throttllem.gateway.telemetry.status import Energy, GatewayStatus
-
 
 DOCS = Path(__file__).parents[3] / "docs" / "reference" / "metrics.md"
 UNITS = {"seconds", "joules", "watts", "hertz", "ratio", "requests", "tokens", "blocks", "sequences", "info", "total"}

@@ -1,8 +1,8 @@
-"""What the observer keeps of a control loop: every call for the recorder, decisions and ended requests for `/metrics`."""
+"""What the observer keeps of a control loop: every call for the recorder; decisions and ends for `/metrics`."""
 
-from gateway.rig import outcome, rig, virtually
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.rig import outcome, rig, virtually
 from throttllem.core.types import Slo, Stepped, Timer
 from throttllem.gateway.control.loop import Handled
 from throttllem.gateway.telemetry.metrics import Histograms, metrics_page
