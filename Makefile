@@ -8,7 +8,7 @@ WORKERS := $(shell expr $$(nproc) + 1)
 # Tests start hundreds of processes: each would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup docs demo test test-slow test-real engines check bench fidelity lengths evaluation loop soak lock clean
+.PHONY: setup docs demo test test-slow test-slow-compute test-slow-timed test-real engines check bench fidelity lengths evaluation loop soak lock clean
 
 setup: $(STAMP)
 
@@ -24,13 +24,23 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(or $(WORKERS),auto)
 
-test-slow: $(STAMP)
+# Minutes of computing, which other work may slow down, and tests against the clock, which it may not.
+COMPUTE := tests/calibrate tests/fidelity tests/report tests/reproduce $(wildcard tests/test_*.py)
+COMPUTE := $(wildcard $(COMPUTE))
+
+test-slow: test-slow-compute test-slow-timed
+
+test-slow-compute: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto tests/core/test_controller_machine.py
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto -m slow $(COMPUTE)
+
+test-slow-timed: $(STAMP)
+	$(BIN)/python -m pytest -n auto -m slow $(addprefix --ignore=,$(COMPUTE)) tests
 
 # Real engines, pinned, each in an environment of its own: about 3 GB. ENGINES="vllm triton" names some only.
-engines: $(STAMP)
-	$(BIN)/python -m tools.engines $(ENGINES) --into .engines
+# It needs no virtual environment of the project: both can be made at once.
+engines:
+	$(PYTHON) -m tools.testbed.engines $(ENGINES) --into .engines
 
 test-real: $(STAMP)
 	$(BIN)/python -m pytest -m real tests/real
@@ -48,6 +58,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python -m bench.gateway
+	$(BIN)/python -m bench.request_path
 
 fidelity: $(STAMP)
 	$(BIN)/python -m tools.fidelity $(FIDELITY)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from core.toy import row, spec
+from core.toy import sequence, spec
 from pages import DOCS, FENCE, PAGES, ROOT, blocks_of, environment, name_of, serving, table_rows
 
 from throttllem.core.forecast.projection import project
@@ -179,7 +179,7 @@ def test_projection_by_hand_is_what_the_code_projects():
     for key, (prompt, answer, start) in enumerate(requests.values()):
         mine = Scoreboard(engine.block_tokens)
         for one in (board, mine):
-            one.dispatch(row(key, prompt, answer, earliest=start))
+            one.dispatch(sequence(key, prompt, answer, earliest=start))
             if start <= first:
                 one.begin(key, start, 0.0)
         alone.append(project(mine, engine, first=first).kv_blocks.tolist())

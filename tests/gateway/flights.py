@@ -125,10 +125,10 @@ def _happen(world, deed, one, two):
                 if key in world.up and world.up[key].in_progress:
                     world.end_iteration(key)
         case "o" if up:
-            world.tell(Observed(engine=key, running=one % 5, waiting=two % 3, kv_blocks=(None, two)[one % 2]))
+            world.send(Observed(engine=key, running=one % 5, waiting=two % 3, kv_blocks=(None, two)[one % 2]))
         case "p" if world.on:
             request_id = sorted(world.on)[one % len(world.on)]
-            world.tell(Progressed(engine=world.on[request_id], request_id=request_id, tokens=1 + two))
+            world.send(Progressed(engine=world.on[request_id], request_id=request_id, tokens=1 + two))
         case "r" if up:
             world.read_clock(key, (None, *CLOCKS_MHZ)[two % 6])
         case "t":

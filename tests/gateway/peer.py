@@ -11,8 +11,8 @@ from tests.gateway.upstream import Engine
 from throttllem.gateway.run import run_gateway
 from throttllem.gateway.settings import RESOLVED, ServeOptions
 from throttllem.tree import build, from_settings
-from tools.evaluation.fault_client import Client
-from tools.evaluation.garbage_engine import CHUNK
+from tools.testbed.client import Client
+from tools.testbed.engines.garbage_engine import CHUNK
 
 
 class Peer(VllmPeer):

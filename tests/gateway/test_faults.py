@@ -13,8 +13,8 @@ from throttllem.gateway.run import run_gateway
 from throttllem.gateway.settings import ServeOptions, ServerOptions
 from throttllem.gateway.telemetry.status import gateway_status
 from throttllem.profiling.storage import save_table
-from tools.evaluation.fault_client import tallied
-from tools.evaluation.garbage_engine import ANSWERS, CHUNK, PAGES, GarbageEngine, garbage_engine
+from tools.testbed.client import tallied
+from tools.testbed.engines.garbage_engine import ANSWERS, CHUNK, PAGES, GarbageEngine, garbage_engine
 
 GOOD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + CHUNK + b"data: [DONE]\n\n"
 

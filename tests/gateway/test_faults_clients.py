@@ -7,8 +7,8 @@ import random
 import pytest
 
 from tests.gateway.peer import answers, stream_and_whole, until, whole, with_peer
-from tools.evaluation.fault_client import connection, head
-from tools.evaluation.faults_client import generated
+from tools.evaluation.faults.clients import generated
+from tools.testbed.client import connection, head
 
 
 def request(there, **more):

@@ -216,12 +216,12 @@ def test_a_full_disk_stops_recording_once_and_it_begins_again(tmp_path):
     assert "No space left on device" in recorder.said[0]
     assert recorder.path is None
     recorder.flush()
-    world.tell(Timer())
+    world.send(Timer())
     world.advance(59.0)
-    world.tell(Timer())
+    world.send(Timer())
     assert len(recorder.said) == 1
     world.advance(2.0)
-    world.tell(Timer())
+    world.send(Timer())
     assert "records again" in recorder.said[1]
     before = len(world.log)
     busy(world, 50)
@@ -237,13 +237,13 @@ def test_a_folder_that_vanished_is_noticed_and_made_again(tmp_path):
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
-    world.tell(Timer())
+    world.send(Timer())
     recorder.flush()
     assert len(recorder.said) == 1
     assert "was removed" in recorder.said[0]
     for _ in range(2):
         world.advance(61.0)
-        world.tell(Timer())
+        world.send(Timer())
     world.ready(0, SPECS[1])
     path = recorder.path
     recorder.close()
@@ -258,7 +258,7 @@ def test_a_folder_that_cannot_be_made_is_said_once(tmp_path):
     assert len(recorder.said) == 1
     for _ in range(5):
         world.advance(61.0)
-        world.tell(Timer())
+        world.send(Timer())
     recorder.flush()
     recorder.close()
     assert len(recorder.said) == 1

@@ -271,7 +271,7 @@ def test_a_table_that_an_engine_still_uses_is_kept_too(tmp_path):
         request = Request(id=number, arrival_s=world.now_s, prompt_tokens=5, max_tokens=4, slo=Slo(), output_tokens=4)
         world.requests[number] = request
         world.waiting.append(number)
-        world.tell(Arrived(request=request))
+        world.send(Arrived(request=request))
         world.advance(0.1)
         if world.up[0].in_progress:
             world.end_iteration(0)

@@ -14,7 +14,7 @@ from tests.engines.upstreams import call, eventually, whole
 from tests.real.vllm import DEADLY, body, engine_of, started, watched
 from throttllem.engines.capacity import total
 from throttllem.openai_api.requests import CHAT, COMPLETIONS, parse_request
-from tools.engines.vllm_server import MODEL
+from tools.testbed.engines.vllm import MODEL
 
 pytestmark = pytest.mark.real
 

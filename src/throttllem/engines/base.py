@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from throttllem.openai_api.requests import ParsedRequest
 
 Headers = tuple[tuple[str, str], ...]
-"""Names in lower case, in order, repeated ones kept."""
+"""Names in lower case, in order; a name may be repeated."""
 
 _MESSAGES = {
     502: "the engine failed",

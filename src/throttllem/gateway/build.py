@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from throttllem.core.clocks.names import Policy, parse_policy
-from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.clocks.policy import ClockPolicy, Policy, parse_policy
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor

@@ -25,31 +25,32 @@ _EMPTY_DELTA = re.compile(rb'"delta"\s*:\s*\{\s*(?:(?:"role"\s*:\s*"\w+"|"\w+"\s
 class Splitter:
     """Cuts a stream into events; together with `rest` they are the bytes that came."""
 
-    __slots__ = ("_tail",)
+    __slots__ = ("tail",)
 
     def __init__(self) -> None:
-        self._tail = b""
+        self.tail = b""
+        """The bytes of an event that is not whole yet."""
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that `chunk` completes, each with its blank line; of one over the bound a part without one."""
-        tail = self._tail
+        tail = self.tail
         data = tail + chunk if tail else chunk
         # Most chunks are one whole event.
         if data.find(b"\n\n") + 2 == len(data) > 1 and b"\r" not in data:
-            self._tail = b""
+            self.tail = b""
             return [data]
         events, at = [], 0
         for end in _END.finditer(data, max(0, len(tail) - 3)):
             events.append(data[at : end.end()])
             at = end.end()
-        self._tail = data[at:]
-        if len(self._tail) > MOST_BYTES:
+        self.tail = data[at:]
+        if len(self.tail) > MOST_BYTES:
             events.append(self.rest())
         return events
 
     def rest(self) -> bytes:
         """The bytes of the last event if no blank line ended it."""
-        tail, self._tail = self._tail, b""
+        tail, self.tail = self.tail, b""
         return tail
 
 
@@ -95,8 +96,10 @@ class Meter:
 
     def feed(self, chunk: bytes) -> int:
         """The tokens in the events that this chunk completes."""
-        events = self._splitter.feed(chunk)
-        return self._event(events[0]) if len(events) == 1 else sum(map(self._event, events))
+        # As in `Splitter.feed`: a chunk is one whole event, in most cases.
+        if not self._splitter.tail and chunk.find(b"\n\n") + 2 == len(chunk) > 1 and b"\r" not in chunk:
+            return self._event(chunk)
+        return sum(map(self._event, self._splitter.feed(chunk)))
 
     def close(self) -> int:
         """The stream is over: the tokens in an event that no blank line ended."""

@@ -35,7 +35,7 @@ class Usage:
 
 
 class AnswerWriter:
-    """Writes one answer to a completion or a chat. `name` tells its id from others, `created_s` is Unix time.
+    """Writes one answer to a completion or a chat. `name` makes its id unique, `created_s` is Unix time.
 
     A stream is `opening`, `chunks` of any number, then `last` (the final text with the reason) or `closing` (the reason
     without a text), and `end`; an answer in one piece is `whole`. `reason` is OpenAI's `finish_reason`.
@@ -92,10 +92,10 @@ class AnswerWriter:
 
 
 def model_list(names: Sequence[str], created_s: int, **more: object) -> bytes:
-    """The answer of `/v1/models`; `more` is said of every model."""
+    """The answer of `/v1/models`; `more` are further fields of every model."""
     return json.dumps({"object": "list", "data": [model_entry(name, created_s, **more) for name in names]}).encode()
 
 
 def model_entry(name: str, created_s: int, **more: object) -> dict[str, object]:
-    """What `/v1/models` says of one model."""
+    """The entry of one model in it."""
     return {"id": name, "object": "model", "created": created_s, "owned_by": "throttllem", **more}

@@ -41,7 +41,7 @@ def test_the_state_is_the_status_with_its_totals_and_past() -> None:
     told = client.get("/dashboard/state").json()
     assert told["status"]["models"][0]["engines"][0]["view"]["plan"] == {
         "mhz": 1065,
-        "why": "one clock lower breaks an SLO",
+        "why": "one clock lower would violate an SLO",
         "binding": 4182,
     }
     assert told["totals"]["saved"] == pytest.approx(0.19)

@@ -97,8 +97,8 @@ def test_it_shows_what_metrics_say() -> None:
             }.items():
                 assert await shown(tab, key) == expected, key
             why = await tab.value("document.querySelector('.why').textContent")
-            assert "1,065 MHz: one clock lower breaks an SLO. Request 4182 binds." in why
-            assert "a deadline would be missed. Request 4100 stands in the way." in why
+            assert "1,065 MHz: one clock lower would violate an SLO. Request 4182 binds." in why
+            assert "an end-to-end SLO would be violated. Request 4100 stands in the way." in why
             # The projection lies to the right of now, dashed.
             for chart in ("Batch", "KV cache"):
                 ahead = f"document.querySelector('svg[aria-label^=\"{chart}\"] .ahead')"

@@ -107,4 +107,4 @@ def test_others_in_the_engine_are_said():
 def test_a_plan_in_words():
     assert decision(None) == "no decision yet"
     plan = FrequencyPlan(mhz=900, why=Reason.LOWEST_FEASIBLE, binding=4)
-    assert decision(plan) == "900 MHz: one clock lower breaks an SLO (request 4)"
+    assert decision(plan) == "900 MHz: one clock lower would violate an SLO (request 4)"

@@ -69,7 +69,7 @@ class _Generation:
 
 
 class RealtimeEngine:
-    """LiveEngine around the simulated one. `seed` drives noise, words and lengths; `now` counts seconds."""
+    """LiveEngine around the simulated one. `seed` drives noise, texts and lengths; `now` counts seconds."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class RealtimeEngine:
     async def connect(self) -> Connected:
         """What it is. Raises EngineError once it was closed."""
         self._check_alive()
-        note = "simulated: its words mean nothing, its time and energy are the physical model's with noise"
+        note = "simulated: its text is meaningless, its time and energy are the physical model's with noise"
         return Connected(
             spec=self.spec,
             models=(self.name,),

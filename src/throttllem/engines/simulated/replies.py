@@ -1,6 +1,6 @@
 """The answers of the simulated engine: which one a request gets, or which error, and its bytes.
 
-Lengths and words are seeded. Knows nothing of time or batching: the real-time engine counts the tokens up.
+Lengths and texts are seeded. Knows nothing of time or batching: the real-time engine counts the tokens up.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def model_facts(config: Mapping[str, object]) -> ModelFacts:
     """The facts in what `/v2/models/{model}/config` answers."""
     inputs, batch = config.get("input"), config.get("max_batch_size")
     names = [entry.get("name") for entry in inputs if isinstance(entry, dict)] if isinstance(inputs, list) else []
-    # A placeholder that nobody filled in stands for the backend's default, which is not known here: None.
+    # A placeholder that was not filled in stands for the backend's default, which is not known here: None.
     policy, chunked = _parameter(config, "batch_scheduler_policy"), _parameter(config, "enable_chunked_context")
     return ModelFacts(
         inputs=frozenset(name for name in names if isinstance(name, str)) or ENSEMBLE,

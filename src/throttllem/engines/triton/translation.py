@@ -82,7 +82,7 @@ def _greedy(native: dict[str, object], inputs: frozenset[str]) -> dict[str, obje
 
 
 def _is_neutral(name: str, value: object) -> bool:
-    # 0 == False in Python, but `logprobs: 0` asks for something.
+    # 0 == False in Python, but `logprobs: 0` does change the answer.
     if value is None or value is False:
         return True
     return not isinstance(value, bool) and any(value == neutral for neutral in _NEUTRAL.get(name, ()))

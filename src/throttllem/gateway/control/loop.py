@@ -472,12 +472,12 @@ class ControlLoop:
         """
         now_s, found = self.now(), {}
         for view in self.controller.snapshot().engines:
-            found[view.engine] = since_s = now_s if view.foreign == 0 else without_s.get(view.engine, now_s)
+            found[view.engine] = since_s = now_s if view.external_sequences == 0 else without_s.get(view.engine, now_s)
             if now_s - since_s >= _EXTERNAL_S:
                 found[view.engine] = math.inf
                 log.warning(
                     "engine of TP %d: %d sequences in it are not ours: does another gateway or client use it?",
                     view.tp,
-                    view.foreign,
+                    view.external_sequences,
                 )
         return found
