@@ -79,7 +79,7 @@ soak: $(STAMP)
 	$(BIN)/python -m tools.soak $(or $(SOAK),--schedules 10000)
 
 lock:
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra dev --extra docs pyproject.toml -o requirements.lock
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra all --extra dev --extra docs pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf .venv out build src/*.egg-info

@@ -26,9 +26,9 @@ BELOW = {
     "report": {"core", "physics", "gpu", "openai_api", "engines", "profiling", "sim", "gateway"},
     "reproduce": {"core", "physics", "gpu", "engines", "profiling", "sim", "report"},
 }
-"""What each layer may import besides itself. Outside: `cli` and its parts; `config` and `files` serve all but core;
+"""What each layer may import besides itself. Outside: `cli` and its parts; the foundation serves all but core;
 `vllm_stats` runs inside vLLM."""
-FOUNDATION = {"config", "files", "tree"}
+FOUNDATION = {"config", "did_you_mean", "files", "option_sources"}
 CLI = {"cli", "vllm_stats"}
 SETS_CLOCKS = "throttllem.gpu.locks"
 MAY_SET_CLOCKS = {"keeper", "doctor"}
@@ -82,7 +82,7 @@ def import_faults(src):
         allowed = BELOW.get(layer, set()) | {layer}
         if layer != "core":
             allowed |= FOUNDATION
-        if layer == "config":
+        if layer in {"config", "option_sources"}:
             allowed |= {"core"}
         if layer not in BELOW.keys() | FOUNDATION | {"__init__"}:
             faults.append(f"{path.relative_to(src)}: is in no layer")

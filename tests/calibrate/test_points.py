@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from throttllem.calibrate.points import Point, bands, points_of, sample
-from throttllem.config import EngineOptions
+from throttllem.config import BatchingOptions
 from throttllem.engines.simulated.fleet import build_fleet
 from throttllem.profiling.measure import ProfilePlan, profile_engine
 from throttllem.profiling.profile import ProfileError
@@ -93,7 +93,7 @@ def test_the_first_bad_row_is_named_and_all_are_counted():
 
 def test_what_profile_writes_is_read_as_it_was_measured():
     """The law at the point read from each row is the measurement, up to the blocks' rounding."""
-    fleet = build_fleet(CATALOGUE, LIKE.name, MODEL.name, (1,), EngineOptions())
+    fleet = build_fleet(CATALOGUE, LIKE.name, MODEL.name, (1,), BatchingOptions())
     plan = ProfilePlan(rows=300, noise_time=0.0, noise_power=0.0)
     profile = profile_engine(fleet.physics[1], fleet.specs[1], plan)
     for point in points_of(profile, MODEL, FILE):

@@ -9,8 +9,7 @@ from aiohttp import web
 from tests.engines.vllm_peer import VllmPeer
 from tests.gateway.upstream import Engine
 from throttllem.gateway.run import run_gateway
-from throttllem.gateway.settings import RESOLVED, ServeOptions
-from throttllem.tree import build, from_settings
+from throttllem.option_sources import load_options
 from tools.testbed.client import Client
 from tools.testbed.engines.garbage_engine import CHUNK
 
@@ -134,7 +133,7 @@ async def whole(folder, *settings, url=None, model="tiny", adjust=lambda gateway
     if url is not None:
         given |= {"engines.0.kind": "openai", "engines.0.url": url, "engines.0.max_batch": "8"}
     given |= dict(setting.split("=", 1) for setting in settings)
-    options, _ = build(ServeOptions, [from_settings([f"{name}={value}" for name, value in given.items()])], RESOLVED)
+    options = load_options(settings=[f"{name}={value}" for name, value in given.items()]).options
     before = asyncio.all_tasks()
     prepared = run_gateway(options, folder / "cache")
     adjust(prepared.gateway)

@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 from core.toy import spec, table
 
+from throttllem.config import EngineEntry, LengthOptions, Options, RecorderOptions
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.gateway.build import build_gateway, groups
-from throttllem.gateway.settings import EngineEntry, LiveLengthOptions, RecorderOptions, ServeOptions
 from throttllem.profiling.storage import save_table
 
 A100 = tuple(range(210, 1411, 15))
 
 
 def built(tmp_path, *, learn=False, **options):
-    whole = ServeOptions(state_dir=tmp_path / "state", **options)
+    whole = Options(state_dir=tmp_path / "state", **options)
     return build_gateway(whole, tmp_path / "cache", version="1", now=time.monotonic, learn=learn)
 
 
@@ -139,5 +139,5 @@ def test_learned_lengths_are_restored_and_damage_is_logged(tmp_path, caplog):
 
 
 def test_without_learning_and_without_recording(tmp_path):
-    gateway = built(tmp_path, length=LiveLengthOptions(predictor="max-tokens"), recorder=RecorderOptions(enabled=False))
+    gateway = built(tmp_path, length=LengthOptions(predictor="max-tokens"), recorder=RecorderOptions(enabled=False))
     assert (gateway.predictors, gateway.recorders) == ((), ())

@@ -7,9 +7,9 @@ import pytest
 
 from gateway.fakes import Engine, engine_server
 from gateway.test_build import trained
+from throttllem.config import EngineEntry, Options, RecorderOptions, ServerOptions
 from throttllem.core.types import Slo
 from throttllem.gateway.check import Finding, check_configuration, open_doors, verdict
-from throttllem.gateway.settings import EngineEntry, RecorderOptions, ServeOptions, ServerOptions
 
 
 def found(tmp_path, origins=None, **options):
@@ -17,7 +17,7 @@ def found(tmp_path, origins=None, **options):
     options.setdefault("server", ServerOptions(port=0))
     options.setdefault("state_dir", tmp_path / "state")
     before = sorted(tmp_path.rglob("*"))
-    findings = asyncio.run(check_configuration(ServeOptions(**options), origins or {}, tmp_path / "cache"))
+    findings = asyncio.run(check_configuration(Options(**options), origins or {}, tmp_path / "cache"))
     assert sorted(tmp_path.rglob("*")) == before
     return findings
 
@@ -85,7 +85,7 @@ def test_an_engine_that_is_something_else(tmp_path):
     async def run():
         async with engine_server(Engine()) as url:
             entry = EngineEntry(kind="openai", url=url, tables=trained(tmp_path))
-            options = ServeOptions(server=ServerOptions(port=0), state_dir=tmp_path, engines=(entry,))
+            options = Options(server=ServerOptions(port=0), state_dir=tmp_path, engines=(entry,))
             return await check_configuration(options, {}, tmp_path)
 
     text = text_of(asyncio.run(run()))

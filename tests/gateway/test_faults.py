@@ -9,8 +9,8 @@ import pytest
 from core.toy import spec, table
 
 from tests.gateway.peer import Peer, answers, stream_and_whole, until, whole, with_peer
+from throttllem.config import Options, ServerOptions
 from throttllem.gateway.run import run_gateway
-from throttllem.gateway.settings import ServeOptions, ServerOptions
 from throttllem.gateway.telemetry.status import gateway_status
 from throttllem.profiling.storage import save_table
 from tools.testbed.client import tallied
@@ -215,7 +215,7 @@ def test_a_taken_port_is_named_before_anything_is_built(tmp_path):
     async def main():
         async with whole(tmp_path) as there:
             port = int(there.client.url.rpartition(":")[2])
-            options = ServeOptions(server=ServerOptions(port=port), state_dir=tmp_path / "other")
+            options = Options(server=ServerOptions(port=port), state_dir=tmp_path / "other")
             with pytest.raises(OSError, match=f"server.port = {port}: cannot listen"):
                 run_gateway(options, tmp_path)
             assert not options.state_dir.exists()

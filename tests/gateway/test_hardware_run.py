@@ -17,9 +17,9 @@ from aiohttp import web
 from gateway.test_run import lived, options
 from tests.engines.upstreams import served as upstream
 from tests.engines.vllm_peer import VllmPeer
+from throttllem.config import ClockOptions, EngineEntry
 from throttllem.gateway.check import check_configuration
 from throttllem.gateway.run import run_gateway
-from throttllem.gateway.settings import ClockOptions, EngineEntry
 from tools.nvml import build
 from tools.nvml.machine import Machine, a100
 
@@ -89,7 +89,7 @@ def served(tmp_path, keeper, mode, during):
 
 
 @pytest.mark.parametrize(
-    ("mode", "locked", "set_now"), [("on", (1410, 1410), 1), ("advise", None, 0), ("off", None, 0)]
+    ("mode", "locked", "set_now"), [("on", (1410, 1410), 1), ("dry-run", None, 0), ("off", None, 0)]
 )
 def test_clocks_while_it_serves_and_after(tmp_path, machine, keeper, mode, locked, set_now):
     seen = {}
@@ -134,9 +134,9 @@ def test_a_missing_keeper_is_found_by_check_and_does_not_keep_the_gateway_from_s
     [
         ("on", {"clocks.mode": "t.toml:2"}, "would be on (clocks.mode = on, t.toml:2): set through the keeper at "),
         (
-            "advise",
+            "dry-run",
             {},
-            "would be a dry run (clocks.mode = advise, the default): decided, recorded and shown, never set",
+            "would be a dry run (clocks.mode = dry-run, the default): decided, recorded and shown, never set",
         ),
         ("off", {"clocks.mode": "command line"}, "would be off (clocks.mode = off, command line): left alone"),
     ],

@@ -12,9 +12,9 @@ from profiling.live.testbed import engine_and_gpu, modelled, virtually
 from gateway.test_build import A100, trained
 from gateway.test_check import found, text_of
 from gateway.test_hardware_run import machine  # noqa: F401 (a fixture)
+from throttllem.config import ClockOptions, EngineEntry, Options
 from throttllem.core.types import Slo
 from throttllem.gateway.build import build_gateway
-from throttllem.gateway.settings import ClockOptions, EngineEntry, ServeOptions
 from throttllem.gpu.device import Reading
 from throttllem.profiling.live.plan import LivePlan
 from throttllem.profiling.live.run import profile_live
@@ -33,15 +33,15 @@ def without_axis(folder, clocks=A100):
     return folder
 
 
-def built(tmp_path, *, gpus=None, mode="advise", policy="least-energy", clocks=A100):
+def built(tmp_path, *, gpus=None, mode="dry-run", policy="least-energy", clocks=A100):
     entry = EngineEntry(kind="openai", url=URL, gpus=gpus, tables=without_axis(tmp_path, clocks))
-    options = ServeOptions(
+    options = Options(
         engines=(entry,), clocks=ClockOptions(mode=mode), policy=policy, state_dir=tmp_path / "state", slo=Slo(e2e_s=30)
     )
     return build_gateway(options, tmp_path / "cache", version="1", now=time.monotonic, learn=False)
 
 
-@pytest.mark.parametrize("mode", ["on", "advise"])
+@pytest.mark.parametrize("mode", ["on", "dry-run"])
 def test_real_clocks_are_an_error(tmp_path, mode):
     with pytest.raises(ValueError, match="clock axis of this table was not measured") as raised:
         built(tmp_path, gpus=("0",), mode=mode)
@@ -55,7 +55,7 @@ def test_real_clocks_are_an_error(tmp_path, mode):
         assert part in str(raised.value)
 
 
-@pytest.mark.parametrize("mode", ["on", "advise"])
+@pytest.mark.parametrize("mode", ["on", "dry-run"])
 def test_check_marks_it(tmp_path, mode):
     entry = EngineEntry(kind="openai", url=URL, gpus=("0",), tables=without_axis(tmp_path))
     (fatal,) = [each for each in found(tmp_path, engines=(entry,), clocks=ClockOptions(mode=mode)) if each.fatal]
@@ -63,7 +63,7 @@ def test_check_marks_it(tmp_path, mode):
     assert "clock axis of this table was not measured" in fatal.text
 
 
-@pytest.mark.parametrize(("gpus", "mode"), [(None, "advise"), (("0",), "off")])
+@pytest.mark.parametrize(("gpus", "mode"), [(None, "dry-run"), (("0",), "off")])
 @pytest.mark.parametrize("policy", ["least-energy", "throttllem"])
 @pytest.mark.parametrize("clocks", [A100, (900,)])
 def test_without_real_clocks_it_has_only_the_maximum_clock_and_no_estimate(tmp_path, gpus, mode, policy, clocks):

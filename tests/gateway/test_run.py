@@ -9,15 +9,15 @@ import threading
 import aiohttp
 import pytest
 
+from throttllem.config import EngineEntry, Options, ServerOptions
 from throttllem.gateway import run as run_module
 from throttllem.gateway.run import run_gateway
-from throttllem.gateway.settings import EngineEntry, ServeOptions, ServerOptions
 from throttllem.profiling.lengths import save_lengths
 
 
 def options(tmp_path, **more):
     server = more.pop("server", ServerOptions(port=0, metrics_port=0))
-    return ServeOptions(policy="triton", state_dir=tmp_path / "state", server=server, **more)
+    return Options(policy="triton", state_dir=tmp_path / "state", server=server, **more)
 
 
 def lived(prepared, during):

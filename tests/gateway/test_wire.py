@@ -88,7 +88,7 @@ REQUEST = {"id": 1, "arrival_s": 0.5, "prompt_tokens": 3, "max_tokens": 4, "slo"
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (5, "event: 5 is not an object"),
         ({"engine": 1}, "event: None is none that this build knows"),
@@ -99,10 +99,10 @@ REQUEST = {"id": 1, "arrival_s": 0.5, "prompt_tokens": 3, "max_tokens": 4, "slo"
         ({"k": "Stepped", "engine": 1, "iteration": 1, "started": 3}, "Stepped.started: 3 is not a list"),
         ({"k": "Stepped", "engine": 1, "iteration": 1, "started": ["a"]}, "Stepped.started: 'a' is not a whole number"),
         ({"k": "Arrived", "request": [1]}, r"Arrived.request: \[1\] is not an object"),
-        ({"k": "Arrived", "request": REQUEST | {"slo": {"e2e_s": -1.0}}}, "Arrived.request.slo: SLO e2e_s = -1.0"),
+        ({"k": "Arrived", "request": REQUEST | {"slo": {"e2e_s": -1.0}}}, "Arrived.request.slo: slo.e2e_s = -1.0"),
         ({"k": "Arrived", "request": REQUEST | {"caller": 4}}, "Arrived.request.caller: 4 is not a text"),
     ],
 )
-def test_what_is_no_event_is_named(data, said):
-    with pytest.raises(wire.WireError, match=said):
+def test_an_unknown_event_is_named(data, message):
+    with pytest.raises(wire.WireError, match=message):
         wire.event_from(data)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from throttllem.config import EngineOptions, Noise
+from throttllem.config import BatchingOptions, Noise
 from throttllem.core.admission import AdmissionOptions, Unmeetable
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
@@ -29,7 +29,7 @@ from throttllem.sim.recorder import Life, Recorder
 from tools.evaluation.overload_load import Lengths, Outcome, Slos, azure, judge
 
 GPU, MODEL, TP = "a100-40gb-sxm", "llama-2-13b", 4
-BATCHING = EngineOptions(block_tokens=16, chunked=True, prefill_budget_tokens=2048, max_batch=256)
+BATCHING = BatchingOptions(block_tokens=16, chunked=True, prefill_budget_tokens=2048, max_batch=256)
 LENGTHS = Lengths(prompt_divisor=1.0, prompt_cap=3000, answer_divisor=1.0, answer_cap=1000)
 MAX_TOKENS = 1024
 LIMITS = (32, 48, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256)

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from throttllem.config import Options, changed
+from throttllem.option_sources import load_options
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.storage import load_table
 from throttllem.sim.study import Study
@@ -22,10 +22,10 @@ from tools.loop.plan import BLOCK_TOKENS, BUDGET_TOKENS, KIND, MAX_BATCH, MODEL,
 from tools.testbed.gateway import throttllem
 
 ENGINE = {
-    "engine.chunked": "true",
-    "engine.block_tokens": BLOCK_TOKENS,
-    "engine.max_batch": MAX_BATCH,
-    "engine.prefill_budget_tokens": BUDGET_TOKENS,
+    "batching.chunked": "true",
+    "batching.block_tokens": BLOCK_TOKENS,
+    "batching.max_batch": MAX_BATCH,
+    "batching.prefill_budget_tokens": BUDGET_TOKENS,
     "noise.time": 0,
     "noise.power": 0,
     "throttle.switch_latency_s": SWITCH_S,
@@ -58,7 +58,7 @@ def simulate_with(tables: Path, trace: Path, plan: Plan, folder: Path) -> dict[s
         policies=plan.policies,
         slo_e2e_s=plan.e2e_s,
         slo_tbt_s=plan.tbt_s,
-        options=changed(Options(), [f"{name}={value}" for name, value in ENGINE.items()]),
+        options=load_options(settings=[f"{name}={value}" for name, value in ENGINE.items()]).options,
     )
     scenario, policies = study.prepare(Catalogue.load(folder / CATALOGUE_FILE), folder / CACHE)
     table = load_table(tables / f"table-tp{TP}.npz")

@@ -19,6 +19,7 @@ from typing import Any
 
 import uvloop
 
+from throttllem.config import LimitOptions
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
@@ -32,7 +33,6 @@ from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
 from throttllem.gateway.control.session import Session
 from throttllem.gateway.energy.accounting import EnergyAccounting
-from throttllem.gateway.settings import LimitOptions
 from throttllem.gpu import hardware
 from throttllem.gpu.setters import clock_setter
 from throttllem.openai_api.errors import ApiError

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+from throttllem.config import EngineEntry, Options
 from throttllem.core.clocks.policy import ClockPolicy, Policy, parse_policy
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
@@ -24,14 +25,15 @@ from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
 from throttllem.gateway.flight.recorder import Recorder
 from throttllem.gateway.flight.recordings import safe_name
-from throttllem.gateway.settings import EngineEntry, ServeOptions
 from throttllem.gateway.telemetry.metrics import Histograms
 from throttllem.gateway.telemetry.observer import RecordingObserver
 from throttllem.gpu.hardware import HardwareGpu
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.lengths import load_lengths
 from throttllem.profiling.storage import load_table
-from throttllem.profiling.tables import Progress, performance_tables
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share that is done (0 to 1)."""
 
 log = logging.getLogger("throttllem.gateway")
 
@@ -55,7 +57,7 @@ class Gateway:
 
 
 def build_gateway(
-    options: ServeOptions,
+    options: Options,
     cache_dir: Path,
     *,
     version: str,
@@ -126,7 +128,7 @@ class _Built:
 class _Part:
     """One model's worth of building."""
 
-    options: ServeOptions
+    options: Options
     catalogue: Catalogue
     cache_dir: Path | None
     now: Callable[[], float]
@@ -186,6 +188,8 @@ class _Part:
             if entry.tables is not None:
                 tables[entry.tp] = self._table(entry, entry.tables.expanduser() / f"table-tp{entry.tp}.npz")
             elif entry.kind == "simulated" and policy.slo_aware and self.cache_dir is not None:
+                from throttllem.profiling.tables import performance_tables  # noqa: PLC0415
+
                 alone = build_fleet(self.catalogue, entry.gpu, entry.model, (entry.tp,), self.options.batching)
                 tables |= performance_tables(alone, self.cache_dir, seed=0, progress=self.progress)
         return tables

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from throttllem.config import Options, ServerOptions
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.options import ControllerOptions
@@ -17,11 +18,10 @@ from throttllem.files import WriteError, writable_dir
 from throttllem.gateway.build import Gateway, build_gateway
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.http.server import bind
-from throttllem.gateway.settings import ServeOptions, ServerOptions
 from throttllem.gpu.hardware import HardwareGpu, Mode, check_apart
 from throttllem.gpu.keeper_client import keeper_status
 from throttllem.gpu.zeusd import reach
-from throttllem.tree import leaves
+from throttllem.option_sources import leaves
 
 _REACH_S = 5.0
 
@@ -35,7 +35,7 @@ class Finding:
     fatal: bool = False
 
 
-async def check_configuration(options: ServeOptions, origins: dict[str, str], cache_dir: Path) -> list[Finding]:
+async def check_configuration(options: Options, origins: dict[str, str], cache_dir: Path) -> list[Finding]:
     """Everything worth saying, in the order in which `serve` would come to it."""
     findings = [
         *_values(options, origins),
@@ -59,15 +59,15 @@ def verdict(findings: Sequence[Finding]) -> tuple[int, str]:
     return (1, f"{wrong} to mend; serve would start all the same") if wrong else (0, "nothing to mend")
 
 
-def _values(options: ServeOptions, origins: dict[str, str]) -> Iterator[Finding]:
+def _values(options: Options, origins: dict[str, str]) -> Iterator[Finding]:
     """Every option that was set, and where."""
     for path, value in leaves(options):
         if path in origins:
             yield Finding(mark="ok", text=f"{path} = {value}   ({origins[path]})")
-    yield Finding(mark="--", text="everything else has its default (docs/configuration.md)")
+    yield Finding(mark="--", text="everything else has its default (docs/reference/configuration.md)")
 
 
-def _ports(options: ServeOptions) -> Iterator[Finding]:
+def _ports(options: Options) -> Iterator[Finding]:
     try:
         bind(options.server).close()
     except OSError as error:
@@ -80,7 +80,7 @@ def _ports(options: ServeOptions) -> Iterator[Finding]:
         yield Finding(mark="ok", text=f"metrics and dashboard on {where}, which needs no key")
 
 
-def _access(options: ServeOptions) -> Iterator[Finding]:
+def _access(options: Options) -> Iterator[Finding]:
     server = options.server
     if door := _keyless(server):
         yield Finding(mark="!!", text=door)
@@ -116,7 +116,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _folders(options: ServeOptions) -> Iterator[Finding]:
+def _folders(options: Options) -> Iterator[Finding]:
     state = options.state_dir.expanduser()
     try:
         writable_dir(state)
@@ -131,7 +131,7 @@ def _folders(options: ServeOptions) -> Iterator[Finding]:
         yield Finding(mark="ok", text=f"flight recorder: {folder}, at most {most:.0f} MiB per model")
 
 
-def _slos(options: ServeOptions) -> Iterator[Finding]:
+def _slos(options: Options) -> Iterator[Finding]:
     for name, slo in (("by default", options.slo), *((f"class {name}", slo) for name, slo in options.classes.items())):
         parts = [
             f"{part[:-2].upper()} {getattr(slo, part):g} s"
@@ -141,7 +141,7 @@ def _slos(options: ServeOptions) -> Iterator[Finding]:
         yield Finding(mark="ok" if parts else "--", text=f"SLO {name}: {', '.join(parts) or 'none'}")
 
 
-async def _engines(gateway: Gateway, options: ServeOptions, origins: dict[str, str]) -> list[Finding]:
+async def _engines(gateway: Gateway, options: Options, origins: dict[str, str]) -> list[Finding]:
     findings = []
     for model in gateway.models.served:
         aware = model.loop.controller.options.slo_aware
@@ -164,7 +164,7 @@ async def _engines(gateway: Gateway, options: ServeOptions, origins: dict[str, s
     return findings
 
 
-async def _engine(backend: Backend, core: ControllerOptions, options: ServeOptions) -> list[Finding]:
+async def _engine(backend: Backend, core: ControllerOptions, options: Options) -> list[Finding]:
     try:
         async with asyncio.timeout(_REACH_S):
             connected = await backend.engine.connect()
@@ -178,7 +178,7 @@ async def _engine(backend: Backend, core: ControllerOptions, options: ServeOptio
     return [Finding(mark="ok", text=_described(backend, connected, core, options)), *_notes(backend, connected)]
 
 
-def _described(backend: Backend, connected: Connected, core: ControllerOptions, options: ServeOptions) -> str:
+def _described(backend: Backend, connected: Connected, core: ControllerOptions, options: Options) -> str:
     spec, clocks = connected.spec, connected.spec.clocks_mhz
     table = core.tables.get(backend.tp)
     if table is not None:
@@ -203,7 +203,7 @@ def _without_choice(backend: Backend, table: PerformanceTable | None) -> bool:
     return backend.kind != "simulated" if table is None else not table.clocks_measured
 
 
-async def _hardware(backend: Backend, options: ServeOptions, origins: dict[str, str]) -> list[Finding]:
+async def _hardware(backend: Backend, options: Options, origins: dict[str, str]) -> list[Finding]:
     """Real GPUs are found and read, never set; the finding names the mode that clocks would run in."""
     gpu = backend.gpu
     if not isinstance(gpu, HardwareGpu):
@@ -220,7 +220,7 @@ async def _hardware(backend: Backend, options: ServeOptions, origins: dict[str, 
     return [Finding(mark="ok", text=text), await _clocks(backend.name, gpu, options, why)]
 
 
-async def _clocks(name: str, gpu: HardwareGpu, options: ServeOptions, why: str) -> Finding:
+async def _clocks(name: str, gpu: HardwareGpu, options: Options, why: str) -> Finding:
     """Which mode an engine's clocks would run in, and why."""
     match gpu.mode:
         case Mode.OFF:
@@ -235,7 +235,7 @@ async def _clocks(name: str, gpu: HardwareGpu, options: ServeOptions, why: str) 
     return Finding(mark=mark, text=f"engine {name}: clocks would be on ({why}): {text}")
 
 
-async def _setter(gpu: HardwareGpu, options: ServeOptions) -> tuple[str, str]:
+async def _setter(gpu: HardwareGpu, options: Options) -> tuple[str, str]:
     """The mark, and how clocks would be set. Raises OSError where they would not be."""
     if (zeusd := options.clocks.zeusd) is not None:
         await asyncio.to_thread(reach, zeusd)

@@ -14,28 +14,27 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
 from starlette.types import ASGIApp
 
+from throttllem.config import Options
 from throttllem.core.lengths.online import OnlineLengthPredictor
 from throttllem.files import hold_dir
-from throttllem.gateway.build import Gateway, build_gateway
+from throttllem.gateway.build import Gateway, Progress, build_gateway
 from throttllem.gateway.check import open_doors
 from throttllem.gateway.http.app import Gateway as Front
 from throttllem.gateway.http.app import build_app, build_private_app
 from throttllem.gateway.http.server import Sockets, bind, run
-from throttllem.gateway.settings import ServeOptions
 from throttllem.gateway.telemetry.dashboard import dashboard_routes
 from throttllem.gateway.telemetry.history import History
 from throttllem.gateway.telemetry.metrics import metrics_page
 from throttllem.gateway.telemetry.status import GatewayStatus, assumptions
 from throttllem.gpu.hardware import check_apart
 from throttllem.profiling.lengths import save_lengths
-from throttllem.profiling.tables import Progress
 
 log = logging.getLogger("throttllem.gateway")
 
@@ -52,7 +51,7 @@ _LARGE_BYTES = 256 * 1024
 class Prepared:
     """A gateway that holds its ports and has everything that is slow behind it. `serve` once."""
 
-    options: ServeOptions
+    options: Options
     gateway: Gateway
     sockets: Sockets
     held: int
@@ -185,13 +184,13 @@ def _failed(task: asyncio.Task[None]) -> None:
         log.error("%s failed", task.get_coro(), exc_info=error)
 
 
-def run_gateway(options: ServeOptions, cache_dir: Path, *, progress: Progress = lambda *_: None) -> Prepared:
+def run_gateway(options: Options, cache_dir: Path, *, progress: Progress = lambda *_: None) -> Prepared:
     """Take the ports, then do what is slow. Raises ValueError and OSError for what cannot be."""
     sockets = bind(options.server)
     held: int | None = None
     try:
         folder, held = _own_folder(options.state_dir.expanduser(), sockets.addresses()[0][1])
-        options = replace(options, state_dir=folder)
+        options = options.model_copy(update={"state_dir": folder})
         gateway = build_gateway(
             options, cache_dir, version=version("throttllem"), now=time.monotonic, progress=progress
         )

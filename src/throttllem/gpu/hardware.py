@@ -51,11 +51,6 @@ class Mode(StrEnum):
     DRY_RUN = "dry-run"
     ON = "on"
 
-    @classmethod
-    def _missing_(cls, value: object) -> Mode | None:
-        """ "advise" was the name of the dry run, and is still accepted."""
-        return cls.DRY_RUN if value == "advise" else None
-
 
 class HardwareGpu:
     """The GPUs of one engine, by UUID or by number. An async context manager, which restores their clocks.

@@ -80,7 +80,7 @@ def _cached(fleet: Fleet, tp: int, trace: Trace, options: Options, cache_dir: Pa
         "model": fleet.model,
         "trace": trace.name,
         "lengths": hashlib.sha256(trace.prompt_tokens.tobytes() + trace.output_tokens.tobytes()).hexdigest(),
-        "engine": asdict(options.engine),
+        "engine": asdict(options.batching),
         "noise": asdict(options.noise),
         "method": METHOD,
         "seed": seed,
@@ -139,7 +139,7 @@ def sample_requests(
     fraction that does not fit.
     """
     limits = output_limits(trace, fleet, options)
-    blocks = -(-(trace.prompt_tokens + limits) // options.engine.block_tokens)
+    blocks = -(-(trace.prompt_tokens + limits) // options.batching.block_tokens)
     spec = fleet.specs[tp]
     fits = np.flatnonzero((trace.prompt_tokens + limits <= spec.max_context_tokens) & (blocks <= spec.kv_blocks))
     if not fits.size:
@@ -154,7 +154,7 @@ def output_limits(trace: Trace, fleet: Fleet, options: Options) -> np.ndarray[tu
 
     A request whose output does not fit keeps a limit that does not fit either, so that it is rejected.
     """
-    limit = options.engine.max_tokens or 1 << int(trace.output_tokens.max() - 1).bit_length()
+    limit = options.batching.max_tokens or 1 << int(trace.output_tokens.max() - 1).bit_length()
     context = fleet.specs[fleet.sizes[-1]].max_context_tokens
     return np.maximum(np.minimum(limit, context - trace.prompt_tokens), trace.output_tokens)
 

@@ -31,6 +31,8 @@ from throttllem.sim.traces import Trace, load_trace
 
 MAXIMUM = "max"
 _BINS = 500
+_SECTIONS = ("throttle", "admission", "autoscale", "length", "batching", "noise")
+"""Of the options, those that a simulation depends on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,7 @@ class Study:
             raise ValueError("no policy given: name one or more, as in --policy triton,throttllem")
         if len(set(self.policies)) < len(self.policies):
             raise ValueError(f"--policy {','.join(self.policies)}: a policy is named twice")
-        fleet = build_fleet(catalogue, self.gpu, self.model, self.sizes, self.options.engine)
+        fleet = build_fleet(catalogue, self.gpu, self.model, self.sizes, self.options.batching)
         policies = [parse_policy(name, fleet.clocks_mhz, fleet.sizes) for name in self.policies]
         whole = load_trace(self.trace, seed=self.seed)
         rate = None if self.peak_rps in (None, MAXIMUM) else float(self.peak_rps or 0)
@@ -199,7 +201,7 @@ class Scenario:
                 | {"physics": reach(self.fleet.physics[tp], self.trace.mean_context_tokens)}
                 for tp in self.fleet.sizes
             ],
-            "options": asdict(self.options),
+            "options": {name: asdict(getattr(self.options, name)) for name in _SECTIONS},
             "count_freed_gpus": self.count_freed_gpus,
             "seed": self.seed,
         }

@@ -1,5 +1,5 @@
-"""One engine's life: connected, watched, suspected, lost, connected again, retired; its iterations by timer where nothing
-else shows them.
+"""One engine's life: connected, watched, suspected, lost, connected again, retired; its iterations by timer where
+nothing else shows them.
 """
 
 import asyncio
@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from gateway.rig import outcome, rig, virtually
+from throttllem.config import LimitOptions
 from throttllem.core.types import Cancelled, ClockRead, EngineLost, EngineReady, FrequencyPlan, Reason, Stepped
 from throttllem.engines.base import EngineError
-from throttllem.gateway.settings import LimitOptions
 
 
 def plan(mhz):

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.rig import outcome, rig, virtually
+from throttllem.config import LimitOptions
 from throttllem.core.admission import AdmissionOptions
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.types import Cancelled, EngineReady, Reject, Slo
 from throttllem.engines.base import EngineError
-from throttllem.gateway.settings import LimitOptions
 from throttllem.gateway.telemetry.status import gateway_status
 from throttllem.openai_api.errors import ApiError
 

@@ -1,5 +1,5 @@
-"""Events on their way into the core: one after the other in their order, a timer that is never early, and clocks planned
-after the commands of a round are on their way. The observer gets every call.
+"""Events on their way into the core: one after the other in their order, a timer that is never early, and clocks that
+are planned after the requests of a round are on their way. The observer gets every call.
 """
 
 import asyncio
@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from gateway.rig import rig, virtually
+from throttllem.config import LimitOptions
 from throttllem.core.types import (
     Arrived,
     Cancelled,
@@ -26,7 +27,6 @@ from throttllem.core.types import (
 )
 from throttllem.gateway.control import loop as loop_module
 from throttllem.gateway.control.loop import ControlLoop
-from throttllem.gateway.settings import LimitOptions
 
 
 class Script:

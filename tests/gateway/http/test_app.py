@@ -1,3 +1,5 @@
+"""Which path is served how, which clients are served, and what becomes of every error."""
+
 import asyncio
 import json
 import logging
@@ -6,9 +8,9 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from tests.gateway.fakes import house, until
+from tests.gateway.fakes import running, until
+from throttllem.config import LimitOptions, ServerOptions
 from throttllem.core.types import Slo
-from throttllem.gateway.settings import LimitOptions, ServerOptions
 from throttllem.openai_api.errors import ApiError
 
 COMPLETIONS = "/v1/completions"
@@ -16,10 +18,10 @@ BODY = {"model": "tiny", "prompt": "x"}
 
 
 def within(check, **options):
-    """Run `check(house)`."""
+    """The result of `check(gateway)`."""
 
     async def main():
-        async with house(**options) as there:
+        async with running(**options) as there:
             return await check(there)
 
     return asyncio.run(main())
@@ -44,7 +46,7 @@ def test_models_are_listed_and_found():
     assert (status, none["code"]) == (404, "model_not_found")
 
 
-def test_health_says_what_can_be_served():
+def test_health_shows_whether_requests_are_served():
     async def check(there):
         seen = []
         for state in ("up", "down"):
@@ -59,7 +61,7 @@ def test_health_says_what_can_be_served():
     assert within(check) == [(200, "ok"), (503, "degraded"), (503, "draining")]
 
 
-def test_health_and_metrics_by_their_heads():
+def test_health_and_metrics_answer_head_requests():
     async def check(there):
         return [(await there.get(path, method="HEAD"))[::2] for path in ("/health", "/metrics")]
 
@@ -76,15 +78,15 @@ ROUTES = (Route("/dashboard", hello, methods=["GET"]),)
 def test_metrics_and_further_routes_on_the_same_port():
     async def check(there):
         pages = [await there.get(path) for path in ("/metrics", "/dashboard?who=you")]
-        refused = await there.get("/dashboard", method="DELETE")
-        return [(status, body) for status, _, body in pages], refused
+        wrong = await there.get("/dashboard", method="DELETE")
+        return [(status, body) for status, _, body in pages], wrong
 
     pages, (status, headers, body) = within(check, extra_routes=ROUTES)
     assert pages == [(200, b"up 1\n"), (200, b"hello you")]
     assert (status, headers["allow"]) == (405, "GET, HEAD") and error_of(body)
 
 
-def test_metrics_on_a_port_of_their_own():
+def test_metrics_on_a_separate_port():
     async def check(there):
         public = [(await there.get(path))[0] for path in ("/metrics", "/dashboard", "/health")]
         private = []
@@ -99,36 +101,36 @@ def test_metrics_on_a_port_of_their_own():
     assert (public, private) == ([401, 401, 200], [200, 200, 200, 404])
 
 
-def test_keys_guard_everything_but_health():
+def test_every_path_but_health_needs_a_key():
     async def check(there):
         paths = ("/v1/models", "/metrics", "/v1/files", "/nowhere", "/health")
-        shut = [(await there.get(path))[0] for path in paths]
+        without_key = [(await there.get(path))[0] for path in paths]
         key = {"authorization": "Bearer k"}
-        opened = [(await there.get(path, headers=key))[0] for path in paths]
+        with_key = [(await there.get(path, headers=key))[0] for path in paths]
         await there.post(COMPLETIONS, BODY, key)
-        return shut, opened, there.engine.seen, there.ticket
+        return without_key, with_key, there.engine.seen, there.session
 
-    shut, opened, seen, ticket = within(check, server=ServerOptions(api_keys=("k",)))
-    assert shut == [401, 401, 401, 401, 200]
-    assert opened == [200, 200, 200, 404, 200]
+    without_key, with_key, seen, session = within(check, server=ServerOptions(api_keys=("k",)))
+    assert without_key == [401, 401, 401, 401, 200]
+    assert with_key == [200, 200, 200, 404, 200]
     assert not any("authorization" in headers for _, _, headers, _ in seen)
-    assert ticket.caller and ticket.caller != "k"
+    assert session.caller and session.caller != "k"
 
 
-def test_a_clients_own_key_goes_on_where_the_gateway_has_none():
+def test_a_clients_key_goes_to_the_engine_where_the_gateway_has_none():
     async def check(there):
         await there.post(COMPLETIONS, BODY | {"user": "u"}, {"Authorization": "Bearer theirs"})
-        return there.engine.seen[0][2], there.ticket.caller
+        return there.engine.seen[0][2], there.session.caller
 
     headers, caller = within(check)
     assert (headers["authorization"], caller) == ("Bearer theirs", "u")
 
 
-def test_promises_reach_the_ticket_but_not_the_engine():
+def test_slos_reach_the_session_but_not_the_engine():
     async def check(there):
         await there.post(COMPLETIONS, BODY, {"x-slo-class": "fast", "x-slo-tpot-ms": "20"})
         bad = await there.post(COMPLETIONS, BODY, {"x-slo-ttft-ms": "soon"})
-        return there.ticket.slo, there.engine.seen[0][2], bad
+        return there.session.slo, there.engine.seen[0][2], bad
 
     slo, headers, (status, _, body) = within(check, classes={"fast": Slo(ttft_s=0.1)}, slo=Slo(e2e_s=9))
     assert slo == Slo(ttft_s=0.1, tbt_s=0.02)
@@ -136,7 +138,7 @@ def test_promises_reach_the_ticket_but_not_the_engine():
     assert (status, error_of(body)["param"]) == (400, "x-slo-ttft-ms")
 
 
-def test_request_bytes_go_on_unchanged_with_path_and_query():
+def test_the_engine_gets_the_request_unchanged_with_path_and_query():
     async def check(there):
         body = b'{ "model":"tiny", "prompt":"\\u00e4" }'
         await there.post(COMPLETIONS + "?a=%20b&c", body, {"x-request-id": "mine-1"})
@@ -174,20 +176,20 @@ def test_request_ids_are_kept_where_sane():
         ("POST", "/tokenize", 404, None),
     ],
 )
-def test_paths_and_methods_that_are_not_there(method, path, status, allow):
+def test_unknown_paths_and_methods(method, path, status, allow):
     got, headers, body = within(lambda there: there.get(path, method=method))
     assert (got, headers.get("allow")) == (status, allow)
     assert error_of(body)["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
-def test_other_paths_are_passed_on_without_control(method):
+def test_other_paths_are_forwarded_without_control(method):
     async def check(there):
         answer = await there.get("/v1/files/a%2Bb?x=1", method=method)
-        return *answer, there.engine.seen, there.models.tickets
+        return *answer, there.engine.seen, there.models.sessions
 
-    status, headers, body, seen, tickets = within(check)
-    assert (status, body, tickets) == (200, b"\x00plain\xff", [])
+    status, headers, body, seen, sessions = within(check)
+    assert (status, body, sessions) == (200, b"\x00plain\xff", [])
     assert headers["x-engine"] == "yes" and "x-drop" not in headers and "connection" not in headers
     assert [(way, path) for way, path, *_ in seen] == [(method, "/v1/files/a%2Bb?x=1")]
 
@@ -232,15 +234,15 @@ def test_a_path_is_never_taken_for_another():
     assert [path for path, _ in seen] == ["/v1/files"] and "evil" not in seen[0][1]
 
 
-def test_a_refusal_is_told_with_its_time():
+def test_a_rejection_carries_retry_after():
     async def check(there):
-        there.models.refuse = ApiError(429, "full", kind="rate_limit_error", code="queue_full", retry_after_s=3)
+        there.models.reject = ApiError(429, "full", kind="rate_limit_error", code="queue_full", retry_after_s=3)
         answer = await there.post(COMPLETIONS, BODY)
-        return *answer, there.ticket
+        return *answer, there.session
 
-    status, headers, body, ticket = within(check)
+    status, headers, body, session = within(check)
     assert (status, headers["retry-after"], error_of(body)["code"]) == (429, "3", "queue_full")
-    assert ticket.ends == ["refused"]
+    assert session.ends == ["rejected"]
 
 
 def test_an_unknown_model():
@@ -268,10 +270,10 @@ def test_a_body_over_the_limit(announced):
 
         data = b"x" * 102400 if announced else parts()
         async with there.http.post(there.url + COMPLETIONS, data=data) as response:
-            return response.status, await response.read(), there.models.tickets
+            return response.status, await response.read(), there.models.sessions
 
-    status, body, tickets = within(check, limits=LimitOptions(body_bytes=4096))
-    assert (status, error_of(body)["code"], tickets) == (413, "body_too_large", [])
+    status, body, sessions = within(check, limits=LimitOptions(body_bytes=4096))
+    assert (status, error_of(body)["code"], sessions) == (413, "body_too_large", [])
 
 
 def test_headers_over_the_limit():

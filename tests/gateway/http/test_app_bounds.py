@@ -1,4 +1,4 @@
-"""What one client can make the gateway do, and what it hears of the inside: both have bounds."""
+"""Bounds on what one client can make the gateway do, and on what an error shows of the inside."""
 
 import asyncio
 import json
@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from tests.gateway.fakes import house
+from tests.gateway.fakes import running
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": "tiny", "prompt": "x"}
@@ -14,7 +14,7 @@ BODY = {"model": "tiny", "prompt": "x"}
 
 def within(check):
     async def main():
-        async with house() as there:
+        async with running() as there:
             return await check(there)
 
     return asyncio.run(main())
@@ -26,11 +26,11 @@ def error_of(body):
 
 @pytest.mark.parametrize("more", [{"prompt": ["a"] * 200_000}, {"n": 2**31 - 1}])
 @pytest.mark.parametrize("most", [8, None])
-def test_more_answers_than_any_engine_runs_are_refused_uncounted(more, most):
+def test_more_sequences_than_any_engine_runs_are_rejected_before_they_are_counted(more, most):
     async def check(there):
         there.models.most = most
 
-        async def count(ask):
+        async def count(parsed):
             raise AssertionError("it was counted")
 
         there.models.count = count
@@ -41,9 +41,9 @@ def test_more_answers_than_any_engine_runs_are_refused_uncounted(more, most):
     assert f"at most {most or 4096} answers" in error_of(body)["message"]
 
 
-def test_health_makes_no_status():
+def test_health_costs_no_status():
     async def check(there):
-        there.models.status = None
+        there.models.served = None  # a status would look at every model
         return await there.get("/health")
 
     status, _, body = within(check)
@@ -51,7 +51,7 @@ def test_health_makes_no_status():
     assert json.loads(body) == {"status": "ok", "engines_up": 1, "engines": 1, "version": "1"}
 
 
-def test_a_models_name_is_not_told_back_at_length():
+def test_an_unknown_models_name_is_shown_shortened():
     async def check(there):
         return await there.get("/v1/models/" + "x" * 5000)
 
@@ -59,7 +59,7 @@ def test_a_models_name_is_not_told_back_at_length():
     assert status == 404 and len(body) < 300
 
 
-def test_what_an_engine_is_and_says_is_for_the_log(caplog):
+def test_an_engines_address_is_logged_and_not_shown(caplog):
     async def check(there):
         await there.models.engine.upstream.close()
         there.models.engine.upstream._port = 1

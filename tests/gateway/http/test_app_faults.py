@@ -1,4 +1,4 @@
-"""Clients that leave, dawdle or never read, engines that are lost, and a gateway that shuts down meanwhile."""
+"""Clients that disconnect, are slow or never read, engines that are lost, and a gateway that shuts down meanwhile."""
 
 import asyncio
 import contextlib
@@ -7,10 +7,10 @@ import json
 import aiohttp
 import pytest
 
-from tests.gateway.fakes import house, until
+from tests.gateway.fakes import running, until
 from tests.gateway.upstream import chat_events
+from throttllem.config import LimitOptions
 from throttllem.engines.http import Upstream
-from throttllem.gateway.settings import LimitOptions
 from throttllem.openai_api.errors import ApiError
 
 CHAT = "/v1/chat/completions"
@@ -24,7 +24,7 @@ def chat(**fields):
 async def connected(there, body, path=CHAT, *, announced=None):
     """A raw connection that has sent a request."""
     host, port = there.url.removeprefix("http://").split(":")
-    # A small window, so that a client that does not read is soon felt.
+    # A small window, so that a client that does not read soon blocks.
     reader, writer = await asyncio.open_connection(host, int(port), limit=4096)
     data = json.dumps(body).encode()
     size = len(data) if announced is None else announced
@@ -48,7 +48,7 @@ def _servers_log_no_error(caplog):
 
 def within(check, **options):
     async def main():
-        async with house(**options) as there:
+        async with running(**options) as there:
             return await check(there)
 
     return asyncio.run(main())
@@ -57,21 +57,21 @@ def within(check, **options):
 # ---- clients ---------------------------------------------------------------------------------------------------
 
 
-def test_client_leaves_while_it_waits_for_a_place():
+def test_client_disconnects_while_it_waits_for_a_place():
     async def check(there):
         there.models.open.clear()
         _, writer = await connected(there, chat())
-        await until(lambda: there.models.tickets)
+        await until(lambda: there.models.sessions)
         await closed(writer)
-        await until(lambda: there.models.tickets[0].ends)
+        await until(lambda: there.models.sessions[0].ends)
         await until(lambda: not there.gateway._open)
-        return there.ticket.ends, there.engine.seen
+        return there.session.ends, there.engine.seen
 
     assert within(check) == (["cancelled"], [])
 
 
 @pytest.mark.parametrize(("path", "play"), [(CHAT, "silent"), (CHAT, "hang"), ("/v1/embeddings", "silent")])
-def test_client_leaves_while_the_engine_works(path, play):
+def test_client_disconnects_while_the_engine_works(path, play):
     async def check(there):
         reader, writer = await connected(there, chat(play=play), path)
         await until(lambda: there.engine.running)
@@ -79,19 +79,19 @@ def test_client_leaves_while_the_engine_works(path, play):
             await reader.readuntil(b"w0 ")
         await closed(writer)
         await until(lambda: not there.engine.running and not there.gateway._open)
-        assert [ticket.ends for ticket in there.models.tickets] == ([["cancelled"]] if path == CHAT else [])
+        assert [session.ends for session in there.models.sessions] == ([["cancelled"]] if path == CHAT else [])
         return there.engine.left
 
     assert within(check) == 1
 
 
-def test_client_leaves_before_its_body_is_whole():
+def test_client_disconnects_before_its_body_is_whole():
     async def check(there):
         _, writer = await connected(there, chat(), announced=5000)
         await until(lambda: there.gateway._open)
         await closed(writer)
         await until(lambda: not there.gateway._open)
-        return there.models.tickets
+        return there.models.sessions
 
     assert within(check) == []
 
@@ -99,10 +99,10 @@ def test_client_leaves_before_its_body_is_whole():
 def test_slow_reader_holds_the_engine_back_and_is_cut_off():
     async def check(there):
         _, writer = await connected(there, chat(play="long"))
-        await until(lambda: there.models.tickets and there.models.tickets[0].ends)
+        await until(lambda: there.models.sessions and there.models.sessions[0].ends)
         await until(lambda: not there.engine.running and not there.gateway._open)
         await closed(writer)
-        return there.ticket.ends, there.engine.left, there.engine.sent_bytes
+        return there.session.ends, there.engine.left, there.engine.sent_bytes
 
     ends, left, sent_bytes = within(check, limits=LimitOptions(slow_reader_s=0.3))
     assert (ends, left) == (["cancelled"], 1)
@@ -110,7 +110,7 @@ def test_slow_reader_holds_the_engine_back_and_is_cut_off():
     assert sent_bytes < 60_000_000
 
 
-def test_slow_sender_is_told_so():
+def test_slow_sender_gets_an_error():
     async def check(there):
         reader, writer = await connected(there, chat(), announced=5000)
         answer = await reader.read()
@@ -121,14 +121,14 @@ def test_slow_sender_is_told_so():
     assert answer.startswith(b"HTTP/1.1 408 ") and b'"error"' in answer
 
 
-def test_waiting_for_the_engine_is_no_slowness():
+def test_a_client_that_waits_for_the_engine_is_not_slow():
     async def check(there):
         there.models.open.clear()
-        asking = asyncio.create_task(there.post(CHAT, chat()))
-        await until(lambda: there.models.tickets)
+        request = asyncio.create_task(there.post(CHAT, chat()))
+        await until(lambda: there.models.sessions)
         await asyncio.sleep(0.05)
         there.models.open.set()
-        return (await asking)[0]
+        return (await request)[0]
 
     # The limit is over before the place is found.
     assert within(check, limits=LimitOptions(slow_reader_s=0.1, silence_s=0.1)) == 200
@@ -141,13 +141,13 @@ def test_engine_is_lost_before_and_in_the_stream():
     async def check(there):
         answers = []
         for play in ("silent", "hang"):
-            there.models.tickets.clear()
+            there.models.sessions.clear()
             reader, writer = await connected(there, chat(play=play))
             await until(lambda: there.engine.running)
             front = await reader.readuntil(b"w1 ") if play == "hang" else b""
-            there.models.tickets[0].interrupt(LOST)
+            there.models.sessions[0].interrupt(LOST)
             answers.append(front + await asyncio.wait_for(reader.readuntil(b"engine_lost"), 5))
-            assert there.ticket.ends == ["refused"]
+            assert there.session.ends == ["rejected"]
             await until(lambda: not there.engine.running)
             await closed(writer)
         return answers
@@ -157,7 +157,7 @@ def test_engine_is_lost_before_and_in_the_stream():
     assert midway.startswith(b"HTTP/1.1 200 ") and b'data: {"error":' in midway and b"[DONE]" not in midway
 
 
-def test_engine_is_silent_where_nothing_is_controlled():
+def test_engine_is_silent_at_an_uncontrolled_request():
     async def check(there):
         return await there.post("/v1/embeddings", {"play": "silent"})
 
@@ -173,19 +173,19 @@ def test_uncontrolled_stream_that_is_silent_is_ended_by_an_event():
     assert status == 200 and body.startswith(b"".join(chat_events(2)[:-2]) + b'data: {"error":')
 
 
-def test_a_body_that_breaks_off_is_broken_off():
+def test_an_uncontrolled_body_that_breaks_off_breaks_off_at_the_client():
     async def check(there):
         with pytest.raises(aiohttp.ClientPayloadError):
             await there.post("/v1/files", {"play": "half"})
         await until(lambda: not there.gateway._open)
         _, _, body = await there.post("/v1/completions", {"model": "tiny", "prompt": "x", "play": "half"})
-        return json.loads(body)["error"]["code"], there.ticket.ends
+        return json.loads(body)["error"]["code"], there.session.ends
 
-    # Under control the answer is held until it is whole, so the client hears of it.
+    # Under control the answer is held until it is whole, so the client gets an error.
     assert within(check) == ("engine_error", ["cancelled"])
 
 
-def test_engine_that_is_not_there():
+def test_engine_cannot_be_reached():
     async def check(there):
         await there.models.engine.upstream.close()
         there.models.engine.upstream = Upstream("http://127.0.0.1:1")
@@ -198,26 +198,26 @@ def test_engine_that_is_not_there():
 # ---- shutting down ---------------------------------------------------------------------------------------------
 
 
-def test_drain_lets_the_running_finish_and_takes_no_new():
+def test_drain_lets_running_requests_finish_and_rejects_new_ones():
     async def check(there):
         there.models.open.clear()
-        asking = asyncio.create_task(there.post(CHAT, chat()))
-        await until(lambda: there.models.tickets)
+        request = asyncio.create_task(there.post(CHAT, chat()))
+        await until(lambda: there.models.sessions)
         there.stop.set()
         await until(lambda: there.gateway.draining)
-        refused = await there.post(CHAT, chat())
+        rejected = await there.post(CHAT, chat())
         health = await there.get("/health")
         assert not there.serving.done()
         there.models.open.set()
-        answer = await asking
+        answer = await request
         await asyncio.wait_for(there.serving, 5)
-        return answer, refused, health, there.engine.sent
+        return answer, rejected, health, there.engine.sent
 
-    (status, _, body), (refused, headers, told), (sick, _, health), sent = within(check)
+    (status, _, body), (rejected, headers, error), (degraded, _, health), sent = within(check)
     assert (status, body) == (200, sent)
-    assert (refused, headers["retry-after"], headers["connection"]) == (503, "30", "close")
-    assert json.loads(told)["error"]["code"] == "draining"
-    assert (sick, json.loads(health)["status"]) == (503, "draining")
+    assert (rejected, headers["retry-after"], headers["connection"]) == (503, "30", "close")
+    assert json.loads(error)["error"]["code"] == "draining"
+    assert (degraded, json.loads(health)["status"]) == (503, "draining")
 
 
 def test_drain_has_an_end():
@@ -228,12 +228,12 @@ def test_drain_has_an_end():
         await until(lambda: there.engine.running == 2)
         there.stop.set()
         await asyncio.wait_for(there.serving, 5)
-        rest, refused = await reader.read(), await waiting.read()
+        rest, rejected = await reader.read(), await waiting.read()
         await closed(writer)
         await closed(quiet)
-        return front + rest, refused, [ticket.ends for ticket in there.models.tickets]
+        return front + rest, rejected, [session.ends for session in there.models.sessions]
 
-    streamed, refused, ends = within(check, limits=LimitOptions(drain_s=0.05))
+    streamed, rejected, ends = within(check, limits=LimitOptions(drain_s=0.05))
     assert b'data: {"error":' in streamed and b"draining" in streamed and b"[DONE]" not in streamed
-    assert refused.startswith(b"HTTP/1.1 503 ")
+    assert rejected.startswith(b"HTTP/1.1 503 ")
     assert ends == [["cancelled"], ["cancelled"]]

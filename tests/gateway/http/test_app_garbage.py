@@ -1,4 +1,4 @@
-"""Generated bodies and headers: every one is answered, none with a fault of ours."""
+"""Generated bodies and headers: every one is answered, none with an internal error."""
 
 import asyncio
 import itertools
@@ -7,7 +7,7 @@ import json
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.gateway.fakes import house
+from tests.gateway.fakes import running
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v2/models/tiny/generate", "/v1/embeddings")
 FIELDS = (
@@ -34,7 +34,7 @@ bodies = st.builds(lambda fields: near | fields, st.dictionaries(st.sampled_from
 
 @st.composite
 def broken(draw):
-    """JSON-like bytes: whole, cut short, with bytes thrown in."""
+    """JSON-like bytes: whole, cut short, with other bytes between."""
     data = bytearray(json.dumps(draw(bodies)).encode())
     if draw(st.integers(0, 3)) == 0:
         data = data[: draw(st.integers(0, len(data)))]
@@ -88,7 +88,7 @@ async def answer(reader):
 
 
 async def answers(there, some):
-    """One connection, opened anew where the gateway closes it."""
+    """The answers on one connection, which is opened again where the gateway closes it."""
     host, port = there.url.removeprefix("http://").split(":")
     seen, writer = [], None
     for path, headers, body in some:
@@ -110,15 +110,15 @@ async def answers(there, some):
 def test_a_thousand_malformed_requests():
     async def main():
         some = generated(1000)
-        async with house() as there:
+        async with running() as there:
             seen = await asyncio.gather(*(answers(there, some[lane::8]) for lane in range(8)))
-            return list(itertools.chain(*seen)), there.models.tickets, len(some)
+            return list(itertools.chain(*seen)), there.models.sessions, len(some)
 
-    seen, tickets, count = asyncio.run(main())
+    seen, sessions, count = asyncio.run(main())
     assert len(seen) == count >= 900
     for status, body, *request in seen:
         assert status < 500, (status, body, request)
         assert status < 400 or json.loads(body)["error"]["type"] == "invalid_request_error", (status, body, request)
-    assert all(len(ticket.ends) == 1 for ticket in tickets)
+    assert all(len(session.ends) == 1 for session in sessions)
     # Neither all refused nor all served: the generator reaches both sides.
     assert {200, 400} <= {status for status, *_ in seen}

@@ -1,3 +1,5 @@
+"""Ports, bounds on heads and connections, signals, and clients that are slow. Real sockets."""
+
 import asyncio
 import contextlib
 import errno
@@ -9,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateway.fakes import house, until
+from tests.gateway.fakes import running, until
+from throttllem.config import LimitOptions, ServerOptions
 from throttllem.gateway.http import server as serve_http
 from throttllem.gateway.http.app import Gateway
 from throttllem.gateway.http.protocol import BoundedProtocol
 from throttllem.gateway.http.server import bind
-from throttllem.gateway.settings import LimitOptions, ServerOptions
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_port_0_tells_which():
+def test_port_0_is_a_free_port():
     sockets = bind(ServerOptions(port=0, metrics_port=0))
     (host, port), (_, other) = sockets.addresses()
     sockets.close()
@@ -37,7 +39,7 @@ def test_a_taken_port_is_named(option):
     assert caught.value.errno == errno.EADDRINUSE
 
 
-def test_a_host_that_is_not_there_is_named():
+def test_an_unknown_host_is_named():
     with pytest.raises(OSError, match=r"192\.0\.2\.1"):
         bind(ServerOptions(host="192.0.2.1", port=0))
 
@@ -53,9 +55,9 @@ async def talk(there, data):
     return answer
 
 
-def spoken(data, **limits):
+def exchanged(data, **limits):
     async def main():
-        async with house(limits=LimitOptions(**limits)) as there:
+        async with running(limits=LimitOptions(**limits)) as there:
             return await talk(there, data)
 
     return asyncio.run(main())
@@ -70,20 +72,20 @@ def spoken(data, **limits):
         b"GET / HTTP/1.1\r\na\x00: b\r\n\r\n",
     ],
 )
-def test_what_is_no_http(data):
-    answer = spoken(data)
+def test_bytes_that_are_no_http(data):
+    answer = exchanged(data)
     assert answer.startswith(b"HTTP/1.1 400 ") and b'{"error":' in answer and b"x-request-id" in answer
 
 
 @pytest.mark.parametrize("head", [b"GET /" + b"a" * 5000, b"GET / HTTP/1.1\r\nx: " + b"y" * 5000])
 def test_a_head_without_end(head):
-    answer = spoken(head, header_bytes=2048)
+    answer = exchanged(head, header_bytes=2048)
     assert answer.startswith(b"HTTP/1.1 431 ") and b"headers_too_large" in answer
 
 
-def test_a_head_that_comes_drop_by_drop():
+def test_a_head_that_comes_byte_by_byte():
     async def main():
-        async with house(limits=LimitOptions(header_bytes=2048)) as there:
+        async with running(limits=LimitOptions(header_bytes=2048)) as there:
             host, port = there.url.removeprefix("http://").split(":")
             reader, writer = await asyncio.open_connection(host, int(port))
             writer.write(b"GET / HTTP/1.1\r\n")
@@ -106,7 +108,7 @@ BODY = b'{"model":"tiny","prompt":"x"}'
 
 def test_fields_behind_a_body_are_dropped():
     async def main():
-        async with house() as there:
+        async with running() as there:
             end = b"0\r\nx-late: 1\r\nauthorization: Bearer k\r\nx-slo-e2e-ms: 5\r\n\r\n"
             host, port = there.url.removeprefix("http://").split(":")
             reader, writer = await asyncio.open_connection(host, int(port))
@@ -128,7 +130,7 @@ def test_fields_behind_a_body_are_dropped():
 @pytest.mark.parametrize("step", [100, 10_000])
 def test_fields_behind_a_body_are_bounded(late, step):
     async def main():
-        async with house(limits=LimitOptions(header_bytes=2048)) as there:
+        async with running(limits=LimitOptions(header_bytes=2048)) as there:
             host, port = there.url.removeprefix("http://").split(":")
             reader, writer = await asyncio.open_connection(host, int(port))
             writer.write(CHUNKED + b"%x\r\n%s\r\n" % (len(BODY), BODY))
@@ -147,7 +149,7 @@ def test_fields_behind_a_body_are_bounded(late, step):
 
 def test_many_small_chunks_are_no_fields():
     async def main():
-        async with house(limits=LimitOptions(header_bytes=2048)) as there:
+        async with running(limits=LimitOptions(header_bytes=2048)) as there:
             data = BODY[:-1] + b" " * 5000 + b"}"
             chunks = b"".join(b"1;a=b\r\n%c\r\n" % byte for byte in data)
             return await talk(there, CHUNKED[:-2] + b"connection: close\r\n\r\n" + chunks + b"0\r\n\r\n")
@@ -159,7 +161,7 @@ def test_an_idle_connection_does_not_hold_up_the_end(monkeypatch):
     monkeypatch.setattr("throttllem.gateway.http.server._FLUSH_S", 3600)
 
     async def main():
-        async with house() as there:
+        async with running() as there:
             host, port = there.url.removeprefix("http://").split(":")
             reader, writer = await asyncio.open_connection(host, int(port))
             writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -175,18 +177,18 @@ def test_an_idle_connection_does_not_hold_up_the_end(monkeypatch):
 
 def test_a_head_that_takes_too_long(monkeypatch):
     monkeypatch.setattr("throttllem.gateway.http.protocol.HEAD_S", 0.02)
-    assert spoken(b"GET / HTTP/1.1\r\nx:") == b""
+    assert exchanged(b"GET / HTTP/1.1\r\nx:") == b""
 
 
 def test_a_second_head_that_is_bad_does_not_disturb_the_first():
     async def main():
-        async with house() as there:
+        async with running() as there:
             there.models.open.clear()
             body = b'{"model":"tiny","prompt":"x"}'
             head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
             answer = await talk(there, head + body + b"nonsense\r\n\r\n")
             await until(lambda: not there.gateway._open)
-            return answer, [ticket.ends for ticket in there.models.tickets]
+            return answer, [session.ends for session in there.models.sessions]
 
     answer, ends = asyncio.run(main())
     assert answer == b"" and ends in ([], [["cancelled"]])
@@ -194,7 +196,7 @@ def test_a_second_head_that_is_bad_does_not_disturb_the_first():
 
 def test_connections_are_bounded():
     async def main():
-        async with house(limits=LimitOptions(connections=2)) as there:
+        async with running(limits=LimitOptions(connections=2)) as there:
             host, port = there.url.removeprefix("http://").split(":")
             idle = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
             crowded = await there.get("/v1/models")
@@ -212,19 +214,19 @@ def test_connections_are_bounded():
 
 def test_an_idle_connection_is_closed(monkeypatch):
     monkeypatch.setattr("throttllem.gateway.http.protocol.KEEP_ALIVE_S", 0.02)
-    assert spoken(b"") == b""
+    assert exchanged(b"") == b""
     assert issubclass(BoundedProtocol, asyncio.Protocol)
 
 
 SERVER = """
 import uvloop
-from tests.gateway.fakes import house
+from tests.gateway.fakes import running
 
 async def main():
-    async with house() as there:
+    async with running() as there:
         print(there.url, flush=True)
         await there.serving
-        print("drained", there.models.tickets[0].ends, flush=True)
+        print("drained", there.models.sessions[0].ends, flush=True)
 
 uvloop.run(main())
 """
@@ -260,12 +262,12 @@ def test_signals(play, signals):
     assert ("cancelled" in out) == (play == "hang")
 
 
-def test_slow_clients_are_looked_after_again_after_a_fault(caplog, monkeypatch):
+def test_slow_clients_are_cut_off_again_after_a_fault(caplog, monkeypatch):
     monkeypatch.setattr(serve_http, "_WATCH_AGAIN_S", 0.001)
     calls = []
 
     async def main():
-        async with house() as there:
+        async with running() as there:
             await until(lambda: len(calls) > 2)
             assert (await there.http.get(there.url + "/health")).status == 200
 

@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 from command import run
 
+from throttllem.config import EngineEntry, Options
 from throttllem.gateway.build import build_gateway
-from throttllem.gateway.settings import EngineEntry, ServeOptions
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 from throttllem.profiling.live.plan import LivePlan
@@ -57,7 +57,7 @@ def test_train_makes_a_table_of_the_engines_own_capacities(tmp_path, monkeypatch
     assert (table.clocks_mhz[0], table.clocks_mhz[-1]) == (705, 1410)
     assert table.at(1410, 8, 300, 0)[0] > table.at(1410, 1, 2, 0)[0]
     entry = EngineEntry(kind="openai", url="http://127.0.0.1:1", tables=tmp_path / "tables")
-    options = ServeOptions(engines=(entry,), state_dir=tmp_path / "state")
+    options = Options(engines=(entry,), state_dir=tmp_path / "state")
     assert build_gateway(options, tmp_path, version="1", now=time.monotonic).models.served
 
 
@@ -78,7 +78,7 @@ def close_to(frame):
         (["--clocks", "705"], "the top clock, 1410, must be among them"),
         (["--clocks", "fast"], "must be MHz with commas between"),
         (["--capacity", "wings=2"], "write NAME=N, as in kv_blocks=4096"),
-        (["--engine-kind", "steam"], "must be one of openai, triton"),
+        (["--engine-kind", "steam"], "--engine-kind: engines.0.kind = 'steam'"),
         (["--sizes", "1,2"], "one engine has one size; give --tp"),
         (["--points", "0"], "must be at least 1"),
         (["--resume"], "to continue"),

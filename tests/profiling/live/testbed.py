@@ -9,12 +9,11 @@ import urllib.request
 from engines.live import spec as toy_spec
 from gateway.rig import VirtualLoop
 
-from throttllem.config import EngineOptions, Noise
+from throttllem.config import BatchingOptions, EngineEntry, Noise, Options, RecorderOptions, ServerOptions
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.gateway.build import build_gateway
 from throttllem.gateway.http.app import build_app
 from throttllem.gateway.http.server import bind, run
-from throttllem.gateway.settings import EngineEntry, RecorderOptions, ServeOptions, ServerOptions
 from throttllem.gateway.telemetry.metrics import metrics_page
 from throttllem.gpu.simulated import SimulatedGpu
 from throttllem.profiling.live.profiler import Device
@@ -100,11 +99,11 @@ def virtually(coroutine):
 @contextlib.contextmanager
 def gateway(tmp_path, **batching):
     """The real gateway over a simulated engine without noise, at the top clock, on a thread; yields its url."""
-    options = ServeOptions(
+    options = Options(
         policy="triton",
         server=ServerOptions(port=0),
         engines=(EngineEntry(),),
-        batching=EngineOptions(**batching),
+        batching=BatchingOptions(**batching),
         noise=Noise(time=0, power=0),
         recorder=RecorderOptions(enabled=False),
         state_dir=tmp_path / "state",

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from throttllem.config import EngineOptions
+from throttllem.config import BatchingOptions
 from throttllem.core.types import EngineSpec
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
@@ -44,7 +44,7 @@ class Fleet:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def build_fleet(catalogue: Catalogue, gpu: str, model: str, sizes: tuple[int, ...], options: EngineOptions) -> Fleet:
+def build_fleet(catalogue: Catalogue, gpu: str, model: str, sizes: tuple[int, ...], options: BatchingOptions) -> Fleet:
     """Engines of these sizes. Raises ValueError for unknown names, bad sizes, and a model that does not fit."""
     the_gpu, the_model = catalogue.gpu(gpu), catalogue.model(model)
     physics = {tp: EnginePhysics(the_gpu, the_model, tp) for tp in sorted(set(sizes))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from throttllem.config import EngineEntry, Options
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.types import EngineSpec
@@ -18,7 +19,6 @@ from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
-from throttllem.gateway.settings import EngineEntry, ServeOptions
 from throttllem.gateway.telemetry.metrics import Histograms
 from throttllem.gpu.device import Gpu
 from throttllem.gpu.hardware import HardwareGpu, Mode
@@ -38,7 +38,7 @@ def called(entry: EngineEntry) -> str:
 class BackendFactory:
     """Reaches nothing yet."""
 
-    options: ServeOptions
+    options: Options
     histograms: Histograms
     now: Callable[[], float]
 
@@ -59,7 +59,7 @@ class BackendFactory:
             now=self.now,
             kv_blocks=lambda: 0 if backend.key is None else controller.kv_blocks(backend.key),
             at_maximum=SavingsEstimate(table=table) if table else None,
-            dry_run=SavingsEstimate(table=table) if table and mode in ("on", "advise") else None,
+            dry_run=SavingsEstimate(table=table) if table and mode in ("on", "dry-run") else None,
         )
         engine = self._engine(entry, spec, physics, gpu)
         backend = Backend(

@@ -22,7 +22,7 @@ _RETRY_S = 1.0
 @dataclass(slots=True, kw_only=True)
 class ClockSetter:
     """`reading` is the accounting's. `on_command` is called with the seconds from the event that a clock command
-    follows from until the command is sent. `mode`: "on", "advise" (a dry run), "off" of real GPUs, or "simulated".
+    follows from until the command is sent. `mode`: "on", "dry-run", "off" of real GPUs, or "simulated".
     """
 
     name: str

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
+from throttllem.config import LimitOptions
 from throttllem.core.controller import Controller
 from throttllem.core.types import (
     Arrived,
@@ -43,7 +44,6 @@ from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.retry_after import RetryEstimator
 from throttllem.gateway.control.session import Session
 from throttllem.gateway.control.slo_attainment import SloAttainment, judged
-from throttllem.gateway.settings import LimitOptions
 from throttllem.openai_api.errors import ApiError, internal_error
 
 log = logging.getLogger("throttllem.gateway")

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from throttllem.config import Options
 from throttllem.engines.base import Call, Headers
 from throttllem.gateway.control.models import Models
 from throttllem.gateway.http import relay
@@ -32,7 +33,6 @@ from throttllem.gateway.http.exchange import Cause, Exchange, GoneError
 from throttllem.gateway.http.pages import MODELS, OPENAPI, MetricsPage, Pages
 from throttllem.gateway.http.protocol import CROWDED
 from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
-from throttllem.gateway.settings import ServeOptions
 from throttllem.openai_api.errors import ApiError, as_api_error
 from throttllem.openai_api.requests import check_sequences, is_controlled, is_native, model_of, parse_request
 
@@ -46,7 +46,7 @@ _ODD = re.compile("[\\\\?#\ufffd]")
 class Gateway:
     """One ASGI application; `private` is another, for the metrics port. `watch` must run beside them."""
 
-    def __init__(self, models: Models, options: ServeOptions, pages: Pages, on_response: Callable[[int], None]) -> None:
+    def __init__(self, models: Models, options: Options, pages: Pages, on_response: Callable[[int], None]) -> None:
         self.draining = False
         self._models = models
         self._options = options
@@ -252,7 +252,7 @@ class Gateway:
 
 def build_app(
     models: Models,
-    options: ServeOptions,
+    options: Options,
     *,
     metrics_page: MetricsPage,
     extra_routes: Sequence[Route] = (),

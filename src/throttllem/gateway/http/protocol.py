@@ -15,9 +15,9 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from throttllem.config import LimitOptions
 from throttllem.gateway.http.errors import headers_too_large
 from throttllem.gateway.http.exchange import ABORT
-from throttllem.gateway.settings import LimitOptions
 from throttllem.openai_api.errors import ApiError
 
 CROWDED = "throttllem.crowded"

@@ -17,9 +17,9 @@ from functools import partial
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
+from throttllem.config import LimitOptions, Options, ServerOptions
 from throttllem.gateway.http.app import Gateway
 from throttllem.gateway.http.protocol import BoundedConfig, BoundedProtocol
-from throttllem.gateway.settings import LimitOptions, ServeOptions, ServerOptions
 
 log = logging.getLogger("throttllem.gateway")
 
@@ -64,7 +64,7 @@ def bind(server: ServerOptions) -> Sockets:
 async def run(
     gateway: Gateway,
     private_app: ASGIApp | None,
-    options: ServeOptions,
+    options: Options,
     *,
     sockets: Sockets | None = None,
     on_listening: Callable[[tuple[tuple[str, int], ...]], None] | None = None,

@@ -36,7 +36,7 @@ class EngineStatus:
 
     `state`: "up", "starting", "down" or "stalled"; `trouble` is the reason. `clock_mhz` None: unknown.
     `kv_blocks` is the scoreboard's estimate, `report` the engine's last report. `clocks` is how clocks are set
-    ("on", "advise", "off"; "simulated"), `advised_mhz` what would be set, `held` what keeps the GPUs from following and
+    ("on", "dry-run", "off"; "simulated"), `advised_mhz` what would be set, `held` what keeps GPUs from following and
     `unset` why they are not set though they should be.
     """
 
@@ -161,7 +161,7 @@ def assumptions(loop: ControlLoop, backend: Backend) -> tuple[str, ...]:
     options = loop.controller.options
     if backend.clock.mode == "off":
         notes.append("clocks are left alone: [clocks] mode = 'off'")
-    elif backend.clock.mode == "advise":
+    elif backend.clock.mode == "dry-run":
         notes.append("dry run: clocks are decided and shown, not set; [clocks] mode = 'on' sets them")
     elif backend.clock.mode == "simulated" and backend.kind != "simulated":
         notes.append(f"clock and watts are those of a simulated {backend.catalogue_gpu} with {backend.catalogue_model}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from command import run
 
-from throttllem.cli import doctor as cli_doctor
+from throttllem.doctor import examine, restore
 from throttllem.doctor.examine import Examined
 from throttllem.doctor.finding import Finding, note, ok, trouble
 from throttllem.doctor.gpus import MEASURE_S
@@ -26,8 +26,8 @@ class Asked:
         self.findings: tuple[Finding, ...] = FINE
         self.examined: list[tuple[Any, ...]] = []
         self.restored: list[tuple[Any, ...]] = []
-        monkeypatch.setattr(cli_doctor, "examine", self.examine)
-        monkeypatch.setattr(cli_doctor, "restore", self.restore)
+        monkeypatch.setattr(examine, "examine", self.examine)
+        monkeypatch.setattr(restore, "restore", self.restore)
 
     def examine(self, state: Path, socket: Path, zeusd: Path, measure_s: float | None) -> Examined:
         self.examined.append((state, socket, zeusd, measure_s))

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from command import run
 
-from throttllem.cli import keeper as cli_keeper
-from throttllem.cli.keeper import HOMES, STATE, unit_text, user_id
+from throttllem.doctor import rights
 from throttllem.gpu.keeper_client import SOCKET
+from throttllem.keeper import unit as keeper_unit
 from throttllem.keeper.__main__ import RESTORE_S
 from throttllem.keeper.options import parse_options
+from throttllem.keeper.unit import HOMES, STATE, unit_text, user_id
 
 UUID = "GPU-cfbd6ca2-5f85-43b7-dcc7-dd4f6c1cf3df"
 OTHER = "GPU-00000000-5f85-43b7-dcc7-dd4f6c1cf3df"
@@ -53,7 +54,7 @@ def unit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *o
 def test_it_becomes_the_keeper_and_nothing_of_this_program_is_left(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli_keeper, "sets_clocks", lambda: True)
+    monkeypatch.setattr(rights, "sets_clocks", lambda: True)
     socket, state = tmp_path / "new/run/keeper.sock", tmp_path / "state"
     options = ["--normally", f"{UUID}=600-1200", "--user", "root", "--user", "65534"]
     with pytest.raises(BecameError) as became:
@@ -75,20 +76,20 @@ def test_the_defaults_are_the_keepers_own() -> None:
 
 def test_isolated_it_is_still_found() -> None:
     done = subprocess.run(
-        [sys.executable, *cli_keeper.PROGRAM, "--help"], capture_output=True, check=True, text=True, cwd="/"
+        [sys.executable, *keeper_unit.PROGRAM, "--help"], capture_output=True, check=True, text=True, cwd="/"
     )
     assert "--normally" in done.stdout
 
 
 def test_what_the_keeper_does_not_understand_it_says_itself() -> None:
-    command = [sys.executable, *cli_keeper.PROGRAM, "--gpu", "GPU-1"]
+    command = [sys.executable, *keeper_unit.PROGRAM, "--gpu", "GPU-1"]
     done = subprocess.run(command, capture_output=True, check=False, text=True)
     assert (done.returncode, "--gpu" in done.stderr) == (2, True)
 
 
 @pytest.mark.usefixtures("became")
 def test_who_may_not_set_clocks_is_told_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli_keeper, "sets_clocks", lambda: False)
+    monkeypatch.setattr(rights, "sets_clocks", lambda: False)
     assert run(monkeypatch, "keeper", *GPU) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: the keeper sets clocks, which needs root")
@@ -180,7 +181,7 @@ def test_the_unit_is_hardened(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_a_home_is_only_looked_into_where_the_program_lives_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for path, home in ((Path("/opt/x/bin/python"), "yes"), (HOMES[0] / "me/x", "read-only")):
-        monkeypatch.setattr(cli_keeper, "_imported", lambda path=path: (path,))
+        monkeypatch.setattr(keeper_unit, "_imported", lambda path=path: (path,))
         assert f"ProtectHome={home}" in unit_text(["x"], SOCKET, STATE)
 
 
@@ -223,7 +224,7 @@ def test_a_mistake_is_refused_when_it_is_run_and_when_its_unit_is_printed(
     words: str,
     asked: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr(cli_keeper, "sets_clocks", lambda: True)
+    monkeypatch.setattr(rights, "sets_clocks", lambda: True)
     assert run(monkeypatch, "keeper", *options, *asked) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -263,9 +264,9 @@ def test_words_are_quoted_as_systemd_reads_them() -> None:
 def test_it_is_said_before_it_runs_as_root(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli_keeper, "sets_clocks", lambda: True)
-    monkeypatch.setattr(cli_keeper, "not_roots", lambda: ["/home/me is not root's alone"])
-    monkeypatch.setattr(cli_keeper, "loose", lambda *_: ())
+    monkeypatch.setattr(rights, "sets_clocks", lambda: True)
+    monkeypatch.setattr(keeper_unit, "not_roots", lambda: ["/home/me is not root's alone"])
+    monkeypatch.setattr(keeper_unit, "loose", lambda *_: ())
     with pytest.raises(BecameError):
         run(monkeypatch, "keeper", *GPU, "--socket", str(tmp_path / "keeper.sock"))
     assert run(monkeypatch, "keeper", *GPU, "--unit") == 0

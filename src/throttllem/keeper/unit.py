@@ -1,4 +1,4 @@
-"""`throttllem keeper`: becomes the keeper's process, which has nothing of this program but the keeper; or its unit.
+"""The keeper's command line and its systemd unit, checked before a root process starts with them.
 
 The unit gives away what the keeper does not need. What it cannot give away: user root with CAP_SYS_ADMIN, the one thing
 that NVIDIA's driver asks of whoever sets a clock (`NV_IS_SUSER` of its kernel module), and the driver's device files.
@@ -6,21 +6,16 @@ that NVIDIA's driver asks of whoever sets a clock (`NV_IS_SUSER` of its kernel m
 
 from __future__ import annotations
 
-import os
 import pwd
 import re
 import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import pynvml
-import typer
 
 import throttllem
-from throttllem.doctor.rights import sets_clocks
-from throttllem.gpu.keeper_client import SOCKET
 from throttllem.keeper.options import parse_gpu
 
 PROGRAM = ("-I", "-m", "throttllem.keeper")
@@ -29,8 +24,6 @@ STATE = Path("/var/lib/throttllem")
 RUN, LIB = Path("/run"), Path("/var/lib")
 HOMES = (Path("/home"), Path("/root"), RUN / "user")
 
-Socket = Annotated[Path, typer.Option("--socket", help="The keeper's Unix socket.")]
-State = Annotated[Path, typer.Option("--state", help="The keeper's folder, for its journal.")]
 _CLOCKS = "UUID=LOWEST-HIGHEST"
 _UUID = re.compile(r"GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """As NVML writes it: what is written otherwise names no GPU."""
@@ -106,51 +99,6 @@ WantedBy=multi-user.target
 """
 
 
-def keeper(
-    gpu: Annotated[
-        list[str], typer.Option("--gpu", metavar=_CLOCKS, help="A GPU whose clock may be set, and to what MHz. Repeat.")
-    ],
-    normally: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--normally",
-            metavar=_CLOCKS,
-            help="Baseline: the lock to restore after a lease; without it, a reset.",
-        ),
-    ] = None,
-    user: Annotated[
-        list[str] | None, typer.Option("--user", metavar="NAME", help="Who may ask, besides root. Repeat.")
-    ] = None,
-    socket: Socket = SOCKET,
-    state: State = STATE,
-    unit: Annotated[
-        bool, typer.Option("--unit", help="Print a systemd unit for these options, hardened, and stop.")
-    ] = False,
-) -> None:
-    """Lease GPU clocks to a gateway without rights, and restore them whatever happens. Needs root."""
-    options = [("--gpu", text) for text in gpu]
-    options += [("--normally", text) for text in normally or ()]
-    options += [("--user", user_id(name)) for name in user or ()]
-    options += [("--socket", str(socket)), ("--state", str(state))]
-    command = [sys.executable, *PROGRAM, *(word for pair in options for word in pair)]
-    _check(options)
-    if not unit and not sets_clocks():
-        raise PermissionError(
-            "the keeper sets clocks, which needs root (CAP_SYS_ADMIN): run this with sudo, or install the service that "
-            "`throttllem keeper --unit` prints; whoever may only look uses `throttllem doctor`"
-        )
-    warnings = (*not_roots(), *(() if unit else loose(socket.parent, state)))  # a unit's folders systemd makes
-    for warning in warnings:
-        typer.echo(f"!! {warning}", err=True)
-    if unit:
-        typer.echo(unit_text(command, socket, state, warnings), nl=False)
-        return
-    if not socket.parent.exists():
-        socket.parent.mkdir(parents=True)
-        socket.parent.chmod(0o755)
-    os.execv(command[0], command)
-
-
 def user_id(name: str) -> str:
     """Its number: the keeper looks nobody up, and the network, where users may be listed, is kept from it."""
     try:
@@ -202,7 +150,7 @@ def _imported() -> tuple[Path, ...]:
     return tuple({form for file in files for form in (Path(file), Path(file).resolve())})
 
 
-def _check(options: Sequence[tuple[str, str]]) -> None:
+def check_options(options: Sequence[tuple[str, str]]) -> None:
     """A mistake shows here, not when the service is started. Raises ValueError."""
     named: dict[str, set[str]] = {"--gpu": set(), "--normally": set()}
     for option, text in options:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: errors that say what to mend, the JSON contract, runs that can be stopped."""
+"""`throttllem simulate` and the commands beside it: errors that name a remedy, the JSON contract, runs that stop."""
 
 from __future__ import annotations
 
@@ -41,22 +41,26 @@ BAD = [
     (["--policy", "fixed:1051"], ["210 to 1410 MHz in steps of 15"]),
     (["--policy", "triton+autoscale"], ["--sizes 1,2,4"]),
     (["--policy", ","], ["no policy given"]),
-    (["--slo-e2e", "0"], ["e2e_s = 0.0", "positive"]),
-    (["--slo-tbt", "-1"], ["tbt_s = -1.0", "positive"]),
-    (["--slo-ttft", "nan"], ["ttft_s = nan", "positive"]),
-    (["--length-error", "1.5"], ["length.p95_error = 1.5", "between 0 and 0.99"]),
+    (["--slo-e2e", "0"], ["--slo-e2e: slo.e2e_s = 0.0", "positive"]),
+    (["--slo-tbt", "-1ms"], ["slo.tbt_s = -0.001", "positive"]),
+    (["--slo-ttft", "nan"], ["slo.ttft_s = nan", "positive"]),
+    (["--slo-ttft", "soon"], ["--slo-ttft: slo.ttft_s = 'soon'", "200ms"]),
+    (["--length-error", "1.5"], ["--length-error: length.p95_error = 1.5", "between 0 and 0.99"]),
     (["--peak-rps", "fast"], ["--peak-rps fast"]),
     (["--peak-rps", "0"], ["peak rate 0"]),
     (["--seconds", "-3"], ["seconds = -3"]),
+    (["--seconds", "long"], ["--seconds 'long'", "200ms"]),
     (["--set", "throttle.dwel_s=1"], ["throttle.dwell_s"]),
-    (["--set", "throttle.dwell_s=soon"], ["dwell_s = 'soon'", "number"]),
-    (["--set", "throttle.policy=triton"], ["section.name=value"]),
+    (["--set", "throttle.dwell_s=soon"], ["--set: throttle.dwell_s = 'soon'", "number"]),
+    (["--set", "throttle.policy=triton"], ["throttle.policy follows from policy"]),
+    (["--set", "throttle.margin"], ["section.name=value"]),
+    (["--set", "length.predictor=online"], ["--set: length.predictor = online", "use oracle"]),
     (["--set", "throttle.replan_s=0"], ["throttle.replan_s = 0", "between 0.01"]),
     (["--set", "throttle.margin=5"], ["throttle.margin = 5"]),
     (["--set", "admission.patience=-1"], ["admission.patience = -1"]),
     (["--set", "autoscale.interval_s=0"], ["autoscale.interval_s = 0"]),
-    (["--set", "engine.max_batch=0"], ["engine.max_batch = 0"]),
-    (["--set", "engine.block_tokens=0"], ["engine.block_tokens = 0"]),
+    (["--set", "engine.max_batch=0"], ["--set: batching.max_batch = 0"]),
+    (["--set", "engine.block_tokens=0"], ["--set: batching.block_tokens = 0"]),
     (["--set", "noise.time=-1"], ["noise.time = -1"]),
     (["--set", "length.inflation=0"], ["length.inflation = 0"]),
     (["--policy", "triton,triton"], ["named twice"]),
@@ -159,6 +163,20 @@ def test_a_stopped_run_leaves_nothing_half_written(stop, cache_dir, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_version_is_said(monkeypatch, capsys):
-    assert run(monkeypatch, "--version") == 0
-    assert capsys.readouterr().out.startswith("throttllem 0.")
+def test_one_configuration_for_every_command(monkeypatch):
+    """A file and variables of `serve` set the simulation's options too."""
+    Path("t.toml").write_text("[server]\nport = 8001\n[slo]\ne2e_s = '7s'\n[batching]\nmax_batch = 8\n")
+    monkeypatch.setenv("THROTTLLEM_NOISE__TIME", "0")
+    arguments = ["--trace", SHORT, "--policy", "triton", "--config", "t.toml", "--set", "throttle.margin=0.1"]
+    assert run(monkeypatch, "simulate", *arguments, "--json", "a.json") == 0
+    scenario = json.loads(Path("a.json").read_text())["scenario"]
+    assert scenario["slo"] == {"e2e_s": 7.0, "tbt_s": 0.2, "ttft_s": None}
+    options = scenario["options"]
+    assert set(options) == {"throttle", "admission", "autoscale", "length", "batching", "noise"}
+    assert (options["batching"]["max_batch"], options["noise"]["time"], options["throttle"]["margin"]) == (8, 0, 0.1)
+
+
+def test_a_former_name_is_noted(monkeypatch, capsys):
+    arguments = ["--trace", SHORT, "--policy", "triton", "--set", "engine.max_batch=8", "--slo-e2e", "9"]
+    assert run(monkeypatch, "simulate", *arguments) == 0
+    assert "note: --set: engine.max_batch is now called batching.max_batch\n" in capsys.readouterr().err

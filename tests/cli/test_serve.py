@@ -120,11 +120,14 @@ def test_a_port_that_is_taken_is_one_sentence(tried: Try, tmp_path: Path) -> Non
     [
         (["--engine", "http://a", "--triton", "http://b"], "--engine and --triton: give one of them"),
         (["--set", "limits.drain=1"], "unknown option limits.drain; did you mean limits.drain_s?"),
-        (["--config", "nowhere.toml"], "nowhere.toml: no such file; without --config the simulated engine is served"),
+        (["--config", "nowhere.toml"], "nowhere.toml: no such file; without --config every option has its default"),
         (["--policy", "fastest"], "unknown policy 'fastest'"),
+        (["--set", "length.predictor=oracle"], "--set: length.predictor = oracle: output lengths are not known"),
+        (["--clocks", "on"], "--clocks: clocks.mode = 'on': no engine names its GPUs"),
+        (["--gpus", "0"], "--gpus: engines.0.gpus = 0: a simulated engine has no GPUs"),
         (["--log-level", "loud"], "--log-level loud: must be one of debug, info, warning, error"),
         (["--engine", "127.0.0.1:8001"], "must begin with http:// or https://"),
-        (["--slo-e2e", "-1"], "SLO e2e_s = -1.0: must be a positive number"),
+        (["--slo-e2e", "-1"], "--slo-e2e: slo.e2e_s = -1.0: must be a positive number"),
         (["--host", "no.such.host.invalid"], "server.host = 'no.such.host.invalid'"),
     ],
 )
@@ -154,10 +157,10 @@ def test_check_says_where_every_value_came_from_and_touches_nothing(
     assert values == {
         "policy": f"{file}:1",
         "slo.tbt_s": f"{file}:3",
-        "slo.e2e_s": "command line",
-        "server.port": "command line",
-        "limits.drain_s": "environment",
-        "state_dir": "environment",
+        "slo.e2e_s": "--slo-e2e",
+        "server.port": "--port",
+        "limits.drain_s": "THROTTLLEM_LIMITS__DRAIN_S",
+        "state_dir": "THROTTLLEM_STATE_DIR",
     }
     assert list(tmp_path.iterdir()) == [file]
     assert result.out.splitlines()[-1] == "nothing to mend"

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from throttllem.cli.keeper import STATE, loose, not_roots, unit_text
 from throttllem.gpu.keeper_client import SOCKET
+from throttllem.keeper.unit import STATE, loose, not_roots, unit_text
 
 
 def test_what_is_not_roots_alone_is_said(tmp_path: Path) -> None:
