@@ -6,8 +6,6 @@ of engines or HTTP: what they did is in the record.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import time
 from collections import Counter
@@ -152,8 +150,11 @@ def _header(path: Path, file: BinaryIO) -> dict[str, object]:
             f"{path}:1: recorded with schema {_short(header['schema'])}, this build replays schema {SCHEMA} only: "
             f"replay it with the build that recorded it ({_short(header.get('build'))})"
         )
-    for name in ("build", "model", "policy", "checkpoint"):
+    for name in ("build", "model", "policy"):
         if not isinstance(header.get(name), str):
+            raise ReplayError(f"{path}:1: the header has no {name}")
+    for name in ("options", "predictor", "state"):
+        if not isinstance(header.get(name), dict):
             raise ReplayError(f"{path}:1: the header has no {name}")
     if not line.endswith(b"\n"):
         raise ReplayError(f"{path}:1: was cut off in its header")
@@ -173,8 +174,8 @@ def _controller(path: Path, header: Mapping[str, object]) -> Controller:
         return found
 
     try:
-        return load(base64.b64decode(str(header["checkpoint"]), validate=True), table)
-    except (CheckpointError, binascii.Error) as error:
+        return load(header, table)
+    except CheckpointError as error:
         said = "" if header["build"] == build() else f" (recorded by build {header['build']!r}, this is {build()!r})"
         raise ReplayError(f"{path}:1: {error}{said}") from error
     except TableFileError as error:
