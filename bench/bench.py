@@ -10,18 +10,18 @@ import json
 import resource
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from throttllem.config import Environment, Options
+from throttllem.config import BatchingOptions
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions, parse_policy
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import Arrived, Cancelled, EngineReady, EngineSpec, Request, Slo, Stepped
 from throttllem.engines.simulated.fleet import build_fleet
+from throttllem.option_sources import load_options
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 from throttllem.profiling.measure import ProfilePlan
@@ -41,9 +41,9 @@ def main() -> None:
     arguments.add_argument("--seconds", type=float, default=3600.0, help="virtual seconds of the chat trace")
     chosen = arguments.parse_args()
     # Two rows more than are measured: a full batch would turn the newcomer away without a look at its future.
-    options = replace(Options(), engine=replace(Options().engine, max_batch=max(SIZES) + 2))
-    fleet = build_fleet(Catalogue.load(), "a100-40gb-sxm", "llama-2-13b", (4,), options.engine)
-    cache = Environment().cache_dir.expanduser()
+    batching = BatchingOptions(max_batch=max(SIZES) + 2)
+    fleet = build_fleet(Catalogue.load(), "a100-40gb-sxm", "llama-2-13b", (4,), batching)
+    cache = load_options().options.cache_dir.expanduser()
     table = performance_tables(fleet, cache, seed=0)[4]
     trained = train(profile_fleet(fleet, ProfilePlan()))
     results: dict[str, object] = {"clocks": len(fleet.clocks_mhz)}

@@ -1,4 +1,4 @@
-"""Writing aside and folders, as any user and as root."""
+"""Files that are replaced whole, and folders, as any user and as root."""
 
 import errno
 import os
@@ -49,7 +49,7 @@ def test_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
     assert seen == [False, True]
 
 
-def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_and_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     path.write_text("old")
 
@@ -102,14 +102,14 @@ def test_a_pipe_is_written_and_not_replaced(tmp_path):
     assert pipe.is_fifo()
 
 
-def test_a_long_name_has_room_for_its_neighbour(tmp_path):
+def test_a_long_name_is_cut_for_the_file_beside_it(tmp_path):
     path = tmp_path / ("é" * 120 + ".json")
     with write_aside(path) as aside:
         aside.write_text("new")
     assert path.read_text() == "new"
 
 
-def test_refusals_name_path_and_remedy(tmp_path):
+def test_errors_name_path_and_remedy(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     cases = [
@@ -132,7 +132,7 @@ def test_makes_a_folder_and_leaves_it_empty(tmp_path):
     assert names(path) == []
 
 
-def test_a_folder_where_a_file_stands(tmp_path):
+def test_a_folder_with_the_name_of_a_file(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     for path in (plain, plain / "below"):
@@ -152,7 +152,7 @@ def test_a_folder_that_not_even_root_can_write(path):
     ("number", "remedy"),
     [(errno.EACCES, "allow this user to write there"), (errno.EROFS, "the file system is read-only")],
 )
-def test_refusals_that_root_never_meets(tmp_path, monkeypatch, number, remedy):
+def test_errors_that_root_never_gets(tmp_path, monkeypatch, number, remedy):
     def refuse(self, **_):
         raise OSError(number, "no")
 
@@ -163,7 +163,7 @@ def test_refusals_that_root_never_meets(tmp_path, monkeypatch, number, remedy):
         pass
 
 
-def test_a_folder_is_held_by_one_alone(tmp_path):
+def test_a_folder_is_locked_once(tmp_path):
     first = files.hold_dir(tmp_path / "state")
     assert first is not None
     assert files.hold_dir(tmp_path / "state") is None

@@ -1,140 +1,343 @@
-"""The one frozen tree of options, and the only reader of the environment.
+"""Every option of the program: one frozen tree. An option is written once, as a field of its section, with its range;
+its flag, key, variable and documentation follow from the field.
 
-Every option is written once, as a field of the dataclass that uses it; `changed` takes `name=value` texts for any of
-them (`--set throttle.dwell_s=1`), refuses unknown names with the nearest known one and checks the type.
+Knows nothing of how an option is set: `option_sources` reads files, variables and flags.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from throttllem.core.admission import AdmissionOptions
 from throttllem.core.clocks.policy import ThrottleOptions
 from throttllem.core.clocks.sizing import AutoscaleOptions
-from throttllem.core.types import check
-
-_RESOLVED = ("policy", "fixed_mhz", "capacity_rps")
-"""What a run's --policy and the characterisation say."""
+from throttllem.core.types import OptionError, Slo, check
 
 
-class OptionError(ValueError):
-    """An option that does not exist or does not hold such a value; the message says what would do."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Where the gateway listens, and which clients it serves."""
+
+    host: str = "127.0.0.1"
+    """Address of the API."""
+    port: int = 8000
+    """Port of the API; 0 takes any free one."""
+    metrics_port: int | None = None
+    """A separate port for `/metrics`, `/health` and `/dashboard`, which needs no API key."""
+    metrics_host: str = "127.0.0.1"
+    """Address of that port."""
+    api_keys: tuple[str, ...] | None = field(default=None, repr=False)
+    """A request must carry one of these keys. Without the option every client is served."""
+    seed: int = 0
+    """Seed of the simulated engine."""
+
+    def __post_init__(self) -> None:
+        check("server", port=(self.port, 0, 65535))
+        if self.metrics_port is not None:
+            check("server", metrics_port=(self.metrics_port, 0, 65535))
+            if self.port and (self.metrics_host, self.metrics_port) == (self.host, self.port):
+                raise OptionError("server", "metrics_port", self.port, "must differ from server.port, or be absent")
+        if self.api_keys is not None and not self.api_keys:
+            problem = "set, but there is no key in it; leave it out to serve every client"
+            raise OptionError("server", "api_keys", "", problem, secret=True)
+        if any(not key or key != key.strip() for key in self.api_keys or ()):
+            problem = "a key is empty, or begins or ends with a blank; no request could carry it"
+            raise OptionError("server", "api_keys", "", problem, secret=True)
 
 
-class Environment(BaseSettings):
-    """What is read from the environment: `THROTTLLEM_CACHE_DIR`, `THROTTLLEM_WORKERS`, `THROTTLLEM_DEBUG`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitOptions:
+    """Bounds on what one client, or one engine, can make the gateway hold."""
 
-    model_config = SettingsConfigDict(env_prefix="THROTTLLEM_", frozen=True)
+    body_bytes: int = 8 * 1024 * 1024
+    """Largest body of a request."""
+    header_bytes: int = 64 * 1024
+    """Most bytes of a request's headers."""
+    connections: int = 4096
+    """Most connections that are open at once."""
+    queue_wait_s: float = 600.0
+    """Longest time in the admission queue; then the request is rejected (503)."""
+    engine_wait_s: float = 30.0
+    """How long a request waits for an engine while none is up."""
+    silence_s: float = 120.0
+    """How long an engine may send nothing for a running request before the request has failed (504)."""
+    drain_s: float = 30.0
+    """How long running requests may go on after SIGTERM."""
+    slow_reader_s: float = 60.0
+    """How long a client may read nothing before it is disconnected."""
 
-    cache_dir: Path = Path("~/.cache/throttllem")
-    """Where trained tables and characterised engines are kept."""
-    workers: int = Field(default=2, ge=1, le=64)
-    """Policies that are simulated side by side."""
-    debug: bool = False
-    """Show where an error came from."""
+    def __post_init__(self) -> None:
+        check("limits", body_bytes=(self.body_bytes, 1024, 1 << 30), header_bytes=(self.header_bytes, 1024, 1 << 20))
+        check("limits", connections=(self.connections, 1, 1 << 20), queue_wait_s=(self.queue_wait_s, 0.1, 86400))
+        check("limits", engine_wait_s=(self.engine_wait_s, 0, 86400), silence_s=(self.silence_s, 0.1, 86400))
+        check("limits", drain_s=(self.drain_s, 0, 86400), slow_reader_s=(self.slow_reader_s, 0.1, 86400))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineEntry:
+    """One engine, with what it does not report about itself."""
+
+    kind: Literal["simulated", "openai", "triton"] = "simulated"
+    """`simulated` (embedded, in real time), `openai` (vLLM and others with OpenAI's API) or `triton`."""
+    url: str | None = None
+    """Where a real engine listens, as in `http://127.0.0.1:8001`."""
+    gpu: str = "a100-40gb-sxm"
+    """GPU of the catalogue: its clocks and its power."""
+    model: str = "llama-3-8b"
+    """Model of the catalogue."""
+    tp: int = 1
+    """Number of its GPUs (tensor parallel degree)."""
+    tables: Path | None = None
+    """Folder that `train` wrote. Without it a simulated engine trains its table at the first start (cached), and any
+    other runs at the maximum clock."""
+    served_as: str | None = None
+    """Model name that clients use. Without it the engine's own name; for Triton the name in its model repository."""
+    tokenizer: Path | None = None
+    """A tokenizer.json, for an engine that cannot count tokens."""
+    stats: str | None = None
+    """Where vLLM's plug-in sends its steps: the path of a Unix socket, or HOST:PORT on loopback."""
+    gpus: tuple[str, ...] | None = None
+    """The GPUs that it runs on, all of them, by UUID or number. Without it the GPUs of the catalogue are simulated."""
+    metrics_url: str | None = None
+    """Where a Triton server reports its metrics."""
+    max_batch: int | None = None
+    """Most sequences in one iteration; only where the engine does not report it."""
+    max_context_tokens: int | None = None
+    """Longest context; only where the engine does not report it."""
+    kv_blocks: int | None = None
+    """Blocks of the KV cache; only where the engine does not report it."""
+    block_tokens: int | None = None
+    """Tokens in a KV block; only where the engine does not report it."""
+    api_key: str | None = field(default=None, repr=False)
+    """Sent to the engine instead of the client's own key."""
+
+    def __post_init__(self) -> None:
+        check("engines", tp=(self.tp, 1, 1024))
+        for name in ("max_batch", "max_context_tokens", "kv_blocks", "block_tokens"):
+            if (value := getattr(self, name)) is not None:
+                check("engines", **{name: (value, 1, 1 << 40)})
+        if self.kind != "simulated" and self.url is None:
+            problem = "needs the engine's url, as in url = 'http://127.0.0.1:8001'"
+            raise OptionError("engines", "kind", repr(self.kind), problem)
+        if self.kind == "simulated" and self.url is not None:
+            _check_url("url", self.url)
+            problem = "a simulated engine has no url; kind = 'openai' or 'triton' has"
+            raise OptionError("engines", "url", repr(self.url), problem)
+        for name in ("url", "metrics_url"):
+            if (url := getattr(self, name)) is not None:
+                _check_url(name, url)
+        if self.gpus is not None:
+            self._check_gpus(self.gpus)
+
+    def _check_gpus(self, gpus: tuple[str, ...]) -> None:
+        shown = ",".join(gpus)
+        if self.kind == "simulated":
+            problem = "a simulated engine has no GPUs; set the url of a real one (--engine, --triton)"
+            raise OptionError("engines", "gpus", shown, problem)
+        if len(set(gpus)) < len(gpus):
+            raise OptionError("engines", "gpus", shown, "a GPU is named twice")
+        if len(gpus) != self.tp:
+            problem = (
+                f"{len(gpus)} GPUs, and tp = {self.tp}: name all GPUs of the engine, and set tp (--tp) to their number"
+            )
+            raise OptionError("engines", "gpus", shown, problem)
+
+
+_CREDENTIALS = re.compile(r"(?:[^/?#]*:)?(?://)?[^/?#]*@")
+
+
+def _check_url(name: str, url: str) -> None:
+    """Refuse what is no HTTP address. The error shows no password."""
+    if _CREDENTIALS.match(url):
+        problem = "must hold no user and password; where the engine needs a key, set api_key"
+        raise OptionError("engines", name, "", problem, secret=True)
+    if not url.startswith(("http://", "https://")):
+        raise OptionError("engines", name, repr(url), "must begin with http:// or https://")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClockOptions:
+    """How the clocks of real GPUs (`engines.N.gpus`) are set."""
+
+    mode: Literal["on", "dry-run", "off"] = "dry-run"
+    """`on` sets clocks; `dry-run` decides, records and shows them, and sets nothing; `off` makes no decision."""
+    keeper: Path = Path("/run/throttllem/keeper.sock")
+    """Socket of `throttllem keeper`, which leases the GPUs and restores their clocks."""
+    zeusd: Path | None = None
+    """Socket of a zeusd to set clocks through instead; it restores nothing if the gateway is killed."""
+    ttl_s: float = 3.0
+    """Time to live of the lease: the keeper restores the clocks so long after the gateway's last heartbeat."""
+
+    def __post_init__(self) -> None:
+        check("clocks", ttl_s=(self.ttl_s, 0.2, 60))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthOptions:
-    """How answers' lengths are predicted in simulation.
+    """How output lengths are predicted: a gateway learns them, a simulation knows them from its trace."""
 
-    `predictor` is "oracle" or "max-tokens" (knows nothing). `p95_error` is the oracle's relative error at p95;
-    `inflation` None stands for 1 + p95_error (the paper inflates and leaves open by how much).
-    """
-
-    predictor: Literal["oracle", "max-tokens"] = "oracle"
+    predictor: Literal["online", "oracle", "max-tokens"] | None = None
+    """`online` learns from finished requests (the default of `serve`), `oracle` reads the trace (the default of
+    `simulate`), `max-tokens` takes the request's limit."""
+    exceed: float = 0.1
+    """Fraction of outputs that may be longer than `online` predicts."""
     p95_error: float = 0.0
+    """Relative error of `oracle` at p95."""
     inflation: float | None = None
+    """Factor on every prediction in a simulation. Without it 1 + `p95_error`: the paper inflates, and leaves open by
+    how much."""
 
     def __post_init__(self) -> None:
-        check("length", p95_error=(self.p95_error, 0, 0.99), inflation=(self.factor, 0.1, 100))
+        check("length", exceed=(self.exceed, 0.001, 0.5), p95_error=(self.p95_error, 0, 0.99))
+        check("length", inflation=(self.factor, 0.1, 100))
 
     @property
     def factor(self) -> float:
-        """What every prediction is multiplied by."""
+        """Factor on every prediction in a simulation."""
         return 1.0 + self.p95_error if self.inflation is None else self.inflation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """How the simulated engine batches. The defaults are TensorRT-LLM's: whole prompts, blocks of 64 tokens, as many
-    requests as the KV cache holds now (its MAX_UTILIZATION; `no_evict` is its GUARANTEED_NO_EVICT).
+class RecorderOptions:
+    """The flight recorder, whose files `throttllem replay` reads."""
 
-    `chunked` with `block_tokens` 16 is vLLM's way. `max_tokens` None: the longest answer of the trace, rounded up to a
-    power of two, stands for the limit that clients ask for.
+    enabled: bool = True
+    """Whether events and commands are recorded."""
+    folder: Path | None = None
+    """Folder of the files. Without it `flight` in `state_dir`."""
+    file_bytes: int = 32 * 1024 * 1024
+    """Size at which a new file is begun."""
+    files: int = 4
+    """Number of files for each model; then the oldest is removed."""
+
+    def __post_init__(self) -> None:
+        check("recorder", file_bytes=(self.file_bytes, 64 * 1024, 1 << 40), files=(self.files, 2, 1000))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchingOptions:
+    """How the simulated engine batches. The defaults are TensorRT-LLM's; `chunked` with `block_tokens = 16` is vLLM's
+    way.
     """
 
     block_tokens: int = 64
+    """Tokens in a KV block."""
     max_batch: int = 256
+    """Most sequences in one iteration."""
     prefill_budget_tokens: int = 8192
+    """Most tokens, prompts and decoding together, in one iteration."""
     chunked: bool = False
+    """Whether prompts are split over iterations."""
     no_evict: bool = False
+    """Whether KV blocks for prompt + max_tokens are reserved before a request starts (TensorRT-LLM's
+    GUARANTEED_NO_EVICT); otherwise requests are preempted when blocks run out (its MAX_UTILIZATION)."""
     max_tokens: int | None = None
+    """`max_tokens` of the requests of a simulation. Without it the longest output of the trace, rounded up to a power
+    of two."""
 
     def __post_init__(self) -> None:
-        check("engine", block_tokens=(self.block_tokens, 1, 1024), max_batch=(self.max_batch, 1, 4096))
-        check("engine", prefill_budget_tokens=(self.prefill_budget_tokens, 16, 1 << 20))
-        check("engine", max_tokens=(1 if self.max_tokens is None else self.max_tokens, 1, 1 << 20))
+        check("batching", block_tokens=(self.block_tokens, 1, 1024), max_batch=(self.max_batch, 1, 4096))
+        check("batching", prefill_budget_tokens=(self.prefill_budget_tokens, 16, 1 << 20))
+        check("batching", max_tokens=(1 if self.max_tokens is None else self.max_tokens, 1, 1 << 20))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noise:
-    """Log-normal scatter of one iteration: standard deviations of time and power.
-
-    The data's own scatter is about 4 % in time and 5 % in power over whole runs (shared measurements); single
-    iterations on an otherwise idle machine scatter less.
+    """Log-normal scatter of one iteration of the simulated engine. Whole runs of real engines scatter by about 4 % in
+    time and 5 % in power; single iterations on an otherwise idle machine scatter less.
     """
 
     time: float = 0.02
+    """Standard deviation of the logarithm of the time."""
     power: float = 0.03
+    """Standard deviation of the logarithm of the power."""
 
     def __post_init__(self) -> None:
         check("noise", time=(self.time, 0, 1), power=(self.power, 0, 1))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Everything that can be set about a simulation besides its scenario."""
+class Options(BaseSettings):
+    """Options that belong to no section."""
 
-    throttle: ThrottleOptions = field(default_factory=ThrottleOptions)
-    admission: AdmissionOptions = field(default_factory=AdmissionOptions)
-    autoscale: AutoscaleOptions = field(default_factory=AutoscaleOptions)
-    length: LengthOptions = field(default_factory=LengthOptions)
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    noise: Noise = field(default_factory=Noise)
+    model_config = SettingsConfigDict(
+        env_prefix="THROTTLLEM_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+    )
+
+    policy: str = "least-energy"
+    """How `serve` chooses clocks: `triton` (maximum clock, the baseline), `throttllem` (the paper's), `least-energy`,
+    or `fixed:<MHz>`; each also with `+autoscale`."""
+    server: ServerOptions = ServerOptions()
+    limits: LimitOptions = LimitOptions()
+    engines: tuple[EngineEntry, ...] = (EngineEntry(),)
+    clocks: ClockOptions = ClockOptions()
+    slo: Slo = Slo()
+    """SLOs of a request that has none of its own."""
+    classes: Mapping[str, Slo] = Field(default_factory=dict)
+    """SLOs by name; a request chooses one with the header `x-slo-class`."""
+    throttle: ThrottleOptions = ThrottleOptions()
+    admission: AdmissionOptions = AdmissionOptions()
+    autoscale: AutoscaleOptions = AutoscaleOptions()
+    length: LengthOptions = LengthOptions()
+    recorder: RecorderOptions = RecorderOptions()
+    batching: BatchingOptions = BatchingOptions()
+    noise: Noise = Noise()
+    state_dir: Path = Path("~/.local/state/throttllem")
+    """Folder for what survives a restart of the gateway: learned output lengths, and the flight recorder's files."""
+    cache_dir: Path = Path("~/.cache/throttllem")
+    """Folder for trained performance tables and characterised engines."""
+    catalogue: Path | None = None
+    """TOML file with GPUs and models of your own."""
+    workers: int = Field(default=2, ge=1, le=64)
+    """Number of policies that are simulated in parallel."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """`Options(...)` takes its arguments and the defaults alone; `load_options` reads the other sources."""
+        return (init_settings,)
+
+    @field_validator("engines", mode="before")
+    @classmethod
+    def _numbered(cls, value: Any) -> Any:
+        """A list from elements under their numbers, as variables and `--set` name them."""
+        if not isinstance(value, dict):
+            return value
+        for index in range(len(value)):
+            if str(index) not in value:
+                problem = f"there is no engines.{index}; number engines from 0"
+                raise OptionError("engines", max(value, key=int), "", problem, secret=True)
+        return [value[key] for key in sorted(value, key=int)]
+
+    @model_validator(mode="after")
+    def _clocks_have_gpus(self) -> Options:
+        if self.clocks.mode == "on" and not any(entry.gpus for entry in self.engines):
+            problem = "no engine names its GPUs; set engines.0.gpus (--gpus 0)"
+            raise OptionError("", "clocks.mode", "'on'", problem)
+        return self
 
 
-def changed(options: Options, settings: Iterable[str]) -> Options:
-    """The options with every `section.name=value` of `settings` put in. Raises OptionError."""
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        names = path.strip().split(".")
-        known = [
-            f"{part.name}.{leaf.name}"
-            for part in fields(options)
-            for leaf in fields(getattr(options, part.name))
-            if leaf.name not in _RESOLVED
-        ]
-        if not equals or path.strip() not in known:
-            near = difflib.get_close_matches(path.strip(), known, n=3, cutoff=0.4) or known
-            raise OptionError(f"option {setting!r}: write section.name=value; did you mean {', '.join(near)}?")
-        section = getattr(options, names[0])
-        options = replace(options, **{names[0]: replace(section, **{names[1]: _parsed(section, names[1], text)})})
-    return options
+RESOLVED = ("throttle.policy", "throttle.fixed_mhz")
+"""Fields of the tree that follow from `policy` and cannot be set."""
 
+RENAMED = MappingProxyType({"engine": "batching"})
+"""Former names of sections, which still work."""
 
-def _parsed(section: Any, name: str, text: str) -> Any:
-    assert is_dataclass(section)
-    value = None if text.strip().lower() == "none" else text.strip()
-    wanted = {key: kind for key, kind in type(section).__init__.__annotations__.items()}[name]
-    try:
-        return TypeAdapter(wanted).validate_python(value)
-    except ValidationError as error:
-        raise OptionError(f"option {name} = {text!r}: {error.errors()[0]['msg']}") from error
+FORMER_VALUES = MappingProxyType({("clocks.mode", "advise"): "dry-run"})
+"""Former values of options, which still work."""

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and folders that can be written before work starts.
+"""Writing a file so that a reader never sees half of it, and checking a folder before work starts.
 
 Knows nothing of what is written.
 """
@@ -16,15 +16,15 @@ from pathlib import Path
 
 
 class WriteError(OSError):
-    """Something cannot be written; the message names the path, the cause and the way out."""
+    """A path cannot be written; the message names the path, the cause and the remedy."""
 
 
 @contextlib.contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
-    """Gives an empty file beside `path` to write to; it takes the place of `path` when the block ends.
+    """Yield an empty file beside `path` to write to; it replaces `path` when the block ends.
 
     On any exception, KeyboardInterrupt included, it is removed and `path` stays as it was. The contents reach the
-    disk before the name does. A device or pipe (/dev/null) is given as it is: it must not be replaced by a file.
+    disk before the name does. A device or pipe (/dev/null) is yielded itself: it must not be replaced by a file.
     Raises WriteError where the folder is missing or cannot be written; an error of the block itself passes unchanged.
     """
     target = _target(path)
@@ -39,7 +39,7 @@ def write_aside(path: Path) -> Iterator[Path]:
             aside.replace(target)
         except OSError as error:
             raise _refusal(path, error) from error
-        # The file is whole and in its place; some file systems cannot flush a folder.
+        # The file is whole and has its name; some file systems cannot flush a folder.
         with contextlib.suppress(OSError):
             _flush(target.parent)
     finally:
@@ -47,7 +47,7 @@ def write_aside(path: Path) -> Iterator[Path]:
 
 
 def writable_dir(path: Path) -> None:
-    """Could `ensure_writable_dir` make or use this folder? Makes nothing. Raises WriteError if it could not."""
+    """Raise WriteError if `ensure_writable_dir` could not make or use this folder. Makes nothing."""
     try:
         there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     except OSError as error:
@@ -62,9 +62,9 @@ def writable_dir(path: Path) -> None:
 
 
 def hold_dir(path: Path) -> int | None:
-    """Makes the folder where absent and holds it against others until the handle is closed; None if another does.
+    """Make the folder where absent and lock it until the handle is closed; None if another process has locked it.
 
-    Raises WriteError where it cannot be made. The hold ends with the process, however it ends.
+    Raises WriteError where it cannot be made. The lock ends with the process, however it ends.
     """
     handle = os.open(ensure_writable_dir(path) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -76,10 +76,9 @@ def hold_dir(path: Path) -> int | None:
 
 
 def ensure_writable_dir(path: Path) -> Path:
-    """Makes the folder `path` with its parents where absent, proves that a file can be made in it, returns it.
+    """Make the folder `path` with its parents where absent, and a trial file in it; returns the folder.
 
-    Raises WriteError naming what stands in the way. The proof is a trial file: permission bits say nothing to root,
-    nor of a read-only mount.
+    Raises WriteError with the obstacle. Permission bits would not do: root ignores them, and a read-only mount too.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -92,7 +91,7 @@ def ensure_writable_dir(path: Path) -> Path:
 
 
 def _target(path: Path) -> Path | None:
-    """The file to replace, links followed (the link itself stays); None for a device or pipe."""
+    """The file to replace, symbolic links followed (the link itself stays); None for a device or pipe."""
     try:
         if path.is_dir():
             raise WriteError(f"cannot write {path}: it is a directory; name a file")
@@ -114,7 +113,7 @@ def _open_aside(path: Path, target: Path) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -123,17 +122,17 @@ def _flush(path: Path) -> None:
 
 
 def _refusal(path: Path, error: OSError) -> WriteError:
-    """The operating system's refusal in words, with what to do about it."""
-    mend = "choose another path"
+    """The operating system's error with what to do about it."""
+    remedy = "choose another path"
     match error.errno:
         case errno.ENOENT:
-            mend = f"make the folder {path.parent} first, or choose another path"
+            remedy = f"make the folder {path.parent} first, or choose another path"
         case errno.EEXIST | errno.ENOTDIR:
-            mend = "a file stands where a folder is needed: move it, or choose another path"
+            remedy = "a file stands where a folder is needed: move it, or choose another path"
         case errno.EACCES | errno.EPERM:
-            mend = "allow this user to write there, or choose another path"
+            remedy = "allow this user to write there, or choose another path"
         case errno.EROFS:
-            mend = "the file system is read-only: choose another path"
+            remedy = "the file system is read-only: choose another path"
         case errno.ENOSPC | errno.EDQUOT:
-            mend = "free some space, or choose another path"
-    return WriteError(f"cannot write {path}: {os.strerror(error.errno or 0)}; {mend}")
+            remedy = "free some space, or choose another path"
+    return WriteError(f"cannot write {path}: {os.strerror(error.errno or 0)}; {remedy}")

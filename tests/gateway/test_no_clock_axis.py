@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from command import run
-from profiling.live_house import house, modelled, virtually
+from profiling.live.testbed import engine_and_gpu, modelled, virtually
 
 from gateway.test_build import A100, trained
-from gateway.test_check import found, said
+from gateway.test_check import found, text_of
 from gateway.test_hardware_run import machine  # noqa: F401 (a fixture)
+from throttllem.config import ClockOptions, EngineEntry, Options
 from throttllem.core.types import Slo
 from throttllem.gateway.build import build_gateway
-from throttllem.gateway.settings import ClockOptions, EngineEntry, ServeOptions
 from throttllem.gpu.device import Reading
 from throttllem.profiling.live.plan import LivePlan
 from throttllem.profiling.live.run import profile_live
@@ -33,17 +33,17 @@ def without_axis(folder, clocks=A100):
     return folder
 
 
-def built(tmp_path, *, gpus=None, mode="advise", policy="least-energy", clocks=A100):
+def built(tmp_path, *, gpus=None, mode="dry-run", policy="least-energy", clocks=A100):
     entry = EngineEntry(kind="openai", url=URL, gpus=gpus, tables=without_axis(tmp_path, clocks))
-    options = ServeOptions(
+    options = Options(
         engines=(entry,), clocks=ClockOptions(mode=mode), policy=policy, state_dir=tmp_path / "state", slo=Slo(e2e_s=30)
     )
     return build_gateway(options, tmp_path / "cache", version="1", now=time.monotonic, learn=False)
 
 
-@pytest.mark.parametrize("mode", ["on", "advise"])
-def test_real_clocks_are_refused(tmp_path, mode):
-    with pytest.raises(ValueError, match="clock axis of this table was not measured") as refused:
+@pytest.mark.parametrize("mode", ["on", "dry-run"])
+def test_real_clocks_are_an_error(tmp_path, mode):
+    with pytest.raises(ValueError, match="clock axis of this table was not measured") as raised:
         built(tmp_path, gpus=("0",), mode=mode)
     for part in (
         str(tmp_path / "table-tp1.npz"),
@@ -52,10 +52,10 @@ def test_real_clocks_are_refused(tmp_path, mode):
         "throttllem train",
         "--clocks off",
     ):
-        assert part in str(refused.value)
+        assert part in str(raised.value)
 
 
-@pytest.mark.parametrize("mode", ["on", "advise"])
+@pytest.mark.parametrize("mode", ["on", "dry-run"])
 def test_check_marks_it(tmp_path, mode):
     entry = EngineEntry(kind="openai", url=URL, gpus=("0",), tables=without_axis(tmp_path))
     (fatal,) = [each for each in found(tmp_path, engines=(entry,), clocks=ClockOptions(mode=mode)) if each.fatal]
@@ -63,32 +63,32 @@ def test_check_marks_it(tmp_path, mode):
     assert "clock axis of this table was not measured" in fatal.text
 
 
-@pytest.mark.parametrize(("gpus", "mode"), [(None, "advise"), (("0",), "off")])
+@pytest.mark.parametrize(("gpus", "mode"), [(None, "dry-run"), (("0",), "off")])
 @pytest.mark.parametrize("policy", ["least-energy", "throttllem"])
 @pytest.mark.parametrize("clocks", [A100, (900,)])
 def test_without_real_clocks_it_has_only_the_maximum_clock_and_no_estimate(tmp_path, gpus, mode, policy, clocks):
     (served,) = built(tmp_path, gpus=gpus, mode=mode, policy=policy, clocks=clocks).models.served
-    table, (link,) = served.driver.controller.options.tables[1], served.driver.links
+    table, (backend,) = served.loop.controller.options.tables[1], served.loop.backends
     assert table.clocks_mhz == (1410,)
-    assert link.booking.meter.table is table
-    link.booking.meter.gpu = SimpleNamespace(read=lambda: Reading(clock_mhz=900, watts=1.0, energy_j=5.0))
-    energy = link.booking.meter.energy()
+    assert backend.accounting.at_maximum.table is table
+    backend.accounting.gpu = SimpleNamespace(read=lambda: Reading(clock_mhz=900, watts=1.0, energy_j=5.0))
+    energy = backend.accounting.energy()
     assert (energy.top_j, energy.advised_j, energy.saved, energy.would_save) == (None, None, None, None)
 
 
-def test_check_says_that_the_maximum_clock_is_kept(tmp_path):
+def test_check_shows_that_the_clock_stays_at_its_maximum(tmp_path):
     entry = EngineEntry(kind="simulated", tables=without_axis(tmp_path))
     findings = found(tmp_path, engines=(entry,))
     assert not any(each.fatal for each in findings)
-    assert "would keep to the top clock of a simulated a100-40gb-sxm" in said(findings)
-    assert "-- engine simulated-llama-3-8b-tp1: the clock axis of its table was not measured" in said(findings)
+    assert "would keep to the top clock of a simulated a100-40gb-sxm" in text_of(findings)
+    assert "-- engine simulated-llama-3-8b-tp1: the clock axis of its table was not measured" in text_of(findings)
 
 
 def test_the_commands_in_the_order_of_the_readme(tmp_path, monkeypatch, capsys, machine):  # noqa: F811
-    """`profile` without --gpus, `train`, `serve --gpus 0`: refused, and the GPU is left as it is."""
+    """`profile` without --gpus, `train`, `serve --gpus 0`: an error, and the GPU is left as it is."""
 
     async def profiled():
-        engine, gpu = house(gpu="a100-40gb-sxm", model="llama-3-8b")
+        engine, gpu = engine_and_gpu(gpu="a100-40gb-sxm", model="llama-3-8b")
         device = modelled(gpu, (210, 705, 1410))
         return await profile_live(engine, device, LivePlan(points=24, steps=6, bursts=4), tmp_path / "engine.parquet")
 

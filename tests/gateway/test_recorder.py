@@ -48,7 +48,7 @@ def test_whatever_is_recorded_is_read_again(tmp_path_factory, sequence):
     recorder.start()
     path = recorder.path
     for item in sequence:
-        recorder.flush() if item is None else recorder.record(*item)
+        recorder.flush() if item is None else recorder.record([item])
     recorder.close()
     assert recorder.said == []
     said = [item for item in sequence if item is not None]
@@ -60,13 +60,13 @@ def test_whatever_is_recorded_is_read_again(tmp_path_factory, sequence):
 def test_bare_steps_and_observations_share_a_line(tmp_path):
     recorder = recorder_of(tmp_path, Controller(OPTIONS))
     recorder.start()
-    recorder.record(0.5, Observed(engine=0, running=1, waiting=0, kv_blocks=7), [])
+    recorder.record([(0.5, Observed(engine=0, running=1, waiting=0, kv_blocks=7), [])])
     for iteration in range(5, 8):
-        recorder.record(iteration / 8, Stepped(engine=0, iteration=iteration), [])
-    recorder.record(1.0, Observed(engine=0, running=1, waiting=2), [])
-    recorder.record(1.5, Stepped(engine=0, iteration=9), [])
-    recorder.record(1.5, Stepped(engine=1, iteration=10), [])
-    recorder.record(2.0, Stepped(engine=1, iteration=11, started=(3,)), [])
+        recorder.record([(iteration / 8, Stepped(engine=0, iteration=iteration), [])])
+    recorder.record([(1.0, Observed(engine=0, running=1, waiting=2), [])])
+    recorder.record([(1.5, Stepped(engine=0, iteration=9), [])])
+    recorder.record([(1.5, Stepped(engine=1, iteration=10), [])])
+    recorder.record([(2.0, Stepped(engine=1, iteration=11, started=(3,)), [])])
     recorder.flush()
     assert lines(recorder.path) == [
         {"r": 0, "i": 5, "q": [[0.5, 1, 0, 7], 0.625, 0.75, 0.875, [1.0, 1, 2, None]]},
@@ -83,7 +83,7 @@ def test_a_busy_hour_is_small(tmp_path):
     path = recorder.path
     begun = path.stat().st_size
     for iteration in range(10_000):
-        recorder.record(iteration * 0.0123, Stepped(engine=0, iteration=iteration), [])
+        recorder.record([(iteration * 0.0123, Stepped(engine=0, iteration=iteration), [])])
     recorder.close()
     assert (path.stat().st_size - begun) / 10_000 < 22
 
@@ -92,13 +92,13 @@ def test_nothing_is_written_before_a_flush_and_the_buffer_is_bounded(tmp_path):
     recorder = recorder_of(tmp_path, Controller(OPTIONS))
     recorder.start()
     empty = recorder.path.stat().st_size
-    recorder.record(0.0, Timer(), [])
+    recorder.record([(0.0, Timer(), [])])
     assert recorder.path.stat().st_size == empty
     recorder.flush()
     assert recorder.path.stat().st_size > empty
     before = recorder.path.stat().st_size
     for number in range(3000):
-        recorder.record(float(number), Timer(), [])
+        recorder.record([(float(number), Timer(), [])])
     assert recorder.path.stat().st_size >= before + 64 * 1024
     recorder.close()
 
@@ -272,7 +272,7 @@ def test_what_cannot_be_written_does_not_raise(tmp_path):
     said = []
     recorder = recorder_of(tmp_path, Controller(OPTIONS), say=grumble)
     recorder.start()
-    recorder.record(0.0, EngineReady(engine=0, spec=replace(SPECS[1], gpu=object())), [])
+    recorder.record([(0.0, EngineReady(engine=0, spec=replace(SPECS[1], gpu=object())), [])])
     assert len(said) == 1
     assert "object is nothing that JSON holds" in said[0]
 
@@ -282,7 +282,7 @@ def test_after_close_nothing_is_opened(tmp_path):
     recorder.start()
     recorder.close()
     for now_s in (0.0, 100.0, 200.0):
-        recorder.record(now_s, Timer(), [Reject(request_id=1, why=Reason.FITS)])
+        recorder.record([(now_s, Timer(), [Reject(request_id=1, why=Reason.FITS)])])
     recorder.flush()
     recorder.close()
     assert len(files(tmp_path)) == 1

@@ -99,7 +99,7 @@ REQUEST = {"id": 1, "arrival_s": 0.5, "prompt_tokens": 3, "max_tokens": 4, "slo"
         ({"k": "Stepped", "engine": 1, "iteration": 1, "started": 3}, "Stepped.started: 3 is not a list"),
         ({"k": "Stepped", "engine": 1, "iteration": 1, "started": ["a"]}, "Stepped.started: 'a' is not a whole number"),
         ({"k": "Arrived", "request": [1]}, r"Arrived.request: \[1\] is not an object"),
-        ({"k": "Arrived", "request": REQUEST | {"slo": {"e2e_s": -1.0}}}, "Arrived.request.slo: SLO e2e_s = -1.0"),
+        ({"k": "Arrived", "request": REQUEST | {"slo": {"e2e_s": -1.0}}}, "Arrived.request.slo: slo.e2e_s = -1.0"),
         ({"k": "Arrived", "request": REQUEST | {"caller": 4}}, "Arrived.request.caller: 4 is not a text"),
     ],
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from throttllem.config import Environment
+from throttllem.option_sources import load_options
 from throttllem.physics.catalogue import Catalogue
 from tools.fidelity.document import draw, markdown, put
 from tools.fidelity.section import DATA, Section, Target
@@ -78,7 +78,7 @@ def main() -> int:
     folder = None if asked.only else PICTURES
     PICTURES.mkdir(exist_ok=True)
     console.print(f"{len(names)} data sets ...")
-    with ProcessPoolExecutor(Environment().workers) as pool:
+    with ProcessPoolExecutor(load_options().options.workers) as pool:
         futures = [pool.submit(run, name, folder) for name in names]
         sections = []
         for future in futures:

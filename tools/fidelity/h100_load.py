@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from throttllem.calibrate.errors import Errors
-from throttllem.config import Environment
+from throttllem.option_sources import load_options
 from throttllem.physics.catalogue import Catalogue
-from throttllem.sim.runs import side_by_side
+from throttllem.sim.parallel import side_by_side
 from tools.fidelity.load_fit import LoadFit, fit_load, with_gpu
 from tools.fidelity.load_runs import GPU, LoadPoint, read_points, simulate
 from tools.fidelity.section import ErrorRow, Plot, Section, Target
@@ -55,7 +55,7 @@ def section(data: Path, catalogue: Catalogue) -> Section:
     clocks, sizes = (left_out(points, group) for group in (lambda p: p.clock_mhz, lambda p: p.tp))
     tasks = [functools.partial(_shipped, catalogue, points), functools.partial(_whole, catalogue, points)]
     tasks += [functools.partial(_fold, catalogue, points, at) for at in clocks + sizes]
-    shipped, whole, *folds = side_by_side(tasks, workers=Environment().workers)
+    shipped, whole, *folds = side_by_side(tasks, workers=load_options().options.workers)
     by_clock, by_size = folds[: len(clocks)], folds[len(clocks) :]
     assert whole.fitted is not None
     folds_of = (("nothing", [shipped]), ("each clock in turn", by_clock), ("each TP in turn", by_size))

@@ -21,7 +21,7 @@ from throttllem.engines.simulated.fleet import Fleet, build_fleet
 from throttllem.physics.catalogue import Catalogue, Gpu, Model
 from throttllem.physics.engine import EnginePhysics
 from throttllem.sim.result import RunResult
-from throttllem.sim.scenario import Scenario
+from throttllem.sim.study import Scenario
 from throttllem.sim.traces import load_trace
 
 FILE = Path("measured") / "h100_llama70b_load.csv"
@@ -105,7 +105,7 @@ def settle(engine: EnginePhysics, point: LoadPoint) -> tuple[float, float]:
 
     The batch is the fixed point of Little's law; a prompt stretches every row's answer by one prefill.
     """
-    low, high = 0.05, float(Options().engine.max_batch)
+    low, high = 0.05, float(Options().batching.max_batch)
     for _ in range(_HALVINGS):
         batch = math.sqrt(low * high)
         rows = max(1, round(batch))
@@ -147,7 +147,7 @@ class _Watched(EnginePhysics):
 def _run(catalogue: Catalogue, point: LoadPoint, requests: int, seed: int) -> tuple[RunResult, _Watched]:
     options, rate = Options(), point.requests_per_s
     seed = zlib.crc32(f"{point.tp} {point.clock_mhz} {rate} {seed}".encode())
-    fleet = build_fleet(catalogue, GPU, MODEL, (point.tp,), options.engine)
+    fleet = build_fleet(catalogue, GPU, MODEL, (point.tp,), options.batching)
     watched = _Watched(catalogue.gpu(GPU), catalogue.model(MODEL), point.tp)
     lengths = f"input={PROMPT_TOKENS},output={ANSWER_TOKENS}"
     scenario = Scenario(

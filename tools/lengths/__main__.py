@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as Printed
 
-from throttllem.config import Environment
+from throttllem.option_sources import load_options
 from tools.lengths.cost import costs
 from tools.lengths.document import COST_HEAD, HEAD, Line, Table, cells, cost_cells, draw, markdown, put
 from tools.lengths.replay import replay
@@ -77,7 +77,7 @@ def main() -> int:
         return 0
     chosen = [one for one in sets(DATA) if only.lower() in one.title.lower()]
     tables = []
-    with ProcessPoolExecutor(Environment().workers) as pool:
+    with ProcessPoolExecutor(load_options().options.workers) as pool:
         for table in pool.map(compare, chosen):
             tables.append(table)
             _print(console, f"{table.title}: {table.about}", HEAD, [cells(line) for line in table.lines])

@@ -1,20 +1,19 @@
-"""Options that several commands of the command line share, and how their texts are read. Knows no command."""
+"""Command-line options that several commands share, and how their texts are read.
+
+Imported before every command: numpy, pydantic and the like are imported where a command needs them.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from throttllem.config import Environment
-from throttllem.files import ensure_writable_dir, write_aside
-from throttllem.sim.study import MAXIMUM
+if TYPE_CHECKING:
+    from throttllem.option_sources import Loaded
 
 Gpu = Annotated[str, typer.Option("--gpu", help="GPU of the catalogue.")]
 Model = Annotated[str, typer.Option("--model", help="Model of the catalogue.")]
@@ -28,59 +27,65 @@ TraceName = Annotated[
         "poisson:rate=2,input=1023,output=99,seconds=300.",
     ),
 ]
-Extra = Annotated[Path | None, typer.Option("--catalogue", help="TOML with GPUs and models of your own.")]
+Extra = Annotated[Path | None, typer.Option("--catalogue", help="TOML file with GPUs and models of your own.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file of options.")]
 Setting = Annotated[
-    list[str] | None, typer.Option("--set", help="Any option as section.name=value, as in throttle.dwell_s=1.")
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any option, as in throttle.dwell_s=1. Repeat."),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for report.html.")]
 
 
-def parsed_sizes(tp: int | None, sizes: str | None) -> tuple[int, ...]:
-    """Engine sizes from --tp or --sizes; TP 4 where neither is given."""
+def load(
+    setting: list[str] | None = None,
+    config: Path | None = None,
+    flags: Mapping[str, tuple[str, object]] | None = None,
+) -> Loaded:
+    """The options of `--set`, `--config`, the environment and flags; former names are noted on stderr."""
+    from throttllem.option_sources import load_options
+
+    loaded = load_options(file=config, settings=setting or (), flags=flags)
+    for note in loaded.notes:
+        typer.echo(f"note: {note}", err=True)
+    return loaded
+
+
+def parsed_sizes(tp: int | None, sizes: str | None, default: int = 4) -> tuple[int, ...]:
+    """Engine sizes from --tp or --sizes."""
     if tp is not None and sizes is not None:
         raise ValueError("--tp and --sizes: give one of them")
     if sizes is None:
-        return (4 if tp is None else tp,)
+        return (default if tp is None else tp,)
     try:
         return tuple(int(size) for size in sizes.split(","))
     except ValueError:
         raise ValueError(f"--sizes {sizes}: must be whole numbers with commas between, as in 1,2,4") from None
 
 
-def parsed_peak(text: str | None) -> float | str | None:
-    """Requests/s, "max", or None for the trace as it is."""
-    if text is None or text == MAXIMUM:
-        return text
+def parsed_duration(flag: str, text: str | None) -> float | None:
+    """Seconds, or None where the flag was not given."""
+    from throttllem.option_sources import seconds
+
     try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--peak-rps {text}: must be requests per second, or {MAXIMUM}") from None
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Bars on stderr while it is a terminal; nothing otherwise."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:>24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield bar
+        return None if text is None else seconds(text)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from None
 
 
 def check_target(json_file: Path) -> None:
-    """Better now than after a long run."""
+    """Raise before a long run for a `--json` file that could not be written after it."""
+    from throttllem.files import ensure_writable_dir
+
     ensure_writable_dir(json_file.absolute().parent)
     if json_file.is_dir():
         raise ValueError(f"--json {json_file}: is a folder; name a file")
 
 
-def cache_dir() -> Path:
-    """Where tables and characterisations are kept."""
-    return Environment().cache_dir.expanduser()
-
-
 def write_json(file: Path, content: dict[str, object]) -> None:
-    """Whole or not at all."""
+    """Write the whole file, or leave it as it was."""
+    from throttllem.files import write_aside
+
     with write_aside(file) as aside:
         aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

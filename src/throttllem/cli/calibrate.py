@@ -1,26 +1,22 @@
-"""The command that makes a catalogue entry of a user's own measurements. Knows nothing of policies."""
+"""`throttllem calibrate`: a catalogue entry from a user's own measurements. Knows nothing of policies."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import polars as pl
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from throttllem.calibrate.calibration import Calibration, calibrate_points
-from throttllem.calibrate.doubts import fitted_to, seen_before
-from throttllem.calibrate.entry import absent, basis, check_name, entry, printable, write_entry
-from throttllem.calibrate.points import points_of
-from throttllem.calibrate.refuse import percent
-from throttllem.calibrate.sheet import with_sheet
-from throttllem.cli.arguments import Extra, progress_bar
-from throttllem.files import ensure_writable_dir
-from throttllem.physics.catalogue import Catalogue, Gpu, Model, UnknownName
-from throttllem.profiling.profile import ProfileError, read_profile
+from throttllem.cli.arguments import Extra, load
+from throttllem.cli.progress import progress
+
+if TYPE_CHECKING:
+    import polars as pl
+    from rich.table import Table
+
+    from throttllem.calibrate.calibration import Calibration
+    from throttllem.physics.catalogue import Catalogue, Gpu, Model
 
 
 def calibrate(
@@ -42,20 +38,29 @@ def calibrate(
     catalogue: Extra = None,
 ) -> None:
     """Fit the physics to a GPU or model of your own: a catalogue entry, and its errors on what the fit did not see."""
+    from throttllem.calibrate.calibration import calibrate_points
+    from throttllem.calibrate.datasheet import with_datasheet
+    from throttllem.calibrate.entry import basis, check_name, entry, printable, write_entry
+    from throttllem.calibrate.points import points_of
+    from throttllem.calibrate.validation import fitted_before, fitted_to
+    from throttllem.files import ensure_writable_dir
+    from throttllem.physics.catalogue import Catalogue
+    from throttllem.profiling.profile import read_profile
+
+    catalogue = load(flags={"catalogue": ("--catalogue", catalogue)}).options.catalogue
     _check_target(out, profile_file, catalogue)
     known = Catalogue.load(catalogue)
     frame = read_profile(profile_file)
-    gpu = with_sheet(_like(known, frame, like, profile_file), sheet or ())
+    gpu = with_datasheet(_like(known, frame, like, profile_file), sheet or ())
     model = _model(known, frame, profile_file)
     new_name = check_name(name if name is not None else str(frame["gpu"][0]))
     points = points_of(frame, model, profile_file)
-    with progress_bar() as bar:
-        task = bar.add_task("fitting", total=1.0)
+    with progress("fitting") as report:
         calibration = calibrate_points(
-            points, gpu, model, profile_file, lambda done, total: bar.update(task, completed=done / total)
+            points, gpu, model, profile_file, lambda done, total: report("fitting", done / total)
         )
     source_name = printable(profile_file.name)
-    calibration = replace(calibration, doubts=(*seen_before(gpu, source_name), *calibration.doubts))
+    calibration = replace(calibration, warnings=(*fitted_before(gpu, source_name), *calibration.warnings))
     source = f"{fitted_to(source_name)}, {frame.height} rows"
     covered = basis(points, model.name, source)
     new_model = None if Catalogue.load().models.get(model.name) == model else model
@@ -67,7 +72,10 @@ def calibrate(
 
 
 def _like(known: Catalogue, frame: pl.DataFrame, like: str | None, file: Path) -> Gpu:
-    """The GPU to start from: the one asked for, or the profile's own."""
+    """The GPU to start from: the one of --like, or the profile's own."""
+    from throttllem.calibrate.entry import printable
+    from throttllem.profiling.profile import ProfileError
+
     if like is not None:
         return known.gpu(like)
     own = str(frame["gpu"][0])
@@ -80,6 +88,10 @@ def _like(known: Catalogue, frame: pl.DataFrame, like: str | None, file: Path) -
 
 
 def _model(known: Catalogue, frame: pl.DataFrame, file: Path) -> Model:
+    from throttllem.calibrate.entry import printable
+    from throttllem.physics.catalogue import UnknownName
+    from throttllem.profiling.profile import ProfileError
+
     try:
         return known.model(str(frame["model"][0]))
     except UnknownName as error:
@@ -90,7 +102,9 @@ def _model(known: Catalogue, frame: pl.DataFrame, file: Path) -> Model:
 
 
 def _check_target(out: Path, profile_file: Path, catalogue: Path | None) -> None:
-    """Better now than after the fits. Folders that are missing are made only when there is something to write."""
+    """Raise before the fits for a file that could not be written after them. Makes no folder yet."""
+    from throttllem.files import ensure_writable_dir
+
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder; name a file")
     if _same(out, profile_file):
@@ -109,18 +123,24 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _show(calibration: Calibration, name: str, out: Path) -> None:
+    from rich.console import Console
+
     console = Console()
     console.print(_errors_table(calibration, name))
     console.print(_constants_table(calibration))
-    for doubt in calibration.doubts:
-        Console(soft_wrap=True, stderr=True).print(f"warning: {doubt}", markup=False)
+    for warning in calibration.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     said = f"[gpu.{name}] is in {out}: use it with --catalogue."
     if calibration.like != name:
         said += f" Memory, clocks, power limit and idle watts are those of {calibration.like} (or of --sheet)."
-    Console(soft_wrap=True).print(said, markup=False)
+    typer.echo(said)
 
 
 def _errors_table(calibration: Calibration, name: str) -> Table:
+    from rich.table import Table
+
+    from throttllem.calibrate.validation import percent
+
     table = Table(title=f"{name}: relative errors, fitted to {calibration.rows_fitted} of {calibration.rows} rows")
     table.add_column("held out")
     table.add_column("rows", justify="right")
@@ -134,6 +154,11 @@ def _errors_table(calibration: Calibration, name: str) -> Table:
 
 
 def _constants_table(calibration: Calibration) -> Table:
+    from rich.table import Table
+
+    from throttllem.calibrate.entry import absent
+    from throttllem.calibrate.validation import percent
+
     table = Table(title="constants of the fit")
     table.add_column("constant", no_wrap=True)
     table.add_column("value", justify="right")

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from throttllem.cli.keeper import STATE, Socket, State
-from throttllem.doctor.examine import Examined, examine
-from throttllem.doctor.finding import Finding, Mark
-from throttllem.doctor.gpus import MEASURE_S, Gpu
-from throttllem.doctor.restore import restore
-from throttllem.gpu.keeper_client import SOCKET
+from throttllem.cli.keeper import Socket, State
 
-ZEUSD = "/var/run/zeusd.sock"
+if TYPE_CHECKING:
+    from throttllem.doctor.examine import Examined
+    from throttllem.doctor.finding import Finding
+    from throttllem.doctor.gpus import Gpu
 
 
 def doctor(
@@ -29,31 +25,42 @@ def doctor(
         typer.Option("--gpu", metavar="UUID", help="With --restore: reset only this GPU, no matter what locked it."),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help=f"Watch the energy counters for {MEASURE_S:g} s.")
+        bool, typer.Option("--measure/--no-measure", help="Watch the energy counters for a few seconds.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-    socket: Socket = SOCKET,
-    state: State = STATE,
+    zeusd: Annotated[
+        Path, typer.Option("--zeusd", envvar="ZEUSD_SOCK_PATH", help="Socket of a zeusd, if there is one.")
+    ] = Path("/var/run/zeusd.sock"),
+    socket: Socket = None,
+    state: State = None,
 ) -> None:
     """May I set clocks here, what is locked and by whom, and how to mend it. Exit code 1 where something is wrong."""
     if gpu and not put_back:
         raise ValueError("--gpu: only with --restore, which resets that GPU")
-    told = list[Finding]()
+    from throttllem.doctor.examine import examine
+    from throttllem.doctor.finding import Mark
+    from throttllem.doctor.gpus import MEASURE_S
+    from throttllem.doctor.restore import restore
+    from throttllem.gpu.keeper_client import SOCKET
+    from throttllem.keeper.unit import STATE
 
-    def tell(finding: Finding) -> None:
-        told.append(finding)
+    socket, state = socket or SOCKET, state or STATE
+    found: list[Finding] = []
+
+    def report(finding: Finding) -> None:
+        found.append(finding)
         if not as_json:
             _print(finding)
 
     if put_back:
-        restore(state, socket, gpu or (), tell)
-    zeusd = Path(os.environ.get("ZEUSD_SOCK_PATH", ZEUSD))
+        for finding in restore(state, socket, gpu or ()):
+            report(finding)
     examined = examine(state, socket, zeusd, MEASURE_S if measure else None)
     for finding in examined.findings:
-        tell(finding)
-    wrong = sum(finding.mark is Mark.TROUBLE for finding in told)
+        report(finding)
+    wrong = sum(finding.mark is Mark.TROUBLE for finding in found)
     if as_json:
-        typer.echo(json.dumps(_as_json(told, examined), indent=1))
+        typer.echo(json.dumps(_as_json(found, examined), indent=1))
     else:
         typer.echo(f"{wrong} to mend" if wrong else "nothing to mend")
     raise typer.Exit(code=1 if wrong else 0)
@@ -65,16 +72,18 @@ def _print(finding: Finding) -> None:
         typer.echo(f"     {finding.remedy}")
 
 
-def _as_json(told: list[Finding], examined: Examined) -> dict[str, Any]:
+def _as_json(found: list[Finding], examined: Examined) -> dict[str, Any]:
+    from importlib.metadata import version
+
     return {
         "schema": 1,
         "version": version("throttllem"),
         "findings": [
-            {"mark": str(one.mark), "subject": one.subject, "text": one.text, "remedy": one.remedy} for one in told
+            {"mark": str(one.mark), "subject": one.subject, "text": one.text, "remedy": one.remedy} for one in found
         ],
         "gpus": [_gpu_json(gpu) for gpu in examined.gpus],
         "keeper": {
-            "socket": str(examined.keeper.socket),
+            "socket": str(examined.keeper.path),
             "runs": examined.keeper.runs,
             "allowed": examined.keeper.status.get("allowed", {}),
             "held": examined.keeper.status.get("held", {}),
@@ -95,8 +104,8 @@ def _gpu_json(gpu: Gpu) -> dict[str, Any]:
         "limit_w": gpu.limit_w,
         "energy_counter": gpu.has_counter,
         "energy_refresh_s": gpu.refresh_s,
-        "brake": gpu.brake.words,
-        "shared": gpu.use and gpu.use.name,
+        "brake": gpu.throttle.text,
+        "shared": gpu.sharing and gpu.sharing.name,
         "processes": gpu.pids,
         "steady_mhz": gpu.steady_mhz,
     }

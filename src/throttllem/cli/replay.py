@@ -1,35 +1,38 @@
-"""A flight record fed to this build. Exit code 0: the same commands, 1: others, 2: no usable record."""
+"""`throttllem replay`: feeds a flight record to this build. Exit code 0: the same commands, 1: others, 2: no record."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from throttllem.cli.arguments import Json, check_target, progress_bar, write_json
-from throttllem.gateway.flight.replay import Difference, ReplayResult
-from throttllem.gateway.flight.replay import replay as replay_file
+from throttllem.cli.arguments import Json, check_target, write_json
+from throttllem.cli.progress import progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from throttllem.gateway.flight.replay import Difference, ReplayResult
 
 
 def replay(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Flight record that `serve` wrote (docs/replay.md).")],
     json_file: Json = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing; the exit code says it.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing; the exit code is the result.")] = False,
 ) -> None:
-    """Give a flight record to this build: the same commands, or where record and build part."""
+    """Feed a flight record to this build: the same commands, or the first difference."""
+    from throttllem.gateway.flight.replay import replay as replay_file
+
     if json_file:
         check_target(json_file)
         if json_file.exists() and file.exists() and json_file.samefile(file):
             raise ValueError(f"--json {json_file}: is the record itself, which would be replaced; name another file")
-    with progress_bar() as bar:
-        task = bar.add_task("replaying", total=1.0, visible=not quiet)
-        result = replay_file(file, progress=lambda share: bar.update(task, completed=share))
+    with progress("replaying", quiet=quiet) as report:
+        result = replay_file(file, progress=lambda share: report("replaying", share))
     if not quiet:
         _show(result)
     if json_file:
@@ -45,6 +48,8 @@ def result_json(result: ReplayResult) -> dict[str, object]:
 
 
 def _show(result: ReplayResult) -> None:
+    from rich.console import Console
+
     console, aside = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
     for doubt in result.doubts:
         aside.print(f"warning: {doubt}", markup=False, highlight=False)
@@ -60,6 +65,9 @@ def _show(result: ReplayResult) -> None:
 
 
 def _counts(result: ReplayResult) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=Text(f"{result.model}, policy {result.policy}, build {result.build}"))
     for name in ("event", "command"):
         table.add_column(name)
@@ -72,6 +80,9 @@ def _counts(result: ReplayResult) -> Table:
 
 
 def _show_difference(console: Console, found: Difference) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     console.print(f"line {found.line}, at {found.at_s!r} s, event {json.dumps(found.event)}", markup=False)
     recorded = ["handle raised"] if found.recorded is None else [json.dumps(command) for command in found.recorded]
     ours = [f"handle raised {found.error}"] if found.ours is None else [json.dumps(command) for command in found.ours]

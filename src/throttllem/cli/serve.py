@@ -2,102 +2,114 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from throttllem.cli.arguments import Setting, cache_dir, progress_bar
-from throttllem.gateway.check import check_configuration, verdict
-from throttllem.gateway.run import run_gateway
-from throttllem.gateway.settings import RESOLVED, ServeOptions
-from throttllem.tree import Source, build, from_environment, from_settings, from_toml
+from throttllem.cli.arguments import Config, Setting, load
+from throttllem.cli.progress import progress
 
-PREFIX = "THROTTLLEM_"
-OTHERS = ("THROTTLLEM_CACHE_DIR", "THROTTLLEM_WORKERS", "THROTTLLEM_DEBUG", "THROTTLLEM_STATS")
-"""Variables of the whole program, and of the plug-in in the engine."""
-_EXPLAIN = "Explain the configuration, then stop. Exit code 1: something to mend (!!), 2: serve would not start."
-Check = Annotated[bool, typer.Option("--check", help=_EXPLAIN)]
+if TYPE_CHECKING:
+    from throttllem.option_sources import Loaded
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+_EXPLAIN = "Explain the configuration, then stop. Exit code 1: something to correct (!!), 2: serve would not start."
 
 
 def serve(
-    config: Annotated[Path | None, typer.Option("--config", help="TOML file; without it a simulated engine.")] = None,
+    config: Config = None,
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option("--port", help="Port of the API; default 8000; 0: any free one.")] = None,
-    metrics_port: Annotated[int | None, typer.Option("--metrics-port", help="Own port for metrics, dashboard.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", help="Separate port for metrics and dashboard.")
+    ] = None,
     policy: Annotated[
         str | None,
         typer.Option("--policy", help="triton, throttllem, least-energy (default), fixed:<MHz>."),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option("--engine", help="URL of a vLLM-like engine, in place of the simulated one.")
+        str | None, typer.Option("--engine", help="URL of a vLLM-like engine, instead of the simulated one.")
     ] = None,
     triton: Annotated[str | None, typer.Option("--triton", help="URL of a Triton server, likewise.")] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="GPU of the catalogue, of the one engine.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Model of the catalogue, of the one engine.")] = None,
-    tp: Annotated[int | None, typer.Option("--tp", help="GPUs of the one engine.")] = None,
+    tp: Annotated[int | None, typer.Option("--tp", help="Number of GPUs of the one engine.")] = None,
     tables: Annotated[Path | None, typer.Option("--tables", help="Folder that `train` wrote.")] = None,
     gpus: Annotated[str | None, typer.Option("--gpus", help="GPUs of the one engine: UUIDs or numbers.")] = None,
-    clocks: Annotated[str | None, typer.Option("--clocks", help="With --gpus: on, advise (default) or off.")] = None,
-    slo_e2e: Annotated[float | None, typer.Option("--slo-e2e", help="Seconds; promised where none is named.")] = None,
-    slo_tbt: Annotated[float | None, typer.Option("--slo-tbt", help="Seconds, mean; likewise.")] = None,
-    slo_ttft: Annotated[float | None, typer.Option("--slo-ttft", help="Seconds; likewise.")] = None,
+    clocks: Annotated[str | None, typer.Option("--clocks", help="With --gpus: on, dry-run (default) or off.")] = None,
+    slo_e2e: Annotated[
+        str | None,
+        typer.Option("--slo-e2e", metavar="DURATION", help="E2E SLO of a request that has none of its own, as in 20s."),
+    ] = None,
+    slo_tbt: Annotated[
+        str | None,
+        typer.Option(
+            "--slo-tbt", metavar="DURATION", help="SLO on the mean time between tokens, likewise, as in 200ms."
+        ),
+    ] = None,
+    slo_ttft: Annotated[str | None, typer.Option("--slo-ttft", metavar="DURATION", help="TTFT SLO, likewise.")] = None,
     setting: Setting = None,
-    check: Check = False,
+    check: Annotated[bool, typer.Option("--check", help=_EXPLAIN)] = False,
     log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """An OpenAI-compatible gateway in front of real engines, or of a simulated one in real time."""
+    """An OpenAI-compatible gateway for real engines, or for a simulated one in real time."""
     if engine and triton:
         raise ValueError("--engine and --triton: give one of them, or both engines in a --config file")
-    flags = {
-        "server.host": host,
-        "server.port": port,
-        "server.metrics_port": metrics_port,
-        "policy": policy,
-        "engines.0.kind": "openai" if engine else "triton" if triton else None,
-        "engines.0.url": engine or triton,
-        "engines.0.gpu": gpu,
-        "engines.0.model": model,
-        "engines.0.tp": tp,
-        "engines.0.tables": tables,
-        "engines.0.gpus": gpus,
-        "clocks.mode": clocks,
-        "slo.e2e_s": slo_e2e,
-        "slo.tbt_s": slo_tbt,
-        "slo.ttft_s": slo_ttft,
-    }
-    given = [f"{path}={value}" for path, value in flags.items() if value is not None]
-    sources: list[Source] = [from_toml(config)] if config else []
-    sources += [from_environment(os.environ, PREFIX, OTHERS), from_settings([*given, *(setting or [])])]
-    options, origins = build(ServeOptions, sources, RESOLVED)
+    if log_level not in LOG_LEVELS:
+        raise ValueError(f"--log-level {log_level}: must be one of {', '.join(LOG_LEVELS)}")
+    url_flag, kind = ("--triton", "triton") if triton else ("--engine", "openai" if engine else None)
+    loaded = load(
+        setting,
+        config,
+        {
+            "server.host": ("--host", host),
+            "server.port": ("--port", port),
+            "server.metrics_port": ("--metrics-port", metrics_port),
+            "policy": ("--policy", policy),
+            "engines.0.kind": (url_flag, kind),
+            "engines.0.url": (url_flag, engine or triton),
+            "engines.0.gpu": ("--gpu", gpu),
+            "engines.0.model": ("--model", model),
+            "engines.0.tp": ("--tp", tp),
+            "engines.0.tables": ("--tables", tables),
+            "engines.0.gpus": ("--gpus", gpus),
+            "clocks.mode": ("--clocks", clocks),
+            "slo.e2e_s": ("--slo-e2e", slo_e2e),
+            "slo.tbt_s": ("--slo-tbt", slo_tbt),
+            "slo.ttft_s": ("--slo-ttft", slo_ttft),
+        },
+    )
+    if loaded.options.length.predictor == "oracle":
+        where = loaded.origins["length.predictor"]
+        raise ValueError(f"{where}: length.predictor = oracle: output lengths are not known in advance; use online")
     _log_to_stderr(log_level)
-    console = Console(stderr=not check, soft_wrap=True)
     if check:
-        raise typer.Exit(code=_explain(options, origins, console))
-    with progress_bar() as bar:
-        task = bar.add_task("preparing", total=1.0)
-        gateway = run_gateway(
-            options, cache_dir(), progress=lambda what, share: bar.update(task, description=what, completed=share)
-        )
-    gateway.serve(lambda line: console.print(line, highlight=False, markup=False))
+        raise typer.Exit(code=_explain(loaded))
+    from throttllem.gateway.run import run_gateway
+
+    options = loaded.options
+    with progress("preparing") as report:
+        gateway = run_gateway(options, options.cache_dir.expanduser(), progress=report)
+    gateway.serve(lambda line: typer.echo(line, err=True))
 
 
-def _explain(options: ServeOptions, origins: dict[str, str], console: Console) -> int:
+def _explain(loaded: Loaded) -> int:
     """Print what `--check` found; the exit code."""
-    findings = asyncio.run(check_configuration(options, origins, cache_dir()))
+    import asyncio
+
+    from throttllem.gateway.check import check_configuration, verdict
+
+    options = loaded.options
+    findings = asyncio.run(check_configuration(options, dict(loaded.origins), options.cache_dir.expanduser()))
     for finding in findings:
-        console.print(f"{finding.mark} {finding.text}", highlight=False, markup=False)
+        typer.echo(f"{finding.mark} {finding.text}")
     code, summary = verdict(findings)
-    console.print(summary, highlight=False, markup=False)
+    typer.echo(summary)
     return code
 
 
 def _log_to_stderr(level: str) -> None:
-    known = ("debug", "info", "warning", "error")
-    if level not in known:
-        raise ValueError(f"--log-level {level}: must be one of {', '.join(known)}")
+    import logging
+
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")

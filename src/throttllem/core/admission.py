@@ -18,7 +18,7 @@ from throttllem.core.forecast.horizon import Horizon, look_ahead
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import project
 from throttllem.core.scoreboard import Scoreboard, SequenceState
-from throttllem.core.types import EngineSpec, Reason, Request, Verdict, VerdictKind, check
+from throttllem.core.types import EngineSpec, OptionError, Reason, Request, Verdict, VerdictKind, check
 
 ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
 LOST = Verdict(kind=VerdictKind.LOST, why=Reason.OWN_DEADLINE)
@@ -36,26 +36,25 @@ class Unmeetable(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionOptions:
-    """What the paper leaves open about admission.
-
-    `margin`: the fraction of every remaining time budget that is kept back for the model's error (0: the paper).
-    `patience`: the fraction of its E2E SLO (of its TTFT SLO, if that is shorter) for which a request may be held back
-    for the SLOs of others; then it joins as soon as KV and batch allow, or a queue once built up would never drain
-    (infinite: the paper).
-    `queue_limit`: requests that may wait before more are rejected.
-    `unmeetable`: what becomes of a request that cannot meet its own SLO when its turn comes, or while it waits
-    ("serve": the paper). One that was admitted in time is served in any case. With "reject" no request joins at the
-    cost of others: one whose patience has ended is rejected too, and those behind it need not wait for it.
-    `reject_margin`, `reject_patience`: margin and patience with "reject". A rejection costs little, a violated SLO has
-    cost its tokens; and time spent waiting is taken from the engine (docs/decisions.md has the measurements).
+    """Which requests are admitted, where the paper leaves it open. A rejection costs little, while a violated SLO has
+    cost its tokens, and time in the queue is taken from the engine (docs/decisions.md has the measurements).
     """
 
     margin: float = 0.05
+    """Fraction of every remaining time budget that is reserved for the performance model's error (0: the paper)."""
     patience: float = 0.2
+    """Fraction of its E2E SLO (of its TTFT SLO, if that is shorter) for which a request may wait for the SLOs of
+    others; then it joins as soon as KV and batch allow, or a long queue would never drain (infinite: the paper)."""
     queue_limit: int = 10_000
+    """Requests that may wait before more are rejected."""
     unmeetable: Unmeetable = Unmeetable.SERVE
+    """What happens to a request that cannot meet its own SLO when it could be admitted, or while it waits: `serve` (the
+    paper) or `reject`. A request that was admitted in time is always served. With `reject` no request joins at the cost
+    of others: one that has waited for its whole patience is rejected too, and those behind it do not wait for it."""
     reject_margin: float = 0.2
+    """`margin` with `unmeetable = "reject"`."""
     reject_patience: float = 0.1
+    """`patience` with `unmeetable = "reject"`."""
 
     def __post_init__(self) -> None:
         check("admission", margin=(self.margin, 0, 0.9), patience=(self.patience, 0, math.inf))
@@ -64,7 +63,7 @@ class AdmissionOptions:
         check("admission", queue_limit=(self.queue_limit, 1, math.inf))
         if self.unmeetable not in list(Unmeetable):
             known = " or ".join(repr(kind.value) for kind in Unmeetable)
-            raise ValueError(f"admission.unmeetable = {self.unmeetable!r}: must be {known}")
+            raise OptionError("admission", "unmeetable", repr(self.unmeetable), f"must be {known}")
 
     def is_patient(self, request: Request, now_s: float) -> bool:
         """Whether this request may still be held back for others."""

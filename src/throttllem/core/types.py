@@ -10,22 +10,42 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slo:
-    """Service level objectives of one request, seconds; None: no such objective.
+class OptionError(ValueError):
+    """An option holds a value that cannot be used.
 
-    `e2e_s` arrival to last token; `tbt_s` mean time between tokens of one request; `ttft_s` arrival to first token.
+    `name` is the option within its section: the code that loaded the section adds where the option was set. `shown` is
+    the value as an error may show it, "" for a secret.
     """
 
+    def __init__(self, section: str, name: str, value: object, problem: str, *, secret: bool = False) -> None:
+        self.name, self.problem = name, problem
+        self.shown = "" if secret else f" = {value}"
+        super().__init__(f"{f'{section}.' if section else ''}{name}{self.shown}: {problem}")
+
+
+def check(section: str, **values: tuple[float, float, float]) -> None:
+    """Raise OptionError for the first of `name=(value, least, most)` that is out of range, or no number."""
+    for name, (value, least, most) in values.items():
+        if not least <= value <= most:
+            raise OptionError(section, name, value, f"must be between {least:g} and {most:g}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """Service level objectives of one request. None: that quantity has no objective."""
+
     e2e_s: float | None = None
+    """From arrival to the last token."""
     tbt_s: float | None = None
+    """Mean time between the tokens of one request (TPOT)."""
     ttft_s: float | None = None
+    """From arrival to the first token."""
 
     def __post_init__(self) -> None:
         for name in ("e2e_s", "tbt_s", "ttft_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"SLO {name} = {value}: must be a positive number of seconds, or absent")
+                raise OptionError("slo", name, value, "must be a positive number of seconds, or absent")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +91,6 @@ class EngineSpec:
     clocks_mhz: tuple[int, ...]
     idle_w: float
     startup_s: float
-
-
-def check(section: str, **values: tuple[float, float, float]) -> None:
-    """Raise ValueError for the first of `name=(value, least, most)` that is out of range, or not a number."""
-    for name, (value, least, most) in values.items():
-        if not least <= value <= most:
-            raise ValueError(f"{section}.{name} = {value}: must be between {least:g} and {most:g}")
 
 
 class Reason(StrEnum):

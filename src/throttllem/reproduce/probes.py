@@ -1,6 +1,6 @@
-"""What the paper measures on an engine itself, without a trace: KV use against speed, clock against energy, the model.
+"""Measurements of an engine without a trace: KV use against speed, clock against energy, the performance model.
 
-Knows nothing of claims. All on the simulated engine; the sweep of clocks without its noise.
+All on the simulated engine, the sweep of clocks without its noise. Knows nothing of claims.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ClockSweep:
 def kv_correlation(catalogue: Catalogue, *, seed: int) -> KvCorrelation:
     """Let batches grow on a noisy engine at the top clock, from one block each to the context or the cache's end."""
     options = Options()
-    fleet = build_fleet(catalogue, GPU, MAIN_MODEL, (KV_TP,), options.engine)
+    fleet = build_fleet(catalogue, GPU, MAIN_MODEL, (KV_TP,), options.batching)
     spec = fleet.specs[KV_TP]
     tbt, throughput, iterations = [], [], 0
     for batch in KV_BATCHES:
@@ -91,7 +91,7 @@ def clock_sweep(catalogue: Catalogue, trace: str, *, seed: int, tp: int = KV_TP)
     physics = EnginePhysics(catalogue.gpu(GPU), catalogue.model(MAIN_MODEL), tp)
     lengths = load_trace(trace, seed=seed)
     context = lengths.mean_context_tokens
-    batch = min(Options().engine.max_batch, physics.kv_capacity_tokens() // context)
+    batch = min(Options().batching.max_batch, physics.kv_capacity_tokens() // context)
     if batch < 1:
         raise ValueError(
             f"{trace}: a typical request of {context} tokens does not fit {MAIN_MODEL} at TP {tp} on {GPU}"
@@ -113,5 +113,5 @@ def clock_sweep(catalogue: Catalogue, trace: str, *, seed: int, tp: int = KV_TP)
 
 def score_card(catalogue: Catalogue, model: str, sizes: tuple[int, ...], *, seed: int) -> ScoreCard:
     """The score card of one model's noisy profile; `seed` is that of the profile, as in `throttllem profile`."""
-    fleet = build_fleet(catalogue, GPU, model, sizes, Options().engine)
+    fleet = build_fleet(catalogue, GPU, model, sizes, Options().batching)
     return score_profile(profile_fleet(fleet, ProfilePlan(seed=seed)))

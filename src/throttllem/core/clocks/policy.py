@@ -79,24 +79,25 @@ def parse_policy(name: str, clocks_mhz: tuple[int, ...], sizes: tuple[int, ...])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThrottleOptions:
-    """What the paper leaves open about throttling.
-
-    `switch_latency_s`: how long the old clock stays in force after a set (200 ms in the paper; 4.5 ms median on an
-    A800, arXiv 2502.20075). `dwell_s`: a clock is kept at least this long before a lower one. `min_saving`: the least
-    predicted saving, as a fraction, for which a lower clock is set. `replan_s`: the longest time between two plans
-    while requests run. `margin`: as in admission. `reserve`: the fraction of a request's E2E SLO that a clock must
-    leave before its deadline, E2E or TBT (of a TBT deadline at most a tenth), for the prompts of requests that are yet
-    to come (0: the paper). `fixed_mhz`: for FIXED.
-    """
+    """How GPU clocks are chosen, where the paper leaves it open."""
 
     policy: ClockPolicy = ClockPolicy.THROTTLLEM
     fixed_mhz: int | None = None
+    """The clock of policy FIXED."""
     switch_latency_s: float = 0.2
+    """Time after a set during which the old clock stays in force (200 ms in the paper; 4.5 ms median on an A800, arXiv
+    2502.20075)."""
     dwell_s: float = 0.5
+    """Shortest time at a clock before a lower one is set."""
     min_saving: float = 0.005
+    """Least predicted saving, as a fraction, for which a lower clock is set."""
     replan_s: float = 1.0
+    """Longest time between two plans while requests run."""
     margin: float = 0.05
+    """Fraction of every remaining time budget that is reserved for the performance model's error (0: the paper)."""
     reserve: float = 0.05
+    """Fraction of a request's E2E SLO that a clock must leave before its deadline, E2E or TBT (of a TBT deadline at
+    most a tenth), for the prompts of later requests (0: the paper)."""
 
     def __post_init__(self) -> None:
         check("throttle", switch_latency_s=(self.switch_latency_s, 0, 60), dwell_s=(self.dwell_s, 0, 3600))

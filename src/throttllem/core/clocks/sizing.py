@@ -16,18 +16,19 @@ from throttllem.core.types import check
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoscaleOptions:
-    """`capacity_rps` is the characterised maximum load of each size (tensor parallel degree -> requests per second).
-
-    Open in the paper and chosen here: the rate is that of a sliding `window_s`, measured every `interval_s`; a size
-    covers `headroom` of its maximum load (1: the paper); `grace_s` must pass after the start and after every change
-    before a smaller size is taken, and that size must cover every rate measured in it.
-    """
+    """When an engine of another size takes over (policies with `+autoscale`), where the paper leaves it open."""
 
     capacity_rps: Mapping[int, float] = field(default_factory=dict)
+    """Maximum load of each size, by tensor parallel degree; `throttllem characterize` finds it."""
     interval_s: float = 10.0
+    """Time between two measurements of the request rate."""
     window_s: float = 30.0
+    """Length of the sliding window over which the rate is measured."""
     grace_s: float = 300.0
+    """Time after the start and after every change before a smaller size is taken; that size must cover every rate
+    measured in it."""
     headroom: float = 0.9
+    """Fraction of its maximum load that a size covers (1: the paper)."""
 
     def __post_init__(self) -> None:
         check("autoscale", interval_s=(self.interval_s, 0.01, 3600), window_s=(self.window_s, 0.01, 86400))

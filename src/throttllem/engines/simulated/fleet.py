@@ -1,4 +1,4 @@
-"""The engines that a scenario can start: specs and physics by size. Knows nothing of traces or policies."""
+"""The engines of one model on one kind of GPU, by size: specs and physics. Knows nothing of traces or policies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from throttllem.config import EngineOptions
+from throttllem.config import BatchingOptions
 from throttllem.core.types import EngineSpec
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
@@ -32,7 +32,7 @@ class Fleet:
         return self.specs[self.sizes[0]].clocks_mhz
 
     def fingerprint(self) -> str:
-        """Changes with anything that makes these engines behave otherwise: specs, and the physics at sample points."""
+        """A hash of what these engines do: their specs, and the physics at sample points."""
         probes = [
             self.physics[tp].iteration(mhz, batch, batch * 500, prefill, prefill**2 / 2)
             for tp in self.sizes
@@ -44,7 +44,7 @@ class Fleet:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def build_fleet(catalogue: Catalogue, gpu: str, model: str, sizes: tuple[int, ...], options: EngineOptions) -> Fleet:
+def build_fleet(catalogue: Catalogue, gpu: str, model: str, sizes: tuple[int, ...], options: BatchingOptions) -> Fleet:
     """Engines of these sizes. Raises ValueError for unknown names, bad sizes, and a model that does not fit."""
     the_gpu, the_model = catalogue.gpu(gpu), catalogue.model(model)
     physics = {tp: EnginePhysics(the_gpu, the_model, tp) for tp in sorted(set(sizes))}

@@ -8,23 +8,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from typing import cast
 
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
-from throttllem.gateway.http.errors import HttpError, headers_too_large
+from throttllem.config import LimitOptions
+from throttllem.gateway.http.errors import headers_too_large
 from throttllem.gateway.http.exchange import ABORT
-from throttllem.gateway.settings import LimitOptions
+from throttllem.openai_api.errors import ApiError
 
 CROWDED = "throttllem.crowded"
 """The scope's extension that says: more connections are open than limits.connections."""
 HEAD_S = 30.0
 """A request's head must be whole in this time."""
 LINGER_S = 1.0
-"""How long a client that was told off may go on sending."""
+"""How long a client whose request was refused may go on sending."""
 KEEP_ALIVE_S = 75
 """Longer than common clients keep an idle connection, so that none is closed under a new request."""
 
@@ -52,15 +53,17 @@ class BoundedConfig(uvicorn.Config):
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. A head that is too long (431), too slow (closed) or no HTTP (400) does not reach the app."""
 
+    def __init__(self, config: BoundedConfig, server_state: ServerState) -> None:
+        super().__init__(config, server_state, {})
+        self._limits = config.limits
+
     _head_bytes: int | None = None
-    """Bytes of the head that is being read, at most so many; None between heads."""
+    """An upper bound on the bytes of the head that is being read; None between heads."""
     _head_timer: asyncio.TimerHandle | None = None
     _aside_bytes = 0
     """Bytes since the last part of a body that are no body: the ends of chunks, and fields behind the last of them."""
-    _trailer_bytes = 0
-    """Fields behind the body of the request that is being read."""
     _broken_off = False
-    """The last word was said; what still comes is not read."""
+    """The last response was sent; what still comes is not read."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """An idle connection is closed after a while, also before its first request."""
@@ -83,7 +86,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._broken_off:
             return
         if self._head_bytes is None:
-            if max(self._aside_bytes, self._trailer_bytes) > self._limits.header_bytes:
+            if self._aside_bytes > self._limits.header_bytes:
                 self._break_off(headers_too_large(self._limits.header_bytes))
             return
         self._head_bytes = (before or 0) + len(data)
@@ -125,18 +128,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A new head begins."""
         super().on_message_begin()
-        self._head_bytes = self._aside_bytes = self._trailer_bytes = 0
+        self._head_bytes = self._aside_bytes = 0
         extensions: dict[str, object] = {ABORT: self.transport.abort}
         if len(self.connections) > self._limits.connections:
             extensions[CROWDED] = True
         self.scope["extensions"] = extensions  # type: ignore[typeddict-item]
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A field of the head; those behind a body are dropped, as nobody has looked them over."""
-        if self._head_bytes is None:
-            self._trailer_bytes += len(name) + len(value) + 4
-        else:
-            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is whole; one that offers another protocol is parsed again first."""
@@ -145,6 +141,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_read()
         self._aside_bytes = 0
         super().on_headers_complete()
+        self.headers = []  # fields behind the body are not the request's
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
@@ -167,11 +164,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP."""
-        self._break_off(HttpError(400, msg))
-
-    @property
-    def _limits(self) -> LimitOptions:
-        return cast(BoundedConfig, self.config).limits
+        self._break_off(ApiError(400, msg))
 
     def _head_read(self) -> None:
         self._head_bytes = None
@@ -179,7 +172,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _break_off(self, error: HttpError) -> None:
+    def _break_off(self, error: ApiError) -> None:
         self._head_read()
         if self.cycle is not None and not self.cycle.response_complete:
             # The answer to an earlier request is on its way; another in its midst would be garbage.

@@ -1,0 +1,93 @@
+"""`throttllem characterize`: the maximum load of simulated engines."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from throttllem.cli.arguments import (
+    Config,
+    Extra,
+    Gpu,
+    Json,
+    Model,
+    Seed,
+    Setting,
+    Sizes,
+    Tp,
+    TraceName,
+    check_target,
+    load,
+    parsed_sizes,
+    write_json,
+)
+from throttllem.cli.progress import progress
+from throttllem.cli.simulate import SLO_TBT_S
+
+
+def characterize(
+    gpu: Gpu = "a100-40gb-sxm",
+    model: Model = "llama-2-13b",
+    tp: Tp = None,
+    sizes: Sizes = None,
+    trace: TraceName = "azure-conv-like",
+    slo_e2e: Annotated[
+        str | None, typer.Option("--slo-e2e", metavar="DURATION", help="Bound on p99 of E2E, as in 20s.")
+    ] = None,
+    slo_tbt: Annotated[
+        str | None, typer.Option("--slo-tbt", metavar="DURATION", help="Bound on p99 of the mean TBT; default 200ms.")
+    ] = None,
+    seed: Seed = 0,
+    catalogue: Extra = None,
+    config: Config = None,
+    setting: Setting = None,
+    json_file: Json = None,
+) -> None:
+    """The maximum load of each engine at the maximum clock, and its latency there."""
+    options = load(
+        setting,
+        config,
+        {
+            "slo.e2e_s": ("--slo-e2e", slo_e2e),
+            "slo.tbt_s": ("--slo-tbt", slo_tbt),
+            "catalogue": ("--catalogue", catalogue),
+        },
+    ).options
+    from rich.console import Console
+    from rich.table import Table
+
+    from throttllem.core.types import Slo
+    from throttllem.engines.simulated.fleet import build_fleet
+    from throttllem.physics.catalogue import Catalogue
+    from throttllem.sim.characterize import capacities
+    from throttllem.sim.traces import load_trace
+
+    if json_file:
+        check_target(json_file)
+    fleet = build_fleet(Catalogue.load(options.catalogue), gpu, model, parsed_sizes(tp, sizes), options.batching)
+    tbt_s = SLO_TBT_S if options.slo.tbt_s is None else options.slo.tbt_s
+    with progress("characterising") as report:
+        found = capacities(
+            fleet,
+            load_trace(trace, seed=seed),
+            options,
+            options.cache_dir.expanduser(),
+            seed=seed,
+            slo=Slo(e2e_s=options.slo.e2e_s, tbt_s=tbt_s),
+            progress=report,
+        )
+    table = Table("TP", "max load req/s", "E2E p99 s", "TBT p99 ms", "tokens/J", "never fits")
+    for capacity in found.values():
+        table.add_row(
+            str(capacity.tp),
+            f"{capacity.max_rps:.2f}",
+            f"{capacity.e2e_p99_s:.1f}",
+            f"{capacity.tbt_p99_s * 1e3:.0f}",
+            f"{capacity.tokens_per_joule:.3f}",
+            f"{capacity.rejected:.1%}",
+        )
+    Console().print(table)
+    if json_file:
+        write_json(json_file, {"schema": 1, "capacities": [asdict(capacity) for capacity in found.values()]})

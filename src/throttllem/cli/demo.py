@@ -1,0 +1,31 @@
+"""`throttllem demo`: one simulation that shows the main use in a minute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from throttllem.cli.arguments import Setting, load
+from throttllem.cli.simulate import run_study
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for report.html.")] = Path("out/demo"),
+    setting: Setting = None,
+) -> None:
+    """The main use in a minute: 25 minutes of chat on four simulated A100, three policies, a report."""
+    loaded = load(setting)
+    from throttllem.sim.study import MAXIMUM, Study
+
+    study = Study(
+        gpu="a100-40gb-sxm",
+        model="llama-2-13b",
+        sizes=(4,),
+        trace="azure-conv-like:seconds=1800",
+        policies=("triton", "throttllem", "least-energy"),
+        peak_rps=MAXIMUM,
+        options=loaded.options,
+    )
+    run_study(study, loaded, None, out)

@@ -1,0 +1,207 @@
+"""`throttllem profile`: iterations of an engine, simulated or live, measured into a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from throttllem.cli.arguments import (
+    Config,
+    Extra,
+    Gpu,
+    Seed,
+    Setting,
+    Sizes,
+    load,
+    parsed_duration,
+    parsed_sizes,
+)
+from throttllem.cli.progress import progress
+
+if TYPE_CHECKING:
+    from throttllem.config import EngineEntry, Options
+    from throttllem.engines.openai import OpenaiEngine
+    from throttllem.engines.simulated.fleet import Fleet
+    from throttllem.engines.triton.engine import TritonEngine
+    from throttllem.profiling.live.plan import LivePlan
+    from throttllem.profiling.live.profiler import Device
+
+CAPACITIES = ("max_batch", "max_context_tokens", "kv_blocks", "block_tokens")
+
+
+def profile(
+    out: Annotated[Path, typer.Argument(help="CSV or Parquet file to write.")],
+    gpu: Gpu = "a100-40gb-sxm",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model of the catalogue; llama-2-13b, with --url llama-3-8b.")
+    ] = None,
+    tp: Annotated[
+        int | None, typer.Option("--tp", help="GPUs of the engine (tensor parallel degree); 4, with --url 1.")
+    ] = None,
+    sizes: Sizes = None,
+    rows: Annotated[int | None, typer.Option("--rows", help="Iterations measured of each size; default 30000.")] = None,
+    seed: Seed = 0,
+    catalogue: Extra = None,
+    config: Config = None,
+    setting: Setting = None,
+    url: Annotated[str | None, typer.Option("--url", help="Measure the live engine at this address.")] = None,
+    engine_kind: Annotated[
+        str | None, typer.Option("--engine-kind", help="With --url: openai (default) or triton.")
+    ] = None,
+    served_as: Annotated[str | None, typer.Option("--served-as", help="The live engine's name of the model.")] = None,
+    stats: Annotated[str | None, typer.Option("--stats", help="Where vLLM's plug-in sends its steps.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="tokenizer.json of the live engine.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="File with the key of the live engine.")
+    ] = None,
+    capacity: Annotated[
+        list[str] | None,
+        typer.Option("--capacity", help="What the live engine does not report, as in max_batch=64. Repeat."),
+    ] = None,
+    clocks: Annotated[
+        str | None, typer.Option("--clocks", help="With --url: MHz, as in 1410,1050; default: 8 of them.")
+    ] = None,
+    gpus: Annotated[str | None, typer.Option("--gpus", help="With --url: its GPUs here; their clocks are set.")] = None,
+    keeper: Annotated[Path | None, typer.Option("--keeper", help="With --gpus: the keeper's socket.")] = None,
+    seconds: Annotated[
+        str | None,
+        typer.Option("--seconds", metavar="DURATION", help="With --url: begin no point after this time, as in 10m."),
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option("--points", help="With --url: number of points; 60 without --seconds.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="With --url: continue the last run.")] = False,
+) -> None:
+    """Measure engines, simulated or live, over batch, KV, prompt tokens and clock (docs/profile-format.md)."""
+    key = None if api_key_file is None else api_key_file.read_text(encoding="utf-8").strip()
+    loaded = load(
+        setting,
+        config,
+        {
+            "engines.0.kind": ("--engine-kind", engine_kind or ("openai" if url else None)),
+            "engines.0.url": ("--url", url),
+            "engines.0.served_as": ("--served-as", served_as),
+            "engines.0.stats": ("--stats", stats),
+            "engines.0.tokenizer": ("--tokenizer", tokenizer),
+            "engines.0.api_key": ("--api-key-file", key),
+            "engines.0.gpus": ("--gpus", gpus),
+            **({"engines.0.tp": ("--tp", tp)} if url else {}),
+            **_capacities(capacity or []),
+            "clocks.keeper": ("--keeper", keeper),
+            "catalogue": ("--catalogue", catalogue),
+        },
+    )
+    from throttllem.engines.simulated.fleet import build_fleet
+    from throttllem.physics.catalogue import Catalogue
+
+    options, entry = loaded.options, loaded.options.engines[0]
+    known = Catalogue.load(options.catalogue)
+    if entry.url is None:
+        fleet = build_fleet(known, gpu, model or "llama-2-13b", parsed_sizes(tp, sizes), options.batching)
+        return _profile_simulated(fleet, rows, seed, out)
+    size = parsed_sizes(tp, sizes, default=entry.tp)
+    fleet = build_fleet(known, gpu, model or "llama-3-8b", size, options.batching)
+    engine, device = _live(fleet, entry, options, clocks)
+    plan = _plan(points, parsed_duration("--seconds", seconds), seed)
+    return _profile_live(engine, device, plan, out, resume=resume, served_as=entry.served_as)
+
+
+def _capacities(texts: list[str]) -> dict[str, tuple[str, object]]:
+    """The options that `--capacity name=value` sets. Raises ValueError."""
+    found: dict[str, tuple[str, object]] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in CAPACITIES or not value:
+            raise ValueError(f"--capacity {text}: write NAME=N, as in kv_blocks=4096; names: {', '.join(CAPACITIES)}")
+        found[f"engines.0.{name}"] = ("--capacity", value)
+    return found
+
+
+def _live(
+    fleet: Fleet, entry: EngineEntry, options: Options, clocks: str | None
+) -> tuple[OpenaiEngine | TritonEngine, Device]:
+    from throttllem.engines.base import RemoteOptions
+    from throttllem.engines.remote import remote_engine
+    from throttllem.profiling.live.run import SCRAPE_S, chosen_clocks, engine_spec, live_device
+
+    assert entry.url is not None
+    assert entry.kind != "simulated"
+    remote = RemoteOptions(
+        url=entry.url,
+        kind=entry.kind,
+        served_as=entry.served_as,
+        stats=entry.stats,
+        tokenizer=entry.tokenizer,
+        metrics_url=entry.metrics_url,
+        api_key=entry.api_key,
+        scrape_s=SCRAPE_S,
+        max_batch=entry.max_batch,
+        max_context_tokens=entry.max_context_tokens,
+        kv_blocks=entry.kv_blocks,
+        block_tokens=entry.block_tokens,
+    )
+    device = live_device(fleet, chosen_clocks(fleet.clocks_mhz, clocks), entry.gpus, options.clocks.keeper)
+    return remote_engine(remote, engine_spec(fleet)), device
+
+
+def _plan(points: int | None, seconds: float | None, seed: int) -> LivePlan:
+    from throttllem.profiling.live.plan import POINTS, LivePlan
+
+    return LivePlan(points=POINTS if seconds is None and points is None else points, seconds=seconds, seed=seed)
+
+
+def _profile_simulated(fleet: Fleet, rows: int | None, seed: int, out: Path) -> None:
+    from throttllem.profiling.measure import ProfilePlan
+    from throttllem.profiling.profile import write_profile
+    from throttllem.profiling.tables import profile_fleet
+
+    plan = ProfilePlan(seed=seed) if rows is None else ProfilePlan(rows=rows, seed=seed)
+    with progress("profiling") as report:
+        frame = profile_fleet(fleet, plan, report)
+    write_profile(frame, out)
+    typer.echo(f"{frame.height} iterations in {out}")
+
+
+def _profile_live(
+    engine: OpenaiEngine | TritonEngine,
+    device: Device,
+    plan: LivePlan,
+    out: Path,
+    *,
+    resume: bool,
+    served_as: str | None,
+) -> None:
+    import asyncio
+    import contextlib
+
+    from throttllem.engines.base import EngineError
+    from throttllem.gpu.hardware import HardwareGpu
+    from throttllem.profiling.live.run import profile_live
+    from throttllem.profiling.profile import check_ending
+
+    check_ending(out)
+    with progress("connecting") as report:
+
+        async def measured() -> int:
+            async with contextlib.AsyncExitStack() as stack:
+                stack.push_async_callback(engine.close)
+                if isinstance(device.gpu, HardwareGpu):
+                    await stack.enter_async_context(device.gpu)
+                return await profile_live(
+                    engine,
+                    device,
+                    plan,
+                    out,
+                    resume=resume,
+                    served_as=served_as,
+                    say=lambda line: typer.echo(line, err=True),
+                    progress=report,
+                )
+
+        try:
+            rows = asyncio.run(measured())
+        except EngineError as error:
+            raise ValueError(str(error)) from error
+    typer.echo(f"{rows} rows in {out}")

@@ -1,0 +1,155 @@
+"""`throttllem simulate`: what would I save? A trace in virtual time under several policies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from throttllem.cli.arguments import (
+    Config,
+    Extra,
+    Gpu,
+    Json,
+    Model,
+    Out,
+    Seed,
+    Setting,
+    Sizes,
+    Tp,
+    TraceName,
+    check_target,
+    load,
+    parsed_duration,
+    parsed_sizes,
+    write_json,
+)
+from throttllem.cli.progress import progress
+
+if TYPE_CHECKING:
+    from throttllem.option_sources import Loaded
+    from throttllem.sim.study import Study
+
+SLO_TBT_S = 0.2
+"""A simulation's TBT SLO where none is set."""
+
+
+def simulate(
+    gpu: Gpu = "a100-40gb-sxm",
+    model: Model = "llama-2-13b",
+    tp: Tp = None,
+    sizes: Sizes = None,
+    trace: TraceName = "azure-conv-like",
+    policy: Annotated[
+        str, typer.Option("--policy", help="triton, throttllem, least-energy, fixed:<MHz>; each also with +autoscale.")
+    ] = "triton,throttllem,least-energy",
+    length_error: Annotated[
+        float | None, typer.Option("--length-error", help="Error of length predictions at p95; default 0.")
+    ] = None,
+    slo_e2e: Annotated[
+        str | None,
+        typer.Option("--slo-e2e", metavar="DURATION", help="E2E SLO, as in 20s; default: what characterize finds."),
+    ] = None,
+    slo_tbt: Annotated[
+        str | None,
+        typer.Option(
+            "--slo-tbt", metavar="DURATION", help="SLO on a request's mean time between tokens; default 200ms."
+        ),
+    ] = None,
+    slo_ttft: Annotated[
+        str | None, typer.Option("--slo-ttft", metavar="DURATION", help="TTFT SLO; default: none.")
+    ] = None,
+    peak_rps: Annotated[
+        str | None,
+        typer.Option(
+            "--peak-rps", help="Scale arrivals: busiest 60 s at this rate, or max: the engine's maximum load."
+        ),
+    ] = None,
+    seconds: Annotated[
+        str | None, typer.Option("--seconds", metavar="DURATION", help="Cut the (scaled) trace, as in 300 or 5m.")
+    ] = None,
+    seed: Seed = 0,
+    count_freed_gpus: Annotated[bool, typer.Option("--count-freed-gpus", help="Count GPUs of no engine too.")] = False,
+    catalogue: Extra = None,
+    config: Config = None,
+    setting: Setting = None,
+    json_file: Json = None,
+    out: Out = None,
+) -> None:
+    """What would I save? Replay a trace in virtual time under several policies."""
+    loaded = load(
+        setting,
+        config,
+        {
+            "length.p95_error": ("--length-error", length_error),
+            "slo.e2e_s": ("--slo-e2e", slo_e2e),
+            "slo.tbt_s": ("--slo-tbt", slo_tbt),
+            "slo.ttft_s": ("--slo-ttft", slo_ttft),
+            "catalogue": ("--catalogue", catalogue),
+        },
+    )
+    from throttllem.sim.study import Study
+
+    slo = loaded.options.slo
+    study = Study(
+        gpu=gpu,
+        model=model,
+        sizes=parsed_sizes(tp, sizes),
+        trace=trace,
+        policies=tuple(name.strip() for name in policy.split(",") if name.strip()),
+        slo_e2e_s=slo.e2e_s,
+        slo_tbt_s=SLO_TBT_S if slo.tbt_s is None else slo.tbt_s,
+        slo_ttft_s=slo.ttft_s,
+        peak_rps=_peak(peak_rps),
+        seconds=parsed_duration("--seconds", seconds),
+        seed=seed,
+        count_freed_gpus=count_freed_gpus,
+        options=loaded.options,
+    )
+    run_study(study, loaded, json_file, out)
+
+
+def run_study(study: Study, loaded: Loaded, json_file: Path | None, out: Path | None) -> None:
+    """Simulate, print the table, and write what was wanted."""
+    from throttllem.files import ensure_writable_dir
+    from throttllem.physics.catalogue import Catalogue
+    from throttllem.report.page import write_report
+    from throttllem.report.terminal import results_json, show_results
+    from throttllem.sim.study import run_all
+
+    options = loaded.options
+    if options.length.predictor == "online":
+        where = loaded.origins["length.predictor"]
+        raise ValueError(f"{where}: length.predictor = online: a simulation reads lengths from its trace; use oracle")
+    known = Catalogue.load(options.catalogue)
+    if out:
+        ensure_writable_dir(out)
+    if json_file:
+        check_target(json_file)
+    with progress("preparing") as report:
+        scenario, policies = study.prepare(known, options.cache_dir.expanduser(), report)
+        report("prepared", 1.0)
+        runs = run_all(
+            [(scenario, policy) for policy in policies],
+            workers=options.workers,
+            progress=lambda index, share: report(policies[index].name, share, policies[index].name),
+        )
+    described = scenario.described()
+    show_results(described, runs)
+    if json_file:
+        write_json(json_file, results_json(described, runs))
+    if out:
+        typer.echo(f"report: {write_report(out, described, runs)}")
+
+
+def _peak(text: str | None) -> float | str | None:
+    """Requests/s, "max", or None for the trace as it is."""
+    from throttllem.sim.study import MAXIMUM
+
+    if text is None or text == MAXIMUM:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--peak-rps {text}: must be requests per second, or {MAXIMUM}") from None

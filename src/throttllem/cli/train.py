@@ -1,0 +1,54 @@
+"""`throttllem train`: performance tables from a profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from throttllem.cli.arguments import Config, Extra, Setting, load
+from throttllem.cli.progress import progress
+
+
+def train(
+    profile_file: Annotated[Path, typer.Argument(metavar="PROFILE", help="What `profile` wrote, or a real engine's.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the tables and score_card.json.")],
+    catalogue: Extra = None,
+    config: Config = None,
+    setting: Setting = None,
+) -> None:
+    """Train the performance model on a profile: a table for each engine size, and a score card."""
+    options = load(setting, config, {"catalogue": ("--catalogue", catalogue)}).options
+    from rich.console import Console
+
+    from throttllem.engines.simulated.fleet import build_fleet
+    from throttllem.files import ensure_writable_dir
+    from throttllem.physics.catalogue import Catalogue
+    from throttllem.profiling.bake import bake
+    from throttllem.profiling.profile import read_profile, spec_of
+    from throttllem.profiling.score import score_profile, score_table, write_score_card
+    from throttllem.profiling.storage import save_table
+    from throttllem.profiling.train import train as train_trees
+
+    frame = read_profile(profile_file)
+    ensure_writable_dir(out)
+    first = frame.row(0, named=True)
+    sizes = tuple(sorted(set(frame["tp"].to_list())))
+    fleet = build_fleet(Catalogue.load(options.catalogue), first["gpu"], first["model"], sizes, options.batching)
+    with progress("training") as report:
+        trained = train_trees(frame)
+        report("training", 0.2)
+        for tp in fleet.sizes:
+            save_table(bake(trained, spec_of(frame, fleet.specs[tp])), out / f"table-tp{tp}.npz")
+        report("scoring", 0.3)
+        card = score_profile(frame, on_progress=lambda done, total: report("scoring", 0.3 + 0.7 * done / total))
+    write_score_card(card, out / "score_card.json")
+    Console().print(score_table(card) if card.scores else "too few rows to hold any out: there are no scores")
+    Console().print(f"tables and score_card.json in {out}")
+    if unmeasured := [str(tp) for tp in fleet.sizes if tp not in trained.clocks_measured]:
+        typer.echo(
+            f"tp {', '.join(unmeasured)}: the clock axis was not measured (a profile without --gpus, or of one clock): "
+            "with this table `serve` stays at the maximum clock, and refuses to set clocks of GPUs, also in a dry run; "
+            "for that, profile again with --gpus and --clocks"
+        )
