@@ -74,9 +74,9 @@ def play_more(live, kind, size, width):
     match kind:
         case "arrive":
             key = len(live.requests)
-            promises = Slo(e2e_s=size / 5, tbt_s=0.05 if size % 2 else None, ttft_s=1.0 if size % 3 else None)
-            asked = {"arrival_s": live.now_s, "max_tokens": 40, "slo": promises, "sequences": width}
-            live.arrive(request(key, size, 1 + size // width, **asked))
+            slo = Slo(e2e_s=size / 5, tbt_s=0.05 if size % 2 else None, ttft_s=1.0 if size % 3 else None)
+            changes = {"arrival_s": live.now_s, "max_tokens": 40, "slo": slo, "sequences": width}
+            live.arrive(request(key, size, 1 + size // width, **changes))
         case "step":
             for key in [key for key, up in live.up.items() if up.in_progress] * size:
                 if key in live.up and live.up[key].in_progress:

@@ -1,6 +1,6 @@
 """A controller as JSON and back: its options, its state, and the names of its performance tables.
 
-Tables are large and shared, so they are kept in files of their own, named by a digest of their contents. Knows nothing
+Tables are large and shared, so they are in files apart, named by a digest of their contents. Knows nothing
 of files.
 """
 

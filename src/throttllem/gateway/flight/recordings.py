@@ -1,4 +1,4 @@
-"""The folder that flight records are kept in: names, what a header says of its build, what is removed when.
+"""The folder of flight records: names, the build that a header states, which files are removed when.
 
 Knows nothing of events.
 """
@@ -24,7 +24,7 @@ _SUFFIX = re.compile(r"-(\d{8}T\d{6}Z)-(\d{4,})\.jsonl")
 
 
 class Recordings:
-    """The records of one model in a folder: `files` of them are kept, whichever start they are of."""
+    """The records of one model in a folder: the last `files` of them remain, those of earlier starts included."""
 
     def __init__(self, folder: Path, model: str, files: int) -> None:
         self._folder = folder
@@ -58,7 +58,7 @@ class Recordings:
                 table_path(self._folder, digest).unlink(missing_ok=True)
 
     def _order(self, path: Path) -> tuple[str, int] | None:
-        """Start and number of a file of this model; None: it is another's."""
+        """Start and number of a file of this model; None: it is of another model."""
         match = _SUFFIX.fullmatch(path.name.removeprefix(self._name))
         return (match[1], int(match[2])) if match and path.name.startswith(self._name) else None
 
@@ -72,7 +72,7 @@ def safe_name(model: str) -> str:
 
 
 def table_path(folder: Path, digest: str) -> Path:
-    """Where a performance table is kept beside the records that name it."""
+    """The file of a performance table, beside the records that name it."""
     return folder / f"table-{digest}.npz"
 
 

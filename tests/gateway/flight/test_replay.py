@@ -1,4 +1,4 @@
-"""A flight record replayed: the same commands, from any file of it; or the line where they part; or what is wrong."""
+"""Replay of a flight record: the same commands from any of its files, or the first difference, or what is wrong."""
 
 import json
 from dataclasses import replace
@@ -8,18 +8,18 @@ from core.toy import table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.flights import OPTIONS, SPECS, busy, deeds, fly, recorded_world
+from gateway.flight.flights import OPTIONS, SPECS, busy, deeds, fly, recorded_world
 from throttllem.core.types import Arrived, Request, Slo, Timer
 from throttllem.gateway.flight.recordings import build
 from throttllem.gateway.flight.replay import ReplayError, replay
 
 
 def flown(folder, rounds=150, **changes):
-    """The files of one recorded flight, in order, and the world that it was of."""
+    """One recorded world, and its files in order."""
     world, recorder = recorded_world(folder, **changes)
     busy(world, rounds)
     recorder.close()
-    assert recorder.said == []
+    assert recorder.messages == []
     return world, sorted(folder.glob("*.jsonl"))
 
 
@@ -32,7 +32,7 @@ def edit(path, number, change):
 
 
 def first_line(path, wanted):
-    """The number of the first line after the header that `wanted` likes."""
+    """The number of the first line after the header for which `wanted` is true."""
     lines = path.read_text().splitlines()
     return next(number for number, text in enumerate(lines[1:], start=2) if wanted(json.loads(text)))
 
@@ -79,7 +79,7 @@ def test_progress_rises_to_the_end(tmp_path):
 
 def test_a_call_that_raised_is_recorded_and_raises_again(tmp_path, monkeypatch):
     def broken(*_):
-        raise ZeroDivisionError("in the field")
+        raise ZeroDivisionError("a fault in the field")
 
     world, recorder = recorded_world(tmp_path)
     request = Request(id=1, arrival_s=0.0, prompt_tokens=5, max_tokens=4, slo=Slo())
@@ -95,7 +95,7 @@ def test_a_call_that_raised_is_recorded_and_raises_again(tmp_path, monkeypatch):
     assert (found.line, found.recorded, found.ours) == (2, None, [])
 
 
-# ---- parted ----------------------------------------------------------------------------------------------------
+# ---- differences ----------------------------------------------------------------------------------------------------
 
 
 def test_a_command_that_was_changed_is_found(tmp_path):
@@ -137,7 +137,7 @@ def test_an_error_of_this_build_is_a_difference(tmp_path, monkeypatch):
     assert (found.line, found.ours, found.error) == (number, None, "ZeroDivisionError: of this build")
 
 
-def test_another_build_is_said_and_tried(tmp_path):
+def test_another_build_is_reported_and_replayed(tmp_path):
     _, (path,) = flown(tmp_path)
     edit(path, 1, lambda line: line.update(build="0.0.1+core.000000000000", made_with={"numpy": "1.0"}))
     result = replay(path)
@@ -174,7 +174,7 @@ def test_a_file_cut_off_anywhere_is_cut_off_or_no_record(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (b"", "is empty"),
         (b"hello\nworld\n", ":1: is not JSON"),
@@ -190,20 +190,20 @@ def test_a_file_cut_off_anywhere_is_cut_off_or_no_record(tmp_path):
         (b'{"schema": 2, "build": "x", "model": "m"}\n', ":1: the header has no policy"),
     ],
 )
-def test_what_is_no_record_is_said(tmp_path, text, said):
+def test_what_is_no_record_is_refused(tmp_path, text, message):
     path = tmp_path / "some.jsonl"
     path.write_bytes(text)
-    with pytest.raises(ReplayError, match=f"some.jsonl:?.*{said}"):
+    with pytest.raises(ReplayError, match=f"some.jsonl:?.*{message}"):
         replay(path)
 
 
-def test_a_file_that_is_not_there_is_said(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(ReplayError, match=r"none.jsonl: cannot be read: No such file"):
         replay(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("nonsense", ":3: is not JSON"),
         ("[]", ":3: is neither an event"),
@@ -216,7 +216,7 @@ def test_a_file_that_is_not_there_is_said(tmp_path):
         ('{"r": 0, "i": 0, "q": [[1.0, 2]]}', ":3: q: .* is neither"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, said):
+def test_a_bad_line_is_named(tmp_path, line, message):
     _, recorder = recorded_world(tmp_path)
     for now_s in (0.0, 1.0, 2.0):
         recorder.record([(now_s, Timer(), [])])
@@ -224,11 +224,11 @@ def test_a_bad_line_is_named(tmp_path, line, said):
     (path,) = tmp_path.glob("*.jsonl")
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
-    with pytest.raises(ReplayError, match=said):
+    with pytest.raises(ReplayError, match=message):
         replay(path)
 
 
-def test_a_table_that_is_missing_or_another_is_said(tmp_path):
+def test_a_table_that_is_missing_or_another_is_reported(tmp_path):
     _, (path,) = flown(tmp_path)
     tables = sorted(tmp_path.glob("table-*.npz"))
     tables[0].write_bytes(tables[1].read_bytes())

@@ -11,7 +11,7 @@ from core.world import World
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.flights import OPTIONS, SPECS, TABLES, busy, deeds, fly
+from gateway.flight.flights import OPTIONS, SPECS, TABLES, busy, deeds, fly
 from throttllem.core.admission import AdmissionOptions, Unmeetable
 from throttllem.core.controller import Controller
 from throttllem.core.lengths.online import OnlineLengthPredictor
