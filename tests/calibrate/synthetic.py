@@ -58,9 +58,9 @@ def measure(
                 for context, prompt in ((100, 0), (900, 0), (400, 60), (400, 1500)) * repeats:
                     tokens = prompt and int(prompt * rng.uniform(0.7, 1.4))
                     rows = batch - (tokens > 0)
-                    asked = (clock, rows, int(rows * context * rng.uniform(0.7, 1.4)), tokens, tokens**2 / 2)
-                    law = physics.iteration(*asked) * np.exp(rng.normal(0.0, scatter))
-                    points.append(Point(len(points), tp, batch, *asked, *law.tolist()))
+                    arguments = (clock, rows, int(rows * context * rng.uniform(0.7, 1.4)), tokens, tokens**2 / 2)
+                    law = physics.iteration(*arguments) * np.exp(rng.normal(0.0, scatter))
+                    points.append(Point(len(points), tp, batch, *arguments, *law.tolist()))
     return points
 
 

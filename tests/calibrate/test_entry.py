@@ -46,13 +46,12 @@ def test_the_comment_says_where_a_constant_comes_from():
     lines = {line.split(" = ")[0]: line for line in written().splitlines() if " = " in line}
     assert lines["host_s"].split() == ["host_s", "=", "0.0023457", "#", "fitted,", "+-", "3.1%"]
     assert lines["gemm_norm"].endswith(
-        "# fitted, +- 30%, at the end of what is possible: determined only together with others, starting from "
-        "a100-40gb-sxm"
+        "# fitted, +- 30%, at the bound of its range: determined only together with others, starting from a100-40gb-sxm"
     )
-    assert lines["memory_w"].endswith("# kept from a100-40gb-sxm: this profile does not determine it")
+    assert lines["memory_w"].endswith("# from a100-40gb-sxm: this profile does not determine it")
 
 
-def test_what_is_never_fitted_is_not_blamed_on_the_profile():
+def test_constants_that_are_never_fitted_are_not_attributed_to_the_profile():
     h100 = CATALOGUE.gpus["h100-80gb-sxm"]
     alone = Calibration(gpu=h100, like="h100", fitted=(), scores=(), rows=1, rows_fitted=1)
     text = entry(alone, "mine", basis(POINTS, MODEL.name, "x"))
@@ -64,12 +63,12 @@ def test_what_is_never_fitted_is_not_blamed_on_the_profile():
     for key in ("decode_split_s", "decode_walk_token_s"):
         assert said[key] == "0 in h100: that effect is not fitted"
     for key in ("static_w", "core_w", "host_s"):
-        assert said[key] == "kept from h100: this profile does not determine it"
+        assert said[key] == "from h100: this profile does not determine it"
 
 
-def test_doubts_are_in_the_file():
-    doubtful = replace(FITTED, doubts=("watts of\none GPU?",))
-    text = entry(doubtful, "mine", basis(POINTS, MODEL.name, "x"))
+def test_warnings_are_in_the_file():
+    suspicious = replace(FITTED, warnings=("watts of\none GPU?",))
+    text = entry(suspicious, "mine", basis(POINTS, MODEL.name, "x"))
     assert "\n# WARNING: watts of?one GPU?\n" in text and "gpu" in tomllib.loads(text)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from throttllem.calibrate.points import Point, points_of, sample
+from throttllem.calibrate.points import Point, bands, points_of, sample
 from throttllem.config import BatchingOptions
 from throttllem.engines.simulated.fleet import build_fleet
 from throttllem.profiling.measure import ProfilePlan, profile_engine
@@ -82,7 +85,9 @@ def test_pairs_may_be_rounded_and_of_a_later_chunk():
 
 def test_the_first_bad_row_is_named_and_all_are_counted():
     rows = [ROW, ROW | {"kv_blocks": 2}, ROW, ROW | {"kv_blocks": 1}]
-    with pytest.raises(ProfileError, match=r"p.csv, line 3: 2 kv_blocks .*\(2 of 4 rows cannot be\): correct these"):
+    with pytest.raises(
+        ProfileError, match=r"p.csv, line 3: 2 kv_blocks .*\(2 of 4 rows are impossible\): correct these"
+    ):
         points_of(pl.DataFrame(rows), MODEL, FILE)
 
 
@@ -92,7 +97,7 @@ def test_what_profile_writes_is_read_as_it_was_measured():
     plan = ProfilePlan(rows=300, noise_time=0.0, noise_power=0.0)
     profile = profile_engine(fleet.physics[1], fleet.specs[1], plan)
     for point in points_of(profile, MODEL, FILE):
-        assert fleet.physics[1].iteration(*point.asked)[0] == pytest.approx(point.seconds, rel=0.01)
+        assert fleet.physics[1].iteration(*point.arguments)[0] == pytest.approx(point.seconds, rel=0.01)
 
 
 def test_a_sample_is_even_and_the_same_again():
@@ -103,3 +108,25 @@ def test_a_sample_is_even_and_the_same_again():
     # 40 clocks and batches and sizes, with and without a prompt, and batch 4 is far the most frequent.
     assert len({(point.tp, point.clock_mhz, point.batch, point.prefill_tokens > 0) for point in chosen}) >= 75
     assert sample(points, 10**6) == points
+
+
+def test_few_values_are_their_own_bands():
+    assert bands([5, 3, 5, 9], most=4) == {3: 0, 5: 1, 9: 2}
+
+
+def test_many_values_go_with_their_neighbours():
+    assert bands(list(range(10)), most=3) == {0: 0, 1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 6: 1, 7: 2, 8: 2, 9: 2}
+
+
+def test_a_value_seen_too_rarely_joins_its_neighbour():
+    assert bands([1, 1, 2, 3, 3, 4], most=9, fewest=2) == {1: 0, 2: 1, 3: 1, 4: 1}
+
+
+@given(st.lists(st.integers(1, 30), min_size=1), st.integers(1, 8), st.integers(1, 8))
+def test_bands_are_in_order_and_large_enough(values, most, fewest):
+    found = bands(values, most, fewest)
+    assert set(found) == set(values)
+    assert [found[value] for value in sorted(found)] == sorted(found.values())
+    sizes = Counter(found[value] for value in values)
+    assert set(sizes) == set(range(len(sizes))) and len(sizes) <= most
+    assert min(sizes.values()) >= min(fewest, len(values))

@@ -13,7 +13,7 @@ from throttllem.doctor import examine, restore
 from throttllem.doctor.examine import Examined
 from throttllem.doctor.finding import Finding, note, ok, trouble
 from throttllem.doctor.gpus import MEASURE_S
-from throttllem.doctor.keeping import Door, Keeper
+from throttllem.doctor.keeper_state import KeeperState, SocketState
 
 FINE = (ok("driver", "is there"), note("keeper", "none runs", "start one"))
 WRONG = (*FINE, trouble("GPU 0", "is on fire", "water"))
@@ -31,11 +31,11 @@ class Asked:
 
     def examine(self, state: Path, socket: Path, zeusd: Path, measure_s: float | None) -> Examined:
         self.examined.append((state, socket, zeusd, measure_s))
-        return Examined(findings=self.findings, gpus=(), keeper=Keeper(socket=socket, door=Door.ABSENT))
+        return Examined(findings=self.findings, gpus=(), keeper=KeeperState(path=socket, socket=SocketState.ABSENT))
 
-    def restore(self, state: Path, socket: Path, named: tuple[str, ...], tell: Any) -> None:
+    def restore(self, state: Path, socket: Path, named: tuple[str, ...]) -> tuple[Finding, ...]:
         self.restored.append((state, socket, tuple(named)))
-        tell(ok("restore", "done"))
+        return (ok("restore", "done"),)
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from command import run
 from throttllem.doctor import rights
 from throttllem.gpu.keeper_client import SOCKET
 from throttllem.keeper import unit as keeper_unit
-from throttllem.keeper.__main__ import RESTORE_S, parsed
+from throttllem.keeper.__main__ import RESTORE_S
+from throttllem.keeper.options import parse_options
 from throttllem.keeper.unit import HOMES, STATE, unit_text, user_id
 
 UUID = "GPU-cfbd6ca2-5f85-43b7-dcc7-dd4f6c1cf3df"
@@ -61,16 +62,16 @@ def test_it_becomes_the_keeper_and_nothing_of_this_program_is_left(
     path, arguments = became.value.args
     assert path == sys.executable
     assert arguments[:4] == [sys.executable, "-I", "-m", "throttllem.keeper"]
-    told = parsed(arguments[4:])
-    assert told.gpu == [(UUID, (600, 1410))]
-    assert told.normally == [(UUID, (600, 1200))]
-    assert (told.user, told.socket, told.state) == ([0, 65534], socket, state)
+    options = parse_options(arguments[4:])
+    assert options.allowed == {UUID: (600, 1410)}
+    assert options.baselines == {UUID: (600, 1200)}
+    assert (options.uids, options.socket, options.state) == ({0, 65534}, socket, state)
     assert socket.parent.stat().st_mode & 0o777 == 0o755, "others must reach the socket"
 
 
 def test_the_defaults_are_the_keepers_own() -> None:
-    told = parsed(list(GPU))
-    assert (told.socket, told.state) == (SOCKET, STATE)
+    options = parse_options(list(GPU))
+    assert (options.socket, options.state) == (SOCKET, STATE)
 
 
 def test_isolated_it_is_still_found() -> None:
@@ -116,9 +117,10 @@ def test_the_unit_starts_this_keeper(monkeypatch: pytest.MonkeyPatch, capsys: py
     words = command.split()
     assert Path(words[0]).is_absolute()
     assert words[:4] == [sys.executable, "-I", "-m", "throttllem.keeper"]
-    told = parsed(words[4:])
-    assert (told.gpu, told.normally, told.user) == ([(UUID, (600, 1410))], [(UUID, (600, 1200))], [0])
-    assert (told.socket, told.state) == (SOCKET, STATE)
+    options = parse_options(words[4:])
+    assert (options.allowed, options.baselines) == ({UUID: (600, 1410)}, {UUID: (600, 1200)})
+    assert options.uids == {0}
+    assert (options.socket, options.state) == (SOCKET, STATE)
 
 
 WANTED = {

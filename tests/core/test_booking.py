@@ -4,7 +4,7 @@ import pytest
 
 from core.effort import lines_executed
 from core.stories import SIZES, arrive, names, options, world
-from core.toy import request, spec
+from core.toy import handle, request, spec
 from core.world import World
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.controller import Controller
@@ -120,14 +120,14 @@ def test_only_news_is_planned_for_and_the_rest_is_o1():
     def lines(rows, running, kv_blocks):
         large = spec(kv_blocks=100_000, max_batch=1000, prefill_budget_tokens=100_000)
         controller = Controller(options(ClockPolicy.TOP, aware=False))
-        controller.handle(EngineReady(engine=0, spec=large), 0.0)
+        handle(controller, EngineReady(engine=0, spec=large), 0.0)
         for key in range(rows):
-            controller.handle(Arrived(request=request(key, 4, 90)), 0.0)
-        controller.handle(Stepped(engine=0, iteration=0, started=tuple(range(rows))), 0.1)
+            handle(controller, Arrived(request=request(key, 4, 90)), 0.0)
+        handle(controller, Stepped(engine=0, iteration=0, started=tuple(range(rows))), 0.1)
         told = Observed(engine=0, running=running, waiting=0, kv_blocks=kv_blocks)
         for _ in range(2):
-            controller.handle(told, 0.2)
-        return lines_executed(lambda: controller.handle(told, 0.2))
+            handle(controller, told, 0.2)
+        return lines_executed(lambda: handle(controller, told, 0.2))
 
     assert lines(300, 300, 300) == lines(3, 3, 3)
     assert lines(300, 300, 300 + 999) == lines(3, 3, 3)

@@ -4,7 +4,7 @@ import pytest
 
 from core.effort import lines_executed
 from core.stories import SIZES, arrive, names, options, world
-from core.toy import CLOCKS_MHZ, SPEC, TOP_MHZ, request, spec
+from core.toy import CLOCKS_MHZ, SPEC, TOP_MHZ, handle, request, spec
 from core.world import World
 from throttllem.core.admission import AdmissionOptions
 from throttllem.core.clocks.policy import ClockPolicy
@@ -158,15 +158,15 @@ def test_a_timer_plans_again_and_moves_on():
 
 def test_an_unknown_engine_changes_nothing():
     controller = Controller(options())
-    assert controller.handle(Stepped(engine=4, iteration=0, finished=(1,)), 0.0) == []
-    assert controller.handle(EngineLost(engine=4), 0.0) == []
+    assert handle(controller, Stepped(engine=4, iteration=0, finished=(1,)), 0.0) == []
+    assert handle(controller, EngineLost(engine=4), 0.0) == []
     assert controller.projection(4) is None and controller.serving() is None
 
 
 def test_the_same_engine_is_ready_only_once():
     told = world()
     arrive(told, 1)
-    assert told.controller.handle(EngineReady(engine=0, spec=SIZES[1]), 0.0) == []
+    assert handle(told.controller, EngineReady(engine=0, spec=SIZES[1]), 0.0) == []
     told.run_out(SIZES.get)
     told.check_end()
 
@@ -175,11 +175,11 @@ def test_an_unchanged_iteration_is_o1():
     def lines(rows):
         large = spec(kv_blocks=100_000, max_batch=1000, prefill_budget_tokens=100_000)
         controller = Controller(options(ClockPolicy.TOP, aware=False))
-        controller.handle(EngineReady(engine=0, spec=large), 0.0)
+        handle(controller, EngineReady(engine=0, spec=large), 0.0)
         for key in range(rows):
-            controller.handle(Arrived(request=request(key, 4, 90)), 0.0)
-        controller.handle(Stepped(engine=0, iteration=0, started=tuple(range(rows))), 0.1)
-        return lines_executed(lambda: controller.handle(Stepped(engine=0, iteration=1), 0.2))
+            handle(controller, Arrived(request=request(key, 4, 90)), 0.0)
+        handle(controller, Stepped(engine=0, iteration=0, started=tuple(range(rows))), 0.1)
+        return lines_executed(lambda: handle(controller, Stepped(engine=0, iteration=1), 0.2))
 
     assert lines(300) == lines(3)
 

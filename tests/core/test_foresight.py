@@ -58,7 +58,7 @@ def test_the_score():
 def told_by(diary, **changes):
     made = world(options(**changes))
     # The world gives each controller a copy; here the test wants to read along.
-    made.controller._foresight._predictor = diary
+    made.controller._lengths._predictor = diary
     return made
 
 

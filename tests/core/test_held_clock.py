@@ -57,10 +57,10 @@ def test_when_nothing_holds_it_any_more_it_is_planned_anew():
     arrive(told, 1, 4, 40, slo=Slo(e2e_s=2.0))
     settled(told)
     read(told, 800, limit_mhz=800)
-    table = told.controller._engines.get(0).table
+    table = told.controller._engines.by_id[0].table
     assert table.limit_mhz == 800
     read(told, 800)
-    assert told.controller._engines.get(0).table is table.base is told.controller.options.tables[1]
+    assert told.controller._engines.by_id[0].table is table.base is told.controller.options.tables[1]
 
 
 def test_a_limit_of_an_engine_without_a_table_is_no_fault():

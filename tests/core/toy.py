@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import Hull, PerformanceTable
 from throttllem.core.scoreboard import SequenceState
-from throttllem.core.types import EngineSpec, Request, Slo
+from throttllem.core.types import Command, EngineSpec, Event, Request, Slo, Timer
 
 CLOCKS_MHZ = (600, 800, 1000, 1200, 1400)
 TOP_MHZ = CLOCKS_MHZ[-1]
@@ -104,3 +105,12 @@ def row(request_id: int, prompt: int, answer: int, *, earliest: int = 0, **chang
     """The row of such a request, predicted exactly."""
     asked = request(request_id, prompt, answer, **changes)
     return SequenceState(request=asked, predicted_tokens=answer, output_tokens=answer, earliest=earliest)
+
+
+def handle(controller: Controller, event: Event, now_s: float) -> list[Command]:
+    """One event, and the timer that is due at once after it; the commands of both."""
+    commands = controller.handle(event, now_s)
+    deadline_s = controller.next_deadline()
+    if deadline_s is not None and deadline_s <= now_s:
+        return [*commands, *controller.handle(Timer(), now_s)]
+    return commands

@@ -76,13 +76,21 @@ class World:
     # ---- what happens ----------------------------------------------------------------------------------------
 
     def tell(self, event):
-        commands = self.controller.handle(event, self.now_s)
-        self.log.append((self.now_s, event, commands))
+        """One event, and the timer that is due at once after it; the commands of both."""
+        commands = self.handle(event)
+        deadline_s = self.controller.next_deadline()
+        if deadline_s is not None and deadline_s <= self.now_s:
+            commands = [*commands, *self.handle(Timer())]
         for command in commands:
             self.do(command)
         for up in self.up.values():
             self.go(up)
         self.check()
+        return commands
+
+    def handle(self, event):
+        commands = self.controller.handle(event, self.now_s)
+        self.log.append((self.now_s, event, commands))
         return commands
 
     def arrive(self, request: Request):

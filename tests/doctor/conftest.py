@@ -1,4 +1,4 @@
-"""Fake GPUs and keepers as in tests/keeper, and the doctor at their bed."""
+"""Fake GPUs and keepers as in tests/keeper, and a doctor that examines them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Three scenes, and what `throttllem doctor` says in each: `python -m tests.doctor.scenes`.
+"""Three scenes, and the report of `throttllem doctor` in each: `python -m tests.doctor.scenes`.
 
 No GPU; a GPU without permission; a GPU whose clock stands still. The latter two as a user without rights.
 """
@@ -22,14 +22,14 @@ NAMES = {
 
 
 class Ward:
-    """Where the doctor comes: a folder with a keeper's places in it."""
+    """A folder with the paths of a keeper, and the doctor that examines them."""
 
     def __init__(self, nursery, folder):
         self._nursery, self.folder = nursery, folder
         self.socket, self.state = folder / "run/keeper.sock", folder / "state"
 
     def doctor(self, *options, machine=None, uid=None):
-        """Its exit code, and what it said; of another user where we are root."""
+        """Its exit code and its output; as another user where the tests run as root."""
         places = ["--socket", str(self.socket), "--state", str(self.state)]
         log = self.folder / "doctor.log"
         log.unlink(missing_ok=True)
@@ -41,12 +41,12 @@ class Ward:
             uid=uid if os.geteuid() == 0 else None,
         )
         code = self._nursery.wait(pid, 30)
-        said = log.read_text().replace(str(self.socket.parent), "/run/throttllem")
-        return code, said.replace(str(self.state), "/var/lib/throttllem")
+        output = log.read_text().replace(str(self.socket.parent), "/run/throttllem")
+        return code, output.replace(str(self.state), "/var/lib/throttllem")
 
 
 def scene(name, ward, nursery, library):
-    """The doctor's exit code, and what it says, with the usual places in the place of ours."""
+    """The doctor's exit code and output, with the default paths instead of those of the test."""
     with ExitStack() as stack:
         if name == "no-gpu":
             stack.enter_context(nursery.without_driver())
@@ -59,11 +59,11 @@ def scene(name, ward, nursery, library):
         return ward.doctor(machine=machine, uid=NOBODY)
 
 
-def masked(said):
-    """Without what differs from run to run, and from user to user."""
-    said = re.sub(r"user \d+( \([^)]*\))?", "user N", said)
-    said = re.sub(r"refreshed every \d+ ms", "refreshed every N ms", said)
-    return re.sub(r"now \d+ MHz, \d+ of", "now N MHz, N of", said)
+def masked(output):
+    """Without what differs between runs and users."""
+    output = re.sub(r"user \d+( \([^)]*\))?", "user N", output)
+    output = re.sub(r"refreshed every \d+ ms", "refreshed every N ms", output)
+    return re.sub(r"now \d+ MHz, \d+ of", "now N MHz, N of", output)
 
 
 def main():
@@ -73,8 +73,8 @@ def main():
         library = build.library(folder / "library")
         nursery = Nursery(library)
         for name, words in NAMES.items():
-            code, said = scene(name, Ward(nursery, folder), nursery, library)
-            print(f"# {words} (exit code {code})\n{said}")
+            code, output = scene(name, Ward(nursery, folder), nursery, library)
+            print(f"# {words} (exit code {code})\n{output}")
         nursery.close()
 
 

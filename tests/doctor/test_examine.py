@@ -1,4 +1,4 @@
-"""Every finding, where there is something to find: real keepers, a fake NVML, the doctor in a process of its own."""
+"""Every finding: real keepers, a fake NVML, the doctor in its own process."""
 
 import json
 import os
@@ -10,118 +10,118 @@ import time
 import pytest
 
 from tests.keeper.rig import NOBODY, is_root, needs_root, until
-from throttllem.doctor.rights import sets_clocks, who
+from throttllem.doctor.rights import sets_clocks, this_user
 
 
 @pytest.fixture
 def findings(ward, machine):
-    """The doctor's exit code and its findings as "mark subject: text", quickly."""
+    """The doctor's exit code and its findings as "mark subject: text"."""
 
-    def ask(*options, uid=None, measure=False):
-        code, said = ward.doctor("--json", *([] if measure else ["--no-measure"]), *options, machine=machine, uid=uid)
-        told = json.loads(said)
-        assert told["schema"] == 1
-        assert all(one["remedy"] for one in told["findings"] if one["mark"] == "!!"), "each has its remedy"
-        assert code == any(one["mark"] == "!!" for one in told["findings"])
-        return [f"{one['mark']} {one['subject']}: {one['text']}" for one in told["findings"]], told
+    def run(*options, uid=None, measure=False):
+        code, output = ward.doctor("--json", *([] if measure else ["--no-measure"]), *options, machine=machine, uid=uid)
+        report = json.loads(output)
+        assert report["schema"] == 1
+        assert all(one["remedy"] for one in report["findings"] if one["mark"] == "!!"), "each has its remedy"
+        assert code == any(one["mark"] == "!!" for one in report["findings"])
+        return [f"{one['mark']} {one['subject']}: {one['text']}" for one in report["findings"]], report
 
-    return ask
+    return run
 
 
-def test_a_machine_as_it_should_be(findings, keeper):
-    told, _ = findings()
-    assert told[0] == "ok driver: NVIDIA 580.95.05, NVML 13.580.95.05"
-    assert told[1].startswith(
+def test_a_machine_without_faults(findings, keeper):
+    report, _ = findings()
+    assert report[0] == "ok driver: NVIDIA 580.95.05, NVML 13.580.95.05"
+    assert report[1].startswith(
         f"ok GPU 0: {keeper.uuids[0]}, NVIDIA A100-SXM4-40GB: 81 clocks from 210 to 1410 MHz, now "
     )
-    assert told[2:4] == [
+    assert report[2:4] == [
         "ok GPU 0: energy counter",
         "ok GPU 0: no sign of a lock (NVML does not report locks; one that limits no clock now has no sign)",
     ]
-    assert f"ok keeper: runs, and /run/throttllem/keeper.sock answers {who()}" in told
-    assert sum(line.startswith("ok rights: the keeper sets GPU") for line in told) == 2
+    assert f"ok keeper: runs, and /run/throttllem/keeper.sock answers {this_user()}" in report
+    assert sum(line.startswith("ok rights: the keeper sets GPU") for line in report) == 2
     if is_root:
-        assert not [line for line in told if line.startswith("!!")]
+        assert not [line for line in report if line.startswith("!!")]
 
 
-def test_nothing_is_ever_set(findings, machine, keepers):
+def test_it_sets_nothing(findings, machine, keepers):
     keepers()
     findings(measure=True)
     assert machine.writes() == []
     assert [gpu.attempted for gpu in machine.gpus] == [0, 0]
 
 
-def test_who_holds_what(findings, keeper):
+def test_leases(findings, keeper):
     with keeper.holds(0, mhz=900), keeper.holds(1):
-        told, everything = findings()
+        report, everything = findings()
     holder = f"for process {os.getpid()} of user {os.geteuid()}"
-    assert f"ok GPU 0: locked to 900 MHz by the keeper, {holder}" in told
-    assert f"ok GPU 1: not set yet by the keeper, {holder}" in told
+    assert f"ok GPU 0: locked to 900 MHz by the keeper, {holder}" in report
+    assert f"ok GPU 1: leased, not set yet, by the keeper, {holder}" in report
     assert everything["keeper"]["held"][keeper.uuids[0]]["mhz"] == 900
 
 
-def test_what_is_still_being_restored(findings, keeper, machine):
+def test_a_gpu_that_is_still_being_restored(findings, keeper, machine):
     with keeper.holds(0, mhz=900):
         machine.gpus[0].permission(False)
     until(lambda: keeper.status()["returning"])
-    told, _ = findings()
-    assert "!! GPU 0: still being restored by the keeper: the driver refuses, or hangs" in told
+    report, _ = findings()
+    assert "!! GPU 0: still being restored by the keeper: the driver refuses, or hangs" in report
     machine.gpus[0].permission(True)
 
 
-def test_what_a_dead_keeper_left(findings, keepers, machine):
-    keeper = keepers(normally={1: (705, 705)})
+def test_gpus_that_a_dead_keeper_left_locked(findings, keepers, machine):
+    keeper = keepers(baselines={1: (705, 705)})
     with keeper.holds(mhz=900):
         keeper.kill()
-    told, everything = findings()
+    report, everything = findings()
     uuids = keeper.uuids
-    assert f"!! GPU 0: locked by a keeper that is gone; {uuids[0]} is to be unlocked" in told
+    assert f"!! GPU 0: locked by a keeper that is gone; {uuids[0]} is to be unlocked" in report
     goal = "restored to its baseline, 705 to 705 MHz"
-    assert f"!! GPU 1: locked by a keeper that is gone; {uuids[1]} is to be {goal}" in told
-    assert not [line for line in told if "another program" in line]
-    assert f"-- keeper: none runs: {everything['keeper']['socket']} has nobody behind it" in told
+    assert f"!! GPU 1: locked by a keeper that is gone; {uuids[1]} is to be {goal}" in report
+    assert not [line for line in report if "another program" in line]
+    assert f"-- keeper: none runs: {everything['keeper']['socket']} has no process behind it" in report
     assert everything["keeper"]["left"] == {uuids[0]: None, uuids[1]: [705, 705]}
 
 
-def test_a_steady_clock_is_a_hint_at_a_lock_and_nothing_to_mend(findings, keeper, machine):
+def test_a_steady_clock_is_a_hint_and_no_fault(findings, keeper, machine):
     machine.gpus[1].lock_by_other(705, 705)
-    told, everything = findings()
+    report, everything = findings()
     hint = "another program's lock, or the boost clock of a busy GPU"
-    assert f"-- GPU 1: steady at 705 of 1410 MHz: {hint}" in told
+    assert f"-- GPU 1: steady at 705 of 1410 MHz: {hint}" in report
     (remedy,) = (one["remedy"] for one in everything["findings"] if "another program" in one["text"])
     assert "nvidia-smi -i 1 -rgc" in remedy
     assert everything["gpus"][1]["steady_mhz"] == 705
 
 
 def test_a_lock_within_the_baseline(findings, keepers, machine):
-    keepers(normally={1: (600, 900)})
+    keepers(baselines={1: (600, 900)})
     machine.gpus[1].lock_by_other(705, 705)
     assert "ok GPU 1: steady at 705 MHz, within its baseline (the keeper's --normally)" in findings()[0]
 
 
 @needs_root
-def test_a_keeper_that_does_not_let_in(findings, keeper):
+def test_a_keeper_that_does_not_accept_the_user(findings, keeper):
     with keeper.holds(0, mhz=900):
-        told, _ = findings(uid=NOBODY)
-    assert [line for line in told if line.startswith("!! keeper: runs; ") and f"lets user {NOBODY}" in line]
-    assert "-- GPU 0: locked at 900 MHz by the keeper, according to its journal" in told
-    assert [line for line in told if line.startswith("!! rights: ") and "no keeper does it for them" in line]
+        report, _ = findings(uid=NOBODY)
+    assert [line for line in report if line.startswith("!! keeper: runs; ") and f"not accept user {NOBODY}" in line]
+    assert "-- GPU 0: locked at 900 MHz by the keeper, according to its journal" in report
+    assert [line for line in report if line.startswith("!! rights: ") and "and there is no keeper" in line]
 
 
 @needs_root
-def test_a_keeper_that_lets_in(findings, keepers):
+def test_a_keeper_that_accepts_the_user(findings, keepers):
     keepers(users=[NOBODY], clocks=[(600, 1200)])
-    told, _ = findings(uid=NOBODY)
-    (found,) = [line for line in told if "from 600 to 1200 MHz of 1410" in line]
+    report, _ = findings(uid=NOBODY)
+    (found,) = [line for line in report if "from 600 to 1200 MHz of 1410" in line]
     assert found.startswith("-- rights: the keeper sets GPU 0 for user")
-    assert "-- rights: the keeper does not set GPU 1" in told
-    assert not [line for line in told if line.startswith("!!")]
+    assert "-- rights: the keeper does not set GPU 1" in report
+    assert not [line for line in report if line.startswith("!!")]
 
 
 def test_a_range_without_a_clock_of_the_gpu(findings, keepers):
     keepers(clocks=[(100, 200)])
-    told, _ = findings()
-    (found,) = [line for line in told if "from 100 to 200 MHz" in line]
+    report, _ = findings()
+    (found,) = [line for line in report if "from 100 to 200 MHz" in line]
     assert found.startswith("!! rights: the keeper sets GPU 0")
     assert found.endswith("and it has no clock there")
 
@@ -130,21 +130,21 @@ def test_a_range_without_a_clock_of_the_gpu(findings, keepers):
 def test_folders_that_cannot_be_entered(findings, keeper):
     for folder in (keeper.run, keeper.state):
         folder.chmod(0o700)
-    told, _ = findings(uid=NOBODY)
-    assert [line for line in told if line.startswith("!! keeper: ") and "may not enter its folder" in line]
-    assert [line for line in told if line.startswith("-- journal: the keeper's journal cannot be read")]
+    report, _ = findings(uid=NOBODY)
+    assert [line for line in report if line.startswith("!! keeper: ") and "may not enter its folder" in line]
+    assert [line for line in report if line.startswith("-- journal: the keeper's journal cannot be read")]
 
 
 @pytest.mark.slow
-def test_a_keeper_that_is_silent(findings, keeper):
+def test_a_keeper_that_does_not_answer(findings, keeper):
     keeper.signal(19)  # SIGSTOP
-    told, _ = findings()
-    assert [line for line in told if line.startswith("!! keeper: ") and line.endswith("does not answer")]
-    assert not [line for line in told if "a keeper that is gone" in line]
+    report, _ = findings()
+    assert [line for line in report if line.startswith("!! keeper: ") and line.endswith("does not answer")]
+    assert not [line for line in report if "a keeper that is gone" in line]
 
 
 @pytest.mark.slow
-def test_a_socket_that_few_may_use(findings, keeper):
+def test_a_socket_with_the_wrong_mode(findings, keeper):
     keeper.socket.chmod(0o600)
     until(lambda: keeper.socket.stat().st_mode & 0o777 in (0o600, 0o666))
     keeper.signal(19)
@@ -152,16 +152,16 @@ def test_a_socket_that_few_may_use(findings, keeper):
     assert [line for line in findings()[0] if "has mode 0600" in line]
 
 
-def test_a_folder_that_many_may_use(findings, keeper):
+def test_a_folder_that_every_user_can_write_to(findings, keeper):
     keeper.run.chmod(0o777)
-    assert [line for line in findings()[0] if line.startswith("-- keeper: others than root can write in")]
+    assert [line for line in findings()[0] if line.startswith("-- keeper: other users than root can write in")]
 
 
 def test_a_torn_journal(findings, keeper):
-    keeper.holds(0, mhz=900).done("release")
+    keeper.holds(0, mhz=900).ok("release")
     keeper.copies[0].write_bytes(b"0000 x")
     (line,) = (line for line in findings()[0] if line.startswith("-- journal: "))
-    assert "is not used" in line
+    assert "is ignored" in line
 
 
 def test_a_gpu_that_is_allowed_and_not_here(findings, keeper, machine, keepers):
@@ -175,57 +175,57 @@ def test_a_gpu_that_is_allowed_and_not_here(findings, keeper, machine, keepers):
     made._nursery.wait(pid)
 
 
-def test_gpus_that_are_shared(findings, machine):
+def test_shared_gpus(findings, machine):
     machine.gpus[0].mig(True)
     machine.gpus[1].mps([4711])
-    told, everything = findings()
-    assert [line for line in told if line.startswith("!! GPU 0: its clock is not to be set: MIG is on")]
-    assert [line for line in told if line.startswith("!! GPU 1: its clock is not to be set: MPS")]
+    report, everything = findings()
+    assert [line for line in report if line.startswith("!! GPU 0: its clock is not to be set: MIG is on")]
+    assert [line for line in report if line.startswith("!! GPU 1: its clock is not to be set: MPS")]
     assert [gpu["shared"] for gpu in everything["gpus"]] == ["MIG", "MPS"]
 
 
-def test_who_computes(findings, machine):
+def test_processes_on_a_gpu(findings, machine):
     engine = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(60)", "vllm", "serve", "--api-key=secret"]
     )
     try:
         machine.gpus[0].processes([engine.pid, os.getpid(), 2**22 + 5])
-        told, everything = findings()
+        report, everything = findings()
     finally:
         engine.kill()
         engine.wait()
-    (line,) = (line for line in told if "computing on it" in line)
+    (line,) = (line for line in report if "computing on it" in line)
     assert f"process {engine.pid} (python" in line
     assert "an engine: vllm)" in line
     assert f"process {2**22 + 5} (of another container)" in line
     assert "secret" not in json.dumps(everything)
 
 
-def test_a_gpu_that_is_lost_hides_no_other(findings, machine):
+def test_a_lost_gpu_hides_no_other(findings, machine):
     machine.gpus[0].lost(True)
-    told, everything = findings()
-    assert [line for line in told if line.startswith("!! GPU 0: ") and "lost" in line.lower()]
-    assert [line for line in told if line.startswith("ok GPU 1: energy counter")]
+    report, everything = findings()
+    assert [line for line in report if line.startswith("!! GPU 0: ") and "lost" in line.lower()]
+    assert [line for line in report if line.startswith("ok GPU 1: energy counter")]
     assert [gpu["number"] for gpu in everything["gpus"]] == [1]
 
 
-def test_what_slows_it(findings, machine):
+def test_throttle_reasons(findings, machine):
     machine.gpus[0].work(1.0, 30)
     machine.gpus[0].limit_w(150)
     machine.gpus[1].work(1.0, 30)
     machine.gpus[1].thermal(900)
     time.sleep(0.05)
-    told, _ = findings()
-    assert "-- GPU 0: slowed down by power cap" in told
-    assert "!! GPU 1: slowed down by thermal" in told
-    assert not [line for line in told if "another program" in line], "what is slowed down is not locked for that"
+    report, _ = findings()
+    assert "-- GPU 0: slowed down by power cap" in report
+    assert "!! GPU 1: slowed down by thermal" in report
+    assert not [line for line in report if "another program" in line], "a throttled clock is no hint at a lock"
 
 
 def test_energy_counters(findings, machine):
     machine.gpus[1].energy_counter(False)
-    told, everything = findings(measure=True)
-    assert [line for line in told if line.startswith("ok GPU 0: energy counter, refreshed every ")]
-    assert [line for line in told if line.startswith("-- GPU 1: no energy counter")]
+    report, everything = findings(measure=True)
+    assert [line for line in report if line.startswith("ok GPU 0: energy counter, refreshed every ")]
+    assert [line for line in report if line.startswith("-- GPU 1: no energy counter")]
     assert 0.05 < everything["gpus"][0]["energy_refresh_s"] < 0.2
     assert everything["gpus"][1]["energy_refresh_s"] is None
 
@@ -245,38 +245,38 @@ def test_zeusd(ward, machine, nursery, folder, findings):
 
 def test_no_gpu_at_all(ward, nursery):
     with nursery.without_driver():
-        code, said = ward.doctor()
+        code, output = ward.doctor()
     assert code == 1
-    assert said.startswith("!! driver: no NVIDIA driver here: NVML Shared Library Not Found\n     load the driver")
-    assert said.endswith("\n1 to mend\n")
+    assert output.startswith("!! driver: no NVIDIA driver here: NVML Shared Library Not Found\n     load the driver")
+    assert output.endswith("\n1 to mend\n")
 
 
 def test_a_driver_that_is_not_loaded(findings, machine, keeper):
     machine.driver(loaded=False)
-    told, _ = findings()
-    assert told[0] == "!! driver: no NVIDIA driver here: Driver Not Loaded"
-    assert not [line for line in told if "is not here" in line], "nobody can tell which GPUs are"
+    report, _ = findings()
+    assert report[0] == "!! driver: no NVIDIA driver here: Driver Not Loaded"
+    assert not [line for line in report if "is not here" in line], "it is not known which GPUs are here"
 
 
 @pytest.mark.skipif(not sets_clocks(), reason="needs the rights that NVML wants")
 def test_nothing_to_mend(ward, machine, keeper):
-    code, said = ward.doctor("--no-measure", machine=machine)
-    assert (code, said.splitlines()[-1]) == (0, "nothing to mend")
+    code, output = ward.doctor("--no-measure", machine=machine)
+    assert (code, output.splitlines()[-1]) == (0, "nothing to mend")
 
 
 @pytest.mark.slow
 def test_a_gpu_whose_calls_hang_hides_no_other(findings, machine):
     machine.fault("nvmlDeviceGetPowerUsage", sleep_s=30, gpu=0)
     begun_s = time.monotonic()
-    told, _ = findings()
+    report, _ = findings()
     assert time.monotonic() - begun_s < 8
-    assert "!! GPU 0: a call of the driver has not come back for 3 s" in told
-    assert [line for line in told if line.startswith("ok GPU 1: energy counter")]
+    assert "!! GPU 0: a call of the driver has not returned for 3 s" in report
+    assert [line for line in report if line.startswith("ok GPU 1: energy counter")]
 
 
 @pytest.mark.slow
-def test_a_driver_that_hangs_is_told(findings, machine):
+def test_a_driver_that_hangs(findings, machine):
     machine.fault("nvmlInitWithFlags", sleep_s=30)
-    told, _ = findings()
-    assert told[0] == "!! driver: it hangs: a call of the driver has not come back for 3 s"
-    assert [line for line in told if line.startswith("-- keeper: none runs")]
+    report, _ = findings()
+    assert report[0] == "!! driver: it hangs: a call of the driver has not returned for 3 s"
+    assert [line for line in report if line.startswith("-- keeper: none runs")]

@@ -1,4 +1,4 @@
-"""Rights read from /proc: what a root is, and what only looks like one."""
+"""Rights read from /proc: of root on the host, in containers and in user namespaces."""
 
 import pytest
 
@@ -18,7 +18,7 @@ HOST, ROOTLESS = "         0          0 4294967295\n", "         0       1000   
         (ALL, ROOTLESS, 0, "user namespace"),
     ],
 )
-def test_what_is_missing(tmp_path, monkeypatch, capabilities, users, uid, missing):
+def test_the_missing_right(tmp_path, monkeypatch, capabilities, users, uid, missing):
     (tmp_path / "status").write_text(f"Name:\tx\nCapPrm:\t{ALL}\nCapEff:\t{capabilities}\nCapBnd:\t{ALL}\n")
     (tmp_path / "uid_map").write_text(users)
     monkeypatch.setattr(rights.os, "geteuid", lambda: uid)
@@ -34,8 +34,8 @@ def test_without_proc_root_is_root(tmp_path, monkeypatch, uid):
     assert rights.sets_clocks(tmp_path) is (uid == 0)
 
 
-def test_who_it_is(monkeypatch):
+def test_the_name_of_this_user(monkeypatch):
     monkeypatch.setattr(rights.os, "geteuid", lambda: 0)
-    assert rights.who() == "user 0 (root)"
+    assert rights.this_user() == "user 0 (root)"
     monkeypatch.setattr(rights.os, "geteuid", lambda: 3_999_999_999)
-    assert rights.who() == "user 3999999999"
+    assert rights.this_user() == "user 3999999999"

@@ -1,4 +1,4 @@
-"""What docs/keeper.md shows of the doctor is what it says."""
+"""The reports of the doctor in docs/keeper.md are those that it prints."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ PAGE = Path(__file__).parents[2] / "docs/keeper.md"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_page_shows_what_it_says(name, ward, nursery, library):
-    code, said = scene(name, ward, nursery, library)
+def test_the_page_shows_what_it_prints(name, ward, nursery, library):
+    code, output = scene(name, ward, nursery, library)
     shown = PAGE.read_text().split(f"<!-- {name} -->\n```text\n", 1)[1].split("```", 1)[0]
     assert code == 1
-    assert masked(said) == masked(shown)
+    assert masked(output) == masked(shown)

@@ -66,7 +66,7 @@ def asked(chat=False, **more):
 
 async def answer(subject, it):
     async with subject.open(it) as reply:
-        return reply.status, b"".join([chunk async for chunk in reply.chunks])
+        return reply.status, await reply.body()
 
 
 def answers(*calls, subject=None, **more):

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from throttllem.engines.connection import HEADER_BYTES, Connection, SpeechError
+from throttllem.engines.http import HEADER_BYTES, Connection, ProtocolError
 
 ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -113,7 +113,7 @@ def test_a_body_that_breaks_off_is_told_after_what_came_of_it(answer):
     ],
 )
 def test_what_is_no_http_is_said(answer):
-    with pytest.raises(SpeechError):
+    with pytest.raises(ProtocolError):
         answered(answer)
 
 

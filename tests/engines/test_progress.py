@@ -2,7 +2,7 @@
 
 from throttllem.core.types import Observed, Progressed, Stepped
 from throttllem.engines.base import Report
-from throttllem.engines.progress import Progress
+from throttllem.engines.progress import JUMP_STEPS, STEPS_PER_S, Progress
 
 
 def stepped(iteration, started=(), finished=(), preempted=()):
@@ -248,3 +248,27 @@ def test_tokens_are_those_of_the_steps_where_events_hold_several():
     progress.token(2)
     assert progressed(2, 5) in progress.ended(2, 5)
     assert progress.tokens(2) is None
+
+
+# ---- step numbers that cannot be ------------------------------------------------------------------------------
+
+
+def at(progress, step, elapsed_s=0.0):
+    """The iteration after a report of this step."""
+    progress.report(Report(running=0, waiting=0, step=step), elapsed_s=elapsed_s)
+    return progress.iteration
+
+
+def test_a_jump_further_than_time_allows_starts_the_numbering_again():
+    for exact in (False, True):
+        progress = Progress(3, exact=exact)
+        assert [at(progress, step) for step in (5, 6, 7)] == [0, 1, 2]
+        assert [at(progress, 7 + JUMP_STEPS + 1), at(progress, 7 + JUMP_STEPS + 2)] == [2, 3]
+        assert [at(progress, 2**62), at(progress, 10**30), at(progress, 9), at(progress, 10)] == [3, 3, 3, 4]
+
+
+def test_a_jump_that_time_allows_is_followed():
+    progress = Progress(3, exact=False)
+    assert at(progress, 0) == 0
+    assert at(progress, JUMP_STEPS) == JUMP_STEPS
+    assert at(progress, 2 * JUMP_STEPS + STEPS_PER_S * 60, 60.0) == 2 * JUMP_STEPS + STEPS_PER_S * 60

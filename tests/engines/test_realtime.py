@@ -106,7 +106,7 @@ def test_who_leaves_in_the_middle_of_an_iteration_is_out_at_its_end():
     async def run(subject):
         staying = asyncio.ensure_future(answer(subject, asked(max_tokens=10, ignore_eos=True)))
         async with subject.open(asked(max_tokens=900, stream=True, ignore_eos=True)) as reply:
-            await anext(aiter(reply.chunks))
+            await reply.read()
             await asyncio.sleep(0.002)
         left = len(reports)
         await staying
@@ -156,7 +156,7 @@ def test_rows_that_are_thrown_out_get_no_tokens_meanwhile_and_keep_their_words()
     async def read(subject, key):
         texts[key] = ""
         async with subject.open(call(stream=True, request_id=key, **body)) as reply:
-            async for chunk in reply.chunks:
+            while chunk := await reply.read():
                 texts[key] += "".join(map(text_of, events_of(chunk)))
 
     async def run(subject):
@@ -181,10 +181,10 @@ def test_a_slow_reader_finds_all_tokens_in_one_chunk():
         async with subject.open(asked(max_tokens=50, ignore_eos=True, stream=True)) as reply:
             while len(subject._rows):
                 await asyncio.sleep(0)
-            return [chunk async for chunk in reply.chunks]
+            return [await reply.read(), await reply.read()]
 
-    (chunk,) = asyncio.run(run())
-    assert len(events_of(chunk)) == 51
+    chunk, end = asyncio.run(run())
+    assert (len(events_of(chunk)), end) == (51, b"")
 
 
 # ---- reports -------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_a_step_is_told_before_anyone_has_read_its_tokens():
         watching = asyncio.ensure_future(subject.watch(lambda report: at_report.append(len(seen))))
         await asyncio.sleep(0)
         async with subject.open(asked(max_tokens=12, ignore_eos=True, stream=True)) as reply:
-            async for chunk in reply.chunks:
+            while chunk := await reply.read():
                 seen.extend(event for event in events_of(chunk) if event != "[DONE]")
         await asyncio.sleep(0)
         watching.cancel()

@@ -11,29 +11,69 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engines.upstreams import eventually
-from throttllem.engines.step_reports import PACKED, StepReceiver, StepStats, check_address, parse_address, unpack
+from throttllem.engines.step_reports import (
+    MOST_REQUESTS,
+    MOST_STEPS,
+    MOST_TOKENS,
+    PACKED,
+    StepReceiver,
+    StepStats,
+    check_address,
+    parse_address,
+    unpack,
+)
 
 STEP = StepStats(boot=7, sequence=1, step=0, monotonic_s=5.0, running=2, waiting=1, kv_usage=0.25, generated_tokens=2)
-COUNT = st.integers(0, 2**32 - 1)
+NUMBER = st.integers(0, MOST_STEPS - 1)
+REQUESTS = st.integers(0, MOST_REQUESTS)
+TOKENS = st.integers(0, MOST_TOKENS)
 
 
 @given(
     boot=st.integers(0, 2**64 - 1),
-    sequence=st.integers(0, 2**64 - 1),
-    step=st.none() | st.integers(0, 2**63 - 1),
-    monotonic_s=st.floats(allow_nan=False),
-    running=COUNT,
-    waiting=COUNT,
+    sequence=NUMBER,
+    step=st.none() | NUMBER,
+    monotonic_s=st.floats(0, 1e10),
+    running=REQUESTS,
+    waiting=REQUESTS,
     kv_usage=st.floats(0, 1),
-    prompt_tokens=COUNT,
-    generated_tokens=COUNT,
-    preemptions=COUNT,
-    details=st.none() | st.tuples(COUNT, st.floats(0, 1e6)),
+    prompt_tokens=TOKENS,
+    generated_tokens=TOKENS,
+    preemptions=REQUESTS,
+    details=st.none() | st.tuples(REQUESTS, st.floats(0, 86400)),
 )
 def test_unpacks_what_was_packed(details, **numbers):
     rows, seconds = details or (None, None)
     step = StepStats(decode_sequences=rows, seconds=seconds, **numbers)
     assert unpack(step.pack()) == step
+
+
+@pytest.mark.parametrize(
+    "beyond",
+    [
+        {"step": MOST_STEPS},
+        {"step": -1},
+        {"sequence": MOST_STEPS},
+        {"running": MOST_REQUESTS + 1},
+        {"waiting": MOST_REQUESTS + 1},
+        {"preemptions": MOST_REQUESTS + 1},
+        {"decode_sequences": MOST_REQUESTS + 1, "seconds": 1.0},
+        {"prompt_tokens": MOST_TOKENS + 1},
+        {"generated_tokens": MOST_TOKENS + 1},
+        {"monotonic_s": -1.0},
+        {"monotonic_s": float("nan")},
+        {"monotonic_s": float("inf")},
+        {"decode_sequences": 1, "seconds": float("nan")},
+        {"decode_sequences": 1, "seconds": 1e6},
+        {"kv_usage": float("nan")},
+        {"kv_usage": 1.5},
+    ],
+    ids=str,
+)
+def test_numbers_beyond_what_an_engine_can_say_are_garbage(beyond):
+    receiver = StepReceiver("127.0.0.1:0", kv_blocks=100)
+    assert receiver.take(replace(STEP, **beyond).pack()) is None
+    assert (receiver.garbage, receiver.received) == (1, 0)
 
 
 @given(

@@ -160,7 +160,7 @@ def test_refusals_of_triton_in_words():
 
 def test_errors_have_the_shape_of_openai():
     async def body(reply):
-        return b"".join([chunk async for chunk in reply.chunks])
+        return await reply.body()
 
     reply = error_reply("no", 400, param="n")
     assert reply.status == 400

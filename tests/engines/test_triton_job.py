@@ -131,8 +131,8 @@ def test_leaving_early_or_a_stop_word_ends_the_request_in_triton(stop):
             await engine.connect()
             peer.script = [event(text_output=" one"), event(text_output=" two"), 60.0]
             async with engine.open(call(COMPLETIONS, {"prompt": "hi", "stream": True, "stop": stop})) as reply:
-                first = await anext(reply.chunks)
-                rest = b"".join([chunk async for chunk in reply.chunks]) if stop else b""
+                first = await reply.read()
+                rest = await reply.body() if stop else b""
             await asyncio.wait_for(peer.gone.wait(), 5)
             return first + rest
 

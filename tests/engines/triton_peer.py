@@ -123,7 +123,7 @@ def call(path, body, **fields):
 
 async def answer(engine, *asked, **fields):
     async with engine.open(call(*asked, **fields)) as reply:
-        return reply.status, b"".join([chunk async for chunk in reply.chunks])
+        return reply.status, await reply.body()
 
 
 async def one(path, body, *, script=None, status=200, **options):

@@ -51,7 +51,7 @@ def call(path="/v1/completions", body=b"{}", headers=(("content-type", "applicat
 async def whole(opener, one):
     """Reply and body of a call to an engine or an upstream."""
     async with opener.open(one) as reply:
-        return reply, b"".join([chunk async for chunk in reply.chunks])
+        return reply, await reply.body()
 
 
 async def eventually(holds, tries=400):

@@ -7,19 +7,20 @@ import asyncio
 import contextlib
 import json
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import aiohttp
 
 from tests.gateway.upstream import Engine, engine_server
 from throttllem.config import LimitOptions, Options, ServerOptions
-from throttllem.core.snapshot import Counts
 from throttllem.core.types import Slo
 from throttllem.engines.base import PromptCount
 from throttllem.engines.http import Upstream
-from throttllem.gateway.control.ticket import Health, Receipt, RefusedError
+from throttllem.gateway.control.models import Health
+from throttllem.gateway.control.rejections import RejectedError
+from throttllem.gateway.control.session import Receipt
 from throttllem.gateway.http.app import build_app, build_private_app
 from throttllem.gateway.http.server import run
-from throttllem.gateway.telemetry.status import EngineStatus, GatewayStatus, LengthStatus, ModelStatus, SloCounts
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Ticket:
     counted: int = 0
     finished: int | None = None
     ends: list = field(default_factory=list)
-    failure: RefusedError | None = None
+    failure: RejectedError | None = None
 
     async def __aenter__(self):
         self.task = asyncio.current_task()
@@ -63,9 +64,13 @@ class Ticket:
             self.task.uncancel()
             raise self.failure from None
 
-    async def place(self):
+    async def placed(self):
         await self.models.open.wait()
-        return self.models.engine, id(self)
+        return SimpleNamespace(engine=self.models.engine)
+
+    @property
+    def request(self):
+        return SimpleNamespace(id=id(self))
 
     def tokens(self, count=1):
         assert not self.ends and count > 0
@@ -89,7 +94,7 @@ class Models:
     """`ticket.Models` over one engine that is called "tiny". While `open` is not set, requests wait for a place."""
 
     engine: Live
-    refuse: RefusedError | None = None
+    refuse: RejectedError | None = None
     state: str = "up"
     tickets: list = field(default_factory=list)
     open: asyncio.Event = field(default_factory=asyncio.Event)
@@ -103,50 +108,28 @@ class Models:
         if self.broken:
             raise KeyError("a secret of the inside")
         if name not in self.names():
-            raise RefusedError(404, f"no model {name!r}", kind="invalid_request_error", code="model_not_found")
+            raise RejectedError(404, f"no model {name!r}", kind="invalid_request_error", code="model_not_found")
 
     async def count(self, ask):
         self._known(ask.model)
         return await self.engine.count(ask)
 
-    def ticket(self, ask, count, slo, caller, *, streams):
-        ticket = Ticket(models=self, ask=ask, slo=slo, caller=caller, streams=streams)
+    def session(self, ask, count, slo, caller):
+        ticket = Ticket(models=self, ask=ask, slo=slo, caller=caller, streams=ask.stream)
         self.tickets.append(ticket)
         return ticket
 
-    def passage(self, model):
+    def uncontrolled_engine(self, model):
         self._known("tiny" if model is None else model)
         return self.engine
 
-    def most_sequences(self):
+    def max_sequences(self):
         return self.most
 
     def health(self):
         assert not self.broken
         up = self.state == "up"
-        return Health(up=int(up), engines=1, ails=not up, draining=False, version="1")
-
-    def status(self):
-        engine = EngineStatus(
-            name="e",
-            kind="openai",
-            gpu="g",
-            model="m",
-            tp=1,
-            state=self.state,
-            trouble=None if self.state == "up" else "x",
-        )
-        model = ModelStatus(
-            names=self.names(),
-            queue=0,
-            head=None,
-            counts=Counts(),
-            engines=(engine,),
-            recent=SloCounts(),
-            ever=SloCounts(),
-            length=LengthStatus(),
-        )
-        return GatewayStatus(version="1", policy="p", phase="serving", now_s=0.0, slo=Slo(), models=(model,))
+        return Health(up=int(up), engines=1, degraded=not up, draining=False, version="1")
 
 
 @dataclass

@@ -94,7 +94,7 @@ def busy(world, rounds):
         _happen(world, "aiiioit"[number % 7], number % 23, number % 17)
 
 
-def _happen(world, deed, one, two):  # noqa: C901
+def _happen(world, deed, one, two):
     up = sorted(world.up)
     key = up[one % len(up)] if up else 0
     match deed:

@@ -98,22 +98,21 @@ class Whole:
     said: list = field(default_factory=list)
 
     @property
-    def driver(self):
-        return self.gateway.models.served[0].driver
+    def loop(self):
+        return self.gateway.models.served[0].loop
 
     @property
-    def link(self):
-        return self.driver.links[0]
+    def backend(self):
+        return self.loop.backends[0]
 
     def held(self):
         """Everything that must be nothing when nobody asks."""
-        snapshot = self.driver.controller.snapshot()
+        snapshot = self.loop.controller.snapshot()
         rows = sum(view.running + view.pending for view in snapshot.engines)
-        booking = self.link.booking
-        return len(self.driver.open()), snapshot.queue, rows, len(booking.open), len(booking.meter._open)
+        return len(self.loop.open()), snapshot.queue, rows, self.backend.in_flight
 
     async def up(self):
-        await until(lambda: self.link.state == "up")
+        await until(lambda: self.backend.state == "up")
 
     async def empty(self, peer=None):
         """A fresh request is served, and nothing is left."""

@@ -1,4 +1,4 @@
-"""The driver's side of the gateway on a loop whose time is virtual: sleeping costs nothing, and nothing is late."""
+"""The loop's side of the gateway on a loop whose time is virtual: sleeping costs nothing, and nothing is late."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from throttllem.core.types import Slo
 from throttllem.engines.base import Call, EngineError, ParsedRequest, PromptCount
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.gateway.control.backend import Backend
-from throttllem.gateway.control.clock_setter import EngineClock
+from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.control.loop import ControlLoop
-from throttllem.gateway.control.models import AllModels, Served
-from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.control.models import Models, ServedModel
+from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.energy.accounting import EnergyAccounting
-from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gpu.simulated import SimulatedGpu
 
@@ -70,13 +69,14 @@ class Seen:
     handled_: list = field(default_factory=list)
     ends: list = field(default_factory=list)
 
-    def handled(self, now_s, event, commands, seconds):
-        assert not self.handled_ or now_s >= self.handled_[-1][0]
-        self.handled_.append((now_s, event, None if commands is None else tuple(commands)))
+    def handled(self, calls):
+        for now_s, event, commands, _ in calls:
+            assert not self.handled_ or now_s >= self.handled_[-1][0]
+            self.handled_.append((now_s, event, None if commands is None else tuple(commands)))
 
-    def ended(self, visit, kept):
-        assert visit.request.id not in {other.request.id for other, _ in self.ends}, "it ended twice"
-        self.ends.append((visit, kept))
+    def ended(self, session, met):
+        assert session.request.id not in {other.request.id for other, _ in self.ends}, "it ended twice"
+        self.ends.append((session, met))
 
     def events(self, kind):
         return [event for _, event, _ in self.handled_ if isinstance(event, kind)]
@@ -137,30 +137,35 @@ def anonymous(report):
 
 @dataclass
 class Rig:
-    """A driver with everything behind it; `models` is what the HTTP side sees."""
+    """A loop with everything behind it; `models` is what the HTTP side sees."""
 
-    driver: ControlLoop
-    models: AllModels
+    loop: ControlLoop
+    models: Models
     seen: Seen
 
     @property
-    def link(self):
-        return self.driver.links[0]
+    def backend(self):
+        return self.loop.backends[0]
 
     def ledgers(self):
         """Joules of ended requests, of open ones, idle ones, and the counters'."""
-        meters = [link.booking.meter for link in self.driver.links]
-        ended_j = sum(visit.energy_j or 0.0 for visit, _ in self.seen.ends)
-        open_j = sum(meter.ledger.open_j() for meter in meters)
-        idle_j = sum(meter.ledger.idle_j for meter in meters)
-        return ended_j, open_j, idle_j, sum(meter.gpu.read().energy_j for meter in meters)
+        accounts = [backend.accounting for backend in self.loop.backends]
+        ended_j = sum(session.energy_j or 0.0 for session, _ in self.seen.ends)
+        open_j = sum(
+            flight.energy_j
+            for backend in self.loop.backends
+            if backend.progress
+            for flight in backend.progress.in_flight.values()
+        )
+        idle_j = sum(account.idle_j for account in accounts)
+        return ended_j, open_j, idle_j, sum(account.gpu.read().energy_j for account in accounts)
 
     def balanced(self):
         ended_j, open_j, idle_j, counter_j = self.ledgers()
         return math.isclose(ended_j + open_j + idle_j, counter_j, rel_tol=1e-9, abs_tol=1e-9)
 
     async def up(self):
-        while any(link.state == "starting" for link in self.driver.links):
+        while any(backend.state == "starting" for backend in self.loop.backends):
             await asyncio.sleep(0.01)
 
     async def ask(self, **more):
@@ -190,24 +195,26 @@ def toy_link(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, na
         mute=mute,
         numbered=numbered,
     )
-    meter = EnergyMeter(gpu=device, top=SavingsEstimate(table=table_ or table(some)))
-    link = Backend(
+    accounting = EnergyAccounting(
+        gpu=device, now=now, kv_blocks=lambda: 1, at_maximum=SavingsEstimate(table=table_ or table(some))
+    )
+    backend = Backend(
         name=f"toy-{tp}",
         kind="simulated",
         tp=tp,
         catalogue_gpu="toy",
         catalogue_model="toy",
         engine=engine,
-        clock=EngineClock(name=f"toy-{tp}", gpu=device, reading=meter.reading, now=now),
-        booking=EnergyAccounting(meter=meter, now=now, kv_blocks=lambda: 1),
+        clock=ClockSetter(name=f"toy-{tp}", gpu=device, reading=accounting.reading, now=now),
+        accounting=accounting,
         now=now,
     )
-    return link, some
+    return backend, some
 
 
 @contextlib.asynccontextmanager
 async def rig(*, policy=ClockPolicy.LEAST_ENERGY, sizes=(1,), tables=True, limits=None, slo=None, core=None, **changes):
-    """A running driver over toy engines, looked over at its end. `changes`: of the links and their specs."""
+    """A running loop over toy engines, looked over at its end. `changes`: of the backends and their specs."""
     now = asyncio.get_running_loop().time
     pairs = [toy_link(now, tp=tp, **changes) for tp in sizes]
     specs = {some.tp: some for _, some in pairs}
@@ -220,23 +227,23 @@ async def rig(*, policy=ClockPolicy.LEAST_ENERGY, sizes=(1,), tables=True, limit
         **(core or {}),
     )
     seen = Seen()
-    driver = ControlLoop(
+    loop = ControlLoop(
         controller=Controller(options),
-        links=tuple(link for link, _ in pairs),
+        backends=tuple(backend for backend, _ in pairs),
         limits=limits or LimitOptions(),
         now=now,
-        witness=seen,
+        observer=seen,
     )
-    models = AllModels(served=(Served(driver=driver),), version="1", policy=policy.value, slo=slo or Slo(), now=now)
-    whole = Rig(driver=driver, models=models, seen=seen)
+    models = Models(served=(ServedModel(loop=loop),), version="1", policy=policy.value, slo=slo or Slo(), now=now)
+    whole = Rig(loop=loop, models=models, seen=seen)
     await models.start()
     try:
         yield whole
     finally:
         await models.stop()
-    assert not driver.open()
-    for link in driver.links:
-        assert (link.key, link.state, link.booking.open) == (None, "down", {})
+    assert not loop.open()
+    for backend in loop.backends:
+        assert (backend.key, backend.state, backend.in_flight) == (None, "down", 0)
     assert whole.balanced(), whole.ledgers()
 
 
@@ -258,10 +265,10 @@ async def ask(models, *, slo=None, count=6, hang_up_after=None, on_ticket=None, 
     """One request as the HTTP side takes it through; its receipt."""
     it = asked(**more)
     counted = PromptCount(tokens=count, by="test", exact=True)
-    async with models.ticket(it, counted, slo or Slo(), "", streams=it.stream) as ticket:
+    async with models.session(it, counted, slo or Slo(), "") as ticket:
         if on_ticket is not None:
             on_ticket(ticket)
-        engine, request_id = await ticket.place()
+        engine, request_id = (await ticket.placed()).engine, ticket.request.id
         call = Call(
             method="POST",
             path=it.path,
@@ -271,9 +278,9 @@ async def ask(models, *, slo=None, count=6, hang_up_after=None, on_ticket=None, 
             ask=it,
         )
         async with engine.open(call) as reply:
-            assert reply.status == 200, b"".join([chunk async for chunk in reply.chunks])
+            assert reply.status == 200, await reply.body()
             told = 0
-            async for chunk in reply.chunks:
+            while chunk := await reply.read():
                 tokens = it.choices * chunk.count(b"index") if it.stream else 0
                 if tokens:
                     ticket.tokens(tokens)
@@ -287,7 +294,7 @@ async def outcome(request):
     """What became of a request: "served", the refusal's code, "engine" or "cancelled"."""
     try:
         return "left" if await request is None else "served"
-    except RefusedError as error:
+    except RejectedError as error:
         assert error.retry_after_s is None or 1 <= error.retry_after_s <= 60
         return error.code
     except EngineError:

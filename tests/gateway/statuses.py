@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from throttllem.gateway.control.ticket import Health, Ticket
+
 from throttllem.core.engine_state import Phase
 from throttllem.core.snapshot import Counts, EngineView
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, Slo, Verdict, VerdictKind
 from throttllem.engines.base import LiveEngine, ParsedRequest, PromptCount, Report
-from throttllem.gateway.control.ticket import Health, Ticket
 from throttllem.gateway.telemetry.status import (
     Ahead,
     Drift,
@@ -80,8 +81,8 @@ MODEL = ModelStatus(
     head=Verdict(kind=VerdictKind.WAIT, why=Reason.E2E, binding=4100),
     counts=Counts(arrived=1511, dispatched=1500, finished=1470, rejected=6, failed=7, lost=8),
     engines=(UP, DOWN),
-    recent=SloCounts(promised=200, kept=197, e2e_missed=2, tbt_missed=1),
-    ever=SloCounts(promised=1400, kept=1379, e2e_missed=12, tbt_missed=5, ttft_missed=4),
+    recent=SloCounts(with_slo=200, met=197, e2e_violated=2, tbt_violated=1),
+    ever=SloCounts(with_slo=1400, met=1379, e2e_violated=12, tbt_violated=5, ttft_violated=4),
     length=LengthStatus(seen=1470, exceeded=0.094, mean_error_tokens=41.5),
     prompt_tokens=350_000,
     generated_tokens=180_000,

@@ -9,7 +9,7 @@ from starlette.routing import Route
 from tests.gateway.fakes import house, until
 from throttllem.config import LimitOptions, ServerOptions
 from throttllem.core.types import Slo
-from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.control.rejections import RejectedError
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": "tiny", "prompt": "x"}
@@ -234,7 +234,7 @@ def test_a_path_is_never_taken_for_another():
 
 def test_a_refusal_is_told_with_its_time():
     async def check(there):
-        there.models.refuse = RefusedError(429, "full", kind="rate_limit_error", code="queue_full", retry_after_s=3)
+        there.models.refuse = RejectedError(429, "full", kind="rate_limit_error", code="queue_full", retry_after_s=3)
         answer = await there.post(COMPLETIONS, BODY)
         return *answer, there.ticket
 

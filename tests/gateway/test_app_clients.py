@@ -8,7 +8,7 @@ import pytest
 
 from tests.gateway.fakes import house
 from throttllem.config import LimitOptions, ServerOptions
-from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.control.rejections import RejectedError
 
 MESSAGES = [{"role": "user", "content": "x"}]
 
@@ -64,7 +64,7 @@ def test_openai_reads_every_error():
             await refused(model="none"),
             await refused(stream=True, extra_body={"play": "break-off"}),
         ]
-        there.models.refuse = RefusedError(429, "full", kind="rate_limit_error", code="queue_full", retry_after_s=1)
+        there.models.refuse = RejectedError(429, "full", kind="rate_limit_error", code="queue_full", retry_after_s=1)
         seen.append(await refused())
         client.api_key = "wrong"
         seen.append(await refused())

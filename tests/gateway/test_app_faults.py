@@ -11,10 +11,10 @@ from tests.gateway.fakes import house, until
 from tests.gateway.upstream import chat_events
 from throttllem.config import LimitOptions
 from throttllem.engines.http import Upstream
-from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.control.rejections import RejectedError
 
 CHAT = "/v1/chat/completions"
-LOST = RefusedError(502, "the engine was lost", kind="engine_error", code="engine_lost")
+LOST = RejectedError(502, "the engine was lost", kind="engine_error", code="engine_lost")
 
 
 def chat(**fields):

@@ -93,7 +93,7 @@ def test_policies(tmp_path):
         ("least-energy", ClockPolicy.LEAST_ENERGY, True),
     ):
         (served,) = built(tmp_path, policy=name).models.served
-        options = served.driver.controller.options
+        options = served.loop.controller.options
         assert (options.throttle.policy, options.slo_aware, options.autoscale) == (policy, aware, None)
     assert not list(tmp_path.iterdir()), "building touches no file"
 
@@ -103,15 +103,15 @@ def test_sizes_with_autoscale(tmp_path):
     entries = (EngineEntry(tp=2), EngineEntry(tp=1))
     gateway = built(tmp_path, policy="triton+autoscale", engines=entries, autoscale=scale)
     (served,) = gateway.models.served
-    assert sorted(link.tp for link in served.driver.links) == [1, 2]
-    assert served.driver.controller.options.autoscale == scale
+    assert sorted(backend.tp for backend in served.loop.backends) == [1, 2]
+    assert served.loop.controller.options.autoscale == scale
 
 
 def test_tables_from_a_folder(tmp_path):
     entry = EngineEntry(kind="openai", url="http://127.0.0.1:1", tables=trained(tmp_path))
     (served,) = built(tmp_path, engines=(entry,)).models.served
-    assert served.driver.controller.options.tables[1].clocks_mhz == A100
-    assert served.driver.links[0].booking.meter.table is served.driver.controller.options.tables[1]
+    assert served.loop.controller.options.tables[1].clocks_mhz == A100
+    assert served.loop.backends[0].accounting.table is served.loop.controller.options.tables[1]
 
 
 def test_tables_that_are_not_there_or_of_another_gpu(tmp_path):

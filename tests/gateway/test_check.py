@@ -32,9 +32,9 @@ def test_what_the_defaults_would_do(tmp_path):
     assert not any(finding.fatal for finding in findings)
     assert "ok slo.e2e_s = 9.0   (x.toml:3)" in text
     assert "would listen on 127.0.0.1:0" in text
-    assert "everybody on this machine may ask" in text
+    assert "every client on this machine is served" in text
     assert f"kept in {tmp_path / 'state'}" in text
-    assert "promise by default: E2E 9 s" in text
+    assert "SLO by default: E2E 9 s" in text
     assert "policy least-energy would choose among 81 clocks, 210 to 1410 MHz, of a simulated a100-40gb-sxm" in text
     assert "its performance table is trained at the first start" in text
     assert "clocks are simulated: it names no GPUs (engines.N.gpus, --gpus)" in text
@@ -105,14 +105,14 @@ def test_who_may_ask_and_what_is_recorded(tmp_path):
     assert "flight recorder: " in text
     assert not list(open_doors(ServerOptions(host="127.0.0.2", metrics_port=0, metrics_host="::1")))
     (door,) = open_doors(ServerOptions(metrics_port=0, metrics_host="metrics.example", api_keys=("a",)))
-    assert "metrics.example is not loopback: everybody who reaches it may see metrics" in door
+    assert "metrics.example is not loopback: every client that reaches it sees metrics" in door
     server = ServerOptions(port=0, metrics_port=0, api_keys=("a", "b"))
     text = said(
         found(tmp_path, server=server, recorder=RecorderOptions(enabled=False), classes={"gold": Slo(tbt_s=0.1)})
     )
     assert "2 API keys" in text
     assert "metrics and dashboard on 127.0.0.1:0" in text
-    assert "promise class gold: TBT 0.1 s" in text
+    assert "SLO class gold: TBT 0.1 s" in text
     assert "flight recorder" not in text
 
 

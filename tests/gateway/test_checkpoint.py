@@ -46,10 +46,10 @@ def test_what_is_shared_stays_shared_and_arrays_stay_exact():
     world = World(OPTIONS)
     busy(world, 60)
     controller = copied(world.controller)
-    assert controller._engines.serving in list(controller._engines)
-    assert controller._governor._load is controller._load
+    assert controller._engines.serving in controller._engines.by_id.values()
+    assert controller._clocks._load is controller._load
     assert controller.options.tables[2] is TABLES[2]
-    for state, before in zip(controller._engines, world.controller._engines, strict=True):
+    for state, before in zip(controller._engines.by_id.values(), world.controller._engines.by_id.values(), strict=True):
         assert state.table is (None if before.table is None else controller.options.tables[state.tp])
         assert np.array_equal(state.board._columns, before.board._columns)
         assert state.board._columns.flags.writeable
@@ -58,10 +58,10 @@ def test_what_is_shared_stays_shared_and_arrays_stay_exact():
 def test_clocks_that_are_held_down_stay_held_down():
     world = World(OPTIONS)
     busy(world, 60)
-    engine = next(state for state in world.controller._engines if state.table is not None)
+    engine = next(state for state in world.controller._engines.by_id.values() if state.table is not None)
     limit_mhz = engine.table.clocks_mhz[1]
     world.tell(ClockRead(engine=engine.engine, mhz=limit_mhz, limit_mhz=limit_mhz))
-    again = copied(world.controller)._engines.get(engine.engine).table
+    again = copied(world.controller)._engines.by_id[engine.engine].table
     assert again.limit_mhz == limit_mhz and again.base is TABLES[engine.tp]
     assert np.array_equal(again.seconds, engine.table.seconds)
 

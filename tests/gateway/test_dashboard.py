@@ -59,7 +59,7 @@ def test_totals_are_over_all_engines_and_the_saving_over_those_compared() -> Non
     assert both.saved == pytest.approx(0.19) and (both.estimated, both.engines) == (2, 4)
     assert both.joules_per_token == pytest.approx(181_000 / 360_000)
     assert both.busy_joules_per_token == pytest.approx(162_000 / 360_000)
-    assert both.recent.promised == 400 and both.recent_attainment == pytest.approx(0.985)
+    assert both.recent.with_slo == 400 and both.recent_attainment == pytest.approx(0.985)
     none = totals(EMPTY)
     assert (none.saved, none.top_j, none.joules_per_token, none.recent_attainment) == (None, None, None, None)
 

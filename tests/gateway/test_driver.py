@@ -1,4 +1,4 @@
-"""The driver: every request ends exactly once whatever happens, nothing is lost, and every joule is somebody's."""
+"""The loop: every request ends exactly once whatever happens, nothing is lost, and every joule is somebody's."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from throttllem.core.types import (
     Slo,
 )
 from throttllem.engines.base import EngineError
-from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.control.rejections import RejectedError
 
 SHORT = LimitOptions(queue_wait_s=2.0, engine_wait_s=1.0, silence_s=1.0)
 
@@ -62,9 +62,9 @@ async def one(it, after_s, cancel_after_s, **more):
 async def kills(it, times):
     for after_s, back_s in times:
         await asyncio.sleep(after_s)
-        await it.link.engine.kill(back=back_s < 0.3)
+        await it.backend.engine.kill(back=back_s < 0.3)
         await asyncio.sleep(back_s)
-        it.link.engine.gone = False
+        it.backend.engine.gone = False
 
 
 async def anything(mode, policy, rejects, queue, visits, kills_s):
@@ -75,14 +75,14 @@ async def anything(mode, policy, rejects, queue, visits, kills_s):
         ends = await asyncio.gather(*(one(it, **visit) for visit in visits))
         await killing
         it.models.status()
-        assert not it.driver.open()
-        board = it.driver.controller.snapshot()
+        assert not it.loop.open()
+        board = it.loop.controller.snapshot()
         assert board.queue == 0
-        if it.link.state == "up":
+        if it.backend.state == "up":
             await asyncio.sleep(1.0)  # the engine has told of everything by now
-            (view,) = it.driver.controller.snapshot().engines
+            (view,) = it.loop.controller.snapshot().engines
             assert (view.running, view.pending) == (0, 0)
-            assert it.link.booking.meter.ledger.open_j() == pytest.approx(0.0, abs=1e-9)
+            assert it.backend.accounting.ledger.open_j() == pytest.approx(0.0, abs=1e-9)
         return ends, it.seen.ends
 
 
@@ -108,14 +108,14 @@ def test_a_request_that_never_fits_is_turned_away_at_once():
     async def run():
         async with rig() as it:
             await it.up()
-            with pytest.raises(RefusedError) as refused:
+            with pytest.raises(RejectedError) as refused:
                 await it.ask(count=10, tokens=300)
             return refused.value, it
 
     error, it = virtually(run())
     assert (error.status, error.code) == (400, "context_length_exceeded")
     assert "prompt 10 + max_tokens 300 = 310 tokens; the model's context holds 256" in str(error)
-    assert it.driver.controller.snapshot().counts.rejected == 1
+    assert it.loop.controller.snapshot().counts.rejected == 1
 
 
 def test_a_full_queue_says_when_to_come_back():
@@ -135,20 +135,20 @@ def test_an_engine_that_dies_takes_what_runs_and_serves_what_waits_when_it_is_ba
             await it.up()
             asks = [asyncio.ensure_future(outcome(it.ask(tokens=20, stream=n != 1))) for n in range(4)]
             await asyncio.sleep(0.1)
-            await it.link.engine.kill()
+            await it.backend.engine.kill()
             return await asyncio.gather(*asks), it
 
     ends, it = virtually(run())
     assert ends[2:] == ["served", "served"]
     assert set(ends[:2]) <= {"engine_lost", "engine"}
     assert len(it.seen.events(EngineReady)) == 2
-    assert it.driver.controller.snapshot().counts.finished == 2
+    assert it.loop.controller.snapshot().counts.finished == 2
 
 
 def test_what_waits_for_an_engine_that_is_down_is_served_when_it_comes():
     async def run():
         async with rig() as it:
-            it.link.engine.gone = True
+            it.backend.engine.gone = True
             asks = [asyncio.ensure_future(outcome(it.ask())) for _ in range(3)]
             return await asyncio.gather(*asks)
 
@@ -160,19 +160,19 @@ def test_an_engine_that_fails_a_request_is_looked_at_and_the_promise_counts_as_b
     async def run():
         async with rig(mute=True) as it:
             await it.up()
-            before = it.link.engine.looks
+            before = it.backend.engine.looks
             with pytest.raises(EngineError):
-                async with it.models.ticket(
-                    asked(), await it.link.engine.count(asked()), Slo(e2e_s=9.0), "", streams=True
+                async with it.models.session(
+                    asked(), await it.backend.engine.count(asked()), Slo(e2e_s=9.0), "", streams=True
                 ) as ticket:
-                    await ticket.place()
+                    await ticket.placed()
                     raise EngineError("it broke off")
             await asyncio.sleep(0.01)
-            return it.link.engine.looks - before, it.driver.promises.ever, it.link.state
+            return it.backend.engine.looks - before, it.loop.slo_attainment.ever, it.backend.state
 
     looked, ever, state = virtually(run())
     assert looked == 1
-    assert (ever.promised, ever.kept, ever.e2e_missed) == (1, 0, 1)
+    assert (ever.with_slo, ever.met, ever.e2e_violated) == (1, 0, 1)
     assert state == "up"
 
 
@@ -180,14 +180,14 @@ def test_an_engine_that_refuses_a_request_itself_is_not_doubted_and_the_place_is
     async def run():
         async with rig(mute=True) as it:
             await it.up()
-            before = it.link.engine.looks
-            async with it.models.ticket(
-                asked(), await it.link.engine.count(asked()), Slo(e2e_s=9.0), "", streams=True
+            before = it.backend.engine.looks
+            async with it.models.session(
+                asked(), await it.backend.engine.count(asked()), Slo(e2e_s=9.0), "", streams=True
             ) as ticket:
-                await ticket.place()
+                await ticket.placed()
             cancelled = len(it.seen.events(Cancelled))
             await asyncio.sleep(1.0)
-            return it.link.engine.looks - before, cancelled
+            return it.backend.engine.looks - before, cancelled
 
     assert virtually(run()) == (0, 1)
 
@@ -198,10 +198,10 @@ def test_a_client_that_leaves_breaks_no_promise():
             await it.up()
             assert await it.ask(tokens=9, hang_up_after=3, slo=Slo(e2e_s=9.0)) is None
             await asyncio.sleep(0.01)
-            return it.driver.promises.ever, len(it.seen.events(Cancelled))
+            return it.loop.slo_attainment.ever, len(it.seen.events(Cancelled))
 
     ever, cancelled = virtually(run())
-    assert (ever.promised, cancelled) == (0, 1)
+    assert (ever.with_slo, cancelled) == (0, 1)
 
 
 def test_stopping_ends_what_waits_and_what_runs():
@@ -226,9 +226,9 @@ def test_ending_one_may_end_another_and_neither_twice():
             await it.up()
             asks = [asyncio.ensure_future(outcome(it.ask(tokens=50))) for _ in range(3)]
             await asyncio.sleep(0.05)
-            for visit in it.driver.open():
+            for visit in it.loop.open():
                 for _ in range(2):
-                    it.driver.fail(visit, RefusedError(503, "x", kind="k", code="tried"))
+                    it.loop.fail(visit, RejectedError(503, "x", kind="k", code="tried"))
             return await asyncio.gather(*asks)
 
     assert virtually(run()) == ["tried"] * 3
@@ -239,11 +239,11 @@ def test_a_promise_that_cannot_be_kept_is_refused_where_that_is_wanted():
         async with rig(core={"admission": AdmissionOptions(unmeetable="reject")}) as it:
             await it.up()
             ends = [await outcome(it.ask(tokens=50, slo=Slo(e2e_s=0.05)))]
-            return ends, it.driver.promises.ever, it.seen.commands(Reject)
+            return ends, it.loop.slo_attainment.ever, it.seen.commands(Reject)
 
     ends, ever, rejects = virtually(run())
     assert ends == ["slo_unmeetable"]
-    assert (ever.promised, ever.kept) == (1, 0)
+    assert (ever.with_slo, ever.met) == (1, 0)
     assert len(rejects) == 1
 
 
@@ -255,7 +255,7 @@ def test_a_kill_while_everybody_leaves_is_no_trouble():
             await asyncio.sleep(0.2)
             for task in asks:
                 task.cancel()
-            await it.link.engine.kill()
+            await it.backend.engine.kill()
             for task in asks:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task

@@ -1,4 +1,4 @@
-"""What the driver counts, and how it carries out what the core says of clocks and sizes."""
+"""What the loop counts, and how it carries out what the core says of clocks and sizes."""
 
 import asyncio
 
@@ -19,7 +19,7 @@ def test_tokens_are_counted_streamed_or_not(stream, choices):
         async with rig() as it:
             await it.up()
             await it.ask(stream=stream, choices=choices, tokens=7, count=5)
-            return it.driver.prompt_tokens, it.driver.generated_tokens
+            return it.loop.prompt_tokens, it.loop.generated_tokens
 
     assert virtually(run()) == (5 * choices, 7 * choices)
 
@@ -28,19 +28,19 @@ def test_retry_after_follows_the_pace_and_stays_within_a_minute():
     async def run():
         async with rig(max_batch=1) as it:
             await it.up()
-            driver = it.driver
-            said = [driver.retry_after_s()]
+            loop = it.loop
+            said = [loop.retry_after_s()]
             asks = [asyncio.ensure_future(outcome(it.ask(tokens=n))) for n in (5, 5, 240)]
             await asyncio.sleep(1.0)
-            said.append(driver.retry_after_s())
+            said.append(loop.retry_after_s())
             asks += [asyncio.ensure_future(outcome(it.ask(tokens=200))) for _ in range(200)]
             await asyncio.sleep(0.5)
-            said.append(driver.retry_after_s())
+            said.append(loop.retry_after_s())
             for task in asks:
                 task.cancel()
             await asyncio.gather(*asks)
             await asyncio.sleep(120.0)
-            return [*said, driver.retry_after_s()]
+            return [*said, loop.retry_after_s()]
 
     first, flowing, crowded, later = virtually(run())
     assert first == later == 5
@@ -59,7 +59,7 @@ def test_the_policy_sets_the_clock(policy, clocks):
         async with rig(policy=policy) as it:
             await it.up()
             await asyncio.gather(*(it.ask(tokens=60) for _ in range(4)))
-            return {command.plan.mhz for command in it.seen.commands(SetClock)}, it.link.gpu.read().clock_mhz
+            return {command.plan.mhz for command in it.seen.commands(SetClock)}, it.backend.gpu.read().clock_mhz
 
     asked_mhz, in_force = virtually(run())
     assert asked_mhz == clocks
@@ -82,15 +82,15 @@ def test_a_clock_that_cannot_be_set_is_tried_once_a_second_and_nobody_suffers():
 
     async def run():
         async with rig() as it:
-            it.link.clock.gpu = Stuck(it.link.gpu)
+            it.backend.clock.gpu = Stuck(it.backend.gpu)
             await it.up()
             ends = await asyncio.gather(*(outcome(it.ask(tokens=100)) for _ in range(5)))
-            (view,) = it.driver.controller.snapshot().engines
-            trouble = it.link.trouble
-            plan, tries, now_s = view.plan, Stuck.tries, it.driver.now()
-            it.link.clock.gpu = it.link.gpu.gpu
+            (view,) = it.loop.controller.snapshot().engines
+            trouble = it.backend.trouble
+            plan, tries, now_s = view.plan, Stuck.tries, it.loop.now()
+            it.backend.clock.gpu = it.backend.gpu.gpu
             await asyncio.sleep(1.5)
-            return ends, trouble, plan, tries, now_s, it.link.trouble, it.seen.events(ClockRead)[-1].mhz
+            return ends, trouble, plan, tries, now_s, it.backend.trouble, it.seen.events(ClockRead)[-1].mhz
 
     ends, trouble, plan, tries, now_s, after, known = virtually(run())
     assert ends == ["served"] * 5
@@ -135,16 +135,16 @@ def test_a_size_that_was_just_stopped_can_be_started_at_once():
 
     async def run():
         async with rig() as it:
-            it.link.close = close
+            it.backend.close = close
             await it.up()
-            it.link.retire()
-            assert it.link.key is None
-            it.link.start(1, it.driver.tell)
-            connects = it.link.engine.connects
+            it.backend.retire()
+            assert it.backend.key is None
+            it.backend.start(1, it.loop.handle)
+            connects = it.backend.engine.connects
             await asyncio.sleep(0.4)
-            assert it.link.engine.connects == connects
+            assert it.backend.engine.connects == connects
             await it.up()
-            assert it.link.engine.connects == connects + 1
+            assert it.backend.engine.connects == connects + 1
             assert closed == ["begun", "done"]
             assert await outcome(it.ask()) == "served"
 

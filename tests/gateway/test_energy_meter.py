@@ -3,7 +3,6 @@
 import pytest
 from core.toy import CLOCKS_MHZ, spec
 
-from throttllem.gateway.energy.meter import EnergyMeter, Step
 from throttllem.gpu.device import Reading, Work
 from throttllem.gpu.simulated import SimulatedGpu
 

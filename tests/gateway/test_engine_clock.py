@@ -5,10 +5,9 @@ import asyncio
 from core.toy import CLOCKS_MHZ, spec, table
 
 from throttllem.core.types import ClockRead, FrequencyPlan, Reason
-from throttllem.gateway.control.clock_setter import EngineClock
-from throttllem.gateway.energy.meter import EnergyMeter, Step
+from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
-from throttllem.gpu.device import Reading, Work, nothing
+from throttllem.gpu.device import Reading, Work
 
 
 class Moody:
@@ -17,9 +16,10 @@ class Moody:
     def __init__(self):
         self.asked, self.reading, self.follows = [], Reading(clock_mhz=1400, watts=100.0, energy_j=0.0), True
 
-    async def set_clock(self, mhz, sent=nothing):
+    async def set_clock(self, mhz, sent=None):
         self.asked.append(mhz)
-        sent()
+        if sent is not None:
+            sent()
         if self.follows and mhz is not None:
             self.reading = Reading(clock_mhz=mhz, watts=100.0, energy_j=0.0)
         return self.reading.planned_on_mhz
@@ -36,7 +36,7 @@ class Moody:
 
 def clock(gpu, **more):
     told, commands = [], []
-    made = EngineClock(name="x", gpu=gpu, reading=gpu.read, now=lambda: 5.0, on_command=commands.append, **more)
+    made = ClockSetter(name="x", gpu=gpu, reading=gpu.read, now=lambda: 5.0, on_command=commands.append, **more)
     made.begin(0, told.append, 1400)
     return made, told, commands
 
@@ -116,7 +116,7 @@ def test_what_advised_clocks_would_have_saved():
         meter = EnergyMeter(gpu=gpu, top=SavingsEstimate(table=law), advised=SavingsEstimate(table=law))
         meter.begin(made)
         for number in range(1, 1500):
-            gpu.reading = Reading(clock_mhz=1400, watts=100.0, energy_j=3.0 * number, advised_mhz=advised_mhz)
+            gpu.reading = Reading(clock_mhz=1400, watts=100.0, energy_j=3.0 * number, dry_run_mhz=advised_mhz)
             work = Work(seconds=0.03, decode_sequences=2, kv_tokens=80, prefill_tokens=0, prefill_pairs=0.0)
             prefills = ((number, 4),) if number % 20 == 0 else ()
             meter.step(Step(work=work, rows=2, kv_blocks=20, prefills=prefills))

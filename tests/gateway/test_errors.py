@@ -3,7 +3,7 @@ import json
 import pytest
 
 from throttllem.engines.base import EngineError
-from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.http.errors import HttpError, as_http, detail, invalid, not_allowed, unavailable
 
 
@@ -13,13 +13,13 @@ def told(error):
 
 
 def test_a_refusal_keeps_its_words_and_says_when_to_come_back():
-    refusal = RefusedError(429, "full", kind="rate_limit_error", code="queue_full", retry_after_s=3)
+    refusal = RejectedError(429, "full", kind="rate_limit_error", code="queue_full", retry_after_s=3)
     assert told(refusal) == (
         429,
         {"message": "full", "type": "rate_limit_error", "param": None, "code": "queue_full"},
         {b"retry-after": b"3"},
     )
-    assert told(RefusedError(400, "no", kind="k"))[2] == {}
+    assert told(RejectedError(400, "no", kind="k"))[2] == {}
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])
@@ -32,11 +32,11 @@ def test_an_engines_address_and_page_are_for_the_log():
     for error in (
         EngineError("http://10.0.0.1:8000/tokenize answers 500: <html>"),
         EngineError("[Errno 111] Connect call failed ('10.0.0.1', 8000)", told="the engine cannot be reached"),
-        RefusedError(503, "no engine is up", kind="engine_error", detail="http://10.0.0.1 is gone"),
+        RejectedError(503, "no engine is up", kind="engine_error", detail="http://10.0.0.1 is gone"),
     ):
         assert "10.0.0.1" not in told(error)[1]["message"]
         assert "10.0.0.1" in detail(error)
-    assert detail(RefusedError(400, "no", kind="k")) == "no"
+    assert detail(RejectedError(400, "no", kind="k")) == "no"
 
 
 def test_anything_else_tells_nothing_of_the_inside():

@@ -30,7 +30,7 @@ def test_engine_is_killed_in_mid_stream_and_comes_back_on_its_port(tmp_path):
         running = asks(there, 4, 10**6 // 500)
         await until(lambda: peer.open == 4)
         queued = asks(there, 4, 3)
-        await until(lambda: there.driver.controller.snapshot().queue == 4)
+        await until(lambda: there.loop.controller.snapshot().queue == 4)
         await peer.kill()
         lost = await told(running)
         assert not any(answer.served for answer in lost), tallied(lost)
@@ -141,9 +141,9 @@ def test_what_the_engine_itself_calls_an_error_is_a_broken_promise(tmp_path, ans
         async with garbage_engine(engine) as url, whole(tmp_path, "slo.e2e_s=60", url=url) as there:
             await there.up()
             answers = [await there.client.ask(stream=True) for _ in range(2)]
-            await until(lambda: there.driver.promises.ever.promised == 2)
+            await until(lambda: there.loop.slo_attainment.ever.with_slo == 2)
             await until(lambda: not any(there.held()))
-            return answers, there.driver.promises.ever.kept
+            return answers, there.loop.slo_attainment.ever.met
 
     answers, kept = asyncio.run(main())
     assert [found.body for found in answers] == [answer.partition(b"\r\n\r\n")[2]] * 2
@@ -161,7 +161,7 @@ def test_engine_tells_garbage_of_itself(tmp_path, name):
         async with garbage_engine(engine) as url, whole(tmp_path, "limits.engine_wait_s=0.2", url=url) as there:
             await told(asks(there, 1, 3))
             engine.pages.clear()
-            await until(lambda: there.link.state == "up")
+            await until(lambda: there.backend.state == "up")
             engine.pages[path] = page
             await asyncio.sleep(0.05)
             engine.pages.clear()
@@ -242,9 +242,9 @@ def test_full_disk_under_the_recorder(tmp_path, caplog):
 def test_clock_that_cannot_be_set(tmp_path, caplog):
     def stick(gateway):
         async def stuck(mhz, sent=None):
-            raise OSError("the driver says no")
+            raise OSError("the loop says no")
 
-        gateway.models.served[0].driver.links[0].gpu.set_clock = stuck
+        gateway.models.served[0].loop.backends[0].gpu.set_clock = stuck
 
     async def main():
         clocks_mhz = (600, 810, 1005, 1200, 1410)  # those of the toy, as this GPU has them
@@ -253,11 +253,11 @@ def test_clock_that_cannot_be_set(tmp_path, caplog):
         async with whole(tmp_path, *settings, adjust=stick) as there:
             await there.up()
             assert all(answer.served for answer in await told(asks(there, 6, 20)))
-            view = there.driver.controller.snapshot().engines[0]
+            view = there.loop.controller.snapshot().engines[0]
             status = there.gateway.models.status().models[0].engines[0]
             await there.empty()
             return view, status
 
     view, status = asyncio.run(main())
     assert (view.plan.mhz, view.clock_mhz) == (1410, None), view.plan
-    assert "the driver says no" in status.trouble and "was not set" in caplog.text
+    assert "the loop says no" in status.trouble and "was not set" in caplog.text

@@ -27,13 +27,13 @@ def test_client_is_gone(tmp_path, stage):
             sent = request(there, tokens=3 if stage == "end" else 2000)
             writer.write({"body": head(99), "half": sent[:-9]}.get(stage, sent))
             if stage == "queued":
-                await until(lambda: there.driver.controller.snapshot().queue == 1)
+                await until(lambda: there.loop.controller.snapshot().queue == 1)
             elif stage == "first token":
                 await until(lambda: peer.open == 1)
             elif stage in ("stream", "end"):
                 await reader.readuntil({"stream": b"data:", "end": b"[DONE]\n\n"}[stage])
         if stage == "queued":
-            await until(lambda: not there.driver.controller.snapshot().queue)
+            await until(lambda: not there.loop.controller.snapshot().queue)
         peer.held.set()
         assert all(answer.served for answer in await told(full))
 

@@ -136,7 +136,7 @@ def test_a_keeper_that_is_missing_is_said_before_and_no_reason_not_to_serve(tmp_
         (
             "dry-run",
             {},
-            "would be advised (clocks.mode = dry-run, the default): decided, recorded and shown, never set",
+            "would be a dry run (clocks.mode = dry-run, the default): decided, recorded and shown, never set",
         ),
         ("off", {"clocks.mode": "command line"}, "would be off (clocks.mode = off, command line): left alone"),
     ],
@@ -168,7 +168,7 @@ def said_of_clocks(tmp_path, **clocks):
         (
             lambda uuid: {"allowed": {uuid: [210, 1410]}, "held": {uuid: {"by": "process 7 of user 0", "mhz": 900}}},
             "--",
-            r"would be on .*once its present holder gives back {uuid} \(process 7 of user 0\)$",
+            r"would be on .*once its present holder releases {uuid} \(process 7 of user 0\)$",
         ),
         (lambda uuid: {"allowed": {uuid: [210, 1200]}, "held": {}}, "--", "would be on .*at most 1200 of 1410 MHz"),
         (

@@ -16,9 +16,9 @@ def plan(mhz):
 def test_its_first_word_is_what_it_is_and_at_which_clock():
     async def run():
         async with rig() as it:
-            await it.link.gpu.set_clock(600)
+            await it.backend.gpu.set_clock(600)
             await it.up()
-            return [event for _, event, _ in it.seen.handled_], it.link.gpu.read().clock_mhz
+            return [event for _, event, _ in it.seen.handled_], it.backend.gpu.read().clock_mhz
 
     (ready, clock), in_force = virtually(run())
     assert isinstance(ready, EngineReady)
@@ -29,12 +29,12 @@ def test_one_that_is_lost_is_reached_again_under_another_id_and_said_once(caplog
     async def run():
         async with rig() as it:
             await it.up()
-            await it.link.engine.kill(back=False)
+            await it.backend.engine.kill(back=False)
             await asyncio.sleep(20.0)
-            assert (it.link.state, it.link.trouble) == ("starting", "nobody is there")
-            it.link.engine.gone = False
+            assert (it.backend.state, it.backend.trouble) == ("starting", "nobody is there")
+            it.backend.engine.gone = False
             await it.up()
-            return it.link.trouble, it.seen.events(EngineLost), it.link.key
+            return it.backend.trouble, it.seen.events(EngineLost), it.backend.key
 
     trouble, lost, key = virtually(run())
     assert (trouble, len(lost), key) == (None, 1, 1)
@@ -44,16 +44,16 @@ def test_one_that_is_lost_is_reached_again_under_another_id_and_said_once(caplog
 def test_whatever_goes_wrong_while_it_is_watched_it_is_lost_and_reached_again(caplog):
     async def run():
         async with rig() as it:
-            healthy = it.link.engine.watch
+            healthy = it.backend.engine.watch
 
             async def broken(tell):
-                it.link.engine.watch = healthy
+                it.backend.engine.watch = healthy
                 raise ZeroDivisionError("a fault of ours")
 
-            it.link.engine.watch = broken
+            it.backend.engine.watch = broken
             await it.up()
             await asyncio.sleep(0.5)
-            return it.link.state, await it.ask() is not None
+            return it.backend.state, await it.ask() is not None
 
     assert virtually(run()) == ("up", True)
     assert "cannot be watched" in caplog.text
@@ -62,15 +62,15 @@ def test_whatever_goes_wrong_while_it_is_watched_it_is_lost_and_reached_again(ca
 def test_whatever_goes_wrong_while_it_is_reached_it_is_tried_again(caplog):
     async def run():
         async with rig() as it:
-            healthy = it.link.engine.connect
+            healthy = it.backend.engine.connect
 
             async def broken():
-                it.link.engine.connect = healthy
+                it.backend.engine.connect = healthy
                 raise ZeroDivisionError("a fault of ours")
 
-            it.link.engine.connect = broken
+            it.backend.engine.connect = broken
             await asyncio.sleep(1.0)
-            return it.link.state
+            return it.backend.state
 
     assert virtually(run()) == "up"
     assert "cannot be reached" in caplog.text
@@ -81,10 +81,10 @@ def test_a_clock_that_is_not_the_planned_one_is_put_back():
         async with rig() as it:
             await it.up()
             for mhz in (600, 1200, 800):
-                it.link.clock.set(plan(mhz), 0.0)
+                it.backend.clock.set(plan(mhz), 0.0)
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.2)
-            return it.link.gpu.read().clock_mhz, it.link.clock.tasks
+            return it.backend.gpu.read().clock_mhz, it.backend.clock.tasks
 
     assert virtually(run()) == (1400, set())
 
@@ -93,13 +93,13 @@ def test_what_is_told_of_one_that_was_let_go_goes_nowhere():
     async def run():
         async with rig() as it:
             await it.up()
-            it.link.clock.set(plan(600), 0.0)
-            it.link.retire()
+            it.backend.clock.set(plan(600), 0.0)
+            it.backend.retire()
             before = len(it.seen.handled_)
-            it.link.token(1, 1)
-            assert it.link.ended(1, 1) is None
-            assert it.link.dropped(1) is None
-            it.link.lose("again")
+            it.backend.token(1, 1)
+            assert it.backend.ended(1, 1) is None
+            assert it.backend.dropped(1) is None
+            it.backend.lose("again")
             await asyncio.sleep(1.0)
             return len(it.seen.handled_) - before
 
@@ -110,25 +110,25 @@ def test_a_well_engine_is_asked_once_for_many_doubts():
     async def run():
         async with rig() as it:
             await it.up()
-            before, well = it.link.engine.looks, []
+            before, well = it.backend.engine.looks, []
             for number in range(5):
-                it.link.suspect(lambda number=number: well.append(number))
+                it.backend.suspect(lambda number=number: well.append(number))
             await asyncio.sleep(0.01)
-            return it.link.engine.looks - before, well
+            return it.backend.engine.looks - before, well
 
     assert virtually(run()) == (1, [0, 1, 2, 3, 4])
 
 
-def looking(link, outcomes):
+def looking(backend, outcomes):
     """Its next looks end like this: an error or None."""
     left = iter(outcomes)
 
     async def well():
-        link.engine.looks += 1
+        backend.engine.looks += 1
         if (error := next(left)) is not None:
             raise error
 
-    link.engine.well = well
+    backend.engine.well = well
 
 
 def refused():
@@ -156,12 +156,12 @@ def test_one_look_that_fails_kills_nobody_unless_nobody_is_there(outcomes, state
             await it.up()
             other = asyncio.ensure_future(outcome(it.ask(tokens=200)))
             await asyncio.sleep(0.05)
-            looking(it.link, outcomes)
+            looking(it.backend, outcomes)
             freed = []
-            it.link.suspect(lambda: freed.append(it.link.engine.looks))
+            it.backend.suspect(lambda: freed.append(it.backend.engine.looks))
             while not freed:
                 await asyncio.sleep(0.01)
-            found = it.link.state
+            found = it.backend.state
             return freed, found, await other
 
     freed, found, other = virtually(run())
@@ -174,12 +174,12 @@ def test_a_look_that_fails_by_a_fault_of_ours_frees_the_places_and_kills_nobody(
         async with rig() as it:
             await it.up()
             freed = []
-            looking(it.link, [ZeroDivisionError("a fault of ours"), None])
-            it.link.suspect(lambda: freed.append(1))
+            looking(it.backend, [ZeroDivisionError("a fault of ours"), None])
+            it.backend.suspect(lambda: freed.append(1))
             await asyncio.sleep(0.01)
-            it.link.suspect(lambda: freed.append(2))
+            it.backend.suspect(lambda: freed.append(2))
             await asyncio.sleep(0.01)
-            return freed, it.link.state
+            return freed, it.backend.state
 
     assert virtually(run()) == ([1, 2], "up")
     assert "cannot be looked at" in caplog.text
@@ -192,12 +192,12 @@ def test_a_clock_that_cannot_be_set_by_a_fault_of_ours_keeps_no_engine_down(capl
             async def broken(mhz, sent=None):
                 raise ZeroDivisionError("a fault of ours")
 
-            healthy, it.link.gpu.set_clock = it.link.gpu.set_clock, broken
+            healthy, it.backend.gpu.set_clock = it.backend.gpu.set_clock, broken
             await it.up()
-            served, trouble = await it.ask() is not None, it.link.trouble
-            it.link.gpu.set_clock = healthy
+            served, trouble = await it.ask() is not None, it.backend.trouble
+            it.backend.gpu.set_clock = healthy
             await asyncio.sleep(2.0)
-            return served, trouble, it.link.trouble
+            return served, trouble, it.backend.trouble
 
     served, trouble, after = virtually(run())
     assert served
@@ -212,12 +212,12 @@ def test_whatever_goes_wrong_while_it_is_taken_into_use_it_is_tried_again(caplog
             def broken(spec, **more):
                 raise ZeroDivisionError("a fault of ours")
 
-            it.link.booking = Begins(it.link.booking, broken)
+            it.backend.accounting = Begins(it.backend.accounting, broken)
             await asyncio.sleep(1.0)
-            before = it.link.state, it.link.trouble
-            it.link.booking = it.link.booking.inner
+            before = it.backend.state, it.backend.trouble
+            it.backend.accounting = it.backend.accounting.inner
             await it.up()
-            return before, it.link.state, await outcome(it.ask())
+            return before, it.backend.state, await outcome(it.ask())
 
     (state, trouble), after, served = virtually(run())
     assert (state, after, served) == ("starting", "up", "served")

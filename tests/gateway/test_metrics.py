@@ -20,7 +20,7 @@ PLAIN = {
     "throttllem_draining",
     "throttllem_engine_state",
     "throttllem_engine_up",
-    "throttllem_recent_missed_promises",
+    "throttllem_recent_violated_promises",
 }
 AT = {"engine": "a100-0", "model": "llama"}
 
@@ -48,9 +48,9 @@ def value(families: list, name: str, **labels: str) -> float | None:
 def observed() -> Histograms:
     histograms = Histograms()
     ended = {"model": "llama", "queue_s": 0.004, "ttft_s": 0.2, "tbt_s": 0.02, "e2e_s": 3.0}
-    histograms.request(**ended, prompt_tokens=100, generated_tokens=50, joules=20.0, kept=True, operation="chat")
+    histograms.request(**ended, prompt_tokens=100, generated_tokens=50, joules=20.0, met=True, operation="chat")
     absent = dict.fromkeys(ended, None) | {"model": "llama"}
-    histograms.request(**absent, prompt_tokens=None, generated_tokens=None, joules=5.0, kept=None)
+    histograms.request(**absent, prompt_tokens=None, generated_tokens=None, joules=5.0, met=None)
     histograms.decision(0.0003)
     histograms.clock_command(0.0004)
     histograms.http(200)
@@ -79,8 +79,8 @@ def observed() -> Histograms:
         ("throttllem_energy_saving_ratio", AT, pytest.approx(0.19)),
         ("throttllem_slo_attainment_ratio", {"model": "llama", "window": "recent"}, 0.985),
         ("throttllem_slo_attainment_ratio", {"model": "llama", "window": "ever"}, 0.985),
-        ("throttllem_missed_promises_total", {"model": "llama", "promise": "ttft"}, 4),
-        ("throttllem_recent_missed_promises", {"model": "llama", "promise": "e2e"}, 2),
+        ("throttllem_violated_promises_total", {"model": "llama", "promise": "ttft"}, 4),
+        ("throttllem_recent_violated_promises", {"model": "llama", "promise": "e2e"}, 2),
         ("throttllem_requests_total", {"model": "llama", "outcome": "rejected"}, 6),
         ("throttllem_lost_requests_total", {"model": "llama"}, 8),
         ("throttllem_generated_tokens_total", {"model": "llama"}, 180_000),
@@ -137,8 +137,8 @@ def test_histograms_count_what_ended() -> None:
     assert value(families, "gen_ai_server_time_per_output_token_seconds_sum", **about) == 0.02
     assert value(families, "gen_ai_client_token_usage_sum", **about, gen_ai_token_type="output") == 50
     assert value(families, "throttllem_queue_seconds_count", model="llama") == 1
-    assert value(families, "throttllem_request_joules_sum", model="llama", kept="yes") == 20
-    assert value(families, "throttllem_request_joules_sum", model="llama", kept="no promise") == 5
+    assert value(families, "throttllem_request_joules_sum", model="llama", met="yes") == 20
+    assert value(families, "throttllem_request_joules_sum", model="llama", met="no promise") == 5
     assert value(families, "throttllem_decision_seconds_count") == 1
     assert value(families, "throttllem_http_responses_total", code="200") == 1
     assert value(families, "throttllem_http_responses_total", code="other") == 1

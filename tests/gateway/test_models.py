@@ -1,4 +1,4 @@
-"""Which driver serves a name, how long one waits until anybody can say, and what a request may ask for."""
+"""Which loop serves a name, how long one waits until anybody can say, and what a request may ask for."""
 
 import asyncio
 
@@ -9,14 +9,14 @@ from throttllem.config import LimitOptions
 from throttllem.core.admission import AdmissionOptions
 from throttllem.core.types import Slo
 from throttllem.engines.base import EngineError, PromptCount
-from throttllem.gateway.control.models import Served
-from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.control.models import ServedModel
+from throttllem.gateway.control.rejections import RejectedError
 
 SHORT = LimitOptions(engine_wait_s=2.0)
 
 
 async def refusal(coroutine):
-    with pytest.raises(RefusedError) as found:
+    with pytest.raises(RejectedError) as found:
         await coroutine
     return found.value.status, found.value.code
 
@@ -26,8 +26,8 @@ def test_a_name_that_nobody_has():
         async with rig() as it:
             await it.up()
             assert it.models.names() == ("toy",)
-            with pytest.raises(RefusedError, match="there is: toy"):
-                it.models.passage("other")
+            with pytest.raises(RejectedError, match="there is: toy"):
+                it.models.uncontrolled_engine("other")
             return await refusal(it.models.count(asked(model="other")))
 
     assert virtually(run()) == (404, "model_not_found")
@@ -36,11 +36,11 @@ def test_a_name_that_nobody_has():
 def test_an_engine_that_comes_late_is_waited_for():
     async def run():
         async with rig(limits=SHORT) as it:
-            it.link.engine.gone = True
+            it.backend.engine.gone = True
             counting = asyncio.ensure_future(it.models.count(asked()))
             await asyncio.sleep(1.0)
-            it.link.engine.gone = False
-            return (await counting).tokens, it.driver.now()
+            it.backend.engine.gone = False
+            return (await counting).tokens, it.loop.now()
 
     tokens, now_s = virtually(run())
     assert tokens == 4
@@ -58,15 +58,15 @@ def test_an_engine_that_comes_late_under_another_name():
 def test_an_engine_that_does_not_come():
     async def run():
         async with rig(limits=SHORT) as it:
-            it.link.engine.gone = True
+            it.backend.engine.gone = True
             it.models.status()
             found = await refusal(it.models.count(asked()))
-            with pytest.raises(RefusedError, match=r"^no engine is up$") as caught:
-                it.models.passage(None)
+            with pytest.raises(RejectedError, match=r"^no engine is up$") as caught:
+                it.models.uncontrolled_engine(None)
             assert caught.value.detail == "nobody is there"
-            with pytest.raises(RefusedError, match="no engine is up"):
-                it.models.ticket(asked(), PromptCount(tokens=1, by="t", exact=True), Slo(), "", streams=True)
-            return *found, it.driver.now()
+            with pytest.raises(RejectedError, match="no engine is up"):
+                it.models.session(asked(), PromptCount(tokens=1, by="t", exact=True), Slo(), "")
+            return *found, it.loop.now()
 
     status, code, now_s = virtually(run())
     assert (status, code) == (503, "no_engine")
@@ -81,11 +81,11 @@ def test_an_engine_that_cannot_count_is_looked_at():
             async def fails(ask):
                 raise EngineError("it broke off", status=504)
 
-            it.link.engine.count = fails
-            before = it.link.engine.looks
+            it.backend.engine.count = fails
+            before = it.backend.engine.looks
             found = await refusal(it.models.count(asked()))
             await asyncio.sleep(0.01)
-            return *found, it.link.engine.looks - before
+            return *found, it.backend.engine.looks - before
 
     assert virtually(run()) == (504, "engine_failed", 1)
 
@@ -112,7 +112,7 @@ def test_the_longest_answer(wanted, chat, tokens, limit):
             ask = asked()
             ask = type(ask)(path=ask.path, model="toy", body={}, prompts=("x",), messages=chat, max_tokens=wanted)
             count = PromptCount(tokens=tokens, by="t", exact=True)
-            return it.models.ticket(ask, count, Slo(), "me", streams=True).request
+            return it.models.session(ask, count, Slo(), "me").request
 
     request = virtually(run())
     assert (request.prompt_tokens, request.max_tokens, request.caller, request.model) == (tokens, limit, "me", "toy")
@@ -121,9 +121,9 @@ def test_the_longest_answer(wanted, chat, tokens, limit):
 def test_a_model_may_be_called_otherwise():
     async def run():
         async with rig() as it:
-            it.models.served = (Served(driver=it.driver, names=("mine",)),)
+            it.models.served = (ServedModel(loop=it.loop, names=("mine",)),)
             await it.up()
-            assert it.models.passage("mine") is it.models.passage(None)
+            assert it.models.uncontrolled_engine("mine") is it.models.uncontrolled_engine(None)
             return it.models.names(), it.models.uncontrolled, await refusal(it.models.count(asked()))
 
     assert virtually(run()) == (("mine",), 2, (404, "model_not_found"))
@@ -145,17 +145,17 @@ def test_no_more_are_counted_than_may_wait_and_not_all_at_once():
                     under_way.pop()
                 return PromptCount(tokens=1, by="t", exact=True)
 
-            it.link.engine.count = slow
+            it.backend.engine.count = slow
             counts = [asyncio.ensure_future(it.models.count(asked())) for _ in range(100)]
             await asyncio.sleep(0.01)
-            with pytest.raises(RefusedError) as found:
+            with pytest.raises(RejectedError) as found:
                 await it.models.count(asked())
             counts[0].cancel()
             await asyncio.sleep(0.01)
             counts.append(asyncio.ensure_future(it.models.count(asked())))
             go.set()
             ends = await asyncio.gather(*counts, return_exceptions=True)
-            return found.value, max(most), [type(end).__name__ for end in ends], it.driver.counting
+            return found.value, max(most), [type(end).__name__ for end in ends], it.loop.counting
 
     error, most, ends, left = virtually(run())
     assert (error.status, error.code, error.retry_after_s) == (429, "queue_full", 5)
@@ -174,7 +174,7 @@ def test_prompts_that_were_estimated_are_counted_and_said(caplog):
             async def estimates(ask):
                 return PromptCount(tokens=1, by="an estimate", exact=False)
 
-            it.link.engine.count = estimates
+            it.backend.engine.count = estimates
             for _ in range(2):
                 await it.models.count(asked())
             return it.models.status().models[0]
@@ -190,11 +190,11 @@ def test_health_and_the_most_answers_side_by_side():
         async with rig(sizes=(1, 2)) as it:
             seen = [(it.models.most_sequences(), it.models.health())]
             await it.up()
-            for link in it.driver.links:
-                link.connected = await link.engine.connect()
+            for backend in it.loop.backends:
+                backend.connected = await backend.engine.connect()
             seen.append((it.models.most_sequences(), it.models.health()))
-            it.driver.links[0].own_trouble = "it is out"
-            it.driver.links[1].own_trouble = "it is out"
+            it.loop.backends[0].own_trouble = "it is out"
+            it.loop.backends[1].own_trouble = "it is out"
             it.models.draining = True
             return *seen, it.models.health()
 

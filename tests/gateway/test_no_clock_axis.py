@@ -68,11 +68,11 @@ def test_check_marks_it(tmp_path, mode):
 @pytest.mark.parametrize("clocks", [A100, (900,)])
 def test_without_real_clocks_it_has_only_the_maximum_clock_and_no_estimate(tmp_path, gpus, mode, policy, clocks):
     (served,) = built(tmp_path, gpus=gpus, mode=mode, policy=policy, clocks=clocks).models.served
-    table, (link,) = served.driver.controller.options.tables[1], served.driver.links
+    table, (backend,) = served.loop.controller.options.tables[1], served.loop.backends
     assert table.clocks_mhz == (1410,)
-    assert link.booking.meter.table is table
-    link.booking.meter.gpu = SimpleNamespace(read=lambda: Reading(clock_mhz=900, watts=1.0, energy_j=5.0))
-    energy = link.booking.meter.energy()
+    assert backend.accounting.table is table
+    backend.accounting.gpu = SimpleNamespace(read=lambda: Reading(clock_mhz=900, watts=1.0, energy_j=5.0))
+    energy = backend.accounting.energy()
     assert (energy.top_j, energy.advised_j, energy.saved, energy.would_save) == (None, None, None, None)
 
 

@@ -21,8 +21,8 @@ async def energy(policy, gap_s, count):
             tasks.append(asyncio.ensure_future(it.ask(tokens=dice.randint(20, 60), stream=False)))
             await asyncio.sleep(dice.expovariate(1 / gap_s))
         await asyncio.gather(*tasks)
-        await asyncio.sleep(count * gap_s * 1.3 + 20.0 - it.driver.now())
-        return it.link.booking.meter.energy(), it.link.gpu.read().clock_mhz
+        await asyncio.sleep(count * gap_s * 1.3 + 20.0 - it.loop.now())
+        return it.backend.accounting.energy(), it.backend.gpu.read().clock_mhz
 
 
 @pytest.mark.parametrize(("gap_s", "count"), [(2.0, 20), (0.4, 100)])

@@ -107,7 +107,7 @@ def test_the_header_says_what_it_is_of(tmp_path):
     _, recorder = recorded_world(tmp_path)
     header = json.loads(recorder.path.read_text())
     recorder.close()
-    assert header["schema"] == 1
+    assert header["schema"] == 2
     assert (header["build"], header["model"], header["policy"]) == (build(), "toy/model", "least-energy")
     assert re.fullmatch(r".+\+core\.[0-9a-f]{12}", header["build"])
     assert header["tables"] == {str(tp): table_digest(table) for tp, table in TABLES.items()}
@@ -248,7 +248,7 @@ def test_a_folder_that_vanished_is_noticed_and_made_again(tmp_path):
     path = recorder.path
     recorder.close()
     assert path.parent == folder
-    assert replay(path).events == {"EngineReady": 1}
+    assert replay(path).events == {"EngineReady": 1, "Timer": 1}
     assert len(recorder.said) == 2
 
 

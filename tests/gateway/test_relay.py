@@ -2,12 +2,12 @@ import asyncio
 import json
 
 import pytest
+from throttllem.gateway.control.ticket import Receipt
 
 from tests.gateway.fakes import house
 from tests.gateway.upstream import chat_chunk, chat_events, sse
 from throttllem.config import LimitOptions
 from throttllem.engines.base import Reply
-from throttllem.gateway.control.ticket import Receipt
 from throttllem.gateway.http.relay import relay
 
 CHAT = "/v1/chat/completions"
@@ -164,13 +164,14 @@ def relayed(chunks, *, metrics):
     """The pieces that a client got, and what it had when the ticket was finished."""
 
     async def main():
-        async def come():
-            for chunk in chunks:
-                yield chunk
+        coming = iter(chunks)
+
+        async def read():
+            return next(coming, b"")
 
         client = Client()
         ticket = Ticket(client)
-        reply = Reply(status=200, headers=(("content-type", "text/event-stream"),), chunks=come())
+        reply = Reply(status=200, headers=(("content-type", "text/event-stream"),), read=read)
         await relay(client, reply, ticket, stream=True, metrics=metrics, held_bytes=100)
         return client.pieces, ticket.before
 

@@ -183,9 +183,12 @@ def test_a_file_cut_off_anywhere_is_cut_off_or_no_record(tmp_path):
         (b"[" * 100_000 + b"\n", ":1: is not JSON"),
         (b'{"a": 1}\n', ":1: is no header of a flight record"),
         (b"[1, 2]\n", ":1: is no header of a flight record"),
-        (b'{"schema": 0}\n', ":1: schema 0; this build replays schema 1"),
-        (b'{"schema": 2, "build": "x"}\n', ":1: schema 2; this build replays schema 1"),
-        (b'{"schema": 1, "build": "x", "model": "m"}\n', ":1: the header has no policy"),
+        (b'{"schema": 0}\n', ":1: recorded with schema 0, this build replays schema 2 only"),
+        (
+            b'{"schema": 1, "build": "0.9+core.x"}\n',
+            ":1: recorded with schema 1, .* replay it with the build that recorded it .'0.9.core.x'.",
+        ),
+        (b'{"schema": 2, "build": "x", "model": "m"}\n', ":1: the header has no policy"),
     ],
 )
 def test_what_is_no_record_is_said(tmp_path, text, said):

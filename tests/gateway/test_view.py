@@ -8,7 +8,7 @@ from gateway.rig import asked, rig, virtually
 from throttllem.config import LimitOptions
 from throttllem.core.types import FrequencyPlan, Observed, Reason, Slo
 from throttllem.gateway.telemetry.metrics import Histograms, metrics_page
-from throttllem.gateway.telemetry.view import decision
+from throttllem.gateway.telemetry.status import decision
 
 
 @pytest.mark.parametrize("mode", [{}, {"mute": True}, {"numbered": True}, {"tables": False}])
@@ -23,11 +23,11 @@ def test_at_every_stage(mode):
                 metrics_page(status, Histograms())
                 shown.append((stage, status.models[0]))
 
-            it.driver.links[1].engine.gone = True
+            it.loop.backends[1].engine.gone = True
             look("before")
             await asyncio.sleep(0.3)
             look("away")
-            it.driver.links[1].engine.gone = False
+            it.loop.backends[1].engine.gone = False
             await it.up()
             look("up")
             asks = [asyncio.ensure_future(it.ask(tokens=40, stream=n % 2 == 0, slo=Slo(e2e_s=9.0))) for n in range(9)]
@@ -36,11 +36,11 @@ def test_at_every_stage(mode):
                 look("busy")
             for task in asks[:3]:
                 task.cancel()
-            await it.driver.links[1].engine.kill(back=False)
+            await it.loop.backends[1].engine.kill(back=False)
             look("killed")
             await asyncio.sleep(0.5)
             look("down")
-            it.driver.links[1].engine.gone = False
+            it.loop.backends[1].engine.gone = False
             await asyncio.gather(*asks, return_exceptions=True)
             look("over")
             await it.models.stop()
@@ -71,9 +71,9 @@ def test_an_engine_that_does_not_move_is_said_to_have_stalled():
             states = []
 
             async def held():
-                visit = it.models.ticket(*(await counted(it)), Slo(), "", streams=True)
+                visit = it.models.session(*(await counted(it)), Slo(), "")
                 async with visit as ticket:
-                    await ticket.place()
+                    await ticket.placed()
                     states.append(it.models.status().models[0].engines[0].state)
                     await asyncio.sleep(30.0)
                     engine = it.models.status().models[0].engines[0]
@@ -97,7 +97,7 @@ def test_others_in_the_engine_are_said():
             await it.up()
             await it.ask(tokens=3)
             for _ in range(3):
-                it.driver.tell(Observed(engine=0, running=5, waiting=0, kv_blocks=9))
+                it.loop.handle(Observed(engine=0, running=5, waiting=0, kv_blocks=9))
             await asyncio.sleep(0)  # progress is told soon, not at once
             return it.models.status().models[0].engines[0].notes
 

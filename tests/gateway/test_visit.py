@@ -8,21 +8,21 @@ import pytest
 from gateway.rig import asked, rig, virtually
 from throttllem.core.types import Slo
 from throttllem.engines.base import EngineError, PromptCount
-from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.control.rejections import RejectedError
 
 COUNT = PromptCount(tokens=4, by="test", exact=True)
-GONE = RefusedError(502, "gone", kind="engine_error", code="test")
+GONE = RejectedError(502, "gone", kind="engine_error", code="test")
 
 
 def ticket(it, **more):
     it_asks = asked(**more)
-    return it.models.ticket(it_asks, COUNT, Slo(), "", streams=it_asks.stream)
+    return it.models.session(it_asks, COUNT, Slo(), "")
 
 
 async def hold(it, *, raised=None, unheard=False):
     """Hold a ticket until something happens; `raised`: what the body makes of an interruption."""
     async with ticket(it) as held:
-        await held.place()
+        await held.placed()
         try:
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
@@ -38,10 +38,10 @@ async def interrupted(order, **how):
         await it.up()
         task = asyncio.ensure_future(hold(it, **how))
         await asyncio.sleep(0.05)
-        (visit,) = it.driver.open()
+        (visit,) = it.loop.open()
         for who in order:
             if who == "d":
-                it.driver.fail(visit, GONE)
+                it.loop.fail(visit, GONE)
             else:
                 task.cancel()
         (found,) = await asyncio.gather(task, return_exceptions=True)
@@ -84,7 +84,7 @@ def test_a_task_that_was_cancelled_before_does_not_hide_the_refusal():
             async def twice():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.sleep(3600)
-                with pytest.raises(RefusedError):
+                with pytest.raises(RejectedError):
                     await hold(it)
                 return asyncio.current_task().cancelling()
 
@@ -92,8 +92,8 @@ def test_a_task_that_was_cancelled_before_does_not_hide_the_refusal():
             await asyncio.sleep(0)
             task.cancel()
             await asyncio.sleep(0.05)
-            (visit,) = it.driver.open()
-            it.driver.fail(visit, GONE)
+            (visit,) = it.loop.open()
+            it.loop.fail(visit, GONE)
             return await task
 
     assert virtually(run()) == 1
@@ -107,9 +107,9 @@ def test_a_refusal_while_waiting_for_a_place(client):
             first = asyncio.ensure_future(hold(it))
             waits = asyncio.ensure_future(hold(it))
             await asyncio.sleep(0.05)
-            visit = it.driver.open()[1]
+            visit = it.loop.open()[1]
             assert visit.dispatched_s is None
-            it.driver.fail(visit, GONE)
+            it.loop.fail(visit, GONE)
             if client:
                 waits.cancel()
             (found,) = await asyncio.gather(waits, return_exceptions=True)
@@ -132,7 +132,7 @@ def test_a_place_that_is_found_while_the_client_leaves_is_given_back():
             second.cancel()
             first.cancel()
             await asyncio.gather(first, second, return_exceptions=True)
-            (view,) = it.driver.controller.snapshot().engines
+            (view,) = it.loop.controller.snapshot().engines
             return view.running + view.pending, await it.ask() is not None
 
     assert virtually(run()) == (0, True)
@@ -143,10 +143,10 @@ def test_finished_is_finished():
         async with rig() as it:
             await it.up()
             async with ticket(it, tokens=4) as held:
-                await held.place()
+                await held.placed()
                 held.tokens(3)
                 first = held.finish(4)
-                it.driver.fail(held, GONE)
+                it.loop.fail(held, GONE)
                 held.tokens(9)
                 assert held.finish(5) == first
             assert held.failure is None
@@ -161,15 +161,15 @@ def test_a_failed_one_does_not_finish():
     async def run():
         async with rig() as it:
             await it.up()
-            with pytest.raises(RefusedError):
+            with pytest.raises(RejectedError):
                 async with ticket(it) as held:
-                    await held.place()
+                    await held.placed()
                     held.tokens(1)
-                    it.driver.fail(held, GONE)
+                    it.loop.fail(held, GONE)
                     held.tokens(1)
                     held.finish(2)
                     await asyncio.sleep(1)
-            return held.generated_tokens, it.driver.controller.snapshot().counts, it.seen.ends
+            return held.generated_tokens, it.loop.controller.snapshot().counts, it.seen.ends
 
     tokens, counts, ends = virtually(run())
     assert tokens == 1
@@ -187,7 +187,7 @@ def test_a_ticket_that_is_left_without_asking_for_a_place():
                 async with ticket(it):
                     raise KeyError("of the caller")
             await asyncio.sleep(0.01)
-            (view,) = it.driver.controller.snapshot().engines
+            (view,) = it.loop.controller.snapshot().engines
             return held.ended, len(it.seen.ends), view.pending
 
     assert virtually(run()) == (True, 2, 0)
@@ -197,7 +197,7 @@ def test_a_refusal_that_nobody_asks_for_is_no_error():
     async def run():
         async with rig() as it:
             await it.up()
-            async with it.models.ticket(asked(tokens=900), COUNT, Slo(), "", streams=True) as held:
+            async with it.models.session(asked(tokens=900), COUNT, Slo(), "") as held:
                 assert held.failure.code == "context_length_exceeded"
             return len(it.seen.ends)
 
@@ -208,10 +208,10 @@ def test_what_it_was_given():
     async def run():
         async with rig() as it:
             await it.up()
-            began_s = it.driver.now()
+            began_s = it.loop.now()
             receipts = [await it.ask(tokens=11), await it.ask(tokens=11, stream=False), await it.ask(tokens=1)]
             (streamed, _), (whole, _), (single, _) = it.seen.ends
-            return receipts, streamed.seen(), whole.seen(), single.seen(), it.driver.now() - began_s
+            return receipts, streamed.seen(), whole.seen(), single.seen(), it.loop.now() - began_s
 
     (first, second, third), streamed, whole, single, spent_s = virtually(run())
     assert first.queue_time_ms == 0.0

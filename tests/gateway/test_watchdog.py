@@ -9,23 +9,23 @@ from gateway.rig import asked, rig, virtually
 from throttllem.config import LimitOptions
 from throttllem.core.types import Slo, Stepped
 from throttllem.engines.base import PromptCount
-from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.control.rejections import RejectedError
 
 COUNT = PromptCount(tokens=4, by="test", exact=True)
 
 
 async def refused(it, after=lambda: None, *, stream=True, tokens=0):
     """The refusal of a request that would wait for ever, and after how many seconds it came."""
-    began_s = it.driver.now()
+    began_s = it.loop.now()
     it_asks = asked(stream=stream)
-    with pytest.raises(RefusedError) as found:
-        async with it.models.ticket(it_asks, COUNT, Slo(e2e_s=9e3), "", streams=stream) as held:
-            await held.place()
+    with pytest.raises(RejectedError) as found:
+        async with it.models.session(it_asks, COUNT, Slo(e2e_s=9e3), "") as held:
+            await held.placed()
             if tokens:
                 held.tokens(tokens)
             after()
             await asyncio.sleep(3600)
-    return found.value, it.driver.now() - began_s
+    return found.value, it.loop.now() - began_s
 
 
 def test_no_place():
@@ -36,22 +36,22 @@ def test_no_place():
             await asyncio.sleep(0.1)
             found = await refused(it)
             await first
-            return *found, it.driver.promises.ever
+            return *found, it.loop.slo_attainment.ever
 
     error, waited_s, ever = virtually(run())
     assert (error.status, error.code) == (503, "queue_timeout")
     assert 2.0 <= waited_s <= 2.6
     assert 1 <= error.retry_after_s <= 60
-    assert (ever.promised, ever.kept) == (1, 0)
+    assert (ever.with_slo, ever.met) == (1, 0)
 
 
 def test_no_engine():
     async def run():
         async with rig(limits=LimitOptions(engine_wait_s=3.0)) as it:
             await it.up()
-            await it.link.engine.kill(back=False)
+            await it.backend.engine.kill(back=False)
             await asyncio.sleep(1.0)
-            return *(await refused(it)), it.driver.controller.snapshot().counts
+            return *(await refused(it)), it.loop.controller.snapshot().counts
 
     error, waited_s, counts = virtually(run())
     assert (error.status, error.code) == (503, "no_engine")
@@ -93,7 +93,7 @@ def test_an_engine_without_any_sign_of_progress_is_given_times_own_steps():
         async with rig(mute=True) as it:
             await it.up()
             await it.ask(tokens=60, stream=False)
-            return len(it.seen.events(Stepped)), it.driver.now()
+            return len(it.seen.events(Stepped)), it.loop.now()
 
     steps, spent_s = virtually(run())
     assert 30 <= steps <= 90, spent_s
@@ -104,9 +104,9 @@ def test_idle_time_is_booked_as_it_passes():
         async with rig() as it:
             await it.up()
             await it.ask(tokens=20)
-            busy_w = it.link.gpu.read().watts
+            busy_w = it.backend.gpu.read().watts
             await asyncio.sleep(10.0)
-            energy = it.link.booking.meter.energy()
+            energy = it.backend.accounting.energy()
             return busy_w, energy
 
     busy_w, energy = virtually(run())
@@ -134,7 +134,7 @@ class Unreadable:
 def test_a_gpu_that_cannot_be_read_for_a_while_costs_no_request_and_no_joule(mute, caplog):
     async def run():
         async with rig(mute=mute) as it:
-            it.link.clock.gpu = it.link.booking.meter.gpu = gpu = Unreadable(it.link.gpu)
+            it.backend.clock.gpu = it.backend.accounting.gpu = gpu = Unreadable(it.backend.gpu)
             await it.up()
             asks = [asyncio.ensure_future(it.ask(tokens=60)) for _ in range(3)]
             await asyncio.sleep(0.1)
@@ -144,7 +144,7 @@ def test_a_gpu_that_cannot_be_read_for_a_while_costs_no_request_and_no_joule(mut
             await asyncio.sleep(1.0)
             gpu.gone = False
             await it.ask()
-            return it.link.state
+            return it.backend.state
 
     assert virtually(run()) == "up"
     assert caplog.text.count("cannot be read: the GPU is lost") == 1
@@ -154,18 +154,18 @@ def test_limits_and_times_steps_outlive_a_fault(caplog):
     async def run():
         async with rig(mute=True, limits=LimitOptions(silence_s=4.0)) as it:
             await it.up()
-            healthy = it.link.progress
+            healthy = it.backend.progress
 
             def broken(*_):
                 raise ZeroDivisionError("a fault of ours")
 
             asking = asyncio.ensure_future(refused(it, stream=False))
             await asyncio.sleep(0.1)
-            it.driver.link = broken
-            it.link.progress = SimpleNamespace(tick=broken)
+            it.loop.backend = broken
+            it.backend.progress = SimpleNamespace(tick=broken)
             await asyncio.sleep(1.0)
-            del it.driver.link
-            it.link.progress = healthy
+            del it.loop.backend
+            it.backend.progress = healthy
             return await asking, len(it.seen.events(Stepped))
 
     (error, waited_s), steps = virtually(run())

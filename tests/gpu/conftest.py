@@ -1,4 +1,4 @@
-"""The fake NVML in this very process, and a keeper on the loop of the test."""
+"""The fake NVML in the test's process, and a keeper on its event loop."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,8 @@ import os
 import pytest
 
 from throttllem.gpu.nvml import Nvml
-from throttllem.keeper.__main__ import keep, parsed
+from throttllem.keeper.__main__ import keep
+from throttllem.keeper.options import parse_options
 from tools.nvml import build
 from tools.nvml.machine import Machine, a100
 
@@ -17,13 +18,13 @@ from tools.nvml.machine import Machine, a100
 def library(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     folder = build.library((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libnvidia-ml")
-    ctypes.CDLL(str(folder / "libnvidia-ml.so.1"))  # found by its name from here on
+    ctypes.CDLL(str(folder / "libnvidia-ml.so.1"))  # pynvml finds it by name from now on
     return folder
 
 
 @pytest.fixture
 def machine(library, tmp_path, monkeypatch):
-    """Two A100 that switch at once, each at some load."""
+    """Two A100 that switch at once, each under some load."""
     with Machine.create(tmp_path / "gpus", a100(2, switch_ms=(0, 0)), library=library) as made:
         monkeypatch.setenv("FAKE_NVML_STATE", str(tmp_path / "gpus"))
         for gpu in made.gpus:
@@ -32,8 +33,8 @@ def machine(library, tmp_path, monkeypatch):
         yield made
 
 
-class House:
-    """Where a keeper lives, and how it is started."""
+class Testbed:
+    """Two GPUs, and a keeper that can be started."""
 
     def __init__(self, machine, folder):
         self.machine, self.folder = machine, folder
@@ -41,13 +42,13 @@ class House:
 
     @contextlib.asynccontextmanager
     async def keeper(self, *more, gpus=None, clocks="210-1410"):
-        """One that runs while the block does, then stops as after SIGTERM."""
+        """Runs while the context is open, then stops as after SIGTERM."""
         allowed = [gpu.uuid for gpu in self.machine.gpus] if gpus is None else gpus
         named = [part for uuid in allowed for part in ("--gpu", f"{uuid}={clocks}")]
-        told = parsed([*named, "--socket", str(self.socket), "--state", str(self.folder), *more])
+        options = parse_options([*named, "--socket", str(self.socket), "--state", str(self.folder), *more])
         stop = asyncio.Event()
         with Nvml() as nvml:
-            running = asyncio.create_task(keep(told, nvml, "boot", stop))
+            running = asyncio.create_task(keep(options, nvml, "boot", stop))
             while not self.socket.exists():
                 await asyncio.sleep(0.002)
                 assert not running.done(), running.exception()
@@ -60,5 +61,5 @@ class House:
 
 
 @pytest.fixture
-def house(machine, tmp_path):
-    return House(machine, tmp_path)
+def testbed(machine, tmp_path):
+    return Testbed(machine, tmp_path)

@@ -1,4 +1,4 @@
-"""Joules out of counters that stand still, start anew, or are not there."""
+"""Energy out of counters that are refreshed seldom, restart, or do not exist."""
 
 import pytest
 from hypothesis import given
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from throttllem.gpu.counter import MOST_AHEAD_S, EnergyCounter
 
 
-def test_between_two_refreshes_watts_go_on():
+def test_between_two_refreshes_it_integrates_power():
     counter = EnergyCounter()
     counter.sample(10.0, 200.0, 5000.0)
     assert counter.joules(10.05) == pytest.approx(10.0)
@@ -18,8 +18,8 @@ def test_between_two_refreshes_watts_go_on():
     assert counter.joules(10.2) == pytest.approx(38.0)
 
 
-def test_what_was_guessed_does_not_add_up():
-    """The counter rises by 15 J in each 100 ms, watts say 200: after 10 s it is the counter that counts."""
+def test_estimates_do_not_accumulate():
+    """The counter rises by 15 J in each 100 ms, watts say 200: after 10 s the counter is reported."""
     counter = EnergyCounter()
     for tick in range(101):
         counter.sample(tick / 10, 200.0, 15.0 * tick)
@@ -27,13 +27,13 @@ def test_what_was_guessed_does_not_add_up():
     assert counter.joules(10.0) == pytest.approx(1500.0, abs=11.0)
 
 
-def test_a_counter_that_stopped_is_believed_in_the_end():
+def test_a_counter_that_stands_still_bounds_the_estimate():
     counter = EnergyCounter()
     counter.sample(0.0, 100.0, 1.0)
     assert counter.joules(60.0) == pytest.approx(100.0 * MOST_AHEAD_S)
 
 
-def test_a_driver_that_was_loaded_anew_counts_from_nothing():
+def test_a_reloaded_driver_counts_from_zero():
     counter = EnergyCounter()
     counter.sample(0.0, 100.0, 5000.0)
     counter.sample(1.0, 100.0, 5100.0)
@@ -43,7 +43,7 @@ def test_a_driver_that_was_loaded_anew_counts_from_nothing():
     assert counter.joules(3.0) == pytest.approx(200.0)
 
 
-def test_without_a_counter_watts_are_integrated():
+def test_without_a_counter_power_is_integrated():
     counter = EnergyCounter()
     for at_s, watts in ((1.0, 100.0), (2.0, 300.0), (4.0, 300.0)):
         counter.sample(at_s, watts, None)
@@ -51,7 +51,7 @@ def test_without_a_counter_watts_are_integrated():
 
 
 @pytest.mark.parametrize("raw_j", [None, 0.0])
-def test_a_clock_may_begin_at_nothing(raw_j):
+def test_time_may_begin_at_zero(raw_j):
     counter = EnergyCounter()
     assert counter.joules(5.0) == 0.0
     counter.sample(0.0, 100.0, raw_j)
@@ -61,10 +61,10 @@ def test_a_clock_may_begin_at_nothing(raw_j):
 
 @given(st.lists(st.tuples(st.floats(0.001, 0.5), st.floats(0, 500), st.floats(0, 100), st.booleans()), max_size=40))
 def test_it_never_falls(steps):
-    counter, at_s, raw_j, told = EnergyCounter(), 1.0, 1000.0, [0.0]
-    for seconds, watts, joules, anew in steps:
+    counter, at_s, raw_j, reported = EnergyCounter(), 1.0, 1000.0, [0.0]
+    for seconds, watts, joules, restarts in steps:
         at_s += seconds
-        raw_j = 0.0 if anew else raw_j + joules
+        raw_j = 0.0 if restarts else raw_j + joules
         counter.sample(at_s, watts, raw_j)
-        told += [counter.joules(at_s), counter.joules(at_s + seconds / 2)]
-    assert told == sorted(told)
+        reported += [counter.joules(at_s), counter.joules(at_s + seconds / 2)]
+    assert reported == sorted(reported)

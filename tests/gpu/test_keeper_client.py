@@ -1,4 +1,4 @@
-"""The gateway's side of a lease, against keepers in processes of their own: it lives, ends, and is taken anew."""
+"""The gateway's side of a lease, against real keepers: it is extended, ends, and is taken again."""
 
 import asyncio
 import inspect
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.keeper.rig import folder, keeper, keepers, library, locks, machine, nursery, until
-from throttllem.gpu.keeper_client import KeeperError, KeptClocks, keeper_status
+from throttllem.gpu.keeper_client import KeeperClient, KeeperError, keeper_status
 
 __all__ = ["folder", "keeper", "keepers", "library", "machine", "nursery"]
 TTL_S = 0.3
@@ -17,18 +17,18 @@ TTL_S = 0.3
 
 @asynccontextmanager
 async def clocks_of(keeper, *numbers, ttl_s=TTL_S):
-    """The clocks of these GPUs, given back at the end if that is still to do."""
+    """A client for the clocks of these GPUs, which are restored at the end."""
     uuids = tuple(keeper.uuids[number] for number in numbers or (0, 1))
-    made = KeptClocks(keeper.socket, uuids, ttl_s)
+    made = KeeperClient(keeper.socket, uuids, ttl_s)
     try:
         yield made
     finally:
         if made.held:
-            await made.give_back()
+            await made.restore()
 
 
 def run(test):
-    """A test that is a coroutine."""
+    """Runs a test that is a coroutine."""
 
     def whole(**given):
         asyncio.run(asyncio.wait_for(test(**given), 20))
@@ -38,7 +38,7 @@ def run(test):
 
 
 async def soon(true, within_s=2.0):
-    """As `until`, while the loop goes on."""
+    """As `until`, while the event loop runs."""
     ends_s = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < ends_s
@@ -46,19 +46,19 @@ async def soon(true, within_s=2.0):
 
 
 @run
-async def test_set_and_given_back(keeper, machine):
+async def test_set_and_restore(keeper, machine):
     async with clocks_of(keeper) as clocks:
         assert not clocks.held
         assert await clocks.set(1005) == 1005
         assert (clocks.held, locks(machine)) == (True, [(1005, 1005)] * 2)
-        await clocks.give_back()
+        await clocks.restore()
         assert (clocks.held, locks(machine)) == (False, [None, None])
-        await clocks.give_back()
-        assert await clocks.set(900) == 900, "and anew"
+        await clocks.restore()
+        assert await clocks.set(900) == 900, "with another lease"
 
 
 @run
-async def test_the_nearest_clock_that_all_may_have(keeper, machine):
+async def test_the_nearest_clock_that_is_allowed_for_all(keeper, machine):
     async with clocks_of(keeper) as clocks:  # GPU 0: 210 to 1410, GPU 1: 600 to 1410
         assert await clocks.set(300) == 600
         assert locks(machine) == [(600, 600)] * 2
@@ -66,16 +66,16 @@ async def test_the_nearest_clock_that_all_may_have(keeper, machine):
 
 
 @run
-async def test_who_is_told_when_it_is_on_its_way(keeper, machine):
+async def test_sent_is_called_before_the_clock_is_set(keeper, machine):
     machine.fault("nvmlDeviceSetGpuLockedClocks", sleep_s=0.1, times=1)
     async with clocks_of(keeper, 0) as clocks:
-        told = []
-        await clocks.set(900, lambda: told.append(machine.gpus[0].lock))
-        assert told == [None]
+        locks_when_sent = []
+        await clocks.set(900, lambda: locks_when_sent.append(machine.gpus[0].lock))
+        assert locks_when_sent == [None]
 
 
 @run
-async def test_heartbeats_hold_it(keeper, machine):
+async def test_heartbeats_extend_it(keeper, machine):
     async with clocks_of(keeper, ttl_s=0.7) as clocks:
         await clocks.set(900)
         await asyncio.sleep(1.0)
@@ -83,7 +83,7 @@ async def test_heartbeats_hold_it(keeper, machine):
 
 
 @run
-async def test_a_loop_that_stood_still_takes_it_anew(keeper, machine):
+async def test_a_lease_lost_by_a_blocked_event_loop_is_taken_again(keeper, machine):
     async with clocks_of(keeper) as clocks:
         await clocks.set(900)
         until(lambda: locks(machine) == [None, None])  # blocks this loop, and so the heartbeats
@@ -93,7 +93,7 @@ async def test_a_loop_that_stood_still_takes_it_anew(keeper, machine):
 
 
 @run
-async def test_it_is_noticed_that_it_was_lost(keeper, machine):
+async def test_a_lost_lease_is_noticed_by_the_heartbeat(keeper, machine):
     async with clocks_of(keeper) as clocks:
         await clocks.set(900)
         until(lambda: locks(machine) == [None, None])
@@ -101,12 +101,12 @@ async def test_it_is_noticed_that_it_was_lost(keeper, machine):
 
 
 @run
-async def test_a_keeper_that_is_started_again(keepers, machine):
+async def test_a_keeper_that_is_restarted_later(keepers, machine):
     first = keepers()
     async with clocks_of(first) as clocks:
         await clocks.set(900)
         first.kill()
-        with pytest.raises(KeeperError, match=f"`throttllem doctor --socket {first.socket}` tells") as error:
+        with pytest.raises(KeeperError, match=f"`throttllem doctor --socket {first.socket}` shows") as error:
             await clocks.set(1005)
         assert error.value.code == "unreachable"
         assert not clocks.held
@@ -116,7 +116,7 @@ async def test_a_keeper_that_is_started_again(keepers, machine):
 
 
 @run
-async def test_a_keeper_that_was_restarted_meanwhile_is_not_even_noticed(keepers, machine):
+async def test_a_keeper_that_was_restarted_between_two_sets(keepers, machine):
     first = keepers()
     async with clocks_of(first, ttl_s=3.0) as clocks:
         await clocks.set(900)
@@ -129,7 +129,7 @@ async def test_a_keeper_that_was_restarted_meanwhile_is_not_even_noticed(keepers
 
 @run
 async def test_no_keeper(folder):
-    clocks = KeptClocks(folder / "keeper.sock", ("GPU-a",), TTL_S)
+    clocks = KeeperClient(folder / "keeper.sock", ("GPU-a",), TTL_S)
     with pytest.raises(KeeperError, match="No such file") as error:
         await clocks.set(900)
     assert (error.value.code, clocks.held) == ("unreachable", False)
@@ -146,7 +146,7 @@ async def test_a_keeper_that_does_not_answer(keeper):
 
 
 @run
-async def test_what_a_gpu_refuses_ends_the_lease_and_the_next_set_takes_it_anew(keeper, machine):
+async def test_a_gpu_that_fails_ends_the_lease_and_the_next_set_takes_another(keeper, machine):
     async with clocks_of(keeper) as clocks:
         await clocks.set(900)
         machine.fault("nvmlDeviceSetGpuLockedClocks", error=999, gpu=1, times=1)
@@ -159,7 +159,7 @@ async def test_what_a_gpu_refuses_ends_the_lease_and_the_next_set_takes_it_anew(
 
 
 @run
-async def test_too_many_sets_are_refused_and_the_lease_is_held(keeper, machine):
+async def test_too_many_sets_are_rejected_and_the_lease_is_held(keeper, machine):
     async with clocks_of(keeper, ttl_s=3.0) as clocks:
         with pytest.raises(KeeperError) as error:
             for _ in range(100):
@@ -169,7 +169,7 @@ async def test_too_many_sets_are_refused_and_the_lease_is_held(keeper, machine):
 
 
 @run
-async def test_what_another_holds(keeper):
+async def test_a_gpu_that_another_client_holds(keeper):
     with keeper.holds(0, mhz=900):
         async with clocks_of(keeper) as clocks:
             with pytest.raises(KeeperError, match="is held by process") as error:
@@ -178,7 +178,7 @@ async def test_what_another_holds(keeper):
 
 
 @run
-async def test_a_set_that_is_given_up(keeper, machine):
+async def test_a_set_that_is_cancelled(keeper, machine):
     async with clocks_of(keeper) as clocks:
         await clocks.set(900)
         machine.fault("nvmlDeviceSetGpuLockedClocks", sleep_s=0.2, times=1)
@@ -191,7 +191,7 @@ async def test_a_set_that_is_given_up(keeper, machine):
 
 
 @run
-async def test_many_at_once_come_one_after_the_other(keeper, machine):
+async def test_sets_at_once_are_made_in_order(keeper, machine):
     async with clocks_of(keeper) as clocks:
         done = await asyncio.gather(*(clocks.set(600 + 15 * step) for step in range(10)))
         assert done == [600 + 15 * step for step in range(10)]

@@ -1,4 +1,4 @@
-"""The simulated GPU: its clock follows late, the last asked for stays, and its counter adds up."""
+"""The simulated GPU: its clock switches after the latency, the last one set stays, its counter adds up."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ CLOCKS = (600, 900, 1410)
 
 
 class Clock:
-    """A clock that stands until it is moved."""
+    """A time source that stands still until it is moved."""
 
     def __init__(self):
         self.now_s = 5.0
@@ -36,13 +36,13 @@ def work(seconds, joules=None):
     return Work(seconds=seconds, decode_sequences=4, kv_tokens=100, prefill_tokens=0, prefill_pairs=0.0, joules=joules)
 
 
-def test_it_begins_at_the_top_and_idle():
+def test_it_starts_at_the_highest_clock_and_idle():
     device: Gpu = gpu()
     reading = device.read()
     assert (reading.clock_mhz, reading.watts, reading.energy_j) == (1410, 50.0, 0.0)
 
 
-def test_a_clock_is_in_force_when_the_switch_is_over_and_not_before():
+def test_a_clock_is_in_force_after_the_switch():
     async def run():
         now = Clock()
         device = gpu(latency_s=0.001, now=now)
@@ -54,7 +54,7 @@ def test_a_clock_is_in_force_when_the_switch_is_over_and_not_before():
     assert asyncio.run(run()) == (1410, 900, 900)
 
 
-def test_a_switch_that_nobody_waits_for_happens_all_the_same():
+def test_a_switch_whose_wait_is_cancelled_happens():
     async def run():
         now = Clock()
         device = gpu(latency_s=0.25, now=now)
@@ -72,18 +72,18 @@ def test_a_switch_that_nobody_waits_for_happens_all_the_same():
 
 
 @given(st.lists(st.sampled_from(CLOCKS), min_size=1, max_size=20))
-def test_of_many_at_once_the_last_stays(asked):
+def test_of_many_at_once_the_last_stays(clocks):
     async def run():
         device = gpu(latency_s=0.0005)
-        answers = await asyncio.gather(*map(device.set_clock, asked))
+        answers = await asyncio.gather(*map(device.set_clock, clocks))
         return answers, device.read().clock_mhz
 
     answers, in_force = asyncio.run(run())
-    assert in_force == answers[-1] == asked[-1]
+    assert in_force == answers[-1] == clocks[-1]
     assert set(answers) <= set(CLOCKS)
 
 
-def test_a_clock_that_does_not_exist_is_refused_with_the_nearest():
+def test_an_unknown_clock_is_rejected_with_the_nearest_one():
     device = gpu()
     with pytest.raises(ClockError, match=r"1000 MHz: .* is 900") as refused:
         asyncio.run(device.set_clock(1000))
@@ -103,7 +103,7 @@ def test_energy_is_the_sum_of_work_and_idling():
     assert device.read().energy_j == 272.5
 
 
-def test_work_is_priced_at_the_clock_in_force():
+def test_work_takes_the_power_of_the_clock_in_force():
     device = gpu()
     asyncio.run(device.set_clock(600))
     device.worked(work(1.0))

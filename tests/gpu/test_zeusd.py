@@ -1,4 +1,4 @@
-"""Clocks through zeusd: a stand-in speaks its HTTP interface (zeus 0.16) and refuses whatever that does not have."""
+"""Clocks through zeusd: a fake with its HTTP interface (zeus 0.16), which rejects any other request."""
 
 import asyncio
 import http.server
@@ -20,21 +20,21 @@ FIELDS = {
 class Zeusd(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     machine = None
-    asked = ()
+    requests = ()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
-        asked = urlsplit(self.path)
-        fields = {name: value for name, (value,) in parse_qs(asked.query).items()}
-        self.server.asked += ((asked.path, tuple(sorted(fields.items()))),)
-        if FIELDS.get(asked.path) != set(fields):
+        url = urlsplit(self.path)
+        fields = {name: value for name, (value,) in parse_qs(url.query).items()}
+        self.server.requests += ((url.path, tuple(sorted(fields.items()))),)
+        if FIELDS.get(url.path) != set(fields):
             return self.send_error(400, "no such request")
         for number in map(int, fields["gpu_ids"].split(",")):
             gpu = self.server.machine.gpus[number]
             if gpu.control.permission_denied:
                 return self.send_error(500, "Insufficient Permissions")
-            if "reset" in asked.path:
+            if "reset" in url.path:
                 gpu.unlock_by_other()
             else:
                 gpu.lock_by_other(int(fields["min_clock_mhz"]), int(fields["max_clock_mhz"]))
@@ -67,7 +67,7 @@ def hardware(path):
 
 
 def test_it_sets_and_resets(machine, zeusd, tmp_path):
-    """Also a lock that was there before: nothing is inferred from a clock that stands still."""
+    """A lock that another program set is reset, too: nothing is inferred from a clock."""
 
     async def run():
         machine.gpus[1].lock_by_other(1005, 1005)
@@ -78,20 +78,20 @@ def test_it_sets_and_resets(machine, zeusd, tmp_path):
 
     assert asyncio.run(run()) == (900, [(900, 900)] * 2)
     assert [one.lock for one in machine.gpus] == [None, None]
-    assert [path for path, _ in zeusd.asked] == [*FIELDS][:1] * 2 + [*FIELDS][1:] * 2
+    assert [path for path, _ in zeusd.requests] == [*FIELDS][:1] * 2 + [*FIELDS][1:] * 2
 
 
-def test_without_it_clocks_are_advised(machine, tmp_path):
+def test_without_it_it_is_a_dry_run(machine, tmp_path):
     async def run():
         async with hardware(tmp_path / "none.sock") as gpu:
             return await gpu.set_clock(900), gpu.read()
 
     read, reading = asyncio.run(run())
-    assert read == 900 and "is it running" in reading.trouble and reading.advised_mhz == 900
+    assert read == 900 and "is it running" in reading.trouble and reading.dry_run_mhz == 900
 
 
 @pytest.mark.parametrize("denied", [0, 1])
-def test_what_it_cannot_do_is_said_and_all_are_as_before(machine, zeusd, tmp_path, denied):
+def test_a_failed_set_is_reported_and_all_gpus_are_reset(machine, zeusd, tmp_path, denied):
     async def run():
         machine.gpus[denied].permission(False)
         async with hardware(tmp_path / "zeusd.sock") as gpu:
@@ -102,7 +102,7 @@ def test_what_it_cannot_do_is_said_and_all_are_as_before(machine, zeusd, tmp_pat
     assert [one.lock for one in machine.gpus] == [None, None]
 
 
-def test_a_set_that_failed_on_the_way_is_reset_in_the_end(machine, zeusd, tmp_path):
+def test_a_set_that_failed_half_way_is_reset_at_the_end(machine, zeusd, tmp_path):
     async def run():
         async with hardware(tmp_path / "zeusd.sock") as gpu:
             await gpu.set_clock(900)

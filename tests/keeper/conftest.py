@@ -1,5 +1,5 @@
-"""See rig."""
+"""The fixtures of rig."""
 
-from tests.keeper.rig import folder, keeper, keepers, library, machine, nursery, talk
+from tests.keeper.rig import client, folder, keeper, keepers, library, machine, nursery
 
-__all__ = ["folder", "keeper", "keepers", "library", "machine", "nursery", "talk"]
+__all__ = ["client", "folder", "keeper", "keepers", "library", "machine", "nursery"]

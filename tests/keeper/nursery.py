@@ -23,7 +23,7 @@ import throttllem.doctor.examine
 import throttllem.doctor.restore
 import throttllem.gpu.keeper_client
 import throttllem.keeper.unit  # noqa: F401
-from tests.keeper.talk import Talk
+from tests.keeper.client import Client
 from throttllem.cli.doctor import doctor
 from throttllem.keeper import __main__ as keeper
 from tools.nvml import build
@@ -92,10 +92,10 @@ def examine(arguments, uid=None):
 def speak(socket, uid, lines, stay_s=0.0):
     """Another user's process: says its lines, prints each answer, then stays a while."""
     become(uid)
-    with Talk(Path(socket)) as talk:
+    with Client(Path(socket)) as client:
         for line in lines:
             try:
-                print(json.dumps(talk.ask(**line)), flush=True)
+                print(json.dumps(client.request(**line)), flush=True)
             except OSError as error:
                 print(json.dumps(type(error).__name__), flush=True)
         time.sleep(stay_s)
@@ -119,9 +119,9 @@ def touch(uid, paths):
 
 def hold_on(socket, gpus, mhz, ttl_s, fork):
     """A holder that leaves, at the end, a child with its connection behind."""
-    talk = Talk(Path(socket))
-    talk.ask("lease", gpus=gpus, ttl_s=ttl_s)
-    talk.ask("set", mhz=mhz)
+    client = Client(Path(socket))
+    client.request("lease", gpus=gpus, ttl_s=ttl_s)
+    client.request("set", mhz=mhz)
     if fork and not os.fork():
         time.sleep(30)
         os._exit(0)

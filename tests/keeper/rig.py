@@ -1,4 +1,4 @@
-"""Fixtures: a machine of two fake GPUs that switch at once, keepers on it, and whoever else is needed."""
+"""Fixtures: a machine of two fake GPUs that switch at once, keepers on it, and processes of other users."""
 
 import json
 import os
@@ -11,28 +11,28 @@ from pathlib import Path
 
 import pytest
 
+from tests.keeper.client import Client
 from tests.keeper.nursery import Nursery
-from tests.keeper.talk import Talk
-from throttllem.keeper.journal import Journal, places
+from throttllem.keeper.journal import Journal, boot_id, journal_paths
 from tools.nvml import build
 from tools.nvml.machine import Machine, a100
 
-BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+BOOT = boot_id()
 SWEEP_S = 0.05
 TTL_S = 0.3
-"""Short, for tests that wait for it to pass."""
+"""Short, for tests in which it passes."""
 LONG_S = 30.0
-"""For leases that shall not end by themselves."""
+"""For leases that shall not expire."""
 NOBODY = 65534
 is_root = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not is_root, reason="only root can become another user")
 
 
 def until(true, within_s=2.0):
-    """Wait until something is so; 2 s is what the keeper promises."""
+    """Wait until it holds; 2 s is what docs/keeper.md guarantees. Its value."""
     ends_s = time.monotonic() + within_s
     while not (found := true()):
-        assert time.monotonic() < ends_s, f"not so within {within_s} s"
+        assert time.monotonic() < ends_s, f"it does not hold within {within_s} s"
         time.sleep(0.003)
     return found
 
@@ -44,7 +44,7 @@ def locks(machine):
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    """Compiled once for all workers, and then where other users may read it."""
+    """Compiled once for all workers, in a folder that other users may read."""
     base = tmp_path_factory.getbasetemp()
     built = build.library((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libnvidia-ml")
     with tempfile.TemporaryDirectory(prefix="nvml") as made:
@@ -61,7 +61,7 @@ def nursery(library):
 
 @pytest.fixture
 def folder():
-    """With a short name, as sockets want it, and open to other users."""
+    """With a short path, since those of sockets are limited, and open to other users."""
     made = Path(tempfile.mkdtemp(prefix="kept"))
     made.chmod(0o755)
     yield made
@@ -79,7 +79,7 @@ def machine(library, folder):
 
 @pytest.fixture
 def keepers(nursery, folder, machine):
-    """Makes keepers; none outlives the test."""
+    """Starts keepers; none outlives the test."""
     made = []
 
     def make(*, wait=True, **options):
@@ -97,13 +97,13 @@ def keeper(keepers):
 
 
 @pytest.fixture
-def talk(keeper):
-    with keeper.talk() as made:
+def client(keeper):
+    with keeper.client() as made:
         yield made
 
 
 class Keeper:
-    """A keeper in a process of its own. `clocks`: by GPU's number."""
+    """A keeper in its own process. `clocks`: by GPU's number."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Keeper:
         machine,
         *,
         clocks=((210, 1410), (600, 1410)),
-        normally=None,
+        baselines=None,
         users=(),
         environment=None,
         what="keep",
@@ -127,15 +127,15 @@ class Keeper:
         arguments = ["--socket", str(self.socket), "--state", str(self.state)]
         for uuid, (low, high) in zip(self.uuids, clocks, strict=False):
             arguments += ["--gpu", f"{uuid}={low}-{high}"]
-        for number, (low, high) in (normally or {}).items():
+        for number, (low, high) in (baselines or {}).items():
             arguments += ["--normally", f"{self.uuids[number]}={low}-{high}"]
         for user in users:
             arguments += ["--user", str(user)]
         self.arguments = arguments
         self.environment = machine.environment() | (environment or {})
         self.pid = nursery.start(what, self.log, self.environment, arguments=arguments, **more)
-        self.copies = places(self.state, self.socket)
-        self._code, self._talks = None, []
+        self.copies = journal_paths(self.state, self.socket)
+        self._code, self._clients = None, []
 
     def ready(self):
         """Itself, once it answers."""
@@ -144,51 +144,51 @@ class Keeper:
 
     def listens(self):
         """Whether it answers."""
-        with suppress(OSError), Talk(self.socket) as talk:
-            return talk.ask("status")["ok"]
+        with suppress(OSError), Client(self.socket) as client:
+            return client.request("status")["ok"]
         return False
 
     def _gone(self):
-        assert self._nursery._order(do="wait", pid=self.pid, within_s=0) is None, self.said
+        assert self._nursery._order(do="wait", pid=self.pid, within_s=0) is None, self.logged
         return False
 
     @property
-    def said(self):
+    def logged(self):
         """Its log."""
         return self.log.read_text()
 
     @property
     def journal(self):
-        """What it holds now, in either copy."""
+        """What it contains now, in either copy."""
         return Journal(self.copies, BOOT).read()
 
-    def talk(self):
-        """A connection, closed with the test at the latest."""
-        self._talks.append(Talk(self.socket))
-        return self._talks[-1]
+    def client(self):
+        """A connection, closed at the end of the test."""
+        self._clients.append(Client(self.socket))
+        return self._clients[-1]
 
     def status(self):
-        with self.talk() as talk:
-            return talk.done("status")
+        with self.client() as client:
+            return client.ok("status")
 
     def holds(self, *numbers, mhz=None, ttl_s=LONG_S):
         """A connection with a lease on these GPUs, set to a clock if one is given."""
-        talk = self.talk()
-        talk.done("lease", gpus=[self.uuids[number] for number in numbers or range(len(self.uuids))], ttl_s=ttl_s)
+        client = self.client()
+        client.ok("lease", gpus=[self.uuids[number] for number in numbers or range(len(self.uuids))], ttl_s=ttl_s)
         if mhz is not None:
-            talk.done("set", mhz=mhz)
-        return talk
+            client.ok("set", mhz=mhz)
+        return client
 
     def signal(self, number):
         os.kill(self.pid, number)
 
     def kill(self):
-        """As the kernel does it; gone when this returns."""
+        """With SIGKILL; it has ended when this returns."""
         self.signal(signal.SIGKILL)
         assert self.wait() == -signal.SIGKILL
 
     def stop(self, within_s=4.0):
-        """As systemd does it; its exit code."""
+        """With SIGTERM, as systemd does; its exit code."""
         self.signal(signal.SIGTERM)
         return self.wait(within_s)
 
@@ -197,15 +197,15 @@ class Keeper:
         return self._code
 
     def end(self):
-        for talk in self._talks:
-            talk.close()
+        for client in self._clients:
+            client.close()
         if self._code is None:
             with suppress(ProcessLookupError):
                 self.signal(signal.SIGKILL)
             self._nursery.wait(self.pid)
 
     def other(self, what, **given):
-        """Another process, for its whole life; what it printed, line by line."""
+        """Run another process to its end; what it printed, line by line."""
         log = self.log.with_name(f"{what}-{time.monotonic_ns()}.log")
         log.touch()
         log.chmod(0o666)
@@ -214,6 +214,6 @@ class Keeper:
         return [json.loads(line) for line in log.read_text().splitlines()]
 
     def begun(self, what, **given):
-        """Another process, left running; its id and its log. The test ends it."""
+        """Start another process; its id and its log. The test ends it."""
         log = self.log.with_name(f"{what}.log")
         return self._nursery.start(what, log, self.environment, **given), log

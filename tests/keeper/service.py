@@ -1,6 +1,6 @@
-"""The unit under a real systemd, in a container of this host's files: `python -m tests.keeper.service`, as root.
+"""The unit under a real systemd, in a container on this host's files: `python -m tests.keeper.service`, as root.
 
-Needs systemd-nspawn. Prints how long after each kind of end the clocks were given back, and what is left of root.
+Needs systemd-nspawn. Prints how long after each kind of end the clocks were restored, and which rights of root remain.
 """
 
 import os
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.keeper.talk import Talk
+from tests.keeper.client import Client
 from tools.nvml import build
 from tools.nvml.machine import Machine, a100
 
@@ -27,7 +27,7 @@ Type=oneshot
 WorkingDirectory={root}
 ExecStart={python} -m tests.keeper.service inside {folder}
 ExecStopPost=systemctl poweroff --no-block
-StandardOutput=file:{folder}/said
+StandardOutput=file:{folder}/output
 StandardError=file:{folder}/failed
 """
 
@@ -40,7 +40,7 @@ def run(*command, check=True):
 
 
 def outside():
-    """Boot a container whose root is this host's, written to nowhere, and let it do the rest."""
+    """Boot a container on an overlay of this host's root, which runs `inside`."""
     made = Path(tempfile.mkdtemp(prefix="service", dir="/opt"))
     folder, layer, root = made / "shared", made / "layer", made / "layer/root"
     for each in (folder, layer):
@@ -73,7 +73,7 @@ def outside():
             stderr=subprocess.DEVNULL,
             timeout=LIMIT_S,
         )
-        print((folder / "said").read_text(), (folder / "failed").read_text(), sep="", end="")
+        print((folder / "output").read_text(), (folder / "failed").read_text(), sep="", end="")
     finally:
         run("umount", str(root))
         run("umount", str(layer))
@@ -92,17 +92,17 @@ def leased(uuid):
     ends_s = time.monotonic() + 10
     while time.monotonic() < ends_s:
         try:
-            talk = Talk("/run/throttllem/keeper.sock")
-            if talk.ask("lease", gpus=[uuid], ttl_s=60)["ok"] and talk.ask("set", mhz=1005)["ok"]:
-                return talk
-            talk.close()
+            client = Client("/run/throttllem/keeper.sock")
+            if client.request("lease", gpus=[uuid], ttl_s=60)["ok"] and client.request("set", mhz=1005)["ok"]:
+                return client
+            client.close()
         except OSError:
             pass
         time.sleep(0.01)
     raise SystemExit("no lease")
 
 
-def given_back_s(machine, act):
+def restored_s(machine, act):
     """From the act to the unlocked GPU."""
     with leased(machine.gpus[0].uuid):
         begun_s = time.monotonic()
@@ -114,7 +114,7 @@ def given_back_s(machine, act):
 
 
 def inside(folder):
-    """The service as it is installed, but for the fake NVML."""
+    """Install the service with the fake NVML, and measure."""
     machine = Machine.open(folder / "gpus", library=folder / "library")
     units = Path("/run/systemd/system")
     command = [
@@ -136,12 +136,12 @@ def inside(folder):
     print(run("systemctl", "--version").splitlines()[0])
     acts = {
         "killed": lambda: os.kill(main_pid(), signal.SIGKILL),
-        "stopped in its tracks, and killed by the watchdog": lambda: os.kill(main_pid(), signal.SIGSTOP),
+        "stopped (SIGSTOP), and killed by the watchdog": lambda: os.kill(main_pid(), signal.SIGSTOP),
         "restarted": lambda: run("systemctl", "restart", "--no-block", SERVICE),
     }
     for what, act in acts.items():
-        took_s = [given_back_s(machine, act) for _ in range(TRIES)]
-        print(f"{what}: given back after {min(took_s):.2f} to {max(took_s):.2f} s")
+        took_s = [restored_s(machine, act) for _ in range(TRIES)]
+        print(f"{what}: restored after {min(took_s):.2f} to {max(took_s):.2f} s")
     leased(machine.gpus[0].uuid).close()
     status = Path(f"/proc/{main_pid()}/status").read_text()
     print(*re.findall(r"^(?:CapEff|CapBnd|NoNewPrivs|Seccomp|VmRSS):.*", status, re.MULTILINE), sep="\n")

@@ -1,4 +1,4 @@
-"""The journal alone: two copies, each whole or not there; what is torn, old or cannot be written."""
+"""The journal: two copies, each intact or ignored; torn and old copies, and disks that cannot be written."""
 
 import errno
 import itertools
@@ -9,10 +9,10 @@ import zlib
 
 import pytest
 
-from throttllem.gpu.nvml import Lock
+from throttllem.gpu.clock_range import ClockRange
 from throttllem.keeper.journal import Journal
 
-BEFORE = {"GPU-a": None, "GPU-b": Lock(600, 1410)}
+BASELINES = {"GPU-a": None, "GPU-b": ClockRange(600, 1410)}
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def read(paths, boot="now"):
 
 
 @pytest.fixture
-def said(caplog):
-    """What it said, and nothing older."""
+def logged(caplog):
+    """Messages since the last call."""
 
     def take():
         messages = list(caplog.messages)
@@ -40,29 +40,29 @@ def lines(body):
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
-def test_what_is_written_is_read(paths, said):
-    Journal(paths, "now").write(BEFORE)
-    assert read(paths) == BEFORE
-    assert said() == []
+def test_what_is_written_is_read(paths, logged):
+    Journal(paths, "now").write(BASELINES)
+    assert read(paths) == BASELINES
+    assert logged() == []
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert {path.name for path in paths[0].parent.iterdir()} == {"one.journal", "two.journal"}
 
 
-def test_of_an_older_version_only_the_gpus_count(paths, said):
-    """It inferred locks from steady clocks, and its entries have no mark."""
+def test_an_older_format_is_read_without_its_baselines(paths, logged):
+    """An older version inferred them from steady clocks."""
     paths[0].write_bytes(lines(b'[1, "now", {"GPU-a": null, "GPU-b": [2730, 2730]}]'))
     assert read(paths) == {"GPU-a": None, "GPU-b": None}
-    assert said() == []
+    assert logged() == []
 
 
-def test_nothing_there_is_nothing_left(paths):
+def test_without_files_it_is_empty(paths):
     assert read(paths) == {}
 
 
 def test_either_copy_is_enough(paths):
-    Journal(paths, "now").write(BEFORE)
+    Journal(paths, "now").write(BASELINES)
     paths[0].unlink()
-    assert read(paths) == BEFORE
+    assert read(paths) == BASELINES
 
 
 def test_the_newer_copy_counts_wherever_it_is(paths):
@@ -71,24 +71,24 @@ def test_the_newer_copy_counts_wherever_it_is(paths):
         kept = older.read_bytes()
         journal = Journal(paths, "now")
         journal.read()
-        journal.write(BEFORE)
+        journal.write(BASELINES)
         older.write_bytes(kept)
-        assert read(paths) == BEFORE
+        assert read(paths) == BASELINES
         newer.unlink()
 
 
-def test_numbers_go_on_after_a_start(paths):
+def test_numbers_continue_after_a_restart(paths):
     for expected in range(1, 4):
         journal = Journal(paths, "now")
         journal.read()
-        journal.write(BEFORE)
+        journal.write(BASELINES)
         assert json.loads(paths[0].read_bytes().split(b" ", 1)[1])[0] == expected
 
 
-def test_another_boot_left_nothing_but_its_number(paths):
+def test_of_another_boot_only_the_number_counts(paths):
     first = Journal(paths, "then")
     first.write({})
-    first.write(BEFORE)
+    first.write(BASELINES)
     later = Journal(paths, "now")
     assert later.read() == {}
     later.write({"GPU-c": None})
@@ -96,23 +96,23 @@ def test_another_boot_left_nothing_but_its_number(paths):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 8, 9, 20, -2])
-def test_half_a_copy_is_none(paths, said, keep):
-    Journal(paths, "now").write(BEFORE)
+def test_a_truncated_copy_is_ignored(paths, logged, keep):
+    Journal(paths, "now").write(BASELINES)
     paths[0].write_bytes(paths[0].read_bytes()[:keep])
-    assert read(paths) == BEFORE
-    (trouble,) = said()
-    assert trouble.startswith(f"journal {paths[0]} is not used: ")
+    assert read(paths) == BASELINES
+    (trouble,) = logged()
+    assert trouble.startswith(f"journal {paths[0]} is ignored: ")
 
 
-def test_a_flipped_bit_is_never_believed(paths):
-    Journal(paths[:1], "now").write(BEFORE)
+def test_a_flipped_bit_is_detected(paths):
+    Journal(paths[:1], "now").write(BASELINES)
     whole = paths[0].read_bytes()
     for place, bit in itertools.product(range(len(whole) - 1), (0, 5)):
         content = bytearray(whole)
         content[place] ^= 1 << bit
         paths[0].write_bytes(content)
         found = read(paths)
-        assert found == {} or (found == BEFORE and place < 8), "the case of a digit of the checksum changes nothing"
+        assert found == {} or (found == BASELINES and place < 8), "the case of a digit of the checksum changes nothing"
 
 
 @pytest.mark.parametrize(
@@ -127,21 +127,21 @@ def test_a_flipped_bit_is_never_believed(paths):
         b'[1, "now", 5]',
     ],
 )
-def test_a_whole_copy_that_means_nothing_is_not_used(paths, said, body):
+def test_an_intact_copy_with_wrong_content_is_ignored(paths, logged, body):
     paths[0].write_bytes(lines(body))
-    Journal(paths[1:], "now").write(BEFORE)
-    assert read(paths) == BEFORE
-    assert len(said()) == 1
+    Journal(paths[1:], "now").write(BASELINES)
+    assert read(paths) == BASELINES
+    assert len(logged()) == 1
 
 
-def test_a_folder_in_its_place_is_said(paths, said):
+def test_a_folder_at_its_path_is_logged(paths, logged):
     paths[0].mkdir()
     journal = Journal(paths, "now")
     journal.read()
-    assert "one.journal is not used" in "".join(said())
-    journal.write(BEFORE)
-    assert "one.journal is not written" in "".join(said())
-    assert read(paths) == BEFORE
+    assert "one.journal is ignored" in "".join(logged())
+    journal.write(BASELINES)
+    assert "one.journal is not written" in "".join(logged())
+    assert read(paths) == BASELINES
 
 
 def full(path):
@@ -149,29 +149,29 @@ def full(path):
     path.with_suffix(".part").symlink_to("/dev/full")
 
 
-def test_a_full_disk_leaves_the_other_copy(paths, said):
+def test_a_full_disk_leaves_the_other_copy(paths, logged):
     Journal(paths, "now").write({})
     full(paths[0])
     journal = Journal(paths, "now")
     journal.read()
-    journal.write(BEFORE)
-    assert os.strerror(errno.ENOSPC) in "".join(said())
-    assert read(paths) == BEFORE
+    journal.write(BASELINES)
+    assert os.strerror(errno.ENOSPC) in "".join(logged())
+    assert read(paths) == BASELINES
 
 
-def test_no_space_at_all_is_an_error_and_what_was_there_stays(paths):
+def test_without_any_space_it_raises_and_the_old_copies_stay(paths):
     journal = Journal(paths, "now")
-    journal.write(BEFORE)
+    journal.write(BASELINES)
     for path in paths:
         full(path)
     with pytest.raises(OSError, match="no lock without a journal"):
         journal.write({})
-    assert read(paths) == BEFORE
+    assert read(paths) == BASELINES
 
 
-def test_a_copy_of_which_only_half_was_taken_is_not_put_in_place(paths):
+def test_a_copy_that_was_written_in_part_replaces_nothing(paths):
     journal = Journal(paths, "now")
-    journal.write(BEFORE)
+    journal.write(BASELINES)
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
@@ -181,4 +181,4 @@ def test_a_copy_of_which_only_half_was_taken_is_not_put_in_place(paths):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert paths[0].with_suffix(".part").stat().st_size == 10
-    assert read(paths) == BEFORE
+    assert read(paths) == BASELINES

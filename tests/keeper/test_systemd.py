@@ -1,4 +1,4 @@
-"""What the keeper tells systemd: ready, alive while its loop turns, and nothing that could hold it up."""
+"""Messages to systemd: ready, alive while the event loop runs; and a systemd that does not read."""
 
 import signal
 import socket
@@ -21,8 +21,8 @@ def systemd(folder):
         yield made
 
 
-def told(systemd):
-    """All that was said since."""
+def messages(systemd):
+    """Those since the last call."""
     found = []
     systemd.setblocking(False)
     try:
@@ -33,44 +33,44 @@ def told(systemd):
         return found
 
 
-def test_ready_is_said_when_it_is(keepers, systemd, folder):
+def test_it_is_ready_when_it_listens(keepers, systemd, folder):
     keeper = keepers(environment={"NOTIFY_SOCKET": str(folder / "notify")}, wait=False)
-    said = systemd.recv(100)
-    while said != b"READY=1":
-        assert said == b"WATCHDOG=1"
-        said = systemd.recv(100)
+    message = systemd.recv(100)
+    while message != b"READY=1":
+        assert message == b"WATCHDOG=1"
+        message = systemd.recv(100)
     until(keeper.listens, 1)
 
 
-def test_alive_is_said_while_the_loop_turns(keepers, systemd, folder):
+def test_it_is_alive_while_the_event_loop_runs(keepers, systemd, folder):
     keeper = keepers(
         environment={"NOTIFY_SOCKET": str(folder / "notify")}, what="keep_until_told_to_hang", clocks=[(210, 1410)]
     )
-    told(systemd)
+    messages(systemd)
     for _ in range(5):
         begun_s = time.monotonic()
         assert systemd.recv(100) == b"WATCHDOG=1"
         assert time.monotonic() - begun_s < WATCHDOG_S / 2
     keeper.signal(signal.SIGUSR1)
     time.sleep(0.1)
-    told(systemd)
+    messages(systemd)
     systemd.settimeout(WATCHDOG_S / 2)
     with pytest.raises(TimeoutError):
         systemd.recv(100)
 
 
-def test_a_gpu_that_hangs_is_no_keeper_that_hangs(keepers, machine, systemd, folder):
+def test_it_is_alive_while_a_gpu_hangs(keepers, machine, systemd, folder):
     keeper = keepers(environment={"NOTIFY_SOCKET": str(folder / "notify")})
     machine.fault("nvmlDeviceSetGpuLockedClocks", sleep_s=0.4, gpu=0, times=1)
-    talk = keeper.holds()
-    talk.say({"op": "set", "mhz": 900})
+    client = keeper.holds()
+    client.send({"op": "set", "mhz": 900})
     time.sleep(0.1)
-    told(systemd)
+    messages(systemd)
     assert systemd.recv(100) == b"WATCHDOG=1"
-    assert talk.hear()["ok"]
+    assert client.receive()["ok"]
 
 
-def test_an_abstract_address_will_do(keepers):
+def test_an_abstract_address(keepers):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind("")
         systemd.settimeout(5)
@@ -79,13 +79,13 @@ def test_an_abstract_address_will_do(keepers):
         assert systemd.recv(100) in (b"READY=1", b"WATCHDOG=1")
 
 
-@pytest.mark.parametrize("deaf", [True, False], ids=["deaf", "gone"])
-def test_a_systemd_that_does_not_listen_holds_nothing_up(keepers, machine, folder, deaf):
+@pytest.mark.parametrize("silent", [True, False], ids=["silent", "gone"])
+def test_a_systemd_that_does_not_read_delays_nothing(keepers, machine, folder, silent):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        if deaf:
+        if silent:
             systemd.bind(str(folder / "notify"))
         keeper = keepers(environment={"NOTIFY_SOCKET": str(folder / "notify")})
-        time.sleep(0.6 if deaf else 0.1)  # more than a queue of datagrams holds
+        time.sleep(0.6 if silent else 0.1)  # more than a queue of datagrams holds
         with keeper.holds(mhz=900, ttl_s=TTL_S):
             until(lambda: locks(machine) == [None, None])
         assert keeper.stop() == 0

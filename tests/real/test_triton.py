@@ -128,7 +128,7 @@ def test_leaving_early_frees_the_place_in_triton(server):
             await engine.connect()
             watch = asyncio.create_task(engine.watch(reports.append))
             async with engine.open(call(COMPLETIONS, long(2000))) as reply:
-                await anext(reply.chunks)
+                await reply.read()
                 await until(lambda: reports and reports[-1].running == 1)
                 held = reports[-1].kv_blocks
             await until(lambda: reports[-1].running == 0)
@@ -169,7 +169,7 @@ def test_a_server_that_dies_is_an_error_everywhere():
             for _ in range(2):
                 try:
                     async with engine.open(call(COMPLETIONS, long(2000))) as reply:
-                        async for _ in reply.chunks:
+                        while await reply.read():
                             os.kill(server.pid, signal.SIGKILL)
                 except EngineError as error:
                     errors.append(error.status)

@@ -159,7 +159,7 @@ def test_bytes_are_those_of_the_engine(server, stream, chat):
 
     async def through():
         async with engine_of(there.url) as engine, engine.open(call(path, content)) as reply:
-            data = b"".join([chunk async for chunk in reply.chunks])
+            data = await reply.body()
             return dict(reply.headers)["content-type"], data
 
     # Now and then vLLM puts two tokens into one event of its own accord; then only the text is the same.
@@ -215,9 +215,8 @@ def test_leaving_early_aborts_in_the_engine(server):
             for stage in range(3):
                 told.clear()
                 async with engine.open(call(body=body(4000))) as reply:
-                    chunks = aiter(reply.chunks)
                     for _ in range(stage):
-                        await anext(chunks)
+                        await reply.read()
                     await eventually(lambda: told and told[-1].running == 1)
                 left = time.monotonic()
                 await eventually(lambda: (told[-1].running, told[-1].kv_blocks) == (0, 0))
@@ -230,7 +229,7 @@ def test_leaving_early_aborts_in_the_engine(server):
 async def paused(engine, url):
     """The engine stands still with one request in it."""
     async with aiohttp.ClientSession() as session, engine.open(call(body=body(3000))) as reply:
-        await anext(aiter(reply.chunks))
+        await reply.read()
         async with session.post(f"{url}/pause?mode=keep") as response:
             assert response.status == 200
         try:

@@ -39,6 +39,12 @@ class Reader(HTMLParser):
         {"script": self.scripts, "style": self.styles}.get(last, self.text).append(data)
 
 
+@pytest.fixture(autouse=True)
+def little_javascript(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plotly's five megabytes only in the tests that need them."""
+    monkeypatch.setattr(page, "get_plotlyjs", lambda: "Plotly = {}")
+
+
 def read(path: Path) -> Reader:
     return parse(path.read_text(encoding="utf-8"))
 
@@ -62,7 +68,8 @@ def test_it_loads_nothing_from_anywhere(tmp_path: Path) -> None:
     assert "http" not in policy
 
 
-def test_it_holds_every_policy_plotly_once_and_stays_small(tmp_path: Path) -> None:
+def test_it_holds_every_policy_plotly_once_and_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "get_plotlyjs", get_plotlyjs)
     runs = make_runs()
     path = write_report(tmp_path / "made" / "where absent", SCENARIO, runs)
     assert path.name == "report.html"
@@ -94,12 +101,12 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 
 
 def test_names_are_text_to_plotly_too(tmp_path: Path) -> None:
-    reader = read(write_report(tmp_path, {}, [make_run("triton"), make_run('<a href="x">@ink</a>', energy=0.7)]))
+    reader = read(write_report(tmp_path, {}, [make_run("triton"), make_run('<a href="x">#1b2129</a>', energy=0.7)]))
     drawn = next(script for script in reader.scripts if script.startswith('{"energy"'))
     figures = json.loads(drawn)
     assert "<" not in drawn
     names = [trace["name"] for trace in figures["e2e"]["data"]]
-    assert names == ["triton", '&lt;a href="x"&gt;@ink&lt;/a&gt;']
+    assert names == ["triton", '&lt;a href="x"&gt;#1b2129&lt;/a&gt;']
 
 
 def test_what_is_not_a_number_does_not_break_the_page(tmp_path: Path) -> None:
@@ -144,7 +151,8 @@ def test_no_runs_are_an_error_and_leave_no_folder(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("name", ["triton+x", HOSTILE])
-def test_a_browser_draws_every_plot(tmp_path: Path, name: str) -> None:
+def test_a_browser_draws_every_plot(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "get_plotlyjs", get_plotlyjs)
     path = write_report(tmp_path, SCENARIO, [*make_runs(), make_run(name, energy=0.9)])
     dom, log = browse(path, tmp_path / "profile")
     assert "CONSOLE" not in log, "an error of a script, a colour that is none, or a load that the policy refused"

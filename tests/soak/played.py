@@ -10,10 +10,9 @@ from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+from throttllem.gpu.clock_range import ClockRange
 from throttllem.gpu.locks import LockableGpu
-from throttllem.gpu.nvml import Lock
-from throttllem.keeper import __main__ as door
-from throttllem.keeper import journal, leases
+from throttllem.keeper import journal, leases, server
 from tools.soak.draw import drawn
 from tools.soak.schedule import Fault, GpuPlan, Stop
 from tools.soak.stage import stage
@@ -50,7 +49,7 @@ def no_journal():
 def no_end():
     """Who hangs up keeps the lease."""
     real = leases.Leases.end
-    leases.Leases.end = lambda self, lease, why: None if "gone" in why else real(self, lease, why)
+    leases.Leases.end = lambda self, lease, why: None if "disconnected" in why else real(self, lease, why)
 
 
 def no_undo():
@@ -62,13 +61,13 @@ def no_undo():
 def infers():
     """A lock that was there before, and that no option states, is restored."""
     real = LockableGpu.restore
-    LockableGpu.restore = lambda self, baseline: real(self, baseline or Lock(855, 855))
+    LockableGpu.restore = lambda self, baseline: real(self, baseline or ClockRange(855, 855))
 
 
 def all_users():
     """Everybody may ask."""
-    real = door.Door.__init__
-    door.Door.__init__ = lambda self, leases, uids, *more: real(self, leases, frozenset({*uids, NOBODY}), *more)
+    real = server.Server.__init__
+    server.Server.__init__ = lambda self, leases, uids, *more: real(self, leases, frozenset({*uids, NOBODY}), *more)
 
 
 def sound():

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from throttllem.engines.simulated.engine import SimulatedEngine
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.http.app import Gateway
-from throttllem.gpu.device import nothing
 from throttllem.gpu.simulated import SimulatedGpu
 
 
@@ -60,10 +59,10 @@ class Window:
         """Get to know what starts in this process, and answer on the socket."""
         start, watch = ControlLoop.start, Gateway.watch
 
-        async def started(driver: ControlLoop) -> None:
-            self.drivers.append(driver)
+        async def started(loop: ControlLoop) -> None:
+            self.drivers.append(loop)
             self.loop = asyncio.get_running_loop()
-            await start(driver)
+            await start(loop)
 
         async def watching(gateway: Gateway) -> None:
             self.gateways.append(gateway)
@@ -89,16 +88,14 @@ class Window:
         """Counts of what is open, and this process' own; `collect`: of what is not garbage only."""
         if collect:
             gc.collect()
-        snapshots = [driver.controller.snapshot() for driver in self.drivers]
+        snapshots = [loop.controller.snapshot() for loop in self.drivers]
         views = [view for snapshot in snapshots for view in snapshot.engines]
-        bookings = [link.booking for driver in self.drivers for link in driver.links]
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         return {
-            "visits": sum(len(driver.open()) for driver in self.drivers),
+            "visits": sum(len(loop.open()) for loop in self.drivers),
             "queue": sum(snapshot.queue for snapshot in snapshots),
             "rows": sum(view.running + view.pending for view in views),
-            "booked": sum(len(booking.open) for booking in bookings),
-            "metered": sum(len(booking.meter._open) for booking in bookings),
+            "in flight": sum(backend.in_flight for loop in self.drivers for backend in loop.backends),
             "exchanges": sum(len(gateway._open) for gateway in self.gateways),
             "tasks": len(tasks),
             "names": dict(Counter(_name(task) for task in tasks)),
@@ -110,7 +107,7 @@ def _name(task: asyncio.Task[Any]) -> str:
     return str(getattr(task.get_coro(), "__qualname__", "?"))
 
 
-async def _stuck(self: SimulatedGpu, mhz: int | None, sent: Callable[[], None] = nothing) -> int | None:
+async def _stuck(self: SimulatedGpu, mhz: int | None, sent: Callable[[], None] | None = None) -> int | None:
     raise OSError(f"{mhz} MHz: the clock is stuck (injected)")
 
 
@@ -126,7 +123,7 @@ def _hurry(times: float) -> None:
             raise EngineError("this request fails (injected)")
         async with whole(self, call) as reply:
             if number % 50 == 49:
-                yield Reply(status=reply.status, headers=reply.headers, chunks=_cut(reply.chunks))
+                yield Reply(status=reply.status, headers=reply.headers, read=_cut_off(reply))
             else:
                 yield reply
 
@@ -138,11 +135,16 @@ def _hurry(times: float) -> None:
     SimulatedEngine.step = hurried  # type: ignore[method-assign]
 
 
-async def _cut(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async for chunk in chunks:
-        yield chunk
-        break
-    raise EngineError("this answer breaks off (injected)")
+def _cut_off(reply: Reply) -> Callable[[], Awaitable[bytes]]:
+    """`reply.read` that fails at its second call."""
+    calls = itertools.count()
+
+    async def read() -> bytes:
+        if next(calls):
+            raise EngineError("this answer breaks off (injected)")
+        return await reply.read()
+
+    return read
 
 
 if __name__ == "__main__":

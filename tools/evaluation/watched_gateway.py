@@ -28,17 +28,17 @@ POLL_S = 0.02
 class Watch:
     """Takes down both sides' numbers at each step that arrives."""
 
-    def __init__(self, driver: ControlLoop, steps: str, *, plug_in: bool) -> None:
+    def __init__(self, loop: ControlLoop, steps: str, *, plug_in: bool) -> None:
         self.samples: list[dict[str, Any]] = []
-        self._driver = driver
+        self._driver = loop
         self._steps = Path(steps)
         self._forward = Path(f"{steps}.gateway") if plug_in else None
         self._socket: socket.socket | None = None
 
     async def begin(self) -> None:
         """Listen where the engine sends; with the plug-in, only once the gateway listens, whose place is taken."""
-        link = self._driver.links[0]
-        while link.state != "up" or (self._forward and not _listens(link.engine)):
+        backend = self._driver.backends[0]
+        while backend.state != "up" or (self._forward and not _listens(backend.engine)):
             await asyncio.sleep(POLL_S)
         if self._forward:
             self._steps.rename(self._forward)
@@ -66,14 +66,13 @@ class Watch:
                 self._socket.sendto(datagram, str(self._forward))
 
     def _take_down(self, step: StepStats) -> None:
-        connected = self._driver.links[0].connected
+        connected = self._driver.backends[0].connected
         views = self._driver.controller.snapshot().engines
         if not views or connected is None:
             return
         view, blocks = views[0], connected.spec.kv_blocks
-        board = next(
-            iter(self._driver.controller._engines)
-        ).board  # nobody else asks for the blocks of prompts under way
+        # Only this measurement needs the blocks of prompts under way.
+        board = next(iter(self._driver.controller._engines.by_id.values())).board
         engine = {"running": step.running, "waiting": step.waiting, "kv_blocks": round(step.kv_usage * blocks)}
         own = {"running": view.running, "pending": view.pending, "kv_blocks": view.kv_blocks}
         own["pending_blocks"] = board.own(view.iteration).pending_blocks
@@ -99,7 +98,7 @@ def main() -> None:
     settings += [f"engines.0.stats={asked.steps}"] if asked.plug_in else []
     options = load_options(settings=settings).options
     prepared = run_gateway(options, options.state_dir / "cache")
-    watch = Watch(prepared.gateway.models.served[0].driver, asked.steps, plug_in=asked.plug_in)
+    watch = Watch(prepared.gateway.models.served[0].loop, asked.steps, plug_in=asked.plug_in)
     _serve(prepared, watch)
     Path(asked.out).write_text("".join(json.dumps(sample) + "\n" for sample in watch.samples))
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from throttllem.calibrate.errors import Errors
 from throttllem.option_sources import load_options
 from throttllem.physics.catalogue import Catalogue
-from throttllem.sim.runs import side_by_side
+from throttllem.sim.parallel import side_by_side
 from tools.fidelity.load_fit import LoadFit, fit_load, with_gpu
 from tools.fidelity.load_runs import GPU, LoadPoint, read_points, simulate
 from tools.fidelity.section import ErrorRow, Plot, Section, Target

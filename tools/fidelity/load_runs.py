@@ -21,7 +21,7 @@ from throttllem.engines.simulated.fleet import Fleet, build_fleet
 from throttllem.physics.catalogue import Catalogue, Gpu, Model
 from throttllem.physics.engine import EnginePhysics
 from throttllem.sim.result import RunResult
-from throttllem.sim.scenario import Scenario
+from throttllem.sim.study import Scenario
 from throttllem.sim.traces import load_trace
 
 FILE = Path("measured") / "h100_llama70b_load.csv"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from throttllem.gpu.keeper_client import KeeperError, KeptClocks
+from throttllem.gpu.keeper_client import KeeperClient, KeeperError
 from tools.soak.check import WITHIN_S
 from tools.soak.draw import COMMON_MHZ
 from tools.soak.house import House
@@ -65,26 +65,26 @@ async def fresh_lease(house: House) -> None:
 async def _leased_once(house: House, refusals: list[str]) -> None:
     """Until it worked, as a client does it: a keeper may be about to start, or die once more."""
     while True:
-        client = KeptClocks(house.socket, tuple(house.uuids(house.opted)), TTL_S)
+        client = KeeperClient(house.socket, tuple(house.uuids(house.opted)), TTL_S)
         try:
             await client.set(COMMON_MHZ)
             locks = {house.machine.gpus[index].lock for index in house.opted}
             await asyncio.sleep(_SWITCHED_S)
-            await client.give_back()
+            await client.restore()
             await client.set(COMMON_MHZ)  # at once: clocks still switch
             await _all_or_none(house, client)
-            await client.give_back()
+            await client.restore()
             break
         except KeeperError as error:
             refusals.append(str(error))
             await asyncio.sleep(LOOK_S)
         finally:
-            await client._drop()
+            client.close()
     if locks != {(COMMON_MHZ, COMMON_MHZ)}:
         house.evidence.troubles.append(f"a fresh client set {COMMON_MHZ} MHz, and the locks are {locks}")
 
 
-async def _all_or_none(house: House, client: KeptClocks) -> None:
+async def _all_or_none(house: House, client: KeeperClient) -> None:
     """A set that one GPU does not follow: soon all are as they were, or restored. Raises KeeperError: no keeper."""
     fault = house.nvml_fault(_SET, error=_UNKNOWN, times=1, gpu=house.opted[-1])
     try:

@@ -1,4 +1,4 @@
-"""The gateway's process: real driver, link, GPUs through NVML and lease from the keeper; requests come by a socket.
+"""The gateway's process: real loop, backend, GPUs through NVML and lease from the keeper; requests come by a socket.
 
 What HTTP does in front of a real one is left out. Clocks are set far more often than any policy would.
 """
@@ -31,11 +31,10 @@ from throttllem.engines.simulated.text import Tape
 from throttllem.gateway.control import clock_setter as engine_clock
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.loop import ControlLoop
-from throttllem.gateway.control.models import AllModels, Served
+from throttllem.gateway.control.models import Models, ServedModel
+from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.control.session import Session
-from throttllem.gateway.control.ticket import RefusedError
 from throttllem.gateway.energy.accounting import EnergyAccounting
-from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gpu import hardware
 from throttllem.gpu.setters import clock_setter
 from tools.soak.small_engine import MODEL, SmallEngine, small_spec
@@ -50,7 +49,7 @@ _TAPE = Tape(0, sentences=50)
 def run(told: dict[str, Any]) -> None:
     """Serve until SIGTERM. `told`: as `house` says; requests and faults come over "control", their ends go back."""
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(levelname)s %(message)s")
-    hardware.AGAIN_S = engine_clock._RETRY_S = AGAIN_S
+    hardware.RETRY_S = engine_clock._RETRY_S = AGAIN_S
     vars(fake_api)["Tape"] = lambda _: _TAPE
     vars(realtime)["version"] = lambda _: "soaked"
     uvloop.run(_live(told))
@@ -79,11 +78,11 @@ async def _live(told: dict[str, Any]) -> None:
         clocks_mhz=clocks,
     )
     async with gpu:
-        link = _link(told, gpu, clocks)
-        models = _models(link)
+        backend = _link(told, gpu, clocks)
+        models = _models(backend)
         await models.start()
-        house = _House(models=models, link=link, writer=writer)
-        working = [asyncio.create_task(work) for work in (house.obey(reader), _clocks(link, clocks, told))]
+        house = _House(models=models, backend=backend, writer=writer)
+        working = [asyncio.create_task(work) for work in (house.obey(reader), _clocks(backend, clocks, told))]
         await stop.wait()
         models.draining = True
         await models.stop()
@@ -96,7 +95,7 @@ async def _live(told: dict[str, Any]) -> None:
 def _link(told: dict[str, Any], gpu: hardware.HardwareGpu, clocks: tuple[int, ...]) -> Backend:
     spec = small_spec(clocks, len(told["gpus"]))
     engine = SmallEngine(spec, Path(told["library"]), told["indices"][0], told["seed"], not told["engine_there"])
-    meter = EnergyMeter(gpu=gpu)
+    accounting = EnergyAccounting(gpu=gpu, now=time.monotonic, kv_blocks=lambda: 1)
     return Backend(
         name="small",
         kind="simulated",
@@ -104,38 +103,40 @@ def _link(told: dict[str, Any], gpu: hardware.HardwareGpu, clocks: tuple[int, ..
         catalogue_gpu="fake",
         catalogue_model=MODEL,
         engine=engine,
-        clock=engine_clock.EngineClock(name="small", gpu=gpu, reading=meter.reading, now=time.monotonic, mode="on"),
-        booking=EnergyAccounting(meter=meter, now=time.monotonic, kv_blocks=lambda: 1),
+        clock=engine_clock.ClockSetter(
+            name="small", gpu=gpu, reading=accounting.reading, now=time.monotonic, mode="on"
+        ),
+        accounting=accounting,
         now=time.monotonic,
     )
 
 
-def _models(link: Backend) -> AllModels:
+def _models(backend: Backend) -> Models:
     options = ControllerOptions(throttle=ThrottleOptions(policy=ClockPolicy.TOP), slo_aware=False)
-    driver = ControlLoop(
+    loop = ControlLoop(
         controller=Controller(options),
-        links=(link,),
+        backends=(backend,),
         limits=LimitOptions(engine_wait_s=4.0, silence_s=2.5, queue_wait_s=5.0),
         now=time.monotonic,
-        witness=_Nobody(),
+        observer=_Nobody(),
     )
-    served = (Served(driver=driver),)
-    return AllModels(served=served, version="1", policy="triton", slo=Slo(), now=time.monotonic)
+    served = (ServedModel(loop=loop),)
+    return Models(served=served, version="1", policy="triton", slo=Slo(), now=time.monotonic)
 
 
-async def _clocks(link: Backend, clocks: tuple[int, ...], told: dict[str, Any]) -> None:
+async def _clocks(backend: Backend, clocks: tuple[int, ...], told: dict[str, Any]) -> None:
     """Another clock every few hundredths of a second, while there is an engine."""
     draw = random.Random(told["seed"])
     while True:
         await asyncio.sleep(draw.uniform(*told["every_s"]))
-        if link.key is not None and link.state == "up":
-            link.clock.set(FrequencyPlan(mhz=draw.choice(clocks), why=Reason.FIXED), time.monotonic())
+        if backend.key is not None and backend.state == "up":
+            backend.clock.set(FrequencyPlan(mhz=draw.choice(clocks), why=Reason.FIXED), time.monotonic())
 
 
 @dataclass(slots=True)
 class _House:
-    models: AllModels
-    link: Backend
+    models: Models
+    backend: Backend
     writer: asyncio.StreamWriter
     asking: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -153,7 +154,7 @@ class _House:
         self.writer.write(json.dumps(what).encode() + b"\n")
 
     async def _do(self, told: dict[str, Any]) -> None:
-        engine = self.link.engine
+        engine = self.backend.engine
         assert isinstance(engine, SmallEngine)
         match told["do"]:
             case "ask":
@@ -173,15 +174,15 @@ class _House:
                 self.say(child=_child())
             case "flood":
                 for mhz in told["mhz"]:
-                    if self.link.key is not None:
-                        self.link.clock.set(FrequencyPlan(mhz=mhz, why=Reason.FIXED), time.monotonic())
+                    if self.backend.key is not None:
+                        self.backend.clock.set(FrequencyPlan(mhz=mhz, why=Reason.FIXED), time.monotonic())
                         await asyncio.sleep(0)
 
     async def _ask(self, number: int, tokens: int) -> None:
         how, why = "complete", ""
         try:
             await _answered(self.models, tokens)
-        except (RefusedError, EngineError) as error:
+        except (RejectedError, EngineError) as error:
             how, why = "told", f"{type(error).__name__}: {error}"
         except BaseException as error:
             how, why = "broken", repr(error)
@@ -198,7 +199,7 @@ def _child() -> int:
     return pid
 
 
-async def _answered(models: AllModels, tokens: int) -> None:
+async def _answered(models: Models, tokens: int) -> None:
     """One request, as the HTTP side takes it through."""
     prompt = "one two three"
     body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True}
@@ -207,16 +208,16 @@ async def _answered(models: AllModels, tokens: int) -> None:
         path="/v1/completions", model=MODEL, body=dict(body), prompts=(prompt,), max_tokens=tokens, stream=True
     )
     count = await models.count(ask)
-    ticket: Session = models.ticket(ask, count, Slo(), "", streams=True)
+    ticket: Session = models.session(ask, count, Slo(), "")
     async with ticket:
-        engine, request_id = await ticket.place()
+        engine, request_id = (await ticket.placed()).engine, ticket.request.id
         raw = json.dumps(body).encode()
         call = Call(method="POST", path=ask.path, headers=(), body=raw, request_id=request_id, ask=ask)
         async with engine.open(call) as reply:
             if reply.status != 200:
                 raise EngineError(f"status {reply.status}")
             seen = 0
-            async for chunk in reply.chunks:
+            while chunk := await reply.read():
                 if came := chunk.count(b'"index"'):
                     seen += came
                     ticket.tokens(came)

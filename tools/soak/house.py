@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from throttllem.gpu.keeper_client import KeeperError, keeper_status
-from throttllem.keeper.journal import places
+from throttllem.keeper.journal import journal_paths
 from tools.nvml.layout import FaultLayout
 from tools.nvml.machine import Machine
 from tools.soak.board import Board, make_board
@@ -47,7 +47,7 @@ class House:
         self.evidence = Evidence(schedule=schedule)
         self.draw = random.Random(f"house {schedule.seed}")
         self.socket = place.run / "keeper.sock"
-        self.copies = places(place.state, self.socket)
+        self.copies = journal_paths(place.state, self.socket)
         self.lifting = asyncio.Event()
         self.children: list[Child] = []
         self.waited_s = waited_s()

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from throttllem.gpu.locks import LockableGpu
 from throttllem.keeper import __main__ as keeper
-from throttllem.keeper import journal, leases
+from throttllem.keeper import journal, leases, systemd
 from tools.soak.board import POINTS, Board, open_board
 
 HOARD_BYTES = (1 << 20, 1 << 16, 1 << 12, 256)
@@ -156,18 +156,18 @@ def _around_answers(traps: _Traps) -> None:
 def _around_loop(board: Board) -> None:
     """The keeper tells systemd several times a second that it lives: there its loop is caught."""
     blocks: list[object] = [None] * 20_000
-    real = keeper.tell_systemd
+    real = systemd.notify
 
-    def told(what: bytes) -> None:
+    def notified(message: bytes) -> None:
         if board.block_s:
             lasts_s, board.block_s = board.block_s, 0.0
             time.sleep(lasts_s)
         if board.hoard:
             board.hoard = 0
             _take_all(blocks)
-        real(what)
+        real(message)
 
-    keeper.tell_systemd = told
+    systemd.notify = notified
 
 
 def _take_all(blocks: list[object]) -> None:

@@ -15,7 +15,7 @@ from throttllem.config import Noise
 from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Call, Connected, EngineError, ParsedRequest, PromptCount, Reply, Report
 from throttllem.engines.simulated.realtime import RealtimeEngine
-from throttllem.gpu.device import Reading, Work, nothing
+from throttllem.gpu.device import Reading, Work
 from tools.nvml.build import NAME
 
 STEP_S = 0.006
@@ -50,7 +50,7 @@ class TrueClock:
     index: int
     top_mhz: int
 
-    async def set_clock(self, mhz: int | None, sent: Callable[[], None] = nothing) -> int | None:
+    async def set_clock(self, mhz: int | None, sent: Callable[[], None] | None = None) -> int | None:
         """Engines set nothing."""
         raise AssertionError("an engine set a clock")
 

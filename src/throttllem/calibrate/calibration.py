@@ -1,8 +1,18 @@
-"""From measured iterations of one model on one kind of GPU to that GPU's constants, and how far they can be trusted.
+"""From measured iterations of one model on one kind of GPU to that GPU's constants, and their held-out errors.
 
-The constants that the measurements can move are fitted, the others stay those of a GPU that is known (`like`). The
-error that counts is that of what a fit did not see: every clock, batch size and engine size is left out in turn.
+Knows nothing of files but the profile's name, which errors mention.
 """
+
+# The method (docs/calibrate.md).
+#
+# Constants that the measurements can move are fitted; all others stay those of a known GPU (`like`). Residuals are
+# logarithms of law over measurement, in standard deviations of the measurement; each constant has a prior around its
+# value in `like`. The scatter that scales the residuals is unknown, so a first fit with published figures finds it, and
+# a second one uses it. A fit follows slopes, and a memory knee below all measured clocks has none: a second start with
+# the knee in the middle of the clocks is taken where it fits clearly better.
+#
+# The first score is of what the fit has seen. The errors that count are held out: every clock, batch size and engine
+# size is left out in turn, fitted without (few rows, as there may be twenty such fits) and predicted.
 
 from __future__ import annotations
 
@@ -15,14 +25,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from throttllem.calibrate.bands import bands
-from throttllem.calibrate.compare import check_seconds, check_units, check_watts
-from throttllem.calibrate.doubts import at_odds, one_gpu
 from throttllem.calibrate.errors import Errors, held_out
 from throttllem.calibrate.fit import Constant, Fit, Fitted, fit, with_constants
-from throttllem.calibrate.points import Point, sample
+from throttllem.calibrate.points import Point, bands, sample
 from throttllem.calibrate.prior import around, priors
-from throttllem.calibrate.refuse import (
+from throttllem.calibrate.validation import (
     FEWEST_IN_GROUP,
     check_engines,
     check_enough,
@@ -30,6 +37,11 @@ from throttllem.calibrate.refuse import (
     check_fit,
     check_held_out,
     check_repeats,
+    check_seconds,
+    check_units,
+    check_watts,
+    far_from_prior,
+    watts_of_one_gpu,
 )
 from throttllem.physics.catalogue import Gpu, Model
 from throttllem.physics.engine import EnginePhysics
@@ -38,25 +50,25 @@ from throttllem.profiling.profile import ProfileError
 Progress = Callable[[int, int], None]
 """Called with (fits done, fits in all)."""
 Relative = NDArray[np.float64]
-"""Signed relative errors, one line per point: of seconds, of watts."""
+"""Signed relative errors of seconds and of watts: one row per point."""
 
 MOST_ROWS = 1500
 FOLD_ROWS = 400
-"""A fold is a fit of its own, and there may be twenty: fewer rows for each, evenly chosen."""
+"""Of each held-out fit, evenly chosen."""
 MOST_CLOCK_FOLDS = 8
 MOST_BATCH_FOLDS = 6
 SCATTER = (0.04, 0.05)
-"""Of measured seconds and watts, taken until a first fit has told (published A100 and H100 measurements)."""
+"""Of measured seconds and watts, until the first fit has found it (published A100 and H100 measurements)."""
 LEAST_SCATTER = 0.01
 CLEARLY = 0.0005
-"""A fit from elsewhere is taken where it leaves this much less of the logarithms, on average over rows and figures."""
+"""The second start is taken if its mean absolute logarithm is smaller by this much."""
 SENSITIVE = 0.5
-"""A constant whose own spread moves all residuals together by less than half a standard deviation is not fitted."""
+"""A constant is not fitted if its spread moves all residuals together by less than half a standard deviation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """Errors of what a fit did not see; `held_out` says what that was ("nothing": the fit on everything)."""
+    """Errors at the held-out points; `held_out` names them ("nothing": errors of the fit to all points)."""
 
     held_out: str
     seconds: Errors
@@ -67,7 +79,7 @@ class Score:
 class Calibration:
     """The calibrated GPU. `fitted` are the constants that moved; all others are those of `like`.
 
-    `doubts` are sentences for whoever reads the result: what was not refused, and should be looked at.
+    `warnings` are sentences about suspicious measurements that were not refused.
     """
 
     gpu: Gpu
@@ -76,10 +88,10 @@ class Calibration:
     scores: tuple[Score, ...]
     rows: int
     rows_fitted: int
-    doubts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def constants(self) -> Iterator[tuple[str, float, Fitted | None]]:
-        """Every constant of the laws that can be fitted: path, value, and what its fit says (None: it was kept)."""
+        """Every constant that can be fitted: path, value, and its fit (None: it is that of `like`)."""
         moved = {one.constant.path: one for one in self.fitted}
         for path in priors(self.gpu):
             law, _, name = path.partition(".")
@@ -88,7 +100,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What every fit of one calibration shares."""
+    """The common inputs of all fits of one calibration."""
 
     like: Gpu
     model: Model
@@ -120,7 +132,7 @@ def calibrate_points(
     """Fit, and score what is held out. `file` names the profile in errors.
 
     Raises ProfileError (file, reason, rows) for measurements that are too few, contradictory, not this GPU's, or that
-    the law cannot follow.
+    the law does not follow.
     """
     splits = dict(_splits(points))
     done, total = 0, 1 + sum(len({group(point) for point in points}) for group in splits.values())
@@ -136,7 +148,7 @@ def calibrate_points(
     scores = [_score("nothing", errors(best.gpu, model, points))]
     for name, group in splits.items():
         relative = held_out(points, group, fold, lambda gpu, left: errors(gpu, model, left))
-        # Of a size left out nothing tells how its GPUs are joined: an error there is no fault of the rows.
+        # No other row shows how the GPUs of a left-out size are connected: an error there is no fault of the rows.
         if name != "each tp":
             check_held_out(name, relative, file)
         scores.append(_score(name, relative))
@@ -148,26 +160,28 @@ def calibrate_points(
         scores=tuple(scores),
         rows=len(points),
         rows_fitted=min(len(points), MOST_ROWS),
-        doubts=(*one_gpu(points, _law(like, model, points)[:, 1], like.name), *at_odds(best.constants, like.name)),
+        warnings=(
+            *watts_of_one_gpu(points, _law(like, model, points)[:, 1], like.name),
+            *far_from_prior(best.constants, like.name),
+        ),
     )
 
 
 def fit_points(points: Sequence[Point], like: Gpu, model: Model, file: Path) -> tuple[Task, Fit]:
-    """The fit to everything, and how further fits are to be made. Raises ProfileError as `calibrate_points`."""
+    """The fit to all points, and the inputs of further fits. Raises ProfileError as `calibrate_points`."""
     check(points, like, model, file)
     clocks = sorted({point.clock_mhz for point in points})
     task, best, misfit = _fitted_from(like, points, model, file)
-    # A knee that starts below all clocks bends nothing there, and a fit that looks around itself never finds it.
     middle = with_constants(like, {"time.memory_knee_mhz": math.sqrt(clocks[0] * clocks[-1])})
     other_task, other, other_misfit = _fitted_from(middle, points, model, file)
     if other_misfit < misfit - CLEARLY:
         task, best = other_task, other
     check_fit(points, errors(best.gpu, model, points), file)
-    return task, replace(best, constants=tuple(_honest(one, clocks) for one in best.constants))
+    return task, replace(best, constants=tuple(_knee_error(one, clocks) for one in best.constants))
 
 
 def _fitted_from(like: Gpu, points: Sequence[Point], model: Model, file: Path) -> tuple[Task, Fit, float]:
-    """What every fit that starts at `like` shares, the fit, and the mean absolute logarithm that it leaves per row."""
+    """The inputs of fits that start at `like`, the fit, and the mean absolute logarithm of its residuals."""
     task = Task(like=like, model=model, constants=tuple(_bounded(like)), file=file)
     task = replace(task, constants=tuple(_sensitive(task, sample(points, FOLD_ROWS))))
     task = replace(task, scatter=_scatter(task, points))
@@ -176,7 +190,7 @@ def _fitted_from(like: Gpu, points: Sequence[Point], model: Model, file: Path) -
 
 
 def check(points: Sequence[Point], like: Gpu, model: Model, file: Path) -> None:
-    """Everything that can be refused before a fit; ProfileError says why (file, rows, remedy)."""
+    """Raise ProfileError (file, rows, reason, remedy) for what can be refused before a fit."""
     check_enough(points, file)
     check_engines(points, like, model, file)
     measured = np.log([(point.seconds, point.watts) for point in points])
@@ -190,7 +204,7 @@ def check(points: Sequence[Point], like: Gpu, model: Model, file: Path) -> None:
 
 
 def errors(gpu: Gpu, model: Model, points: Sequence[Point]) -> Relative:
-    """Of the law against every point."""
+    """Relative errors of the law at every point."""
     measured = np.array([(point.seconds, point.watts) for point in points])
     return np.asarray(_law(gpu, model, points) / measured - 1, dtype=float)
 
@@ -198,7 +212,7 @@ def errors(gpu: Gpu, model: Model, points: Sequence[Point]) -> Relative:
 def _law(gpu: Gpu, model: Model, points: Sequence[Point]) -> NDArray[np.float64]:
     """Seconds and watts of every point."""
     engines = {tp: EnginePhysics(gpu, model, tp) for tp in {point.tp for point in points}}
-    return np.array([engines[point.tp].iteration(*point.asked) for point in points])
+    return np.array([engines[point.tp].iteration(*point.arguments) for point in points])
 
 
 def _bounded(like: Gpu) -> Iterator[Constant]:
@@ -211,7 +225,7 @@ def _bounded(like: Gpu) -> Iterator[Constant]:
 
 
 def _sensitive(task: Task, points: Sequence[Point]) -> Iterator[Constant]:
-    """Constants that these points can say anything of: prompts' ones need prompts, all-reduce's several GPUs."""
+    """Constants that these points can move: those of prefill need prompts, those of all-reduce several GPUs."""
     before = task.residuals(task.like, points)
     for constant in task.constants:
         moved = min(constant.start * np.exp(constant.spread), 0.999 * constant.high)
@@ -226,7 +240,7 @@ def _sensitive(task: Task, points: Sequence[Point]) -> Iterator[Constant]:
 def _scatter(task: Task, points: Sequence[Point]) -> tuple[float, float]:
     """Standard deviations of seconds and watts about a first fit: half of them lie within 0.67 of it.
 
-    What the fit itself took away is given back: n points about p moved constants scatter like n - p.
+    The fit itself reduces the scatter: n points about p moved constants scatter like n - p.
     """
     chosen = sample(points, FOLD_ROWS)
     first = task.fit(chosen, FOLD_ROWS)
@@ -240,10 +254,10 @@ def _scatter(task: Task, points: Sequence[Point]) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def _honest(fitted: Fitted, clocks: Sequence[int]) -> Fitted:
-    """A knee between two measured clocks may lie anywhere there: half of the gap is its least uncertainty.
+def _knee_error(fitted: Fitted, clocks: Sequence[int]) -> Fitted:
+    """The uncertainty of a knee is at least half of the gap between the clocks around it.
 
-    The curvature at the optimum, which the fit goes by, does not see that beyond the next clock all is flat again.
+    The fit estimates uncertainty from the curvature at the optimum, which ignores that a knee may lie anywhere there.
     """
     if not fitted.constant.path.endswith("knee_mhz"):
         return fitted

@@ -1,6 +1,6 @@
-"""A calibrated GPU as a catalogue file: every key, and beside each constant how far it is to be believed.
+"""A calibrated GPU as a catalogue file: every key, and beside each constant its origin and uncertainty.
 
-The text is read again and compared before anyone sees the file. Knows nothing of how constants were found.
+The text is parsed and validated before the file is written. Knows nothing of how constants were found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from throttllem.calibrate.calibration import Calibration, Score
 from throttllem.calibrate.fit import Fitted
 from throttllem.calibrate.points import Point
 from throttllem.calibrate.prior import around, priors
-from throttllem.calibrate.refuse import percent
+from throttllem.calibrate.validation import percent
 from throttllem.files import write_aside
 from throttllem.physics.catalogue import Gpu, Model
 from throttllem.physics.laws import Basis
@@ -29,14 +29,14 @@ _DATA_SHEET = ("memory_bytes", "bandwidth_bytes_per_s", "peak_flop_per_s", "powe
 
 
 def check_name(name: str) -> str:
-    """A name that TOML takes without quotes; ValueError otherwise."""
+    """The name, if TOML takes it without quotes; ValueError otherwise."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"--name {printable(name)}: a GPU's name is made of letters, digits, - and _, 80 at most")
     return name
 
 
 def basis(points: Sequence[Point], model: str, source: str) -> Basis:
-    """The range that a profile covers: its clocks, sizes, batches, mean contexts, and its model alone."""
+    """The range that a profile covers: its clocks, sizes, batches, mean contexts and model."""
     clocks = [point.clock_mhz for point in points]
     contexts = [point.kv_tokens / point.decode_batch for point in points if point.decode_batch]
     return Basis(
@@ -52,9 +52,9 @@ def basis(points: Sequence[Point], model: str, source: str) -> Basis:
 
 
 def entry(calibration: Calibration, name: str, covered: Basis, model: Model | None = None) -> str:
-    """The TOML text, with `model` beside the GPU (one that does not ship, so that the file suffices).
+    """The TOML text, with `model` beside the GPU if that model is not a shipped one.
 
-    Raises ValueError if it would not read back as the GPU that was fitted.
+    Raises ValueError if the fitted constants are no possible GPU.
     """
     bases = {"time_basis": covered, "power_basis": covered}
     for score in calibration.scores:
@@ -79,8 +79,8 @@ def write_entry(text: str, path: Path) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def kept(gpu: Gpu, path: str, like: str) -> str:
-    """Why a key of the entry that no fit moved is what it is; `gpu` has it from `like`."""
+def origin(gpu: Gpu, path: str, like: str) -> str:
+    """Where a key that was not fitted comes from; `gpu` has it from `like`."""
     every = priors(gpu)
     if path in _DATA_SHEET or path.startswith("clock_"):
         return f"data sheet, from {like}"
@@ -88,24 +88,24 @@ def kept(gpu: Gpu, path: str, like: str) -> str:
         return f"not fitted, from {like}"
     if absent(gpu, path):
         return f"0 in {like}: that effect is not fitted"
-    return f"kept from {like}: this profile does not determine it"
+    return f"from {like}: this profile does not determine it"
 
 
 def absent(gpu: Gpu, path: str) -> bool:
-    """Whether a constant that could be fitted is left alone because the GPU lacks its effect."""
+    """Whether a constant is not fitted because the GPU lacks its effect."""
     return not around(gpu, [path], gpu)
 
 
 def verdict(fitted: Fitted, like: str) -> str:
-    """What is to be said of a fitted constant."""
-    where = "" if not _at_edge(fitted) else ", at the end of what is possible"
+    """The comment of a fitted constant."""
+    where = "" if not _at_edge(fitted) else ", at the bound of its range"
     if fitted.determined:
         return f"fitted, +- {fitted.error:.1%}{where}"
     return f"fitted, +- {fitted.error:.0%}{where}: determined only together with others, starting from {like}"
 
 
 def printable(text: str) -> str:
-    """Without what would break a line or a file."""
+    """Without characters that would break a line or a file."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
@@ -117,12 +117,12 @@ def _at_edge(fitted: Fitted) -> bool:
 def _heading(calibration: Calibration, covered: Basis) -> Iterator[str]:
     yield f"# {printable(covered.source)}; {printable(', '.join(covered.models))}."
     yield "# Written by `throttllem calibrate`; docs/calibrate.md explains it. Use it with --catalogue."
-    yield "# Relative errors (median, p90, worst) by what the fit did not see:"
+    yield "# Relative errors (median, p90, worst) by what was held out of the fit:"
     for score in calibration.scores:
         yield f"#   {score.held_out + ':':40} seconds {_three(score, 'seconds')}; watts {_three(score, 'watts')}"
-    yield "# What is from another GPU is its data sheet and its fit: correct what you know better."
-    for doubt in calibration.doubts:
-        yield f"# WARNING: {printable(doubt)}"
+    yield "# Values from another GPU are its data sheet and its fit: correct those that you know better."
+    for warning in calibration.warnings:
+        yield f"# WARNING: {printable(warning)}"
 
 
 def _three(score: Score, what: str) -> str:
@@ -138,7 +138,7 @@ def _tables(gpu: Gpu, calibration: Calibration) -> Iterator[str]:
     yield f"[gpu.{gpu.name}]"
     for key, value in entries.items():
         if key not in tables:
-            yield _line(key, value, kept(gpu, key, calibration.like))
+            yield _line(key, value, origin(gpu, key, calibration.like))
     for table, values in tables.items():
         yield f"\n[gpu.{gpu.name}.{table}]"
         for key, value in values.items():
@@ -149,7 +149,7 @@ def _tables(gpu: Gpu, calibration: Calibration) -> Iterator[str]:
             if table in ("time_basis", "power_basis"):
                 said = ""
             else:
-                said = verdict(one, calibration.like) if one else kept(gpu, path, calibration.like)
+                said = verdict(one, calibration.like) if one else origin(gpu, path, calibration.like)
             yield _line(key, value, said, rounded=one is not None)
 
 

@@ -1,4 +1,4 @@
-"""How far a law is from measurements, in three numbers, and the same with groups of them held out.
+"""The error of a law against measurements, and against groups of them held out of its fit.
 
 Knows nothing of what is measured.
 """
@@ -28,7 +28,7 @@ class Errors:
 
     @classmethod
     def of(cls, relative: ArrayLike) -> Self:
-        """Of signed relative errors, any shape, at least one. Raises ValueError for none and for what is not finite."""
+        """Of signed relative errors, any shape. Raises ValueError if there is none or one is not finite."""
         found = np.abs(np.asarray(relative, dtype=float)).ravel()
         if not found.size or not np.isfinite(found).all():
             raise ValueError("errors: at least one, and all of them finite")
@@ -47,9 +47,9 @@ def held_out(
     fit: Callable[[list[P]], M],
     errors: Callable[[M, list[P]], NDArray[np.float64]],
 ) -> NDArray[np.float64]:
-    """Each group of points left out in turn: fit to the others, and its signed relative errors, group after group.
+    """Leave out each group of points in turn and fit to the others; the signed relative errors, group after group.
 
-    Groups come in the order of their first point.
+    Groups are in the order of their first points.
     """
     found = []
     for left_out in dict.fromkeys(group(point) for point in points):

@@ -1,9 +1,12 @@
-"""The most probable constants of a GPU, given what was measured and what is known beforehand.
+"""The most probable constants of a GPU, given measurements and priors.
 
-Every constant is positive, so the fit moves its logarithm: a prior of 0.3 says "within about 30 %". A constant that
-the measurements say nothing about stays where the prior puts it, and is said to be so; few points never break the fit.
-Knows nothing of files nor of what the residuals are made of.
+Knows nothing of files, nor of how residuals are computed.
 """
+
+# Every constant is positive, so the fit moves its logarithm: a spread of 0.3 is "within about 30 %". The prior is one
+# more residual per constant, (logarithm - its middle) / spread, so the least squares are the maximum a posteriori. A
+# constant that the measurements do not determine stays at its prior and is reported as undetermined; few points never
+# make the problem singular.
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ Residuals = Callable[[Gpu], NDArray[np.float64]]
 """Errors of a GPU's law against the measurements, each divided by the measurement's own standard deviation."""
 
 DETERMINED = 0.5
-"""A constant whose uncertainty fell below this part of its prior's was determined by the measurements."""
+"""The measurements determine a constant if they reduce its uncertainty below this fraction of its prior's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
-    """What became of a constant: `error` is the standard deviation of its logarithm after the fit."""
+    """A fitted constant: `error` is the standard deviation of its logarithm after the fit."""
 
     constant: Constant
     value: float
@@ -49,7 +52,7 @@ class Fitted:
 
     @property
     def determined(self) -> bool:
-        """Whether the measurements, rather than the prior, say what it is."""
+        """Whether the measurements, rather than the prior, determine it."""
         return self.error < DETERMINED * self.constant.spread
 
 
@@ -64,7 +67,7 @@ class Fit:
 def fit(gpu: Gpu, constants: Sequence[Constant], residuals: Residuals, *, robust: bool = False) -> Fit:
     """Least squares over the residuals and the priors together (maximum a posteriori).
 
-    `robust` lets a residual far out pull with constant force only (Charbonnier's loss). Raises ValueError if a
+    `robust`: a large residual pulls with constant force only (Charbonnier's loss). Raises ValueError if a
     residual is not finite or the fit does not converge.
     """
     starts = np.log([constant.start for constant in constants])
@@ -98,7 +101,7 @@ def fit(gpu: Gpu, constants: Sequence[Constant], residuals: Residuals, *, robust
 
 
 def with_constants(gpu: Gpu, values: Mapping[str, float]) -> Gpu:
-    """The GPU with constants put in by path ("power.core_w", "startup_s"), unchecked: a fit moves within bounds."""
+    """The GPU with constants replaced by path ("power.core_w", "startup_s"); not validated, as a fit has bounds."""
     own: dict[str, object] = {}
     laws: dict[str, dict[str, float]] = {}
     for path, value in values.items():

@@ -1,10 +1,11 @@
-"""Measured iterations as the law takes them: decode rows, KV tokens, prompt tokens and pairs, from a profile's columns.
+"""Measured iterations as arguments of the law (decode batch, KV tokens, prompt tokens and pairs), from a profile.
 
 Knows the profile's format and the model's context, and nothing of GPUs.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from throttllem.calibrate.bands import bands
 from throttllem.physics.catalogue import Model
 from throttllem.profiling.profile import ProfileError, place
 
@@ -32,7 +32,7 @@ class Point(NamedTuple):
     watts: float
 
     @property
-    def asked(self) -> tuple[int, int, int, int, float]:
+    def arguments(self) -> tuple[int, int, int, int, float]:
         """The arguments of `EnginePhysics.iteration`."""
         return self.clock_mhz, self.decode_batch, self.kv_tokens, self.prefill_tokens, self.prefill_pairs
 
@@ -40,7 +40,7 @@ class Point(NamedTuple):
 def points_of(profile: pl.DataFrame, model: Model, file: Path) -> list[Point]:
     """Every row of a checked profile.
 
-    Raises ProfileError (file, first row, how many) for rows whose requests, blocks, prompts or pairs cannot be.
+    Raises ProfileError (file, first row, how many) for rows with impossible requests, blocks, prompts or pairs.
     """
     points, impossible = [], []
     for row, cells in enumerate(profile.iter_rows(named=True)):
@@ -51,15 +51,17 @@ def points_of(profile: pl.DataFrame, model: Model, file: Path) -> list[Point]:
             impossible.append((row, wrong))
         else:
             points.append(_point(row, cells, prompts))
-    refuse_rows(impossible, profile.height, file, "correct these columns (docs/profile-format.md)")
+    reject_rows(impossible, profile.height, file, "correct these columns (docs/profile-format.md)")
     return points
 
 
-def refuse_rows(impossible: Sequence[tuple[int, str]], rows: int, file: Path, remedy: str) -> None:
-    """Raises ProfileError if there is any row that cannot be: the first with its reason, how many, and the remedy."""
+def reject_rows(impossible: Sequence[tuple[int, str]], rows: int, file: Path, remedy: str) -> None:
+    """Raise ProfileError if any row is impossible: the first with its reason, how many there are, and the remedy."""
     if impossible:
         row, why = impossible[0]
-        raise ProfileError(f"{file}, {place(file, row)}: {why} ({len(impossible)} of {rows} rows cannot be): {remedy}")
+        raise ProfileError(
+            f"{file}, {place(file, row)}: {why} ({len(impossible)} of {rows} rows are impossible): {remedy}"
+        )
 
 
 def _wrong_prompts(cells: Mapping[str, Any], prompts: int, model: Model) -> str | None:
@@ -77,25 +79,25 @@ def _wrong_prompts(cells: Mapping[str, Any], prompts: int, model: Model) -> str 
 
 
 def _wrong_blocks(cells: Mapping[str, Any]) -> str | None:
-    """Each request holds a block of its own, and each prompt those of the tokens that it brings."""
+    """Each request holds at least one block, and each prompt the blocks of its tokens."""
     tokens, batch, blocks = cells["prefill_tokens"], cells["batch"], cells["kv_blocks"]
     if blocks < batch:
         return f"{_short(blocks)} kv_blocks for a batch of {_short(batch)}, and each request holds one at least"
-    # Where nothing says how many prompts there are, all requests may be.
+    # Without the column `prompts`, all requests may be prompts.
     prompts = cells.get("prompts", batch)
     needed = batch - prompts + max(prompts, -(-tokens // cells["block_tokens"]))
     if blocks < needed:
         return (
             f"{_short(blocks)} kv_blocks, and {_short(tokens)} prefill_tokens in blocks of "
-            f"{_short(cells['block_tokens'])}, with what else runs, hold {_short(needed)} at least"
+            f"{_short(cells['block_tokens'])}, with the other requests, hold {_short(needed)} at least"
         )
     return None
 
 
 def _wrong_pairs(cells: Mapping[str, Any], model: Model) -> str | None:
-    """Pairs of whole prompts lie between those of equal ones and those of a single one; chunks see older tokens too.
+    """Pairs of whole prompts lie between those of equal ones and those of a single one; chunks see earlier tokens too.
 
-    1 %, and a pair for each token, are left for rounding and for whether a token sees itself.
+    1 %, and a pair for each token, allow for rounding and for whether a token attends to itself.
     """
     pairs, tokens, batch = cells.get("prefill_pairs"), cells["prefill_tokens"], cells["batch"]
     if pairs is None:
@@ -108,14 +110,14 @@ def _wrong_pairs(cells: Mapping[str, Any], model: Model) -> str | None:
         return None
     return (
         f"{_short(pairs)} prefill_pairs, and {_short(tokens)} prefill_tokens of {_short(prompts)} prompts, with the "
-        f"tokens that may stand before them, have {_short(least)} to {_short(most)}"
+        f"tokens that may precede them, have {_short(least)} to {_short(most)}"
     )
 
 
 def _point(row: int, cells: Mapping[str, Any], prompts: int) -> Point:
     tokens, block = cells["prefill_tokens"], cells["block_tokens"]
     decode_batch = cells["batch"] - prompts
-    # Of each request's last block about half is filled, as profiling/measure.py has it.
+    # About half of each request's last block is filled, as in profiling/measure.py.
     blocks = cells["kv_blocks"] - (prompts and prompts * -(-tokens // (prompts * block)))
     kv_tokens = max(decode_batch, blocks * block - decode_batch * (block - 1) // 2) if decode_batch else 0
     pairs = cells.get("prefill_pairs")
@@ -128,7 +130,7 @@ def _point(row: int, cells: Mapping[str, Any], prompts: int) -> Point:
 
 
 def _short(number: float) -> str:
-    """Figures that a row can hold in full, absurd ones in few digits."""
+    """All digits of a plausible figure, few of an absurd one."""
     return f"{number:.6g}" if abs(number) >= 1e7 or number % 1 else f"{number:.0f}"
 
 
@@ -150,3 +152,23 @@ def sample(points: Sequence[Point], most: int, seed: int = 0) -> list[Point]:
         taken[stratum] = taken.get(stratum, 0) + 1
         ranked.append((taken[stratum], len(ranked), index))
     return [points[index] for index in sorted(index for *_, index in sorted(ranked)[:most])]
+
+
+def bands(values: Sequence[int], most: int, fewest: int = 1) -> dict[int, int]:
+    """The band 0, 1 ... of every distinct value; bands hold neighbouring values, so that none is too small to hold out.
+
+    At most `most` bands, each of `fewest` measurements or more. At most `most` values, each measured often enough, are
+    a band each.
+    """
+    counts = Counter(values)
+    wanted = [chunk.tolist() for chunk in np.array_split(sorted(counts), min(most, len(counts)))]
+    joined: list[list[int]] = []
+    open_band: list[int] = []
+    for chunk in wanted:
+        open_band += chunk
+        if sum(counts[value] for value in open_band) >= fewest:
+            joined.append(open_band)
+            open_band = []
+    if open_band:
+        joined = [*joined[:-1], [*joined[-1], *open_band]] if joined else [open_band]
+    return {value: band for band, members in enumerate(joined) for value in members}

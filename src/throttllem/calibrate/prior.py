@@ -1,7 +1,7 @@
-"""What is known of a GPU before anything was measured on it: each constant's likely size, and how far it may be off.
+"""What is known of a GPU before any measurement: the likely value of each constant, and its spread.
 
 The middles are round figures between those of A100 and H100, relative to the data sheet where they scale with it, so
-that a fit which leaves measurements out does not know them from here. Knows nothing of how a fit is done.
+that a held-out fit does not learn the held-out measurements from them. Knows nothing of how a fit is done.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def priors(gpu: Gpu) -> dict[str, Constant]:
 def around(gpu: Gpu, paths: Iterable[str], known: Gpu | None = None) -> list[Constant]:
     """The priors of `paths`; with `known`, their middles are that GPU's own constants.
 
-    A constant of 0 says that the GPU has no such effect: it is left out. But for power.static_w, which every GPU has
-    to some degree (where it is 0, idle_w holds it): it starts from the general prior.
+    A constant of 0 means that the GPU lacks that effect: it is omitted. Every GPU has power.static_w to some degree
+    (where it is 0, idle_w includes it): it starts from the general prior.
     """
     chosen = [priors(gpu)[path] for path in paths]
     if known is None:

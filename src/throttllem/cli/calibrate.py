@@ -39,10 +39,10 @@ def calibrate(
 ) -> None:
     """Fit the physics to a GPU or model of your own: a catalogue entry, and its errors on what the fit did not see."""
     from throttllem.calibrate.calibration import calibrate_points
-    from throttllem.calibrate.doubts import fitted_to, seen_before
+    from throttllem.calibrate.datasheet import with_datasheet
     from throttllem.calibrate.entry import basis, check_name, entry, printable, write_entry
     from throttllem.calibrate.points import points_of
-    from throttllem.calibrate.sheet import with_sheet
+    from throttllem.calibrate.validation import fitted_before, fitted_to
     from throttllem.files import ensure_writable_dir
     from throttllem.physics.catalogue import Catalogue
     from throttllem.profiling.profile import read_profile
@@ -51,7 +51,7 @@ def calibrate(
     _check_target(out, profile_file, catalogue)
     known = Catalogue.load(catalogue)
     frame = read_profile(profile_file)
-    gpu = with_sheet(_like(known, frame, like, profile_file), sheet or ())
+    gpu = with_datasheet(_like(known, frame, like, profile_file), sheet or ())
     model = _model(known, frame, profile_file)
     new_name = check_name(name if name is not None else str(frame["gpu"][0]))
     points = points_of(frame, model, profile_file)
@@ -60,7 +60,7 @@ def calibrate(
             points, gpu, model, profile_file, lambda done, total: report("fitting", done / total)
         )
     source_name = printable(profile_file.name)
-    calibration = replace(calibration, doubts=(*seen_before(gpu, source_name), *calibration.doubts))
+    calibration = replace(calibration, warnings=(*fitted_before(gpu, source_name), *calibration.warnings))
     source = f"{fitted_to(source_name)}, {frame.height} rows"
     covered = basis(points, model.name, source)
     new_model = None if Catalogue.load().models.get(model.name) == model else model
@@ -128,8 +128,8 @@ def _show(calibration: Calibration, name: str, out: Path) -> None:
     console = Console()
     console.print(_errors_table(calibration, name))
     console.print(_constants_table(calibration))
-    for doubt in calibration.doubts:
-        typer.echo(f"warning: {doubt}", err=True)
+    for warning in calibration.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     said = f"[gpu.{name}] is in {out}: use it with --catalogue."
     if calibration.like != name:
         said += f" Memory, clocks, power limit and idle watts are those of {calibration.like} (or of --sheet)."
@@ -139,7 +139,7 @@ def _show(calibration: Calibration, name: str, out: Path) -> None:
 def _errors_table(calibration: Calibration, name: str) -> Table:
     from rich.table import Table
 
-    from throttllem.calibrate.refuse import percent
+    from throttllem.calibrate.validation import percent
 
     table = Table(title=f"{name}: relative errors, fitted to {calibration.rows_fitted} of {calibration.rows} rows")
     table.add_column("held out")
@@ -157,7 +157,7 @@ def _constants_table(calibration: Calibration) -> Table:
     from rich.table import Table
 
     from throttllem.calibrate.entry import absent
-    from throttllem.calibrate.refuse import percent
+    from throttllem.calibrate.validation import percent
 
     table = Table(title="constants of the fit")
     table.add_column("constant", no_wrap=True)
@@ -167,7 +167,7 @@ def _constants_table(calibration: Calibration) -> Table:
     for path, value, fitted in calibration.constants():
         if fitted is None:
             lacks = absent(calibration.gpu, path)
-            said = f"no, 0 in {calibration.like}" if lacks else f"no, kept from {calibration.like}"
+            said = f"no, 0 in {calibration.like}" if lacks else f"no, that of {calibration.like}"
             table.add_row(path, f"{value:.4g}", "", said)
         else:
             said = "yes" if fitted.determined else "with others only"

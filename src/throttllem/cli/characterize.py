@@ -61,7 +61,7 @@ def characterize(
     from throttllem.core.types import Slo
     from throttllem.engines.simulated.fleet import build_fleet
     from throttllem.physics.catalogue import Catalogue
-    from throttllem.sim.prepare import capacities
+    from throttllem.sim.characterize import capacities
     from throttllem.sim.traces import load_trace
 
     if json_file:
@@ -75,7 +75,7 @@ def characterize(
             options,
             options.cache_dir.expanduser(),
             seed=seed,
-            promised=Slo(e2e_s=options.slo.e2e_s, tbt_s=tbt_s),
+            slo=Slo(e2e_s=options.slo.e2e_s, tbt_s=tbt_s),
             progress=report,
         )
     table = Table("TP", "max load req/s", "E2E p99 s", "TBT p99 ms", "tokens/J", "never fits")

@@ -1,4 +1,4 @@
-"""`throttllem doctor`: what may I do here, what is locked and by whom; `--restore` resets it. Output alone."""
+"""`throttllem doctor`: may clocks be set here, and which are locked; `--restore` resets them. Output alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def doctor(
     socket: Socket = None,
     state: State = None,
 ) -> None:
-    """May I set clocks here, what is locked and by whom, and how to mend it. Exit code 1 where something is wrong."""
+    """May clocks be set here, which are locked and by what, and what to do. Exit code 1: something is wrong."""
     if gpu and not put_back:
         raise ValueError("--gpu: only with --restore, which resets that GPU")
     from throttllem.doctor.examine import examine
@@ -53,7 +53,8 @@ def doctor(
             _print(finding)
 
     if put_back:
-        restore(state, socket, gpu or (), report)
+        for finding in restore(state, socket, gpu or ()):
+            report(finding)
     examined = examine(state, socket, zeusd, MEASURE_S if measure else None)
     for finding in examined.findings:
         report(finding)
@@ -82,7 +83,7 @@ def _as_json(found: list[Finding], examined: Examined) -> dict[str, Any]:
         ],
         "gpus": [_gpu_json(gpu) for gpu in examined.gpus],
         "keeper": {
-            "socket": str(examined.keeper.socket),
+            "socket": str(examined.keeper.path),
             "runs": examined.keeper.runs,
             "allowed": examined.keeper.status.get("allowed", {}),
             "held": examined.keeper.status.get("held", {}),
@@ -103,8 +104,8 @@ def _gpu_json(gpu: Gpu) -> dict[str, Any]:
         "limit_w": gpu.limit_w,
         "energy_counter": gpu.has_counter,
         "energy_refresh_s": gpu.refresh_s,
-        "brake": gpu.brake.words,
-        "shared": gpu.use and gpu.use.name,
+        "brake": gpu.throttle.text,
+        "shared": gpu.sharing and gpu.sharing.name,
         "processes": gpu.pids,
         "steady_mhz": gpu.steady_mhz,
     }

@@ -29,7 +29,7 @@ def keeper(
         ),
     ] = None,
     user: Annotated[
-        list[str] | None, typer.Option("--user", metavar="NAME", help="Who may ask, besides root. Repeat.")
+        list[str] | None, typer.Option("--user", metavar="NAME", help="A user that may connect, beside root. Repeat.")
     ] = None,
     socket: Socket = None,
     state: State = None,
@@ -50,12 +50,12 @@ def keeper(
     options += [("--normally", text) for text in normally or ()]
     options += [("--user", user_id(name)) for name in user or ()]
     options += [("--socket", str(socket)), ("--state", str(state))]
-    command = [sys.executable, *PROGRAM, *(word for pair in options for word in pair)]
+    command = [sys.executable, *PROGRAM, *(text for pair in options for text in pair)]
     check_options(options)
     if not unit and not sets_clocks():
         raise PermissionError(
             "the keeper sets clocks, which needs root (CAP_SYS_ADMIN): run this with sudo, or install the service that "
-            "`throttllem keeper --unit` prints; whoever may only look uses `throttllem doctor`"
+            "`throttllem keeper --unit` prints; `throttllem doctor` needs no right"
         )
     warnings = (*not_roots(), *(() if unit else loose(socket.parent, state)))  # a unit's folders systemd makes
     for warning in warnings:

@@ -114,9 +114,9 @@ def run_study(study: Study, loaded: Loaded, json_file: Path | None, out: Path | 
     """Simulate, print the table, and write what was wanted."""
     from throttllem.files import ensure_writable_dir
     from throttllem.physics.catalogue import Catalogue
-    from throttllem.report.output import results_json, show_results
     from throttllem.report.page import write_report
-    from throttllem.sim.runs import run_all
+    from throttllem.report.terminal import results_json, show_results
+    from throttllem.sim.study import run_all
 
     options = loaded.options
     if options.length.predictor == "online":

@@ -1,30 +1,33 @@
-"""Events in, commands out: one controller over all engines of one model (aioquic's shape; the paper's section on the
-system). It owns the queue, one scoreboard per engine and the clock each should run at. It never reads a clock: time is
-an argument, and `next_deadline` says when it wants a `Timer`. The order of work after any event is always the same:
-book what happened, let the queue's head in while it fits, then plan the clock of every engine that changed. All of it
-can be pickled, in mid-run too.
+"""Events in, commands out: one controller over all engines of one model (the shape of aioquic's connection).
+
+`handle` updates what is known and lets requests in; the clocks are planned by the next `Timer`, which is due at once
+after an event that calls for a plan. So a request is on its way before the clocks are planned, and events that come
+together share one plan. Time is an argument, and `next_deadline` says when a `Timer` is wanted. Knows nothing of
+clocks on the wall, sockets or GPUs.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
-from throttllem.core.clocks.controller import Governor
+from throttllem.core.clocks.controller import ClockController
 from throttllem.core.clocks.sizing import Autoscaler
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import Engines, EngineState, Phase
 from throttllem.core.forecast.projection import Projection
 from throttllem.core.lengths.expectation import LengthPrediction
 from throttllem.core.options import ControllerOptions
-from throttllem.core.scheduler import AdmissionQueue, Changed
-from throttllem.core.snapshot import Snapshot, view
-from throttllem.core.state_update import StateUpdate
+from throttllem.core.scheduler import AdmissionQueue, refused_by_all
+from throttllem.core.sequence_state import SequenceState
+from throttllem.core.snapshot import Counts, Snapshot, view
 from throttllem.core.types import (
     Arrived,
     Cancel,
     Cancelled,
     ClockRead,
     Command,
+    Dispatch,
     EngineLost,
     EngineReady,
     EngineSpec,
@@ -33,11 +36,13 @@ from throttllem.core.types import (
     Observed,
     Progressed,
     Reason,
+    Reject,
     Request,
     StartEngine,
     Stepped,
     StopEngine,
     Timer,
+    VerdictKind,
 )
 
 
@@ -48,188 +53,320 @@ class Controller:
         self.options = options
         self._engines = Engines(options.specs if options.autoscale else {}, options.tables)
         self._load = LoadEstimator(options.load_window_s)
-        self._foresight = LengthPrediction(options.predictor, options.inflation)
-        self._booking = StateUpdate(self._load, self._foresight)
-        self._governor = Governor(options.throttle, self._load)
-        self._entrance = AdmissionQueue(options, self._engines, self._governor, self._foresight, self._booking)
+        self._lengths = LengthPrediction(options.predictor, options.inflation)
+        self._queue = AdmissionQueue(options)
+        self._clocks = ClockController(options.throttle, self._load)
         self._autoscaler = Autoscaler(options.autoscale) if options.autoscale else None
-        self._autoscale_at_s: float | None = None
+        self._counts = dict.fromkeys((count.name for count in fields(Counts)), 0)
+        self._unplanned: dict[int, EngineState] = {}
+        self._unplanned_since_s = 0.0
+        self._replan_s = math.inf
+        self._resize_s = math.inf
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
-        """Take one event in; what to do about it, in order. `now_s` never goes back."""
-        commands, changed = self.take_in(event, now_s)
-        return commands + self.settle(changed, now_s)
+        """Take in one event; the commands that follow from it, in order. `now_s` never goes back.
 
-    def take_in(self, event: Event, now_s: float) -> tuple[list[Command], Changed]:
-        """The first half of `handle`: what happened is booked, and who may come in does. `settle` must come next."""
+        Engines that this leaves without a plan make `next_deadline` due: the driver hands in a `Timer` then.
+        """
         commands: list[Command] = []
-        changed: Changed = {}
         match event:
-            case Stepped() | Progressed() | Observed():
-                engine = self._engines.get(event.engine)
-                if engine is None or not self._book(engine, event, now_s):
-                    return commands, changed
-                changed[engine.engine] = engine
+            case Stepped():
+                if not self._stepped(event, now_s):
+                    return commands
+            case Observed():
+                if not self._observed(event):
+                    return commands
+            case Progressed():
+                if not self._progressed(event, now_s):
+                    return commands
+            case Timer():
+                if self._unplanned:
+                    self._plan(now_s, commands)
+                    return commands
+                if now_s >= self._replan_s:
+                    self._mark_due(now_s)
             case Arrived(request=request):
                 self._arrived(request, now_s, commands)
             case Cancelled(request_id=request_id):
-                changed = self._cancelled(request_id, commands)
+                self._cancelled(request_id, commands)
             case EngineReady(engine=key, spec=spec):
-                changed = self._ready(key, spec, now_s)
+                self._ready(key, spec, now_s)
             case EngineLost(engine=key):
-                changed = self._engine_lost(key, now_s, commands)
+                self._engine_lost(key, now_s, commands)
             case ClockRead():
-                changed = self._clock_read(event, now_s)
-            case Timer():
-                changed = {state.engine: state for state in self._engines if state.again_at_s <= now_s}
-        changed |= self._autoscale(now_s, commands)
-        self._entrance.give_up(now_s, commands, changed)
-        self._entrance.let_in(now_s, commands, changed)
-        return commands, changed
-
-    def settle(self, changed: Changed, now_s: float) -> list[Command]:
-        """The second half, at the same time: the clocks of all engines that changed are planned."""
-        commands: list[Command] = []
-        for engine in changed.values():
-            self._settle(engine, now_s, commands)
+                self._clock_read(event, now_s)
+        if now_s >= self._resize_s:
+            self._resize(now_s, commands)
+        self._admit(now_s, commands)
+        for state in self._unplanned.values():
+            if state.began_s is None and (state.board.running or state.board.pending):
+                state.began_s = now_s
+        self._unplanned_since_s = now_s
         return commands
 
     def next_deadline(self) -> float | None:
-        """When the controller wants a `Timer` at the latest; None: only events matter."""
-        again_s = min((engine.again_at_s for engine in self._engines), default=math.inf)
-        if self._autoscale_at_s is not None:
-            again_s = min(again_s, self._autoscale_at_s)
-        again_s = min(again_s, self._entrance.give_up_s())
-        return again_s if again_s < math.inf else None
+        """When the controller wants a `Timer` at the latest; None: only events matter. O(1)."""
+        if self._unplanned:
+            return self._unplanned_since_s
+        deadline_s, serving = min(self._replan_s, self._resize_s), self._engines.serving
+        if serving is None or serving.table is not None:  # without a table it is not known what is too late
+            deadline_s = min(deadline_s, self._queue.next_expiry_s)
+        return deadline_s if deadline_s < math.inf else None
 
     def projection(self, engine: int) -> Projection | None:
         """The projection that the clock of an engine rests on; None for policies that do not project."""
-        state = self._engines.get(engine)
+        state = self._engines.by_id.get(engine)
         return state.projection if state else None
 
     def serving(self) -> int | None:
         """The engine that takes new requests."""
         return self._engines.serving.engine if self._engines.serving else None
 
+    def kv_blocks(self, engine: int) -> int:
+        """KV blocks that the scoreboard expects in the engine's last iteration; 0 for an engine that is unknown."""
+        state = self._engines.by_id.get(engine)
+        return state.board.kv_blocks(state.iteration - 1) if state else 0
+
     def snapshot(self) -> Snapshot:
         """All that others may know, frozen. O(engines)."""
-        views = tuple(view(state) for state in self._engines)
         return Snapshot(
-            queue=len(self._entrance),
-            head=self._entrance.head,
-            engines=views,
-            counts=self._booking.counts,
-            lengths=self._foresight.score,
+            queue=len(self._queue.waiting),
+            head=self._queue.head,
+            engines=tuple(view(state) for state in self._engines.by_id.values()),
+            counts=Counts(**self._counts),
+            lengths=self._lengths.score,
         )
 
-    def _book(self, engine: EngineState, event: Stepped | Progressed | Observed, now_s: float) -> bool:
-        """Book what an engine told; True if it calls for a new plan."""
-        if engine.spec is None:
+    # ---- engines report --------------------------------------------------------------------------------------
+
+    def _stepped(self, event: Stepped, now_s: float) -> bool:
+        """An iteration is over. False if nothing changed but its number: O(1), and nothing to decide."""
+        state = self._engines.by_id.get(event.engine)
+        if state is None or state.spec is None:
             return False
-        match event:
-            case Stepped():
-                return self._booking.stepped(engine, event, now_s)
-            case Progressed():
-                return self._booking.progressed(engine, event, now_s)
-            case Observed():
-                return self._booking.observed(engine, event)
+        board, iteration = state.board, event.iteration + 1
+        state.iteration = iteration
+        changed = state.stale or bool(event.started or event.finished or event.preempted)
+        if changed:
+            self._apply(state, event, now_s)
+        if board.next_end <= iteration and board.outgrown(iteration, self._lengths.renew):
+            changed = True
+        if not changed:
+            state.began_s = now_s if board.running or board.pending else None
+            return False
+        state.began_s, state.stale = None, False
+        self._unplanned[state.engine] = state
+        return True
 
-    def _arrived(self, request: Request, now_s: float, commands: list[Command]) -> None:
-        self._booking.count(arrived=1)
-        row = self._entrance.arrived(request, commands)
-        if self._autoscaler:
-            self._autoscaler.arrived(now_s, 1 if row is None else request.sequences)
-            if self._autoscale_at_s is None:
-                self._autoscale_at_s = now_s + self._autoscaler.options.interval_s
-        if row is not None:
-            tokens, sequences = row.predicted_tokens, request.sequences
-            self._load.arrived(now_s, request.prompt_tokens, tokens, request.slo, sequences)
+    def _apply(self, state: EngineState, event: Stepped, now_s: float) -> None:
+        """Sequences that the engine preempted, started and finished in an iteration."""
+        board, iteration = state.board, event.iteration
+        for request_id in event.preempted:
+            if request_id in board.running:
+                board.preempt(request_id, iteration)
+        for request_id in event.started:
+            if request_id in board.pending:
+                board.begin(request_id, iteration, now_s)
+        for request_id in event.finished:
+            if request_id in board:
+                sequence = board.remove(request_id)
+                tokens = sequence.generated_tokens(iteration)
+                self._counts["finished"] += 1
+                self._counts["lost"] += sequence.lost
+                self._load.finished(sequence.predicted_tokens, tokens)
+                self._lengths.finished(sequence, tokens)
 
-    def _cancelled(self, request_id: int, commands: list[Command]) -> Changed:
-        for engine in self._engines:
-            if request_id in engine.board:
-                self._foresight.dropped(engine.board.remove(request_id))
-                engine.in_progress = engine.in_progress and len(engine.board) > 0
-                self._booking.count(failed=1)
-                commands.append(Cancel(engine=engine.engine, request_id=request_id))
-                return {engine.engine: engine}
-        self._entrance.cancelled(request_id, commands)
-        return {}
+    def _progressed(self, event: Progressed, now_s: float) -> bool:
+        """Correct one sequence. True if it began; if it only moved, the next iteration is soon enough to plan."""
+        state = self._engines.by_id.get(event.engine)
+        if state is None or state.spec is None or event.request_id not in state.board:
+            return False
+        board = state.board
+        begins = event.request_id in board.pending
+        sequence = board.pending[event.request_id] if begins else board.running[event.request_id]
+        tokens = max(1, min(event.tokens, sequence.request.max_tokens))  # more than it may give is an error of counting
+        board.correct(event.request_id, tokens, state.iteration - 1, now_s)
+        state.drift.corrections += 1
+        if begins:
+            self._unplanned[state.engine] = state
+        else:
+            state.stale = True
+        return begins
 
-    def _ready(self, key: int, spec: EngineSpec, now_s: float) -> Changed:
-        engine = self._engines.ready(key, spec)
-        return {} if engine is None else self._serve(engine, now_s)
+    def _observed(self, event: Observed) -> bool:
+        """What the engine reports of itself. True if its external load has changed enough since the last plan."""
+        state = self._engines.by_id.get(event.engine)
+        if state is None or state.spec is None:
+            return False
+        board = state.board
+        board.others = state.drift.compare(event, board.own(state.iteration - 1))
+        if not board.others.moved(state.others, state.spec.kv_blocks):
+            return False
+        state.drift.corrections += 1
+        self._unplanned[state.engine] = state
+        return True
 
-    def _engine_lost(self, key: int, now_s: float, commands: list[Command]) -> Changed:
-        """What ran is gone; one that drains serves again, or else another is started unless one starts already."""
-        engine = self._engines.remove(key)
-        if engine is None:
-            return {}
-        for row in engine.board.rows():
-            self._foresight.dropped(row)
-            self._booking.count(failed=1)
-            commands.append(Fail(request_id=row.request.id, why=Reason.ENGINE_LOST))
-        if self._engines.serving is None and (draining := self._engines.draining()):
-            return self._serve(draining, now_s)
-        if not len(self._engines):
-            self._start(engine.tp, commands)
-        return {}
-
-    def _clock_read(self, read: ClockRead, now_s: float) -> Changed:
-        """An unknown clock is asked for again, at the top; so is one that did not follow, unless something holds it
+    def _clock_read(self, read: ClockRead, now_s: float) -> None:
+        """An unknown clock is set again, to the maximum; so is one that did not follow, unless something holds it
         down: then every higher clock is planned as what it comes to.
         """
-        engine = self._engines.get(read.engine)
-        if engine is None:
-            return {}
-        engine.clock_mhz = read.mhz
-        before = engine.table
-        engine.table = before and before.capped(read.limit_mhz)
-        under_way = now_s < engine.set_at_s + self.options.throttle.switch_latency_s
-        held = read.limit_mhz is not None and (read.mhz or 0) <= (engine.target_mhz or 0)
-        if read.mhz is None or (read.mhz != engine.target_mhz and not under_way and not held):
-            engine.target_mhz = None  # whatever was asked for is not what is: the next plan is asked for anew
-            return {engine.engine: engine}
-        return {} if engine.table is before else {engine.engine: engine}
-
-    def _settle(self, engine: EngineState, now_s: float, commands: list[Command]) -> None:
-        """Plan the clock of an engine that changed; one that has drained is stopped."""
-        if engine.spec is None:
+        state = self._engines.by_id.get(read.engine)
+        if state is None:
             return
-        if engine.phase is Phase.DRAINING and not len(engine.board):
-            self._engines.remove(engine.engine)
-            commands.append(StopEngine(engine=engine.engine))
-            return
-        engine.others = engine.board.others
-        waiting = len(self._entrance) > 0 and engine.phase is Phase.SERVING
-        command = self._governor.settle(engine, now_s, waiting=waiting)
-        if command:
-            commands.append(command)
-        if not engine.in_progress and len(engine.board):
-            engine.in_progress, engine.began_s = True, now_s
+        state.clock_mhz = read.mhz
+        before = state.table
+        state.table = before and before.capped(read.limit_mhz)
+        under_way = now_s < state.set_at_s + self.options.throttle.switch_latency_s
+        held = read.limit_mhz is not None and (read.mhz or 0) <= (state.target_mhz or 0)
+        if read.mhz is None or (read.mhz != state.target_mhz and not under_way and not held):
+            state.target_mhz = None  # the target is not in force: the next plan sets its clock again
+            self._unplanned[state.engine] = state
+        elif state.table is not before:
+            self._unplanned[state.engine] = state
 
-    def _autoscale(self, now_s: float, commands: list[Command]) -> Changed:
-        """Every interval: bring up the size that the load calls for, or go back to one that drains still."""
+    # ---- requests come and go --------------------------------------------------------------------------------
+
+    def _arrived(self, request: Request, now_s: float, commands: list[Command]) -> None:
+        self._counts["arrived"] += 1
+        why = refused_by_all(request, self._engines.specs())
+        if why is None and len(self._queue.waiting) >= self.options.admission.queue_limit:
+            why = Reason.QUEUE_FULL
+        if self._autoscaler:
+            self._autoscaler.arrived(now_s, 1 if why else request.sequences)
+            if self._resize_s == math.inf:
+                self._resize_s = now_s + self._autoscaler.options.interval_s
+        if why is not None:
+            self._reject(request.id, why, commands)
+            return
+        sequence = self._lengths.row(request)
+        self._queue.push(sequence)
+        self._load.arrived(now_s, request.prompt_tokens, sequence.predicted_tokens, request.slo, request.sequences)
+
+    def _cancelled(self, request_id: int, commands: list[Command]) -> None:
+        sequence = self._queue.take(request_id)
+        if sequence is not None:
+            self._drop(sequence, Reason.CANCELLED, commands)
+            return
+        for state in self._engines.by_id.values():
+            if request_id in state.board:
+                self._lengths.dropped(state.board.remove(request_id))
+                if not len(state.board):
+                    state.began_s = None
+                self._counts["failed"] += 1
+                commands.append(Cancel(engine=state.engine, request_id=request_id))
+                self._unplanned[state.engine] = state
+                return
+
+    def _admit(self, now_s: float, commands: list[Command]) -> None:
+        """Take requests out of the queue: those that expired, and those that may join the engine that serves."""
         serving = self._engines.serving
-        if self._autoscaler is None or self._autoscale_at_s is None or now_s < self._autoscale_at_s:
-            return {}
-        self._autoscale_at_s = now_s + self._autoscaler.options.interval_s
-        if serving is None or any(state.phase is Phase.STARTING for state in self._engines):
-            return {}
-        wanted = max(self._autoscaler.wanted(now_s, serving.tp), self._entrance.least_size())
-        if wanted == serving.tp:
-            return {}
-        draining = [state for state in self._engines if state.tp == wanted]
-        if draining:
-            return self._serve(draining[0], now_s)
-        self._start(wanted, commands)
-        return {}
+        if self._queue.next_expiry_s <= now_s and (serving is None or serving.table is not None):
+            for sequence, why in self._queue.expire(now_s):
+                self._drop(sequence, why, commands)
+            if serving:
+                self._unplanned[serving.engine] = serving
+        if not self._queue.waiting:
+            self._queue.head = None
+            return
+        decided = self._queue.admit(serving, now_s)
+        if serving and serving.spec:
+            self._unplanned[serving.engine] = serving
+        for sequence, verdict in decided:
+            if verdict.kind is VerdictKind.REJECT:
+                self._drop(sequence, verdict.why, commands)
+                continue
+            assert serving is not None, "a request is only ever let in to an engine"
+            self._counts["dispatched"] += 1
+            commands.append(Dispatch(engine=serving.engine, request_id=sequence.request.id))
 
-    def _serve(self, engine: EngineState, now_s: float) -> Changed:
-        before = self._engines.serve(engine)
-        if before is not None and self._autoscaler:
-            self._autoscaler.changed(now_s)
-        return {state.engine: state for state in (engine, before) if state}
+    def _drop(self, sequence: SequenceState, why: Reason, commands: list[Command]) -> None:
+        self._lengths.dropped(sequence)
+        self._reject(sequence.request.id, why, commands)
+
+    def _reject(self, request_id: int, why: Reason, commands: list[Command]) -> None:
+        self._counts["rejected"] += 1
+        commands.append(Reject(request_id=request_id, why=why))
+
+    # ---- engines come and go ---------------------------------------------------------------------------------
+
+    def _ready(self, key: int, spec: EngineSpec, now_s: float) -> None:
+        state = self._engines.ready(key, spec)
+        if state is not None:
+            self._serve(state, now_s)
+
+    def _engine_lost(self, key: int, now_s: float, commands: list[Command]) -> None:
+        """What ran is gone; one that drains serves again, or else another is started unless one starts already."""
+        state = self._remove(key)
+        if state is None:
+            return
+        for sequence in state.board.rows():
+            self._lengths.dropped(sequence)
+            self._counts["failed"] += 1
+            commands.append(Fail(request_id=sequence.request.id, why=Reason.ENGINE_LOST))
+        if self._engines.serving is None and (draining := self._engines.draining()):
+            self._serve(draining, now_s)
+        elif not self._engines.by_id:
+            self._start(state.tp, commands)
+
+    def _resize(self, now_s: float, commands: list[Command]) -> None:
+        """Every interval: bring up the size that the load calls for, or go back to one that drains still."""
+        assert self._autoscaler is not None
+        self._resize_s = now_s + self._autoscaler.options.interval_s
+        serving, states = self._engines.serving, self._engines.by_id.values()
+        if serving is None or any(state.phase is Phase.STARTING for state in states):
+            return
+        wanted = max(self._autoscaler.wanted(now_s, serving.tp), self._queue.least_size())
+        if wanted == serving.tp:
+            return
+        draining = [state for state in states if state.tp == wanted]
+        if draining:
+            self._serve(draining[0], now_s)
+        else:
+            self._start(wanted, commands)
+
+    def _serve(self, state: EngineState, now_s: float) -> None:
+        self._unplanned[state.engine] = state
+        before = self._engines.serve(state)
+        if before is not None:
+            self._unplanned[before.engine] = before
+            if self._autoscaler:
+                self._autoscaler.changed(now_s)
 
     def _start(self, tp: int, commands: list[Command]) -> None:
         commands.append(StartEngine(engine=self._engines.start(tp).engine, tp=tp))
+
+    def _remove(self, key: int) -> EngineState | None:
+        self._unplanned.pop(key, None)
+        state = self._engines.remove(key)
+        self._find_replan()
+        return state
+
+    # ---- clocks ----------------------------------------------------------------------------------------------
+
+    def _mark_due(self, now_s: float) -> None:
+        """Engines whose plan has grown old need another."""
+        for state in self._engines.by_id.values():
+            if state.replan_s <= now_s:
+                state.replan_s = math.inf
+                self._unplanned[state.engine] = state
+        self._find_replan()
+
+    def _plan(self, now_s: float, commands: list[Command]) -> None:
+        """Plan the clocks of the engines that changed; one that has drained is stopped."""
+        while self._unplanned:
+            state = self._unplanned.pop(next(iter(self._unplanned)))
+            if state.spec is None:
+                continue
+            if state.phase is Phase.DRAINING and not len(state.board):
+                self._engines.remove(state.engine)
+                commands.append(StopEngine(engine=state.engine))
+                continue
+            state.others = state.board.others
+            waiting = len(self._queue.waiting) > 0 and state.phase is Phase.SERVING
+            command = self._clocks.plan(state, now_s, waiting=waiting)
+            if command:
+                commands.append(command)
+        self._find_replan()
+
+    def _find_replan(self) -> None:
+        self._replan_s = min((state.replan_s for state in self._engines.by_id.values()), default=math.inf)

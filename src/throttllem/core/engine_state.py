@@ -7,7 +7,7 @@ instancing). Knows nothing of clocks or queues.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -29,12 +29,13 @@ class Phase(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class EngineState:
-    """All that the controller knows of one engine. The controller, its books and its governor are its only writers.
+    """All that the controller knows of one engine. Controller, admission queue and clock controller write it.
 
-    `iteration` is the one in progress or next to begin, `began_s` when it began. `clock_mhz` is the clock in force as
-    far as known, `target_mhz` the one asked for at `set_at_s`. `projection` is the one that the plan rests on.
-    `again_at_s`: when the clock should be planned again at the latest. `steady`: what the load of `steady_at_s`
-    means if it goes on. `stale`: rows were corrected since the last iteration. `others` are those last planned for.
+    `iteration` is the one in progress or next to begin, `began_s` when it began (None: it has not). `clock_mhz` is the
+    clock in force as far as known, `target_mhz` the one set at `set_at_s`. `projection` is the one that the plan rests
+    on. `replan_s`: when the clock should be planned again at the latest. `steady`: what the load of `steady_at_s`
+    means if it goes on. `stale`: sequences were corrected since the last iteration. `others` is the external load that
+    was last planned for.
     """
 
     engine: int
@@ -44,54 +45,44 @@ class EngineState:
     table: PerformanceTable | None = None
     board: Scoreboard = field(default_factory=lambda: Scoreboard(1))
     iteration: int = 0
-    began_s: float = 0.0
-    in_progress: bool = False
+    began_s: float | None = None
     clock_mhz: int | None = None
     target_mhz: int | None = None
     set_at_s: float = -math.inf
     plan: FrequencyPlan | None = None
     projection: Projection | None = None
-    again_at_s: float = math.inf
+    replan_s: float = math.inf
     steady: Steady | None = None
     steady_at_s: float = -math.inf
     stale: bool = False
     others: ExternalLoad = field(default_factory=ExternalLoad)
     drift: DriftMeter = field(default_factory=DriftMeter)
 
-    @property
-    def told(self) -> int:
-        """The iteration told last; -1 before the first."""
-        return self.iteration - 1
-
-    def base_s(self, now_s: float) -> float:
-        """When the iteration that a projection starts with began, or begins."""
-        return self.began_s if self.in_progress else now_s
+    def maximum_clock_delay_s(self, now_s: float, switch_latency_s: float) -> float:
+        """Seconds until the maximum clock could be in force."""
+        assert self.spec is not None
+        maximum = self.spec.clocks_mhz[-1]
+        if self.clock_mhz == maximum:
+            return 0.0
+        if self.target_mhz == maximum:
+            return max(0.0, self.set_at_s + switch_latency_s - now_s)
+        return switch_latency_s
 
 
 class Engines:
-    """The engines by id. `specs` are those of sizes that could be started, by tensor parallel degree."""
+    """The engines, `by_id`; `serving` takes new requests. `specs` are those of sizes that could be started."""
 
     def __init__(self, specs: Mapping[int, EngineSpec], tables: Mapping[int, PerformanceTable]) -> None:
         self.serving: EngineState | None = None
         self._specs = specs
         self._tables = tables
-        self._states: dict[int, EngineState] = {}
+        self.by_id: dict[int, EngineState] = {}
         self._next = 0
-
-    def __iter__(self) -> Iterator[EngineState]:
-        return iter(self._states.values())
-
-    def __len__(self) -> int:
-        return len(self._states)
 
     def draining(self) -> EngineState | None:
         """The largest engine that drains, if one does."""
-        found = [state for state in self if state.phase is Phase.DRAINING]
+        found = [state for state in self.by_id.values() if state.phase is Phase.DRAINING]
         return max(found, key=lambda state: state.tp, default=None)
-
-    def get(self, engine: int) -> EngineState | None:
-        """The engine of that id, if it is known and up or starting."""
-        return self._states.get(engine)
 
     def specs(self) -> list[EngineSpec]:
         """Engines that a request may end up on: the one that serves, and the sizes that could be started."""
@@ -104,7 +95,7 @@ class Engines:
 
     def ready(self, engine: int, spec: EngineSpec) -> EngineState | None:
         """An engine can serve, at the top clock of what was profiled; None if that was known. Nothing drains yet."""
-        state = self._states.get(engine) or self._add(engine, spec.tp)
+        state = self.by_id.get(engine) or self._add(engine, spec.tp)
         if state.spec is not None:
             return None
         table = self._tables.get(spec.tp)
@@ -125,12 +116,12 @@ class Engines:
 
     def remove(self, engine: int) -> EngineState | None:
         """An engine is gone."""
-        state = self._states.pop(engine, None)
+        state = self.by_id.pop(engine, None)
         if state is not None and state is self.serving:
             self.serving = None
         return state
 
     def _add(self, engine: int, tp: int) -> EngineState:
         self._next = max(self._next, engine + 1)
-        self._states[engine] = state = EngineState(engine=engine, tp=tp)
+        self.by_id[engine] = state = EngineState(engine=engine, tp=tp)
         return state

@@ -29,7 +29,8 @@ class Scoreboard:
     """Rows of one engine: `pending` (dispatched, no token yet) and running ones.
 
     `lost_requests` counts the lost among them, `multi_sequence` those of several sequences; `reserved_blocks` is
-    what an engine that never evicts has set aside. `others` is what the engine holds beside these rows.
+    what an engine that never evicts has set aside. `others` is what the engine holds beside these rows. `next_end` is
+    the first iteration at which a row may have outgrown its prediction (inf: none will).
     """
 
     def __init__(self, block_tokens: int) -> None:
@@ -43,6 +44,7 @@ class Scoreboard:
         self._slots: list[SequenceState] = []
         self._columns: Ints = np.zeros((4, 64), dtype=np.int64)
         self._promises: Floats = np.zeros((4, 64))
+        self.next_end: float = math.inf
         self._ends: list[tuple[int, int]] = []
         self._growing = GrowingBlocks(block_tokens)
         self._pending_sequences = 0
@@ -216,6 +218,7 @@ class Scoreboard:
             row.output_tokens = max(tokens, generated + 1)
             self._write(row)
             found.append(row)
+        self.next_end = self._ends[0][0] if self._ends else math.inf
         return found
 
     def _wait(self, row: SequenceState, sequences: int) -> None:
@@ -233,6 +236,7 @@ class Scoreboard:
         if len(self._ends) > 4 * len(self._slots) + 64:  # mostly ends of rows that left or were corrected
             self._ends = [(int(end), held.request.id) for end, held in zip(self.end, self._slots, strict=True)]
             heapq.heapify(self._ends)
+        self.next_end = self._ends[0][0]
 
     def _leave(self, request_id: int) -> SequenceState:
         row = self.running.pop(request_id)

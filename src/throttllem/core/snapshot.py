@@ -70,7 +70,7 @@ def view(state: EngineState) -> EngineView:
         pending=len(state.board.pending),
         lost_requests=state.board.lost_requests,
         iteration=state.iteration,
-        kv_blocks=state.board.kv_blocks(state.told),
+        kv_blocks=state.board.kv_blocks(state.iteration - 1),
         foreign=max(0, state.board.others.batch),
         drift=state.drift.drift(),
     )

@@ -1,1 +1,1 @@
-"""What may be done with the GPUs of this machine, what is locked and by whom, and putting it back."""
+"""The doctor: which GPUs are here, what is locked, what this user may set; restores what a keeper left."""

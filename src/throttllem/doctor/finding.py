@@ -1,4 +1,4 @@
-"""One line of what the doctor says. Knows nothing of what it is about."""
+"""One line of the doctor's report. Knows nothing of GPUs and keepers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Mark(StrEnum):
-    """How it is meant."""
+    """How serious a finding is."""
 
     OK = "ok"
     NOTE = "--"
@@ -16,7 +16,7 @@ class Mark(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """`text` about `subject`; `remedy`: what to do about it, None where nothing is to be done."""
+    """`text` about `subject`; `remedy`: what to do about it, None where nothing has to be done."""
 
     mark: Mark
     subject: str
@@ -25,15 +25,15 @@ class Finding:
 
 
 def ok(subject: str, text: str) -> Finding:
-    """As it should be."""
+    """It is as it should be."""
     return Finding(mark=Mark.OK, subject=subject, text=text)
 
 
 def note(subject: str, text: str, remedy: str | None = None) -> Finding:
-    """To be known."""
+    """Worth knowing; nothing is wrong."""
     return Finding(mark=Mark.NOTE, subject=subject, text=text, remedy=remedy)
 
 
 def trouble(subject: str, text: str, remedy: str) -> Finding:
-    """To be mended, and how."""
+    """Something is wrong; the remedy is required."""
     return Finding(mark=Mark.TROUBLE, subject=subject, text=text, remedy=remedy)

@@ -5,7 +5,7 @@ Knows nothing of promises, clocks or the control core. Implementations: `realtim
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -81,11 +81,30 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """An engine's answer: its status and headers, and its bytes as they come (EngineError if they break off)."""
+    """An engine's reply. `read` returns the bytes that came since the last call and waits for the first of them; it
+    returns b"" at the end of the body and raises EngineError if the body breaks off.
+    """
 
     status: int
     headers: Headers
-    chunks: AsyncIterator[bytes] = field(repr=False)
+    read: Callable[[], Awaitable[bytes]] = field(repr=False)
+
+    async def body(self) -> bytes:
+        """The whole body."""
+        parts = []
+        while part := await self.read():
+            parts.append(part)
+        return b"".join(parts)
+
+
+def whole_reply(status: int, headers: Headers, body: bytes) -> Reply:
+    """A reply whose body is known already."""
+    parts = [body]
+
+    async def read() -> bytes:
+        return parts.pop() if parts else b""
+
+    return Reply(status=status, headers=headers, read=read)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

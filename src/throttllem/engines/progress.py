@@ -1,63 +1,82 @@
-"""From tokens that come in and what an engine says of itself to events of the core. No clock, no I/O.
+"""From tokens and an engine's own reports to events of the core, and the one record of each request in the engine.
 
-An engine that names who started and finished in each step needs no inference. Of any other the iteration is inferred
-from the streams. A row gets at most one token an iteration, so each token proves an iteration: the token of a row that
-stands in iteration p is of p + 1 at the earliest; a first token is of a later iteration than any that was known when
-its request was sent; and since one burst of tokens is read before the next but one, no token is of an iteration older
-than the one before the latest. The latest of these lower bounds is the iteration: it lags a little, it never runs
-ahead, so a chunk with several tokens or another order within a burst does no harm. Step numbers, where the engine
-tells them, lift it to what it is; a stream that lags behind them then only shows that events hold several tokens, as
-those of a busy vLLM do (1.7 to 3.6 on the mean, measured with 32 streams on two cores).
+No clock, no I/O. An engine that names the requests of each step needs no inference. Of any other engine the iteration
+is inferred from the streams: a sequence gets at most one token an iteration, so each token proves an iteration.
 """
+
+# The theory of the inference. The token of a request that stands in iteration p is of p + 1 at the earliest; a first
+# token is of a later iteration than any known when its request was sent; and since one burst of tokens is read before
+# the next but one, no token is of an iteration older than the one before the latest. The latest of these lower bounds
+# is the iteration. It lags a little and never runs ahead, so a chunk with several tokens or another order within a
+# burst does no harm. Step numbers, where the engine reports them, lift it to the true iteration; a stream that lags
+# behind them then only shows that its events hold several tokens, as those of a busy vLLM do (1.7 to 3.6 on the mean,
+# measured with 32 streams on two cores).
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from throttllem.core.types import Event, Observed, Progressed, Stepped
 from throttllem.engines.base import Report
 
 _CORRECT_EVERY = 8
-"""Iterations between two corrections of one row."""
+"""Iterations between two corrections of one request."""
 _TOLERATED_TOKENS = 2
-"""A row that is so far from its iterations is corrected; one token is the blur of a burst."""
+"""A request that is this far from its iterations is corrected; one token is the blur of a burst."""
 _TRUSTED_AHEAD = 8
-"""So many iterations may streams run ahead of step numbers (which come late); further, and they prove nothing: engines
-that guess several tokens ahead give more than one an iteration."""
+"""Streams may run this many iterations ahead of step numbers, which come late. Further ahead they prove nothing:
+engines that speculate give more than one token an iteration."""
+STEPS_PER_S = 2000
+"""No engine steps faster: the fastest take a few milliseconds a step, and several behind one address are summed."""
+JUMP_STEPS = 4096
+"""Step numbers may jump this far whatever time passed: reports get lost, and come in bursts."""
 
 
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One request in the engine. `sent` is the iteration known when it was sent, `place` the latest that its tokens
-    prove, `start` the one told as that of its first token (None: none told). `tokens` of all its sequences.
+@dataclass(slots=True, eq=False, kw_only=True)
+class InFlight:
+    """One request in one engine. `prompt_tokens` and `tokens` (seen in its stream) are those of all its sequences.
+
+    `sent` is the iteration known when it was sent, `place` the latest that its tokens prove, `start` the iteration of
+    its first token since the last (re)start (None: it waits). `done_tokens` were generated before `start` or before
+    it finished. `processed_prompt_tokens` are known to be computed. The last three fields belong to the energy
+    accounting: tokens that were charged already, and joules.
     """
 
     request_id: int
     streams: bool
     sequences: int
+    prompt_tokens: int
     sent: int
     place: int
     tokens: int = 0
     start: int | None = None
+    done_tokens: int = 0
     corrected: float = -math.inf
+    processed_prompt_tokens: int = 0
+    charged_prompt_tokens: int = 0
+    charged_output_tokens: int = 0
+    energy_j: float = 0.0
 
     @property
     def length(self) -> int:
-        """Tokens of its answer so far, of one sequence."""
+        """Output tokens of one sequence, as far as they were seen."""
         return -(-self.tokens // self.sequences)
 
 
 class Progress:
-    """One connection to one engine. Everything is O(1), but for what comes and goes with silent rows."""
+    """The requests in one engine from one connection to the next. A token or a report is O(1), except that requests
+    which do not stream are looked through when they start.
+    """
 
     def __init__(self, engine: int, *, exact: bool) -> None:
         self.engine = engine
         self.exact = exact
-        self._iteration = -1
-        self._rows: dict[int, _Row] = {}
-        self._waiting: dict[int, _Row] = {}
+        self.in_flight: dict[int, InFlight] = {}
+        self.iteration = -1
+        """The latest iteration reported to the core; -1 before the first."""
+        self._waiting: dict[int, InFlight] = {}
         self._silent_waiting = 0
         self._sequences = 0
         self._streaming = 0
@@ -67,169 +86,182 @@ class Progress:
         self._streams_prove = True
 
     @property
-    def _steps(self) -> bool:
-        """Does the engine number its steps?"""
-        return self._first_step is not None
+    def needs_timer(self) -> bool:
+        """Only time can show progress: requests run, none of them streams, and the engine numbers no steps."""
+        if self.exact or self._first_step is not None or self._streaming > 0:
+            return False
+        return self._sequences > 0 or (self._silent_waiting > 0 and not self._reports)
 
-    @property
-    def iteration(self) -> int:
-        """The iteration told last, -1 before the first."""
-        return self._iteration
-
-    def dispatched(self, request_id: int, *, streams: bool, sequences: int = 1) -> None:
-        """A request was sent; `streams`: its tokens will be told as they come."""
-        at = self._iteration
-        row = _Row(request_id=request_id, streams=streams, sequences=max(1, sequences), sent=at, place=at)
-        self._rows[request_id] = self._waiting[request_id] = row
+    def dispatched(self, request_id: int, *, streams: bool, sequences: int = 1, prompt_tokens: int = 0) -> None:
+        """A request is about to be sent; `streams`: its tokens will be seen as they come."""
+        at = self.iteration
+        flight = InFlight(
+            request_id=request_id,
+            streams=streams,
+            sequences=max(1, sequences),
+            prompt_tokens=prompt_tokens,
+            sent=at,
+            place=at,
+        )
+        self.in_flight[request_id] = self._waiting[request_id] = flight
         self._silent_waiting += not streams
 
-    def token(self, request_id: int, count: int = 1) -> list[Event]:
-        """So many tokens of a request came, of all its sequences together."""
-        row = self._rows.get(request_id)
-        if row is None or count < 1:
-            return []
-        before = row.length
-        row.tokens += count
+    def token(self, request_id: int, count: int = 1) -> Sequence[Event]:
+        """`count` tokens of a request came, of all its sequences together."""
+        flight = self.in_flight.get(request_id)
+        if flight is None or count < 1:
+            return ()
+        before = -(-flight.tokens // flight.sequences)
+        flight.tokens += count
         if self.exact:
-            return []
+            return ()
+        length = -(-flight.tokens // flight.sequences)
         if self._streams_prove:
-            row.place = max(row.place + row.length - before, self._iteration - 1)
+            flight.place = max(flight.place + length - before, self.iteration - 1)
         else:
-            row.place = self._iteration
-        began = [row] if row.start is None else []
-        events = self._reach(max(self._iteration, row.place, 0), began)
-        return [*events, *self._corrected(row)]
-
-    def ended(self, request_id: int, tokens: int | None) -> list[Event]:
-        """A request has its whole answer, of `tokens` in all where the engine said so."""
-        row = self._rows.get(request_id)
-        if row is None or self.exact:
-            self._leave(request_id)
-            return []
-        known = (row.streams and not self._steps) or tokens is not None
-        row.tokens = row.tokens if tokens is None else tokens
-        began = [row] if row.start is None and (row.tokens > 0 or not known) else []
-        events = self._reach(max(self._iteration, row.sent + 1), began)
-        self._leave(request_id)
-        if known and row.start is not None and row.length != self._iteration - row.start + 1:
-            events.append(Progressed(engine=self.engine, request_id=request_id, tokens=max(1, row.length)))
-        events.append(Stepped(engine=self.engine, iteration=self._iteration, finished=(request_id,)))
+            flight.place = self.iteration
+        events: list[Event] = []
+        if flight.start is None or flight.place > self.iteration:
+            events = self._reach(max(self.iteration, flight.place, 0), [flight] if flight.start is None else [])
+        assert flight.start is not None
+        ahead = self.iteration - flight.start + 1 - length
+        if abs(ahead) >= _TOLERATED_TOKENS and flight.sequences == 1:
+            # Preempted in between, or several tokens in a chunk (which step numbers explain already).
+            explained = self._first_step is not None and ahead > 0
+            if not explained and self.iteration - flight.corrected >= _CORRECT_EVERY:
+                flight.start += ahead
+                flight.corrected = self.iteration
+                events.append(Progressed(engine=self.engine, request_id=request_id, tokens=length))
         return events
 
-    def tokens(self, request_id: int) -> int | None:
-        """Tokens of a request so far, of all its sequences together, as well as can be told; None: not known."""
-        row = self._rows.get(request_id)
-        if row is None:
+    def ended(self, request_id: int, tokens: int | None) -> Sequence[Event]:
+        """A request has its whole output, of `tokens` in all where the engine reported it. It stays in flight until
+        `left`, so that its last tokens can be charged.
+        """
+        flight = self.in_flight.get(request_id)
+        if flight is None or self.exact:
+            return ()
+        known = (flight.streams and self._first_step is None) or tokens is not None
+        flight.tokens = flight.tokens if tokens is None else tokens
+        begins = flight.start is None and (flight.tokens > 0 or not known)
+        events = self._reach(max(self.iteration, flight.sent + 1), [flight] if begins else [])
+        if known and flight.start is not None and flight.length != self.iteration - flight.start + 1:
+            events.append(Progressed(engine=self.engine, request_id=request_id, tokens=max(1, flight.length)))
+        events.append(Stepped(engine=self.engine, iteration=self.iteration, finished=(request_id,)))
+        return events
+
+    def left(self, request_id: int) -> InFlight | None:
+        """Nothing of a request is in the engine any more; its record, None if it was not in flight."""
+        flight = self.in_flight.pop(request_id, None)
+        if flight is None:
             return None
-        if self._steps and row.start is not None:
-            return max(row.tokens, (self._iteration - row.start + 1) * row.sequences)
-        return row.tokens if row.streams else None
+        if self._waiting.pop(request_id, None) is not None:
+            self._silent_waiting -= not flight.streams
+        elif not self.exact:
+            self._sequences -= flight.sequences
+            self._streaming -= flight.streams
+        return flight
 
-    def dropped(self, request_id: int) -> None:
-        """A request was cancelled, or failed: forget it."""
-        self._leave(request_id)
+    def output_tokens(self, flight: InFlight) -> int:
+        """Output tokens of a request, of all its sequences together, by its stream and by the iterations it ran."""
+        if flight.streams and not self.exact and self._first_step is None:
+            return flight.tokens
+        ran = 0 if flight.start is None else (self.iteration - flight.start + 1) * flight.sequences
+        return max(flight.tokens, flight.done_tokens + ran)
 
-    def report(self, report: Report) -> list[Event]:
-        """What the engine said of itself."""
+    def seen_tokens(self, request_id: int) -> int:
+        """Output tokens so far of a request whose end the engine reported without a count; 0: nothing shows them."""
+        flight = self.in_flight.get(request_id)
+        if flight is None:
+            return 0
+        if flight.start is not None and self._first_step is not None:
+            return self.output_tokens(flight)
+        return max(flight.tokens, flight.done_tokens) if flight.streams or self.exact else 0
+
+    def report(self, report: Report, *, elapsed_s: float = 0.0) -> Sequence[Event]:
+        """What the engine reported of itself, `elapsed_s` after the last step that it reported."""
+        step = None if report.step is None else self._numbered(report.step, elapsed_s)
         if self.exact:
-            return [] if report.step is None else [self._named(report, report.step)]
+            return () if step is None else self._named(report, step)
         self._reports = True
-        at = self._iteration if report.step is None else max(self._iteration, self._numbered(report.step))
-        began = self._covered(report.running)
+        at = self.iteration if step is None else max(self.iteration, step)
+        began = self._covered(report.running) if self._silent_waiting else []
         events = self._reach(max(at, 0) if began else at, began)
-        said = Observed(engine=self.engine, running=report.running, waiting=report.waiting, kv_blocks=report.kv_blocks)
-        return [*events, said]
+        events.append(
+            Observed(engine=self.engine, running=report.running, waiting=report.waiting, kv_blocks=report.kv_blocks)
+        )
+        return events
 
-    def tick(self, step_s: float) -> list[Event]:
-        """The time of one iteration went by, as predicted: an iteration, if only rows run that do not show theirs."""
-        seen = self.exact or self._first_step is not None or self._streaming > 0
-        running = self._sequences > 0 or (self._silent_waiting > 0 and not self._reports)
-        return self._reach(self._iteration + 1, []) if running and not seen and 0 < step_s < math.inf else []
+    def tick(self) -> Sequence[Event]:
+        """The predicted time of one iteration passed: an iteration, if nothing else shows progress."""
+        return self._reach(self.iteration + 1, []) if self.needs_timer else ()
 
     # ---- iterations ------------------------------------------------------------------------------------------
 
-    def _named(self, report: Report, step: int) -> Stepped:
-        """A step that says all."""
-        self._iteration = max(self._iteration, self._numbered(step))
-        return Stepped(
-            engine=self.engine,
-            iteration=self._iteration,
-            started=report.started or (),
-            finished=report.finished or (),
-            preempted=report.preempted,
-        )
+    def _named(self, report: Report, iteration: int) -> list[Event]:
+        """A step that names its requests. Their tokens are counted by the iterations in which they ran."""
+        started, finished = report.started or (), report.finished or ()
+        for request_id in report.preempted:
+            if flight := self.in_flight.get(request_id):
+                flight.done_tokens, flight.start = self.output_tokens(flight), None
+        self.iteration = max(self.iteration, iteration)
+        for request_id in started:
+            if flight := self.in_flight.get(request_id):
+                flight.start = self.iteration
+        for request_id in finished:
+            if flight := self.in_flight.get(request_id):
+                flight.done_tokens, flight.start = self.output_tokens(flight), None
+        return [
+            Stepped(
+                engine=self.engine,
+                iteration=self.iteration,
+                started=started,
+                finished=finished,
+                preempted=report.preempted,
+            )
+        ]
 
-    def _numbered(self, step: int) -> int:
-        """The iteration that a step number stands for."""
-        restarted = self._last_step is not None and step < self._last_step
+    def _numbered(self, step: int, elapsed_s: float) -> int:
+        """The iteration that a step number stands for. A number that goes back, or further ahead than the engine can
+        have come since, starts the numbering from the iteration at hand.
+        """
+        most = JUMP_STEPS + STEPS_PER_S * elapsed_s
+        restarted = self._last_step is not None and not 0 <= step - self._last_step <= most
         if self._first_step is None or restarted:
-            self._first_step = step - max(0, self._iteration)
-        elif self._iteration - (step - self._first_step) > _TRUSTED_AHEAD:
+            self._first_step = step - max(0, self.iteration)
+        elif self.iteration - (step - self._first_step) > _TRUSTED_AHEAD:
             self._streams_prove = False
-            self._first_step = step - self._iteration
+            self._first_step = step - self.iteration
         self._last_step = step
         return step - self._first_step
 
-    def _reach(self, iteration: int, began: list[_Row]) -> list[Event]:
-        """Tell that this iteration is over, if that is news, and who began in it."""
-        news = iteration > self._iteration
-        self._iteration = iteration
+    def _reach(self, iteration: int, began: list[InFlight]) -> list[Event]:
+        """Report that this iteration is over, if that is news, and which requests started in it."""
+        news = iteration > self.iteration
+        self.iteration = iteration
         if news and self._silent_waiting and not self._reports:
-            began = [*began, *(row for row in self._silent() if row not in began)]
-        for row in began:
-            row.start = iteration
-            row.place = max(row.place, iteration - 1)
-            self._arrive(row)
+            # Nothing but time shows requests that do not stream: they are taken to start at once.
+            began = began + [flight for flight in self._waiting.values() if not flight.streams and flight not in began]
         if not news and not began:
             return []
-        started = tuple(row.request_id for row in began)
+        for flight in began:
+            flight.start = iteration
+            flight.place = max(flight.place, iteration - 1)
+            del self._waiting[flight.request_id]
+            self._silent_waiting -= not flight.streams
+            self._sequences += flight.sequences
+            self._streaming += flight.streams
+        started = tuple([flight.request_id for flight in began]) if began else ()
         return [Stepped(engine=self.engine, iteration=iteration, started=started)]
 
-    def _corrected(self, row: _Row) -> Iterator[Event]:
-        """A row whose tokens are not those of its iterations: thrown out in between, or several in a chunk."""
-        assert row.start is not None
-        ahead = self._iteration - row.start + 1 - row.length
-        if self._steps and ahead > 0:
-            return
-        if abs(ahead) < _TOLERATED_TOKENS or row.sequences > 1 or self._iteration - row.corrected < _CORRECT_EVERY:
-            return
-        row.start += ahead
-        row.corrected = self._iteration
-        yield Progressed(engine=self.engine, request_id=row.request_id, tokens=row.length)
-
-    # ---- rows ------------------------------------------------------------------------------------------------
-
-    def _silent(self) -> Iterator[_Row]:
-        return (row for row in tuple(self._waiting.values()) if not row.streams)
-
-    def _covered(self, running: int) -> list[_Row]:
-        """Silent rows that must be among so many running sequences: first come, first served."""
-        found: list[_Row] = []
-        if not self._silent_waiting:
-            return found
+    def _covered(self, running: int) -> list[InFlight]:
+        """Requests that do not stream and must be among this many running sequences: first come, first served."""
+        found: list[InFlight] = []
         running -= self._sequences
-        for row in self._waiting.values():
-            running -= row.sequences
+        for flight in self._waiting.values():
+            running -= flight.sequences
             if running < 0:
                 break
-            if not row.streams:
-                found.append(row)
+            if not flight.streams:
+                found.append(flight)
         return found
-
-    def _arrive(self, row: _Row) -> None:
-        """A row runs."""
-        del self._waiting[row.request_id]
-        self._silent_waiting -= not row.streams
-        self._sequences += row.sequences
-        self._streaming += row.streams
-
-    def _leave(self, request_id: int) -> _Row | None:
-        row = self._rows.pop(request_id, None)
-        if row is None:
-            return None
-        if self._waiting.pop(request_id, None) is not None:
-            self._silent_waiting -= not row.streams
-        else:
-            self._sequences -= row.sequences
-            self._streaming -= row.streams
-        return row

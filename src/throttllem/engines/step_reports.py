@@ -25,6 +25,16 @@ STEP, DETAILED = 1, 2
 BUFFER_BYTES = 1 << 20
 DRAINED = 256
 """Datagrams read at most before other tasks get their turn."""
+MOST_STEPS = 1 << 40
+"""Step and sequence numbers stay below it: at 1000 steps a second they reach it after 34 years."""
+MOST_REQUESTS = 1 << 20
+"""More requests than that at once are no engine's."""
+MOST_TOKENS = 1 << 28
+"""More tokens than that in one step are no engine's."""
+LONGEST_S = 86400.0
+"""No step takes longer."""
+LATEST_S = 1e10
+"""No monotonic clock shows more: 300 years."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +68,14 @@ class StepStats:
 
 
 def unpack(datagram: bytes) -> StepStats | None:
-    """The step in a datagram; None: it is not one."""
+    """The step in a datagram; None: it is not one, or a number in it is outside of what an engine can say."""
     if len(datagram) != PACKED.size or datagram[:4] != MAGIC:
         return None
     _, boot, sequence, flags, step, monotonic_s, running, waiting, kv_usage, *counts, seconds = PACKED.unpack(datagram)
-    if not 0 <= kv_usage <= 1 or step < 0 or not 0 <= seconds < float("inf"):
+    numbered = 0 <= step < MOST_STEPS and sequence < MOST_STEPS
+    counted = max(running, waiting, counts[2], counts[3]) <= MOST_REQUESTS and max(counts[:2]) <= MOST_TOKENS
+    timed = 0 <= monotonic_s <= LATEST_S and 0 <= seconds <= LONGEST_S
+    if not (numbered and counted and timed and 0 <= kv_usage <= 1):
         return None
     return StepStats(
         boot=boot,

@@ -21,13 +21,13 @@ from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import EngineSpec
 from throttllem.engines.simulated.fleet import build_fleet
-from throttllem.gateway.control.backend_factory import LinkMaker, called
+from throttllem.gateway.control.backend_factory import BackendFactory, called
 from throttllem.gateway.control.loop import ControlLoop
-from throttllem.gateway.control.models import AllModels, Served
+from throttllem.gateway.control.models import Models, ServedModel
 from throttllem.gateway.flight.recorder import Recorder
 from throttllem.gateway.flight.recordings import safe_name
 from throttllem.gateway.telemetry.metrics import Histograms
-from throttllem.gateway.telemetry.observer import Record
+from throttllem.gateway.telemetry.observer import RecordingObserver
 from throttllem.gpu.hardware import HardwareGpu
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.lengths import load_lengths
@@ -43,11 +43,18 @@ log = logging.getLogger("throttllem.gateway")
 class Gateway:
     """Everything that runs, and what must be saved when it stops."""
 
-    models: AllModels
+    models: Models
     histograms: Histograms
     recorders: tuple[Recorder, ...]
     hardware: tuple[HardwareGpu, ...]
     predictors: tuple[tuple[Path, OnlineLengthPredictor], ...]
+
+    def flush(self) -> None:
+        """Hand to recorders and histograms what the control loops did."""
+        for model in self.models.served:
+            model.loop.flush()
+        for recorder in self.recorders:
+            recorder.flush()
 
 
 def build_gateway(
@@ -74,8 +81,10 @@ def build_gateway(
         served.append(model.served)
         recorders.extend([model.recorder] if model.recorder else [])
         predictors.extend([model.predictor] if model.predictor else [])
-        hardware.extend(link.gpu for link in model.served.driver.links if isinstance(link.gpu, HardwareGpu))
-    models = AllModels(served=tuple(served), version=version, policy=options.policy, slo=options.slo, now=now)
+        hardware.extend(backend.gpu for backend in model.served.loop.backends if isinstance(backend.gpu, HardwareGpu))
+    models = Models(
+        served=tuple(served), version=version, policy=options.policy, slo=options.slo, now=now, started_s=now()
+    )
     return Gateway(
         models=models,
         histograms=histograms,
@@ -111,7 +120,7 @@ def _together(entry: EngineEntry) -> tuple[str, str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Built:
-    served: Served
+    served: ServedModel
     recorder: Recorder | None
     predictor: tuple[Path, OnlineLengthPredictor] | None
 
@@ -134,14 +143,16 @@ class _Part:
         tables = self._tables(entries, policy)
         predictor, file = self._predictor(first)
         controller = Controller(self._controller_options(entries, policy, fleet.specs, tables, predictor))
-        makes_links = LinkMaker(options=options, histograms=histograms, now=self.now)
-        links = tuple(makes_links.link(entry, fleet, tables.get(entry.tp), controller) for entry in entries)
+        factory = BackendFactory(options=options, histograms=histograms, now=self.now)
+        backends = tuple(factory.backend(entry, fleet, tables.get(entry.tp), controller) for entry in entries)
         recorder = self._recorder(first, controller)
-        witness = Record(
+        observer = RecordingObserver(
             model=lambda: next(iter(served.all_names()), first.model), histograms=histograms, recorder=recorder
         )
-        driver = ControlLoop(controller=controller, links=links, limits=options.limits, now=self.now, witness=witness)
-        served = Served(driver=driver, names=(first.served_as,) if first.served_as else ())
+        loop = ControlLoop(
+            controller=controller, backends=backends, limits=options.limits, now=self.now, observer=observer
+        )
+        served = ServedModel(loop=loop, names=(first.served_as,) if first.served_as else ())
         learned = (file, predictor) if isinstance(predictor, OnlineLengthPredictor) else None
         return _Built(served=served, recorder=recorder, predictor=learned)
 
@@ -200,7 +211,7 @@ class _Part:
                 f"`throttllem profile PROFILE --url {entry.url} --gpus {gpus} --clocks MHZ,MHZ,...`, and "
                 f"`throttllem train PROFILE --out {file.parent}`; or leave clocks alone, --clocks off"
             )
-        log.warning("%s: the clock axis of this table was not measured: the maximum clock is kept", file)
+        log.warning("%s: the clock axis of this table was not measured: the clock stays at its maximum", file)
         return table.only_at(gpu.clocks_mhz[-1])
 
     def _predictor(self, first: EngineEntry) -> tuple[LengthPredictor, Path]:

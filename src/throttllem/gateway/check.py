@@ -42,7 +42,7 @@ async def check_configuration(options: Options, origins: dict[str, str], cache_d
         *_ports(options),
         *_access(options),
         *_folders(options),
-        *_promises(options),
+        *_slos(options),
     ]
     try:
         gateway = build_gateway(options, cache_dir, version="", now=time.monotonic, learn=False)
@@ -77,7 +77,7 @@ def _ports(options: Options) -> Iterator[Finding]:
     yield Finding(mark="ok", text=f"would listen on {server.host}:{server.port}")
     if server.metrics_port is not None:
         where = f"{server.metrics_host}:{server.metrics_port}"
-        yield Finding(mark="ok", text=f"metrics and dashboard on {where}, where no key is asked for")
+        yield Finding(mark="ok", text=f"metrics and dashboard on {where}, which needs no key")
 
 
 def _access(options: Options) -> Iterator[Finding]:
@@ -87,26 +87,26 @@ def _access(options: Options) -> Iterator[Finding]:
     elif server.api_keys:
         yield Finding(mark="ok", text=f"{len(server.api_keys)} API keys: a request must carry one of them")
     else:
-        yield Finding(mark="ok", text="no API keys: everybody on this machine may ask")
+        yield Finding(mark="ok", text="no API keys: every client on this machine is served")
     if door := _public_metrics(server):
         yield Finding(mark="--", text=door)
 
 
 def open_doors(server: ServerOptions) -> Iterator[str]:
-    """Where others than this machine may ask without a key."""
+    """Where clients of other machines need no key."""
     yield from filter(None, (_keyless(server), _public_metrics(server)))
 
 
 def _keyless(server: ServerOptions) -> str | None:
     if server.api_keys or _is_loopback(server.host):
         return None
-    return f"no API keys, and {server.host} is not loopback: everybody who reaches it may ask"
+    return f"no API keys, and {server.host} is not loopback: every client that reaches it is served"
 
 
 def _public_metrics(server: ServerOptions) -> str | None:
     if server.metrics_port is None or _is_loopback(server.metrics_host):
         return None
-    return f"{server.metrics_host} is not loopback: everybody who reaches it may see metrics and the dashboard"
+    return f"{server.metrics_host} is not loopback: every client that reaches it sees metrics and the dashboard"
 
 
 def _is_loopback(host: str) -> bool:
@@ -123,7 +123,7 @@ def _folders(options: Options) -> Iterator[Finding]:
     except WriteError as error:
         yield Finding(mark="!!", text=f"state_dir: {error}", fatal=True)
         return
-    yield Finding(mark="ok", text=f"what is learned of answers' lengths is kept in {state}")
+    yield Finding(mark="ok", text=f"learned output lengths are stored in {state}")
     recorder = options.recorder
     if recorder.enabled:
         folder = (recorder.folder or options.state_dir / "flight").expanduser()
@@ -131,32 +131,32 @@ def _folders(options: Options) -> Iterator[Finding]:
         yield Finding(mark="ok", text=f"flight recorder: {folder}, at most {most:.0f} MiB per model")
 
 
-def _promises(options: Options) -> Iterator[Finding]:
+def _slos(options: Options) -> Iterator[Finding]:
     for name, slo in (("by default", options.slo), *((f"class {name}", slo) for name, slo in options.classes.items())):
         parts = [
             f"{part[:-2].upper()} {getattr(slo, part):g} s"
             for part in ("e2e_s", "tbt_s", "ttft_s")
             if getattr(slo, part)
         ]
-        yield Finding(mark="ok" if parts else "--", text=f"promise {name}: {', '.join(parts) or 'none'}")
+        yield Finding(mark="ok" if parts else "--", text=f"SLO {name}: {', '.join(parts) or 'none'}")
 
 
 async def _engines(gateway: Gateway, options: Options, origins: dict[str, str]) -> list[Finding]:
     findings = []
     for model in gateway.models.served:
-        aware = model.driver.controller.options.slo_aware
-        scales = model.driver.controller.options.autoscale is not None
-        largest = max(link.tp for link in model.driver.links)
-        for link in model.driver.links:
-            findings += await _engine(link, model.driver.controller.options, options)
-            findings += await _hardware(link, options, origins)
-            if link.tp < largest and not scales:
-                findings.append(_never_started(link, options.policy))
-            if aware and link.tp not in model.driver.controller.options.tables:
-                findings.append(_no_table(link))
-            table = model.driver.controller.options.tables.get(link.tp)
+        aware = model.loop.controller.options.slo_aware
+        scales = model.loop.controller.options.autoscale is not None
+        largest = max(backend.tp for backend in model.loop.backends)
+        for backend in model.loop.backends:
+            findings += await _engine(backend, model.loop.controller.options, options)
+            findings += await _hardware(backend, options, origins)
+            if backend.tp < largest and not scales:
+                findings.append(_never_started(backend, options.policy))
+            if aware and backend.tp not in model.loop.controller.options.tables:
+                findings.append(_no_table(backend))
+            table = model.loop.controller.options.tables.get(backend.tp)
             if table is not None and not table.clocks_measured:
-                findings.append(_no_clock_axis(link))
+                findings.append(_no_clock_axis(backend))
     try:
         check_apart(gateway.hardware)
     except ValueError as error:
@@ -164,59 +164,60 @@ async def _engines(gateway: Gateway, options: Options, origins: dict[str, str]) 
     return findings
 
 
-async def _engine(link: Backend, core: ControllerOptions, options: Options) -> list[Finding]:
+async def _engine(backend: Backend, core: ControllerOptions, options: Options) -> list[Finding]:
     try:
         async with asyncio.timeout(_REACH_S):
-            connected = await link.engine.connect()
+            connected = await backend.engine.connect()
     except TimeoutError:
-        return [Finding(mark="!!", text=f"engine {link.name}: no answer within {_REACH_S:g} s")]
+        return [Finding(mark="!!", text=f"engine {backend.name}: no answer within {_REACH_S:g} s")]
     except EngineError as error:
-        return [Finding(mark="!!", text=f"engine {link.name}: {error}; serve would wait for it")]
+        return [Finding(mark="!!", text=f"engine {backend.name}: {error}; serve would wait for it")]
     finally:
-        if link.close is not None:
-            await link.close()
-    return [Finding(mark="ok", text=_described(link, connected, core, options)), *_notes(link, connected)]
+        if backend.close is not None:
+            await backend.close()
+    return [Finding(mark="ok", text=_described(backend, connected, core, options)), *_notes(backend, connected)]
 
 
-def _described(link: Backend, connected: Connected, core: ControllerOptions, options: Options) -> str:
+def _described(backend: Backend, connected: Connected, core: ControllerOptions, options: Options) -> str:
     spec, clocks = connected.spec, connected.spec.clocks_mhz
-    table = core.tables.get(link.tp)
+    table = core.tables.get(backend.tp)
     if table is not None:
         clocks = table.clocks_mhz
     chosen = f"would choose among {len(clocks)} clocks, {clocks[0]} to {clocks[-1]} MHz,"
-    if isinstance(link.gpu, HardwareGpu) and link.gpu.mode is Mode.OFF:
+    if isinstance(backend.gpu, HardwareGpu) and backend.gpu.mode is Mode.OFF:
         chosen = "would choose no clock, and plan with the top one"
     elif core.throttle.policy is ClockPolicy.FIXED:
         chosen = f"would keep to {core.throttle.fixed_mhz} MHz"
-    elif core.throttle.policy is ClockPolicy.TOP or (core.slo_aware and _without_choice(link, table)):
+    elif core.throttle.policy is ClockPolicy.TOP or (core.slo_aware and _without_choice(backend, table)):
         chosen = "would keep to the top clock"
+    simulated = "a simulated " if backend.clock.mode == "simulated" else ""
     return (
-        f"engine {link.name} serves {', '.join(connected.models)}: {spec.kv_blocks} KV blocks of {spec.block_tokens} "
-        f"tokens, {spec.max_batch} requests, context {spec.max_context_tokens}; policy {options.policy} {chosen} "
-        f"of {'a simulated ' if link.clock.mode == 'simulated' else ''}{link.catalogue_gpu}"
+        f"engine {backend.name} serves {', '.join(connected.models)}: "
+        f"{spec.kv_blocks} KV blocks of {spec.block_tokens} tokens, {spec.max_batch} requests, "
+        f"context {spec.max_context_tokens}; policy {options.policy} {chosen} of {simulated}{backend.catalogue_gpu}"
     )
 
 
-def _without_choice(link: Backend, table: PerformanceTable | None) -> bool:
+def _without_choice(backend: Backend, table: PerformanceTable | None) -> bool:
     """Whether no table tells one clock from another; that of a simulated engine is made at the first start."""
-    return link.kind != "simulated" if table is None else not table.clocks_measured
+    return backend.kind != "simulated" if table is None else not table.clocks_measured
 
 
-async def _hardware(link: Backend, options: Options, origins: dict[str, str]) -> list[Finding]:
-    """Real GPUs are found and read, never set. Whether clocks would be off, advised or on is said in any case."""
-    gpu = link.gpu
+async def _hardware(backend: Backend, options: Options, origins: dict[str, str]) -> list[Finding]:
+    """Real GPUs are found and read, never set; the finding names the mode that clocks would run in."""
+    gpu = backend.gpu
     if not isinstance(gpu, HardwareGpu):
-        text = f"engine {link.name}: clocks are simulated: it names no GPUs (engines.N.gpus, --gpus)"
+        text = f"engine {backend.name}: clocks are simulated: it names no GPUs (engines.N.gpus, --gpus)"
         return [Finding(mark="--", text=text)]
     try:
         async with gpu:
             reading = gpu.read()
     except (OSError, ValueError) as error:
-        return [Finding(mark="!!", text=f"engine {link.name}: {error}", fatal=True)]
+        return [Finding(mark="!!", text=f"engine {backend.name}: {error}", fatal=True)]
     count = "1 GPU" if len(gpu.names) == 1 else f"{len(gpu.names)} GPUs"
-    text = f"engine {link.name}: {count} at {reading.clock_mhz} MHz, {reading.watts:.0f} W"
+    text = f"engine {backend.name}: {count} at {reading.clock_mhz} MHz, {reading.watts:.0f} W"
     why = f"clocks.mode = {gpu.mode.value}, {origins.get('clocks.mode', 'the default')}"
-    return [Finding(mark="ok", text=text), await _clocks(link.name, gpu, options, why)]
+    return [Finding(mark="ok", text=text), await _clocks(backend.name, gpu, options, why)]
 
 
 async def _clocks(name: str, gpu: HardwareGpu, options: Options, why: str) -> Finding:
@@ -225,12 +226,12 @@ async def _clocks(name: str, gpu: HardwareGpu, options: Options, why: str) -> Fi
         case Mode.OFF:
             return Finding(mark="ok", text=f"engine {name}: clocks would be off ({why}): left alone")
         case Mode.DRY_RUN:
-            text = f"engine {name}: clocks would be advised ({why}): decided, recorded and shown, never set"
+            text = f"engine {name}: clocks would be a dry run ({why}): decided, recorded and shown, never set"
             return Finding(mark="ok", text=text)
     try:
         mark, text = await _setter(gpu, options)
     except OSError as error:
-        return Finding(mark="!!", text=f"engine {name}: clocks would only be advised (though {why}): {error}")
+        return Finding(mark="!!", text=f"engine {name}: clocks would be a dry run (though {why}): {error}")
     return Finding(mark=mark, text=f"engine {name}: clocks would be on ({why}): {text}")
 
 
@@ -249,38 +250,40 @@ async def _setter(gpu: HardwareGpu, options: Options) -> tuple[str, str]:
     if high < top:
         return "--", f"{text}, at most {high} of {top} MHz: its --gpu allows no more"
     if taken := [f"{uuid} ({status['held'][uuid]['by']})" for uuid in gpu.uuids if uuid in status["held"]]:
-        return "--", f"{text}, once its present holder gives back {', '.join(taken)}"
+        return "--", f"{text}, once its present holder releases {', '.join(taken)}"
     return "ok", text
 
 
-def _notes(link: Backend, connected: Connected) -> Iterator[Finding]:
+def _notes(backend: Backend, connected: Connected) -> Iterator[Finding]:
     for note in connected.notes:
-        yield Finding(mark="--", text=f"engine {link.name}: {note}")
+        yield Finding(mark="--", text=f"engine {backend.name}: {note}")
 
 
-def _never_started(link: Backend, policy: str) -> Finding:
+def _never_started(backend: Backend, policy: str) -> Finding:
     return Finding(
         mark="!!",
-        text=f"engine {link.name} would never be used: policy {policy} serves the largest size; {policy}+autoscale "
+        text=f"engine {backend.name} would never be used: policy {policy} serves the largest size; {policy}+autoscale "
         "chooses among them",
     )
 
 
-def _no_clock_axis(link: Backend) -> Finding:
+def _no_clock_axis(backend: Backend) -> Finding:
     return Finding(
         mark="--",
-        text=f"engine {link.name}: the clock axis of its table was not measured (a profile without --gpus, or of one "
-        "clock): the maximum clock is kept, and no saving is estimated; profile again with --gpus and --clocks",
+        text=f"engine {backend.name}: the clock axis of its table was not measured (a profile without --gpus, or "
+        "of one clock): the clock stays at its maximum, and no saving is estimated; profile again with --gpus and "
+        "--clocks",
     )
 
 
-def _no_table(link: Backend) -> Finding:
-    if link.kind == "simulated":
+def _no_table(backend: Backend) -> Finding:
+    if backend.kind == "simulated":
         return Finding(
-            mark="--", text=f"engine {link.name}: its performance table is trained at the first start (cached)"
+            mark="--", text=f"engine {backend.name}: its performance table is trained at the first start (cached)"
         )
     return Finding(
         mark="--",
-        text=f"engine {link.name} has no performance table: top clock, no admission by promises; "
+        text=f"engine {backend.name} has no performance table: the clock stays at its maximum, and admission does not "
+        "check SLOs; "
         f"`throttllem profile --url ...`, `throttllem train`, then tables = FOLDER",
     )

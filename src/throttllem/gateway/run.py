@@ -32,7 +32,7 @@ from throttllem.gateway.http.server import Sockets, bind, run
 from throttllem.gateway.telemetry.dashboard import dashboard_routes
 from throttllem.gateway.telemetry.history import History
 from throttllem.gateway.telemetry.metrics import metrics_page
-from throttllem.gateway.telemetry.view import assumptions
+from throttllem.gateway.telemetry.status import GatewayStatus, assumptions
 from throttllem.gpu.hardware import check_apart
 from throttllem.profiling.lengths import save_lengths
 
@@ -42,7 +42,7 @@ Say = Callable[[str], None]
 _SAVE_EVERY_S = 30.0
 _FLUSH_EVERY_S = 0.5
 _YOUNG_OBJECTS = 5_000
-"""So many new objects are looked through at a time, about 2 ms; more seldom than usual, and none for long."""
+"""A collection after this many new objects takes about 2 ms."""
 _M_MMAP_THRESHOLD = -3
 _LARGE_BYTES = 256 * 1024
 
@@ -58,7 +58,7 @@ class Prepared:
 
     def serve(self, say: Say) -> None:
         """Serve until a signal; returns when running requests have ended and everything is saved."""
-        _give_back_large_blocks()
+        _return_large_blocks()
         _keep_what_is_there()
         uvloop.run(self.serving(say))
 
@@ -69,14 +69,14 @@ class Prepared:
         app = build_app(
             models,
             options,
-            metrics_page=lambda status: metrics_page(status, gateway.histograms),
+            metrics_page=self._metrics_page,
             extra_routes=dashboard_routes(models, history),
             on_response=gateway.histograms.http,
         )
         private = build_private_app(app) if self.sockets.private is not None else None
         async with contextlib.AsyncExitStack() as hardware:
             try:
-                for gpu in gateway.hardware:  # given back at the very end, whatever happens before
+                for gpu in gateway.hardware:  # restored at the very end, whatever happens before
                     await hardware.enter_async_context(gpu)
                 check_apart(gateway.hardware)
             except BaseException:
@@ -96,7 +96,7 @@ class Prepared:
         await models.start()
         beside = [asyncio.create_task(work) for work in (history.run(models), self._flushes(), self._saves())]
         for task in beside:
-            task.add_done_callback(_missed)
+            task.add_done_callback(_failed)
         try:
             await run(
                 app,
@@ -120,27 +120,30 @@ class Prepared:
 
     def _greet(self, say: Say, addresses: tuple[tuple[str, int], ...]) -> None:
         urls = [f"http://{f'[{host}]' if ':' in host else host}:{port}" for host, port in addresses]
-        engines = [link.name for model in self.gateway.models.served for link in model.driver.links]
+        engines = [backend.name for model in self.gateway.models.served for backend in model.loop.backends]
         say(f"throttllem {self.gateway.models.version}: policy {self.options.policy}, engine {', '.join(engines)}")
         say(f"API        {urls[0]}/v1")
         say(f"dashboard  {urls[-1]}/dashboard   metrics  {urls[-1]}/metrics")
         for model in self.gateway.models.served:
-            for link in model.driver.links:
-                for note in assumptions(model.driver, link):
-                    say(f"note       {link.name}: {note}")
+            for backend in model.loop.backends:
+                for note in assumptions(model.loop, backend):
+                    say(f"note       {backend.name}: {note}")
         for door in open_doors(self.options.server):
             say(f"warning    {door}")
 
     def _drain(self, say: Say) -> None:
         self.gateway.models.draining = True
-        running = sum(len(model.driver.open()) for model in self.gateway.models.served)
+        running = sum(len(model.loop.open()) for model in self.gateway.models.served)
         say(f"stopping: {running} requests have up to {self.options.limits.drain_s:g} s; again to stop at once")
+
+    def _metrics_page(self, status: GatewayStatus) -> tuple[str, bytes]:
+        self.gateway.flush()
+        return metrics_page(status, self.gateway.histograms)
 
     async def _flushes(self) -> None:
         while True:
             await asyncio.sleep(_FLUSH_EVERY_S)
-            for recorder in self.gateway.recorders:
-                recorder.flush()
+            self.gateway.flush()
 
     async def _saves(self) -> None:
         while True:
@@ -163,20 +166,20 @@ def _save(predictors: Iterable[tuple[Path, OnlineLengthPredictor]]) -> None:
 
 
 def _keep_what_is_there() -> None:
-    """What start-up made stays to the end; looking through it all again stopped everything for 100 ms at a time."""
+    """What start-up made stays to the end; garbage collection of it stopped the event loop for 100 ms at a time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, 20, 20)
 
 
-def _give_back_large_blocks() -> None:
-    """What is saved now and then is a few MB at a time; glibc would raise its threshold and keep them (mallopt(3))."""
+def _return_large_blocks() -> None:
+    """Checkpoints take a few MB now and then; glibc would raise its threshold and never return them (mallopt(3))."""
     with contextlib.suppress(OSError, AttributeError):  # another C library does as it likes
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
-def _missed(task: asyncio.Task[None]) -> None:
-    """Say that something beside the serving has failed; serving goes on without it."""
+def _failed(task: asyncio.Task[None]) -> None:
+    """Log that a background task has failed; serving goes on without it."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("%s failed", task.get_coro(), exc_info=error)
 
@@ -188,13 +191,8 @@ def run_gateway(options: Options, cache_dir: Path, *, progress: Progress = lambd
     try:
         folder, held = _own_folder(options.state_dir.expanduser(), sockets.addresses()[0][1])
         options = options.model_copy(update={"state_dir": folder})
-        began_s = time.monotonic()
         gateway = build_gateway(
-            options,
-            cache_dir,
-            version=version("throttllem"),
-            now=lambda: time.monotonic() - began_s,
-            progress=progress,
+            options, cache_dir, version=version("throttllem"), now=time.monotonic, progress=progress
         )
     except BaseException:
         sockets.close()
@@ -211,4 +209,4 @@ def _own_folder(state_dir: Path, port: int) -> tuple[Path, int]:
         if held is not None:
             return folder, held
         log.warning("%s: another gateway keeps its state there", folder)
-    raise OSError(f"state_dir {state_dir}: other gateways keep their state there; give this one a folder of its own")
+    raise OSError(f"state_dir {state_dir}: other gateways keep their state there; set another state_dir for this one")

@@ -1,1 +1,1 @@
-"""GPUs as the gateway sees them: a clock to set, a counter to read."""
+"""GPUs: their clocks are set and their energy is read, on real hardware through NVML or simulated."""

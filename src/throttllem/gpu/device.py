@@ -1,4 +1,7 @@
-"""What the gateway needs of the GPUs of one engine, set side by side as one group. Knows nothing of who they are."""
+"""The GPUs of one engine as the gateway sees them: one group with one clock, one power and one energy counter.
+
+Knows nothing of how they are reached (`hardware`, `simulated`) and of the requests that run on them.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,23 @@ from typing import Protocol
 
 
 class ClockError(OSError):
-    """A clock that a GPU does not have, or does not follow to; the message says what it has, or why."""
+    """A GPU does not support the clock, or does not follow it; the message says which clocks it supports, or why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """All GPUs of an engine: the clock in force (None: unknown), watts now, joules since the counter began.
+    """All GPUs of an engine at one moment.
 
-    `advised_mhz`: what was decided where nothing is set. `stands_for_mhz`: a lower clock that was asked for, where the
-    clock in force is the lowest that may be set. `limit_mhz`: they follow no higher than this now, and `held`
-    says what holds them. `trouble`: why clocks are not set though they should be.
+    `clock_mhz`: the clock in force (of the slowest GPU; None: unknown). `watts`: their power now. `energy_j`: their
+    energy since the counter began. `dry_run_mhz`: the clock that was decided where none is set. `stands_for_mhz`: a
+    lower clock that was decided, where the clock in force is the lowest that may be set. `limit_mhz`: the GPUs do not
+    run faster than this now, for the reason in `held`. `trouble`: why clocks are not set though the mode is "on".
     """
 
     clock_mhz: int | None
     watts: float
     energy_j: float
-    advised_mhz: int | None = None
+    dry_run_mhz: int | None = None
     stands_for_mhz: int | None = None
     limit_mhz: int | None = None
     held: str | None = None
@@ -31,17 +35,18 @@ class Reading:
 
     @property
     def planned_on_mhz(self) -> int | None:
-        """The clock that plans go by: the advised one, as if it were in force, else the one that is, or one below it
-        that it stands for.
+        """The clock that the core plans with: that of a dry run as if it were in force, else the decided clock that
+        the one in force stands for, else the one in force; None: unknown.
         """
-        wanted = (self.advised_mhz, self.stands_for_mhz, self.clock_mhz)
-        return next((mhz for mhz in wanted if mhz is not None), None)
+        if self.dry_run_mhz is not None:
+            return self.dry_run_mhz
+        return self.clock_mhz if self.stands_for_mhz is None else self.stands_for_mhz
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What the engine did in one iteration of `seconds`: rows that decoded over `kv_tokens` of cache, and prompt tokens
-    with `prefill_pairs` query-key pairs. `joules`: known already (a simulated engine's own), None otherwise.
+    """What the engine computed in one iteration of `seconds`: `decode_sequences` over `kv_tokens` of cache, and prompt
+    tokens with `prefill_pairs` query-key pairs. `joules`: its energy where the engine knows it (a simulated one does).
     """
 
     seconds: float
@@ -52,23 +57,19 @@ class Work:
     joules: float | None = None
 
 
-def nothing() -> None:
-    """For those who need not be told."""
-
-
 class Gpu(Protocol):
-    """The GPUs of one engine. Errors of the hardware are OSError with what to do about them."""
+    """The GPUs of one engine. Errors of the hardware are OSError, with the remedy in the message."""
 
-    async def set_clock(self, mhz: int | None, sent: Callable[[], None] = nothing) -> int | None:
-        """Set the clock (None: give it back, it is nobody's any more); `sent` is called when the command is on its way.
-        Returns the clock to plan on then, None if it cannot be read.
+    async def set_clock(self, mhz: int | None, sent: Callable[[], None] | None = None) -> int | None:
+        """Set the clock of all of them; None: restore what it was before. `sent` is called when the command is on its
+        way. Returns the clock to plan with afterwards, None if it cannot be read.
         """
 
     def read(self) -> Reading:
-        """Clock, watts and the energy counter as they are now."""
+        """Clock, power and energy as they are now."""
 
     def worked(self, work: Work) -> None:
-        """What the engine did: a simulated GPU draws power by it, a real one needs not be told."""
+        """An iteration ended. A simulated GPU computes its energy from it; a real one has a counter."""
 
     def idled(self, seconds: float) -> None:
-        """Nothing ran for so long."""
+        """The engine ran no request for that long."""

@@ -1,7 +1,6 @@
-"""Real GPUs of one engine: read by a sampler, set through a keeper (or zeusd), and read back whether they followed.
+"""The real GPUs of one engine: read by a sampler, set through the keeper (or zeusd), watched whether they follow.
 
-Three modes: `on` sets clocks; `dry-run` only reports what it would set, and so does `on` for as long as it is not let;
-`off` does neither. Knows nothing of requests or plans.
+Knows nothing of requests and plans.
 """
 
 from __future__ import annotations
@@ -15,48 +14,49 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from enum import StrEnum
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
-from throttllem.gpu.device import Reading, Work, nothing
-from throttllem.gpu.nvml import Brake, Nvml, NvmlError, NvmlGpu, Sample
+from throttllem.gpu.clock_limit import OTHER_CONTROLLER, LimitDetector, follows
+from throttllem.gpu.device import Reading, Work
+from throttllem.gpu.nvml import Nvml, NvmlError, NvmlGpu
 from throttllem.gpu.sampler import Sampler
+from throttllem.gpu.setters import ClockSetter
 
 log = logging.getLogger("throttllem.gpu")
 
+# How a clock gets from a decision to the GPU
+#
+# `set_clock` stores the decision and hands it to the setter; one command at a time, and a decision that a later one
+# has replaced in the meantime is not sent. The keeper's answer says that the driver took it, not that the GPU runs at
+# it. So `set_clock` then waits for a reading that shows the clock, up to FOLLOW_S, and returns what is in force.
+#
+# Afterwards the GPU may leave that clock at any time (power cap, heat, another program), or the keeper may be gone. A
+# task looks at every reading and keeps two things up to date: the limit that holds the clocks down, with its reason,
+# and the trouble that the setter had. Both are in `Reading`, so that the core plans with the clock that really is in
+# force. The task also sets the decided clock again after a failure, and where another program has changed it.
+#
+# While clocks cannot be set, the mode "on" is a dry run: nothing is lost but the saving, and serving goes on.
+
 WATCH_S = 0.1
-HELD_S = 0.3
-"""A clock that is elsewhere for so long does not just switch."""
 FOLLOW_S = 0.3
-LOOK_S = 0.004
-AGAIN_S = 1.0
-"""So long after a set that failed the next is tried."""
-NEAR_MHZ = 8
-OTHERS = "another controller sets these clocks"
+POLL_S = 0.004
+RETRY_S = 1.0
+"""The time between a set that failed and the next one."""
 
 
 class Mode(StrEnum):
-    """What may be done with clocks."""
+    """What is done with clocks. `DRY_RUN`: they are decided and reported, not set."""
 
     OFF = "off"
     DRY_RUN = "dry-run"
     ON = "on"
 
 
-class ClockSetter(Protocol):
-    """Sets the clocks of a group of GPUs, all or none."""
-
-    async def set(self, mhz: int, sent: Callable[[], None] = nothing) -> int:
-        """The clock that they are set to, which may be the nearest that is allowed. Raises OSError."""
-
-    async def give_back(self) -> None:
-        """As they were before. Raises OSError."""
-
-
 class HardwareGpu:
-    """The GPUs of one engine, named by UUID or by their number here. To be used as a context manager.
+    """The GPUs of one engine, by UUID or by number. An async context manager, which restores their clocks.
 
-    `clocks_mhz`, ascending, are all that will be asked for. The highest is the GPUs' own top clock; where nothing is
-    asked for, it counts as asked.
+    `clocks_mhz`, ascending: every clock that will be decided. The last one must be the highest that the GPUs support;
+    it counts as the decision while there is none. `setter` makes the clock setter once the GPUs are found.
     """
 
     def __init__(
@@ -68,24 +68,26 @@ class HardwareGpu:
         clocks_mhz: tuple[int, ...],
     ) -> None:
         self.names, self._make_setter = names, setter
-        self.mode, self._clocks_mhz, self._top_mhz = mode, clocks_mhz, clocks_mhz[-1]
+        self.mode, self._clocks_mhz = mode, clocks_mhz
         self.uuids: tuple[str, ...] = ()
         self.ladder_mhz: tuple[int, ...] = ()
-        """What they can be locked to, ascending; known once the block has begun, where clocks matter."""
+        """The clocks that they can be locked to, ascending; known once the context is open, unless the mode is off."""
         self._stack = AsyncExitStack()
         self._sampler: Sampler | None = None
         self._setter: ClockSetter | None = None
-        self._gate = asyncio.Lock()
-        self._asked_mhz: int | None = None
+        self._one_command = asyncio.Lock()
+        self._decided_mhz: int | None = None
         self._set_mhz: int | None = None
-        self._trouble: str | None = None
-        self._set_s = self._failed_s = -math.inf  # when it last did; not yet
-        self._away_s: float | None = None
-        self._held: tuple[int, str] | None = None
         self._allowed_mhz: int | None = None
+        """The highest clock that the keeper may set, where more was decided."""
+        self._trouble: str | None = None
+        self._set_s = self._failed_s = -math.inf
+        self._limits = LimitDetector()
+
+    # ---- finding the GPUs, and leaving them as they were ---------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        """Find them. Raises NvmlError if they are not here, ValueError if their clocks are not to be set."""
+        """Find them and start to read them. Raises NvmlError if they are not here, ValueError if they cannot be set."""
         async with AsyncExitStack() as stack:
             library = stack.enter_context(ExitStack())
             nvml = library.enter_context(Nvml())
@@ -93,22 +95,15 @@ class HardwareGpu:
             self.uuids = tuple(gpu.uuid for gpu in gpus)
             if len(set(self.uuids)) < len(gpus):
                 raise ValueError(f"engines: gpus = {list(self.names)}: one of them is named twice")
-            for gpu in gpus if self.mode is not Mode.OFF else ():
-                if (use := gpu.use()) is not None:
-                    raise ValueError(f"engines: gpus: {gpu.uuid}: {use.value}; leave it out, or [clocks] mode = 'off'")
-                self.ladder_mhz = gpu.clocks_mhz()
-                strange = sorted(set(self._clocks_mhz) - set(self.ladder_mhz))
-                if strange or self.ladder_mhz[-1] != self._clocks_mhz[-1]:
-                    why = f"has no {strange[-1]} MHz" if strange else f"goes up to {self.ladder_mhz[-1]} MHz"
-                    raise ValueError(
-                        f"engines: gpus: {gpu.uuid}, {gpu.name()}, {why}, and the engine's `gpu` goes up to "
-                        f"{self._clocks_mhz[-1]} MHz; name its kind (engines.N.gpu, --gpu)"
-                    )
-            self._sampler = await stack.enter_async_context(
-                Sampler(gpus, left_behind=library.pop_all)  # closing NVML would wait for the call that hangs
-            )
+            if self.mode is not Mode.OFF:
+                for gpu in gpus:
+                    self._check_settable(gpu)
+
+            sampler = Sampler(gpus)
+            stack.callback(lambda: library.pop_all() if sampler.hung else None)  # closing NVML would hang, too
+            self._sampler = await stack.enter_async_context(sampler)
             self._setter = self._make_setter(gpus)
-            stack.push_async_callback(self._leave)
+            stack.push_async_callback(self._restore)
             watching = asyncio.get_running_loop().create_task(self._watch())
             stack.callback(watching.cancel)
             self._stack = stack.pop_all()
@@ -119,139 +114,148 @@ class HardwareGpu:
     ) -> None:
         await self._stack.aclose()
 
+    def _check_settable(self, gpu: NvmlGpu) -> None:
+        """Raises ValueError if other clients share it, or if its clocks are not those of the engine's `gpu`."""
+        if (sharing := gpu.sharing()) is not None:
+            raise ValueError(f"engines: gpus: {gpu.uuid}: {sharing.value}; leave it out, or [clocks] mode = 'off'")
+        self.ladder_mhz = gpu.clocks_mhz()
+        unknown, top_mhz = sorted(set(self._clocks_mhz) - set(self.ladder_mhz)), self._clocks_mhz[-1]
+        if unknown or self.ladder_mhz[-1] != top_mhz:
+            why = f"has no {unknown[-1]} MHz" if unknown else f"goes up to {self.ladder_mhz[-1]} MHz"
+            raise ValueError(
+                f"engines: gpus: {gpu.uuid}, {gpu.name()}, {why}, and the engine's `gpu` goes up to {top_mhz} MHz; "
+                "name its kind (engines.N.gpu, --gpu)"
+            )
+
+    # ---- what the gateway calls ------------------------------------------------------------------------------------
+
     @property
-    def advising(self) -> bool:
+    def dry_run(self) -> bool:
         """Whether clocks are decided and not set."""
         return self.mode is Mode.DRY_RUN or (self.mode is Mode.ON and self._trouble is not None)
 
-    async def set_clock(self, mhz: int | None, sent: Callable[[], None] = nothing) -> int | None:
-        """As the protocol says. Where clocks may not be set this is no error: it is advice then, and said."""
-        self._asked_mhz = mhz
+    async def set_clock(self, mhz: int | None, sent: Callable[[], None] | None = None) -> int | None:
+        """See `device.Gpu`. A clock that cannot be set is no error but a dry run, and is logged."""
+        self._decided_mhz = mhz
         if mhz is None:
-            await self._leave()
+            await self._restore()
         elif self.mode is Mode.ON:
-            async with self._gate:
-                if self._asked_mhz == mhz and time.monotonic() - self._failed_s > AGAIN_S:
+            async with self._one_command:
+                if self._decided_mhz == mhz and time.monotonic() - self._failed_s > RETRY_S:
                     await self._set(mhz, sent)
         return self.read().planned_on_mhz
 
     def read(self) -> Reading:
-        """The last reading: no call of NVML. Raises OSError while they cannot be read."""
-        sampler = self._reading_of()
+        """The sampler's last reading, without a call of NVML. Raises OSError while the GPUs cannot be read."""
+        sampler = self._running_sampler()
         samples = sampler.last()
-        slowest = min(sample.clock_mhz for sample in samples)
-        follows = self._set_mhz is not None and all(_follows(sample, self._set_mhz) for sample in samples)
-        allowed = None if self._allowed_mhz is None else (self._allowed_mhz, "the keeper allows no more")
-        limit_mhz, held = self._held or allowed or (None, None)
-        asked_mhz = self._asked_mhz or self._top_mhz
+        set_mhz = self._set_mhz
+        followed = set_mhz is not None and all(follows(sample, set_mhz) for sample in samples)
+
+        top_mhz = self._clocks_mhz[-1]
+        decided_mhz = top_mhz if self._decided_mhz is None else self._decided_mhz
+        dry_run_mhz = decided_mhz if self.dry_run else top_mhz if self.mode is Mode.OFF else None
+        below_allowed = followed and set_mhz is not None and decided_mhz < set_mhz
+
+        limit_mhz, held = self._allowed_mhz, "the keeper allows no more" if self._allowed_mhz is not None else None
+        if (limit := self._limits.limit) is not None:
+            limit_mhz, held = limit.mhz, limit.reason
         return Reading(
-            clock_mhz=self._set_mhz if follows else slowest,
+            clock_mhz=set_mhz if followed else min(sample.clock_mhz for sample in samples),
             watts=sum(sample.watts for sample in samples),
             energy_j=sampler.joules(),
-            advised_mhz=asked_mhz if self.advising else self._top_mhz if self.mode is Mode.OFF else None,
-            stands_for_mhz=asked_mhz if follows and self._set_mhz is not None and asked_mhz < self._set_mhz else None,
+            dry_run_mhz=dry_run_mhz,
+            stands_for_mhz=decided_mhz if below_allowed else None,
             limit_mhz=limit_mhz,
             held=held,
             trouble=self._trouble,
         )
 
     def worked(self, work: Work) -> None:
-        """The GPU knows."""
+        """Nothing to do: the GPU's counter measures it."""
 
     def idled(self, seconds: float) -> None:
-        """The GPU knows."""
+        """Nothing to do: the GPU's counter measures it."""
 
-    # ---- setting ---------------------------------------------------------------------------------------------
+    # ---- setting -------------------------------------------------------------------------------------------------
 
-    async def _set(self, mhz: int, sent: Callable[[], None]) -> None:
-        """Set, and see what comes of it."""
+    async def _set(self, mhz: int, sent: Callable[[], None] | None) -> None:
+        """Set a clock, and wait until the GPUs follow."""
         assert self._setter is not None
         try:
-            got_mhz = await self._setter.set(mhz, sent)
+            set_mhz = await self._setter.set(mhz, sent)
         except OSError as error:
             self._set_mhz, self._allowed_mhz, self._failed_s = None, None, time.monotonic()
-            with contextlib.suppress(OSError):  # at what it was set to before it would be too slow for what was asked
-                await self._setter.give_back()
+            with contextlib.suppress(OSError):  # the clock that was set before may be too slow for this decision
+                await self._setter.restore()
             if self._trouble != str(error):
-                log.error("clocks are not set, only advised: %s", error)
+                log.error("clocks are not set (dry run): %s", error)
             self._trouble = str(error)
             return
+
         if self._trouble is not None:
             log.warning("clocks are set again")
-        self._set_mhz, self._set_s, self._trouble = got_mhz, time.monotonic(), None
-        self._away_s = None
-        if self._held is not None and got_mhz < self._held[0]:
-            self._held = None
-        self._allowed_mhz = got_mhz if got_mhz < mhz else None
-        with contextlib.suppress(OSError):  # what cannot be read is said where it is read
-            await self._followed(got_mhz, mhz)
+        self._set_mhz, self._set_s, self._trouble = set_mhz, time.monotonic(), None
+        self._allowed_mhz = set_mhz if set_mhz < mhz else None
+        self._limits.was_set(set_mhz)
+        with contextlib.suppress(OSError):  # a GPU that cannot be read is reported by `read`
+            await self._wait_until_followed(set_mhz, mhz)
 
-    async def _followed(self, mhz: int, asked_mhz: int) -> None:
-        """Wait until they are there, or so long that they will not be, or until another clock is asked for."""
-        sampler = self._reading_of()
-        while self._asked_mhz == asked_mhz:
-            if sampler.newer_than(self._set_s) and all(_follows(sample, mhz) for sample in sampler.last()):
+    async def _wait_until_followed(self, set_mhz: int, decided_mhz: int) -> None:
+        """Return when the GPUs run at that clock, when FOLLOW_S have passed, or when another clock is decided."""
+        sampler = self._running_sampler()
+        while self._decided_mhz == decided_mhz:
+            if sampler.newer_than(self._set_s) and all(follows(sample, set_mhz) for sample in sampler.last()):
                 return
             if time.monotonic() - self._set_s > FOLLOW_S:
-                self._judge(sampler.last(), at_once=True)
+                self._detect_limit(switched=True)
                 return
-            sampler.soon()
-            await asyncio.sleep(LOOK_S)
+            sampler.read_soon()
+            await asyncio.sleep(POLL_S)
 
-    async def _leave(self) -> None:
-        self._asked_mhz = None
-        async with self._gate:
-            self._set_mhz = self._held = self._allowed_mhz = None
+    async def _restore(self) -> None:
+        self._decided_mhz = None
+        async with self._one_command:
+            self._set_mhz = self._allowed_mhz = None
+            self._limits.clear()
             try:
                 if self._setter is not None:
-                    await self._setter.give_back()  # also where a set has failed half-way
+                    await self._setter.restore()  # also after a set that failed half-way
             except OSError as error:
-                log.error("clocks were not given back by us: %s", error)
+                log.error("clocks were not restored by the gateway: %s", error)
 
-    # ---- watching --------------------------------------------------------------------------------------------
+    # ---- watching ------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """A set that failed is tried again; clocks that leave what was set are noticed."""
+        """Until it is cancelled: retry what failed, and look at every reading."""
         while True:
             await asyncio.sleep(WATCH_S)
             try:
+                limit = self._limits.limit
+                retry = self._trouble is not None or (limit is not None and limit.reason == OTHER_CONTROLLER)
                 since_s = time.monotonic() - max(self._failed_s, self._set_s)
-                again = self._trouble is not None or (self._held is not None and self._held[1] == OTHERS)
-                if again and since_s > AGAIN_S and self._asked_mhz is not None and self.mode is Mode.ON:
-                    await self.set_clock(self._asked_mhz)
-                self._judge(self._reading_of().last())
+                if retry and since_s > RETRY_S and self._decided_mhz is not None and self.mode is Mode.ON:
+                    await self.set_clock(self._decided_mhz)
+                self._detect_limit()
             except OSError:
-                continue  # said by whoever reads
+                continue  # a GPU that cannot be read is reported by `read`
             except Exception:
                 log.exception("clocks were not watched this time")
 
-    def _judge(self, samples: tuple[Sample, ...], *, at_once: bool = False) -> None:
-        """What holds the clocks, if they are not where they were set to."""
-        now_s = time.monotonic()
-        if self._set_mhz is not None:
-            wanted_mhz = self._set_mhz
-            away = [sample for sample in samples if not _follows(sample, wanted_mhz)]
-        else:  # free GPUs are as fast as what is advised, or faster
-            wanted_mhz = self._asked_mhz or 0
-            away = [sample for sample in samples if sample.clock_mhz < wanted_mhz and not _follows(sample, wanted_mhz)]
-        if not away:
-            if self._held is not None:
-                log.warning("clocks follow again: %d MHz", wanted_mhz)
-            self._away_s = self._held = None
-            return
-        self._away_s = now_s if self._away_s is None else self._away_s
-        if at_once or now_s - max(self._away_s, self._set_s) > HELD_S:
-            slowest = min(away, key=lambda sample: sample.clock_mhz)
-            brake = slowest.brake & ~Brake.IDLE
-            why = brake.words if brake else OTHERS
-            self._hold(slowest.clock_mhz, why)
+    def _detect_limit(self, *, switched: bool = False) -> None:
+        """Raises OSError while the GPUs cannot be read."""
+        locked = self._set_mhz is not None
+        target_mhz = self._set_mhz if self._set_mhz is not None else self._decided_mhz or 0
+        self._limits.update(
+            self._running_sampler().last(),
+            target_mhz,
+            time.monotonic(),
+            locked=locked,
+            set_s=self._set_s,
+            switched=switched,
+        )
 
-    def _hold(self, mhz: int, why: str) -> None:
-        if self._held is None or self._held[1] != why:
-            log.warning("clocks do not follow: %d MHz where %s were asked for: %s", mhz, self._asked_mhz, why)
-        self._held = mhz, why
-
-    def _reading_of(self) -> Sampler:
+    def _running_sampler(self) -> Sampler:
         if self._sampler is None:
             raise OSError("the GPUs have not been found yet")
         return self._sampler
@@ -262,22 +266,17 @@ def check_apart(groups: Sequence[HardwareGpu]) -> None:
     seen: set[str] = set()
     for uuid in (uuid for group in groups for uuid in group.uuids):
         if uuid in seen:
-            raise ValueError(f"engines: gpus: {uuid} is named for two engines; an engine has its GPUs for itself")
+            raise ValueError(f"engines: gpus: {uuid} is named for two engines; give each engine its own GPUs")
         seen.add(uuid)
 
 
 def found_gpu(nvml: Nvml, name: str) -> NvmlGpu:
-    """A GPU by its UUID or its number. Raises NvmlError, ValueError naming those that are here."""
+    """A GPU by UUID or number. Raises NvmlError; ValueError, with those that are here, if it is none of them."""
     numbered = nvml.gpus()
     here = {number: uuid for number, uuid in numbered.items() if isinstance(uuid, str)}
     name = here.get(int(name), name) if name.isdecimal() else name
     if name not in here.values():
         are = ", ".join(f"{number} = {uuid}" for number, uuid in here.items()) or "none"
-        lacking = "".join(f"; {error}" for error in numbered.values() if isinstance(error, NvmlError))
-        raise ValueError(f"engines: gpus: {name} is not here; here are {are}{lacking}")
+        unreadable = "".join(f"; {error}" for error in numbered.values() if isinstance(error, NvmlError))
+        raise ValueError(f"engines: gpus: {name} is not here; here are {are}{unreadable}")
     return NvmlGpu(nvml, name)
-
-
-def _follows(sample: Sample, mhz: int) -> bool:
-    """At the clock that was set, or idle and below it."""
-    return abs(sample.clock_mhz - mhz) <= NEAR_MHZ or (sample.clock_mhz < mhz and sample.brake == Brake.IDLE)

@@ -1,6 +1,6 @@
-"""A lease from the keeper: clocks are set through it, a heartbeat holds it, and it ends with this process.
+"""Client of the keeper: sets clocks under a lease, which a heartbeat extends and which ends with this process.
 
-The keeper's protocol is docs/keeper.md; knows nothing of why a clock is set.
+The protocol is in docs/keeper.md. Knows nothing of why a clock is set.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from throttllem.gpu.device import nothing
-
 SOCKET = Path("/run/throttllem/keeper.sock")
 TTL_S = 3.0
-BEATS = 3.0
-"""Heartbeats in one time to live."""
+HEARTBEATS_PER_TTL = 3.0
 
 
 class KeeperError(OSError):
-    """The keeper does not do it. `code` is its word for why, "unreachable" where it does not answer."""
+    """The keeper rejected a request, or could not be reached. `code` is that of the protocol; "unreachable" where
+    there was no answer.
+    """
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -28,131 +27,148 @@ class KeeperError(OSError):
 
 
 async def keeper_status(socket: Path, timeout_s: float = 2.0) -> dict[str, Any]:
-    """What the keeper may set, what is held and by whom. Raises KeeperError."""
-    talk = _Talk(socket)
+    """What the keeper may set, and which client holds what. Raises KeeperError."""
+    connection = _Connection(socket)
     try:
-        return await talk.ask({"op": "status"}, timeout_s)
+        return await connection.request({"op": "status"}, timeout_s)
     finally:
-        talk.close()
+        connection.close()
 
 
-class KeptClocks:
-    """The clocks of some GPUs, by UUID. All methods belong to one event loop."""
+class KeeperClient:
+    """Sets the clocks of some GPUs, named by UUID, through the keeper. All methods belong to one event loop.
+
+    A lease is taken with the first `set`. It can be lost without a fault of this process: the keeper was restarted, or
+    the event loop was blocked for longer than the TTL. Then the next `set` takes another lease.
+    """
 
     def __init__(self, socket: Path, gpus: tuple[str, ...], ttl_s: float = TTL_S) -> None:
         self._socket, self._gpus, self._ttl_s = socket, gpus, ttl_s
-        self._gate = asyncio.Lock()
+        self._one_request = asyncio.Lock()
+        self._connection: _Connection | None = None
         self._range = (0, 0)
-        self._talk: _Talk | None = None
-        self._beating: asyncio.Task[None] | None = None
-
-    async def set(self, mhz: int, sent: Callable[[], None] = nothing) -> int:
-        """Lock all of them to a clock, or to the nearest that the keeper may set; which one that is. Raises
-        KeeperError: where a GPU could not be set all are restored.
-        """
-        async with self._gate:
-            for again in (True, False):
-                fresh = self._talk is None
-                try:
-                    talk = self._talk or await self._lease()
-                    low, high = self._range
-                    mhz = min(max(mhz, low), high)
-                    await talk.ask({"op": "set", "mhz": mhz}, self._ttl_s, sent if again else nothing)
-                    return mhz
-                except KeeperError as error:
-                    if error.code not in ("lost", "unreachable"):
-                        raise
-                    await self._drop()
-                    if fresh or not again:
-                        raise
-        raise AssertionError("the second try returns or raises")
-
-    async def give_back(self) -> None:
-        """The lease ends, and the keeper has restored everything when this returns, if it could at once."""
-        async with self._gate:
-            if self._talk is not None:
-                try:
-                    await self._talk.ask({"op": "release"}, self._ttl_s)
-                finally:
-                    await self._drop()
-
-    async def _lease(self) -> _Talk:
-        talk = _Talk(self._socket)
-        try:
-            await talk.ask({"op": "lease", "gpus": self._gpus, "ttl_s": self._ttl_s}, self._ttl_s)
-            allowed = (await talk.ask({"op": "status"}, self._ttl_s))["allowed"]
-            self._range = (max(allowed[gpu][0] for gpu in self._gpus), min(allowed[gpu][1] for gpu in self._gpus))
-        except BaseException:
-            talk.close()
-            raise
-        self._talk = talk
-        self._beating = asyncio.get_running_loop().create_task(self._beat(talk))
-        return talk
-
-    async def _drop(self) -> None:
-        if self._talk is not None:
-            self._talk.close()
-        if self._beating is not None:
-            self._beating.cancel()
-        self._talk = self._beating = None
-
-    async def _beat(self, talk: _Talk) -> None:
-        while True:
-            await asyncio.sleep(self._ttl_s / BEATS)
-            async with self._gate:
-                try:
-                    await talk.ask({"op": "beat"}, self._ttl_s)
-                except KeeperError:
-                    if self._talk is talk:
-                        talk.close()
-                        self._talk = self._beating = None
-                    return
+        """The lowest and highest clock (MHz) that the keeper may set on all of them; known with the lease."""
+        self._heartbeat: asyncio.Task[None] | None = None
 
     @property
     def held(self) -> bool:
         """Whether there is a lease, as far as is known."""
-        return self._talk is not None
+        return self._connection is not None
+
+    async def set(self, mhz: int, sent: Callable[[], None] | None = None) -> int:
+        """Lock all GPUs to a clock, or to the nearest one that the keeper may set; returns that one. `sent` is called
+        when the request is on its way. Raises KeeperError: if one GPU could not be set, all of them are restored.
+        """
+        async with self._one_request:
+            had_lease = self.held
+            try:
+                return await self._set(mhz, sent)
+            except KeeperError:
+                if not had_lease or self.held:
+                    raise
+            return await self._set(mhz, None)  # the lease was lost in the meantime: once more, with another one
+
+    async def restore(self) -> None:
+        """End the lease. The GPUs are restored when this returns, unless one of them refuses; then the keeper goes on
+        trying. Raises KeeperError.
+        """
+        async with self._one_request:
+            if self._connection is not None:
+                try:
+                    await self._connection.request({"op": "release"}, self._ttl_s)
+                finally:
+                    self.close()
+
+    def close(self) -> None:
+        """Disconnect, which ends the lease."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        self._connection = self._heartbeat = None
+
+    async def _set(self, mhz: int, sent: Callable[[], None] | None) -> int:
+        connection = self._connection or await self._lease()
+        low_mhz, high_mhz = self._range
+        allowed_mhz = min(max(mhz, low_mhz), high_mhz)
+        try:
+            await connection.request({"op": "set", "mhz": allowed_mhz}, self._ttl_s, sent)
+        except KeeperError as error:
+            if error.code in ("lost", "unreachable"):
+                self.close()
+            raise
+        return allowed_mhz
+
+    async def _lease(self) -> _Connection:
+        connection = _Connection(self._socket)
+        try:
+            await connection.request({"op": "lease", "gpus": self._gpus, "ttl_s": self._ttl_s}, self._ttl_s)
+            allowed = (await connection.request({"op": "status"}, self._ttl_s))["allowed"]
+        except BaseException:
+            connection.close()
+            raise
+        self._range = (max(allowed[gpu][0] for gpu in self._gpus), min(allowed[gpu][1] for gpu in self._gpus))
+        self._connection = connection
+        self._heartbeat = asyncio.get_running_loop().create_task(self._beat(connection))
+        return connection
+
+    async def _beat(self, connection: _Connection) -> None:
+        while True:
+            await asyncio.sleep(self._ttl_s / HEARTBEATS_PER_TTL)
+            async with self._one_request:
+                try:
+                    await connection.request({"op": "beat"}, self._ttl_s)
+                except KeeperError:
+                    if self._connection is connection:
+                        connection.close()
+                        self._connection = self._heartbeat = None
+                    return
 
 
-class _Talk:
-    """One connection. A question that was not answered in time ends it, and with it the lease."""
+class _Connection:
+    """One connection to the keeper, opened with the first request. A request without an answer in time closes it for
+    good, and so ends the lease: its answer may still come, and would be taken for that of the next request.
+    """
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._over = False
+        self._closed = False
 
-    async def ask(self, what: dict[str, Any], timeout_s: float, sent: Callable[[], None] = nothing) -> dict[str, Any]:
+    async def request(
+        self, fields: dict[str, Any], timeout_s: float, sent: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
         """The answer. Raises KeeperError."""
-        if self._over:
-            raise KeeperError("lost", "keeper: the connection was given up")
+        if self._closed:
+            raise KeeperError("lost", "keeper: the connection was closed")
         try:
             async with asyncio.timeout(timeout_s):
                 reader, writer = self._streams = self._streams or await asyncio.open_unix_connection(self._socket)
-                writer.write(json.dumps(what).encode() + b"\n")
+                writer.write(json.dumps(fields).encode() + b"\n")
                 await writer.drain()
-                sent()
+                if sent is not None:
+                    sent()
                 line = await reader.readline()
             if not line:
-                raise ConnectionError("it hung up; may this user connect?")
+                raise ConnectionError("it closed the connection; may this user connect?")
             answer: dict[str, Any] = json.loads(line)
         except asyncio.CancelledError:
-            self.close()  # its answer is still to come, and would be taken for another's
-            self._over = True
+            self.close()
             raise
         except (OSError, ValueError) as error:
             self.close()
             why = f"no answer in {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
-            where = "" if self._socket == SOCKET else f" --socket {self._socket}"
+            option = "" if self._socket == SOCKET else f" --socket {self._socket}"
             raise KeeperError(
-                "unreachable", f"keeper {self._socket}: {why}; `throttllem doctor{where}` tells what is missing"
+                "unreachable", f"keeper {self._socket}: {why}; `throttllem doctor{option}` shows what is missing"
             ) from error
         if not answer.get("ok"):
             raise KeeperError(str(answer.get("code")), f"keeper: {answer.get('error')}")
         return answer
 
     def close(self) -> None:
-        """Hang up."""
+        """Close it for good."""
+        self._closed = True
         if self._streams is not None:
             self._streams[1].close()
             self._streams = None

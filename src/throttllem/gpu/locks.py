@@ -1,4 +1,4 @@
-"""Sets and resets locked clocks. Only the keeper and the doctor import this; code that reads GPUs cannot reach it."""
+"""Locks and resets GPU clocks. Only the keeper and the doctor import this: no other code can set a clock."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import pynvml
 
-from throttllem.gpu.nvml import Lock, NvmlError, NvmlGpu, Trouble
+from throttllem.gpu.clock_range import ClockRange
+from throttllem.gpu.nvml import NvmlError, NvmlGpu, Trouble
 
 
 class SharedError(NvmlError):
-    """Others share the GPU: nothing was asked of it."""
+    """Other clients share the GPU; nothing was set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,18 +19,21 @@ class LockableGpu(NvmlGpu):
     """One GPU whose clock may be locked. Every method raises NvmlError."""
 
     def check(self) -> None:
-        """Raises SharedError where others share the GPU."""
-        if (use := self.use()) is not None:
-            raise SharedError(f"clock of {self.uuid}: {use.value}", Trouble.UNSUPPORTED)
+        """Raises SharedError where other clients share the GPU."""
+        if (sharing := self.sharing()) is not None:
+            raise SharedError(f"clock of {self.uuid}: {sharing.value}", Trouble.UNSUPPORTED)
 
-    def lock(self, lock: Lock) -> None:
-        """Lock its SM clock. Raises SharedError where others share the GPU."""
+    def lock(self, clocks: ClockRange) -> None:
+        """Lock its SM clock to a range. Raises SharedError where other clients share the GPU."""
         self.check()
-        self._ask(f"{lock[0]} to {lock[1]} MHz", pynvml.nvmlDeviceSetGpuLockedClocks, *lock)
+        self._lock(clocks)
 
-    def restore(self, baseline: Lock | None) -> None:
-        """Lock it to its baseline, or reset its clocks where it has none; also where others share the GPU now."""
+    def restore(self, baseline: ClockRange | None) -> None:
+        """Lock it to its baseline, or reset its clocks if it has none; also where other clients share it now."""
         if baseline is None:
-            self._ask("unlocking", pynvml.nvmlDeviceResetGpuLockedClocks)
+            self._call("unlocking", pynvml.nvmlDeviceResetGpuLockedClocks)
         else:
-            self._ask(f"{baseline[0]} to {baseline[1]} MHz", pynvml.nvmlDeviceSetGpuLockedClocks, *baseline)
+            self._lock(baseline)
+
+    def _lock(self, clocks: ClockRange) -> None:
+        self._call(str(clocks), pynvml.nvmlDeviceSetGpuLockedClocks, clocks.low_mhz, clocks.high_mhz)

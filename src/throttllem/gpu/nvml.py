@@ -1,5 +1,6 @@
-"""GPUs through NVML, to be read: clocks, watts, energy, what slows them down, who works on them. Sets nothing: that is
-in `locks`, which only the keeper and the doctor import.
+"""GPUs read through NVML: clock, power, energy, throttle reasons, processes.
+
+This module sets nothing: that is in `locks`, which only the keeper and the doctor import.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pynvml
 
 
 class Trouble(StrEnum):
-    """What kind of failure it is, for those who act on it."""
+    """The kind of a failure."""
 
     NO_DRIVER = "no driver"
     DENIED = "not permitted"
@@ -27,15 +28,15 @@ class Trouble(StrEnum):
 
 
 class NvmlError(OSError):
-    """NVML did not do what was asked; the message names what, where and the way out."""
+    """A call of NVML failed; the message names the call, the GPU and the remedy."""
 
     def __init__(self, message: str, trouble: Trouble) -> None:
         super().__init__(message)
         self.trouble = trouble
 
 
-class Brake(Flag):
-    """Why a clock is below what it was set to (NVML's clock event reasons, their bits)."""
+class ThrottleReason(Flag):
+    """Why a clock is below the one that was set: the bits of NVML's clock event reasons."""
 
     IDLE = 0x1
     APPLICATION_CLOCKS = 0x2
@@ -49,13 +50,13 @@ class Brake(Flag):
     NONE = 0
 
     @property
-    def words(self) -> str:
-        """For people: "power cap, thermal"."""
-        return ", ".join(str(part.name).lower().replace("_", " ") for part in self) or "none"
+    def text(self) -> str:
+        """ "power cap, thermal"."""
+        return ", ".join(str(reason.name).lower().replace("_", " ") for reason in self) or "none"
 
 
-class Use(StrEnum):
-    """Why a GPU's clock is not ours to set, whoever allows it."""
+class Sharing(StrEnum):
+    """How a GPU is shared by clients that did not agree to another clock; such a GPU is not locked."""
 
     MIG = "MIG is on: its instances share one clock, and their tenants did not agree to it"
     MPS = "MPS shares it: other clients' kernels would slow down too"
@@ -63,22 +64,24 @@ class Use(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One GPU at one moment. `energy_j` since the driver was loaded; None where it has no counter."""
+    """One GPU at one moment (`at_s` of the monotonic clock). `energy_j`: since the driver was loaded; None: the GPU has
+    no counter.
+    """
 
     at_s: float
     clock_mhz: int
     watts: float
     energy_j: float | None
-    brake: Brake
+    throttle: ThrottleReason
 
 
 _REMEDY = {
     Trouble.NO_DRIVER: "load the NVIDIA driver (`nvidia-smi` must work), or serve without [engines] gpus",
     Trouble.DENIED: "setting clocks needs root: run `throttllem keeper` as a service, or mode = 'dry-run'",
-    Trouble.LOST: "it fell off the bus: see `dmesg`; reset or reboot it, the rest goes on without it",
+    Trouble.LOST: "it fell off the bus: see `dmesg`; reset or reboot it, the other GPUs go on without it",
     Trouble.UNKNOWN_GPU: "`throttllem doctor` lists the GPUs that are here",
 }
-_CODES = {
+_TROUBLE = {
     pynvml.NVML_ERROR_UNINITIALIZED: Trouble.NO_DRIVER,
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: Trouble.NO_DRIVER,
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: Trouble.NO_DRIVER,
@@ -88,21 +91,25 @@ _CODES = {
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND: Trouble.UNSUPPORTED,
     pynvml.NVML_ERROR_NOT_FOUND: Trouble.UNKNOWN_GPU,
 }
-_STALE = (pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-"""The driver was unloaded since: what was opened before is worth nothing."""
+_UNLOADED = (pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+"""The driver was unloaded: the library must be opened again, and every handle looked up again."""
 
 
 class Nvml:
-    """The library, opened for a block. Calls may come from any thread; a driver that was reloaded is opened anew."""
+    """The library, open while the context is. Calls may come from any thread.
+
+    A gateway and a keeper outlive driver updates. So a call that finds the driver reloaded opens the library again and
+    is made once more; `_generation` counts the openings, so that of several threads only one does it.
+    """
 
     def __init__(self) -> None:
         self._gate = threading.Lock()
         self._handles: dict[str, Any] = {}
-        self._open = False
+        self._is_open = False
         self._generation = 0
 
     def __enter__(self) -> Self:
-        self._begin()
+        self._open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -110,41 +117,41 @@ class Nvml:
             self._close()
 
     def gpus(self) -> dict[int, str | NvmlError]:
-        """By number: the UUID, or why it cannot be had, which is no reason to miss the others. Raises NvmlError."""
+        """By number: the UUID, or why it cannot be read; a GPU that is lost hides no other. Raises NvmlError."""
         found = dict[int, str | NvmlError]()
-        for number in range(self.ask("GPUs", pynvml.nvmlDeviceGetCount)):
+        for number in range(self.call("GPUs", pynvml.nvmlDeviceGetCount)):
             try:
-                handle = self.ask(f"GPU {number}", pynvml.nvmlDeviceGetHandleByIndex, number)
-                found[number] = str(self.ask(f"UUID of GPU {number}", pynvml.nvmlDeviceGetUUID, handle))
+                handle = self.call(f"GPU {number}", pynvml.nvmlDeviceGetHandleByIndex, number)
+                found[number] = str(self.call(f"UUID of GPU {number}", pynvml.nvmlDeviceGetUUID, handle))
             except NvmlError as error:
                 found[number] = error
         return found
 
     def driver(self) -> str:
-        """Its version."""
-        return str(self.ask("driver version", pynvml.nvmlSystemGetDriverVersion))
+        """The driver's version. Raises NvmlError."""
+        return str(self.call("driver version", pynvml.nvmlSystemGetDriverVersion))
 
-    def ask(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A call that is about no GPU in particular. Raises NvmlError."""
-        return self._tried(what, lambda: function(*arguments))
+    def call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A call about no particular GPU; `what` names it in errors. Raises NvmlError."""
+        return self._retried(what, lambda: function(*arguments))
 
-    def on(self, uuid: str, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    def call_gpu(self, uuid: str, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """A call about one GPU: `function(handle, *arguments)`. Raises NvmlError."""
         try:
-            return self._tried(f"{what} of {uuid}", lambda: function(self._handle(uuid), *arguments))
+            return self._retried(f"{what} of {uuid}", lambda: function(self._handle(uuid), *arguments))
         except NvmlError as error:
             if error.trouble in (Trouble.LOST, Trouble.OTHER):  # it may come back under another handle
                 self._handles.pop(uuid, None)
             raise
 
-    def _tried(self, what: str, call: Callable[[], Any]) -> Any:
-        before = self._generation
+    def _retried(self, what: str, call: Callable[[], Any]) -> Any:
+        generation = self._generation
         try:
             return call()
         except pynvml.NVMLError as error:
-            if error.value not in _STALE:
+            if error.value not in _UNLOADED:
                 raise _mapped(what, error) from error
-        self._begin(before)
+        self._open(generation)
         try:
             return call()
         except pynvml.NVMLError as error:
@@ -156,73 +163,73 @@ class Nvml:
             handle = self._handles[uuid] = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         return handle
 
-    def _begin(self, before: int | None = None) -> None:
-        """Open the library, unless another thread has done so since `before`."""
+    def _open(self, generation: int | None = None) -> None:
+        """Open the library, unless another thread has opened it since `generation`."""
         with self._gate:
-            if before is not None and before != self._generation:
+            if generation is not None and generation != self._generation:
                 return
             self._close()
             try:
                 pynvml.nvmlInit()
             except pynvml.NVMLError as error:
                 raise _mapped("NVML", error) from error
-            self._open = True
+            self._is_open = True
             self._generation += 1
 
     def _close(self) -> None:
         self._handles.clear()
-        if self._open:
-            self._open = False
+        if self._is_open:
+            self._is_open = False
             try:
                 pynvml.nvmlShutdown()
             except pynvml.NVMLError as error:
-                if error.value not in _STALE:
+                if error.value not in _UNLOADED:
                     raise _mapped("NVML", error) from error
 
 
 def _mapped(what: str, error: pynvml.NVMLError) -> NvmlError:
-    trouble = _CODES.get(error.value, Trouble.OTHER)
+    trouble = _TROUBLE.get(error.value, Trouble.OTHER)
     remedy = _REMEDY.get(trouble)
     return NvmlError(f"{what}: {error}{f'; {remedy}' if remedy else ''}", trouble)
 
 
 @dataclass(frozen=True, slots=True)
 class NvmlGpu:
-    """One GPU, to be read. Every method raises NvmlError."""
+    """One GPU, read-only. Every method raises NvmlError."""
 
     nvml: Nvml
     uuid: str
 
     def name(self) -> str:
-        """As the driver calls it."""
-        return str(self._ask("name", pynvml.nvmlDeviceGetName))
+        """The product's name."""
+        return str(self._call("name", pynvml.nvmlDeviceGetName))
 
     def index(self) -> int:
         """Its number in `nvidia-smi`."""
-        return int(self._ask("index", pynvml.nvmlDeviceGetIndex))
+        return int(self._call("index", pynvml.nvmlDeviceGetIndex))
 
     def clocks_mhz(self) -> tuple[int, ...]:
         """The SM clocks that it can be locked to, ascending, at its highest memory clock."""
-        memory = max(self._ask("memory clocks", pynvml.nvmlDeviceGetSupportedMemoryClocks))
-        return tuple(sorted(self._ask("clocks", pynvml.nvmlDeviceGetSupportedGraphicsClocks, memory)))
+        memory = max(self._call("memory clocks", pynvml.nvmlDeviceGetSupportedMemoryClocks))
+        return tuple(sorted(self._call("clocks", pynvml.nvmlDeviceGetSupportedGraphicsClocks, memory)))
 
     def clock_mhz(self) -> int:
-        """The SM clock as it is now."""
-        return int(self._ask("clock", pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM))
+        """The SM clock now."""
+        return int(self._call("clock", pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM))
 
     def limit_w(self) -> float:
-        """The power limit that is enforced."""
-        return float(self._ask("power limit", pynvml.nvmlDeviceGetEnforcedPowerLimit)) / 1e3
+        """The enforced power limit."""
+        return float(self._call("power limit", pynvml.nvmlDeviceGetEnforcedPowerLimit)) / 1e3
 
-    def brake(self) -> Brake:
-        """What slows it down now."""
-        bits = int(self._ask("clock event reasons", pynvml.nvmlDeviceGetCurrentClocksEventReasons))
-        return Brake(bits & sum(part.value for part in Brake))
+    def throttle(self) -> ThrottleReason:
+        """What limits its clock now."""
+        bits = int(self._call("clock event reasons", pynvml.nvmlDeviceGetCurrentClocksEventReasons))
+        return ThrottleReason(bits & sum(reason.value for reason in ThrottleReason))
 
     def sample(self) -> Sample:
-        """Everything that is read all the time, in some tens of microseconds."""
+        """Everything that is read periodically, in some tens of microseconds."""
         try:
-            energy_j = float(self._ask("energy", pynvml.nvmlDeviceGetTotalEnergyConsumption)) / 1e3
+            energy_j = float(self._call("energy", pynvml.nvmlDeviceGetTotalEnergyConsumption)) / 1e3
         except NvmlError as error:
             if error.trouble is not Trouble.UNSUPPORTED:
                 raise
@@ -230,44 +237,32 @@ class NvmlGpu:
         return Sample(
             at_s=time.monotonic(),
             clock_mhz=self.clock_mhz(),
-            watts=float(self._ask("power", pynvml.nvmlDeviceGetPowerUsage)) / 1e3,
+            watts=float(self._call("power", pynvml.nvmlDeviceGetPowerUsage)) / 1e3,
             energy_j=energy_j,
-            brake=self.brake(),
+            throttle=self.throttle(),
         )
 
-    def use(self) -> Use | None:
-        """Why nobody should set its clock; None: nothing."""
+    def sharing(self) -> Sharing | None:
+        """How other clients share it, which forbids setting its clock; None: it is not shared."""
         if self._optional("MIG mode", pynvml.nvmlDeviceGetMigMode, default=(0, 0))[0]:
-            return Use.MIG
+            return Sharing.MIG
         if self._optional("MPS clients", pynvml.nvmlDeviceGetMPSComputeRunningProcesses, default=()):
-            return Use.MPS
+            return Sharing.MPS
         return None
 
     def processes(self) -> tuple[int, ...]:
-        """Process ids that compute on it."""
+        """Ids of the processes that compute on it."""
         found = self._optional("processes", pynvml.nvmlDeviceGetComputeRunningProcesses, default=())
         return tuple(int(process.pid) for process in found)
 
     def _optional(self, what: str, function: Callable[..., Any], default: Any) -> Any:
-        """For what older GPUs do not have."""
+        """A call that older GPUs do not support."""
         try:
-            return self._ask(what, function)
+            return self._call(what, function)
         except NvmlError as error:
             if error.trouble is not Trouble.UNSUPPORTED:
                 raise
             return default
 
-    def _ask(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        return self.nvml.on(self.uuid, what, function, *arguments)
-
-
-class Lock(tuple[int, int]):
-    """A range that SM clocks are locked to: lowest, highest MHz."""
-
-    __slots__ = ()
-
-    def __new__(cls, low_mhz: int, high_mhz: int) -> Self:
-        """Raises ValueError for a range that is none."""
-        if not 0 < low_mhz <= high_mhz:
-            raise ValueError(f"clocks {low_mhz} to {high_mhz} MHz: must be two positive numbers, the lower one first")
-        return super().__new__(cls, (low_mhz, high_mhz))
+    def _call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.nvml.call_gpu(self.uuid, what, function, *arguments)

@@ -1,6 +1,6 @@
-"""Reads some GPUs again and again, in a thread of its own: whoever asks gets the last reading and never waits for NVML.
+"""Reads GPUs periodically, in a thread: the event loop takes the last reading and never waits for NVML.
 
-Knows nothing of who sets their clocks.
+Knows nothing of clocks being set.
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from throttllem.gpu.counter import EnergyCounter
-from throttllem.gpu.device import nothing
 from throttllem.gpu.nvml import NvmlGpu, Sample
 
 log = logging.getLogger("throttllem.gpu")
 
 PERIOD_S = 0.05
 STALE_S = 1.0
-"""After so long without a reading the GPUs count as not readable."""
+"""A reading older than this counts as none."""
 END_S = 1.0
-"""A reading that has not come back by then hangs, and is left behind."""
+"""A call of NVML that has not returned so long after the end hangs; its thread is abandoned."""
 
 
 class Sampler:
-    """The GPUs of one engine, read while a block lasts. `left_behind` is called if a reading hangs as it ends."""
+    """The GPUs of one engine, read while the context is open. `hung`: at the end, whether a call of NVML hangs; then
+    NVML must stay open, since closing it would wait for that call.
+    """
 
-    def __init__(
-        self, gpus: Sequence[NvmlGpu], left_behind: Callable[[], object] = nothing, period_s: float = PERIOD_S
-    ) -> None:
+    def __init__(self, gpus: Sequence[NvmlGpu], period_s: float = PERIOD_S) -> None:
         self.gpus = tuple(gpus)
-        self._left_behind, self._period_s = left_behind, period_s
+        self.hung = False
+        self._period_s = period_s
         self._counters = tuple(EnergyCounter() for _ in gpus)
         self._last: tuple[Sample, ...] = ()
         self._at_s: float | None = None
@@ -43,8 +43,8 @@ class Sampler:
         self._thread = threading.Thread(target=self._run, name="gpu sampler", daemon=True)
 
     async def __aenter__(self) -> Self:
-        """Raises NvmlError if they cannot be read now."""
-        self.look()
+        """Raises NvmlError if the GPUs cannot be read now."""
+        self.read()
         self._thread.start()
         return self
 
@@ -56,20 +56,20 @@ class Sampler:
         try:
             await asyncio.to_thread(self._thread.join, END_S)
         finally:
-            if self._thread.is_alive():
-                log.error("a reading of %s has not come back: its thread is left behind", self.gpus[0].uuid)
-                self._left_behind()
+            self.hung = self._thread.is_alive()
+            if self.hung:
+                log.error("a reading of %s has not returned: its thread is abandoned", self.gpus[0].uuid)
 
-    def soon(self) -> None:
-        """The next reading is wanted at once."""
+    def read_soon(self) -> None:
+        """Start the next reading now instead of at the end of the period."""
         self._wake.set()
 
     def newer_than(self, at_s: float) -> bool:
-        """Whether the last reading was begun after that (of the monotonic clock)."""
+        """Whether the last reading began after that time of the monotonic clock."""
         return bool(self._last) and min(sample.at_s for sample in self._last) > at_s
 
-    def look(self) -> tuple[Sample, ...]:
-        """Read them now, in the one thread that reads. Raises NvmlError."""
+    def read(self) -> tuple[Sample, ...]:
+        """Read the GPUs now; once the context is open, only its thread does. Raises NvmlError."""
         found = tuple(gpu.sample() for gpu in self.gpus)
         with self._gate:
             for counter, sample in zip(self._counters, found, strict=True):
@@ -78,16 +78,16 @@ class Sampler:
         return found
 
     def last(self) -> tuple[Sample, ...]:
-        """The last reading. Raises OSError if it is too old, with the reason."""
+        """The last reading. Raises OSError with the reason if it is too old."""
         if self._at_s is None:
             raise OSError(f"{self.gpus[0].uuid} has not been read yet")
-        late_s = time.monotonic() - self._at_s
-        if late_s > STALE_S:
-            raise self._error or OSError(f"no reading of {self.gpus[0].uuid} for {late_s:.1f} s: a call hangs")
+        age_s = time.monotonic() - self._at_s
+        if age_s > STALE_S:
+            raise self._error or OSError(f"no reading of {self.gpus[0].uuid} for {age_s:.1f} s: a call of NVML hangs")
         return self._last
 
     def joules(self) -> float:
-        """Of all of them since the block began."""
+        """Energy of all GPUs since the first reading."""
         now_s = time.monotonic()
         with self._gate:
             return sum(counter.joules(now_s) for counter in self._counters)
@@ -97,6 +97,6 @@ class Sampler:
             self._wake.wait(self._period_s)
             self._wake.clear()
             try:
-                self.look()
+                self.read()
             except OSError as error:
                 self._error = error

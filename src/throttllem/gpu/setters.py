@@ -1,20 +1,34 @@
-"""Who sets clocks for us: the keeper, or a zeusd where a site has one."""
+"""The ways to set clocks without being root: through the keeper, or through zeusd where a site runs one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
-from throttllem.gpu.hardware import ClockSetter
-from throttllem.gpu.keeper_client import TTL_S, KeptClocks
+from throttllem.gpu.keeper_client import TTL_S, KeeperClient
 from throttllem.gpu.nvml import NvmlGpu
-from throttllem.gpu.zeusd import ZeusdClocks
+from throttllem.gpu.zeusd import ZeusdClient
+
+
+class ClockSetter(Protocol):
+    """Sets the clocks of a group of GPUs: of all of them, or of none."""
+
+    async def set(self, mhz: int, sent: Callable[[], None] | None = None) -> int:
+        """Lock them to a clock; `sent` is called when the command is on its way. Returns the clock that they are set
+        to, which may be the nearest one that is allowed. Raises OSError.
+        """
+
+    async def restore(self) -> None:
+        """Undo every `set`. Raises OSError."""
 
 
 def clock_setter(
     *, keeper: Path, zeusd: Path | None = None, ttl_s: float = TTL_S
 ) -> Callable[[tuple[NvmlGpu, ...]], ClockSetter]:
-    """Makes the setter of a group of GPUs; reaches nobody yet."""
+    """Makes the setter of a group of GPUs, once they are found: through the socket of zeusd if one is given, else of
+    the keeper. Connects to neither yet.
+    """
     if zeusd is not None:
-        return lambda gpus: ZeusdClocks(zeusd, gpus)
-    return lambda gpus: KeptClocks(keeper, tuple(gpu.uuid for gpu in gpus), ttl_s)
+        return lambda gpus: ZeusdClient(zeusd, gpus)
+    return lambda gpus: KeeperClient(keeper, tuple(gpu.uuid for gpu in gpus), ttl_s)

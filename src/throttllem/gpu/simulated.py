@@ -1,4 +1,4 @@
-"""A GPU that is only a clock, a switch latency and an energy counter. Knows nothing of who works on it."""
+"""A simulated GPU: a clock, the latency of switching it, and an energy counter. Knows nothing of what runs on it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from throttllem.gpu.device import ClockError, Reading, Work, nothing
+from throttllem.gpu.device import ClockError, Reading, Work
 
 
 class SimulatedGpu:
-    """`clocks_mhz` are those that can be set; it begins at the highest. `watts(clock_mhz, work)` is the power of all
-    GPUs of the engine while that work runs, `idle_w` while nothing does. `now` counts the seconds of switching.
+    """`clocks_mhz`: those that can be set; it starts at the highest. `watts(clock_mhz, work)`: the power of all GPUs of
+    the engine during that work; `idle_w`: without work. `now`: the clock (in seconds) that switches are timed by.
     """
 
     def __init__(
@@ -32,26 +32,29 @@ class SimulatedGpu:
         self._clock_mhz = self.clocks_mhz[-1]
         self._watts = idle_w
         self._energy_j = 0.0
-        self._turn = 0
+        self._switches = 0
         self._switching: deque[tuple[int, float, int]] = deque()
+        """Switches under way, oldest first: number, time at which it is in force, clock."""
 
-    async def set_clock(self, mhz: int | None, sent: Callable[[], None] = nothing) -> int | None:
-        """Ask for a clock (None: the highest, as nobody's, without waiting), wait for the switch, return the clock in
-        force then. A switch once asked for happens, even if the wait is cancelled, and of several the last asked for
-        stays. Raises ClockError.
+    async def set_clock(self, mhz: int | None, sent: Callable[[], None] | None = None) -> int | None:
+        """Switch to a clock and return the one in force after the switch latency. None: the highest clock, as of a GPU
+        that nobody sets; this does not wait. A switch happens even if its wait is cancelled, and of several at once
+        the last one stays. Raises ClockError.
         """
-        free, mhz = mhz is None, self.clocks_mhz[-1] if mhz is None else mhz
+        wait = mhz is not None
+        mhz = self.clocks_mhz[-1] if mhz is None else mhz
         if mhz not in self.clocks_mhz:
             nearest = min(self.clocks_mhz, key=lambda clock: abs(clock - mhz))
             low, high = self.clocks_mhz[0], self.clocks_mhz[-1]
             raise ClockError(f"{mhz} MHz: this GPU has no such clock; the nearest of {low} to {high} is {nearest}")
-        self._turn += 1
-        turn = self._turn
-        self._switching.append((turn, self._now() + self._latency_s, mhz))
-        sent()
-        await asyncio.sleep(0 if free else self._latency_s)
-        # The sleep may end a clock tick before `now` says so; those who waited have waited enough.
-        while not free and self._switching and self._switching[0][0] <= turn:
+        self._switches += 1
+        switch = self._switches
+        self._switching.append((switch, self._now() + self._latency_s, mhz))
+        if sent is not None:
+            sent()
+        await asyncio.sleep(self._latency_s if wait else 0)
+        # The sleep may end a tick before `now` has reached the end of the switch; the caller has waited long enough.
+        while wait and self._switching and self._switching[0][0] <= switch:
             self._clock_mhz = self._switching.popleft()[2]
         return self._in_force()
 
@@ -60,7 +63,9 @@ class SimulatedGpu:
         return Reading(clock_mhz=self._in_force(), watts=self._watts, energy_j=self._energy_j)
 
     def worked(self, work: Work) -> None:
-        """Count the joules of one iteration: its own where it has them, else by the clock in force."""
+        """Add the energy of one iteration: the engine's own figure where it has one, else power at the clock in force
+        times duration.
+        """
         if work.joules is None:
             self._watts = self._power(self._in_force(), work)
             self._energy_j += self._watts * work.seconds
@@ -70,7 +75,7 @@ class SimulatedGpu:
             self._watts = work.joules / work.seconds
 
     def idled(self, seconds: float) -> None:
-        """Count the joules of doing nothing."""
+        """Add the energy of idling."""
         self._watts = self._idle_w
         self._energy_j += self._idle_w * seconds
 

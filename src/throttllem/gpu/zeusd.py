@@ -1,7 +1,7 @@
-"""Clocks set through zeusd, the daemon of the Zeus project, where a site has it in the keeper's place.
+"""Client of zeusd, the daemon of the Zeus project, which can set clocks instead of the keeper where a site runs it.
 
-zeusd remembers nothing: the GPUs that were set are remembered here, and their clocks are reset only if this process
-lives to do it. Its HTTP interface is that of zeus 0.16 (`zeus/utils/zeusd.py`).
+zeusd holds no leases: this client remembers which GPUs it set, and their clocks are reset only if this process lives to
+do it. The HTTP interface is that of zeus 0.16 (`zeus/utils/zeusd.py`).
 """
 
 from __future__ import annotations
@@ -14,44 +14,45 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlencode
 
-from throttllem.gpu.device import nothing
 from throttllem.gpu.nvml import NvmlGpu
 
 _TIMEOUT_S = 3.0
 
 
 class ZeusdError(OSError):
-    """zeusd did not do it."""
+    """zeusd could not be reached, or rejected a request."""
 
 
 def reach(path: Path) -> None:
-    """Whether one listens there and lets us in; asks it nothing. Raises ZeusdError."""
+    """Connect to its socket, without a request. Raises ZeusdError if there is none, or if this user may not connect."""
     connection = _UnixConnection(path)
     try:
         connection.connect()
     except OSError as error:
-        raise _away(path, error) from error
+        raise _unreachable(path, error) from error
     finally:
         connection.close()
 
 
-class ZeusdClocks:
-    """The clocks of some GPUs."""
+class ZeusdClient:
+    """Sets the clocks of some GPUs through zeusd."""
 
     def __init__(self, path: Path, gpus: Sequence[NvmlGpu]) -> None:
         self._path, self._gpus = path, tuple(gpus)
         self._touched: list[NvmlGpu] = []
         self._thread = ThreadPoolExecutor(1)
-        """Calls keep their order: a reset comes after the set before it, even if nobody waits for that any more."""
+        """One thread, so that requests stay in order: a reset comes after the set before it, even if that was
+        cancelled."""
 
-    async def set(self, mhz: int, sent: Callable[[], None] = nothing) -> int:
-        """Lock all of them to a clock. Raises OSError."""
-        sent()
+    async def set(self, mhz: int, sent: Callable[[], None] | None = None) -> int:
+        """Lock all GPUs to a clock. Raises OSError."""
+        if sent is not None:
+            sent()
         await asyncio.get_running_loop().run_in_executor(self._thread, self._set, mhz)
         return mhz
 
-    async def give_back(self) -> None:
-        """Reset the clocks of all that were set. Raises OSError."""
+    async def restore(self) -> None:
+        """Reset the clocks of all GPUs that were set. Raises OSError."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._reset)
 
     def _set(self, mhz: int) -> None:
@@ -60,7 +61,7 @@ class ZeusdClocks:
 
     def _reset(self) -> None:
         failed: OSError | None = None
-        for gpu in list(self._touched):  # one that fails does not keep the others locked
+        for gpu in list(self._touched):  # one that fails does not leave the other GPUs locked
             try:
                 self._post("reset_gpu_locked_clocks", (gpu,), {})
                 self._touched.remove(gpu)
@@ -69,22 +70,22 @@ class ZeusdClocks:
         if failed is not None:
             raise failed
 
-    def _post(self, what: str, gpus: Sequence[NvmlGpu], more: dict[str, int]) -> None:
-        fields = {"gpu_ids": ",".join(str(gpu.index()) for gpu in gpus), **more, "block": "true"}
+    def _post(self, command: str, gpus: Sequence[NvmlGpu], parameters: dict[str, int]) -> None:
+        query = {"gpu_ids": ",".join(str(gpu.index()) for gpu in gpus), **parameters, "block": "true"}
         connection = _UnixConnection(self._path)
         try:
-            connection.request("POST", f"/gpu/{what}?{urlencode(fields)}")
-            answer = connection.getresponse()
-            said = answer.read(500).decode(errors="replace")
+            connection.request("POST", f"/gpu/{command}?{urlencode(query)}")
+            response = connection.getresponse()
+            body = response.read(500).decode(errors="replace")
         except (OSError, http.client.HTTPException) as error:
-            raise _away(self._path, error) from error
+            raise _unreachable(self._path, error) from error
         finally:
             connection.close()
-        if answer.status != http.client.OK:
-            raise ZeusdError(f"zeusd {self._path}: {what}: HTTP {answer.status} {said}")
+        if response.status != http.client.OK:
+            raise ZeusdError(f"zeusd {self._path}: {command}: HTTP {response.status} {body}")
 
 
-def _away(path: Path, error: Exception) -> ZeusdError:
+def _unreachable(path: Path, error: Exception) -> ZeusdError:
     return ZeusdError(f"zeusd {path}: {error}; is it running, and may this user connect?")
 
 

@@ -1,1 +1,1 @@
-"""The keeper of clocks: the one part that runs as root, and small for that reason."""
+"""The keeper: the only process that runs as root. It leases GPU clocks to clients, and restores them."""

@@ -1,6 +1,6 @@
-"""Leases on groups of GPUs. No GPU is locked before it is in the journal. Whatever ends a lease, its GPUs are restored:
-to the baseline that `--normally` states, else their clocks are reset; it is retried until it succeeds. Each GPU has one
-thread, which makes its calls in order: a call that hangs delays no other GPU. Knows nothing of sockets.
+"""Leases on groups of GPUs: which client may set their clocks, until when, and what happens afterwards.
+
+Knows nothing of sockets and of the protocol.
 """
 
 import asyncio
@@ -11,156 +11,244 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from throttllem.gpu.clock_range import ClockRange
 from throttllem.gpu.locks import LockableGpu
-from throttllem.gpu.nvml import Lock, Nvml
-from throttllem.keeper.journal import Journal, log
+from throttllem.gpu.nvml import Nvml
+from throttllem.keeper.journal import Journal
+from throttllem.keeper.log import log
 
-LEAST_TTL_S, MOST_TTL_S, SETS_PER_S, SETS_AT_ONCE, SWEEP_S, RETRY_S = 0.2, 60.0, 20.0, 40.0, 0.05, 0.25
+# The theory
+#
+# A locked clock stays locked when the program that locked it is gone. A lease ties the lock to a client that is alive:
+# the client extends it with every `set` and heartbeat; when they stop for `ttl_s`, the lease ends. It also ends
+# when the client releases it, when it disconnects (the kernel closes the connection of a process that dies), when a GPU
+# could not be set, and when the keeper stops.
+#
+#     take           first set                        end
+#     ----> held ----------------> held, journaled ---------> restoring ----> free
+#             |                    (may be locked)            (in the journal until it succeeded)
+#             +--- end ---> free
+#
+# Four rules make the guarantees of docs/keeper.md hold:
+#
+# 1. Before the first lock of a lease, all its GPUs and their baselines are in the journal. A keeper that is killed at
+#    any moment leaves no lock that the next one does not know.
+# 2. Every end goes through `end`, and every journaled GPU through `_restore_until_done`. There is no other way out.
+# 3. Restoring is retried until it succeeds. The GPU can be leased again only then, and is in the journal as long.
+# 4. Each GPU has one thread that makes its calls of NVML, in order. So a restore comes after the lock that was under
+#    way when the lease ended, and a call that hangs or fails delays no other GPU.
+#
+# Everything else runs on one event loop, so there are no locks but `_writing`. Between two `await`s nothing else
+# changes a lease; after each `await` it may have ended, and `extend` is called to find out.
+#
+# What a GPU is restored to is a baseline that the keeper's options state, else its clocks are reset. Nothing is
+# inferred from a clock: NVML cannot read locks, and a steady clock may be a GPU's normal boost clock.
+
+MIN_TTL_S, MAX_TTL_S = 0.2, 60.0
+SETS_PER_S, SETS_AT_ONCE = 20.0, 40.0
+"""The rate at which a GPU may be set, and the burst, over all leases: a driver call takes milliseconds of its time."""
+SWEEP_S = 0.05
+RETRY_S = 0.25
 
 
-class RefusedError(Exception):
-    """Not done: a code for programs, and words."""
+class RejectedError(Exception):
+    """A request was not carried out. `code` is that of the protocol."""
 
-
-Gone = Callable[[], bool]
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """Who may set these GPUs until when; `gone`: he hung up. `mhz`: what all are locked to; `touched`: they may be."""
+    """The right of one client to set these GPUs. `disconnected()`: whether the client has closed its connection."""
 
     gpus: tuple[str, ...]
-    holder: str
+    client: str
     ttl_s: float
-    until_s: float
-    gone: Gone
+    expires_s: float
+    disconnected: Callable[[], bool]
     mhz: int | None = None
-    noting: bool = False
-    touched: bool = False
+    """The clock that all of them are locked to."""
+    journaling: bool = False
+    """The journal is being written; until that is over, no other lease may have these GPUs."""
+    journaled: bool = False
+    """They are in the journal: they may be locked, and are restored when the lease ends."""
     ended: str | None = None
+    """Why it has ended."""
 
 
 class Leases:
-    """All leases, on one event loop. By UUID: the `clocks` that may be set; `normally`, the stated baselines; and
-    `baselines`, what each GPU that may be locked now will be restored to (None: reset). A GPU of the journal that the
-    options do not name keeps the baseline that was stated to the keeper before.
+    """All leases. `allowed`: by UUID, the clocks that may be set. `baselines`: those that the options state.
+
+    `held`: the lease of each GPU that has one. `restoring`: the GPUs that are being restored. `journaled`: what each
+    GPU that may be locked now will be restored to (None: reset). At first these are the GPUs that the last keeper may
+    have left locked. Those that the options name get the baseline that the options state now, the others the one that
+    was stated to the keeper that locked them.
     """
 
-    def __init__(self, nvml: Nvml, clocks: Mapping[str, Lock], normally: Mapping[str, Lock], journal: Journal) -> None:
-        self.clocks, self.normally, self._journal, self._pen = clocks, normally, journal, asyncio.Lock()
-        self._sets = dict.fromkeys(clocks, SETS_AT_ONCE)
-        self.held, self.returning = dict[str, Lease](), dict[str, asyncio.Task[None]]()
-        self.baselines = {uuid: normally.get(uuid) if uuid in clocks else lock for uuid, lock in journal.read().items()}
-        self._hands = {uuid: (LockableGpu(nvml, uuid), ThreadPoolExecutor(1)) for uuid in {*clocks, *self.baselines}}
+    def __init__(
+        self, nvml: Nvml, allowed: Mapping[str, ClockRange], baselines: Mapping[str, ClockRange], journal: Journal
+    ) -> None:
+        self.allowed, self.baselines = allowed, baselines
+        self.held: dict[str, Lease] = {}
+        self.restoring: dict[str, asyncio.Task[None]] = {}
+        self.journaled = {
+            uuid: baselines.get(uuid) if uuid in allowed else baseline for uuid, baseline in journal.read().items()
+        }
+        self._journal, self._writing = journal, asyncio.Lock()
+        self._sets_left = dict.fromkeys(allowed, SETS_AT_ONCE)
+        self._gpus = {uuid: (LockableGpu(nvml, uuid), ThreadPoolExecutor(1)) for uuid in {*allowed, *self.journaled}}
+        self._stopped = False
 
-    def take(self, gpus: tuple[str, ...], ttl_s: float, holder: str, gone: Gone) -> Lease:
-        """A lease on GPUs that are allowed and nobody's. Raises RefusedError."""
-        if not gpus or len(set(gpus)) < len(gpus) or not LEAST_TTL_S <= ttl_s <= MOST_TTL_S:
-            raise RefusedError("malformed", f"a lease is on GPUs, each once, for {LEAST_TTL_S:g} to {MOST_TTL_S:g} s")
+    # ---- what a client asks for ----------------------------------------------------------------------------------
+
+    def take(self, gpus: tuple[str, ...], ttl_s: float, client: str, disconnected: Callable[[], bool]) -> Lease:
+        """A lease on GPUs that are allowed and free; nothing is locked yet. Raises RejectedError."""
+        if not gpus or len(set(gpus)) < len(gpus) or not MIN_TTL_S <= ttl_s <= MAX_TTL_S:
+            raise RejectedError("malformed", f"a lease is on GPUs, each once, for {MIN_TTL_S:g} to {MAX_TTL_S:g} s")
+        if self._stopped:
+            raise RejectedError("not-allowed", "the keeper is stopping")
         for uuid in gpus:
-            if uuid not in self.clocks:
-                raise RefusedError("not-allowed", f"{uuid} is none of the GPUs that the keeper may set")
-            if uuid in self.held or uuid in self.returning:
-                by = self.held[uuid].holder if uuid in self.held else "nobody, but still being restored"
-                raise RefusedError("held", f"{uuid} is held by {by}")
-        lease = Lease(gpus=gpus, holder=holder, ttl_s=ttl_s, until_s=time.monotonic() + ttl_s, gone=gone)
-        self.held |= dict.fromkeys(gpus, lease)
+            if uuid not in self.allowed:
+                raise RejectedError("not-allowed", f"{uuid} is none of the GPUs that the keeper may set")
+            if uuid in self.held:
+                raise RejectedError("held", f"{uuid} is held by {self.held[uuid].client}")
+            if uuid in self.restoring:
+                raise RejectedError("held", f"{uuid} is still being restored")
+        lease = Lease(
+            gpus=gpus, client=client, ttl_s=ttl_s, expires_s=time.monotonic() + ttl_s, disconnected=disconnected
+        )
+        self.held.update(dict.fromkeys(gpus, lease))
         return lease
 
-    def beat(self, lease: Lease) -> None:
-        """Its holder lives. Raises RefusedError if it has ended."""
+    def extend(self, lease: Lease) -> None:
+        """The client is alive: the lease runs for another `ttl_s`. Raises RejectedError if it has ended."""
         if lease.ended:
-            raise RefusedError("lost", f"the lease has ended: {lease.ended}")
-        lease.until_s = time.monotonic() + lease.ttl_s
+            raise RejectedError("lost", f"the lease has ended: {lease.ended}")
+        lease.expires_s = time.monotonic() + lease.ttl_s
 
     async def set(self, lease: Lease, mhz: int) -> None:
-        """Lock all its GPUs to one clock, in parallel; if one fails, the lease ends and all are restored. Raises
-        RefusedError.
+        """Lock all GPUs of the lease to one clock, in parallel. If one fails, the lease ends and all are restored.
+        Raises RejectedError.
         """
-        self.beat(lease)
-        for low, high in (self.clocks[uuid] for uuid in lease.gpus):
-            if not low <= mhz <= high:
-                raise RefusedError("range", f"{mhz} MHz: only {low} to {high} MHz may be set")
-        if min(self._sets[uuid] for uuid in lease.gpus) < 1.0:
-            raise RefusedError("rate", f"more than {SETS_PER_S:g} sets a second: ask again in a moment")
-        self._sets |= {uuid: self._sets[uuid] - 1.0 for uuid in lease.gpus}
+        self.extend(lease)
+        for low_mhz, high_mhz in (self.allowed[uuid] for uuid in lease.gpus):
+            if not low_mhz <= mhz <= high_mhz:
+                raise RejectedError("range", f"{mhz} MHz: only {low_mhz} to {high_mhz} MHz may be set")
+        if any(self._sets_left[uuid] < 1.0 for uuid in lease.gpus):
+            raise RejectedError("rate", f"more than {SETS_PER_S:g} sets a second: try again in a moment")
+        for uuid in lease.gpus:
+            self._sets_left[uuid] -= 1.0
+
         try:
-            if not lease.touched:
-                await self._note(lease)
-            locking = (self._do(uuid, lambda gpu: gpu.lock(Lock(mhz, mhz))) for uuid in lease.gpus)
-            done = await asyncio.gather(*locking, return_exceptions=True)
-            self.beat(lease)  # if it ended meanwhile, its GPUs are restored after these calls
-            if failed := [error for error in done if isinstance(error, BaseException)]:
-                self.end(lease, f"a GPU was not set: {failed[0]}")
-                raise failed[0]
+            if not lease.journaled:
+                await self._enter_in_journal(lease)
+            clock = ClockRange(mhz, mhz)
+            calls = (self._call(uuid, lambda gpu: gpu.lock(clock)) for uuid in lease.gpus)
+            results = await asyncio.gather(*calls, return_exceptions=True)
         except OSError as error:
-            raise RefusedError("gpu", str(error)) from error
+            raise RejectedError("gpu", str(error)) from error
+
+        self.extend(lease)  # if it ended in the meantime, its GPUs are restored after these calls
+        for result in results:
+            if isinstance(result, BaseException):
+                self.end(lease, f"a GPU was not set: {result}")
+                if isinstance(result, OSError):
+                    raise RejectedError("gpu", str(result)) from result
+                raise result
         lease.mhz = mhz
 
     def end(self, lease: Lease, why: str) -> None:
-        """It is over, whatever the reason; its GPUs are restored."""
-        if not lease.ended:
-            lease.ended = why
-            log.info("lease of %s on %s: %s", lease.holder, ", ".join(lease.gpus), why)
-            if not lease.noting:
-                self._free(lease)
+        """End a lease, for whatever reason, and start to restore its GPUs. Does nothing if it has ended already."""
+        if lease.ended:
+            return
+        lease.ended = why
+        log.info("lease of %s on %s: %s", lease.client, ", ".join(lease.gpus), why)
+        if not lease.journaling:  # else `_enter_in_journal` frees them, as soon as the journal is written
+            self._free(lease)
+
+    async def restored(self, gpus: Iterable[str]) -> None:
+        """Wait until these GPUs are restored."""
+        if restoring := [self.restoring[uuid] for uuid in gpus if uuid in self.restoring]:
+            await asyncio.wait(restoring)
+
+    # ---- what the keeper's process does --------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """End the leases of clients that are gone or silent; to be called every SWEEP_S."""
+        for uuid, sets in self._sets_left.items():
+            self._sets_left[uuid] = min(SETS_AT_ONCE, sets + SWEEP_S * SETS_PER_S)
+        for lease in set(self.held.values()):
+            if lease.disconnected():
+                self.end(lease, "its client disconnected")
+            elif time.monotonic() > lease.expires_s:
+                self.end(lease, f"no heartbeat for {lease.ttl_s:g} s")
 
     def restore(self, gpus: Iterable[str]) -> None:
-        """To their `baselines`, retried until it succeeds."""
+        """Start to restore these GPUs, which are in the journal."""
         for uuid in gpus:
-            self.returning[uuid] = asyncio.get_running_loop().create_task(self._return(uuid))
-            self.returning[uuid].add_done_callback(lambda task: task.cancelled() or task.result())  # an error is raised
+            task = asyncio.get_running_loop().create_task(self._restore_until_done(uuid))
+            # A failure that is no OSError is a bug. Raised in a callback, it reaches the loop's exception handler,
+            # which ends the process: the next keeper restores what this one could not.
+            task.add_done_callback(lambda task: task.cancelled() or task.result())
+            self.restoring[uuid] = task
 
-    async def sweep(self, alive: Callable[[], None]) -> None:
-        """For ever: end what is silent."""
-        while True:
-            self._sets = {uuid: min(SETS_AT_ONCE, sets + SWEEP_S * SETS_PER_S) for uuid, sets in self._sets.items()}
-            for lease in set(self.held.values()):
-                if lease.gone() or time.monotonic() > lease.until_s:
-                    self.end(lease, "its holder is gone" if lease.gone() else f"no heartbeat for {lease.ttl_s:g} s")
-            alive()
-            await asyncio.sleep(SWEEP_S)
+    def stop(self) -> None:
+        """End all leases, and give none from now on."""
+        self._stopped = True
+        for lease in set(self.held.values()):
+            self.end(lease, "the keeper stops")
 
-    async def _note(self, lease: Lease) -> None:
-        """Its GPUs and baselines, into the journal; nothing is locked yet, and no other lease gets them meanwhile."""
-        lease.noting = True
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    async def _enter_in_journal(self, lease: Lease) -> None:
+        """Write the GPUs of a lease into the journal, after a check that they may be locked. Raises OSError, and
+        RejectedError if the lease ended in the meantime; then nothing was locked and no entry is left.
+        """
+        lease.journaling = True
         try:
-            await asyncio.gather(*(self._do(uuid, LockableGpu.check) for uuid in lease.gpus))
-            self.baselines |= {uuid: self.normally.get(uuid) for uuid in lease.gpus}
-            await self._write()
-            self.beat(lease)
-            lease.touched = True
+            await asyncio.gather(*(self._call(uuid, LockableGpu.check) for uuid in lease.gpus))
+            self.journaled.update({uuid: self.baselines.get(uuid) for uuid in lease.gpus})
+            await self._write_journal()
+            self.extend(lease)
+            lease.journaled = True
         finally:
-            lease.noting = False
+            lease.journaling = False
             if lease.ended:
                 self._free(lease)
-            if not lease.touched:
-                self.baselines = {uuid: lock for uuid, lock in self.baselines.items() if uuid not in lease.gpus}
+            if not lease.journaled:
+                for uuid in lease.gpus:
+                    self.journaled.pop(uuid, None)
                 with contextlib.suppress(OSError):
-                    await self._write()
+                    await self._write_journal()
 
     def _free(self, lease: Lease) -> None:
-        self.held = {uuid: other for uuid, other in self.held.items() if other is not lease}
-        self.restore(lease.gpus if lease.touched else ())
+        for uuid in lease.gpus:
+            del self.held[uuid]
+        if lease.journaled:
+            self.restore(lease.gpus)
 
-    async def _return(self, uuid: str) -> None:
+    async def _restore_until_done(self, uuid: str) -> None:
         logged = None
         while True:
             try:
-                await self._do(uuid, lambda gpu: gpu.restore(self.baselines[uuid]))
+                await self._call(uuid, lambda gpu: gpu.restore(self.journaled[uuid]))
                 break
             except OSError as error:
-                if logged != (logged := str(error)):
+                if logged != str(error):
+                    logged = str(error)
                     log.error("not restored yet: %s", error)
             await asyncio.sleep(RETRY_S)
-        del self.baselines[uuid], self.returning[uuid]
-        with contextlib.suppress(OSError):  # it stays in the journal: the next keeper restores it once more
-            await self._write()
+        del self.journaled[uuid], self.restoring[uuid]
+        with contextlib.suppress(OSError):  # the entry stays: the next keeper restores the GPU once more
+            await self._write_journal()
 
-    def _do(self, uuid: str, call: Callable[[LockableGpu], Any]) -> asyncio.Future[Any]:
-        gpu, thread = self._hands[uuid]
+    def _call(self, uuid: str, call: Callable[[LockableGpu], Any]) -> asyncio.Future[Any]:
+        """Make a call in the thread of that GPU."""
+        gpu, thread = self._gpus[uuid]
         return asyncio.get_running_loop().run_in_executor(thread, call, gpu)
 
-    async def _write(self) -> None:
-        async with self._pen:
-            await asyncio.to_thread(self._journal.write, dict(self.baselines))
+    async def _write_journal(self) -> None:
+        async with self._writing:
+            await asyncio.to_thread(self._journal.write, dict(self.journaled))

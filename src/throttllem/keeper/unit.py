@@ -16,7 +16,7 @@ from pathlib import Path
 import pynvml
 
 import throttllem
-from throttllem.keeper.__main__ import gpu_clocks
+from throttllem.keeper.options import parse_gpu
 
 PROGRAM = ("-I", "-m", "throttllem.keeper")
 """Isolated: neither the environment nor the folder that it is started in says what a root process imports."""
@@ -168,7 +168,7 @@ def check_options(options: Sequence[tuple[str, str]]) -> None:
 def _uuid(option: str, text: str) -> str:
     """The GPU of an option. Raises ValueError where it is none, or has no range."""
     try:
-        uuid, _ = gpu_clocks(text)
+        uuid, _ = parse_gpu(text)
     except ValueError as error:
         raise ValueError(f"{option} {text}: must be {_CLOCKS} in MHz, as in GPU-...=600-1410") from error
     if not _UUID.fullmatch(uuid):

@@ -1,7 +1,7 @@
-"""Colours of the report: one per policy name, told apart by the colour-blind and in print, for light and dark pages.
+"""Colours of the report, for a light and a dark page: one per policy name, distinct for the colour-blind and in print.
 
-Figures name colours by token (`@ink`, `@policy0`); the page puts in the theme's. Hues follow Okabe and Ito,
-"Color Universal Design" (2008), set darker on light and lighter on dark for 3:1 contrast (WCAG 2.2, 1.4.11).
+Figures are drawn in the light theme's colours; the page replaces each by its dark counterpart. Hues follow Okabe and
+Ito, "Color Universal Design" (2008), at 3:1 contrast to the page (WCAG 2.2, 1.4.11).
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ class Ink:
     dark: str
 
 
-THEME: dict[str, Ink] = {
-    "@ink": Ink(light="#1b2129", dark="#e8ecf1"),
-    "@soft": Ink(light="#56606c", dark="#a5b0bd"),
-    "@grid": Ink(light="#e3e7ec", dark="#2b333d"),
-    "@card": Ink(light="#ffffff", dark="#171c23"),
-    "@clear": Ink(light="rgba(0,0,0,0)", dark="rgba(0,0,0,0)"),
-    "@slo": Ink(light="#b3261e", dark="#ff8a80"),
-}
+TEXT = Ink(light="#1b2129", dark="#e8ecf1")
+SOFT = Ink(light="#56606c", dark="#a5b0bd")
+GRID = Ink(light="#e3e7ec", dark="#2b333d")
+CARD = Ink(light="#ffffff", dark="#171c23")
+SLO = Ink(light="#b3261e", dark="#ff8a80")
 
 _NAMED = {
     "triton": Ink(light="#6b7683", dark="#9aa5b1"),
@@ -36,7 +33,6 @@ _NAMED = {
     "throttllem+autoscale": Ink(light="#00426b", dark="#a6d8fa"),
     "least-energy+autoscale": Ink(light="#762c00", dark="#fcc7a6"),
 }
-
 _OTHERS = (
     Ink(light="#00795a", dark="#35c69a"),
     Ink(light="#a64d8a", dark="#e08cc3"),
@@ -46,20 +42,11 @@ _OTHERS = (
 
 
 def policy_inks(policies: Sequence[str]) -> list[Ink]:
-    """The colour of each policy: its own where it has a fixed one, else the next of those kept for others."""
+    """The colour of each policy: the fixed one of its name, else the next of those for other names."""
     others = iter(range(len(policies)))
     return [_NAMED[name] if name in _NAMED else _OTHERS[next(others) % len(_OTHERS)] for name in policies]
 
 
-def token(index: int) -> str:
-    """The token of the policy at this place."""
-    return f"@policy{index}"
-
-
-def themes(policies: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Token to colour, for `light` and for `dark`."""
-    inks = THEME | {token(index): ink for index, ink in enumerate(policy_inks(policies))}
-    return {
-        "light": {name: ink.light for name, ink in inks.items()},
-        "dark": {name: ink.dark for name, ink in inks.items()},
-    }
+def dark_colours(policies: Sequence[str]) -> dict[str, str]:
+    """The dark counterpart of every light colour that figures of these policies use."""
+    return {ink.light: ink.dark for ink in (TEXT, SOFT, GRID, CARD, SLO, *policy_inks(policies))}

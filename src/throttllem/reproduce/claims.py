@@ -1,7 +1,7 @@
-"""The paper's claims, as figures with a criterion that was fixed before anything was run, and how ours are judged.
+"""The paper's claims as figures, each with a criterion fixed before any run, and the judgement of our figures.
 
-Knows nothing of how a figure is measured. Source of every figure: throttLL'eM (HPCA 2025, arXiv 2408.05235), its
-evaluation; the rows `ours-...` are of this project and have no figure to meet.
+Source of every figure: throttLL'eM (HPCA 2025, arXiv 2408.05235), abstract and evaluation; claims `ours-...` are this
+project's and have no figure to meet. Knows nothing of how a figure is measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from one calibration to the next."""
 
 
 class Standing(StrEnum):
-    """What became of a claim."""
+    """The verdict on a claim."""
 
     REPRODUCED = "reproduced"
     BETTER = "better"
@@ -26,7 +26,7 @@ class Standing(StrEnum):
 
 
 class Rule(StrEnum):
-    """When one figure holds, in the words that are shown."""
+    """When a figure holds; the value is the text of the criterion."""
 
     ABOVE = "above the figure"
     BELOW = "below the figure"
@@ -39,7 +39,7 @@ class Rule(StrEnum):
     SHOWN = "shown, not judged"
 
     def judge(self, paper: float, ours: float) -> Standing:
-        """The standing of one figure. Figures that are only shown stand as ours."""
+        """The standing of one figure; OURS for a figure that is only shown."""
         match self:
             case Rule.SHOWN:
                 return Standing.OURS
@@ -89,9 +89,9 @@ class Form(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One figure of a claim. `name` says which where there are several; `words` stand for it where it has no number.
+    """One figure of a claim. `name` distinguishes several figures; `words` replace a figure without a number.
 
-    Factors (1.78x) are kept as gains (0.78), so that 85 % is of the gain and not of the whole.
+    Factors (1.78x) are stored as gains (0.78), so that 85 % is of the gain and not of the factor.
     """
 
     paper: float
@@ -105,7 +105,7 @@ class Figure:
         return f"{self.form.text(value)} {self.name}".strip()
 
     def shortfall(self, ours: float) -> str:
-        """What was asked for, where ours is not it; empty where the figure holds."""
+        """Our figure and the criterion it fails; empty where the figure holds."""
         if self.rule.judge(self.paper, ours) is not Standing.NOT_REPRODUCED:
             return ""
         match self.rule:
@@ -115,7 +115,7 @@ class Figure:
                 wanted = f"at most {self.form.text(self.paper)}"
             case _:
                 wanted = f"{self.form.text(self.paper)} ({self.rule.value})"
-        return f"{self.text(ours)} where {wanted} was asked for"
+        return f"{self.text(ours)} where {wanted} is required"
 
     @property
     def paper_text(self) -> str:
@@ -157,14 +157,16 @@ class Claim:
         return Standing.OURS
 
 
+# ---- outcomes ------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A claim, what was measured, and what that makes of it.
+    """A claim, our figures, and the verdict.
 
-    `basis`: what was run, a command where there is one, so that it can be run again. `broken`: why the claim cannot
-    stand whatever its figures say (promises that were not kept). `reason`: told where it fails, and where a calibration
-    point is not met; `detail`: always.
-    `words` replace the figures where these say too little.
+    `basis`: what was run, as a command where there is one. `violations`: SLO violations, which undo a saving whatever
+    its size. `reason`: shown if the claim fails or a calibration point is not met; `detail`: always shown. `words`
+    replace our figures.
     """
 
     claim: Claim
@@ -172,14 +174,14 @@ class Outcome:
     basis: tuple[str, ...]
     detail: str = ""
     reason: str = ""
-    broken: str = ""
+    violations: str = ""
     words: str | None = None
 
     @property
     def standing(self) -> Standing:
-        """The verdict. A saving that was bought with broken promises is none."""
+        """The verdict. A saving with SLO violations is not reproduced."""
         found = self.claim.judge(self.ours)
-        return Standing.NOT_REPRODUCED if self.broken and not self.claim.calibrated else found
+        return Standing.NOT_REPRODUCED if self.violations and not self.claim.calibrated else found
 
     @property
     def ours_text(self) -> str:
@@ -188,7 +190,7 @@ class Outcome:
 
     @property
     def why(self) -> str:
-        """The reason for the verdict: what fails, how close "close" is, what was calibrated; then what was measured."""
+        """The reason for the verdict: what fails, how close "close" is, what was calibrated; then the detail."""
         parts: list[str] = []
         match self.standing:
             case Standing.CALIBRATED:
@@ -196,15 +198,15 @@ class Outcome:
             case Standing.NOT_REPRODUCED:
                 short = "; ".join(filter(None, (f.shortfall(v) for f, v in self._pairs())))
                 parts += [f"{short}.", self.reason] if short else []
-                parts.append(self.broken)
+                parts.append(self.violations)
             case Standing.REPRODUCED:
                 parts.append(self._close())
         return " ".join(part for part in (*parts, self.detail) if part)
 
     def _close(self) -> str:
-        """How far a gain stays behind the paper's where that counts as reproduced."""
+        """How far a gain is below the paper's where that counts as reproduced."""
         short = [
-            f"{(1 - value / figure.paper) * 100:.0f} % of the paper's {figure.text(figure.paper)} is missing"
+            f"{(1 - value / figure.paper) * 100:.0f} % below the paper's {figure.text(figure.paper)}"
             for figure, value in self._pairs()
             if figure.rule is Rule.GAIN and value < figure.paper
         ]
@@ -214,7 +216,7 @@ class Outcome:
         return zip(self.claim.figures, self.ours, strict=True)
 
     def to_json(self) -> dict[str, object]:
-        """Plain values: numbers as they are judged (gains as fractions) beside the texts that are shown."""
+        """Plain values: numbers as they are judged (gains as fractions) beside the texts shown."""
         return {
             "id": self.claim.id,
             "claim": self.claim.text,
@@ -228,3 +230,135 @@ class Outcome:
             "reason": self.why,
             "basis": list(self.basis),
         }
+
+
+# ---- the list --------------------------------------------------------------------------------------------------
+
+
+def _gain(paper: float, form: Form, name: str = "") -> Figure:
+    return Figure(paper=paper, rule=Rule.GAIN, form=form, name=name)
+
+
+def _shown(form: Form, name: str = "", words: str = "") -> Figure:
+    return Figure(paper=0.0, rule=Rule.SHOWN, form=form, name=name, words=words)
+
+
+def _one(id_: str, text: str, paper: float, rule: Rule, form: Form, name: str = "") -> Claim:
+    return Claim(id=id_, text=text, figures=(Figure(paper=paper, rule=rule, form=form, name=name),))
+
+
+PAPER = (
+    _one("model-r2", "R2 of the performance model, worst engine", 0.97, Rule.ABOVE, Form.PLAIN),
+    _one("model-mae", "mean error of the model over engines", 1.0, Rule.BELOW, Form.PLAIN, "iterations/s"),
+    Claim(
+        id="model-mape",
+        text="MAPE of the model, best and worst engine",
+        figures=(
+            Figure(paper=0.028, rule=Rule.SHOWN, form=Form.SHARE, name="best"),
+            Figure(paper=0.058, rule=Rule.ERROR, form=Form.SHARE, name="worst"),
+        ),
+    ),
+    _one("projection-batch", "mean projection error of the batch", 0.0019, Rule.AT_MOST, Form.FINE),
+    _one("projection-kv", "mean projection error of KV blocks", 0.0226, Rule.AT_MOST, Form.FINE),
+    _one("kv-tbt", "correlation of KV use with TBT", 0.92, Rule.STRENGTH, Form.PLAIN),
+    _one("kv-throughput", "correlation of KV use with throughput", -0.92, Rule.STRENGTH, Form.PLAIN),
+    Claim(
+        id="sweet-spot",
+        text="clock of most tokens/J at the largest batch",
+        figures=(
+            Figure(paper=1050, rule=Rule.SHOWN, form=Form.MHZ),
+            Figure(paper=0.374, rule=Rule.SHOWN, form=Form.MORE, name="tokens/J"),
+            Figure(paper=0.0625, rule=Rule.SHOWN, form=Form.LESS, name="throughput"),
+        ),
+        calibrated=True,
+    ),
+    Claim(
+        id="too-low",
+        text="energy per token rises again below",
+        figures=(Figure(paper=840, rule=Rule.SHOWN, form=Form.MHZ),),
+        calibrated=True,
+    ),
+    Claim(
+        id="throttle-energy",
+        text="throttling alone over engines: energy",
+        figures=(_gain(0.247, Form.LESS, "mean"), _gain(0.307, Form.LESS, "best")),
+    ),
+    Claim(
+        id="throttle-tpj",
+        text="the same: tokens per joule",
+        figures=(
+            _gain(0.363, Form.MORE, "mean"),
+            _gain(0.443, Form.MORE, "best"),
+            _gain(0.300, Form.MORE, "mean at 30 % error"),
+        ),
+    ),
+    Claim(id="scale-only", text="autoscaling alone: energy", figures=(_gain(0.208, Form.LESS),)),
+    Claim(id="throttle-only-tp4", text="throttling alone at TP 4: energy", figures=(_gain(0.306, Form.LESS),)),
+    Claim(
+        id="both-oracle",
+        text="throttling and autoscaling, oracle lengths",
+        figures=(_gain(0.438, Form.LESS), _gain(0.78, Form.FACTOR, "tokens/J")),
+    ),
+    Claim(
+        id="both-30",
+        text="the same with 30 % length error",
+        figures=(_gain(0.417, Form.LESS), _gain(0.71, Form.FACTOR, "tokens/J")),
+    ),
+    Claim(
+        id="baseline-tpj",
+        text="Triton fixed at TP 4: tokens per joule",
+        figures=(Figure(paper=0.69, rule=Rule.SHOWN, form=Form.PLAIN),),
+        calibrated=True,
+    ),
+    Claim(
+        id="slo",
+        text="p99 of E2E and of a request's mean TBT within the SLOs, every throttllem run",
+        figures=(
+            Figure(paper=1.0, rule=Rule.EVERY, form=Form.SHARE, name="E2E", words="E2E met"),
+            Figure(paper=1.0, rule=Rule.EVERY, form=Form.SHARE, name="TBT", words="TBT met"),
+        ),
+    ),
+    Claim(
+        id="tp1",
+        text="TP 1: baseline near its SLO, little room to save",
+        figures=(
+            Figure(paper=1.0, rule=Rule.NEAR, form=Form.PLAIN, name="of its SLO", words="p99 near its SLO"),
+            Figure(
+                paper=0.5,
+                rule=Rule.AT_MOST,
+                form=Form.SHARE,
+                name="of TP 4's saving",
+                words="little to save: at most half of TP 4's saving",
+            ),
+        ),
+    ),
+)
+"""The ids of the paper's evaluation, each once."""
+
+OURS = (
+    Claim(
+        id="ours-least-energy",
+        text="least-energy over engines: energy",
+        figures=(_shown(Form.LESS, "mean"), _shown(Form.LESS, "best"), _shown(Form.LESS, "mean at 30 % error")),
+    ),
+    Claim(
+        id="ours-least-energy-autoscale",
+        text="least-energy and autoscaling against fixed TP 4",
+        figures=(_shown(Form.LESS), _shown(Form.FACTOR, "tokens/J")),
+    ),
+    Claim(
+        id="ours-half-load",
+        text="sizes 1, 2, 4 at half the load: energy against fixed TP 4",
+        figures=(
+            _shown(Form.LESS, "scaling"),
+            _shown(Form.LESS, "throttllem too"),
+            _shown(Form.LESS, "least-energy too"),
+        ),
+    ),
+    Claim(
+        id="ours-decision-time",
+        text="one decision: mean, worst p99 of a run",
+        figures=(_shown(Form.MILLISECONDS, "mean", "35 ms, model and scheduler"), _shown(Form.MILLISECONDS, "p99")),
+    ),
+)
+"""This project's own."""

@@ -1,4 +1,4 @@
-"""All that was measured, in one value, and what can be said of it in words. Knows nothing of criteria."""
+"""All measurements in one value, and sentences about them. Knows nothing of criteria."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from throttllem.profiling.score import Score, ScoreCard
-from throttllem.report.verdict import is_promise_kept
+from throttllem.report.metrics import percent, slo_met
 from throttllem.reproduce.experiments import BASELINE, MAIN_MODEL, Comparison
 from throttllem.reproduce.probes import ClockSweep, KvCorrelation
 from throttllem.sim.result import RunResult
@@ -19,9 +19,7 @@ HELD_OUT = "random 90/10"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What the outcomes are made of: runs by engine and over sizes, each with oracle lengths and with 30 % error, and
-    over sizes at about half the load.
-    """
+    """Runs by engine and over sizes, each with oracle lengths and with 30 % error; over sizes also at half the load."""
 
     engines: tuple[Comparison, ...]
     engines_error: tuple[Comparison, ...]
@@ -61,11 +59,6 @@ class Evidence:
                     yield comparison, run
 
 
-def percent(fraction: float) -> str:
-    """A fraction, as it is written in sentences."""
-    return f"{fraction * 100:.1f} %"
-
-
 def label(comparison: Comparison, run: RunResult) -> str:
     """Engine, policy and predictor of a run."""
     error = f" at {comparison.length_error * 100:.0f} % length error" if comparison.length_error else ""
@@ -78,23 +71,23 @@ def each_of(values: dict[str, str]) -> str:
 
 
 def p99_of(comparison: Comparison, run: RunResult) -> str:
-    """The E2E p99 of a run, what was promised, and its baseline's."""
+    """The E2E p99 of a run, its SLO, and its baseline's p99."""
     beside = "" if run.policy == BASELINE else f" (triton {comparison.baseline.e2e_s.p99 or 0:.1f} s)"
     return f"{label(comparison, run)} E2E p99 {run.e2e_s.p99 or 0:.1f} s of {run.slo.e2e_s or 0:.1f} s{beside}"
 
 
-def promises_broken(comparisons: tuple[Comparison, ...], policy: str) -> str:
-    """Which runs kept fewer promises than half a point under their baseline, and how long their requests waited for a
-    place in the batch; empty where none did.
+def slo_violations(comparisons: tuple[Comparison, ...], policy: str) -> str:
+    """Runs whose attainment is more than half a point below their baseline's, and how long their requests waited for a
+    place in the batch; empty if there are none.
     """
     worse = [
-        f"{label(comparison, comparison.runs[policy])} {percent(comparison.runs[policy].slo.attainment)} "
-        f"(triton {percent(comparison.baseline.slo.attainment)}; p99 wait for a place "
+        f"{label(comparison, comparison.runs[policy])} {percent(comparison.runs[policy].slo.attainment)} % "
+        f"(triton {percent(comparison.baseline.slo.attainment)} %; p99 wait for a place "
         f"{comparison.runs[policy].queue_s.p99 or 0:.1f} s, triton {comparison.baseline.queue_s.p99 or 0:.1f} s)"
         for comparison in comparisons
-        if not is_promise_kept(comparison.runs[policy], comparison.baseline)
+        if not slo_met(comparison.runs[policy], comparison.baseline)
     ]
-    return f"Attainment more than half a point under the baseline's: {', '.join(worse)}." if worse else ""
+    return f"Attainment more than half a point below the baseline's: {', '.join(worse)}." if worse else ""
 
 
 def savings(comparisons: tuple[Comparison, ...], policy: str) -> str:
@@ -104,7 +97,7 @@ def savings(comparisons: tuple[Comparison, ...], policy: str) -> str:
 
 
 def draw(comparison: Comparison, policy: str) -> str:
-    """Watts and clock of a policy beside its baseline's, and whether a cheaper clock was there to be had."""
+    """Watts and clock of a policy and of its baseline, and whether least-energy found a cheaper clock."""
     run, baseline = comparison.runs[policy], comparison.baseline
     rate = f"{baseline.requests / baseline.duration_s:.2f} requests/s"
     text = (
@@ -112,18 +105,18 @@ def draw(comparison: Comparison, policy: str) -> str:
         f"{policy} {_watts(run)} at {run.mean_clock_mhz:.0f} MHz."
     )
     idle = run.idle_energy_j / run.energy_j
-    text += f" {percent(idle)} of that with nothing running." if idle > 0.001 else ""
+    text += f" {percent(idle)} % of that with nothing running." if idle > 0.001 else ""
     ours = policy.replace("throttllem", "least-energy")
     if ours != policy and ours in comparison.runs and comparison.runs[ours].energy_j < run.energy_j:
         text += (
-            f" The lowest feasible clock is not the cheapest: least-energy saves {percent(comparison.saved(ours))} "
+            f" The lowest feasible clock is not the cheapest: least-energy saves {percent(comparison.saved(ours))} % "
             f"there, at {comparison.runs[ours].mean_clock_mhz:.0f} MHz."
         )
     return text
 
 
 def time_by_size(comparison: Comparison, policy: str) -> str:
-    """How long each engine size served, and why: the rate that came and what each size bears."""
+    """How long each engine size served, the arrival rate, and the maximum load of each size."""
     run = comparison.runs[policy]
     ends = pairwise([*run.sizes, (run.duration_s, 0)])
     served: defaultdict[int, float] = defaultdict(float)
@@ -140,7 +133,7 @@ def time_by_size(comparison: Comparison, policy: str) -> str:
 
 
 def violations(runs: list[RunResult]) -> str:
-    """The requests of all these runs whose promises were not kept, by cause."""
+    """The requests of all these runs that violated an SLO, by cause."""
     total = sum(run.requests for run in runs)
     causes: Counter[str] = Counter()
     for run in runs:
@@ -149,7 +142,7 @@ def violations(runs: list[RunResult]) -> str:
         causes["over the TBT SLO"] += round((1 - run.slo.tbt_attainment) * run.requests) - run.rejected
         causes["marked lost on the way"] += run.lost
     listed = ", ".join(f"{count:,} {cause}" for cause, count in causes.items() if count > 0)
-    return f"{total:,} requests: {listed or 'all promises kept'}."
+    return f"{total:,} requests: {listed or 'every SLO met'}."
 
 
 def _watts(run: RunResult) -> str:

@@ -1,6 +1,6 @@
-"""The paper's evaluation as studies to run: which engines, which trace, which policies, and the runs side by side.
+"""The paper's evaluation as studies: engines, traces and policies, and the runs of each study compared.
 
-Knows nothing of claims. Every comparison can be repeated with the `throttllem simulate` line that it carries.
+Every comparison carries the `throttllem simulate` line that repeats it. Knows nothing of claims.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from throttllem.core.clocks.names import Policy
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.tables import Progress
 from throttllem.sim.characterize import Capacity
+from throttllem.sim.parallel import Progress as TaskProgress
 from throttllem.sim.result import RunResult
-from throttllem.sim.runs import Progress as TaskProgress
-from throttllem.sim.runs import run_all
-from throttllem.sim.scenario import Scenario
-from throttllem.sim.study import MAXIMUM, Study
+from throttllem.sim.study import MAXIMUM, Scenario, Study, run_all
 
 GPU = "a100-40gb-sxm"
 """The paper's: AWS p4d.24xlarge."""
@@ -29,17 +27,17 @@ MAIN_MODEL, SIZES = "llama-2-13b", (1, 2, 4)
 LENGTH_ERROR = 0.3
 """The paper's second predictor: 30 % error at p95."""
 TRACE = "azure-conv-like:seconds=3600"
-"""Stands for the paper's Azure trace where no file is given."""
+"""In place of the paper's Azure trace, if no file is given."""
 SECONDS = 1800.0
 """A small engine would otherwise take half a day for the trace, scaled to its own maximum load."""
 HALF_RPS = 4.0
-"""Busiest minute of a lighter load, about half of what TP 4 bears: there an autoscaler has something to choose."""
+"""Busiest minute of a lighter load, about half of TP 4's maximum: there an autoscaler has a choice."""
 BASELINE = "triton"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The runs of one study, by policy, and what its engines bear."""
+    """The runs of one study, by policy, and the capacities of its engines."""
 
     study: Study
     capacities: dict[int, Capacity]
@@ -57,7 +55,7 @@ class Comparison:
 
     @property
     def baseline(self) -> RunResult:
-        """The run that the others are compared with."""
+        """The run that all others are compared with."""
         return self.runs[BASELINE]
 
     def saved(self, policy: str) -> float:
@@ -70,7 +68,7 @@ class Comparison:
 
     @property
     def command(self) -> str:
-        """What repeats this comparison."""
+        """The command that repeats this comparison."""
         study = self.study
         sizes = f"--tp {study.sizes[0]}" if len(study.sizes) == 1 else f"--sizes {','.join(map(str, study.sizes))}"
         error = f" --length-error {self.length_error:g}" if self.length_error else ""
@@ -124,7 +122,7 @@ def _study(
 def compare(
     studies: Sequence[Study], catalogue: Catalogue, cache_dir: Path, *, workers: int, progress: Progress
 ) -> list[Comparison]:
-    """Run every policy of every study, all side by side. What the studies need should be in the cache already."""
+    """Run every policy of every study, all side by side. Tables and capacities should be in the cache already."""
     prepared = [study.prepare(catalogue, cache_dir) for study in studies]
     jobs = [(scenario, policy) for scenario, policies in prepared for policy in policies]
     # The longest first, so that the last ones to end are short.
@@ -141,7 +139,7 @@ def compare(
 
 
 def summed(what: str, tasks: int, progress: Progress) -> TaskProgress:
-    """The progress of tasks of equal weight, told as that of one thing."""
+    """The progress of tasks of equal weight, reported as that of one."""
     shares = [0.0] * tasks
     progress(what, 0.0)
 
@@ -153,5 +151,5 @@ def summed(what: str, tasks: int, progress: Progress) -> TaskProgress:
 
 
 def _effort(scenario: Scenario, policy: Policy) -> int:
-    """Grows with the time that a run takes: each request is decided upon, unless the clock is fixed."""
+    """Grows with the time that a run takes: an SLO-aware policy decides on every request."""
     return scenario.trace.requests * (4 if policy.slo_aware else 1)

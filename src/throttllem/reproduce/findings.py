@@ -1,4 +1,4 @@
-"""From evidence to outcomes: what was measured for each claim, and why it fails where it does.
+"""From evidence to outcomes: our figures for each claim, and the reason where one fails.
 
 One function for each claim or pair of claims; every number in a sentence comes from the runs. Knows nothing of how
 they were run.
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from statistics import fmean
 
 from throttllem.profiling.measure import ProfilePlan
-from throttllem.reproduce.claim_list import OURS, PAPER
-from throttllem.reproduce.claims import Claim, Outcome
+from throttllem.report.metrics import percent
+from throttllem.reproduce.claims import OURS, PAPER, Claim, Outcome
 from throttllem.reproduce.evidence import (
     HELD_OUT,
     Evidence,
@@ -19,9 +19,8 @@ from throttllem.reproduce.evidence import (
     each_of,
     label,
     p99_of,
-    percent,
-    promises_broken,
     savings,
+    slo_violations,
     time_by_size,
     violations,
 )
@@ -39,7 +38,7 @@ def outcomes(evidence: Evidence) -> list[Outcome]:
     """One outcome for every claim, in the order of the lists."""
     parts: tuple[Callable[[Evidence], list[Outcome]], ...] = (
         *(_model, _projection, _correlation, _clocks, _throttling),
-        *(_autoscaling, _baseline, _promises, _smallest, _ours),
+        *(_autoscaling, _baseline, _slo, _smallest, _ours),
     )
     found = {outcome.claim.id: outcome for part in parts for outcome in part(evidence)}
     return [found[claim_id] for claim_id in _CLAIMS]
@@ -74,8 +73,8 @@ def _model(evidence: Evidence) -> list[Outcome]:
             "model-mape",
             (min(mape), max(mape)),
             basis,
-            detail=each_of({name: percent(score.mape_seconds) for name, score in scores.items()})
-            + f" The profile's own scatter is {percent(ProfilePlan().noise_time)}.",
+            detail=each_of({name: f"{percent(score.mape_seconds)} %" for name, score in scores.items()})
+            + f" The profile's own scatter is {percent(ProfilePlan().noise_time)} %.",
         ),
     ]
 
@@ -133,8 +132,8 @@ def _clocks(evidence: Evidence) -> list[Outcome]:
             "too-low",
             (sweep.best_mhz,),
             basis,
-            detail=f"Energy per token is least at {sweep.best_mhz} MHz, {percent(sweep.low_excess)} more at {LOW_MHZ} "
-            f"MHz and {percent(sweep.lowest_excess)} more at the lowest clock.",
+            detail=f"Energy per token is least at {sweep.best_mhz} MHz, {percent(sweep.low_excess)} % more at "
+            f"{LOW_MHZ} MHz and {percent(sweep.lowest_excess)} % more at the lowest clock.",
         ),
     ]
 
@@ -145,12 +144,12 @@ def _throttling(evidence: Evidence) -> list[Outcome]:
     gained = [each.gained("throttllem") for each in oracle]
     weakest = min(oracle, key=lambda each: each.saved("throttllem"))
     words = {
-        "broken": promises_broken((*oracle, *noisy), "throttllem"),
+        "violations": slo_violations((*oracle, *noisy), "throttllem"),
         "reason": draw(weakest, "throttllem"),
         "detail": f"{savings(oracle, 'throttllem')} {_FITTED}",
     }
     basis = tuple(each.basis for each in oracle)
-    energy = {**words, "broken": promises_broken(oracle, "throttllem")}
+    energy = {**words, "violations": slo_violations(oracle, "throttllem")}
     with_error = fmean(each.gained("throttllem") for each in noisy)
     four = evidence.engine(4)
     return [
@@ -178,7 +177,7 @@ def _single(claim_id: str, comparison: Comparison, policy: str, detail: str = ""
         claim_id,
         both[: len(_CLAIMS[claim_id].figures)],
         (comparison.basis,),
-        broken=promises_broken((comparison,), policy),
+        violations=slo_violations((comparison,), policy),
         reason=draw(comparison, policy),
         detail=" ".join(part for part in (sized, detail) if part),
     )
@@ -202,22 +201,22 @@ def _baseline(evidence: Evidence) -> list[Outcome]:
     paper = _CLAIMS["baseline-tpj"].figures[0].paper
     off = run.tokens_per_joule / paper - 1
     reason = (
-        f"A calibration point, so shown and not counted; the physics was fitted to it and is {percent(abs(off))} "
+        f"A calibration point, so shown and not counted; the physics was fitted to it and is {percent(abs(off))} % "
         f"{'above' if off > 0 else 'below'} the paper's {paper:g}. Our engine draws"
     )
     return [_outcome("baseline-tpj", (run.tokens_per_joule,), (comparison.basis,), reason=reason, detail=detail)]
 
 
-def _promises(evidence: Evidence) -> list[Outcome]:
+def _slo(evidence: Evidence) -> list[Outcome]:
     every = list(evidence.runs_of("throttllem"))
-    e2e = [_is_kept(run.e2e_s.p99, run.slo.e2e_s) for _, run in every]
-    tbt = [_is_kept(run.tpot_s.p99, run.slo.tbt_s) for _, run in every]
-    late = [p99_of(comparison, run) for (comparison, run), kept in zip(every, e2e, strict=True) if not kept]
+    e2e = [_meets(run.e2e_s.p99, run.slo.e2e_s) for _, run in every]
+    tbt = [_meets(run.tpot_s.p99, run.slo.tbt_s) for _, run in every]
+    late = [p99_of(comparison, run) for (comparison, run), met in zip(every, e2e, strict=True) if not met]
     slow = [
         f"{label(comparison, run)} mean TBT p99 {(run.tpot_s.p99 or 0) * 1e3:.0f} ms of "
         f"{(run.slo.tbt_s or 0) * 1e3:.0f} ms"
-        for (comparison, run), kept in zip(every, tbt, strict=True)
-        if not kept
+        for (comparison, run), met in zip(every, tbt, strict=True)
+        if not met
     ]
     worse = sum((run.e2e_s.p99 or 0) > (comparison.baseline.e2e_s.p99 or 0) for comparison, run in every)
     sized = [run for _, run in every if run.policy.endswith("+autoscale")]
@@ -227,7 +226,7 @@ def _promises(evidence: Evidence) -> list[Outcome]:
         (sum(e2e) / len(every), sum(tbt) / len(every)),
         tuple(comparison.basis for comparison in evidence.comparisons),
         words=words,
-        reason=f"Missed by {'; '.join((*late, *slow))}.",
+        reason=f"Violated by {'; '.join((*late, *slow))}.",
         detail=f"E2E p99 above the baseline's in {worse} of {len(every)} runs. "
         f"All runs, {violations([run for _, run in every])} "
         f"With autoscaling, {violations(sized)}",
@@ -242,13 +241,13 @@ def _smallest(evidence: Evidence) -> list[Outcome]:
     saved = {each.name: each.saved("throttllem") for each in (one, four)}
     text = (
         f"{p99_of(one, run)} at {run.requests / run.duration_s:.2f} requests/s (maximum load "
-        f"{one.capacities[1].max_rps:.2f}, {percent(one.capacities[1].rejected)} of the trace never fits)."
+        f"{one.capacities[1].max_rps:.2f}, {percent(one.capacities[1].rejected)} % of the trace never fits)."
     )
     near = run.e2e_s.p99 / run.slo.e2e_s
-    words = f"p99 {near:.2f} of SLO, saves {percent(saved[one.name])} (TP 4 {percent(saved[four.name])})"
+    words = f"p99 {near:.2f} of SLO, saves {percent(saved[one.name])} % (TP 4 {percent(saved[four.name])} %)"
     # Where TP 4 saves nothing there is no half of it: TP 1 counts as saving as much.
     share = saved[one.name] / saved[four.name] if saved[four.name] > 0 else 1.0
-    reason = f"throttllem saves {percent(saved[one.name])} at TP 1 and {percent(saved[four.name])} at TP 4."
+    reason = f"throttllem saves {percent(saved[one.name])} % at TP 1 and {percent(saved[four.name])} % at TP 4."
     return [_outcome("tp1", (near, share), (one.basis, four.basis), reason=reason, detail=text, words=words)]
 
 
@@ -267,7 +266,7 @@ def _ours(evidence: Evidence) -> list[Outcome]:
             tuple(each.basis for each in (*oracle, *noisy)),
             detail=" ".join(
                 part
-                for part in (savings(oracle, "least-energy"), promises_broken((*oracle, *noisy), "least-energy"))
+                for part in (savings(oracle, "least-energy"), slo_violations((*oracle, *noisy), "least-energy"))
                 if part
             ),
         ),
@@ -276,13 +275,13 @@ def _ours(evidence: Evidence) -> list[Outcome]:
             (sizes.saved(both), sizes.gained(both)),
             (sizes.basis,),
             detail=f"With 30 % length error: {savings((evidence.sizes_error,), both)} "
-            f"{promises_broken((sizes, evidence.sizes_error), both)}".strip(),
+            f"{slo_violations((sizes, evidence.sizes_error), both)}".strip(),
         ),
         _outcome(
             "ours-half-load",
             tuple(evidence.sizes_half.saved(policy) for policy in ("triton+autoscale", "throttllem+autoscale", both)),
             (evidence.sizes_half.basis,),
-            detail=f"{time_by_size(evidence.sizes_half, both)} {promises_broken((evidence.sizes_half,), both)}".strip(),
+            detail=f"{time_by_size(evidence.sizes_half, both)} {slo_violations((evidence.sizes_half,), both)}".strip(),
         ),
         _outcome(
             "ours-decision-time",
@@ -293,5 +292,5 @@ def _ours(evidence: Evidence) -> list[Outcome]:
     ]
 
 
-def _is_kept(found_s: float | None, promised_s: float | None) -> bool:
-    return found_s is not None and (promised_s is None or found_s <= promised_s)
+def _meets(found_s: float | None, slo_s: float | None) -> bool:
+    return found_s is not None and (slo_s is None or found_s <= slo_s)

@@ -1,6 +1,6 @@
-"""What the paper measures on an engine itself, without a trace: KV use against speed, clock against energy, the model.
+"""Measurements of an engine without a trace: KV use against speed, clock against energy, the performance model.
 
-Knows nothing of claims. All on the simulated engine; the sweep of clocks without its noise.
+All on the simulated engine, the sweep of clocks without its noise. Knows nothing of claims.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from throttllem.reproduce.experiments import (
 )
 from throttllem.reproduce.findings import outcomes as judged
 from throttllem.reproduce.probes import PROFILED, clock_sweep, kv_correlation, score_card
-from throttllem.sim.runs import Task, side_by_side
+from throttllem.sim.parallel import Task, side_by_side
 from throttllem.sim.study import Study
 
 _STYLES = {
@@ -55,8 +55,8 @@ def reproduce(
 ) -> list[Outcome]:
     """Every claim of the paper and of ours, in order. `trace` None: the built-in one; `seconds` cuts it once scaled.
 
-    Deterministic but for the decision times. Raises ValueError for a trace that cannot be read or leaves an engine
-    without a completed request.
+    Deterministic but for the decision times. Raises ValueError for a trace that cannot be read, or with which an engine
+    completes no request.
     """
     source = trace or TRACE
     sweep = clock_sweep(catalogue, source, seed=seed)
@@ -88,7 +88,7 @@ def reproduce(
 
 
 def claims_table(outcomes: Sequence[Outcome], width: int = 100) -> Group:
-    """The table, the reasons below it as a list, the tally, and what repeats the runs."""
+    """The table, the tally, and the reasons as a list."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=width)
     table.add_column("id", width=_ID_WIDTH, overflow="fold")
     table.add_column("claim", ratio=5, overflow="fold")
@@ -114,13 +114,13 @@ def outcomes_json(outcomes: Sequence[Outcome]) -> dict[str, object]:
 
 
 def tally(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    """How many claims came out how, by verdict."""
+    """Number of claims by verdict."""
     counts = Counter(outcome.standing for outcome in outcomes)
     return {standing.value: counts[standing] for standing in Standing}
 
 
 def check_completed(comparisons: Sequence[Comparison]) -> None:
-    """Raises ValueError for a run in which no request was completed: nothing can be said of it."""
+    """Raises ValueError for a run that completed no request: no claim can be judged by it."""
     for comparison in comparisons:
         for run in comparison.runs.values():
             if not run.completed:
@@ -156,5 +156,5 @@ def _card(catalogue: Catalogue, model: str, sizes: tuple[int, ...], seed: int, _
 
 
 def _warm(study: Study, catalogue: Catalogue, cache_dir: Path, report: Callable[[float], None]) -> None:
-    # Each stage begins at 0 again; the probes take most of the time, so theirs is the share that is told.
+    # Each stage begins at 0 again; characterising takes most of the time, so its share is reported.
     study.prepare(catalogue, cache_dir, lambda what, share: report(share if what == "characterising" else 0.0))

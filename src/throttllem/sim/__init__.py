@@ -1,1 +1,1 @@
-"""The virtual-time driver: traces, scenarios, results. Never imports the gateway."""
+"""Simulation in virtual time: traces, studies and their results. Never imports the gateway."""

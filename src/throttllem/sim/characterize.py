@@ -1,13 +1,19 @@
-"""What can an engine bear, and how slow is it then? (the paper: maximum load and E2E SLO of each engine)
+"""How much load an engine sustains, and how slow it is then (the paper: maximum load and E2E SLO of each engine).
 
-Requests with a trace's lengths come as a Poisson stream at the top clock, first come first served, at rising rates. The
-maximum sustainable load is the highest rate at which the queue stays short and tokens come in time; the E2E SLO of an
-engine is its own p99 there.
+Knows nothing of policies. Results are cached under a digest of everything that they depend on.
 """
+
+# The method. Requests with a trace's lengths arrive as a Poisson process at one rate; the engine runs at its maximum
+# clock, first come, first served. A rate is sustained while 99 of 100 requests wait at most LONGEST_QUEUE_S for a place
+# in the batch and meet the SLOs given. Bisection between zero and the saturated throughput finds the highest such rate
+# to 1 / 2^_STEPS of the latter. The engine's E2E SLO is then its own p99 at that rate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +23,8 @@ from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import Request, Slo
 from throttllem.engines.simulated.fleet import Fleet
+from throttllem.files import ensure_writable_dir, write_aside
+from throttllem.profiling.tables import Progress, digest
 from throttllem.sim.driver import Machine, Simulation
 from throttllem.sim.recorder import Recorder
 from throttllem.sim.result import RunResult
@@ -25,7 +33,6 @@ from throttllem.sim.traces import Trace
 REQUESTS = 2000
 """Requests of one probe."""
 LONGEST_QUEUE_S = 1.0
-"""A load is sustained while 99 of 100 requests wait no longer than this for a place in the batch."""
 _STEPS = 7
 METHOD = {"requests": REQUESTS, "longest_queue_s": LONGEST_QUEUE_S, "steps": _STEPS}
 """What a cached characterisation depends on besides its inputs."""
@@ -33,7 +40,7 @@ METHOD = {"requests": REQUESTS, "longest_queue_s": LONGEST_QUEUE_S, "steps": _ST
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """One engine's characterisation. `max_rps` sustained requests/s; p99 E2E and TBT at the top clock there."""
+    """One engine's characterisation: sustained requests/s, and E2E and TBT p99 at the maximum clock under that load."""
 
     tp: int
     max_rps: float
@@ -44,20 +51,64 @@ class Capacity:
     """Fraction of the trace's requests that the engine can never hold; they are left out."""
 
 
-def characterize(fleet: Fleet, tp: int, trace: Trace, options: Options, *, seed: int, promised: Slo) -> Capacity:
-    """Find one engine's maximum load by bisection between nothing and its saturated throughput.
-
-    99 of 100 requests must keep what is `promised`: time between tokens, and E2E and TTFT where given (sizes that share
-    the E2E SLO of the largest). `max_rps` 0: no load at all does; the p99 figures are then those at the highest load
-    that keeps the queue short. Raises ValueError if no request of the trace fits the engine.
-    """
-    found = _bisect(fleet, tp, trace, options, seed=seed, promised=promised)
-    if found.max_rps == 0.0 and promised != Slo():  # what it cannot keep says nothing of how fast it is
-        found = replace(_bisect(fleet, tp, trace, options, seed=seed, promised=Slo()), max_rps=0.0)
+def capacities(
+    fleet: Fleet,
+    trace: Trace,
+    options: Options,
+    cache_dir: Path,
+    *,
+    seed: int,
+    slo: Slo,
+    progress: Progress = lambda *_: None,
+) -> dict[int, Capacity]:
+    """Every engine size, the largest first. Where `slo` has no E2E, the E2E p99 of the largest is the others' SLO."""
+    found: dict[int, Capacity] = {}
+    for done, tp in enumerate(reversed(fleet.sizes)):
+        progress("characterising", done / len(fleet.sizes))
+        if found and slo.e2e_s is None:
+            slo = replace(slo, e2e_s=found[fleet.sizes[-1]].e2e_p99_s)
+        found[tp] = _cached(fleet, tp, trace, options, cache_dir, seed=seed, slo=slo)
+    progress("characterising", 1.0)
     return found
 
 
-def _bisect(fleet: Fleet, tp: int, trace: Trace, options: Options, *, seed: int, promised: Slo) -> Capacity:
+def _cached(fleet: Fleet, tp: int, trace: Trace, options: Options, cache_dir: Path, *, seed: int, slo: Slo) -> Capacity:
+    alone = replace(fleet, specs={tp: fleet.specs[tp]}, physics={tp: fleet.physics[tp]})
+    inputs = {
+        "engines": alone.fingerprint(),
+        "gpu": fleet.gpu,
+        "model": fleet.model,
+        "trace": trace.name,
+        "lengths": hashlib.sha256(trace.prompt_tokens.tobytes() + trace.output_tokens.tobytes()).hexdigest(),
+        "engine": asdict(options.batching),
+        "noise": asdict(options.noise),
+        "method": METHOD,
+        "seed": seed,
+        "slo": asdict(slo),
+    }
+    file = ensure_writable_dir(cache_dir) / f"capacity-{digest(inputs)}.json"
+    try:
+        return Capacity(**json.loads(file.read_text())["capacity"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        capacity = characterize(fleet, tp, trace, options, seed=seed, slo=slo)
+    with write_aside(file) as aside:
+        aside.write_text(json.dumps({"inputs": inputs, "capacity": asdict(capacity)}, indent=1))
+    return capacity
+
+
+def characterize(fleet: Fleet, tp: int, trace: Trace, options: Options, *, seed: int, slo: Slo) -> Capacity:
+    """One engine's maximum load: 99 of 100 requests meet `slo`.
+
+    `max_rps` 0: no load meets it; the p99 figures are then those at the highest load that keeps the queue short. Raises
+    ValueError if no request of the trace fits the engine.
+    """
+    found = _bisect(fleet, tp, trace, options, seed=seed, slo=slo)
+    if found.max_rps == 0.0 and slo != Slo():
+        found = replace(_bisect(fleet, tp, trace, options, seed=seed, slo=Slo()), max_rps=0.0)
+    return found
+
+
+def _bisect(fleet: Fleet, tp: int, trace: Trace, options: Options, *, seed: int, slo: Slo) -> Capacity:
     requests, rejected = sample_requests(fleet, tp, trace, options, seed)
     saturated = _probe(fleet, tp, requests, options, rps=1e6, seed=seed)
     low, high = 0.0, saturated.completed / saturated.duration_s
@@ -65,7 +116,7 @@ def _bisect(fleet: Fleet, tp: int, trace: Trace, options: Options, *, seed: int,
     for _ in range(_STEPS):
         rate = (low + high) / 2
         result = _probe(fleet, tp, requests, options, rps=rate, seed=seed)
-        if _sustained(result, promised):
+        if _sustained(result, slo):
             low, best = rate, result
         else:
             high = rate
@@ -84,41 +135,40 @@ def _bisect(fleet: Fleet, tp: int, trace: Trace, options: Options, *, seed: int,
 def sample_requests(
     fleet: Fleet, tp: int, trace: Trace, options: Options, seed: int
 ) -> tuple[list[tuple[int, int, int]], float]:
-    """(prompt, answer, max_tokens) of `REQUESTS` requests drawn from those of the trace that fit, and the share that
-    does not.
+    """(prompt, output, max_tokens) of `REQUESTS` requests drawn from those of the trace that fit the engine, and the
+    fraction that does not fit.
     """
-    limits = answer_limits(trace, fleet, options)
+    limits = output_limits(trace, fleet, options)
     blocks = -(-(trace.prompt_tokens + limits) // options.batching.block_tokens)
     spec = fleet.specs[tp]
     fits = np.flatnonzero((trace.prompt_tokens + limits <= spec.max_context_tokens) & (blocks <= spec.kv_blocks))
     if not fits.size:
         raise ValueError(f"no request of {trace.name} fits {fleet.model} at TP {tp} on {fleet.gpu}")
     chosen = np.random.default_rng([seed, tp]).choice(fits, REQUESTS)
-    triples = zip(
-        trace.prompt_tokens[chosen].tolist(), trace.output_tokens[chosen].tolist(), limits[chosen].tolist(), strict=True
-    )
-    return list(triples), 1.0 - fits.size / trace.requests
+    columns = (values[chosen].tolist() for values in (trace.prompt_tokens, trace.output_tokens, limits))
+    return list(zip(*columns, strict=True)), 1.0 - fits.size / trace.requests
 
 
-def answer_limits(trace: Trace, fleet: Fleet, options: Options) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """max_tokens of each request: what its client asks for, cut to the model's context as servers do.
+def output_limits(trace: Trace, fleet: Fleet, options: Options) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """max_tokens of each request: the client's limit, cut to the model's context as servers do.
 
-    A request whose true answer does not fit keeps a limit that does not fit either, so that it is rejected.
+    A request whose output does not fit keeps a limit that does not fit either, so that it is rejected.
     """
-    asked = options.batching.max_tokens or 1 << int(trace.output_tokens.max() - 1).bit_length()
+    limit = options.batching.max_tokens or 1 << int(trace.output_tokens.max() - 1).bit_length()
     context = fleet.specs[fleet.sizes[-1]].max_context_tokens
-    return np.maximum(np.minimum(asked, context - trace.prompt_tokens), trace.output_tokens)
+    return np.maximum(np.minimum(limit, context - trace.prompt_tokens), trace.output_tokens)
 
 
 def _probe(
-    fleet: Fleet, tp: int, triples: list[tuple[int, int, int]], options: Options, *, rps: float, seed: int
+    fleet: Fleet, tp: int, lengths: list[tuple[int, int, int]], options: Options, *, rps: float, seed: int
 ) -> RunResult:
-    gaps_s = np.random.default_rng([seed, tp, 1]).exponential(1.0 / rps, len(triples))
+    """One run at the maximum clock under a Poisson load."""
+    gaps_s = np.random.default_rng([seed, tp, 1]).exponential(1.0 / rps, len(lengths))
     arrivals_s = (np.cumsum(gaps_s) - gaps_s[0]).tolist()
     slo = Slo()
     requests = [
-        Request(id=i, arrival_s=at_s, prompt_tokens=prompt, output_tokens=answer, max_tokens=limit, slo=slo)
-        for i, (at_s, (prompt, answer, limit)) in enumerate(zip(arrivals_s, triples, strict=True))
+        Request(id=i, arrival_s=at_s, prompt_tokens=prompt, output_tokens=output, max_tokens=limit, slo=slo)
+        for i, (at_s, (prompt, output, limit)) in enumerate(zip(arrivals_s, lengths, strict=True))
     ]
     controller = Controller(
         ControllerOptions(throttle=ThrottleOptions(policy=ClockPolicy.TOP), slo_aware=False, specs=fleet.specs)
@@ -140,11 +190,11 @@ def _probe(
     )
 
 
-def _sustained(result: RunResult, promised: Slo) -> bool:
-    kept = (
+def _sustained(result: RunResult, slo: Slo) -> bool:
+    limits = (
         (result.queue_s, LONGEST_QUEUE_S),
-        (result.e2e_s, promised.e2e_s),
-        (result.tpot_s, promised.tbt_s),
-        (result.ttft_s, promised.ttft_s),
+        (result.e2e_s, slo.e2e_s),
+        (result.tpot_s, slo.tbt_s),
+        (result.ttft_s, slo.ttft_s),
     )
-    return all(limit is None or found.p99 is None or found.p99 <= limit for found, limit in kept)
+    return all(limit is None or found.p99 is None or found.p99 <= limit for found, limit in limits)

@@ -144,13 +144,16 @@ class Simulation:
             self._tell(ClockRead(engine=key, mhz=value))
 
     def _tell(self, event: Event) -> None:
-        """Hand an event to the core, do what it says, and set idle engines going that have work now."""
+        """Hand an event to the core, and the timer that it makes due at once; carry the commands out, and set idle
+        engines going that have work now.
+        """
         before = perf_counter()
-        commands = self._controller.handle(event, self.now_s)
+        commands = self._handle(event)
+        deadline_s = self._controller.next_deadline()
+        if deadline_s is not None and deadline_s <= self.now_s:
+            commands = [*commands, *self._handle(Timer())]
         if commands or not isinstance(event, Stepped) or event.started or event.finished:
             self._recorder.decisions_s.append(perf_counter() - before)
-        if self._watch:
-            self._watch(self.now_s, event, commands)
         for command in commands:
             self._do(command)
         for key, up in self._engines.items():
@@ -160,6 +163,12 @@ class Simulation:
         if commands or isinstance(event, Arrived):
             gpus = sum(up.tp for up in self._engines.values()) + sum(tp for tp, _ in self._starting.values())
             self._recorder.state(self.now_s, self._controller.snapshot().queue, gpus)
+
+    def _handle(self, event: Event) -> list[Command]:
+        commands = self._controller.handle(event, self.now_s)
+        if self._watch:
+            self._watch(self.now_s, event, commands)
+        return commands
 
     def _do(self, command: Command) -> None:
         match command:

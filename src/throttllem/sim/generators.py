@@ -1,22 +1,33 @@
 """Built-in traces: `azure-conv-like`, `azure-code-like` (published statistics, no data) and `poisson`.
 
-Arrivals are a doubly stochastic Poisson process: the rate is constant over episodes of exponentially distributed
-length, and each episode's level is drawn from a gamma distribution of mean 1. Lengths are drawn from mixtures of
-quantile curves. Same name, options and seed, same requests. Knows nothing of files.
+Same name, options and seed give the same requests. Knows nothing of files.
 """
+
+# How a trace is drawn.
+#
+# Arrivals are a doubly stochastic Poisson process. The rate is constant within an episode; episodes have exponentially
+# distributed lengths, and the level of each is drawn from a gamma distribution of mean 1. The squared coefficient of
+# variation of that level (`spread`) makes the bursts, `episode_s` their length. Given the rate over time, the number of
+# requests is Poisson and their arrivals are independent, so they are placed evenly over the cumulative rate.
+#
+# Lengths: a workload is a mixture of kinds of request; within a kind, prompt and output lengths are independent, each
+# drawn from a quantile curve whose knots are published quantiles.
 
 from __future__ import annotations
 
-import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from throttllem.did_you_mean import did_you_mean
+
 MAX_REQUESTS = 10_000_000
-"""The most requests that a generator is asked for: a slip in a unit should not fill the memory."""
+"""The most requests that a generator makes: a wrong unit must not fill the memory."""
 
 
 class TraceError(ValueError):
@@ -24,7 +35,7 @@ class TraceError(ValueError):
 
 
 class Arrays(NamedTuple):
-    """One entry per request: arrival in seconds, prompt and answer in tokens."""
+    """One entry per request: arrival in seconds, prompt and output in tokens."""
 
     arrival_s: NDArray[np.float64]
     prompt_tokens: NDArray[np.int64]
@@ -54,7 +65,7 @@ class Kind:
 
     share: float
     prompt: Quantiles
-    answer: Quantiles
+    output: Quantiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,16 +82,12 @@ class Workload:
     kinds: tuple[Kind, ...]
 
 
-def _fixed(tokens: float) -> Quantiles:
-    return Quantiles(knots=((0.0, tokens), (1.0, tokens)))
-
-
 # Azure LLM inference trace 2023 (Azure/AzurePublicDataset, CC-BY-4.0). Counts and means: conv 19,366 requests in about
-# an hour, prompt 1,155, answer 211; code 8,819, 2,048, 28. Medians (Splitwise, Patel et al., ISCA 2024, section III):
+# an hour, prompt 1,155, output 211; code 8,819, 2,048, 28. Medians (Splitwise, Patel et al., ISCA 2024, section III):
 # 1,020 and 129; 1,500 and 13.
 # The knots between are rounded quantiles, bent to meet those means and medians; spread and episode are rounded fits to
 # how the variance of the request count grows with the window. Chat falls into three kinds by length of prompt, of
-# which only the middle one is answered at length; in code, prompt and answer are independent.
+# which only the middle one is answered at length; in code, prompt and output are independent.
 _CONV = Workload(
     rate_rps=19_366 / 3600,
     seconds=3600.0,
@@ -90,17 +97,17 @@ _CONV = Workload(
         Kind(
             share=0.44,
             prompt=Quantiles(knots=((0, 3), (0.02, 40), (0.1, 170), (0.25, 300), (0.4, 380), (0.85, 410), (1, 950))),
-            answer=Quantiles(knots=((0, 8), (0.05, 16), (0.15, 50), (0.5, 90), (0.77, 127), (0.95, 212), (1, 460))),
+            output=Quantiles(knots=((0, 8), (0.05, 16), (0.15, 50), (0.5, 90), (0.77, 127), (0.95, 212), (1, 460))),
         ),
         Kind(
             share=0.38,
             prompt=Quantiles(knots=((0, 955), (0.16, 1020), (0.5, 1080), (0.75, 1135), (0.95, 1220), (1, 1320))),
-            answer=Quantiles(knots=((0, 90), (0.1, 290), (0.3, 385), (0.6, 408), (0.9, 470), (0.98, 610), (1, 1000))),
+            output=Quantiles(knots=((0, 90), (0.1, 290), (0.3, 385), (0.6, 408), (0.9, 470), (0.98, 610), (1, 1000))),
         ),
         Kind(
             share=0.18,
             prompt=Quantiles(knots=((0, 1320), (0.15, 1800), (0.35, 2800), (0.51, 4060), (0.97, 4110), (1, 5500))),
-            answer=Quantiles(knots=((0, 7), (0.1, 38), (0.5, 66), (0.75, 105), (0.95, 190), (1, 480))),
+            output=Quantiles(knots=((0, 7), (0.1, 38), (0.5, 66), (0.75, 105), (0.95, 190), (1, 480))),
         ),
     ),
 )
@@ -118,7 +125,7 @@ _CODE = Workload(
                     *((0.75, 2700), (0.9, 5150), (0.955, 7400), (1, 7437)),
                 )
             ),
-            answer=Quantiles(
+            output=Quantiles(
                 knots=(
                     *((0, 6), (0.05, 6), (0.25, 9), (0.5, 13), (0.75, 23)),
                     *((0.9, 53), (0.95, 82), (0.99, 225), (0.999, 700), (1, 1900)),
@@ -128,29 +135,27 @@ _CODE = Workload(
     ),
 )
 
-_WORKLOADS: tuple[tuple[str, Workload], ...] = (("azure-conv-like", _CONV), ("azure-code-like", _CODE))
+_WORKLOADS = MappingProxyType({"azure-conv-like": _CONV, "azure-code-like": _CODE})
 _POISSON = "poisson"
-NAMES = (*(name for name, _ in _WORKLOADS), _POISSON)
-"""The generators, as they are named in `--trace`."""
+NAMES = (*_WORKLOADS, _POISSON)
+"""The generators, as `--trace` names them."""
 
 
 def generate(name: str, options: Mapping[str, str], seed: int) -> Arrays:
     """The requests of one generator; `options` are the texts after the colon, and a `seed` among them wins.
 
-    `azure-*-like` take `seconds`, `rate` (mean requests/s), `seed`; `poisson` also `input` and `output` (tokens per
-    request, all alike; 1,023 and 99 by default) and runs at 2 requests/s for 300 s by default. Raises TraceError for an
-    unknown option or a value out of range, and for options that ask for no request or more than MAX_REQUESTS.
+    `azure-*-like` take `seconds`, `rate` (mean requests/s), `seed`; `poisson` also `input` and `output` (tokens of
+    every request; 1,023 and 99 by default) and runs at 2 requests/s for 300 s by default. Raises TraceError for an
+    unknown option, a value out of range, and options that give no request or more than MAX_REQUESTS.
     """
     known = ("seconds", "rate", "seed") + (("input", "output") if name == _POISSON else ())
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise TraceError(f"{name}: unknown option {key!r}{hint}; it takes {', '.join(known)}")
+            raise TraceError(f"{name}: unknown option {key!r}; {did_you_mean(key, known)}")
     seed = _whole(name, options, "seed", seed, least=0)
     if seed < 0:
         raise TraceError(f"{name}: seed = {seed}: must be 0 or more")
-    workload = _poisson(options) if name == _POISSON else dict(_WORKLOADS)[name]
+    workload = _poisson(options) if name == _POISSON else _WORKLOADS[name]
     seconds = _positive(name, options, "seconds", workload.seconds)
     rate_rps = _positive(name, options, "rate", workload.rate_rps)
     if rate_rps * seconds > MAX_REQUESTS:
@@ -159,19 +164,27 @@ def generate(name: str, options: Mapping[str, str], seed: int) -> Arrays:
     arrival_s = _arrivals(workload, rate_rps, seconds, rng)
     if not arrival_s.size:
         raise TraceError(f"{name}: rate {rate_rps:g} for {seconds:g} seconds and seed {seed} gives no request")
-    return Arrays(arrival_s, *_lengths(workload.kinds, arrival_s.size, rng))
+    kind_of = rng.choice(len(workload.kinds), arrival_s.size, p=[kind.share for kind in workload.kinds])
+    prompt, output = np.empty(arrival_s.size, np.int64), np.empty(arrival_s.size, np.int64)
+    for index, kind in enumerate(workload.kinds):
+        of_kind = np.flatnonzero(kind_of == index)
+        prompt[of_kind] = kind.prompt.draw(rng, of_kind.size)
+        output[of_kind] = kind.output.draw(rng, of_kind.size)
+    return Arrays(arrival_s, prompt, output)
 
 
 def _poisson(options: Mapping[str, str]) -> Workload:
-    prompt, answer = (_whole(_POISSON, options, *item, least=1) for item in (("input", 1023), ("output", 99)))
-    kind = Kind(share=1.0, prompt=_fixed(prompt), answer=_fixed(answer))
+    """Every request alike, and a rate that does not change."""
+    lengths = (_whole(_POISSON, options, *default, least=1) for default in (("input", 1023), ("output", 99)))
+    prompt, output = (Quantiles(knots=((0.0, tokens), (1.0, tokens))) for tokens in lengths)
+    kind = Kind(share=1.0, prompt=prompt, output=output)
     return Workload(rate_rps=2.0, seconds=300.0, spread=0.0, episode_s=1.0, kinds=(kind,))
 
 
 def _arrivals(workload: Workload, rate_rps: float, seconds: float, rng: np.random.Generator) -> NDArray[np.float64]:
     """Sorted arrivals in [0, seconds): a Poisson count, placed evenly over the cumulative rate.
 
-    The levels are scaled to a mean of exactly 1 over the run, so that `rate` means what it says in every seed.
+    The levels are scaled to a mean of exactly 1 over the run, so the mean rate is `rate_rps` for every seed.
     """
     placed = np.sort(rng.random(rng.poisson(rate_rps * seconds)))
     if workload.spread == 0:
@@ -188,28 +201,13 @@ def _arrivals(workload: Workload, rate_rps: float, seconds: float, rng: np.rando
     return arrival_s
 
 
-def _lengths(
-    kinds: tuple[Kind, ...], size: int, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Prompt and answer tokens of `size` requests."""
-    which = rng.choice(len(kinds), size, p=[kind.share for kind in kinds])
-    prompt, answer = np.empty(size, np.int64), np.empty(size, np.int64)
-    for index, kind in enumerate(kinds):
-        mine = np.flatnonzero(which == index)
-        prompt[mine] = kind.prompt.draw(rng, mine.size)
-        answer[mine] = kind.answer.draw(rng, mine.size)
-    return prompt, answer
-
-
 def _positive(name: str, options: Mapping[str, str], key: str, default: float) -> float:
     text = options.get(key)
-    if text is None:
-        return default
     try:
-        value = float(text)
+        value = default if text is None else float(text)
     except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
+        value = math.nan
+    if not 0 < value < math.inf:
         raise TraceError(f"{name}: {key} = {text!r}: must be a positive number")
     return value
 

@@ -1,6 +1,6 @@
-"""What one run of one policy produced: the contract's figures, and the series that the report draws.
+"""The result of one run of one policy: the contract's figures, and the series that the report draws.
 
-`RunResult.to_json()` is the `runs[]` entry of the JSON that `simulate --json` writes. Knows nothing of how it ran.
+`RunResult.to_json()` is the `runs[]` entry of `simulate --json`. Knows nothing of how the run was made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Quantiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SloOutcome:
-    """The promises and the fraction of all requests that met them (rejected ones count as missed)."""
+    """The SLOs and the fraction of all requests that met them (rejected requests violate every SLO)."""
 
     e2e_s: float | None
     tbt_s: float | None
@@ -35,7 +35,7 @@ class SloOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionError:
-    """Mean relative error of the projection in force against what the engine then did, over all iterations."""
+    """Mean relative error of the projection in force against the engine's own figures, over all iterations."""
 
     batch: float
     kv: float
@@ -62,7 +62,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distributions:
-    """What the report needs to draw distributions."""
+    """The samples that the report draws as distributions."""
 
     e2e_s: list[float]
     """One per completed request."""

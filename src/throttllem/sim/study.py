@@ -1,32 +1,46 @@
-"""From what a user asks for to scenarios that can run: names looked up, tables trained, engines characterised.
+"""From the options of a simulation to its results: `Study` (what to simulate), `Scenario` (resolved), `RunResult`s.
 
-Everything that can be refused is refused here, before anything slow begins.
+`Study.prepare` resolves every input and does what is slow once (train, characterise; both cached), `Scenario.run`
+simulates one policy, `run_all` several side by side. Knows nothing of the command line or the report.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from throttllem.config import Options
 from throttllem.core.clocks.names import Policy, parse_policy
-from throttllem.core.types import Slo
-from throttllem.engines.simulated.fleet import build_fleet
+from throttllem.core.controller import Controller
+from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens, Noisy, Oracle
+from throttllem.core.options import ControllerOptions
+from throttllem.core.types import Request, Slo
+from throttllem.engines.simulated.fleet import Fleet, build_fleet
 from throttllem.physics.catalogue import Catalogue
+from throttllem.physics.estimate import reach
 from throttllem.profiling.tables import Progress, performance_tables
-from throttllem.sim.prepare import capacities
-from throttllem.sim.scenario import Scenario
+from throttllem.sim import parallel
+from throttllem.sim.characterize import Capacity, capacities, output_limits
+from throttllem.sim.driver import Machine, Simulation, Watch
+from throttllem.sim.recorder import Recorder
+from throttllem.sim.result import RunResult
 from throttllem.sim.traces import Trace, load_trace
 
 MAXIMUM = "max"
+_BINS = 500
+_SECTIONS = ("throttle", "admission", "autoscale", "length", "batching", "noise")
+"""Of the options, those that a simulation depends on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """What to simulate, as asked for; None stands for the default that the contract names.
+    """What to simulate; None stands for the contract's default.
 
     `peak_rps`: requests/s of the busiest minute, "max" for the maximum load of the largest engine, None for the trace
-    as it is. `slo_e2e_s` None: what `characterize` finds for the largest engine.
+    as it is. `slo_e2e_s` None: the E2E p99 that `characterize` finds for the largest engine.
     """
 
     gpu: str
@@ -46,37 +60,35 @@ class Study:
     def prepare(
         self, catalogue: Catalogue, cache_dir: Path, progress: Progress = lambda *_: None
     ) -> tuple[Scenario, list[Policy]]:
-        """The scenario and its policies. Raises ValueError (what, where, how to mend it) for what cannot be."""
-        promised = Slo(e2e_s=self.slo_e2e_s, tbt_s=self.slo_tbt_s, ttft_s=self.slo_ttft_s)
+        """The scenario and its policies. Raises ValueError (what, where, what to do) before anything slow begins."""
+        slo = Slo(e2e_s=self.slo_e2e_s, tbt_s=self.slo_tbt_s, ttft_s=self.slo_ttft_s)
         if not self.policies:
             raise ValueError("no policy given: name one or more, as in --policy triton,throttllem")
         if len(set(self.policies)) < len(self.policies):
             raise ValueError(f"--policy {','.join(self.policies)}: a policy is named twice")
         fleet = build_fleet(catalogue, self.gpu, self.model, self.sizes, self.options.batching)
         policies = [parse_policy(name, fleet.clocks_mhz, fleet.sizes) for name in self.policies]
-        lengths = load_trace(self.trace, seed=self.seed)
-        at_most = None if self.peak_rps in (None, MAXIMUM) else float(self.peak_rps or 0)
-        trace = self._cut(lengths if at_most is None else lengths.scaled(peak_rps=at_most))
-        found = capacities(
-            fleet, lengths, self.options, cache_dir, seed=self.seed, promised=promised, progress=progress
-        )
+        whole = load_trace(self.trace, seed=self.seed)
+        rate = None if self.peak_rps in (None, MAXIMUM) else float(self.peak_rps or 0)
+        trace = self._cut(whole if rate is None else whole.scaled(peak_rps=rate))
+        found = capacities(fleet, whole, self.options, cache_dir, seed=self.seed, slo=slo, progress=progress)
         largest = found[fleet.sizes[-1]]
-        if self.peak_rps == MAXIMUM and not largest.max_rps:
-            raise ValueError(
-                f"--peak-rps {MAXIMUM}: TP {largest.tp} sustains no load at all under these promises; loosen "
-                "--slo-e2e, --slo-tbt or --slo-ttft, or give a rate"
-            )
         if self.peak_rps == MAXIMUM:
-            trace = self._cut(lengths.scaled(peak_rps=largest.max_rps))
-        # Last, as it takes longest; and nothing but these policies asks for a prediction.
-        learned = any(policy.slo_aware for policy in policies)
-        tables = performance_tables(fleet, cache_dir, seed=self.seed, progress=progress) if learned else {}
+            if not largest.max_rps:
+                raise ValueError(
+                    f"--peak-rps {MAXIMUM}: TP {largest.tp} sustains no load under these SLOs; loosen --slo-e2e, "
+                    "--slo-tbt or --slo-ttft, or give a rate"
+                )
+            trace = self._cut(whole.scaled(peak_rps=largest.max_rps))
+        # Last, as training takes longest; only SLO-aware policies need predictions.
+        trained = any(policy.slo_aware for policy in policies)
+        tables = performance_tables(fleet, cache_dir, seed=self.seed, progress=progress) if trained else {}
         scenario = Scenario(
             fleet=fleet,
             trace=trace,
             tables=tables,
             capacities=found,
-            slo=Slo(e2e_s=promised.e2e_s or largest.e2e_p99_s, tbt_s=promised.tbt_s, ttft_s=promised.ttft_s),
+            slo=replace(slo, e2e_s=slo.e2e_s or largest.e2e_p99_s),
             options=self.options,
             seed=self.seed,
             count_freed_gpus=self.count_freed_gpus,
@@ -85,3 +97,119 @@ class Study:
 
     def _cut(self, trace: Trace) -> Trace:
         return trace if self.seconds is None else trace.cut(self.seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One trace on one fleet under one set of SLOs, the same for every policy."""
+
+    fleet: Fleet
+    trace: Trace
+    tables: dict[int, PerformanceTable]
+    capacities: dict[int, Capacity]
+    slo: Slo
+    options: Options
+    seed: int
+    count_freed_gpus: bool = False
+
+    @property
+    def largest(self) -> int:
+        """The engine size that every policy begins with; without autoscaling it is the only one."""
+        return self.fleet.sizes[-1]
+
+    def run(
+        self, policy: Policy, progress: Callable[[float], None] = lambda _: None, watch: Watch | None = None
+    ) -> RunResult:
+        """Simulate one policy. Deterministic but for the decision times."""
+        controller = self.controller(policy)
+        recorder = Recorder(bin_s=max(1.0, self.trace.duration_s / _BINS))
+        simulation = Simulation(controller, self.machine(), recorder, seed=self.seed, watch=watch)
+        simulation.run(self.requests(), self.largest, progress)
+        return recorder.result(
+            policy=policy.name,
+            slo=self.slo,
+            duration_s=simulation.now_s,
+            energy_j=simulation.energy_j,
+            idle_energy_j=simulation.idle_energy_j,
+            lost=controller.snapshot().counts.lost,
+            preemptions=simulation.preemptions,
+        )
+
+    def requests(self) -> list[Request]:
+        """The trace's requests with the scenario's SLO and the client's output limit."""
+        trace = self.trace
+        limits = output_limits(trace, self.fleet, self.options)
+        columns = (each.tolist() for each in (trace.arrival_s, trace.prompt_tokens, trace.output_tokens, limits))
+        return [
+            Request(id=i, arrival_s=at_s, prompt_tokens=prompt, output_tokens=output, max_tokens=limit, slo=self.slo)
+            for i, (at_s, prompt, output, limit) in enumerate(zip(*columns, strict=True))
+        ]
+
+    def controller(self, policy: Policy) -> Controller:
+        """A new controller for one policy."""
+        capacity = {tp: capacity.max_rps for tp, capacity in self.capacities.items()}
+        return Controller(
+            ControllerOptions(
+                throttle=replace(self.options.throttle, policy=policy.clock, fixed_mhz=policy.fixed_mhz),
+                slo_aware=policy.slo_aware,
+                admission=self.options.admission,
+                autoscale=replace(self.options.autoscale, capacity_rps=capacity) if policy.autoscale else None,
+                predictor=self._predictor(),
+                inflation=self.options.length.factor,
+                specs=self.fleet.specs,
+                tables=self.tables,
+            )
+        )
+
+    def _predictor(self) -> LengthPredictor:
+        length = self.options.length
+        if length.predictor == "max-tokens":
+            return MaxTokens()
+        return Noisy(p95_error=length.p95_error, seed=self.seed) if length.p95_error else Oracle()
+
+    def machine(self) -> Machine:
+        """The simulated GPUs."""
+        gpu = self.fleet.physics[self.largest].gpu
+        return Machine(
+            specs=self.fleet.specs,
+            physics=self.fleet.physics,
+            switch_latency_s=self.options.throttle.switch_latency_s,
+            startup_w=gpu.startup_w,
+            gpus=self.largest,
+            freed_w=gpu.power.bare_idle_w if self.count_freed_gpus else None,
+            noise=self.options.noise,
+        )
+
+    def described(self) -> dict[str, object]:
+        """Every input, resolved, for the JSON and the report."""
+        return {
+            "gpu": self.fleet.gpu,
+            "model": self.fleet.model,
+            "sizes": list(self.fleet.sizes),
+            "trace": {
+                "name": self.trace.name,
+                "source": self.trace.source,
+                "sha256": self.trace.sha256,
+                "requests": self.trace.requests,
+                "seconds": self.trace.duration_s,
+                "peak_rps": self.trace.peak_rps,
+            },
+            "slo": asdict(self.slo),
+            "capacities": [asdict(self.capacities[tp]) for tp in sorted(self.capacities)],
+            "engines": [
+                {key: value for key, value in asdict(self.fleet.specs[tp]).items() if key != "clocks_mhz"}
+                | {"physics": reach(self.fleet.physics[tp], self.trace.mean_context_tokens)}
+                for tp in self.fleet.sizes
+            ],
+            "options": {name: asdict(getattr(self.options, name)) for name in _SECTIONS},
+            "count_freed_gpus": self.count_freed_gpus,
+            "seed": self.seed,
+        }
+
+
+def run_all(
+    jobs: Sequence[tuple[Scenario, Policy]], *, workers: int, progress: parallel.Progress = lambda *_: None
+) -> list[RunResult]:
+    """Simulate every job, `workers` at a time."""
+    tasks = [functools.partial(scenario.run, policy) for scenario, policy in jobs]
+    return parallel.side_by_side(tasks, workers=workers, progress=progress)

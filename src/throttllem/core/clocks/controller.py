@@ -29,36 +29,26 @@ from throttllem.core.forecast.projection import project
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, SetClock
 
 
-class Governor:
+class ClockController:
     """Plans clocks for one controller."""
 
     def __init__(self, options: ThrottleOptions, load: LoadEstimator) -> None:
         self.options = options
         self._load = load
 
-    def settle(self, engine: EngineState, now_s: float, *, waiting: bool) -> SetClock | None:
+    def plan(self, engine: EngineState, now_s: float, *, waiting: bool) -> SetClock | None:
         """Plan the clock of a ready engine after a change; a command if another clock is to be set.
 
         `waiting`: a request that this engine should serve could not be admitted.
         """
         assert engine.spec is not None
-        engine.again_at_s = math.inf
+        engine.replan_s = math.inf
         plan = self._plan(engine, engine.spec, now_s, waiting)
         engine.plan = plan
         if plan.mhz == engine.target_mhz:
             return None
         engine.target_mhz, engine.set_at_s = plan.mhz, now_s
         return SetClock(engine=engine.engine, plan=plan)
-
-    def top_delay_s(self, engine: EngineState, now_s: float) -> float:
-        """Seconds until the top clock could be in force."""
-        assert engine.spec is not None
-        top = engine.spec.clocks_mhz[-1]
-        if engine.clock_mhz == top:
-            return 0.0
-        if engine.target_mhz == top:
-            return max(0.0, engine.set_at_s + self.options.switch_latency_s - now_s)
-        return self.options.switch_latency_s
 
     def _plan(self, engine: EngineState, spec: EngineSpec, now_s: float, waiting: bool) -> FrequencyPlan:
         top = spec.clocks_mhz[-1]
@@ -75,13 +65,14 @@ class Governor:
 
     def _plan_running(self, engine: EngineState, spec: EngineSpec, now_s: float, waiting: bool) -> FrequencyPlan:
         top, table, board = spec.clocks_mhz[-1], engine.table, engine.board
-        engine.projection = projection = project(board, spec, first=engine.iteration)
         if table is None:
             return FrequencyPlan(mhz=top, why=Reason.OUTSIDE_HULL)
-        engine.again_at_s = now_s + self.options.replan_s
+        engine.projection = projection = project(board, spec, first=engine.iteration)
+        engine.replan_s = now_s + self.options.replan_s
         least = self.options.policy is ClockPolicy.LEAST_ENERGY
         seen = projection.replenished() if least else projection
-        ahead = look_ahead(board, spec, table, seen, base_s=engine.base_s(now_s))
+        base_s = now_s if engine.began_s is None else engine.began_s
+        ahead = look_ahead(board, spec, table, seen, base_s=base_s)
         if not ahead.inside_hull:
             return FrequencyPlan(mhz=top, why=Reason.OUTSIDE_HULL)
         plan = FrequencyPlan(mhz=top, why=Reason.WAITING)
@@ -90,8 +81,8 @@ class Governor:
             if plan.why is not Reason.INFEASIBLE:
                 return plan
         if least:
-            ahead = look_ahead(board, spec, table, projection, base_s=engine.base_s(now_s))
-        for row in unmeetable(ahead, board, table, self.top_delay_s(engine, now_s)):
+            ahead = look_ahead(board, spec, table, projection, base_s=base_s)
+        for row in unmeetable(ahead, board, table, engine.maximum_clock_delay_s(now_s, self.options.switch_latency_s)):
             board.mark_lost(row)
         return FrequencyPlan(mhz=top, why=Reason.LOST_RUNNING) if board.lost_requests else plan
 
@@ -157,7 +148,7 @@ class Governor:
         kept_until_s = engine.set_at_s + self.options.dwell_s
         if engine.target_mhz is None or plan.mhz >= engine.target_mhz or now_s >= kept_until_s:
             return plan
-        engine.again_at_s = min(engine.again_at_s, kept_until_s)
+        engine.replan_s = min(engine.replan_s, kept_until_s)
         return FrequencyPlan(mhz=engine.target_mhz, why=Reason.DWELL, binding=plan.binding)
 
     def _if_worth(self, engine: EngineState, spec: EngineSpec, plan: FrequencyPlan, cost: Floats) -> FrequencyPlan:

@@ -91,7 +91,7 @@ class RealtimeEngine:
         key, row = self._join(call, speech)
         try:
             if speech.wish.stream:
-                yield Reply(status=200, headers=STREAM_HEADERS, chunks=Stream(row, speech))
+                yield Reply(status=200, headers=STREAM_HEADERS, read=Stream(row, speech).read)
             else:
                 await row.reach(speech.output_tokens)
                 yield json_reply(200, speech.whole())

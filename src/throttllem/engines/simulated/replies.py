@@ -126,13 +126,11 @@ class Stream:
         self._speech = speech
         self._sent = 0
 
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> bytes:
+    async def read(self) -> bytes:
+        """The events that are out since the last call, waiting for one; nothing at the end."""
         row, first = self._row, self._sent
         if first == self._speech.output_tokens:
-            raise StopAsyncIteration
+            return b""
         if row.tokens == first:
             await row.reach(first + 1)
         self._sent = row.tokens

@@ -6,12 +6,11 @@ import math
 import random
 import time
 import zlib
-from collections.abc import AsyncIterator
 
 from pydantic_core import from_json
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Call, ParsedRequest, PromptCount, Reply
+from throttllem.engines.base import Call, ParsedRequest, PromptCount, Reply, whole_reply
 from throttllem.engines.paths import CHAT, COMPLETION_TOKENS, COMPLETIONS
 from throttllem.engines.simulated.openai_chunks import BadBodyError, ParsedBody, dumped, prompt_tokens, read_wish
 from throttllem.engines.simulated.replies import Speech
@@ -100,11 +99,7 @@ class FakeApi:
 def json_reply(status: int, body: bytes) -> Reply:
     """A reply in one piece."""
     headers = (("content-type", "application/json"), ("content-length", str(len(body))))
-    return Reply(status=status, headers=headers, chunks=_once(body))
-
-
-async def _once(body: bytes) -> AsyncIterator[bytes]:
-    yield body
+    return whole_reply(status, headers, body)
 
 
 def _read(body: bytes) -> dict[str, object]:

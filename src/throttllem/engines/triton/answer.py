@@ -5,7 +5,7 @@ Bytes in, bytes out; knows no connection and no clock.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from json import dumps
 
@@ -14,11 +14,6 @@ from pydantic_core import from_json
 from throttllem.engines.sse import Splitter, data_of
 
 DONE = b"data: [DONE]\n\n"
-
-
-async def once(body: bytes) -> AsyncIterator[bytes]:
-    """A body as a stream of one chunk."""
-    yield body
 
 
 class Events:

@@ -11,9 +11,8 @@ from typing import TypeGuard
 
 from pydantic_core import from_json, to_json
 
-from throttllem.engines.base import Headers, ParsedRequest, Reply
+from throttllem.engines.base import Headers, ParsedRequest, Reply, whole_reply
 from throttllem.engines.paths import NATIVE
-from throttllem.engines.triton.answer import once
 
 JSON: Headers = (("content-type", "application/json"),)
 
@@ -69,7 +68,7 @@ def error_body(message: str, status: int, *, param: str | None = None, code: str
 
 def error_reply(message: str, status: int, *, param: str | None = None, code: str | None = None) -> Reply:
     """The reply that holds such an error."""
-    return Reply(status=status, headers=JSON, chunks=once(error_body(message, status, param=param, code=code)))
+    return whole_reply(status, JSON, error_body(message, status, param=param, code=code))
 
 
 def refused(body: bytes) -> str:

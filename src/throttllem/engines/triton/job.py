@@ -13,9 +13,9 @@ from uuid import uuid4
 
 from pydantic_core import from_json, to_json
 
-from throttllem.engines.base import Call, EngineError, Headers, Reply
+from throttllem.engines.base import Call, EngineError, Headers, Reply, whole_reply
 from throttllem.engines.http import Upstream
-from throttllem.engines.triton.answer import Answer, Chunks, Named, Usage, once, whole
+from throttllem.engines.triton.answer import Answer, Chunks, Named, Usage, whole
 from throttllem.engines.triton.api import (
     JSON,
     UnsupportedError,
@@ -98,19 +98,19 @@ async def serve(upstream: Upstream, job: Job) -> AsyncIterator[Reply]:
     """Send the job; its reply lasts as long as the block, and leaving early ends it in Triton."""
     async with upstream.open(job.call) as reply:
         if reply.status != 200:
-            why = refused(b"".join([chunk async for chunk in reply.chunks]))
+            why = refused(await reply.body())
             yield error_reply(why, reply.status if reply.status >= 400 else 502)
         elif job.stream:
             async with aclosing(_streamed(upstream.url, reply, job)) as chunks:
-                yield Reply(status=200, headers=EVENT_STREAM, chunks=chunks)
+                yield Reply(status=200, headers=EVENT_STREAM, read=lambda: anext(chunks, b""))
         else:
-            yield Reply(status=200, headers=JSON, chunks=once(await _collected(upstream.url, reply, job)))
+            yield whole_reply(200, JSON, await _collected(upstream.url, reply, job))
 
 
 async def _texts(url: str, reply: Reply, answer: Answer) -> AsyncGenerator[list[str], None]:
     """The texts of each chunk of bytes, until the answer is over. Raises EngineError if it is no answer."""
     try:
-        async for chunk in reply.chunks:
+        while chunk := await reply.read():
             yield answer.feed(chunk)
             if answer.over:
                 return

@@ -1,34 +1,37 @@
-"""One configured engine and its GPUs: reached, watched, lost and reached again; its steps booked as energy.
+"""One configured engine with its GPUs: connected, watched, lost and connected again.
 
-The driver owns the core; a link tells it events and is told when to start, to stop and which clock to set.
+It reports events to the control loop, which alone decides when it starts, stops and which clock is set.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from throttllem.core.types import EngineLost, EngineReady, Event, Progressed, Stepped
+from throttllem.core.types import EngineLost, EngineReady, Event
 from throttllem.engines.base import Connected, EngineError, LiveEngine, Report
 from throttllem.engines.progress import Progress
-from throttllem.gateway.control.clock_setter import EngineClock
+from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gpu.device import Gpu
 
 log = logging.getLogger("throttllem.gateway")
 
-Tell = Callable[[Event], None]
+Emit = Callable[[Event], None]
 _FIRST_RETRY_S = 0.2
 _LONGEST_RETRY_S = 2.0
-_LOOKS = 3
-"""So often an engine is looked at before it counts as lost, unless nobody is there at all."""
-_LOOK_AGAIN_S = 0.5
+_HEALTH_CHECKS = 3
+"""An engine that is suspected counts as lost after this many failed checks, or one refused connection."""
+_NEXT_CHECK_S = 0.5
 _COUNTS_AT_A_TIME = 64
+_STALLED_AFTER_S = 10.0
+_UNKNOWN_STEP_S = 0.05
+_SHORTEST_STEP_S = 0.005
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Backend:
     """One engine. `key` is the core's id for it while the core knows it, None otherwise."""
 
@@ -38,55 +41,73 @@ class Backend:
     catalogue_gpu: str
     catalogue_model: str
     engine: LiveEngine
-    clock: EngineClock
-    booking: EnergyAccounting
+    clock: ClockSetter
+    accounting: EnergyAccounting
     now: Callable[[], float]
     close: Callable[[], Awaitable[None]] | None = None
     key: int | None = None
+    last_key: int = -1
+    """The key of its last start."""
     state: str = "down"
     own_trouble: str | None = None
     connected: Connected | None = None
     progress: Progress | None = None
     report: Report | None = None
     last_sign_s: float = 0.0
+    """When the engine last showed that it works."""
     estimated_prompts: int = 0
     counting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_COUNTS_AT_A_TIME))
-    """Who asks the engine for the tokens of a prompt holds it."""
-    _tell: Tell | None = None
+    """Held while the engine counts the tokens of a prompt."""
+    _emit: Emit | None = None
+    _stepped_s: float = 0.0
     _task: asyncio.Task[None] | None = None
     _checking: asyncio.Task[None] | None = None
-    _if_well: list[Callable[[], None]] = field(default_factory=list)
+    _if_healthy: list[Event] = field(default_factory=list)
     _retiring: asyncio.Task[None] | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     @property
     def trouble(self) -> str | None:
-        """What is wrong with it, in words: with the engine, else with its clock."""
+        """What is wrong with the engine, else with its clock; None: nothing is."""
         return self.own_trouble or self.clock.trouble
 
     @property
     def gpu(self) -> Gpu:
         """Its GPUs."""
-        return self.clock.gpu
+        return self.accounting.gpu
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in the engine."""
+        return 0 if self.progress is None else len(self.progress.in_flight)
+
+    def health(self, silence_s: float) -> tuple[str, str | None]:
+        """Its state, and what is wrong. Up means that it also moves: one that holds requests and shows no progress has
+        stalled.
+        """
+        still_s = self.now() - self.last_sign_s
+        if self.state == "up" and self.in_flight and still_s > min(_STALLED_AFTER_S, silence_s / 2):
+            return "stalled", f"no sign of progress for {still_s:.0f} s"
+        return self.state, self.trouble
 
     # ---- life ------------------------------------------------------------------------------------------------
 
-    def start(self, key: int, tell: Tell) -> None:
-        """Bring it up (or wait until it is) under this id; the core hears when it is ready."""
-        self.key, self._tell = key, tell
+    def start(self, key: int, emit: Emit) -> None:
+        """Connect, or wait until that succeeds, under this key; then EngineReady is emitted."""
+        self.key, self.last_key, self._emit = key, key, emit
         self.state, self.own_trouble = "starting", None
-        self._task = asyncio.get_running_loop().create_task(self._live(key, tell), name=f"engine {self.name}")
+        self._task = asyncio.get_running_loop().create_task(self._live(key, emit), name=f"engine {self.name}")
 
     def retire(self) -> None:
-        """Let go of it, beside whatever else goes on; it may be started again at any time."""
+        """Disconnect in the background; it may be started again at any time."""
         self.key, self.state = None, "down"
-        self.clock.end()
-        self.booking.end()
+        self._disconnected()
         tasks = [task for task in (self._task, self._checking, *self.clock.tasks) if task is not None]
         before = [self._retiring] if self._retiring is not None else []
         self._retiring = asyncio.get_running_loop().create_task(self._let_go(tasks, before))
 
     async def stop(self) -> None:
-        """Let go of it."""
+        """Disconnect and wait for it."""
         self.retire()
         assert self._retiring is not None
         await self._retiring
@@ -94,31 +115,19 @@ class Backend:
     async def _let_go(self, tasks: list[asyncio.Task[None]], before: list[asyncio.Task[None]]) -> None:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *before, self.clock.give_back(), return_exceptions=True)
+        await asyncio.gather(*tasks, *before, self.clock.restore(), return_exceptions=True)
         if self.close is not None:
             await self.close()
 
-    def estimated(self, by: str) -> None:
-        """A prompt's tokens were estimated."""
-        self.estimated_prompts += 1
-        if self.estimated_prompts == 1:
-            log.warning("engine %s: the tokens of a prompt were estimated (%s), not counted", self.name, by)
-
-    def suspect(self, well: Callable[[], None] = lambda: None) -> None:
-        """A request saw the engine fail: find out at once whether it is there, and call `well` if it is."""
-        self._if_well.append(well)
-        if self._checking is None or self._checking.done():
-            self._checking = asyncio.get_running_loop().create_task(self._check())
-
-    async def _live(self, key: int, tell: Tell) -> None:
+    async def _live(self, key: int, emit: Emit) -> None:
         if self._retiring is not None:
             await asyncio.wait({self._retiring})
         while True:
-            connected = await self._reach()
+            connected = await self._connect()
             try:
-                await self._take_into_use(key, connected, tell)
+                await self._take_into_use(key, connected, emit)
                 break
-            except Exception as error:  # nobody would see that it never came up
+            except Exception as error:  # otherwise nothing would show that it never came up
                 log.exception("engine %s cannot be taken into use", self.name)
                 self.state, self.own_trouble = "starting", f"it cannot be taken into use: {error!r}"
             await asyncio.sleep(_LONGEST_RETRY_S)
@@ -126,22 +135,11 @@ class Backend:
             await self.engine.watch(self._reported)
         except EngineError as error:
             self.lose(str(error))
-        except Exception as error:  # whatever it is: an engine that is not watched must not look well
+        except Exception as error:  # an engine that is not watched must not look healthy
             log.exception("engine %s cannot be watched", self.name)
             self.lose(f"it cannot be watched: {error!r}")
 
-    async def _take_into_use(self, key: int, connected: Connected, tell: Tell) -> None:
-        self.connected, self.report, self.own_trouble = connected, None, None
-        self.progress = Progress(key, exact=connected.named)
-        mhz = await self.clock.in_force(connected.spec.clocks_mhz[-1])
-        self.last_sign_s = self.now()
-        self.booking.begin(connected.spec, exact=connected.named)
-        self.state = "up"
-        log.info("engine %s is up: %s", self.name, ", ".join(connected.models))
-        tell(EngineReady(engine=key, spec=connected.spec))
-        self.clock.begin(key, tell, mhz)
-
-    async def _reach(self) -> Connected:
+    async def _connect(self) -> Connected:
         pause_s = _FIRST_RETRY_S
         while True:
             try:
@@ -156,114 +154,153 @@ class Backend:
             await asyncio.sleep(pause_s)
             pause_s = min(_LONGEST_RETRY_S, pause_s * 1.5)
 
+    async def _take_into_use(self, key: int, connected: Connected, emit: Emit) -> None:
+        self.connected, self.report, self.own_trouble = connected, None, None
+        self.progress = Progress(key, exact=connected.named)
+        mhz = await self.clock.in_force(connected.spec.clocks_mhz[-1])
+        self.last_sign_s = self._stepped_s = self.now()
+        self.accounting.begin(connected.spec, self.progress)
+        self.state = "up"
+        log.info("engine %s is up: %s", self.name, ", ".join(connected.models))
+        emit(EngineReady(engine=key, spec=connected.spec))
+        self.clock.begin(key, emit, mhz)
+
+    def lose(self, why: str) -> None:
+        """The engine is gone: EngineLost is emitted, and the core decides what comes next."""
+        if self.key is None or self.state != "up":
+            return
+        log.error("engine %s is lost: %s", self.name, why)
+        self.own_trouble, self.state = why, "down"
+        key, self.key = self.key, None
+        self._disconnected()
+        self.clock.free()
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+        assert self._emit is not None
+        self._emit(EngineLost(engine=key))
+
+    def _disconnected(self) -> None:
+        self.clock.end()
+        self.accounting.end()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # ---- suspicion -------------------------------------------------------------------------------------------
+
+    def suspect(self, if_healthy: Event | None = None) -> None:
+        """A request saw the engine fail: check it at once. `if_healthy` is emitted if it turns out to be well; a lost
+        engine's requests are ended by EngineLost.
+        """
+        if if_healthy is not None:
+            self._if_healthy.append(if_healthy)
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.get_running_loop().create_task(self._check())
+
     async def _check(self) -> None:
-        while self._if_well:
-            waiting, self._if_well = self._if_well, []
+        while True:
+            waiting, self._if_healthy = self._if_healthy, []
             key = self.key
             try:
-                trouble = await self._look()
+                trouble = await self._health()
                 if trouble is not None and self.key == key:
                     self.lose(trouble)
-            except Exception:  # a fault of ours says nothing of the engine; `watch` looks after it
-                log.exception("engine %s cannot be looked at", self.name)
+            except Exception:  # a fault of ours is no evidence against the engine; `watch` goes on
+                log.exception("the health of engine %s cannot be checked", self.name)
             finally:
-                for well in waiting:  # an engine that was lost the core has forgotten: then this is no news
-                    well()
+                for event in waiting:  # the core ignores it if the engine is lost
+                    assert self._emit is not None
+                    self._emit(event)
+            if not self._if_healthy:
+                return
 
-    async def _look(self) -> str | None:
+    async def _health(self) -> str | None:
         """Why it is gone; None: it is there."""
-        for left in reversed(range(_LOOKS)):
+        for left in reversed(range(_HEALTH_CHECKS)):
             try:
                 await self.engine.well()
                 return None
             except EngineError as error:
                 if not left or error.nobody_there:
                     return str(error)
-            await asyncio.sleep(_LOOK_AGAIN_S)
+            await asyncio.sleep(_NEXT_CHECK_S)
         return None
-
-    def lose(self, why: str) -> None:
-        """The engine is gone; what ran on it is lost, and the core decides what comes next."""
-        if self.key is None or self.state != "up":
-            return
-        log.error("engine %s is lost: %s", self.name, why)
-        self.own_trouble, self.state = why, "down"
-        key, self.key = self.key, None
-        self.clock.end()
-        self.booking.end()
-        self.clock.free()
-        if self._task is not None and self._task is not asyncio.current_task():
-            self._task.cancel()
-        assert self._tell is not None
-        self._tell(EngineLost(engine=key))
 
     # ---- requests --------------------------------------------------------------------------------------------
 
     def dispatched(self, request_id: int, *, streams: bool, sequences: int, prompt_tokens: int) -> None:
         """A request is about to be sent."""
-        if self.progress is None:
+        progress = self.progress
+        if progress is None:
             return
-        if not self.booking.open:
+        if not progress.in_flight:
             self.last_sign_s = self.now()
-        self.booking.dispatched(request_id, sequences, prompt_tokens * sequences)
-        self.progress.dispatched(request_id, streams=streams, sequences=sequences)
+        self.accounting.dispatching()
+        progress.dispatched(request_id, streams=streams, sequences=sequences, prompt_tokens=prompt_tokens * sequences)
+        if not streams:
+            self._arm()
 
-    def token(self, request_id: int, count: int) -> None:
-        """Tokens of a request came."""
-        if self.progress is not None and request_id in self.booking:
+    def ended(self, request_id: int, tokens: int | None) -> None:
+        """A request has its whole output, of `tokens` where the engine reported it."""
+        if self.progress is not None and request_id in self.progress.in_flight:
             self.last_sign_s = self.now()
-            self._take(self.progress.token(request_id, count))
+            assert self._emit is not None
+            for event in self.progress.ended(request_id, tokens):
+                self._emit(event)
 
-    def tokens_of(self, request_id: int) -> int:
-        """Tokens of a request so far, as well as can be told."""
-        return (self.progress and self.progress.tokens(request_id)) or 0
+    def left(self, request_id: int) -> float | None:
+        """Nothing of a request is in the engine any more; its joules, None if it never ran."""
+        progress = self.progress
+        if progress is None or request_id not in progress.in_flight:
+            return None
+        self.accounting.settle(ending=len(progress.in_flight) == 1)
+        flight = progress.left(request_id)
+        assert flight is not None
+        return flight.energy_j if flight.charged_prompt_tokens or flight.charged_output_tokens else None
 
-    def ended(self, request_id: int, tokens: int | None) -> float | None:
-        """A request has its whole answer; its joules."""
-        if self.progress is not None and request_id in self.booking:
-            self.last_sign_s = self.now()
-            self._take(self.progress.ended(request_id, tokens))
-        return self.booking.left(request_id)
+    def estimated(self, by: str) -> None:
+        """A prompt's tokens were estimated, not counted."""
+        self.estimated_prompts += 1
+        if self.estimated_prompts == 1:
+            log.warning("engine %s: the tokens of a prompt were estimated (%s), not counted", self.name, by)
 
-    def dropped(self, request_id: int) -> float | None:
-        """A request is gone before its end; its joules."""
-        if self.progress is not None:
-            self.progress.dropped(request_id)
-        return self.booking.left(request_id)
-
-    def tick(self, step_s: float) -> None:
-        """Time passes without any sign of progress to be had (no report, no stream)."""
-        if self.progress is not None:
-            self._take(self.progress.tick(step_s))
+    # ---- progress --------------------------------------------------------------------------------------------
 
     def _reported(self, report: Report) -> None:
-        if self.progress is None:
+        progress, now_s, before = self.progress, self.now(), self.report
+        if progress is None or self.key is None:
             return
-        before = self.report
         self.report = report
-        if report.step is not None and (before is None or report.step != before.step):
-            self.last_sign_s = self.now()
+        elapsed_s = now_s - self._stepped_s
+        if report.step is not None:
+            self._stepped_s = now_s
+            if before is None or report.step != before.step:
+                self.last_sign_s = now_s
         if report.joules is not None:
-            for request_id in report.preempted:  # before the iteration, not in it
-                self.booking.paused(request_id)
-            self.booking.exact(report)
+            self.accounting.measured(report)
         elif report.prompt_tokens:
-            self.booking.prompts(report.prompt_tokens)
-        self._take(self.progress.report(report), exact=report.joules is not None)
+            self.accounting.processed_prompts(report.prompt_tokens)
+        assert self._emit is not None
+        for event in progress.report(report, elapsed_s=elapsed_s):
+            self._emit(event)
 
-    def _take(self, events: Iterable[Event], *, exact: bool = False) -> None:
-        """Hand events on to the core; steps that are not booked yet are booked by the time that they took."""
-        assert self._tell is not None
-        for event in events:
-            match event:
-                case Stepped(started=started, preempted=preempted, finished=finished):
-                    if not exact:
-                        self.booking.stepped(started)
-                    for request_id in started:
-                        self.booking.joined(request_id)
-                    for request_id in (*preempted, *finished):
-                        self.booking.paused(request_id)
-                case Progressed(request_id=request_id):
-                    self.booking.joined(request_id)
-            if self.key is not None:
-                self._tell(event)
+    def _arm(self) -> None:
+        """Advance iterations by a timer while neither reports nor streams show them."""
+        if self._timer is None and self.progress is not None and self.progress.needs_timer:
+            self._timer = asyncio.get_running_loop().call_later(self._step_s(), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self.progress is None or self.key is None:
+            return
+        assert self._emit is not None
+        for event in self.progress.tick():
+            self._emit(event)
+        self._arm()
+
+    def _step_s(self) -> float:
+        """The predicted time of one iteration."""
+        estimate, clock = self.accounting.at_maximum, self.accounting.reading().clock_mhz
+        if estimate is None or clock not in estimate.table.clocks_mhz:
+            return _UNKNOWN_STEP_S
+        return max(_SHORTEST_STEP_S, estimate.table.at(clock, self.in_flight, 1, 0)[0])

@@ -1,4 +1,4 @@
-"""From an entry of the configuration to a link: the engine, its GPUs (real or simulated), meter, books and clock."""
+"""From an entry of the configuration to a backend: the engine, its GPUs (real or simulated), energy and clock."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from throttllem.engines.simulated.fleet import Fleet
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.engines.triton.engine import TritonEngine
 from throttllem.gateway.control.backend import Backend
-from throttllem.gateway.control.clock_setter import EngineClock
+from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.energy.accounting import EnergyAccounting
-from throttllem.gateway.energy.meter import EnergyMeter
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gateway.telemetry.metrics import Histograms
 from throttllem.gpu.device import Gpu
@@ -35,41 +34,34 @@ def called(entry: EngineEntry) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinkMaker:
+class BackendFactory:
     """Reaches nothing yet."""
 
     options: Options
     histograms: Histograms
     now: Callable[[], float]
 
-    def link(
+    def backend(
         self,
         entry: EngineEntry,
         fleet: Fleet,
         table: PerformanceTable | None,
         controller: Controller,
     ) -> Backend:
-        """The engine of an entry, with its GPUs and books; `fleet` has its size."""
+        """The backend of an entry; `fleet` has its size."""
         spec, physics = fleet.specs[entry.tp], fleet.physics[entry.tp]
         gpu = self._gpu(entry, spec, physics, table)
         name = f"{entry.kind}-{entry.model}-tp{entry.tp}"
         mode = "simulated" if entry.gpus is None else self.options.clocks.mode
-        meter = EnergyMeter(
+        accounting = EnergyAccounting(
             gpu=gpu,
-            top=SavingsEstimate(table=table) if table else None,
-            advised=SavingsEstimate(table=table) if table and mode in ("on", "dry-run") else None,
-        )
-        booking = EnergyAccounting(meter=meter, now=self.now, kv_blocks=lambda: _kv_blocks(controller, link))
-        clock = EngineClock(
-            name=name,
-            gpu=gpu,
-            reading=meter.reading,
             now=self.now,
-            mode=mode,
-            on_command=self.histograms.clock_command,
+            kv_blocks=lambda: 0 if backend.key is None else controller.kv_blocks(backend.key),
+            at_maximum=SavingsEstimate(table=table) if table else None,
+            dry_run=SavingsEstimate(table=table) if table and mode in ("on", "dry-run") else None,
         )
         engine = self._engine(entry, spec, physics, gpu)
-        link = Backend(
+        backend = Backend(
             name=name,
             kind=entry.kind,
             tp=entry.tp,
@@ -77,11 +69,18 @@ class LinkMaker:
             catalogue_model=entry.model,
             engine=engine,
             close=None if isinstance(engine, RealtimeEngine) else engine.close,
-            clock=clock,
-            booking=booking,
+            clock=ClockSetter(
+                name=name,
+                gpu=gpu,
+                reading=accounting.reading,
+                now=self.now,
+                mode=mode,
+                on_command=self.histograms.clock_command,
+            ),
+            accounting=accounting,
             now=self.now,
         )
-        return link
+        return backend
 
     def _gpu(
         self, entry: EngineEntry, spec: EngineSpec, physics: EnginePhysics, table: PerformanceTable | None
@@ -123,8 +122,3 @@ class LinkMaker:
             kv_blocks=entry.kv_blocks,
             block_tokens=entry.block_tokens,
         ).engine(spec)
-
-
-def _kv_blocks(controller: Controller, link: Backend) -> int:
-    """The core's own estimate of the blocks in use."""
-    return next((view.kv_blocks for view in controller.snapshot().engines if view.engine == link.key), 0)

@@ -1,7 +1,7 @@
-"""The clock of one engine's GPUs as the core wants it: set beside whatever else goes on, and told as it is.
+"""Sets the clock of one engine's GPUs as the core commands, in the background, and reports the clock in force.
 
-The core hears what came of each command, and when somebody or something else has changed the clock. Knows nothing of
-the engine but the core's id for it.
+The core gets a `ClockRead` for each command, and one when the clock changed for another reason. Knows nothing of the
+engine but the core's key for it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
 from throttllem.core.types import ClockRead, Event, FrequencyPlan
-from throttllem.gpu.device import Gpu, Reading, nothing
+from throttllem.gpu.device import Gpu, Reading
 
 log = logging.getLogger("throttllem.gateway")
 
@@ -20,9 +20,9 @@ _RETRY_S = 1.0
 
 
 @dataclass(slots=True, kw_only=True)
-class EngineClock:
-    """`reading` is the meter's. `on_command` is called with the seconds from an event to the clock command that came of
-    it, as that is on its way. `mode`: "on", "dry-run", "off" of real GPUs, or "simulated".
+class ClockSetter:
+    """`reading` is the accounting's. `on_command` is called with the seconds from the event that a clock command
+    follows from until the command is sent. `mode`: "on", "dry-run", "off" of real GPUs, or "simulated".
     """
 
     name: str
@@ -34,46 +34,46 @@ class EngineClock:
     trouble: str | None = None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _key: int | None = None
-    _tell: Callable[[Event], None] | None = None
+    _emit: Callable[[Event], None] | None = None
     _wanted_mhz: int | None = None
     _fails: bool = False
     _setting: int = 0
-    _told: tuple[int | None, int | None] | None = None
+    _reported: tuple[int | None, int | None] | None = None
 
-    def begin(self, key: int, tell: Callable[[Event], None], mhz: int | None) -> None:
+    def begin(self, key: int, emit: Callable[[Event], None], mhz: int | None) -> None:
         """The core knows the engine from now on, at this clock."""
-        self._key, self._tell = key, tell
-        self._told_core(mhz)
+        self._key, self._emit = key, emit
+        self._report(mhz)
 
     def end(self) -> None:
-        """The core does not know it any more, and what it asked for last is not wanted."""
+        """The core does not know the engine any more; its last command is void."""
         self._key = self._wanted_mhz = None
 
     def set(self, plan: FrequencyPlan, since_s: float) -> None:
-        """Set it; the core hears what came of it. `since_s`: when the event came that the plan is of."""
+        """Set it in the background; a ClockRead follows. `since_s`: when the event came that the plan follows from."""
         self._wanted_mhz = plan.mhz
-        self._beside(self._set(plan.mhz, since_s))
+        self._in_background(self._set(plan.mhz, since_s))
 
     def look(self) -> None:
-        """Tell the core if the clock is not what it heard last."""
-        if self._key is None or self._setting or (self._told and self._told[0] is None and self._fails):
-            return  # or it is being set, or tried again since it could not be
+        """Emit a ClockRead if the clock is not the one reported last."""
+        if self._key is None or self._setting or (self._reported and self._reported[0] is None and self._fails):
+            return  # it is being set, or will be tried again
         reading = self.reading()
-        if self._told != (reading.planned_on_mhz, reading.limit_mhz):
-            self._told_core(reading.planned_on_mhz)
+        if self._reported != (reading.planned_on_mhz, reading.limit_mhz):
+            self._report(reading.planned_on_mhz)
 
     def free(self) -> None:
-        """Nothing runs on these GPUs now: their clock is nobody's."""
-        self._beside(self.give_back())
+        """Nothing runs on these GPUs now: restore their clocks in the background."""
+        self._in_background(self.restore())
 
-    async def give_back(self) -> None:
-        """The same, waited for."""
+    async def restore(self) -> None:
+        """Restore the clocks that the GPUs had before."""
         try:
             await self.gpu.set_clock(None)
         except OSError as error:
-            log.error("engine %s: its clocks were not given back: %s", self.name, error)
+            log.error("engine %s: its clocks were not restored: %s", self.name, error)
 
-    async def in_force(self, mhz: int, sent: Callable[[], None] = nothing) -> int | None:
+    async def in_force(self, mhz: int, sent: Callable[[], None] | None = None) -> int | None:
         """Set a clock; the one in force then, None if it is not known."""
         try:
             read, trouble = await self.gpu.set_clock(mhz, sent), "it cannot be read"
@@ -89,8 +89,8 @@ class EngineClock:
         return read
 
     async def _set(self, mhz: int, since_s: float) -> None:
-        sent = nothing if self._fails else lambda: self.on_command(self.now() - since_s)
-        if self._fails:  # the core asks again at once
+        sent = None if self._fails else lambda: self.on_command(self.now() - since_s)
+        if self._fails:  # the core commands it again at once
             await asyncio.sleep(_RETRY_S)
             if mhz != self._wanted_mhz:
                 return
@@ -99,17 +99,17 @@ class EngineClock:
             read = await self.in_force(mhz, sent)
         finally:
             self._setting -= 1
-        if mhz == self._wanted_mhz:  # else the answer to the next one counts
+        if mhz == self._wanted_mhz:  # else the next command's result counts
             self._fails = read is None or (read != mhz and self.reading().limit_mhz is None)
-            self._told_core(read)
+            self._report(read)
 
-    def _told_core(self, mhz: int | None) -> None:
+    def _report(self, mhz: int | None) -> None:
         limit_mhz = self.reading().limit_mhz
-        self._told = mhz, limit_mhz
-        if self._key is not None and self._tell is not None:
-            self._tell(ClockRead(engine=self._key, mhz=mhz, limit_mhz=limit_mhz))
+        self._reported = mhz, limit_mhz
+        if self._key is not None and self._emit is not None:
+            self._emit(ClockRead(engine=self._key, mhz=mhz, limit_mhz=limit_mhz))
 
-    def _beside(self, work: Coroutine[None, None, None]) -> None:
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)

@@ -1,7 +1,7 @@
-"""The wall-clock driver of one model: events into the core as they happen, its commands carried out on real engines.
+"""The control loop of one model: events into the core as they happen, its commands carried out on real engines.
 
-It owns the clock and the open requests; every decision is the core's. Events go through an inbox, so the core sees
-one after the other and time never goes back.
+`handle(event)`, carry out, arm the timer. It owns the wall clock and the open requests; every decision is the core's.
+Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import deque
 from collections.abc import Callable
+from time import perf_counter
+from typing import NamedTuple, Protocol
 
 from throttllem.config import LimitOptions
 from throttllem.core.controller import Controller
@@ -17,9 +20,11 @@ from throttllem.core.types import (
     Arrived,
     Cancel,
     Cancelled,
+    ClockRead,
     Command,
     Dispatch,
     EngineLost,
+    EngineReady,
     EngineSpec,
     Event,
     Fail,
@@ -34,75 +39,112 @@ from throttllem.core.types import (
     Timer,
 )
 from throttllem.engines.base import EngineError
-from throttllem.gateway.control import rejections as refusals
-from throttllem.gateway.control.alarm import LoopTimer
+from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
-from throttllem.gateway.control.inbox import EventQueue
-from throttllem.gateway.control.named import done, named
+from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.control.retry_after import RetryEstimator
 from throttllem.gateway.control.session import Session
 from throttllem.gateway.control.slo_attainment import SloAttainment, judged
-from throttllem.gateway.control.ticket import RefusedError
-from throttllem.gateway.control.turn import Observer, Turn
-from throttllem.gateway.control.watchdog import sweep, tick
 
 log = logging.getLogger("throttllem.gateway")
 
+_SWEEP_S = 0.25
+_SETTLE_S = 1.0
+_EXTERNAL_S = 1.0
+"""External load must last this long before it is logged: for a moment, counts may be of different times."""
 _AFTER_FAULT_S = 1.0
-"""The core that failed is not woken at once again: what failed may still be due."""
+"""After a fault the core is not called again at once for a deadline: what failed may still be due."""
+_FAULTY_REQUESTS = 3
+"""If the core fails at this many requests in a row, its state of the engines is at fault, not the requests."""
+_LOOP_CLOCK_S = 0.001
+"""The event loop's clock may be this much coarser than ours."""
+_HELD_RECORDS = 4096
+
+
+class Handled(NamedTuple):
+    """One call of the core: `commands` None: it raised. `seconds` it took."""
+
+    now_s: float
+    event: Event
+    commands: list[Command] | None
+    seconds: float
+
+
+class Observer(Protocol):
+    """Keeps what happened: the flight recorder and the histograms of `/metrics`."""
+
+    def handled(self, calls: list[Handled]) -> None:
+        """Calls of the core since the last time, in order; the core has handled nothing since."""
+
+    def ended(self, session: Session, met: bool | None) -> None:
+        """A request ended; `met`: all its SLOs, None if it had none or its client disconnected."""
 
 
 class ControlLoop:
-    """One controller and the engines of one model. `start`, then requests as `Session`s, then `stop`."""
+    """One controller and the backends of one model. `start`, then requests as `Session`s, then `stop`."""
 
     def __init__(
         self,
         *,
         controller: Controller,
-        links: tuple[Backend, ...],
+        backends: tuple[Backend, ...],
         limits: LimitOptions,
         now: Callable[[], float],
-        witness: Observer,
+        observer: Observer,
     ) -> None:
         self.controller = controller
-        self.links = links
+        self.backends = backends
         self.limits = limits
         self.now = now
-        self.promises = SloAttainment()
+        self.slo_attainment = SloAttainment()
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.counting = 0
         """Requests whose prompts are being counted, before they arrive."""
-        self._witness = witness
-        self._visits: dict[int, Session] = {}
+        self.doubtful = False
+        """The core failed, and no request that came since was served."""
+        self._observer = observer
+        self._sessions: dict[int, Session] = {}
         self._next_id = 0
-        self._inbox = EventQueue(self._handle, self._settled, now)
-        self._turn = Turn(controller, self._do_all, self._give_up, witness)
-        self._alarm = LoopTimer(lambda: self.tell(Timer()), now)
+        self._events: deque[tuple[Event, float]] = deque()
+        self._handling = False
+        self._calls: list[Handled] = []
+        self._timer: asyncio.Handle | None = None
+        self._timer_s = math.inf
+        self._retry = RetryEstimator()
+        self._sweeping: asyncio.Task[None] | None = None
+        self._stopped = False
         self._not_before_s = -math.inf
-        self._pace = RetryEstimator()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._failed_s = -math.inf
+        self._faulty_requests = 0
+        self._rebuilt_s: dict[str, float] = {}
 
     # ---- life ------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Bring up the largest engine; the core starts others as it needs them."""
-        max(self.links, key=lambda link: link.tp).start(0, self.tell)
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(work) for work in (sweep(self), *(tick(link) for link in self.links))]
+        self._ensure_engine()
+        self._sweeping = asyncio.get_running_loop().create_task(self._sweep())
 
     async def stop(self) -> None:
-        """Let go of everything; requests that still run end with an error."""
-        for visit in list(self._visits.values()):
-            self.fail(visit, refusals.draining())
-        self._inbox.drain()
-        self._turn.end()
-        self._alarm.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for link in self.links:
-            await link.stop()
+        """Disconnect from the engines; requests that still run end with an error."""
+        self._stopped = True
+        for session in list(self._sessions.values()):
+            self.fail(session, rejections.draining())
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.gather(self._sweeping, return_exceptions=True)
+        for backend in self.backends:
+            await backend.stop()
+        self.flush()
+
+    def _ensure_engine(self) -> None:
+        """Start the largest engine, under a key that no engine had, if none is up or starting."""
+        if all(backend.key is None for backend in self.backends):
+            largest = max(self.backends, key=lambda backend: backend.tp)
+            largest.start(1 + max(backend.last_key for backend in self.backends), self.handle)
 
     # ---- requests --------------------------------------------------------------------------------------------
 
@@ -111,190 +153,331 @@ class ControlLoop:
         self._next_id += 1
         return self._next_id
 
-    def arrive(self, visit: Session) -> None:
-        """A request came in."""
-        self._visits[visit.request.id] = visit
-        self.tell(Arrived(request=visit.request))
-
-    def finish(self, visit: Session, tokens: int | None) -> None:
-        """A request has its whole answer."""
-        visit.ended = True
-        self._visits.pop(visit.request.id, None)
-        if visit.link is not None:
-            if tokens is None:
-                visit.generated_tokens = max(visit.generated_tokens, visit.link.tokens_of(visit.request.id))
-            visit.energy_j = visit.link.ended(visit.request.id, tokens)
-        self._pace.ended(self.now())
-        self._book(visit, served=True)
-
-    def leave(self, visit: Session, error: BaseException | None = None) -> None:
-        """The HTTP side is done with a request that did not finish: its client left (`error`: a cancel), or the engine
-        failed it, or answered with an error below 500 (None), which is no reason to doubt it.
-        """
-        visit.ended = True
-        engine_failed = isinstance(error, EngineError)
-        if visit.link is not None and visit.link.state == "up" and engine_failed:
-            self._leave_suspect(visit, visit.link)
-        else:
-            self._forget(visit)
-        self._book(visit, served=None if not engine_failed else False)
-
-    def fail(self, visit: Session, failure: RefusedError) -> None:
-        """End a request from this side, if it has not ended."""
-        if visit.ended:
-            return
-        self._forget(visit)
-        visit.refuse(failure)
-        self._book(visit, served=False)
-
-    def spec(self) -> EngineSpec | None:
-        """The engine that takes new requests, or the one that did last."""
-        serving = self.controller.serving()
-        found = [link for link in self.links if link.connected and link.key == serving and serving is not None]
-        found = found or [link for link in self.links if link.connected]
-        return found[0].connected.spec if found and found[0].connected else None
-
-    def link(self) -> Backend | None:
-        """The engine that takes new requests now."""
-        serving = self.controller.serving()
-        return next((link for link in self.links if serving is not None and link.key == serving), None)
-
-    def retry_after_s(self) -> int:
-        """When a refused client may well find a place: the queue ahead of it, at the pace of the last minute."""
-        return self._pace.retry_after_s(self.controller.snapshot().queue, self.now())
-
     def open(self) -> tuple[Session, ...]:
         """Requests that have not ended."""
-        return tuple(self._visits.values())
+        return tuple(self._sessions.values())
+
+    def arrive(self, session: Session) -> None:
+        """A request came in."""
+        self._sessions[session.request.id] = session
+        self.handle(Arrived(request=session.request))
+
+    def finish(self, session: Session, tokens: int | None) -> None:
+        """A request has its whole output."""
+        session.ended = True
+        request_id, backend = session.request.id, session.backend
+        self._sessions.pop(request_id, None)
+        if backend is not None:
+            if tokens is None and backend.progress is not None:
+                session.generated_tokens = max(session.generated_tokens, backend.progress.seen_tokens(request_id))
+            backend.ended(request_id, tokens)
+            session.energy_j = backend.left(request_id)
+        self._retry.ended(self.now())
+        if session.request.arrival_s >= self._failed_s:
+            self.doubtful, self._faulty_requests = False, 0
+        self._count(session, served=True)
+
+    def leave(self, session: Session, error: BaseException | None = None) -> None:
+        """The HTTP side is done with a request that did not finish: its client disconnected (`error`: a cancellation),
+        the engine failed it, or answered with an error below 500 (None), which is no reason to suspect the engine.
+        """
+        session.ended = True
+        request_id, backend = session.request.id, session.backend
+        engine_failed = isinstance(error, EngineError)
+        if backend is not None and backend.state == "up" and engine_failed:
+            # Its place stays taken until the engine is known to be well, or the next request would follow it there.
+            self._sessions.pop(request_id, None)
+            session.energy_j = backend.left(request_id)
+            backend.suspect(if_healthy=Cancelled(request_id=request_id))
+        else:
+            self._forget(session)
+        self._count(session, served=False if engine_failed else None)
+
+    def fail(self, session: Session, failure: RejectedError) -> None:
+        """End a request from this side, if it has not ended."""
+        if session.ended:
+            return
+        self._forget(session)
+        session.fail(failure)
+        self._count(session, served=False)
+
+    def _forget(self, session: Session) -> None:
+        request_id = session.request.id
+        if self._sessions.pop(request_id, None) is not None:
+            self.handle(Cancelled(request_id=request_id))
+            if session.backend is not None:
+                session.energy_j = session.backend.left(request_id)
+
+    def _count(self, session: Session, *, served: bool | None) -> None:
+        """`served` None: the client disconnected, and no SLO was met or violated."""
+        if session.generated_tokens or served:
+            self.prompt_tokens += session.request.prompt_tokens * session.request.sequences
+        self.generated_tokens += session.generated_tokens
+        met: bool | None = None
+        if served is not None:
+            verdict = judged(session.request.slo, session.latencies(), served=served)
+            self.slo_attainment.ended(verdict, self.now())
+            met = bool(verdict.met) if verdict.with_slo else None
+        self._observer.ended(session, met)
+
+    # ---- engines ---------------------------------------------------------------------------------------------
+
+    def serving(self) -> Backend | None:
+        """The backend that takes new requests now."""
+        key = self.controller.serving()
+        return None if key is None else self._by_key(key)
+
+    def spec(self) -> EngineSpec | None:
+        """The engine that takes new requests, or one that did."""
+        serving = self.serving()
+        for backend in (serving, *self.backends):
+            if backend is not None and backend.connected:
+                return backend.connected.spec
+        return None
+
+    def retry_after_s(self) -> int:
+        """When a rejected client may find a place: the queue ahead of it, at the rate of the last minute."""
+        return self._retry.retry_after_s(self.controller.snapshot().queue, self.now())
+
+    def _by_key(self, key: int) -> Backend | None:
+        for backend in self.backends:
+            if backend.key == key:
+                return backend
+        return None
 
     # ---- the core --------------------------------------------------------------------------------------------
 
-    def tell(self, event: Event) -> None:
-        """Hand an event to the core and do what it says; what only tells of progress goes in soon. Never raises for
-        what the core does: whoever tells has nothing to do with it.
+    def handle(self, event: Event) -> None:
+        """Hand an event to the core, carry its commands out, arm the timer. An event that comes up meanwhile waits its
+        turn, so the core sees one after the other and time never goes back. Never raises for what the core does.
         """
-        if isinstance(event, Stepped | Progressed | Observed):
-            self._inbox.note(event)
-        else:
-            self._inbox.tell(event)
-
-    def _handle(self, event: Event, now_s: float) -> None:
-        """One turn of the core; a request that it lets in is on its way to the engine before the clocks are planned."""
-        self._turn.end()
-        commands = self._turn.begin(event, now_s)
-        self._do_all(commands)
-        if not any(isinstance(command, Dispatch) for command in commands):
-            self._turn.end()
-
-    def _settled(self) -> None:
-        """No event is left."""
-        if self._turn.open:
-            asyncio.get_running_loop().call_soon(self._end_turn)
-        else:
-            self._arm()
-
-    def _end_turn(self) -> None:
-        self._turn.end()
+        events = self._events
+        events.append((event, self.now()))
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while events:
+                event, now_s = events.popleft()
+                began_s = perf_counter()
+                try:
+                    commands = self.controller.handle(event, now_s)
+                except Exception:
+                    log.exception("the control core failed at %s", type(event).__name__)
+                    self._calls.append(Handled(now_s, event, None, perf_counter() - began_s))
+                    self._could_not(event)
+                    continue
+                self._calls.append(Handled(now_s, event, commands, perf_counter() - began_s))
+                for command in commands:
+                    try:
+                        self._carry_out(command, now_s)
+                    except Exception:
+                        log.exception("%s could not be carried out", type(command).__name__)
+                        self._could_not(command)
+        finally:
+            self._handling = False
+        if len(self._calls) > _HELD_RECORDS:
+            self.flush()
         self._arm()
 
-    def _do_all(self, commands: list[Command]) -> None:
-        for command in commands:
-            try:
-                self._do(command)
-            except Exception:
-                log.exception("%s could not be carried out", type(command).__name__)
-                self._give_up(command)
+    def flush(self) -> None:
+        """Hand what the core did since the last time to the observer."""
+        calls, self._calls = self._calls, []
+        if calls:
+            self._observer.handled(calls)
 
-    def _give_up(self, what: Event | Command) -> None:
-        """End the requests that something was about that could not be done; the others go on."""
-        self._not_before_s = self.now() + _AFTER_FAULT_S
-        lost = self.open() if isinstance(what, EngineLost) else ()
-        names = {*named(what), *(visit.request.id for visit in lost if visit.link and visit.link.key is None)}
-        for visit in [self._visits[request_id] for request_id in names if request_id in self._visits]:
-            self.fail(visit, refusals.broken())
-        for request_id in done(what):
-            self.tell(Cancelled(request_id=request_id))
-
-    def _arm(self) -> None:
-        """A timer for the core's deadline, never early."""
-        due_s = self.controller.next_deadline()
-        due_s = math.inf if due_s is None else max(due_s, self._not_before_s)
-        self._alarm.set(due_s)
-
-    def _do(self, command: Command) -> None:
+    def _carry_out(self, command: Command, now_s: float) -> None:
         match command:
             case Dispatch(engine=key, request_id=request_id):
-                self._dispatch(key, request_id)
+                session, backend = self._sessions[request_id], self._by_key(key)
+                assert backend is not None, f"the core dispatched to engine {key}, which no backend holds"
+                request = session.request
+                backend.dispatched(
+                    request_id,
+                    streams=session.streams,
+                    sequences=request.sequences,
+                    prompt_tokens=request.prompt_tokens,
+                )
+                session.dispatched(backend, self.now())
+            case SetClock(engine=key, plan=plan):
+                if backend := self._by_key(key):
+                    backend.clock.set(plan, now_s)
             case Reject(request_id=request_id, why=why) | Fail(request_id=request_id, why=why):
-                self._refuse(request_id, why)
+                self._reject(request_id, why)
             case StartEngine(engine=key, tp=tp):
-                self._start(key, tp)
-            case SetClock(engine=key) | StopEngine(engine=key):
-                self._on_engine(key, command)
+                free = [backend for backend in self.backends if backend.key is None and backend.tp == tp]
+                assert free, f"the core commanded a second engine of TP {tp}"
+                free[0].start(key, self.handle)
+            case StopEngine(engine=key):
+                if backend := self._by_key(key):
+                    backend.retire()
             case Cancel():
-                pass  # whoever cancelled has let go of it already
+                pass  # the session was closed before the core got the event
 
-    def _refuse(self, request_id: int, why: Reason) -> None:
-        visit = self._visits.get(request_id)
-        if visit is None:
+    def _reject(self, request_id: int, why: Reason) -> None:
+        session = self._sessions.pop(request_id, None)
+        if session is None:
             return
-        failure = refusals.refused(why, visit.request, self.spec(), self.retry_after_s())
-        del self._visits[request_id]
-        if visit.link is not None:
-            visit.energy_j = visit.link.dropped(request_id)
-        visit.refuse(failure)
-        self._book(visit, served=False)
+        if session.backend is not None:
+            session.energy_j = session.backend.left(request_id)
+        session.fail(rejections.refused(why, session.request, self.spec(), self.retry_after_s()))
+        self._count(session, served=False)
 
-    def _on_engine(self, key: int, command: SetClock | StopEngine) -> None:
-        link = self._by_key(key)
-        if link is None:
+    def _arm(self) -> None:
+        """A timer for the core's deadline, never early. A deadline that has come is handled in the loop's next round:
+        what was just dispatched is on its way before clocks are planned, and events of one round share a plan.
+        """
+        deadline_s = self.controller.next_deadline()
+        due_s = math.inf if deadline_s is None or self._stopped else max(deadline_s, self._not_before_s)
+        if due_s == self._timer_s:
             return
-        if isinstance(command, SetClock):
-            link.clock.set(command.plan, self._turn.at_s)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._timer_s = due_s
+        if due_s < math.inf:
+            loop, wait_s = asyncio.get_running_loop(), due_s - self.now()
+            self._timer = loop.call_soon(self._due) if wait_s <= 0 else loop.call_later(wait_s, self._due)
+
+    def _due(self) -> None:
+        if self.now() < self._timer_s:
+            self._timer = asyncio.get_running_loop().call_later(_LOOP_CLOCK_S, self._due)
+            return
+        self._timer, self._timer_s = None, math.inf
+        self.handle(Timer())
+
+    # ---- faults ----------------------------------------------------------------------------------------------
+
+    def _could_not(self, what: Event | Command) -> None:
+        """End the requests that an event or a command was about that could not be handled; the others go on. A failure
+        at an engine's event leaves the core's state of that engine in doubt: it counts as lost and is connected again.
+        """
+        now_s = self.now()
+        self._not_before_s = now_s + _AFTER_FAULT_S
+        suspects = self._suspects(what)
+        if suspects is not None:
+            self.doubtful, self._failed_s = True, now_s
+        for backend in suspects or ():
+            self._rebuild(backend)
+        for request_id in self._affected(what):
+            if session := self._sessions.get(request_id):
+                self.fail(session, rejections.broken())
+        if isinstance(what, Stepped):
+            for request_id in what.finished:  # these have their output, but their places must be freed
+                self.handle(Cancelled(request_id=request_id))
+
+    def _suspects(self, what: Event | Command) -> tuple[Backend, ...] | None:
+        """Backends whose state in the core is in doubt; None: a failure at `what` puts no state in doubt."""
+        match what:
+            case Arrived() | Dispatch():
+                self._faulty_requests += 1
+                return self.backends if self._faulty_requests >= _FAULTY_REQUESTS else ()
+            case Stepped() | Progressed() | Observed() | ClockRead() | EngineReady():
+                return tuple(backend for backend in self.backends if backend.key == what.engine)
+            case EngineLost():
+                self._later(_AFTER_FAULT_S, lambda: self.handle(what))
+                self._later(0.0, self._ensure_engine)
+                return ()
+            case StartEngine():
+                self._later(0.0, self._ensure_engine)
+                return ()
+        return None
+
+    def _affected(self, what: Event | Command) -> tuple[int, ...]:
+        """Requests that cannot go on without this event or command."""
+        match what:
+            case Arrived(request=request):
+                return (request.id,)
+            case Stepped(started=started, preempted=preempted):
+                return started + preempted
+            case Progressed() | Cancelled() | Dispatch() | Reject() | Fail() | Cancel():
+                return (what.request_id,)
+            case EngineLost():
+                return tuple(key for key, one in self._sessions.items() if one.backend and one.backend.key is None)
+        return ()
+
+    def _rebuild(self, backend: Backend) -> None:
+        """Build the core's state of an engine again, soon: the task that watches the engine may run this very call."""
+        key = backend.key
+        if key is None:
+            return
+
+        def rebuild() -> None:
+            if backend.key == key:
+                self._rebuilt_s[backend.name], self._faulty_requests = self.now(), 0
+                backend.lose("the control core failed at one of its events; its state is built again")
+                self._ensure_engine()
+
+        last_s = self._rebuilt_s.get(backend.name, -math.inf)
+        self._later(max(0.0, last_s + _AFTER_FAULT_S - self.now()), rebuild)
+
+    def _later(self, seconds: float, work: Callable[[], None]) -> None:
+        def run() -> None:
+            if not self._stopped:
+                work()
+
+        loop = asyncio.get_running_loop()
+        if seconds > 0:
+            loop.call_later(seconds, run)
         else:
-            link.retire()
+            loop.call_soon(run)
 
-    def _dispatch(self, key: int, request_id: int) -> None:
-        visit, link = self._visits[request_id], self._by_key(key)
-        assert link is not None, f"the core dispatched to engine {key}, which no link holds"
-        request = visit.request
-        link.dispatched(
-            request_id, streams=visit.streams, sequences=request.sequences, prompt_tokens=request.prompt_tokens
-        )
-        visit.admitted(link, self.now())
+    # ---- limits ----------------------------------------------------------------------------------------------
 
-    def _start(self, key: int, tp: int) -> None:
-        free = [link for link in self.links if link.key is None and link.tp == tp]
-        assert free, f"the core asked for a second engine of TP {tp}"
-        free[0].start(key, self.tell)
+    async def _sweep(self) -> None:
+        """A few times a second: end requests that wait too long, settle energy, look at clocks and external load."""
+        up_s = settled_s = self.now()
+        without_external_s: dict[int, float] = {}
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            try:
+                now_s = self.now()
+                if self.controller.serving() is not None:
+                    up_s = now_s
+                for session in self.open() if self._sessions else ():
+                    if failure := self.overdue(session, up_s, now_s):
+                        self.fail(session, failure)
+                slow = now_s - settled_s >= _SETTLE_S
+                settled_s = now_s if slow else settled_s
+                for backend in self.backends:
+                    if slow or backend.in_flight:
+                        backend.accounting.settle()
+                    backend.clock.look()
+                if slow and any(backend.report is not None for backend in self.backends):
+                    without_external_s = self._external_load(without_external_s)
+            except Exception:  # the limits must hold after it too
+                log.exception("limits were not enforced this time")
 
-    def _by_key(self, key: int) -> Backend | None:
-        return next((link for link in self.links if link.key == key), None)
+    def overdue(self, session: Session, up_s: float, now_s: float) -> RejectedError | None:
+        """What ends a request now, None if nothing does. `up_s`: when an engine was up last.
 
-    # ---- ends ------------------------------------------------------------------------------------------------
+        A streamed output that has begun must go on; before that, and where output comes in one piece, any sign of life
+        of the engine will do.
+        """
+        limits = self.limits
+        if session.dispatched_s is None or session.backend is None:
+            if now_s - session.request.arrival_s > limits.queue_wait_s:
+                return rejections.waited_too_long(limits.queue_wait_s, self.retry_after_s())
+            if now_s - max(up_s, session.request.arrival_s) > limits.engine_wait_s:
+                return rejections.no_engine(next((one.trouble for one in self.backends if one.trouble), None))
+            return None
+        sign_s = max(session.backend.last_sign_s, session.dispatched_s)
+        if session.streams and session.last_token_s is not None:
+            sign_s = session.last_token_s
+        return rejections.silent(limits.silence_s) if now_s - sign_s > limits.silence_s else None
 
-    def _forget(self, visit: Session) -> None:
-        if self._visits.pop(visit.request.id, None) is None:
-            return
-        self.tell(Cancelled(request_id=visit.request.id))
-        if visit.link is not None:
-            visit.energy_j = visit.link.dropped(visit.request.id)
-
-    def _leave_suspect(self, visit: Session, link: Backend) -> None:
-        """Its place stays taken until the engine is known to be well, or whoever waits would follow it to its end."""
-        request_id = visit.request.id
-        self._visits.pop(request_id, None)
-        visit.energy_j = link.dropped(request_id)
-        link.suspect(lambda: self.tell(Cancelled(request_id=request_id)))
-
-    def _book(self, visit: Session, *, served: bool | None) -> None:
-        """`served` None: the client left, and no promise was kept or broken."""
-        if visit.generated_tokens or served:
-            self.prompt_tokens += visit.request.prompt_tokens * visit.request.sequences
-        self.generated_tokens += visit.generated_tokens
-        kept: bool | None = None
-        if served is not None:
-            verdict = judged(visit.request.slo, visit.seen(), served=served)
-            self.promises.ended(verdict, self.now())
-            kept = bool(verdict.kept) if verdict.promised else None
-        self._witness.ended(visit, kept)
+    def _external_load(self, without_s: dict[int, float]) -> dict[int, float]:
+        """Log when other clients have come into an engine. `without_s`: when each engine was last seen without them,
+        infinite once it was logged; returns the next one.
+        """
+        now_s, found = self.now(), {}
+        for view in self.controller.snapshot().engines:
+            found[view.engine] = since_s = now_s if view.foreign == 0 else without_s.get(view.engine, now_s)
+            if now_s - since_s >= _EXTERNAL_S:
+                found[view.engine] = math.inf
+                log.warning(
+                    "engine of TP %d: %d sequences in it are not ours: does another gateway or client use it?",
+                    view.tp,
+                    view.foreign,
+                )
+        return found

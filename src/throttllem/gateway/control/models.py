@@ -1,6 +1,6 @@
-"""All models behind one gateway: which driver serves a name, and how long a request waits until one can say.
+"""All models behind one gateway: which control loop serves a name, and how many tokens a prompt has.
 
-Implements `ticket.Models`, what the HTTP side sees. Knows nothing of HTTP.
+What the HTTP side sees of the control side. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -11,174 +11,179 @@ from dataclasses import dataclass
 
 from throttllem.core.types import Request, Slo
 from throttllem.engines.base import Connected, EngineError, LiveEngine, ParsedRequest, PromptCount
-from throttllem.gateway.control import rejections as refusals
+from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.session import Session
-from throttllem.gateway.control.ticket import Health, RefusedError
-from throttllem.gateway.telemetry.status import GatewayStatus
-from throttllem.gateway.telemetry.view import engine_state, model_status
 
 _LOOK_AGAIN_S = 0.05
 
 
-@dataclass(slots=True)
-class Served:
-    """One driver and the names that clients may use; `names` empty: what its engines say."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """Engines that are up, all there are, and whether one that should be up is not well."""
 
-    driver: ControlLoop
+    up: int
+    engines: int
+    degraded: bool
+    draining: bool
+    version: str
+
+
+@dataclass(slots=True)
+class ServedModel:
+    """One control loop and the names that clients may use; `names` empty: those that its engines report."""
+
+    loop: ControlLoop
     names: tuple[str, ...] = ()
 
     def all_names(self) -> tuple[str, ...]:
-        """What it is called, as far as known."""
-        said = [name for link in self.driver.links if link.connected for name in link.connected.models]
-        return self.names or tuple(dict.fromkeys(said))
+        """Its names, as far as they are known."""
+        if self.names:
+            return self.names
+        found: dict[str, None] = {}
+        for backend in self.loop.backends:
+            if backend.connected:
+                found.update(dict.fromkeys(backend.connected.models))
+        return tuple(found)
 
 
 @dataclass(slots=True)
-class AllModels:
-    """Every model of the configuration."""
+class Models:
+    """Every model of the configuration. `now` is the control loops' time line, `started_s` when the gateway began."""
 
-    served: tuple[Served, ...]
+    served: tuple[ServedModel, ...]
     version: str
     policy: str
     slo: Slo
     now: Callable[[], float]
+    started_s: float = 0.0
     draining: bool = False
     uncontrolled: int = 0
 
     async def start(self) -> None:
-        """Bring the engines up; does not wait for them."""
+        """Start to connect to the engines; does not wait for them."""
         for model in self.served:
-            await model.driver.start()
+            await model.loop.start()
 
     async def stop(self) -> None:
-        """End what still runs and let go of the engines."""
+        """End what still runs and disconnect from the engines."""
         for model in self.served:
-            await model.driver.stop()
+            await model.loop.stop()
 
     def names(self) -> tuple[str, ...]:
         """Names that clients may use."""
         return tuple(dict.fromkeys(name for model in self.served for name in model.all_names()))
 
-    def most_sequences(self) -> int | None:
-        """Answers side by side that the largest engine can run; None: not all have said yet."""
-        connected = [link.connected for model in self.served for link in model.driver.links]
-        most = [one.spec.max_batch for one in connected if one is not None]
-        return max(most) if len(most) == len(connected) else None
+    def max_sequences(self) -> int | None:
+        """Sequences side by side that the largest engine can run; None: not all engines have reported it yet."""
+        most = 0
+        for model in self.served:
+            for backend in model.loop.backends:
+                if backend.connected is None:
+                    return None
+                most = max(most, backend.connected.spec.max_batch)
+        return most
 
-    async def count(self, ask: ParsedRequest) -> PromptCount:
-        """Tokens of a prompt. Raises RefusedError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
+    async def count(self, parsed: ParsedRequest) -> PromptCount:
+        """Tokens of a prompt. Raises RejectedError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
         if self.draining:
-            raise refusals.draining()
-        driver = self._driver(ask.model)
-        if driver.counting >= driver.controller.options.admission.queue_limit:
-            raise refusals.queue_full(driver.retry_after_s())
-        driver.counting += 1
+            raise rejections.draining()
+        loop = self._loop(parsed.model)
+        if loop.counting >= loop.controller.options.admission.queue_limit:
+            raise rejections.queue_full(loop.retry_after_s())
+        loop.counting += 1
+        backend = loop.serving()
         try:
-            return await self._counted(ask)
-        finally:
-            driver.counting -= 1
-
-    async def _counted(self, ask: ParsedRequest) -> PromptCount:
-        link, _ = await self._reached(ask.model)
-        try:
-            async with link.counting:
-                found = await link.engine.count(ask)
-            if not found.exact:
-                link.estimated(found.by)
-            return found
+            if backend is None or backend.connected is None or backend.state != "up":
+                backend = await self._connected(parsed.model)
+            async with backend.counting:
+                found = await backend.engine.count(parsed)
         except EngineError as error:
-            link.suspect()
-            raise RefusedError(
-                error.status, error.told, kind="engine_error", code="engine_failed", detail=str(error)
-            ) from error
+            if backend is not None:
+                backend.suspect()
+            raise rejections.engine_failed(error) from error
+        finally:
+            loop.counting -= 1
+        if not found.exact:
+            backend.estimated(found.by)
+        return found
 
-    def ticket(self, ask: ParsedRequest, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Session:
-        """A ticket for a controlled request; `streams`: its tokens will be told as they come."""
-        driver = self._driver(ask.model)
-        connected = next((link.connected for link in _by_nearness(driver) if link.connected), None)
+    def session(self, parsed: ParsedRequest, count: PromptCount, slo: Slo, caller: str) -> Session:
+        """The session of a controlled request, not yet handed to the core. Raises RejectedError (404, 503)."""
+        loop = self._loop(parsed.model)
+        serving = loop.serving()
+        connected = serving.connected if serving is not None else None
         if connected is None:
-            raise refusals.no_engine(None)
+            connected = next((backend.connected for backend in loop.backends if backend.connected), None)
+        if connected is None:
+            raise rejections.no_engine(None)
         request = Request(
-            id=driver.fresh_id(),
-            arrival_s=driver.now(),
+            id=loop.fresh_id(),
+            arrival_s=loop.now(),
             prompt_tokens=max(1, count.tokens),
-            max_tokens=_limit(ask, count, connected),
+            max_tokens=parsed.max_tokens or _default_max_tokens(parsed, count, connected),
             slo=slo,
-            sequences=ask.sequences,
+            sequences=parsed.sequences,
             caller=caller,
-            model=ask.model,
+            model=parsed.model,
         )
-        return Session(driver=driver, request=request, streams=streams, chat=ask.messages)
+        return Session(loop=loop, request=request, streams=parsed.stream, chat=parsed.messages)
 
-    def passage(self, model: str | None) -> LiveEngine:
-        """The engine of a request without control (None: the first model). Raises RefusedError (404, 503)."""
-        driver = self.served[0].driver if model is None else self._driver(model)
-        link = driver.link()
-        if link is None:
-            raise refusals.no_engine(next((other.trouble for other in driver.links if other.trouble), None))
+    def uncontrolled_engine(self, model: str | None) -> LiveEngine:
+        """The engine of a request without control (None: the first model). Raises RejectedError (404, 503)."""
+        loop = self.served[0].loop if model is None else self._loop(model)
+        backend = loop.serving()
+        if backend is None:
+            raise rejections.no_engine(next((other.trouble for other in loop.backends if other.trouble), None))
         self.uncontrolled += 1
-        return link.engine
+        return backend.engine
 
     def health(self) -> Health:
-        """How it is, told at next to no cost."""
-        states = [engine_state(model.driver, link) for model in self.served for link in model.driver.links]
+        """The state of all engines, at next to no cost."""
+        states = [
+            backend.health(model.loop.limits.silence_s) for model in self.served for backend in model.loop.backends
+        ]
+        # An engine may be down because it is not needed; one that should be up has a trouble.
+        troubled = any(state == "stalled" or (state != "up" and trouble is not None) for state, trouble in states)
         return Health(
             up=sum(state == "up" for state, _ in states),
             engines=len(states),
-            # An engine may be down because it is not needed; one that should be up has a trouble.
-            ails=any(state == "stalled" or (state != "up" and trouble is not None) for state, trouble in states),
+            degraded=troubled or any(model.loop.doubtful for model in self.served),
             draining=self.draining,
             version=self.version,
         )
 
-    def status(self) -> GatewayStatus:
-        """Everything that may be shown."""
-        return GatewayStatus(
-            version=self.version,
-            policy=self.policy,
-            phase="draining" if self.draining else "serving",
-            now_s=self.now(),
-            slo=self.slo,
-            models=tuple(model_status(model.driver, model.all_names()) for model in self.served),
-            uncontrolled=self.uncontrolled,
-        )
-
-    def _driver(self, name: str) -> ControlLoop:
-        """Who serves this name: who says so, else the one model whose engine has not said yet."""
+    def _loop(self, name: str) -> ControlLoop:
+        """The loop that serves this name, else that of the one model whose engine has not reported a name yet."""
+        unnamed = []
         for model in self.served:
-            if name in model.all_names():
-                return model.driver
-        unnamed = [model for model in self.served if not model.all_names()]
+            names = model.all_names()
+            if name in names:
+                return model.loop
+            if not names:
+                unnamed.append(model)
         if len(unnamed) == 1:
-            return unnamed[0].driver
-        raise refusals.unknown_model(name, self.names())
+            return unnamed[0].loop
+        raise rejections.unknown_model(name, self.names())
 
-    async def _reached(self, name: str) -> tuple[Backend, Connected]:
-        """An engine that can count this model's tokens, waiting for one for `limits.engine_wait_s`."""
-        driver = self._driver(name)
-        until_s = self.now() + driver.limits.engine_wait_s
+    async def _connected(self, name: str) -> Backend:
+        """A backend that can count this model's tokens, waiting for one for `limits.engine_wait_s`."""
+        loop = self._loop(name)
+        until_s = self.now() + loop.limits.engine_wait_s
         while True:
-            for link in _by_nearness(driver):
-                if link.connected and link.state == "up":
-                    self._driver(name)  # its engine may have said by now that it serves another name
-                    return link, link.connected
+            serving = loop.serving()
+            for backend in (serving, *loop.backends):
+                if backend is not None and backend.connected and backend.state == "up":
+                    self._loop(name)  # its engine may have reported by now that it serves another name
+                    return backend
             if self.now() >= until_s:
-                raise refusals.no_engine(next((link.trouble for link in driver.links if link.trouble), None))
+                raise rejections.no_engine(next((other.trouble for other in loop.backends if other.trouble), None))
             await asyncio.sleep(_LOOK_AGAIN_S)
 
 
-def _by_nearness(driver: ControlLoop) -> list[Backend]:
-    """The serving engine first."""
-    serving = driver.link()
-    return sorted(driver.links, key=lambda link: link is not serving)
-
-
-def _limit(ask: ParsedRequest, count: PromptCount, connected: Connected) -> int:
-    """The longest answer that the engine may give: what was asked, its default, or what the context leaves."""
+def _default_max_tokens(parsed: ParsedRequest, count: PromptCount, connected: Connected) -> int:
+    """The longest output where the client set no limit: the engine's default, or what the context leaves."""
     left = max(1, connected.spec.max_context_tokens - count.tokens)
-    if ask.max_tokens is not None:
-        return ask.max_tokens
-    default = None if ask.messages else connected.default_max_tokens
+    default = None if parsed.messages else connected.default_max_tokens
     return left if default is None else min(default, left)

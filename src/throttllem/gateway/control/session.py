@@ -1,43 +1,62 @@
-"""One controlled request from its arrival to its end: what the HTTP side holds as its ticket. Ends exactly once."""
+"""One controlled request at the gateway, from its arrival to its end. Ends exactly once.
+
+    async with models.session(parsed, count, slo) as session:   # RejectedError: the core will never place it
+        backend = await session.placed()                        # RejectedError: queue full, SLO unmeetable, no engine
+        ... session.tokens(n) for what the engine streams ...   # RejectedError: engine lost, silent for too long
+        receipt = session.finish(tokens)                        # leaving without it cancels the request
+
+It belongs to the task that entered it. The control loop interrupts that task if the request ends on its side.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from throttllem.core.types import Request
-from throttllem.engines.base import EngineError, LiveEngine
+from throttllem.engines.base import EngineError
+from throttllem.gateway.control.backend import Backend
+from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.control.slo_attainment import Latencies
-from throttllem.gateway.control.ticket import Receipt, RefusedError
 
 if TYPE_CHECKING:
-    from throttllem.gateway.control.backend import Backend
     from throttllem.gateway.control.loop import ControlLoop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What a request was given, as the client may ask for it (`metrics` in the last chunk). Absent: None.
+
+    `mean_itl_ms` over the gaps between tokens, `energy_joules` its share of the GPUs' energy, `clock_mhz` of the engine
+    when it ended.
+    """
+
+    queue_time_ms: float | None
+    time_to_first_token_ms: float | None
+    mean_itl_ms: float | None
+    energy_joules: float | None
+    clock_mhz: int | None
 
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """A request at the gateway; implements `ticket.Ticket`. Seconds on the driver's time line, None: not yet.
+    """Seconds on the control loop's time line; None: not yet. `failure` is what the control loop ended it with."""
 
-    `failure` is what the driver ended it with while the HTTP side was busy with it.
-    """
-
-    driver: ControlLoop
+    loop: ControlLoop
     request: Request
     streams: bool
     chat: bool = False
-    link: Backend | None = None
+    backend: Backend | None = None
     dispatched_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
     generated_tokens: int = 0
     energy_j: float | None = None
     ended: bool = False
-    failure: RefusedError | None = None
+    failure: RejectedError | None = None
     _placed: asyncio.Future[Backend] | None = None
     _task: asyncio.Task[object] | None = None
-    _waits: bool = field(default=False)
     _interrupted: bool = False
     _cancelling: int = 0
 
@@ -46,75 +65,72 @@ class Session:
         self._task = asyncio.current_task()
         self._cancelling = self._task.cancelling() if self._task is not None else 0
         self._placed = asyncio.get_running_loop().create_future()
-        self.driver.arrive(self)
+        self.loop.arrive(self)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Cancel what did not finish; RefusedError in place of an interruption by the driver."""
+        """Cancel what did not finish; RejectedError in place of an interruption by the control loop."""
         if not self.ended:
-            self.driver.leave(self, error)
+            self.loop.leave(self, error)
         if self._placed is not None and not self._placed.done():
             self._placed.cancel()
         if not self._interrupted or self._task is None or self.failure is None:
             return
         self._interrupted = False
-        # Whoever else cancelled the task still wants it cancelled.
+        # Another cancellation of the task still counts.
         alone = self._task.uncancel() <= self._cancelling
         if alone and isinstance(error, asyncio.CancelledError | EngineError):
             raise self.failure from None
 
-    async def place(self) -> tuple[LiveEngine, int]:
-        """Wait for a place in an engine: the engine, and the id to name in `Call.request_id`."""
+    async def placed(self) -> Backend:
+        """Wait until the core dispatches the request; the backend to send it to."""
         assert self._placed is not None
-        self._waits = True
-        try:
-            link = await self._placed
-        finally:
-            self._waits = False
-        return link.engine, self.request.id
+        return await self._placed
 
     def tokens(self, count: int = 1) -> None:
-        """So many tokens of the answer came (all choices together)."""
+        """`count` output tokens came, of all choices together."""
         if self.ended:
             return
-        now_s = self.driver.now()
+        loop, backend = self.loop, self.backend
+        now_s = loop.now()
         if self.first_token_s is None:
             self.first_token_s = now_s
         self.last_token_s = now_s
         self.generated_tokens += count
-        if self.link is not None:
-            self.link.token(self.request.id, count)
+        if backend is not None and backend.progress is not None:
+            backend.last_sign_s = now_s
+            for event in backend.progress.token(self.request.id, count):
+                loop.handle(event)
 
     def finish(self, tokens: int | None = None) -> Receipt:
-        """The answer is complete; `tokens` in all, where the engine said so."""
+        """The output is complete; `tokens` in all, where the engine reported it. To be called before the last chunk."""
         if not self.ended:
             if tokens is not None:
                 self.generated_tokens = tokens
             if self.last_token_s is None or not self.streams:
-                self.last_token_s = self.driver.now()
-            self.driver.finish(self, tokens)
+                self.last_token_s = self.loop.now()
+            self.loop.finish(self, tokens)
         return self.receipt()
 
-    # ---- the driver's side -----------------------------------------------------------------------------------
+    # ---- the control loop's side -----------------------------------------------------------------------------
 
-    def admitted(self, link: Backend, now_s: float) -> None:
-        """A place was found."""
-        self.link, self.dispatched_s = link, now_s
+    def dispatched(self, backend: Backend, now_s: float) -> None:
+        """The core dispatched the request to this backend."""
+        self.backend, self.dispatched_s = backend, now_s
         if self._placed is not None and not self._placed.done():
-            self._placed.set_result(link)
+            self._placed.set_result(backend)
 
-    def refuse(self, failure: RefusedError) -> None:
-        """It ends here, by the driver's word: who waits hears it, who is busy with the engine is interrupted."""
+    def fail(self, failure: RejectedError) -> None:
+        """End it from the control loop: `placed` raises, or the task that relays the output is interrupted."""
         self.ended, self.failure = True, failure
         if self._placed is not None and not self._placed.done():
             self._placed.set_exception(failure)
-            if not self._waits:  # nobody may ever ask; that is no error of the program
-                self._placed.exception()
+            self._placed.exception()  # where nothing waits for it, that is no error of the program
         elif self._task is not None:
             self._interrupted = True
             self._task.cancel()
 
-    def seen(self) -> Latencies:
+    def latencies(self) -> Latencies:
         """What the client saw so far."""
         arrived_s, first_s, last_s = self.request.arrival_s, self.first_token_s, self.last_token_s
         gaps = -(-self.generated_tokens // self.request.sequences) - 1
@@ -126,17 +142,17 @@ class Session:
         )
 
     def receipt(self) -> Receipt:
-        """What it was given so far."""
-        seen = self.seen()
-        clock = self.link.booking.meter.reading().clock_mhz if self.link is not None else None
+        """What the request was given so far."""
+        seen = self.latencies()
+        clock = self.backend.accounting.reading().clock_mhz if self.backend is not None else None
         return Receipt(
-            queue_time_ms=_ms(seen.queue_s),
-            time_to_first_token_ms=_ms(seen.ttft_s),
-            mean_itl_ms=_ms(seen.tbt_s),
+            queue_time_ms=_milliseconds(seen.queue_s),
+            time_to_first_token_ms=_milliseconds(seen.ttft_s),
+            mean_itl_ms=_milliseconds(seen.tbt_s),
             energy_joules=None if self.energy_j is None else round(self.energy_j, 4),
             clock_mhz=clock,
         )
 
 
-def _ms(seconds: float | None) -> float | None:
+def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1e3, 3)

@@ -1,175 +1,269 @@
-"""Which requests are in an engine, and its steps as energy: of exact reports, of prompt counts, or of the time passed.
+"""Joules of one engine's GPUs, shared among the requests that caused them.
 
-Between a link and its meter; the time line is the driver's.
+The GPU's own counter is the truth: whatever it rose by since the last settlement is shared by the tokens that each
+request processed in that time (prompt tokens in full when its first token is out, then one per output token), or is
+idle energy. So requests' and idle joules always add up to the counter. Knows nothing of plans or SLOs.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Report
-from throttllem.gateway.energy.meter import EnergyMeter, Step
-from throttllem.gpu.device import Work
+from throttllem.engines.progress import InFlight, Progress
+from throttllem.gateway.energy.savings_estimate import SavingsEstimate
+from throttllem.gpu.device import Gpu, Reading, Work
 
-_KV_EVERY_S = 0.25
+log = logging.getLogger("throttllem.gateway")
 
-
-@dataclass(slots=True)
-class Open:
-    """One request in the engine. `prefill_left` of its prompt tokens are not booked yet."""
-
-    sequences: int
-    prefill_left: int
-    decodes: bool = False
+_UNREAD = Reading(clock_mhz=None, watts=0.0, energy_j=0.0)
 
 
-@dataclass(slots=True)
-class EnergyAccounting:
-    """The requests in one engine and the time since its last booked step.
-
-    `kv_blocks` asks the core for its estimate, which is looked up a few times a second at most.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Energy:
+    """Joules of one engine's GPUs since the gateway started, of requests and idle. `top_j` is the estimate for the same
+    load at the maximum clock (None: there is no performance table), `advised_j` that at the clocks of a dry run
+    (None: there was none). Savings are therefore estimates.
     """
 
-    meter: EnergyMeter
+    total_j: float = 0.0
+    idle_j: float = 0.0
+    top_j: float | None = None
+    advised_j: float | None = None
+    watts: float = 0.0
+
+    @property
+    def saved(self) -> float | None:
+        """The fraction of `top_j` that was not taken, negative where it took more; None: nothing to compare."""
+        return 1.0 - self.total_j / self.top_j if self.top_j else None
+
+    @property
+    def would_save(self) -> float | None:
+        """The fraction of `total_j` that the clocks of the dry run would not have taken; None: there was none."""
+        return 1.0 - self.advised_j / self.total_j if self.advised_j is not None and self.total_j else None
+
+
+@dataclass(slots=True)
+class _Done:
+    """What the engine did since the last settlement. `kv_block_steps` sums the blocks in use over the steps."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    output_tokens: int = 0
+    prompts: int = 0
+    prompt_tokens: int = 0
+    kv_block_steps: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class EnergyAccounting:
+    """The energy of one engine. One writer: its backend, which settles before a request leaves, before the engine's
+    first request after idle time, and a few times a second.
+
+    `kv_blocks` returns the scoreboard's estimate. `at_maximum` and `dry_run` estimate what other clocks would have
+    taken (None: there is no performance table, or no dry run).
+    """
+
+    gpu: Gpu
     now: Callable[[], float]
     kv_blocks: Callable[[], int]
-    open: dict[int, Open] = field(default_factory=dict)
+    at_maximum: SavingsEstimate | None = None
+    dry_run: SavingsEstimate | None = None
+    total_j: float = 0.0
+    idle_j: float = 0.0
+    _progress: Progress | None = None
     _block_tokens: int = 1
-    _up: bool = False
-    _exact: bool = False
-    _busy: bool = False
-    """An exact engine may be in an iteration, whoever is open: its report will say from when on."""
-    _emptied: bool = True
-    """Nobody was open at some time since the last mark."""
-    _rows: int = 0
-    _marked_s: float = 0.0
-    _held_blocks: int = 0
-    _held_at_s: float = -math.inf
+    _iteration: int = -1
+    _settled_s: float = 0.0
+    _counted_j: float = 0.0
+    _measured: _Done = field(default_factory=_Done)
+    _stepping: bool = False
+    """An engine that measures its own steps may be within one: its report will account for the time."""
+    _last: Reading = _UNREAD
+    _unreadable: bool = False
+    _dry_runs: bool = False
 
-    def __contains__(self, request_id: int) -> bool:
-        return request_id in self.open
-
-    def begin(self, spec: EngineSpec, *, exact: bool = False) -> None:
-        """The engine came up, empty; whoever is still in `open` has yet to leave. `exact`: its reports will be."""
-        self._block_tokens, self._up, self._exact = spec.block_tokens, True, exact
-        self._busy, self._emptied = False, True
-        self.meter.begin(spec)
-        self._marked_s = self.now()
+    def begin(self, spec: EngineSpec, progress: Progress) -> None:
+        """The engine is up; from here on the counter's rise belongs to it."""
+        for estimate in (self.at_maximum, self.dry_run):
+            if estimate is not None:
+                estimate.spec = spec
+        self._progress, self._block_tokens, self._iteration = progress, spec.block_tokens, progress.iteration
+        self._settled_s, self._measured, self._stepping = self.now(), _Done(), False
+        self._counted_j = self.reading().energy_j
 
     def end(self) -> None:
-        """The engine is gone; nothing runs in it any more."""
-        self._until_now()
-        for request_id in self.open:
-            self.paused(request_id)
-        self._up = False
+        """The engine is lost or stopped: what it drew until now is settled."""
+        self.settle(ending=True)
+        self._progress = None
 
-    def dispatched(self, request_id: int, sequences: int, prompt_tokens: int) -> None:
-        """A request is about to be sent; `prompt_tokens` of all its prompts together."""
-        self.idle()
-        self._busy = True
-        self.open[request_id] = Open(sequences=sequences, prefill_left=prompt_tokens)
+    def reading(self) -> Reading:
+        """The GPUs' reading. While they cannot be read, the last one with an unknown clock; logged once."""
+        try:
+            self._last = self.gpu.read()
+        except OSError as error:
+            if not self._unreadable:
+                log.error("the GPU cannot be read: %s", error)
+            self._unreadable = True
+            return replace(self._last, clock_mhz=None, dry_run_mhz=None, stands_for_mhz=None)
+        self._unreadable = False
+        return self._last
 
-    def joined(self, request_id: int) -> None:
-        """A request decodes from the next iteration on."""
-        if (here := self.open.get(request_id)) and not here.decodes:
-            here.decodes = True
-            self._rows += here.sequences
-            self.meter.joined(request_id, here.sequences)
+    def dispatching(self) -> None:
+        """A request is about to be sent to the engine."""
+        if self._progress is not None and not self._progress.in_flight:
+            self.settle()
+            self._stepping = True
 
-    def paused(self, request_id: int) -> None:
-        """A request decodes no longer: it was thrown out of the KV cache and waits again, or it has its last token."""
-        if (here := self.open.get(request_id)) and here.decodes:
-            here.decodes = False
-            self._rows -= here.sequences
-            self.meter.paused(request_id)
+    def processed_prompts(self, tokens: int) -> None:
+        """The engine reported how many prompt tokens a step held, not whose: first come, first charged."""
+        if self._progress is None:
+            return
+        for flight in self._progress.in_flight.values():
+            share = min(tokens, flight.prompt_tokens - flight.processed_prompt_tokens)
+            flight.processed_prompt_tokens += share
+            tokens -= share
+            if not tokens:
+                return
 
-    def left(self, request_id: int) -> float | None:
-        """Nothing of this request is in the engine any more; its joules, None if it never ran."""
-        if request_id not in self.open:
-            return None
-        self._until_now()
-        self.paused(request_id)
-        del self.open[request_id]
-        self._emptied = self._emptied or not self.open
-        return self.meter.left(request_id)
-
-    def idle(self) -> None:
-        """If nothing is open: nothing was since the last mark, unless an iteration is still to be reported."""
-        if not self.open and not (self._exact and self._busy):
-            self._idle_until(self.now())
-
-    def exact(self, report: Report) -> None:
-        """A simulated engine says what its step took, and whose prompts were in it."""
+    def measured(self, report: Report) -> None:
+        """A simulated engine's report of a step, with its seconds and joules, and whose prompts were in it."""
+        if self._progress is None:
+            return
         now_s, seconds = self.now(), report.seconds or 0.0
-        self._exact = True
-        if self._emptied or not self.open:
-            self._idle_until(now_s - seconds)
-        self._busy, self._emptied = report.running + report.waiting > 0, not self.open
-        work = Work(
-            seconds=seconds,
-            decode_sequences=report.decode_sequences or 0,
-            kv_tokens=report.kv_tokens or 0,
-            prefill_tokens=sum(tokens for _, tokens in report.prefills),
-            prefill_pairs=report.prefill_pairs,
-            joules=report.joules,
+        if not self._stepping:
+            self._share(self._progress)
+            self._idle(now_s - seconds - self._settled_s)
+        self._settled_s = now_s
+        self._stepping = report.running + report.waiting > 0
+        done, prompt_tokens = self._measured, 0
+        for request_id, tokens in report.prefills:
+            prompt_tokens += tokens
+            if flight := self._progress.in_flight.get(request_id):
+                flight.processed_prompt_tokens += tokens
+        done.seconds += seconds
+        done.steps += 1
+        done.output_tokens += report.decode_sequences or 0
+        done.prompts += len(report.prefills)
+        done.prompt_tokens += prompt_tokens
+        done.kv_block_steps += report.kv_blocks or 0
+        self.gpu.worked(
+            Work(
+                seconds=seconds,
+                decode_sequences=report.decode_sequences or 0,
+                kv_tokens=report.kv_tokens or 0,
+                prefill_tokens=prompt_tokens,
+                prefill_pairs=report.prefill_pairs,
+                joules=report.joules,
+            )
         )
-        # Who left in mid-iteration has been given a receipt already: it is shared among those who are here.
-        prefills = tuple((request_id, tokens) for request_id, tokens in report.prefills if request_id in self.open)
-        self.meter.step(Step(work=work, rows=self._rows, kv_blocks=report.kv_blocks or 0, prefills=prefills))
-        self._marked_s = now_s
 
-    def prompts(self, tokens: int) -> None:
-        """The engine says how many prompt tokens a step held, not whose: the requests that came first, first."""
-        prefills: list[tuple[int, int]] = []
-        for request_id, here in self.open.items():
-            share = min(tokens, here.prefill_left)
-            if share > 0:
-                here.prefill_left -= share
-                prefills.append((request_id, share))
-                tokens -= share
-        self._step(tuple(prefills))
+    def settle(self, *, ending: bool = False) -> None:
+        """Share the joules since the last settlement, or count them as idle. While a request is in flight and no token
+        shows whose the time was, it stays open; `ending`: nothing will show it later.
+        """
+        progress = self._progress
+        if progress is None or self._share(progress) or (progress.in_flight and not ending):
+            return
+        if not (progress.exact and self._stepping):
+            self._idle(self.now() - self._settled_s)
 
-    def stepped(self, started: tuple[int, ...]) -> None:
-        """A step ended now; prompts of those who started in it that are not booked yet were processed in it."""
-        prefills = []
-        for request_id in started:
-            here = self.open.get(request_id)
-            if here and here.prefill_left:
-                prefills.append((request_id, here.prefill_left))
-                here.prefill_left = 0
-        self._step(tuple(prefills))
+    def energy(self) -> Energy:
+        """The totals so far, settled up to now."""
+        self.settle()
+        top = self.at_maximum
+        return Energy(
+            total_j=self.total_j,
+            idle_j=self.idle_j,
+            top_j=top.joules() if top is not None and top.table.clocks_measured else None,
+            advised_j=self.dry_run.joules() if self.dry_run is not None and self._dry_runs else None,
+            watts=self.reading().watts,
+        )
 
-    def _until_now(self) -> None:
-        """Book the time since the last mark, unless the engine itself tells what it took."""
-        if not self.open:
-            self.idle()
-        elif not self._exact:
-            self._step(())
+    def _share(self, progress: Progress) -> bool:
+        """Share by the tokens processed since the last settlement; False if there were none."""
+        shares: list[tuple[InFlight, int]] = []
+        output_tokens = prompts = prompt_tokens = 0
+        for flight in progress.in_flight.values():
+            output = progress.output_tokens(flight)
+            if output > 0:
+                flight.processed_prompt_tokens = flight.prompt_tokens
+            decoded = max(0, output - flight.charged_output_tokens)
+            prefilled = flight.processed_prompt_tokens - flight.charged_prompt_tokens
+            if decoded or prefilled > 0:
+                flight.charged_output_tokens += decoded
+                flight.charged_prompt_tokens += prefilled
+                shares.append((flight, decoded + prefilled))
+                output_tokens += decoded
+                prompts += prefilled > 0
+                prompt_tokens += prefilled
+        if not shares:
+            return False
+        if progress.exact:
+            done, self._measured = self._measured, _Done()
+        else:
+            done = self._unmeasured(progress, output_tokens, prompts, prompt_tokens)
+        self._iteration = progress.iteration
+        reading = self.reading()
+        joules = self._rise(reading)
+        self.total_j += joules
+        for flight, tokens in shares:
+            flight.energy_j += joules * tokens / (output_tokens + prompt_tokens)
+        self._dry_runs = self._dry_runs or reading.dry_run_mhz is not None
+        for estimate, other_mhz in ((self.at_maximum, None), (self.dry_run, reading.planned_on_mhz)):
+            if estimate is not None:
+                estimate.worked(
+                    seconds=done.seconds,
+                    joules=joules,
+                    steps=done.steps,
+                    output_tokens=done.output_tokens,
+                    prompts=done.prompts,
+                    prompt_tokens=done.prompt_tokens,
+                    kv_block_steps=done.kv_block_steps,
+                    clock_mhz=reading.clock_mhz,
+                    other_mhz=other_mhz,
+                )
+        return True
 
-    def _idle_until(self, until_s: float) -> None:
-        if self._up and until_s > self._marked_s:
-            self.meter.idle(until_s - self._marked_s)
-            self._marked_s = until_s
-
-    def _step(self, prefills: tuple[tuple[int, int], ...]) -> None:
+    def _unmeasured(self, progress: Progress, output_tokens: int, prompts: int, prompt_tokens: int) -> _Done:
+        """The time since the last settlement as equal steps, which a simulated GPU draws power by."""
         now_s = self.now()
-        seconds, self._marked_s = now_s - self._marked_s, now_s
-        if not self._up or (seconds <= 0 and not prefills):
-            return
-        if now_s - self._held_at_s >= _KV_EVERY_S:
-            self._held_at_s, self._held_blocks = now_s, self.kv_blocks()
-        rows, tokens = self._rows, sum(share for _, share in prefills)
-        work = Work(
-            seconds=seconds,
-            decode_sequences=rows,
-            kv_tokens=self._held_blocks * self._block_tokens,
-            prefill_tokens=tokens,
-            prefill_pairs=sum(share * share / 2 for _, share in prefills),
+        seconds, self._settled_s = now_s - self._settled_s, now_s
+        steps, kv_blocks = max(1, progress.iteration - self._iteration), self.kv_blocks()
+        self.gpu.worked(
+            Work(
+                seconds=seconds,
+                decode_sequences=round(output_tokens / steps),
+                kv_tokens=kv_blocks * self._block_tokens,
+                prefill_tokens=round(prompt_tokens / steps),
+                prefill_pairs=prompt_tokens * prompt_tokens / (2.0 * max(1, prompts) * steps),
+            )
         )
-        if not rows and not prefills:
-            self.meter.idle(seconds)
+        return _Done(
+            seconds=seconds,
+            steps=steps,
+            output_tokens=output_tokens,
+            prompts=prompts,
+            prompt_tokens=prompt_tokens,
+            kv_block_steps=kv_blocks * steps,
+        )
+
+    def _idle(self, seconds: float) -> None:
+        """Nothing ran for `seconds`; the counter's rise is idle energy."""
+        if seconds <= 0:
             return
-        self.meter.step(Step(work=work, rows=rows, kv_blocks=self._held_blocks, prefills=prefills))
+        self.gpu.idled(seconds)
+        self._settled_s += seconds
+        joules = self._rise(self.reading())
+        self.total_j += joules
+        self.idle_j += joules
+        for estimate in (self.at_maximum, self.dry_run):
+            if estimate is not None:
+                estimate.idle(seconds, joules)
+
+    def _rise(self, reading: Reading) -> float:
+        before_j, self._counted_j = self._counted_j, reading.energy_j
+        return reading.energy_j - before_j

@@ -1,12 +1,11 @@
-"""What would the same load have taken at other clocks: the top one, or those that were advised and not set? An estimate
-by the model, a slice of time after the other.
+"""What the same load would have taken at other clocks: the maximum, or those of a dry run. An estimate by the
+performance table, one slice of time after the other.
 
-A lower clock makes iterations longer, so more requests share each of them: counting the same iterations at another
-clock would forget that there would be more of them, with fewer requests each, or the other way round. So every slice's
-load is put to the core's model of an engine that settles (`core.load.steady`), once at the clocks that were in force
-and once at the others; the measured joules are scaled by the ratio. Requests are taken to come when they come, whatever
-the clock is: bursts shorter than a slice, and clients that wait for their answers before they ask again, make the
-saving too high.
+A lower clock makes iterations longer, so more requests share each of them: the same iterations at another clock would
+be another number of iterations, with other batches. So the load of each slice is put to the core's model of an engine
+in a steady state (`core.clocks.steady_load.steady`), once at the clocks in force and once at the others, and the
+measured joules are scaled by the ratio. Arrivals are assumed not to depend on the clock: bursts shorter than a slice,
+and clients that wait for an output before they send the next request, make the estimated saving too high.
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ import numpy as np
 from throttllem.core.clocks.steady_load import Load, steady
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.types import EngineSpec
-from throttllem.gpu.device import Work
 
 _SLICE_S = 30.0
 
 
 @dataclass(slots=True)
 class _Slice:
-    """What was booked in some seconds; `busy_s` by column of the table: of the clock in force, and of the other."""
+    """What ran in some seconds; `busy_s` by column of the table: of the clock in force, and of the other."""
 
     seconds: float = 0.0
     joules: float = 0.0
@@ -46,7 +44,7 @@ class SavingsEstimate:
     spec: EngineSpec | None = None
     _closed_j: float = 0.0
     _ratio: float = 1.0
-    _told_j: float = 0.0
+    _shown_j: float = 0.0
     _slice: _Slice = field(default_factory=_Slice)
 
     def idle(self, seconds: float, joules: float) -> None:
@@ -55,35 +53,38 @@ class SavingsEstimate:
         self._slice.joules += joules
         self._close()
 
-    def step(
+    def worked(
         self,
-        work: Work,
         *,
-        kv_blocks: int,
-        prompts: int,
-        clock_mhz: int | None,
+        seconds: float,
         joules: float,
+        steps: int,
+        output_tokens: int,
+        prompts: int,
+        prompt_tokens: int,
+        kv_block_steps: int,
+        clock_mhz: int | None,
         other_mhz: int | None = None,
     ) -> None:
-        """An iteration at a clock (None: unknown, which is taken for the top), and at which it would be else (None: the
-        top).
+        """`steps` iterations in `seconds` at a clock (None: unknown, taken for the maximum), which would else have run
+        at `other_mhz` (None: the maximum).
         """
         here = self._slice
         columns = self._column(clock_mhz), self._column(other_mhz)
-        here.seconds += work.seconds
+        here.seconds += seconds
         here.joules += joules
-        here.steps += 1
-        here.tokens += work.decode_sequences
-        here.kv_blocks += kv_blocks
+        here.steps += steps
+        here.tokens += output_tokens
+        here.kv_blocks += kv_block_steps
         here.prompts += prompts
-        here.prompt_tokens += work.prefill_tokens
-        here.busy_s[columns] = here.busy_s.get(columns, 0.0) + work.seconds
+        here.prompt_tokens += prompt_tokens
+        here.busy_s[columns] = here.busy_s.get(columns, 0.0) + seconds
         self._close()
 
     def joules(self) -> float:
         """What everything so far would have taken, the slice under way as the last one. It never falls."""
-        self._told_j = max(self._told_j, self._closed_j + self._slice.joules * self._ratio)
-        return self._told_j
+        self._shown_j = max(self._shown_j, self._closed_j + self._slice.joules * self._ratio)
+        return self._shown_j
 
     def _column(self, clock_mhz: int | None) -> int:
         """Of the clock, or the one profiled below it; None: the top."""
@@ -111,7 +112,7 @@ class SavingsEstimate:
         return self._same_steps(here, busy_s, self.spec)
 
     def _settled(self, here: _Slice, spec: EngineSpec) -> list[float]:
-        """Mean watts at each clock if the slice's load went on for ever; inf where the clock does not hold it."""
+        """Mean watts at each clock if the slice's load went on; inf where the clock does not sustain it."""
         prompts, answer = max(1, here.prompts), here.tokens / max(1, here.prompts)
         load = Load(
             requests_per_s=prompts / here.seconds,

@@ -86,18 +86,24 @@ class Recorder:
         self._guarded(self._rotate)
         self._aside = aside
 
-    def record(self, now_s: float, event: Event, commands: Sequence[Command] | None) -> None:
-        """Note one call of `handle`, after it. `commands` None: it raised."""
+    def record(self, calls: Sequence[tuple[float, Event, Sequence[Command] | None]]) -> None:
+        """Note calls of `handle` as (now_s, event, commands), in order. `commands` None: it raised.
+
+        The controller must be as the last of them left it: the next file may begin with a checkpoint.
+        """
+        if not calls:
+            return
         self._guarded(self._take_opened)
         if self._handle is None and self._opening is None:
-            self._try_again(now_s)
+            self._try_again(calls[-1][0])
             return
         try:
-            if commands or commands is None or not self._packed(now_s, event):
-                self._end_run()
-                self._add(_line(now_s, event, commands))
-            if len(self._run) >= _RUN_ITEMS:
-                self._end_run()
+            for now_s, event, commands in calls:
+                if commands or commands is None or not self._packed(now_s, event):
+                    self._end_run()
+                    self._add(_line(now_s, event, commands))
+                if len(self._run) >= _RUN_ITEMS:
+                    self._end_run()
             if self._handle is None:
                 self._wait_for_it()
             elif self._buffered >= _BUFFER_BYTES:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import throttllem.core
 
-SCHEMA = 1
+SCHEMA = 2
+"""2: the controller plans clocks when a `Timer` comes, no longer with the event before it."""
 _SUFFIX = re.compile(r"-(\d{8}T\d{6}Z)-(\d{4,})\.jsonl")
 
 

@@ -148,13 +148,20 @@ def _header(path: Path, file: BinaryIO) -> dict[str, object]:
     if not isinstance(header, dict) or "schema" not in header:
         raise ReplayError(f"{path}:1: is no header of a flight record")
     if header["schema"] != SCHEMA:
-        raise ReplayError(f"{path}:1: schema {header['schema']!r}; this build replays schema {SCHEMA}")
+        raise ReplayError(
+            f"{path}:1: recorded with schema {_short(header['schema'])}, this build replays schema {SCHEMA} only: "
+            f"replay it with the build that recorded it ({_short(header.get('build'))})"
+        )
     for name in ("build", "model", "policy", "checkpoint"):
         if not isinstance(header.get(name), str):
             raise ReplayError(f"{path}:1: the header has no {name}")
     if not line.endswith(b"\n"):
         raise ReplayError(f"{path}:1: was cut off in its header")
     return header
+
+
+def _short(value: object) -> str:
+    return repr(value)[:60]
 
 
 def _controller(path: Path, header: Mapping[str, object]) -> Controller:

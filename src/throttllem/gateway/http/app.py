@@ -1,6 +1,6 @@
-"""The gateway's ASGI application: which path is served how, who may ask, and what becomes of every error.
+"""The gateway's ASGI application: what serves each path, which key it needs, and how every error is answered.
 
-Plain ASGI: a streamed chunk costs one `send`. Knows the models only by `ticket.Models`, sockets not at all.
+Plain ASGI: a streamed chunk costs one `send`. Knows no sockets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from throttllem.config import Options
 from throttllem.engines.base import Call, EngineError, Headers
-from throttllem.gateway.control.ticket import Models
+from throttllem.gateway.control.models import Models
 from throttllem.gateway.http import openai_api as asks
 from throttllem.gateway.http import relay
 from throttllem.gateway.http.auth import Access
@@ -41,6 +41,7 @@ _log = logging.getLogger("throttllem.gateway")
 _SANE_ID = re.compile(r"[!-~]{1,128}")
 _NATIVE_MODEL = re.compile(r"/v2/models/([^/]+)(?:/.*)?")
 _CROWDED_RETRY_S = 1
+_ODD = re.compile("[\\\\?#\ufffd]")
 
 
 class Gateway:
@@ -56,13 +57,13 @@ class Gateway:
         self._on_response = on_response
         self._open: set[Exchange] = set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request on the port of the API."""
-        await self._enter(scope, receive, send, self._public)
+        return self._serve(scope, receive, send, self._route)
 
-    async def private(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request on the metrics port, where no key is asked for."""
-        await self._enter(scope, receive, send, self._private)
+    def private(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve one request on the metrics port, where no key is needed."""
+        return self._serve(scope, receive, send, self._route_private)
 
     # ---- from outside ----------------------------------------------------------------------------------------
 
@@ -97,15 +98,27 @@ class Gateway:
 
     # ---- every request ---------------------------------------------------------------------------------------
 
-    async def _enter(
+    async def _serve(
         self, scope: Scope, receive: Receive, send: Send, route: Callable[[Exchange], Awaitable[None]]
     ) -> None:
+        """One exchange from its head to its end, whatever happens in between."""
         if scope["type"] != "http":
             return
         exchange = Exchange(scope, receive, send, _request_id(scope))
         self._open.add(exchange)
         try:
-            await self._serve(exchange, route)
+            try:
+                self._check_head(scope)
+                await route(exchange)
+            except (GoneError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                seen = as_http(error)
+                if seen.status == 500 and not isinstance(error, HttpError | EngineError):
+                    _log.exception("request %s: %s %s", exchange.request_id, exchange.method, scope["path"])
+                elif seen.status > 500:
+                    _log.warning("request %s: %d %s", exchange.request_id, seen.status, detail(error))
+                await exchange.fail(seen)
         except asyncio.CancelledError:
             if exchange.cause is None:
                 raise
@@ -120,20 +133,6 @@ class Gateway:
             if exchange.status is not None:
                 self._on_response(exchange.status)
 
-    async def _serve(self, exchange: Exchange, route: Callable[[Exchange], Awaitable[None]]) -> None:
-        try:
-            self._check_head(exchange)
-            await route(exchange)
-        except GoneError:
-            raise
-        except Exception as error:
-            seen = as_http(error)
-            if seen.status == 500 and not isinstance(error, HttpError | EngineError):
-                _log.exception("request %s: %s %s", exchange.request_id, exchange.method, exchange.scope["path"])
-            elif seen.status > 500:
-                _log.warning("request %s: %d %s", exchange.request_id, seen.status, detail(error))
-            await exchange.fail(seen)
-
     async def _cut_short(self, exchange: Exchange, cause: Cause) -> None:
         match cause:
             case Cause.GONE:
@@ -147,10 +146,11 @@ class Gateway:
             case Cause.DRAINED:
                 await exchange.fail(self._drained())
 
-    def _check_head(self, exchange: Exchange) -> None:
-        scope = exchange.scope
-        size = sum(len(name) + len(value) + 4 for name, value in scope["headers"]) + len(scope["raw_path"])
-        if size + len(scope["query_string"]) > self._limits.header_bytes:
+    def _check_head(self, scope: Scope) -> None:
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        for name, value in scope["headers"]:
+            size += len(name) + len(value) + 4
+        if size > self._limits.header_bytes:
             raise headers_too_large(self._limits.header_bytes)
         if CROWDED in scope.get("extensions", {}) and scope["path"] != "/health":
             raise unavailable("too many connections", code="too_many_connections", retry_after_s=_CROWDED_RETRY_S)
@@ -161,70 +161,72 @@ class Gateway:
 
     # ---- where it goes ---------------------------------------------------------------------------------------
 
-    async def _private(self, exchange: Exchange) -> None:
-        await self._pages.alone(exchange, _path(exchange), draining=self.draining)
+    def _route_private(self, exchange: Exchange) -> Awaitable[None]:
+        return self._pages.alone(exchange, _path(exchange), draining=self.draining)
 
-    async def _public(self, exchange: Exchange) -> None:
+    def _route(self, exchange: Exchange) -> Awaitable[None]:
+        """What serves this path; the key is checked first, except for `/health`."""
         path, method = _path(exchange), exchange.method
         if path == "/health":
-            return await self._pages.health(exchange, draining=self.draining)
-        key_name = self._access.check(exchange.headers.get("authorization"))
-        if path == MODELS or path.startswith(MODELS + "/"):
-            return await self._pages.models(exchange, path)
-        if self._options.server.metrics_port is None and await self._pages.show(exchange, path):
-            return None
+            return self._pages.health(exchange, draining=self.draining)
+        access = self._access
+        key_name = access.check(exchange.headers.get("authorization")) if access.guarded else None
         if asks.controlled(path):
             if method != "POST":
                 raise not_allowed(method, path, "POST")
-            return await self._controlled(exchange, path, key_name)
+            return self._generate(exchange, path, key_name)
+        if path == MODELS or path.startswith(MODELS + "/"):
+            return self._pages.models(exchange, path)
+        if self._options.server.metrics_port is None and (page := self._pages.find(exchange, path)) is not None:
+            return page
         allow = _passed_methods(path)
         if not allow:
             raise not_found(method, path)
         if method not in allow:
             raise not_allowed(method, path, ", ".join(allow))
-        return await self._passed(exchange, path)
+        return self._pass_on(exchange, path)
 
-    async def _controlled(self, exchange: Exchange, path: str, key_name: str | None) -> None:
+    async def _generate(self, exchange: Exchange, path: str, key_name: str | None) -> None:
+        """A request under control: read, counted, admitted by the core, sent to its engine, the reply relayed."""
         if self.draining:
             raise self._drained()
         slo = asks.read_slo(exchange.headers, self._options.slo, self._options.classes)
         body = await exchange.read(self._limits.body_bytes)
         wish = asks.read_wish(path, body, exchange.headers, key_name)
-        ask = wish.ask
-        asks.check_sequences(ask, self._models.most_sequences())
+        parsed = wish.ask
+        asks.check_sequences(parsed, self._models.max_sequences())
         exchange.attend()
-        count = await self._models.count(ask)
-        async with self._models.ticket(ask, count, slo, wish.caller, streams=ask.stream) as ticket:
-            engine, request_id = await ticket.place()
+        count = await self._models.count(parsed)
+        async with self._models.session(parsed, count, slo, wish.caller) as session:
+            backend = await session.placed()
             call = Call(
                 method="POST",
                 path=_target(exchange),
                 headers=self._headers(exchange),
                 body=wish.body,
-                request_id=request_id,
-                ask=ask,
+                request_id=session.request.id,
+                ask=parsed,
                 prompt_tokens=count.tokens,
-                max_tokens=ask.max_tokens,
+                max_tokens=parsed.max_tokens,
             )
-            async with engine.open(call) as reply:
+            async with backend.engine.open(call) as reply:
                 await relay.relay(
                     exchange,
                     reply,
-                    ticket,
-                    stream=ask.stream,
+                    session,
                     native=asks.is_native(path),
                     metrics=wish.metrics,
                     held_bytes=self._limits.body_bytes,
                 )
 
-    async def _passed(self, exchange: Exchange, path: str) -> None:
+    async def _pass_on(self, exchange: Exchange, path: str) -> None:
         """Without control: the engine that serves the model, the bytes as they are."""
         if self.draining:
             raise self._drained()
         body = await exchange.read(self._limits.body_bytes)
         native = _NATIVE_MODEL.fullmatch(path)
         model = native[1] if native else asks.model_of(body)
-        engine = self._models.passage(model)
+        engine = self._models.uncontrolled_engine(model)
         exchange.attend()
         call = Call(method=exchange.method, path=_target(exchange), headers=self._headers(exchange), body=body)
         silence_s = self._limits.silence_s
@@ -237,11 +239,14 @@ class Gateway:
             await relay.forward(exchange, reply, silence_s)
 
     def _headers(self, exchange: Exchange) -> Headers:
-        """The client's, without a key that was meant for us, with the request's id."""
-        dropped = ("x-request-id", "authorization") if self._access.guarded else ("x-request-id",)
-        decoded = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in exchange.scope["headers"])
-        kept = tuple((name, value) for name, value in decoded if name not in dropped)
-        return (*kept, ("x-request-id", exchange.request_id))
+        """The client's headers, without a key that was meant for the gateway, with the request's id."""
+        guarded = self._access.guarded
+        kept = []
+        for name, value in exchange.fields:
+            if name != "x-request-id" and not (guarded and name == "authorization"):
+                kept.append((name, value))
+        kept.append(("x-request-id", exchange.request_id))
+        return tuple(kept)
 
 
 def build_app(
@@ -252,7 +257,7 @@ def build_app(
     extra_routes: Sequence[Route] = (),
     on_response: Callable[[int], None] = lambda _: None,
 ) -> Gateway:
-    """The gateway in front of `models`; `extra_routes` are served where `/metrics` is; `on_response` hears statuses."""
+    """The gateway in front of `models`; `extra_routes` are served where `/metrics` is; `on_response`: each status."""
     return Gateway(models, options, Pages(models, metrics_page, extra_routes), on_response)
 
 
@@ -274,7 +279,7 @@ def _path(exchange: Exchange) -> str:
     raw = exchange.scope["raw_path"].decode("latin-1")
     path = unquote(raw, errors="replace")
     segments = path.split("/")
-    odd = "." in segments or ".." in segments or "" in segments[1:-1] or any(char in path for char in "\\?#\ufffd")
+    odd = "." in segments or ".." in segments or "" in segments[1:-1] or _ODD.search(path) is not None
     if odd or len(segments) != raw.count("/") + 1 or not path.startswith("/") or not path.isprintable():
         raise not_found(exchange.method, raw)
     if path.endswith("/") and asks.controlled(path.rstrip("/")):
@@ -290,7 +295,7 @@ def _target(exchange: Exchange) -> str:
 
 
 def _passed_methods(path: str) -> tuple[str, ...]:
-    """The methods that go on to an engine without control. Of Triton's own API only what asks, not what changes it."""
+    """The methods that go on to an engine without control. Of Triton's native API only those that change nothing."""
     if path.startswith("/v1/") and path != "/v1/":
         return ("GET", "POST", "DELETE")
     return ("GET",) if path.startswith("/v2/") else ()

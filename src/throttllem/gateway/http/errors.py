@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from throttllem.engines.base import EngineError
-from throttllem.gateway.control.ticket import RefusedError
+from throttllem.gateway.control.rejections import RejectedError
 
 INVALID = "invalid_request_error"
 """OpenAI's name for everything that the client did wrong."""
@@ -74,7 +74,7 @@ def unavailable(message: str, *, code: str, retry_after_s: int) -> HttpError:
 
 def detail(error: Exception) -> str:
     """An error in words for the log."""
-    if isinstance(error, RefusedError) and error.detail:
+    if isinstance(error, RejectedError) and error.detail:
         return f"{error}: {error.detail}"
     return str(error)
 
@@ -84,7 +84,7 @@ def as_http(error: Exception) -> HttpError:
     match error:
         case HttpError():
             return error
-        case RefusedError():
+        case RejectedError():
             retry = error.retry_after_s
             headers = () if retry is None else ((b"retry-after", str(retry).encode()),)
             return HttpError(error.status, str(error), kind=error.kind, code=error.code, headers=headers)

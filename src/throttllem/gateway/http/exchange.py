@@ -1,6 +1,6 @@
-"""One HTTP request and its response: the body read within bounds, the answer sent, and who or what may cut it short.
+"""One HTTP request and its response: the body read within bounds, the response sent, and what may cut it short.
 
-Knows ASGI, nothing of engines or promises. An exchange belongs to the task that serves it.
+Knows ASGI, nothing of engines or SLOs. An exchange belongs to the task that serves it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from email.utils import formatdate
 from enum import StrEnum
-from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
@@ -17,7 +16,7 @@ from throttllem.gateway.http.errors import ByteHeaders, HttpError, too_large
 ABORT = "throttllem.abort"
 """The scope's extension that ends a connection without waiting for what its client has not taken."""
 DISCARD_S = 1.0
-"""How long a body that nobody wants is read on, so that its sender gets to see the answer."""
+"""How long an unwanted body is read on, so that its sender gets to see the response."""
 
 
 class Cause(StrEnum):
@@ -33,25 +32,26 @@ class GoneError(Exception):
 
 
 class Exchange:
-    """`blocked` says that the client is waited for, `moves` counts what it took or gave: together they show a slow one.
+    """`blocked`: the client is waited for; `moves` counts what it took or gave: together they show a slow client.
 
-    `started`: the response has begun; `finished`: its last byte was handed over; `events`: it is an event stream that
-    can still take an event.
+    `fields` are the request's header fields in order. `started`: the response has begun; `finished`: its last byte was
+    handed over; `events`: it is an event stream that can still take an event; `last`: the last bytes written to it.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         self.scope = scope
         self.request_id = request_id
         self.method: str = scope["method"]
-        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        self.fields = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        self.headers = dict(self.fields)
         self.started = self.finished = self.events = self.blocked = False
         self.moves = 0
         self.status: int | None = None
         self.cause: Cause | None = None
         self.receive = receive
-        self._send = send
+        self.send = send
         self._unread = True
-        self._last = b""
+        self.last = b""
         self._task = asyncio.current_task()
         self._listener: asyncio.Task[None] | None = None
 
@@ -62,12 +62,17 @@ class Exchange:
         announced = self.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > most_bytes:
             raise too_large(most_bytes)
-        body, more = await self._part()
-        parts, size = [body], len(body)
-        while more and size <= most_bytes:
-            body, more = await self._part()
-            parts.append(body)
-            size += len(body)
+        parts, size = [], 0
+        while self._unread and size <= most_bytes:
+            self.blocked = True
+            message = await self.receive()
+            self.blocked = False
+            self.moves += 1
+            if message["type"] == "http.disconnect":
+                raise GoneError
+            self._unread = bool(message.get("more_body"))
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
         if size > most_bytes:
             raise too_large(most_bytes)
         return b"".join(parts) if len(parts) > 1 else parts[0]
@@ -82,16 +87,6 @@ class Exchange:
         if not self.finished:
             self.cut(Cause.GONE)
 
-    async def _part(self) -> tuple[bytes, bool]:
-        self.blocked = True
-        message = await self.receive()
-        self.blocked = False
-        self.moves += 1
-        if message["type"] == "http.disconnect":
-            raise GoneError
-        self._unread = bool(message.get("more_body"))
-        return message.get("body", b""), self._unread
-
     async def _discard(self) -> bool:
         """Read the rest of the body and forget it; False if it did not end in time."""
         if "expect" in self.headers or self.cause is Cause.SLOW:
@@ -99,7 +94,10 @@ class Exchange:
         try:
             async with asyncio.timeout(DISCARD_S):
                 while self._unread:
-                    await self._part()
+                    message = await self.receive()
+                    if message["type"] == "http.disconnect":
+                        raise GoneError
+                    self._unread = bool(message.get("more_body"))
         except TimeoutError:
             self.blocked = False
         return not self._unread
@@ -109,26 +107,32 @@ class Exchange:
     async def start(self, status: int, headers: ByteHeaders, *, events: bool = False) -> None:
         """Status and headers, as they are but for the request's id."""
         self.started = True
-        self.events = events and not any(name == b"content-length" for name, _ in headers)
+        self.events = events
         marked = [*headers, (b"x-request-id", self.request_id.encode())]
         self.status = status
-        await self._put({"type": "http.response.start", "status": status, "headers": marked})
+        self.blocked = True
+        await self.send({"type": "http.response.start", "status": status, "headers": marked})
+        self.blocked = False
+        self.moves += 1
 
     async def write(self, chunk: bytes) -> None:
         """A part of the body; waits while the client is behind."""
-        self._last = chunk
+        self.last = chunk
         self.blocked = True
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self.send({"type": "http.response.body", "body": chunk, "more_body": True})
         self.blocked = False
         self.moves += 1
 
     async def finish(self, chunk: bytes = b"") -> None:
         """The last part of the body."""
         self.finished = True
-        await self._put({"type": "http.response.body", "body": chunk, "more_body": False})
+        self.blocked = True
+        await self.send({"type": "http.response.body", "body": chunk, "more_body": False})
+        self.blocked = False
+        self.moves += 1
 
     async def answer(self, status: int, headers: ByteHeaders, body: bytes) -> None:
-        """A whole response of our own."""
+        """A whole response that the gateway makes."""
         whole = not self._unread or await self._discard()
         closing = () if whole else ((b"connection", b"close"),)
         own = ((b"date", formatdate(usegmt=True).encode()), (b"content-length", str(len(body)).encode()))
@@ -136,7 +140,7 @@ class Exchange:
         await self.finish(body)
 
     async def fail(self, error: HttpError) -> None:
-        """Tell the client of an error in the way that is still open: as the answer, as an event, by breaking off."""
+        """Send an error in the way that is still open: as the response, as an event, or by breaking off."""
         if self.finished:
             return
         if not self.started:
@@ -144,7 +148,7 @@ class Exchange:
             await self.answer(error.status, json + error.headers, error.body)
         elif self.events:
             # An event that was broken off must not swallow this one.
-            gap = b"" if not self._last or self._last.endswith(b"\n\n") else b"\n\n"
+            gap = b"" if not self.last or self.last.endswith(b"\n\n") else b"\n\n"
             await self.finish(gap + b"data: " + error.body + b"\n\n")
         else:
             await self.abort()
@@ -159,19 +163,13 @@ class Exchange:
             await asyncio.sleep(0)
 
     async def put(self, message: Message) -> None:
-        """Any ASGI message of an application that answers in our place."""
+        """Any ASGI message of an application that responds in place of the gateway."""
         if message["type"] == "http.response.start":
             await self.start(message["status"], tuple(message.get("headers", ())))
         elif message.get("more_body"):
             await self.write(message.get("body", b""))
         else:
             await self.finish(message.get("body", b""))
-
-    async def _put(self, message: dict[str, Any]) -> None:
-        self.blocked = True
-        await self._send(message)
-        self.blocked = False
-        self.moves += 1
 
     # ---- its end ---------------------------------------------------------------------------------------------
 

@@ -1,18 +1,18 @@
-"""What the gateway says of itself: health, metrics, the dashboard, and which models there are."""
+"""Health, metrics, the dashboard, and the list of models."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.routing import Match, Route
 
+from throttllem.gateway.control.models import Models
 from throttllem.gateway.control.rejections import MODEL_SHOWN
-from throttllem.gateway.control.ticket import Models
 from throttllem.gateway.http.errors import ByteHeaders, HttpError, not_allowed, not_found
 from throttllem.gateway.http.exchange import Exchange
-from throttllem.gateway.telemetry.status import GatewayStatus
+from throttllem.gateway.telemetry.status import GatewayStatus, gateway_status
 
 MetricsPage = Callable[[GatewayStatus], tuple[str, bytes]]
 """Content type and body of `/metrics`."""
@@ -30,29 +30,30 @@ class Pages:
         self._since_s = int(time.time())
 
     async def health(self, exchange: Exchange, *, draining: bool) -> None:
-        """200 while requests are welcome, else 503; tells no more than anybody may know."""
+        """200 while requests are served, else 503. Shows nothing confidential, as it needs no key."""
         _only(exchange, "GET, HEAD")
         seen = self._models.health()
         draining = draining or seen.draining
-        word = "draining" if draining else "ok" if seen.up and not seen.ails else "degraded"
-        body = {"status": word, "engines_up": seen.up, "engines": seen.engines, "version": seen.version}
+        state = "draining" if draining else "ok" if seen.up and not seen.degraded else "degraded"
+        body = {"status": state, "engines_up": seen.up, "engines": seen.engines, "version": seen.version}
         await exchange.answer(503 if draining or not seen.up else 200, _JSON, json.dumps(body).encode())
 
-    async def show(self, exchange: Exchange, path: str) -> bool:
-        """Serve `/metrics` or a further route; False if the path is none of them."""
+    def find(self, exchange: Exchange, path: str) -> Awaitable[None] | None:
+        """What serves `/metrics` or a further route; None if the path is none of them."""
         if path == "/metrics":
             _only(exchange, "GET, HEAD")
-            kind, body = self._metrics_page(self._models.status())
-            await exchange.answer(200, ((b"content-type", kind.encode()),), body)
-            return True
+            return self._metrics(exchange)
         for route in self._extra:
             match, more = route.matches(exchange.scope)
             if match is Match.PARTIAL:
                 raise not_allowed(exchange.method, path, ", ".join(sorted(route.methods or ())))
             if match is Match.FULL:
-                await route.handle({**exchange.scope, **more}, exchange.receive, exchange.put)
-                return True
-        return False
+                return route.handle({**exchange.scope, **more}, exchange.receive, exchange.put)
+        return None
+
+    async def _metrics(self, exchange: Exchange) -> None:
+        kind, body = self._metrics_page(gateway_status(self._models))
+        await exchange.answer(200, ((b"content-type", kind.encode()),), body)
 
     async def models(self, exchange: Exchange, path: str) -> None:
         """`/v1/models` and `/v1/models/NAME`."""
@@ -72,12 +73,14 @@ class Pages:
                 )
         await exchange.answer(200, _JSON, json.dumps(body).encode())
 
-    async def alone(self, exchange: Exchange, path: str, *, draining: bool) -> None:
-        """Everything that a port of their own serves."""
+    def alone(self, exchange: Exchange, path: str, *, draining: bool) -> Awaitable[None]:
+        """Everything that a port of its own serves."""
         if path == "/health":
-            await self.health(exchange, draining=draining)
-        elif not await self.show(exchange, path):
+            return self.health(exchange, draining=draining)
+        page = self.find(exchange, path)
+        if page is None:
             raise not_found(exchange.method, path)
+        return page
 
 
 def _only(exchange: Exchange, allow: str) -> None:

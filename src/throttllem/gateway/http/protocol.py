@@ -6,12 +6,14 @@ Errors below ASGI have OpenAI's body too.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
-from typing import cast
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from throttllem.config import LimitOptions
 from throttllem.gateway.http.errors import HttpError, headers_too_large
@@ -22,7 +24,7 @@ CROWDED = "throttllem.crowded"
 HEAD_S = 30.0
 """A request's head must be whole in this time."""
 LINGER_S = 1.0
-"""How long a client that was told off may go on sending."""
+"""How long a client whose request was refused may go on sending."""
 KEEP_ALIVE_S = 75
 """Longer than common clients keep an idle connection, so that none is closed under a new request."""
 
@@ -50,15 +52,17 @@ class BoundedConfig(uvicorn.Config):
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. A head that is too long (431), too slow (closed) or no HTTP (400) does not reach the app."""
 
+    def __init__(self, config: BoundedConfig, server_state: ServerState) -> None:
+        super().__init__(config, server_state, {})
+        self._limits = config.limits
+
     _head_bytes: int | None = None
-    """Bytes of the head that is being read, at most so many; None between heads."""
+    """An upper bound on the bytes of the head that is being read; None between heads."""
     _head_timer: asyncio.TimerHandle | None = None
     _aside_bytes = 0
     """Bytes since the last part of a body that are no body: the ends of chunks, and fields behind the last of them."""
-    _trailer_bytes = 0
-    """Fields behind the body of the request that is being read."""
     _broken_off = False
-    """The last word was said; what still comes is not read."""
+    """The last response was sent; what still comes is not read."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """An idle connection is closed after a while, also before its first request."""
@@ -77,11 +81,11 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         before = self._head_bytes
         self._aside_bytes += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self._broken_off:
             return
         if self._head_bytes is None:
-            if max(self._aside_bytes, self._trailer_bytes) > self._limits.header_bytes:
+            if self._aside_bytes > self._limits.header_bytes:
                 self._break_off(headers_too_large(self._limits.header_bytes))
             return
         self._head_bytes = (before or 0) + len(data)
@@ -90,27 +94,53 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
 
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser. An offer to change the protocol (`Upgrade`) is ignored, as HTTP allows: the head is parsed
+        again without it. httptools takes no body behind such a head, and would read it as the next request.
+        """
+        self._unset_keepalive_if_required()
+        rest: bytes | memoryview = data
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as offer:
+                    rest = memoryview(rest)[offer.args[0] :]
+                if self.parser.get_method() == b"CONNECT":
+                    self.send_400_response("CONNECT is not served")
+                    return
+                self._parse_without_offer()
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _parse_without_offer(self) -> None:
+        """The head that was just read, without `Upgrade`, through a new parser, which then reads on."""
+        head = [b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        head += [b"%s: %s\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        with contextlib.suppress(AttributeError):  # httptools before 0.6.3; as uvicorn sets it
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser.feed_data(b"".join(head) + b"\r\n")
+
     def on_message_begin(self) -> None:
         """A new head begins."""
         super().on_message_begin()
-        self._head_bytes = self._aside_bytes = self._trailer_bytes = 0
+        self._head_bytes = self._aside_bytes = 0
         extensions: dict[str, object] = {ABORT: self.transport.abort}
         if len(self.connections) > self._limits.connections:
             extensions[CROWDED] = True
         self.scope["extensions"] = extensions  # type: ignore[typeddict-item]
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A field of the head; those behind a body are dropped, as nobody has looked them over."""
-        if self._head_bytes is None:
-            self._trailer_bytes += len(name) + len(value) + 4
-        else:
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
-        """The head is whole."""
+        """The head is whole; one that offers another protocol is parsed again first."""
+        if self.parser.should_upgrade():
+            return
         self._head_read()
         self._aside_bytes = 0
         super().on_headers_complete()
+        self.headers = []  # fields behind the body are not the request's
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
@@ -119,6 +149,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is whole."""
+        if self.parser.should_upgrade():
+            return
         self._aside_bytes = 0
         super().on_message_complete()
 
@@ -132,10 +164,6 @@ class BoundedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP."""
         self._break_off(HttpError(400, msg))
-
-    @property
-    def _limits(self) -> LimitOptions:
-        return cast(BoundedConfig, self.config).limits
 
     def _head_read(self) -> None:
         self._head_bytes = None

@@ -1,131 +1,148 @@
-"""An engine's reply on its way to the client: bytes as they come, tokens counted as they pass, the ticket finished.
+"""An engine's reply on its way to the client: bytes as they come, tokens counted as they pass, the session finished.
 
-Nothing is held back, but for one event (or a body that is not streamed) where the client asked for `metrics`.
+Nothing is held back, except one event (or a body that is not streamed) where the client asked for `metrics`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Awaitable
 from dataclasses import asdict
 
 import pydantic_core
 
-from throttllem.engines.base import EngineError, Headers, Reply
-from throttllem.engines.http import passed_on
+from throttllem.engines.base import EngineError, Reply
 from throttllem.engines.sse import Splitter, is_whole
-from throttllem.gateway.control.ticket import Receipt, Ticket
+from throttllem.gateway.control.session import Receipt, Session
 from throttllem.gateway.http.errors import ByteHeaders
 from throttllem.gateway.http.exchange import Exchange
 from throttllem.gateway.http.token_events import Meter
 
-_OWN = frozenset({"x-request-id"})
-_LENGTH = frozenset({"content-length"})
 
-
-async def relay(
+def relay(
     exchange: Exchange,
     reply: Reply,
-    ticket: Ticket,
+    session: Session,
     *,
-    stream: bool,
     native: bool = False,
     metrics: bool,
     held_bytes: int,
-) -> None:
-    """The reply of a controlled request. An engine's error passes as it is and leaves the ticket unfinished.
+) -> Awaitable[None]:
+    """The reply of a controlled request. An engine's error passes as it is and leaves the session unfinished.
 
-    `native`: the request came by Triton's own API.
-
-    Raises EngineError, also for an error that the engine has told the client itself by then.
+    `native`: the request came by Triton's own API. Raises EngineError, also for an error that the engine has sent to
+    the client itself by then.
     """
     if reply.status >= 300:
-        await forward(exchange, reply)
-        if reply.status >= 500:
-            raise EngineError(f"the engine answered {reply.status}", told=f"the engine answered {reply.status}")
-    elif _is_stream(reply.headers):
-        meter = Meter(native=native)
-        await _events(exchange, reply, ticket, meter, counted=stream, metrics=metrics)
-        if meter.failed:
-            raise EngineError("the engine told an error in its stream")
-    else:
-        await _whole(exchange, reply, ticket, metrics=metrics, held_bytes=held_bytes)
+        return _error(exchange, reply)
+    status, is_stream, headers = _head(reply)
+    if is_stream:
+        meter, held = Meter(native=native), _Held() if metrics else None
+        return _events(exchange, reply, session, meter, held, status, headers)
+    return _whole(exchange, reply, session, status, headers, metrics=metrics, held_bytes=held_bytes)
 
 
-async def forward(exchange: Exchange, reply: Reply, silence_s: float | None = None) -> None:
-    """A reply that is nobody's business. Raises EngineError 504 if the engine is silent for `silence_s`."""
-    await exchange.start(_status(reply), _headers(reply.headers), events=_is_stream(reply.headers))
-    while (chunk := await _next(reply, silence_s)) is not None:
-        await exchange.write(chunk)
-    await exchange.finish()
+async def _error(exchange: Exchange, reply: Reply) -> None:
+    await forward(exchange, reply)
+    if reply.status >= 500:
+        raise EngineError(f"the engine answered {reply.status}", told=f"the engine answered {reply.status}")
 
 
 async def _events(
-    exchange: Exchange, reply: Reply, ticket: Ticket, meter: Meter, *, counted: bool, metrics: bool
+    exchange: Exchange,
+    reply: Reply,
+    session: Session,
+    meter: Meter,
+    held: _Held | None,
+    status: int,
+    headers: ByteHeaders,
 ) -> None:
-    held = _Held() if metrics else None
+    """Every token of every stream passes the loop here."""
     receipt: Receipt | None = None
-    await exchange.start(_status(reply), _headers(reply.headers, _LENGTH), events=True)
+    await exchange.start(status, headers, events=True)
+    read, feed, counted = reply.read, meter.feed, session.streams
     try:
-        async for chunk in reply.chunks:
-            count = meter.feed(chunk)
+        while chunk := await read():
+            count = feed(chunk)
             ending = meter.done and receipt is None and not meter.failed
-            at_once = held is None and not ending
-            if at_once:
-                await exchange.write(chunk)  # the client first: what its tokens mean for others can wait
+            if held is None and not ending:
+                # The client first: what its tokens mean for other requests can wait. As `exchange.write` does it.
+                exchange.last, exchange.blocked = chunk, True
+                await exchange.send({"type": "http.response.body", "body": chunk, "more_body": True})
+                exchange.blocked = False
+                exchange.moves += 1
             if count and counted:
-                ticket.tokens(count)
+                session.tokens(count)
             if ending:
-                receipt = ticket.finish(meter.used)  # before a slow client has taken the last of it
-            if not at_once and (ready := chunk if held is None else held.feed(chunk, receipt)):
+                receipt = session.finish(meter.used)  # before a slow client has taken the last of it
+            if (held is not None or ending) and (ready := chunk if held is None else held.feed(chunk, receipt)):
                 await exchange.write(ready)
     except EngineError:
-        if receipt is None:  # after [DONE] the answer is whole, whatever becomes of its connection
+        if receipt is None:  # after [DONE] the output is whole, whatever becomes of its connection
             raise
     if (count := meter.close()) and counted:
-        ticket.tokens(count)
+        session.tokens(count)
     cut_off = receipt is None and not meter.failed and not meter.whole
     if receipt is None and not meter.failed and not cut_off:
-        receipt = ticket.finish(meter.used)
-    await _end(exchange, b"" if held is None else held.close(receipt), cut_off=cut_off)
+        receipt = session.finish(meter.used)
+    await _end(exchange, b"" if held is None else held.close(receipt), cut_off=cut_off, failed=meter.failed)
 
 
-async def _end(exchange: Exchange, rest: bytes, *, cut_off: bool) -> None:
-    """The last bytes of a stream. Raises EngineError if it ended before its answer did."""
-    if not cut_off:
-        return await exchange.finish(rest)
-    if rest:
-        await exchange.write(rest)
-    raise EngineError("the engine's stream ended before its answer did", told="the engine broke off")
+async def _end(exchange: Exchange, rest: bytes, *, cut_off: bool, failed: bool) -> None:
+    """The last bytes of a stream. Raises EngineError if it ended before its output did, or reported an error."""
+    if cut_off:
+        if rest:
+            await exchange.write(rest)
+        raise EngineError("the engine's stream ended before its output did", told="the engine broke off")
+    await exchange.finish(rest)
+    if failed:
+        raise EngineError("the engine reported an error in its stream")
 
 
-async def _whole(exchange: Exchange, reply: Reply, ticket: Ticket, *, metrics: bool, held_bytes: int) -> None:
-    """A body that is not streamed: held until it is whole, so that an engine that dies is told as an error."""
+async def forward(exchange: Exchange, reply: Reply, silence_s: float | None = None) -> None:
+    """A reply that passes as it is. Raises EngineError 504 if the engine sends nothing for `silence_s`."""
+    status, is_stream, headers = _head(reply, drop_length=False)
+    bounded = any(name == b"content-length" for name, _ in headers)
+    await exchange.start(status, headers, events=is_stream and not bounded)
+    while chunk := await _next(reply, silence_s):
+        await exchange.write(chunk)
+    await exchange.finish()
+
+
+async def _whole(
+    exchange: Exchange,
+    reply: Reply,
+    session: Session,
+    status: int,
+    headers: ByteHeaders,
+    *,
+    metrics: bool,
+    held_bytes: int,
+) -> None:
+    """A body that is not streamed: held until it is whole, so that the client of an engine that dies gets an error.
+    One that is too long to be held passes as it comes, and is not read.
+    """
     parts: list[bytes] = []
     size = 0
-    async for chunk in reply.chunks:
+    while chunk := await reply.read():
         parts.append(chunk)
         size += len(chunk)
         if size > held_bytes:
-            return await _unheld(exchange, reply, ticket, b"".join(parts))
+            await exchange.start(status, _head(reply, drop_length=False)[2])
+            await exchange.write(b"".join(parts))
+            while chunk := await reply.read():
+                await exchange.write(chunk)
+            session.finish()
+            await exchange.finish()
+            return
     body = b"".join(parts)
     fields = _object(body)
-    receipt = ticket.finish(_used(fields))
+    receipt = session.finish(_used(fields))
     if metrics and fields is not None:
         body = json.dumps(_with_metrics(fields, receipt), separators=(",", ":")).encode()
-    length = ((b"content-length", str(len(body)).encode()),)
-    await exchange.start(_status(reply), _headers(reply.headers, _LENGTH) + length)
+    await exchange.start(status, (*headers, (b"content-length", str(len(body)).encode())))
     await exchange.finish(body)
-
-
-async def _unheld(exchange: Exchange, reply: Reply, ticket: Ticket, begun: bytes) -> None:
-    """A body too long to be held, of which `begun` is the front: it passes as it comes, and is not read."""
-    await exchange.start(_status(reply), _headers(reply.headers))
-    await exchange.write(begun)
-    async for chunk in reply.chunks:
-        await exchange.write(chunk)
-    ticket.finish()
-    await exchange.finish()
 
 
 class _Held:
@@ -170,25 +187,25 @@ class _Held:
         return [b"data: " + patched + blank, *self._kept[1:]]
 
 
-async def _next(reply: Reply, silence_s: float | None) -> bytes | None:
-    """The next bytes, None at the end."""
+async def _next(reply: Reply, silence_s: float | None) -> bytes:
+    """The next bytes, b"" at the end."""
     try:
         async with asyncio.timeout(silence_s):
-            return await anext(reply.chunks, None)
+            return await reply.read()
     except TimeoutError as error:
         raise silent(silence_s or 0.0) from error
 
 
 def silent(seconds: float) -> EngineError:
-    """The engine gave nothing for so long."""
+    """The engine sent nothing for `seconds`."""
     said = f"the engine gave nothing for {seconds:g} s (limits.silence_s)"
     return EngineError(said, status=504, told=said)
 
 
 def _with_metrics(fields: dict[str, object], receipt: Receipt) -> dict[str, object]:
-    told = {name: value for name, value in asdict(receipt).items() if value is not None}
+    given = {name: value for name, value in asdict(receipt).items() if value is not None}
     there = fields.get("metrics")
-    return fields | {"metrics": (there if isinstance(there, dict) else {}) | told}
+    return fields | {"metrics": (there if isinstance(there, dict) else {}) | given}
 
 
 def _object(body: bytes) -> dict[str, object] | None:
@@ -205,17 +222,14 @@ def _used(fields: dict[str, object] | None) -> int | None:
     return used if isinstance(used, int) and not isinstance(used, bool) and used >= 0 else None
 
 
-def _is_stream(headers: Headers) -> bool:
-    return any(name == "content-type" and value.lower().startswith("text/event-stream") for name, value in headers)
-
-
-def _status(reply: Reply) -> int:
+def _head(reply: Reply, *, drop_length: bool = True) -> tuple[int, bool, ByteHeaders]:
+    """Status, whether the body is an event stream, and the headers as the client gets them."""
     if not 200 <= reply.status <= 599:
         raise EngineError(f"the engine answers with status {reply.status}")
-    return reply.status
-
-
-def _headers(headers: Headers, dropped: frozenset[str] = frozenset()) -> ByteHeaders:
-    """An engine's headers as the client gets them."""
-    kept = ((name, value) for name, value in passed_on(headers) if name not in dropped and name not in _OWN)
-    return tuple((name.encode("latin-1"), value.encode("latin-1")) for name, value in kept)
+    is_stream, headers = False, []
+    for name, value in reply.headers:
+        if name == "content-type":
+            is_stream = is_stream or value.lower().startswith("text/event-stream")
+        if name != "x-request-id" and not (drop_length and name == "content-length"):
+            headers.append((name.encode("latin-1"), value.encode("latin-1")))
+    return reply.status, is_stream, tuple(headers)

@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
@@ -25,7 +26,7 @@ log = logging.getLogger("throttllem.gateway")
 _BACKLOG = 2048
 _WATCH_AGAIN_S = 1.0
 _CUT_S = 1.0
-"""How long what was cut off has to say so to its clients."""
+"""How long an exchange that is cut off has to send its error."""
 _FLUSH_S = 1.0
 """How long the last bytes may take on their way."""
 
@@ -38,7 +39,7 @@ class Sockets:
     private: socket.socket | None = None
 
     def addresses(self) -> tuple[tuple[str, int], ...]:
-        """Host and port of each, the API's first; a port 0 that was asked for is the real one here."""
+        """Host and port of each, the API's first; port 0 of the options is the real one here."""
         return tuple(sock.getsockname()[:2] for sock in (self.api, self.private) if sock is not None)
 
     def close(self) -> None:
@@ -132,7 +133,7 @@ class _Listener:
         state = ServerState()
         loop = asyncio.get_running_loop()
         try:
-            server = await loop.create_server(lambda: BoundedProtocol(config, state, {}), sock=sock, backlog=_BACKLOG)
+            server = await loop.create_server(partial(BoundedProtocol, config, state), sock=sock, backlog=_BACKLOG)
         except OSError as error:
             raise _taken(error, "port", *sock.getsockname()[:2]) from error
         return cls(server, state)
@@ -154,21 +155,21 @@ class _Listener:
 
 @contextlib.contextmanager
 def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
-    """The first signal sets `stop`, the next `hurry`; only where signals can be heard, in the main thread."""
+    """The first signal sets `stop`, the next `hurry`; only in the main thread, where signal handlers can be set."""
     loop = asyncio.get_running_loop()
-    heard: list[signal.Signals] = []
+    handled: list[signal.Signals] = []
 
-    def hear() -> None:
+    def on_signal() -> None:
         (hurry if stop.is_set() else stop).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
-            loop.add_signal_handler(number, hear)
-            heard.append(number)
+            loop.add_signal_handler(number, on_signal)
+            handled.append(number)
     try:
         yield
     finally:
-        for number in heard:
+        for number in handled:
             loop.remove_signal_handler(number)
 
 
@@ -191,5 +192,5 @@ def _bound(host: str, port: int, option: str) -> socket.socket:
 
 def _taken(error: OSError, option: str, host: str, port: int) -> OSError:
     taken = OSError(f"{option} = {port}: cannot listen on {host}:{port}: {error.strerror}")
-    taken.errno = error.errno  # set beside the words, it is not said to people
+    taken.errno = error.errno  # set afterwards, it is not part of the message
     return taken

@@ -1,4 +1,4 @@
-"""The dashboard: one page that shows a running gateway, and the state that it asks for once a second.
+"""The dashboard: one page that shows a running gateway, and the state that it polls once a second.
 
 The page loads nothing but that state. Its script and style are allowed by their hashes, and no name that comes from an
 engine is ever read as markup: the page's policy forbids it (trusted types).
@@ -19,10 +19,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from throttllem.gateway.control.slo_attainment import RECENT_S, added
-from throttllem.gateway.control.ticket import Models
+from throttllem.gateway.control.models import Models
+from throttllem.gateway.control.slo_attainment import RECENT_S, SloCounts, added
+from throttllem.gateway.energy.accounting import Energy
 from throttllem.gateway.telemetry.history import KEPT_S, History
-from throttllem.gateway.telemetry.status import Energy, GatewayStatus, SloCounts
+from throttllem.gateway.telemetry.status import GatewayStatus, gateway_status
 
 _HEADERS = {
     "cache-control": "no-store",
@@ -40,14 +41,14 @@ def dashboard_routes(models: Models, history: History) -> list[Route]:
     async def show(request: Request) -> Response:
         return Response(page, headers=headers, media_type="text/html")
 
-    async def tell(request: Request) -> Response:
-        status = models.status()
+    async def send_state(request: Request) -> Response:
+        status = gateway_status(models)
         history.note(status)
-        asked = request.query_params
-        known_s = _seconds(asked.get("since")) if asked.get("run") == history.run_id else None
+        query = request.query_params
+        known_s = _seconds(query.get("since")) if query.get("run") == history.run_id else None
         return Response(state(status, history, known_s), headers=_HEADERS, media_type="application/json")
 
-    return [Route("/dashboard", show), Route("/dashboard/state", tell)]
+    return [Route("/dashboard", show), Route("/dashboard/state", send_state)]
 
 
 def policy(page: str) -> str:
@@ -68,10 +69,10 @@ def _hash(parts: list[str]) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
     """Sums over all models and engines. `saved` is over the engines that have an estimate, None if none has; so is
-    `would_save`, over those whose clocks are or were only advised.
+    `would_save`, over those in a dry run.
 
     `estimated` of `engines` have one. `joules_per_token`: all energy since the start over all generated tokens;
-    `busy_joules_per_token`: idle energy left out. None: no token yet, or no promise.
+    `busy_joules_per_token`: idle energy left out. None: no token yet, or no request with an SLO.
     """
 
     queue: int
@@ -99,10 +100,10 @@ def totals(status: GatewayStatus) -> Totals:
         total_j=sum(energy.total_j for energy in compared),
         top_j=sum(energy.top_j or 0.0 for energy in compared) or None,
     )
-    asked = [energy for energy in energies if energy.advised_j is not None]
+    dry_runs = [energy for energy in energies if energy.advised_j is not None]
     advised = Energy(
-        total_j=sum(energy.total_j for energy in asked),
-        advised_j=sum(energy.advised_j or 0.0 for energy in asked) if asked else None,
+        total_j=sum(energy.total_j for energy in dry_runs),
+        advised_j=sum(energy.advised_j or 0.0 for energy in dry_runs) if dry_runs else None,
     )
     total_j, idle_j = sum(energy.total_j for energy in energies), sum(energy.idle_j for energy in energies)
     tokens = sum(model.generated_tokens for model in status.models)
@@ -129,8 +130,8 @@ def totals(status: GatewayStatus) -> Totals:
 
 
 def state(status: GatewayStatus, history: History, known_s: float | None = None) -> bytes:
-    """What the page asks for: the status, its totals, and the samples that it does not know yet."""
-    told = {
+    """What the page polls: the status, its totals, and the samples that it does not know yet."""
+    found = {
         "run": history.run_id,
         "kept_s": KEPT_S,
         "recent_s": RECENT_S,
@@ -140,11 +141,11 @@ def state(status: GatewayStatus, history: History, known_s: float | None = None)
         "totals": totals(status),
         "samples": history.since(known_s),
     }
-    return json.dumps(_plain(told), allow_nan=False, separators=(",", ":")).encode()
+    return json.dumps(_plain(found), allow_nan=False, separators=(",", ":")).encode()
 
 
 def _plain(value: object) -> object:
-    """As JSON can say it; numbers that are none are absent."""
+    """Values that JSON can hold; numbers that are not finite become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -9,8 +9,8 @@ import secrets
 from collections import deque
 from dataclasses import dataclass
 
-from throttllem.gateway.control.ticket import Models
-from throttllem.gateway.telemetry.status import EngineStatus, GatewayStatus, ModelStatus
+from throttllem.gateway.control.models import Models
+from throttllem.gateway.telemetry.status import EngineStatus, GatewayStatus, ModelStatus, gateway_status
 
 KEPT_S = 300.0
 PERIOD_S = 1.0
@@ -31,7 +31,7 @@ class EngineSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSample:
-    """One model at one time; `attainment` of the recent requests, None while none of them had a promise."""
+    """One model at one time; `attainment` of the recent requests, None while none of them had an SLO."""
 
     queue: int
     attainment: float | None
@@ -40,7 +40,7 @@ class ModelSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """The gateway at `at_s` of its own time line: engines by their name, models by their title."""
+    """The gateway `at_s` seconds after its start: engines by their name, models by their title."""
 
     at_s: float
     engines: dict[str, EngineSample]
@@ -48,7 +48,7 @@ class Sample:
 
 
 class History:
-    """Samples of the last `kept_s` seconds. `run_id` tells one life of a gateway from the next."""
+    """Samples of the last `kept_s` seconds. `run_id` distinguishes starts of the gateway."""
 
     def __init__(self, *, period_s: float = PERIOD_S, kept_s: float = KEPT_S) -> None:
         self.run_id = secrets.token_hex(4)
@@ -59,7 +59,7 @@ class History:
     async def run(self, models: Models) -> None:
         """Take a sample every period, until cancelled."""
         while True:
-            self.note(models.status())
+            self.note(gateway_status(models))
             await asyncio.sleep(self._period_s)
 
     def note(self, status: GatewayStatus) -> None:

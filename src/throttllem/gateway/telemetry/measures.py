@@ -1,7 +1,7 @@
-"""A gateway's status as metrics: every gauge and counter with its name, its words and where it is read.
+"""A gateway's status as metrics: every gauge and counter with its name, its help_text and where it is read.
 
 What is not known has no sample; a zero is a measured zero. Labels: engine, model (the first of its names), state,
-promise, outcome, window.
+slo, outcome, window.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _hertz(mhz: float | None) -> float | None:
     return None if mhz is None else mhz * _HZ_PER_MHZ
 
 
-# (name, words, how to read it); counters get their `_total` from the client library.
+# (name, help_text, how to read it); counters get their `_total` from the client library.
 _MODEL_GAUGES: tuple[tuple[str, str, ModelRead], ...] = (
     ("throttllem_queue_requests", "Requests that wait for a place.", lambda model: model.queue),
     (
@@ -44,15 +44,15 @@ _MODEL_GAUGES: tuple[tuple[str, str, ModelRead], ...] = (
         "Mean absolute error of the predicted length before inflation.",
         lambda model: model.length.mean_error_tokens,
     ),
-    ("throttllem_recent_promised_requests", "Recent requests with a promise.", lambda model: model.recent.promised),
-    ("throttllem_recent_kept_requests", "Those of them that kept all promises.", lambda model: model.recent.kept),
+    ("throttllem_recent_slo_requests", "Recent requests with an SLO.", lambda model: model.recent.with_slo),
+    ("throttllem_recent_slo_met_requests", "Those of them that met all SLOs.", lambda model: model.recent.met),
 )
 _MODEL_COUNTERS: tuple[tuple[str, str, ModelRead], ...] = (
     ("throttllem_arrived_requests", "Requests under control.", lambda model: model.counts.arrived),
     ("throttllem_dispatched_requests", "Requests given to an engine.", lambda model: model.counts.dispatched),
     ("throttllem_lost_requests", "Finished requests that were marked lost.", lambda model: model.counts.lost),
-    ("throttllem_promised_requests", "Ended requests that had a promise.", lambda model: model.ever.promised),
-    ("throttllem_kept_requests", "Those of them that kept all promises.", lambda model: model.ever.kept),
+    ("throttllem_slo_requests", "Ended requests that had an SLO.", lambda model: model.ever.with_slo),
+    ("throttllem_slo_met_requests", "Those of them that met all SLOs.", lambda model: model.ever.met),
     ("throttllem_prompt_tokens", "Prompt tokens of served requests.", lambda model: model.prompt_tokens),
     ("throttllem_generated_tokens", "Tokens of answers.", lambda model: model.generated_tokens),
     (
@@ -82,19 +82,19 @@ _ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (
         lambda engine: engine.energy.saved,
     ),
     (
-        "throttllem_advised_saving_ratio",
-        "Estimate: fraction of the energy that the advised clocks would not have taken.",
+        "throttllem_dry_run_saving_ratio",
+        "Estimate: fraction of the energy that the dry run's clocks would not have taken.",
         lambda engine: engine.energy.would_save,
     ),
-    ("throttllem_advised_clock_hertz", "Clock that is advised, not set.", lambda engine: _hertz(engine.advised_mhz)),
+    ("throttllem_dry_run_clock_hertz", "Clock that a dry run would set.", lambda engine: _hertz(engine.advised_mhz)),
     (
         "throttllem_clock_limit_hertz",
-        "GPUs follow no higher than this now: power cap, heat, or somebody else.",
+        "GPUs follow no higher than this now: power cap, heat, or another controller.",
         lambda engine: _hertz(engine.limit_mhz),
     ),
     (
         "throttllem_clocks_set",
-        "1 while clocks are set on real GPUs, 0 while they are advised or left alone.",
+        "1 while clocks are set on real GPUs, 0 in a dry run or while they are left alone.",
         lambda engine: None if engine.clocks == "simulated" else engine.clocks == "on" and engine.unset is None,
     ),
     ("throttllem_running_requests", "Requests that generate.", _of_view(lambda view: view.running)),
@@ -113,20 +113,24 @@ _ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (
     ),
     (
         "throttllem_reported_running_sequences",
-        "Sequences that run, in the engine's words.",
+        "Sequences that run, as the engine reports.",
         lambda engine: engine.report.running if engine.report else None,
     ),
     (
         "throttllem_reported_waiting_sequences",
-        "Sequences that wait inside, in the engine's words.",
+        "Sequences that wait inside, as the engine reports.",
         lambda engine: engine.report.waiting if engine.report else None,
     ),
     (
         "throttllem_reported_kv_blocks",
-        "KV blocks in use, in the engine's words.",
+        "KV blocks in use, as the engine reports.",
         lambda engine: engine.report.kv_blocks if engine.report else None,
     ),
-    ("throttllem_foreign_sequences", "Sequences in the engine that others sent.", _of_view(lambda view: view.foreign)),
+    (
+        "throttllem_external_sequences",
+        "Sequences of other clients in the engine.",
+        _of_view(lambda view: view.foreign),
+    ),
     ("throttllem_drift_requests", "Batch: engine minus scoreboard, last.", lambda engine: engine.drift.batch),
     ("throttllem_drift_kv_blocks", "KV: engine minus scoreboard, last.", lambda engine: engine.drift.kv_blocks),
     (
@@ -149,8 +153,8 @@ _ENGINE_COUNTERS: tuple[tuple[str, str, EngineRead], ...] = (
         lambda engine: engine.energy.top_j,
     ),
     (
-        "throttllem_advised_energy_joules",
-        "Estimate: the same work at the advised clocks, idle in.",
+        "throttllem_dry_run_energy_joules",
+        "Estimate: the same work at the dry run's clocks, idle in.",
         lambda engine: engine.energy.advised_j,
     ),
     ("throttllem_corrections", "Corrections of the scoreboard.", lambda engine: engine.drift.corrections),
@@ -169,19 +173,21 @@ class StatusCollector(Collector):
         status = self.status
         yield from _gateway(status)
         models = [(model.title, model) for model in status.models]
-        for name, words, read in _MODEL_GAUGES:
-            yield _filled(GaugeMetricFamily(name, words, labels=("model",)), [((at,), read(one)) for at, one in models])
-        for name, words, read in _MODEL_COUNTERS:
+        for name, help_text, read in _MODEL_GAUGES:
             yield _filled(
-                CounterMetricFamily(name, words, labels=("model",)), [((at,), read(one)) for at, one in models]
+                GaugeMetricFamily(name, help_text, labels=("model",)), [((at,), read(one)) for at, one in models]
+            )
+        for name, help_text, read in _MODEL_COUNTERS:
+            yield _filled(
+                CounterMetricFamily(name, help_text, labels=("model",)), [((at,), read(one)) for at, one in models]
             )
         yield from _outcomes(status.models)
         engines = [((one.name, model.title), one) for model in status.models for one in model.engines]
-        for name, words, of_engine in _ENGINE_GAUGES:
-            gauge = GaugeMetricFamily(name, words, labels=("engine", "model"))
+        for name, help_text, of_engine in _ENGINE_GAUGES:
+            gauge = GaugeMetricFamily(name, help_text, labels=("engine", "model"))
             yield _filled(gauge, [(at, of_engine(one)) for at, one in engines])
-        for name, words, of_engine in _ENGINE_COUNTERS:
-            counter = CounterMetricFamily(name, words, labels=("engine", "model"))
+        for name, help_text, of_engine in _ENGINE_COUNTERS:
+            counter = CounterMetricFamily(name, help_text, labels=("engine", "model"))
             yield _filled(counter, [(at, of_engine(one)) for at, one in engines])
         yield from _states(engines)
 
@@ -203,33 +209,29 @@ def _gateway(status: GatewayStatus) -> Iterator[Metric]:
     yield GaugeMetricFamily("throttllem_uptime_seconds", "Since the gateway started.", status.now_s)
     yield GaugeMetricFamily("throttllem_draining", "1 while no new request is taken.", status.phase == "draining")
     slo = status.slo
-    promises = [(("e2e",), slo.e2e_s), (("tbt",), slo.tbt_s), (("ttft",), slo.ttft_s)]
-    promise = GaugeMetricFamily(
-        "throttllem_promise_seconds", "Promise of a request that names none.", labels=("promise",)
-    )
-    yield _filled(promise, [*promises])
-    words = "Requests passed on without control."
-    yield CounterMetricFamily("throttllem_uncontrolled_requests", words, status.uncontrolled)
+    slos = [(("e2e",), slo.e2e_s), (("tbt",), slo.tbt_s), (("ttft",), slo.ttft_s)]
+    default = GaugeMetricFamily("throttllem_slo_seconds", "SLO of a request that names none.", labels=("slo",))
+    yield _filled(default, [*slos])
+    help_text = "Requests passed on without control."
+    yield CounterMetricFamily("throttllem_uncontrolled_requests", help_text, status.uncontrolled)
 
 
 def _outcomes(models: tuple[ModelStatus, ...]) -> Iterator[Metric]:
     """What has a label besides the model."""
     ended = CounterMetricFamily("throttllem_requests", "Requests that ended.", labels=("model", "outcome"))
-    kept = GaugeMetricFamily("throttllem_slo_attainment_ratio", "Kept all promises.", labels=("model", "window"))
-    missed = CounterMetricFamily("throttllem_missed_promises", "Promises missed.", labels=("model", "promise"))
-    recent = GaugeMetricFamily(
-        "throttllem_recent_missed_promises", "Promises missed recently.", labels=("model", "promise")
-    )
+    met = GaugeMetricFamily("throttllem_slo_attainment_ratio", "Met all SLOs.", labels=("model", "window"))
+    violations = CounterMetricFamily("throttllem_slo_violations", "SLOs violated.", labels=("model", "slo"))
+    recent = GaugeMetricFamily("throttllem_recent_slo_violations", "SLOs violated recently.", labels=("model", "slo"))
     for model in models:
         title, counts = model.title, model.counts
         outcomes = (("finished", counts.finished), ("rejected", counts.rejected), ("failed", counts.failed))
         _filled(ended, [((title, outcome), count) for outcome, count in outcomes])
         windows = (("recent", model.recent), ("ever", model.ever))
-        _filled(kept, [((title, window), over.attainment) for window, over in windows])
-        for family, over in ((missed, model.ever), (recent, model.recent)):
-            misses = (("e2e", over.e2e_missed), ("tbt", over.tbt_missed), ("ttft", over.ttft_missed))
-            _filled(family, [((title, promise), count) for promise, count in misses])
-    yield from (ended, kept, missed, recent)
+        _filled(met, [((title, window), over.attainment) for window, over in windows])
+        for family, over in ((violations, model.ever), (recent, model.recent)):
+            by_slo = (("e2e", over.e2e_violated), ("tbt", over.tbt_violated), ("ttft", over.ttft_violated))
+            _filled(family, [((title, slo), count) for slo, count in by_slo])
+    yield from (ended, met, violations, recent)
 
 
 def _states(engines: list[tuple[tuple[str, str], EngineStatus]]) -> Iterator[Metric]:

@@ -1,4 +1,4 @@
-"""What Prometheus is told: the gateway's status as it is at the scrape, and histograms of what happened since.
+"""What Prometheus scrapes: the gateway's status as it is at the scrape, and histograms of what happened since.
 
 Base units, `throttllem_` in front; names of OpenTelemetry's GenAI conventions (semantic-conventions-genai, metrics)
 where one exists, with their buckets. Labels are engines, models, states and the like, never callers or requests.
@@ -59,7 +59,7 @@ class Histograms(Collector):
         )
         self._queue_s = _histogram("throttllem_queue_seconds", "Arrival to dispatch.", ("model",), _QUEUE_S)
         self._joules = _histogram(
-            "throttllem_request_joules", "A request's share of the GPUs' energy.", ("model", "kept"), _JOULES
+            "throttllem_request_joules", "A request's share of the GPUs' energy.", ("model", "slo_met"), _JOULES
         )
         self._decision_s = _histogram("throttllem_decision_seconds", "One event in the core.", (), _DECISION_S)
         self._clock_s = _histogram(
@@ -78,12 +78,12 @@ class Histograms(Collector):
         prompt_tokens: int | None,
         generated_tokens: int | None,
         joules: float | None,
-        kept: bool | None,
+        met: bool | None,
         operation: Operation | None = None,
     ) -> None:
         """A request ended. `model`: the first of its model's names. None: it has none of it, and nothing is counted.
 
-        `kept`: all its promises; None if it had none, or its client left.
+        `met`: all its SLOs; None if it had none, or its client disconnected.
         """
         about = (operation or "", PROVIDER, model)
         for histogram, seconds in ((self._request_s, e2e_s), (self._ttft_s, ttft_s), (self._tbt_s, tbt_s)):
@@ -95,14 +95,14 @@ class Histograms(Collector):
         if queue_s is not None:
             self._queue_s.labels(model).observe(queue_s)
         if joules is not None:
-            self._joules.labels(model, "no promise" if kept is None else "yes" if kept else "no").observe(joules)
+            self._joules.labels(model, "no SLO" if met is None else "yes" if met else "no").observe(joules)
 
     def decision(self, seconds: float) -> None:
         """The core took an event in and answered."""
         self._decision_s.observe(seconds)
 
     def clock_command(self, seconds: float) -> None:
-        """A clock command is on its way, so long after the event that it came of."""
+        """A clock command was sent, `seconds` after the event that it follows from."""
         self._clock_s.observe(seconds)
 
     def http(self, status: int) -> None:
@@ -118,5 +118,5 @@ class Histograms(Collector):
                 yield family
 
 
-def _histogram(name: str, words: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> Histogram:
-    return Histogram(name, words, labels, buckets=buckets, registry=None)
+def _histogram(name: str, help_text: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(name, help_text, labels, buckets=buckets, registry=None)

@@ -1,12 +1,24 @@
-"""Everything that metrics, dashboard and logs may know of a running gateway: frozen, made by the driver on demand."""
+"""Everything that metrics, dashboard and logs may show of a running gateway: frozen, made on demand from the core's
+snapshot, the backends and the SLO attainment.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from throttllem.core.snapshot import Counts, EngineView
-from throttllem.core.types import EngineSpec, Slo, Verdict
+import numpy as np
+
+from throttllem.core.external_load import Drift
+from throttllem.core.snapshot import Counts, EngineView, Snapshot
+from throttllem.core.types import EngineSpec, FrequencyPlan, Slo, Verdict
 from throttllem.engines.base import Report
+from throttllem.gateway.control.backend import Backend
+from throttllem.gateway.control.loop import ControlLoop
+from throttllem.gateway.control.models import Models
+from throttllem.gateway.control.slo_attainment import SloCounts
+from throttllem.gateway.energy.accounting import Energy
+from throttllem.gpu.device import Reading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,50 +31,13 @@ class Ahead:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drift:
-    """The scoreboard against what the engine said: engine minus scoreboard at the last report, and the mean of its
-    absolute value since the start. None: the engine never said.
-    """
-
-    batch: float | None = None
-    kv_blocks: float | None = None
-    mean_batch: float | None = None
-    mean_kv_blocks: float | None = None
-    corrections: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Energy:
-    """Joules of one engine's GPUs since the gateway started: requests' and idle; `top_j` what the same work would have
-    taken at the top clock, by the model, with the idle time left over (None: there is no model); `advised_j` likewise
-    at the clocks that were advised where none is set (None: none was). Savings are estimates for that reason.
-    """
-
-    total_j: float = 0.0
-    idle_j: float = 0.0
-    top_j: float | None = None
-    advised_j: float | None = None
-    watts: float = 0.0
-
-    @property
-    def saved(self) -> float | None:
-        """The fraction of `top_j` that was not taken, negative where it took more; None: nothing to compare."""
-        return 1.0 - self.total_j / self.top_j if self.top_j else None
-
-    @property
-    def would_save(self) -> float | None:
-        """The fraction of `total_j` that the advised clocks would not have taken; None: none were advised."""
-        return 1.0 - self.advised_j / self.total_j if self.advised_j is not None and self.total_j else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
     """One engine of the configuration. `view` None: the core does not know it now (down, or starting).
 
-    `state`: "up", "starting", "down" or "stalled"; `trouble` says why in words. `clock_mhz` None: unknown.
-    `kv_blocks` is the scoreboard's own estimate, `report` the engine's last word. `clocks` says how clocks are set
+    `state`: "up", "starting", "down" or "stalled"; `trouble` is the reason. `clock_mhz` None: unknown.
+    `kv_blocks` is the scoreboard's estimate, `report` the engine's last report. `clocks` is how clocks are set
     ("on", "dry-run", "off"; "simulated"), `advised_mhz` what would be set, `held` what keeps GPUs from following and
-    `unset` why clocks are only advised though they should be set.
+    `unset` why they are not set though they should be.
     """
 
     name: str
@@ -87,22 +62,6 @@ class EngineStatus:
     energy: Energy = field(default_factory=Energy)
     ahead: Ahead = field(default_factory=Ahead)
     decision: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SloCounts:
-    """Promises over requests that ended: how many had one, how many kept all of theirs, and by promise."""
-
-    promised: int = 0
-    kept: int = 0
-    e2e_missed: int = 0
-    tbt_missed: int = 0
-    ttft_missed: int = 0
-
-    @property
-    def attainment(self) -> float | None:
-        """The fraction that kept every promise; None while none was made."""
-        return self.kept / self.promised if self.promised else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +93,7 @@ class ModelStatus:
 
     @property
     def title(self) -> str:
-        """The first of its names; its first engine's where no engine has told one yet."""
+        """The first of its names; its first engine's where no engine has reported one yet."""
         return next(iter(self.names), self.engines[0].name if self.engines else "unknown")
 
 
@@ -152,3 +111,136 @@ class GatewayStatus:
     slo: Slo
     models: tuple[ModelStatus, ...]
     uncontrolled: int = 0
+
+
+_POINTS = 120
+
+
+def gateway_status(models: Models) -> GatewayStatus:
+    """Everything that may be shown now."""
+    return GatewayStatus(
+        version=models.version,
+        policy=models.policy,
+        phase="draining" if models.draining else "serving",
+        now_s=models.now() - models.started_s,
+        slo=models.slo,
+        models=tuple(_model_status(model.loop, model.all_names()) for model in models.served),
+        uncontrolled=models.uncontrolled,
+    )
+
+
+def _model_status(loop: ControlLoop, names: tuple[str, ...]) -> ModelStatus:
+    """One model: its queue, its engines, what the core decided."""
+    snapshot = loop.controller.snapshot()
+    return ModelStatus(
+        names=names,
+        queue=snapshot.queue,
+        head=snapshot.head,
+        counts=snapshot.counts,
+        engines=tuple(_engine_status(loop, backend, snapshot) for backend in loop.backends),
+        recent=loop.slo_attainment.recent(loop.now()),
+        ever=loop.slo_attainment.ever,
+        length=_length_status(snapshot),
+        prompt_tokens=loop.prompt_tokens,
+        generated_tokens=loop.generated_tokens,
+        estimated_prompts=sum(backend.estimated_prompts for backend in loop.backends),
+    )
+
+
+def decision(plan: FrequencyPlan | None) -> str:
+    """A plan as text."""
+    if plan is None:
+        return "no decision yet"
+    bound = f" (request {plan.binding})" if plan.binding is not None else ""
+    return f"{plan.mhz} MHz: {plan.why.value}{bound}"
+
+
+def assumptions(loop: ControlLoop, backend: Backend) -> tuple[str, ...]:
+    """What the core assumes for this engine that was not measured."""
+    notes = []
+    options = loop.controller.options
+    if backend.clock.mode == "off":
+        notes.append("clocks are left alone: [clocks] mode = 'off'")
+    elif backend.clock.mode == "dry-run":
+        notes.append("dry run: clocks are decided and shown, not set; [clocks] mode = 'on' sets them")
+    elif backend.clock.mode == "simulated" and backend.kind != "simulated":
+        notes.append(f"clock and watts are those of a simulated {backend.catalogue_gpu} with {backend.catalogue_model}")
+    if options.slo_aware and backend.tp not in options.tables:
+        notes.append(
+            "no performance table: GPUs stay at the maximum clock, and requests are admitted without checking SLOs "
+            "(throttllem profile, train, --tables)"
+        )
+    return tuple(notes)
+
+
+def _engine_status(loop: ControlLoop, backend: Backend, snapshot: Snapshot) -> EngineStatus:
+    view = next((view for view in snapshot.engines if view.engine == backend.key), None)
+    connected = backend.connected
+    energy, reading = backend.accounting.energy(), backend.accounting.reading()
+    notes = [*(connected.notes if connected else ()), *assumptions(loop, backend), *_clock_notes(reading)]
+    if backend.estimated_prompts:
+        notes.append(f"the tokens of {backend.estimated_prompts} prompts were estimated, not counted")
+    if view is not None and view.foreign > 0:
+        notes.append(f"{view.foreign} sequences in this engine are not ours: does another gateway or client use it?")
+    state, trouble = backend.health(loop.limits.silence_s)
+    return EngineStatus(
+        name=backend.name,
+        kind=backend.kind,
+        gpu=backend.catalogue_gpu,
+        model=backend.catalogue_model,
+        tp=backend.tp,
+        state=state,
+        trouble=trouble,
+        notes=tuple(notes),
+        spec=connected.spec if connected else None,
+        view=view,
+        clock_mhz=reading.clock_mhz,
+        clocks=backend.clock.mode,
+        advised_mhz=None if backend.clock.mode == "off" else reading.dry_run_mhz,
+        limit_mhz=reading.limit_mhz,
+        held=reading.held,
+        unset=reading.trouble,
+        kv_blocks=view.kv_blocks if view else 0,
+        report=backend.report,
+        drift=view.drift if view else Drift(),
+        energy=energy,
+        ahead=_ahead(loop, backend, view),
+        decision=decision(view.plan if view else None),
+    )
+
+
+def _clock_notes(reading: Reading) -> Iterator[str]:
+    """Why clocks are not as planned."""
+    if reading.trouble:
+        yield f"dry run, as clocks cannot be set: {reading.trouble}"
+    if reading.held:
+        yield f"clocks are held at {reading.limit_mhz} MHz: {reading.held}; planned with that"
+
+
+def _ahead(loop: ControlLoop, backend: Backend, view: EngineView | None) -> Ahead:
+    """The projection at the planned clock, thinned; empty where there is none, or no performance table."""
+    table = None if backend.accounting.at_maximum is None else backend.accounting.at_maximum.table
+    projection = None if backend.key is None else loop.controller.projection(backend.key)
+    if table is None or projection is None or view is None or not projection.horizon:
+        return Ahead()
+    passed = min(max(0, view.iteration - projection.first), projection.horizon - 1)
+    batch, kv = projection.batch[passed:], projection.kv_blocks[passed:]
+    plan = view.plan.mhz if view.plan else table.clocks_mhz[-1]
+    column = table.clocks_mhz.index(plan) if plan in table.clocks_mhz else -1
+    seconds = table.seconds[table.cells(batch, kv, projection.prefill_tokens[passed:]), column]
+    at_s = np.concatenate([[0.0], np.cumsum(seconds, dtype=np.float64)[:-1]])
+    picked = np.unique(np.linspace(0, batch.size - 1, min(_POINTS, batch.size)).astype(np.int64))
+    return Ahead(
+        at_s=tuple(at_s[picked].round(3).tolist()),
+        batch=tuple(batch[picked].tolist()),
+        kv_blocks=tuple(kv[picked].tolist()),
+    )
+
+
+def _length_status(snapshot: Snapshot) -> LengthStatus:
+    score = snapshot.lengths
+    if not score.seen:
+        return LengthStatus()
+    return LengthStatus(
+        seen=score.seen, exceeded=score.exceeded / score.seen, mean_error_tokens=score.error_tokens / score.seen
+    )

@@ -45,9 +45,9 @@ class Answer:
         try:
             async with engine.open(call) as reply:
                 if reply.status != 200:
-                    said = b"".join([chunk async for chunk in reply.chunks])[:200]
+                    said = (await reply.body())[:200]
                     raise EngineError(f"the engine refuses: {reply.status} {said.decode(errors='replace')}")
-                async for chunk in reply.chunks:
+                while chunk := await reply.read():
                     self.read(chunk, now())
                     heard()
         except EngineError as error:

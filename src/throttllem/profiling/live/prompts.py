@@ -47,7 +47,7 @@ class Prompts:
                 self._ids, self._extras = ids, extras
                 call, _ = await self.call(FIRST_ID, 1)
                 async with self._engine.open(call) as reply:
-                    body = b"".join([chunk async for chunk in reply.chunks])
+                    body = await reply.body()
                 if reply.status == 200:
                     return await self._settle()
                 refusal = f"{reply.status}: {body[:200].decode(errors='replace')}"
