@@ -8,7 +8,7 @@ WORKERS := $(shell expr $$(nproc) + 1)
 # Tests start hundreds of processes: each would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-slow test-real engines check bench fidelity lengths evaluation loop soak lock clean
+.PHONY: setup docs demo test test-slow test-slow-compute test-slow-timed test-real engines check bench fidelity lengths evaluation loop soak lock clean
 
 setup: $(STAMP)
 
@@ -24,13 +24,23 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(or $(WORKERS),auto)
 
-test-slow: $(STAMP)
+# Minutes of computing, which other work may slow down, and tests against the clock, which it may not.
+COMPUTE := tests/calibrate tests/fidelity tests/report tests/reproduce $(wildcard tests/test_*.py)
+COMPUTE := $(wildcard $(COMPUTE))
+
+test-slow: test-slow-compute test-slow-timed
+
+test-slow-compute: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto tests/core/test_controller_machine.py
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto -m slow $(COMPUTE)
+
+test-slow-timed: $(STAMP)
+	$(BIN)/python -m pytest -n auto -m slow $(addprefix --ignore=,$(COMPUTE)) tests
 
 # Real engines, pinned, each in an environment of its own: about 3 GB. ENGINES="vllm triton" names some only.
-engines: $(STAMP)
-	$(BIN)/python -m tools.engines $(ENGINES) --into .engines
+# It needs no virtual environment of the project: both can be made at once.
+engines:
+	$(PYTHON) -m tools.testbed.engines $(ENGINES) --into .engines
 
 test-real: $(STAMP)
 	$(BIN)/python -m pytest -m real tests/real
@@ -41,9 +51,14 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 
+# The documentation as a site in out/site: offline, and strict (a broken link is an error).
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(STAMP)
 	$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python -m bench.gateway
+	$(BIN)/python -m bench.request_path
 
 fidelity: $(STAMP)
 	$(BIN)/python -m tools.fidelity $(FIDELITY)
@@ -64,7 +79,7 @@ soak: $(STAMP)
 	$(BIN)/python -m tools.soak $(or $(SOAK),--schedules 10000)
 
 lock:
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra all --extra dev pyproject.toml -o requirements.lock
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra all --extra dev --extra docs pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf .venv out build src/*.egg-info

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from throttllem.config import BatchingOptions
-from throttllem.core.clocks.names import parse_policy
-from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions, parse_policy
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.options import ControllerOptions

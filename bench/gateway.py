@@ -10,11 +10,9 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from tools.evaluation import pacer
-from tools.evaluation.cost import LOADS, direct, make_tables, measure, others, paced
-from tools.evaluation.quiet import first
-from tools.evaluation.rounds import Round, added, median
-from tools.evaluation.section import Workshop
+from tools.evaluation.cost import LOADS, Round, added, make_tables, measure, median, paced
+from tools.testbed.cores import real_time
+from tools.testbed.report import Workspace
 
 ROUNDS, SECONDS = 2, 4.0
 
@@ -22,10 +20,10 @@ ROUNDS, SECONDS = 2, 4.0
 def main() -> None:
     """Measure and print a table."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    with tempfile.TemporaryDirectory() as name, paced() as (engine, pid), ExitStack() as stack:
-        workshop = Workshop(engines=Path("nowhere"), folder=Path(name), say=print)
-        standing = [direct(engine), *others(workshop, engine, pacer.MODEL, make_tables(workshop.folder, 5_000), stack)]
-        stack.enter_context(first([pid, *(one for proxy in standing for one in proxy.pids())]))
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        workspace = Workspace(engines=Path("nowhere"), folder=Path(name), report=print)
+        engine, standing = paced(workspace, make_tables(workspace.folder, 5_000), stack)
+        stack.enter_context(real_time(pid for proxy in standing for pid in proxy.pids()))
         for load in (LOADS[0], LOADS[2]):
             found = measure(standing, engine, load, ROUNDS, SECONDS, lambda _: None)
             print(f"first token through a proxy, {load.streams} streams: added to the direct way's")

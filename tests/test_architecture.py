@@ -102,12 +102,12 @@ def test_purity_rule_sees(tmp_path, text, fine):
 
 
 def test_folder_rule_sees(tmp_path):
-    for number in range(16):
+    for number in range(12):
         put(tmp_path, f"throttllem/core/part{number}.py", "")
     put(tmp_path, "throttllem/core/__init__.py", "")
     assert crowded_folders(tmp_path) == []
     put(tmp_path, "throttllem/core/one_more.py", "")
-    assert crowded_folders(tmp_path) == ["throttllem/core: 17 files"]
+    assert crowded_folders(tmp_path) == ["throttllem/core: 13 files"]
 
 
 def test_word_rule_sees(tmp_path):

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from prometheus_client import REGISTRY, generate_latest
 
-from throttllem.engines.prometheus import samples
+from throttllem.engines.capacity import samples
 from throttllem.engines.step_reports import unpack
 
 
@@ -111,7 +111,7 @@ def test_a_vllm_that_changed_is_said_once_and_never_raised(logger, listener, cap
     for _ in range(3):
         sender.record(SimpleNamespace(), iteration())
     assert received(listener) == []
-    assert [record.message for record in caplog.records if "not tell its steps" in record.message] != []
+    assert [record.message for record in caplog.records if "not report its steps" in record.message] != []
     assert len(caplog.records) == 1
     logger(SimpleNamespace()).log_engine_initialized()
     assert "capacities" in caplog.records[-1].message

@@ -1,8 +1,8 @@
-"""vLLM's side of exact progress: a stat logger that sends every engine step to the gateway.
+"""vLLM's side of exact progress: a stat logger plug-in that sends every engine step to the gateway.
 
 Runs inside vLLM's API server (plug-in group `vllm.stat_logger_plugins`), so it needs vLLM and the standard library
-only, and never raises into it. `THROTTLLEM_STATS` says where to: a Unix socket's path or HOST:PORT of loopback; the
-capacities that vLLM does not tell otherwise go to its own `/metrics` as `throttllem_engine_info`.
+only, and never raises into it. `THROTTLLEM_STATS` is the address: a Unix socket's path or HOST:PORT of loopback; the
+capacities that vLLM does not report otherwise go to its own `/metrics` as `throttllem_engine_info`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
             logger.warning("throttllem: no steps are sent: %s", error)
 
     def _open(self, text: str) -> None:
-        # Steps of several engines or API servers behind one address are parts, which nobody can put together.
+        # Steps of several engines or API servers behind one address are parts that cannot be put together.
         if not text or self._index:
             return
         family, self._address = parse_address(text)
@@ -58,15 +58,15 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
             datagram = self._stats(scheduler_stats, iteration_stats).pack()
             self._socket.sendto(datagram, self._address)
         except OSError:
-            # Nobody listens, or too slowly: the next sequence number shows the gap.
+            # No listener, or a slow one: the next sequence number shows the gap.
             pass
         except Exception:
-            logger.exception("throttllem: this vLLM does not tell its steps as expected; none is sent any more")
+            logger.exception("throttllem: this vLLM does not report its steps as expected: no more are sent")
             self.close()
 
     def _stats(self, scheduler: Any, iteration: Any) -> StepStats:
         usage, details = float(scheduler.kv_cache_usage), scheduler.iteration_details
-        # A step without tokens computed part of a prompt, or nothing at all (it only freed what was aborted).
+        # A step without tokens computed part of a prompt, or nothing (it only freed the blocks of aborted requests).
         computed = details is not None or iteration is not None or usage > self._usage
         step = self._step if computed else None
         self._sequence, self._step, self._usage = self._sequence + 1, self._step + computed, usage
@@ -87,7 +87,7 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
         )
 
     def close(self) -> None:
-        """Send nothing any more."""
+        """Stop sending."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -95,11 +95,11 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
     def log_engine_initialized(self) -> None:
         """The engine is up: its capacities are known now."""
         try:
-            self._tell_capacities()
+            self._publish_capacities()
         except Exception:
-            logger.exception("throttllem: this vLLM does not tell its capacities as expected")
+            logger.exception("throttllem: this vLLM does not report its capacities as expected")
 
-    def _tell_capacities(self) -> None:
+    def _publish_capacities(self) -> None:
         if self._index or INFO in REGISTRY._names_to_collectors:
             return
         scheduler = self._config.scheduler_config
@@ -111,6 +111,6 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
             "engines": str(self._config.parallel_config.data_parallel_size),
             "api_servers": str(self._config.parallel_config._api_process_count),
         }
-        Gauge(INFO, "What the gateway must know of this engine", list(labels), multiprocess_mode="mostrecent").labels(
+        Gauge(INFO, "Capacities of this engine, for the gateway", list(labels), multiprocess_mode="mostrecent").labels(
             **labels
         ).set(1)

@@ -1,4 +1,4 @@
-"""A GPU that nobody knows: the A100's constants moved at random, and measurements of it with scatter."""
+"""An unknown GPU: the A100's constants moved at random, and measurements of it with scatter."""
 
 from __future__ import annotations
 

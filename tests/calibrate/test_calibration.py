@@ -47,7 +47,7 @@ def test_determined_constants_come_back_within_their_uncertainty(found, known):
     assert max(off) < 3.5
 
 
-def test_what_the_profile_cannot_tell_is_kept(known):
+def test_constants_that_the_profile_does_not_determine_are_those_of_like(known):
     alone = [point for point in measure(known[0], sizes=(1,)) if not point.prefill_tokens]
     _, found = fit_points(alone, LIKE, MODEL, FILE)
     moved = {one.constant.path for one in found.constants}
@@ -85,7 +85,7 @@ def test_the_scatter_is_learnt_and_sets_the_uncertainty(known):
 
 
 def test_a_knee_is_known_no_better_than_the_clocks_around_it():
-    """The watts of this GPU bend at 1,313 MHz, between 1,155 and 1,410: no row says where."""
+    """The watts of this GPU bend at 1,313 MHz, between 1,155 and 1,410: no row shows where."""
     gpu, moved = changed_gpu(6)
     _, found = fit_points(measure(gpu), LIKE, MODEL, FILE)
     (knee,) = (one for one in found.constants if one.constant.path == "power.knee_mhz")

@@ -42,7 +42,7 @@ def test_every_shipped_gpu_comes_back_as_it_was(tmp_path):
         assert found == gpu.model_copy(update={"name": "mine", "time_basis": covered, "power_basis": covered})
 
 
-def test_the_comment_says_where_a_constant_comes_from():
+def test_the_comment_names_the_origin_of_a_constant():
     lines = {line.split(" = ")[0]: line for line in written().splitlines() if " = " in line}
     assert lines["host_s"].split() == ["host_s", "=", "0.0023457", "#", "fitted,", "+-", "3.1%"]
     assert lines["gemm_norm"].endswith(

@@ -39,7 +39,7 @@ def test_one_wild_measurement_does_not_pull_a_robust_fit() -> None:
     assert fit(GPU, [HOST], wild).gpu.time.host_s > 4.5e-3
 
 
-def test_a_law_that_breaks_is_said_to_break() -> None:
+def test_a_law_without_a_finite_result_is_an_error() -> None:
     with pytest.raises(ValueError, match="no finite time or power"):
         fit(GPU, [HOST], lambda _: np.array([np.nan]))
 

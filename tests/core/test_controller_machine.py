@@ -116,7 +116,7 @@ class ControllerMachine(RuleBasedStateMachine):
         """A client that is gone already, or was never here, is not spoken of; others may come in at any event."""
         world = self.world
         if request_id not in world.waiting and request_id not in world.on:
-            commands = world.tell(Cancelled(request_id=request_id))
+            commands = world.send(Cancelled(request_id=request_id))
             assert request_id not in [getattr(command, "request_id", None) for command in commands]
 
     # ---- engines ---------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ class ControllerMachine(RuleBasedStateMachine):
     @rule(engine=st.integers(0, 3), request_id=st.integers(0, 20), tokens=st.integers(-2, 60))
     def progressed(self, engine, request_id, tokens):
         """Whether it is so or not, of a request that is there or not."""
-        self.world.tell(Progressed(engine=engine, request_id=request_id, tokens=tokens))
+        self.world.send(Progressed(engine=engine, request_id=request_id, tokens=tokens))
 
     @rule(
         engine=st.integers(0, 3),
@@ -168,7 +168,7 @@ class ControllerMachine(RuleBasedStateMachine):
         kv_blocks=st.none() | st.integers(0, 50),
     )
     def observed(self, engine, running, waiting, kv_blocks):
-        self.world.tell(Observed(engine=engine, running=running, waiting=waiting, kv_blocks=kv_blocks))
+        self.world.send(Observed(engine=engine, running=running, waiting=waiting, kv_blocks=kv_blocks))
 
     # ---- clocks and time -------------------------------------------------------------------------------------
 

@@ -50,50 +50,50 @@ class Twins(Controller):
         return self.pair[0].projection(engine)
 
 
-def play(told, kind, size, width):
+def play(live, kind, size, width):
     """One thing happens."""
     match kind:
         case "wait":
-            told.advance(size / 10)
-        case "cancel" if size in told.on or size in told.waiting:
-            told.cancel(size)
+            live.advance(size / 10)
+        case "cancel" if size in live.on or size in live.waiting:
+            live.cancel(size)
         case "progress":
-            told.tell(Progressed(engine=0, request_id=size, tokens=width))
+            live.send(Progressed(engine=0, request_id=size, tokens=width))
         case "observe":
-            told.tell(Observed(engine=0, running=width, waiting=0, kv_blocks=size))
+            live.send(Observed(engine=0, running=width, waiting=0, kv_blocks=size))
         case _:
-            play_more(told, kind, size, width)
+            play_more(live, kind, size, width)
 
 
-def play_more(told, kind, size, width):
+def play_more(live, kind, size, width):
     match kind:
         case "arrive":
-            key = len(told.requests)
+            key = len(live.requests)
             promises = Slo(e2e_s=size / 5, tbt_s=0.05 if size % 2 else None, ttft_s=1.0 if size % 3 else None)
-            asked = {"arrival_s": told.now_s, "max_tokens": 40, "slo": promises, "sequences": width}
-            told.arrive(request(key, size, 1 + size // width, **asked))
+            asked = {"arrival_s": live.now_s, "max_tokens": 40, "slo": promises, "sequences": width}
+            live.arrive(request(key, size, 1 + size // width, **asked))
         case "step":
-            for key in [key for key, up in told.up.items() if up.in_progress] * size:
-                if key in told.up and told.up[key].in_progress:
-                    told.advance(0.02)
-                    told.end_iteration(key)
-        case "clock" if told.switches:
-            key, plan = told.switches.pop(0)
-            told.read_clock(key, plan.mhz if size % 4 else None)
-        case "lose" if size == 30 and told.up:
-            told.lose(min(told.up))
+            for key in [key for key, up in live.up.items() if up.in_progress] * size:
+                if key in live.up and live.up[key].in_progress:
+                    live.advance(0.02)
+                    live.end_iteration(key)
+        case "clock" if live.switches:
+            key, plan = live.switches.pop(0)
+            live.read_clock(key, plan.mhz if size % 4 else None)
+        case "lose" if size == 30 and live.up:
+            live.lose(min(live.up))
 
 
 @settings(deadline=None)
 @given(moves, st.integers(0, 60), st.sampled_from(OPTIONS))
 def test_a_copy_goes_on_with_the_same_commands(story, when, made):
-    told = world(made())
+    live = world(made())
     for index, (kind, size, width) in enumerate(story):
         if index == when % len(story):
-            told.controller = Twins(told.controller, pickle.loads(pickle.dumps(told.controller)))
-        play(told, kind, size, width)
-    told.run_out(SIZES.get)
-    assert told.ended.keys() == told.requests.keys()
+            live.controller = Twins(live.controller, pickle.loads(pickle.dumps(live.controller)))
+        play(live, kind, size, width)
+    live.run_out(SIZES.get)
+    assert live.ended.keys() == live.requests.keys()
 
 
 def test_nothing_in_the_options_stands_in_the_way():

@@ -3,20 +3,20 @@
 import math
 
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from core.effort import lines_executed
-from core.toy import request, row
-from throttllem.core.external_load import Own
-from throttllem.core.scoreboard import Scoreboard
-from throttllem.core.sequence_state import SequenceState
+from core.toy import request, sequence
+from throttllem.core.external_load import OwnLoad
+from throttllem.core.scoreboard import GrowingBlocks, Scoreboard, SequenceState
 from throttllem.core.types import Slo
 
 
 def test_a_row_waits_begins_and_leaves():
     board = Scoreboard(4)
-    board.dispatch(row(7, 10, 5))
+    board.dispatch(sequence(7, 10, 5))
     assert (len(board), 7 in board, list(board.pending), list(board.running)) == (1, True, [7], [])
     board.begin(7, 3, 1.5)
     assert (board.start.tolist(), board.tokens_at_start.tolist(), board.end.tolist()) == ([3], [10], [8])
@@ -30,32 +30,32 @@ def test_a_row_waits_begins_and_leaves():
 def test_the_last_row_moves_into_a_gap():
     board = Scoreboard(4)
     for key in range(4):
-        board.dispatch(row(key, 10 + key, 5))
+        board.dispatch(sequence(key, 10 + key, 5))
         board.begin(key, key, 0.0)
     board.remove(1)
     assert board.tokens_at_start.tolist() == [10, 13, 12]
-    assert [board.row_at(slot).request.id for slot in range(3)] == [0, 3, 2]
+    assert [board.at(slot).request.id for slot in range(3)] == [0, 3, 2]
     board.remove(2)
-    assert [board.row_at(slot).request.id for slot in range(2)] == [0, 3]
-    assert board.row_at(1).slot == 1
+    assert [board.at(slot).request.id for slot in range(2)] == [0, 3]
+    assert board.at(1).slot == 1
 
 
 def test_the_deadline_is_the_tighter_of_e2e_and_mean_time_between_tokens():
-    slow = row(1, 4, 11, slo=Slo(e2e_s=30.0, tbt_s=0.5), arrival_s=2.0)
-    assert slow.deadline_s() == 32.0
+    slow = sequence(1, 4, 11, slo=Slo(e2e_s=30.0, tbt_s=0.5), arrival_s=2.0)
+    assert slow.limits().deadline_s == 32.0
     slow.first_token_s = 3.0
     # Ten gaps of half a second after the first token at 3 s.
-    assert slow.deadline_s() == 8.0
+    assert slow.limits().deadline_s == 8.0
     slow.lost = True
-    assert (slow.deadline_s(), slow.tbt_s) == (math.inf, math.inf)
-    assert row(2, 4, 11).deadline_s() == math.inf
+    assert (slow.limits().deadline_s, slow.limits().tbt_s) == (math.inf, math.inf)
+    assert sequence(2, 4, 11).limits().deadline_s == math.inf
 
 
 def test_the_tightest_time_between_tokens_is_of_rows_that_are_not_lost():
     board = Scoreboard(4)
     assert board.tightest_tbt_s() == math.inf
     for key, tbt_s in enumerate((0.3, 0.2, 0.1)):
-        board.dispatch(row(key, 4, 9, slo=Slo(tbt_s=tbt_s)))
+        board.dispatch(sequence(key, 4, 9, slo=Slo(tbt_s=tbt_s)))
     board.begin(1, 0, 0.0)
     assert board.tightest_tbt_s() == 0.1
     board.mark_lost(board.pending[2])
@@ -70,8 +70,8 @@ def test_the_tightest_time_between_tokens_is_of_rows_that_are_not_lost():
 
 def test_reservations_follow_max_tokens_and_outlive_a_preemption():
     board = Scoreboard(4)
-    board.dispatch(row(1, 5, 3, max_tokens=8))
-    board.dispatch(row(2, 1, 1))
+    board.dispatch(sequence(1, 5, 3, max_tokens=8))
+    board.dispatch(sequence(2, 1, 1))
     # ceil(13 / 4) + ceil(2 / 4)
     assert board.reserved_blocks == 4 + 1
     board.begin(1, 0, 0.0)
@@ -84,7 +84,7 @@ def test_reservations_follow_max_tokens_and_outlive_a_preemption():
 def test_preemption_puts_the_row_in_front_with_its_tokens_in_the_prompt():
     board = Scoreboard(4)
     for key in range(3):
-        board.dispatch(row(key, 10, 8))
+        board.dispatch(sequence(key, 10, 8))
     board.begin(0, 2, 0.5)
     board.begin(1, 2, 0.5)
     board.preempt(1, 5)
@@ -102,8 +102,8 @@ def test_preemption_puts_the_row_in_front_with_its_tokens_in_the_prompt():
 
 def test_an_outgrown_prediction_becomes_max_tokens():
     board = Scoreboard(4)
-    board.dispatch(row(1, 4, 9, max_tokens=20))
-    board.dispatch(row(2, 4, 5, max_tokens=6, slo=Slo(tbt_s=1.0)))
+    board.dispatch(sequence(1, 4, 9, max_tokens=20))
+    board.dispatch(sequence(2, 4, 5, max_tokens=6, slo=Slo(tbt_s=1.0)))
     board.begin(1, 0, 0.0)
     board.begin(2, 0, 0.0)
     assert board.outgrown(4) == []
@@ -122,7 +122,7 @@ def test_an_outgrown_prediction_becomes_max_tokens():
 def test_rows_that_left_or_came_back_do_not_outgrow_what_they_were():
     board = Scoreboard(4)
     for key in range(3):
-        board.dispatch(row(key, 4, 5, max_tokens=9))
+        board.dispatch(sequence(key, 4, 5, max_tokens=9))
         board.begin(key, 0, 0.0)
     board.remove(0)
     board.preempt(1, 2)
@@ -134,7 +134,7 @@ def test_rows_that_left_or_came_back_do_not_outgrow_what_they_were():
 
 def test_a_correction_moves_start_and_end():
     board = Scoreboard(4)
-    board.dispatch(row(1, 10, 8))
+    board.dispatch(sequence(1, 10, 8))
     board.begin(1, 0, 0.0)
     # Iterations 0 to 5 should have given six tokens; it has four.
     board.correct(1, 4, 5, 1.0)
@@ -148,7 +148,7 @@ def test_a_correction_moves_start_and_end():
 
 def test_a_correction_lets_a_waiting_row_begin():
     board = Scoreboard(4)
-    board.dispatch(row(1, 10, 8))
+    board.dispatch(sequence(1, 10, 8))
     board.correct(1, 3, 7, 1.5)
     held = board.running[1]
     assert (held.generated_tokens(7), held.first_token_s, board.end.tolist()) == (3, 1.5, [13])
@@ -162,7 +162,7 @@ def test_a_correction_lets_a_waiting_row_begin():
 
 def test_corrections_do_not_pile_up():
     board = Scoreboard(4)
-    board.dispatch(row(1, 10, 100_000))
+    board.dispatch(sequence(1, 10, 100_000))
     board.begin(1, 0, 0.0)
     for iteration in range(2000):
         board.correct(1, 1 + iteration // 2, iteration, 1.0)
@@ -174,7 +174,7 @@ def test_nothing_is_touched_while_no_prediction_fails():
     def lines(rows):
         board = Scoreboard(4)
         for key in range(rows):
-            board.dispatch(row(key, 4, 50))
+            board.dispatch(sequence(key, 4, 50))
             board.begin(key, 0, 0.0)
         return lines_executed(lambda: board.outgrown(20))
 
@@ -198,7 +198,7 @@ class Columns(RuleBasedStateMachine):
     )
     def dispatch(self, prompt, answer, tbt, sequences):
         key = len(self.rows)
-        self.rows[key] = row(key, prompt, answer, max_tokens=12, slo=Slo(tbt_s=tbt), sequences=sequences)
+        self.rows[key] = sequence(key, prompt, answer, max_tokens=12, slo=Slo(tbt_s=tbt), sequences=sequences)
         self.board.dispatch(self.rows[key])
 
     @precondition(lambda self: self.board.pending)
@@ -245,27 +245,27 @@ class Columns(RuleBasedStateMachine):
     @invariant()
     def columns_say_what_rows_say(self):
         board = self.board
-        seen = [board.row_at(slot) for slot in range(len(board.running))]
+        seen = [board.at(slot) for slot in range(len(board.running))]
         assert {r.request.id: r for r in seen} == board.running
         assert [r.slot for r in seen] == list(range(len(seen)))
         assert board.start.tolist() == [r.start for r in seen]
         assert board.tokens_at_start.tolist() == [r.request.prompt_tokens + r.done_tokens for r in seen]
         assert board.end.tolist() == [r.start + r.remaining_tokens for r in seen]
-        assert board.deadline_s.tolist() == [r.deadline_s() for r in seen]
+        assert board.deadline_s.tolist() == [r.limits().deadline_s for r in seen]
         here = [self.rows[key] for key in self.here()]
         assert board.lost_requests == sum(r.lost for r in here)
         assert board.reserved_blocks == sum(-(-(r.request.prompt_tokens + 12) // 4) * r.sequences for r in here)
         assert board.widths.tolist() == [r.sequences for r in seen]
         assert board.multi_sequence == sum(r.sequences > 1 for r in here)
-        assert board.sequences == sum(r.sequences for r in here)
+        assert board.running_sequences + board.pending_sequences == sum(r.sequences for r in here)
         waiting = board.pending.values()
-        assert board.own(self.iteration + 5) == Own(
+        assert board.own(self.iteration + 5) == OwnLoad(
             running=sum(r.sequences for r in seen),
             kv_blocks=sum(-(-(r.prefill_tokens + self.iteration + 5 - r.start) // 4) * r.sequences for r in seen),
             pending=sum(r.sequences for r in waiting),
             pending_blocks=sum(-(-r.prefill_tokens // 4) * r.sequences for r in waiting),
         )
-        assert board.tightest_tbt_s() == min((r.tbt_s for r in here), default=math.inf)
+        assert board.tightest_tbt_s() == min((r.limits().tbt_s for r in here), default=math.inf)
         assert all(r.start is None and r.slot == -1 for r in board.pending.values())
 
 
@@ -280,3 +280,44 @@ def test_a_mean_is_not_spread_over_tokens_that_inflation_added():
     assert board.deadline_s.tolist() == [1.0 + 8 * 0.25]
     assert [r.output_tokens for r in board.outgrown(13)] == [64]
     assert board.deadline_s.tolist() == [1.0 + 63 * 0.25]
+
+
+@pytest.mark.parametrize(
+    ("renewed", "answer"),
+    [(None, 20), (math.nan, 20), (math.inf, 20), (12.3, 13), (99.0, 20), (1.0, 6), (5.0, 6)],
+)
+def test_what_a_renewed_prediction_may_be(renewed, answer):
+    board = Scoreboard(4)
+    board.dispatch(sequence(1, 4, 5, max_tokens=20))
+    board.begin(1, 0, 0.0)
+    assert [found.output_tokens for found in board.outgrown(5, lambda request, generated: renewed)] == [answer]
+
+
+def test_beyond_max_tokens_nobody_is_asked():
+    board = Scoreboard(4)
+    board.dispatch(sequence(1, 4, 5, max_tokens=5))
+    board.begin(1, 0, 0.0)
+
+    def renew(request, generated):
+        raise AssertionError("it knows no better than the engine")
+
+    assert [found.output_tokens for found in board.outgrown(5, renew)] == [6]
+
+
+# ---- growing blocks ----------------------------------------------------------------------------------------
+
+
+held = st.lists(st.tuples(st.integers(1, 200), st.integers(-300, 300), st.integers(1, 4)), max_size=8)
+
+
+@given(held, held, st.integers(1, 40), st.integers(0, 500))
+def test_equals_the_sum_over_rows(stay, leave, block, later):
+    growing = GrowingBlocks(block)
+    for one in [*stay, *leave]:
+        growing.add(*one)
+    for one in leave:
+        growing.remove(*one)
+    iteration = 300 + later
+    expected = sum(-(-(tokens + iteration - start) // block) * width for tokens, start, width in stay)
+    assert growing.at(iteration) == expected
+    assert growing.sequences == sum(width for _, _, width in stay)

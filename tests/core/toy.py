@@ -95,16 +95,30 @@ def table(spec: EngineSpec, *, kv_step: int = 4, prefill_step: int = 16, **hull_
     )
 
 
-def request(request_id: int, prompt: int, answer: int, **changes) -> Request:
-    """A request whose max_tokens is its answer, with no promise, arrived at 0."""
-    whole = {"arrival_s": 0.0, "max_tokens": answer, "slo": Slo(), "output_tokens": answer} | changes
+def flat_table(ticks) -> PerformanceTable:
+    """A table of one cell: one number of 1/1024 s for each clock, whatever runs."""
+    one = np.zeros(40, dtype=np.int32)
+    return PerformanceTable(
+        clocks_mhz=CLOCKS_MHZ,
+        batch_bin=one,
+        kv_bin=one,
+        prefill_bin=one,
+        seconds=np.array([ticks], dtype=np.float32) / 1024,
+        watts=np.full((1, len(CLOCKS_MHZ)), 100, dtype=np.float32),
+        hull=hull(SPEC),
+    )
+
+
+def request(request_id: int, prompt: int, output: int, **changes) -> Request:
+    """A request whose max_tokens is its output, without SLOs, arrived at 0."""
+    whole = {"arrival_s": 0.0, "max_tokens": output, "slo": Slo(), "output_tokens": output} | changes
     return Request(id=request_id, prompt_tokens=prompt, **whole)
 
 
-def row(request_id: int, prompt: int, answer: int, *, earliest: int = 0, **changes) -> SequenceState:
-    """The row of such a request, predicted exactly."""
-    asked = request(request_id, prompt, answer, **changes)
-    return SequenceState(request=asked, predicted_tokens=answer, output_tokens=answer, earliest=earliest)
+def sequence(request_id: int, prompt: int, output: int, *, earliest: int = 0, **changes) -> SequenceState:
+    """Such a request, predicted exactly."""
+    made = request(request_id, prompt, output, **changes)
+    return SequenceState(request=made, predicted_tokens=output, output_tokens=output, earliest=earliest)
 
 
 def handle(controller: Controller, event: Event, now_s: float) -> list[Command]:

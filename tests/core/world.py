@@ -53,7 +53,7 @@ class Up:
 
 
 class World:
-    """Events go in by `tell`; requests are in `waiting` (in order), `on` (dispatched) or `ended`."""
+    """Events go in by `send`; requests are in `waiting` (in order), `on` (dispatched) or `ended`."""
 
     def __init__(self, options: ControllerOptions) -> None:
         self.options = options
@@ -75,7 +75,7 @@ class World:
 
     # ---- what happens ----------------------------------------------------------------------------------------
 
-    def tell(self, event):
+    def send(self, event):
         """One event, and the timer that is due at once after it; the commands of both."""
         commands = self.handle(event)
         deadline_s = self.controller.next_deadline()
@@ -96,19 +96,19 @@ class World:
     def arrive(self, request: Request):
         self.requests[request.id] = request
         self.waiting.append(request.id)
-        return self.tell(Arrived(request=request))
+        return self.send(Arrived(request=request))
 
     def ready(self, key: int, spec: EngineSpec):
         self.starting.pop(key, None)
         self.keys = max(self.keys, key + 1)
         batcher = Batcher(spec)
         self.up[key] = Up(spec=spec, batcher=batcher, lanes=Lanes(batcher), asked_mhz=spec.clocks_mhz[-1])
-        return self.tell(EngineReady(engine=key, spec=spec))
+        return self.send(EngineReady(engine=key, spec=spec))
 
     def lose(self, key: int):
         self.starting.pop(key, None)
         self.up.pop(key, None)
-        commands = self.tell(EngineLost(engine=key))
+        commands = self.send(EngineLost(engine=key))
         assert key not in self.on.values(), "what ran on a lost engine has ended"
         return commands
 
@@ -117,10 +117,10 @@ class World:
         if key in self.up:
             self.up[key].unknown = mhz is None
             self.up[key].read_mhz = mhz
-        return self.tell(ClockRead(engine=key, mhz=mhz))
+        return self.send(ClockRead(engine=key, mhz=mhz))
 
     def cancel(self, request_id: int):
-        commands = self.tell(Cancelled(request_id=request_id))
+        commands = self.send(Cancelled(request_id=request_id))
         assert request_id in self.ended
         return commands
 
@@ -136,7 +136,7 @@ class World:
         for request_id in ended:
             self.end(request_id, "finished")
             del self.on[request_id]
-        return self.tell(
+        return self.send(
             Stepped(engine=key, iteration=iteration, started=started, finished=finished, preempted=preempted)
         )
 
@@ -149,7 +149,7 @@ class World:
                 self.now_s = until_s
                 return
             self.now_s = max(self.now_s, due_s)
-            self.tell(Timer())
+            self.send(Timer())
             due_s = self.controller.next_deadline()
             assert due_s is None or due_s > self.now_s, "a timer that has fired must not be due again"
         raise AssertionError("timers without end")
@@ -265,6 +265,7 @@ class World:
             assert view.plan is not None and view.plan.why in {
                 Reason.UNKNOWN_STATE,
                 Reason.OUTSIDE_HULL,
+                Reason.NO_TABLE,
                 Reason.LOST_RUNNING,
             }
 

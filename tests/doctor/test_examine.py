@@ -161,7 +161,7 @@ def test_a_torn_journal(findings, keeper):
     keeper.holds(0, mhz=900).ok("release")
     keeper.copies[0].write_bytes(b"0000 x")
     (line,) = (line for line in findings()[0] if line.startswith("-- journal: "))
-    assert "is ignored" in line
+    assert "is not used" in line
 
 
 def test_a_gpu_that_is_allowed_and_not_here(findings, keeper, machine, keepers):

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from throttllem.engines.base import Call, EngineError, LiveEngine, ParsedRequest
+from throttllem.engines.base import Call, EngineError, LiveEngine
+from throttllem.openai_api.requests import CHAT, COMPLETIONS, parse_request
 
 WORDS = "Tell me about the river behind the old mill, and do not stop before the sea."
 _JSON = (("content-type", "application/json"),)
@@ -39,27 +40,24 @@ class Subject:
         """A controlled call as the gateway makes it."""
         body = {"model": await self.model(), "max_tokens": max_tokens, "stream": stream, **more}
         body |= {"messages": [{"role": "user", "content": WORDS}]} if chat else {"prompt": WORDS}
-        ask = ParsedRequest(
-            path="/v1/chat/completions" if chat else "/v1/completions",
-            model=body["model"],
-            body=body,
-            prompts=() if chat else (WORDS,),
-            messages=chat,
-            max_tokens=max_tokens,
-            stream=stream,
-        )
-        count = await self.engine.count(ask)
+        request = parse_request(CHAT if chat else COMPLETIONS, json.dumps(body).encode())
+        count = await self.engine.count(request)
         self.next_id += 1
         return Call(
             method="POST",
-            path=ask.path,
+            path=request.path,
             headers=_JSON,
-            body=json.dumps(body).encode(),
+            body=request.body,
             request_id=self.next_id,
-            ask=ask,
+            request=request,
             prompt_tokens=count.tokens,
             max_tokens=max_tokens,
         )
+
+    async def count(self, prompt):
+        """Tokens of a completion's prompt."""
+        body = {"model": await self.model(), "prompt": prompt}
+        return await self.engine.count(parse_request(COMPLETIONS, json.dumps(body).encode()))
 
     async def whole(self, call):
         """Status and all bytes of a reply."""
@@ -81,7 +79,7 @@ def text_of(event):
     return choice.get("text") or (choice.get("delta") or {}).get("content") or ""
 
 
-async def connect_says_a_sane_spec(it):
+async def connect_returns_a_sane_spec(it):
     connected = await it.engine.connect()
     spec = connected.spec
     assert connected.models and all(connected.models)
@@ -93,20 +91,14 @@ async def connect_says_a_sane_spec(it):
 
 
 async def a_text_is_counted(it):
-    short = await it.engine.count((await it.call()).ask)
-    body = {"model": await it.model(), "prompt": WORDS * 10}
-    long = await it.engine.count(
-        ParsedRequest(path="/v1/completions", model=body["model"], body=body, prompts=(WORDS * 10,))
-    )
+    short, long = await it.count(WORDS), await it.count(WORDS * 10)
     assert 1 <= short.tokens <= len(WORDS) < long.tokens * 4
     assert 5 * short.tokens < long.tokens <= 11 * short.tokens
     assert short.by
 
 
 async def token_ids_count_themselves(it):
-    ids = tuple(range(5, 28))
-    body = {"model": await it.model(), "prompt": list(ids)}
-    count = await it.engine.count(ParsedRequest(path="/v1/completions", model=body["model"], body=body, prompts=(ids,)))
+    count = await it.count(list(range(5, 28)))
     assert (count.tokens, count.exact) == (23, True)
 
 
@@ -119,7 +111,7 @@ async def a_stream_ends_in_done(it):
     assert [event["choices"][0]["finish_reason"] for event in events[:-1] if event["choices"]][-1] in {"stop", "length"}
 
 
-async def a_stream_is_told_to_be_one(it):
+async def a_stream_has_the_content_type_of_one(it):
     async with it.engine.open(await it.call(max_tokens=2)) as reply:
         headers = dict(reply.headers)
         assert headers["content-type"].startswith("text/event-stream")
@@ -127,7 +119,7 @@ async def a_stream_is_told_to_be_one(it):
         assert (await reply.body()).endswith(b"\n\n")
 
 
-async def usage_comes_if_asked_for(it):
+async def usage_comes_if_requested(it):
     call = await it.call(max_tokens=4, stream_options={"include_usage": True})
     events = events_of((await it.whole(call))[1])
     (usage,) = [event["usage"] for event in events[:-1] if event.get("usage") and not event["choices"]]
@@ -161,7 +153,7 @@ async def two_at_once_are_served(it):
         assert events_of(data)[-1] == "[DONE]"
 
 
-async def leaving_early_frees_the_place(it):
+async def leaving_early_frees_the_engine(it):
     reports = []
     watching = asyncio.ensure_future(it.engine.watch(reports.append))
     try:
@@ -193,13 +185,13 @@ async def a_malformed_body_is_answered(it):
             assert 400 <= status < 500, (path, body, data)
 
 
-async def watching_tells_while_something_runs(it):
-    reports, told = [], asyncio.Event()
-    watching = asyncio.ensure_future(it.engine.watch(lambda report: (reports.append(report), told.set())))
+async def reports_come_while_something_runs(it):
+    reports, reported = [], asyncio.Event()
+    watching = asyncio.ensure_future(it.engine.watch(lambda report: (reports.append(report), reported.set())))
     connected = await it.engine.connect()
     await it.whole(await it.call(max_tokens=20))
     if connected.exact:
-        await asyncio.wait_for(told.wait(), 5)
+        await asyncio.wait_for(reported.wait(), 5)
         assert all(report.step is not None for report in reports if report.started is not None)
         assert any(report.step is not None for report in reports)
     if connected.named:
@@ -209,7 +201,7 @@ async def watching_tells_while_something_runs(it):
     await ended(watching)
 
 
-async def a_dead_engine_says_so(it):
+async def a_dead_engine_fails_every_call(it):
     call = await it.call()
     watching = asyncio.ensure_future(it.engine.watch(lambda report: None))
     await asyncio.sleep(0)
@@ -225,7 +217,7 @@ async def a_dead_engine_says_so(it):
         await asyncio.wait_for(watching, 30)
 
 
-async def an_engine_that_dies_breaks_its_streams_off(it):
+async def a_dying_engine_breaks_its_streams_off(it):
     with pytest.raises(EngineError):
         async with it.engine.open(await it.call(max_tokens=1000, ignore_eos=True)) as reply:
             await reply.read()
@@ -242,21 +234,21 @@ async def ended(task):
 
 
 CHECKS = (
-    connect_says_a_sane_spec,
+    connect_returns_a_sane_spec,
     a_text_is_counted,
     token_ids_count_themselves,
     a_stream_ends_in_done,
-    a_stream_is_told_to_be_one,
-    usage_comes_if_asked_for,
+    a_stream_has_the_content_type_of_one,
+    usage_comes_if_requested,
     an_answer_in_one_piece_has_its_usage,
     a_chat_is_answered,
     two_at_once_are_served,
-    leaving_early_frees_the_place,
+    leaving_early_frees_the_engine,
     an_unknown_path_is_answered,
     a_malformed_body_is_answered,
-    watching_tells_while_something_runs,
-    a_dead_engine_says_so,
-    an_engine_that_dies_breaks_its_streams_off,
+    reports_come_while_something_runs,
+    a_dead_engine_fails_every_call,
+    a_dying_engine_breaks_its_streams_off,
 )
 """The last two end the engine."""
 

@@ -53,7 +53,7 @@ def engine(*, seconds=0.001, seed=(1,), gpu=None, name="toy", **more):
 
 
 def call(path="/v1/completions", *, method="POST", raw=None, request_id=None, **body):
-    data = json.dumps(body).encode() if raw is None else raw
+    data = json.dumps({"model": "toy", **body}).encode() if raw is None else raw
     return Call(method=method, path=path, headers=(), body=data, request_id=request_id)
 
 

@@ -1,7 +1,13 @@
-import pytest
+import math
 
-from tests.engines.vllm_peer import CARD, VllmPeer, connected
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+from tests.engines.vllm_peer import SPEC, VllmPeer, connected
 from throttllem.engines.base import EngineError
+from throttllem.engines.capacity import samples, total
 
 NO_STEPS = "progress is counted from streams and /metrics: set engines.stats and install the plug-in in vLLM"
 
@@ -11,7 +17,9 @@ def test_capacities_are_the_engines():
     peer.info = {"engines": 1, "servers": 1, "stats": ""}
     found = connected(peer)
     spec = found.spec
-    assert (spec.gpu, spec.model, spec.tp, spec.clocks_mhz, spec.idle_w) == tuple(CARD.values())
+    same = ("gpu", "model", "tp", "clocks_mhz", "idle_w")
+    assert [getattr(spec, name) for name in same] == [getattr(SPEC, name) for name in same]
+    assert spec.startup_s == 0  # it runs already
     # One block is vLLM's own.
     assert (spec.kv_blocks, spec.block_tokens, spec.max_batch, spec.prefill_budget_tokens) == (4095, 128, 64, 2048)
     assert (spec.max_context_tokens, spec.chunked, spec.no_evict) == (4096, True, False)
@@ -41,8 +49,8 @@ def test_the_configuration_caps_what_the_engine_tells():
     found = connected(peer, max_batch=8, kv_blocks=9999, max_context_tokens=4096, block_tokens=7)
     assert (found.spec.max_batch, found.spec.kv_blocks, found.spec.block_tokens) == (8, 4095, 128)
     assert found.notes[:2] == (
-        "max_batch = 8 of the configuration is taken as a cap: the engine says 64",
-        "kv_blocks = 9999 of the configuration is not used: the engine says 4095",
+        "max_batch = 8 of the configuration is taken as a cap: the engine reports 64",
+        "kv_blocks = 9999 of the configuration is not used: the engine reports 4095",
     )
 
 
@@ -52,7 +60,7 @@ def test_several_engines_behind_one_address():
     peer.info = {"engines": 2, "servers": 1, "stats": "127.0.0.1:1"}
     found = connected(peer, stats="127.0.0.1:1")
     assert (found.spec.kv_blocks, found.spec.max_batch) == (2 * 4095, 128)
-    assert "steps of 2 engines and 1 API servers are no whole: run one of each" in found.notes
+    assert "stats: steps of 2 engines and 1 API servers cannot be put together: run one of each" in found.notes
 
 
 def test_tokens_that_take_blocks_of_several_kinds():
@@ -82,7 +90,7 @@ def test_the_key_goes_with_every_question():
 
 @pytest.mark.parametrize(
     ("broken", "words"),
-    [({"health": 503}, "not well"), ({"models": []}, "names no model"), ({"models": [{"id": 5}]}, "names no model")],
+    [({"health": 503}, "not healthy"), ({"models": []}, "names no model"), ({"models": [{"id": 5}]}, "names no model")],
 )
 def test_an_engine_that_is_not_well(broken, words):
     peer = VllmPeer()
@@ -90,3 +98,52 @@ def test_an_engine_that_is_not_well(broken, words):
         setattr(peer, name, value)
     with pytest.raises(EngineError, match=words):
         connected(peer)
+
+
+# ---- pages of metrics --------------------------------------------------------------------------------------------
+
+PAGE = b"""# HELP vllm:num_requests_running Number of requests, vllm:num_requests_running 7
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="a,b}\\"\\\\ {"} 3.0
+vllm:num_requests_running{engine="1",model_name="x"} 2.0 1712345678000
+vllm:num_requests_running_by{engine="0"} 9.0
+up 1
+bare\t+Inf
+odd{a="1" 4.0
+odd{} x
+odd{ a = "1" , } 5 # {trace="z"} 1.0
+"""
+
+
+def test_only_samples_of_exactly_this_name():
+    found = samples(PAGE, "vllm:num_requests_running")
+    assert [(sample.labels["engine"], sample.value) for sample in found] == [("0", 3.0), ("1", 2.0)]
+    assert found[0].labels["model_name"] == 'a,b}"\\ {'
+    assert total(PAGE, "vllm:num_requests_running") == 5.0
+
+
+def test_lines_that_are_no_samples_are_passed_over():
+    assert [(sample.labels, sample.value) for sample in samples(PAGE, "odd")] == [({"a": "1"}, 5.0)]
+    assert total(PAGE, "up") == 1.0
+    assert total(PAGE, "bare") == math.inf
+
+
+@pytest.mark.parametrize("name", ["running", "vllm", "down", "nothing"])
+def test_absent_is_none(name):
+    assert total(PAGE, name) is None
+    assert total(b"", name) is None
+
+
+@given(value=st.text(), other=st.text(), number=st.floats(allow_nan=False))
+def test_reads_what_the_client_library_writes(value, other, number):
+    registry = CollectorRegistry()
+    gauge = Gauge("things", "x", ["one", "two"], registry=registry)
+    gauge.labels(value, other).set(number)
+    page = generate_latest(registry)
+    labels, read = next((sample.labels, sample.value) for sample in samples(page, "things"))
+    assert (labels, read) == ({"one": value, "two": other}, number)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_raise(noise):
+    samples(b"x" + noise + b'\nx{a="' + noise, "x")

@@ -7,10 +7,11 @@ import trustme
 from aiohttp import web
 
 from tests.engines.upstreams import call, eventually, raw, served, whole
-from throttllem.engines.base import EngineError, ParsedRequest
+from throttllem.engines.base import EngineError
 from throttllem.engines.http import Upstream, passed_on, requested
+from throttllem.openai_api.requests import COMPLETIONS, parse_request
 
-ASK = ParsedRequest(path="/v1/completions", model="m", body={}, prompts=("a",))
+REQUEST = parse_request(COMPLETIONS, b'{"model": "m", "prompt": "a"}')
 
 
 def exchange(answer, one, **options):
@@ -88,7 +89,7 @@ def test_a_controlled_reply_is_not_compressed():
     assert b"accept-encoding: gzip" in head.lower()
     assert body == zipped
     assert ("content-encoding", "gzip") in reply.headers
-    *_, head, _ = exchange(OK, call(headers=headers, ask=ASK))
+    *_, head, _ = exchange(OK, call(headers=headers, request=REQUEST))
     assert b"accept-encoding: identity" in head.lower()
 
 

@@ -41,7 +41,7 @@ def test_garbage_and_broken_replies_are_502(sent):
     assert fails(answer).status == 502
 
 
-def test_nobody_there_is_502():
+def test_an_unreachable_engine_is_502():
     async def run():
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
@@ -49,7 +49,7 @@ def test_nobody_there_is_502():
             with pytest.raises(EngineError, match=r"127\.0\.0\.1.* cannot be reached") as raised:
                 await whole(upstream, call())
             await upstream.close()
-            return raised.value.status, raised.value.told
+            return raised.value.status, raised.value.message
 
     assert asyncio.run(run()) == (502, "the engine cannot be reached")
 

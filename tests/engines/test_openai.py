@@ -9,8 +9,9 @@ from aiohttp import web
 
 from tests.engines.upstreams import call, eventually
 from tests.engines.vllm_peer import VllmPeer, connected, engine_of
-from throttllem.engines.base import EngineError, ParsedRequest
+from throttllem.engines.base import EngineError
 from throttllem.engines.step_reports import StepStats
+from throttllem.openai_api.requests import COMPLETIONS, ParsedRequest
 
 
 @asynccontextmanager
@@ -66,7 +67,7 @@ def test_steps_of_the_plugin_and_scrapes_while_it_is_silent(tmp_path):
     ("info", "words"),
     [(None, "is not installed"), ({"engines": 1, "servers": 1, "stats": "127.0.0.1:9"}, "sends to '127.0.0.1:9'")],
 )
-def test_a_plugin_that_is_not_there_is_said(tmp_path, info, words):
+def test_a_missing_plugin_is_noted(tmp_path, info, words):
     peer = VllmPeer()
     peer.info = info
     notes = connected(peer, stats=str(tmp_path / "steps")).notes
@@ -74,7 +75,7 @@ def test_a_plugin_that_is_not_there_is_said(tmp_path, info, words):
     assert f"THROTTLLEM_STATS={tmp_path / 'steps'}" in notes[-1]
 
 
-def test_a_second_gateway_on_the_engine_is_said(tmp_path):
+def test_a_second_gateway_on_the_engine_is_noted(tmp_path):
     address = str(tmp_path / "steps")
     peer = VllmPeer()
     peer.info = {"engines": 1, "servers": 1, "stats": address}
@@ -105,12 +106,12 @@ def gone(change, **options):
     return asyncio.run(run())
 
 
-def test_an_engine_that_started_anew_is_another():
-    assert "started anew" in gone(lambda peer: setattr(peer, "started", 200.0))
+def test_a_restarted_engine_is_gone():
+    assert "restarted" in gone(lambda peer: setattr(peer, "started", 200.0))
 
 
 def test_an_engine_whose_metrics_fail_is_gone():
-    assert "no longer tells" in gone(lambda peer: setattr(peer, "metrics", False))
+    assert "no longer report" in gone(lambda peer: setattr(peer, "metrics", False))
 
 
 def test_one_failed_scrape_is_forgiven():
@@ -129,7 +130,7 @@ def test_one_failed_scrape_is_forgiven():
     asyncio.run(run())
 
 
-def test_kin_without_metrics_are_watched_for_life():
+def test_an_engine_without_metrics_is_checked_for_life():
     async def run():
         peer = VllmPeer()
         peer.metrics = False
@@ -159,25 +160,25 @@ def test_bytes_go_on_and_come_back_unchanged():
     asyncio.run(run())
 
 
-def test_a_look_at_it_changes_nothing_of_how_prompts_are_counted():
+def test_a_health_check_changes_nothing_of_how_prompts_are_counted():
     async def run():
         peer = VllmPeer()
-        ask = ParsedRequest(path="/v1/completions", model="tiny", body={}, prompts=("a b c",))
+        request = ParsedRequest(path=COMPLETIONS, model="tiny", fields={}, body=b"", prompts=("a b c",))
         async with engine_of(peer) as engine:
             await engine.connect()
-            await engine.count(ask)
+            await engine.count(request)
             asked = len(peer.asked)
             peer.tokenize = False
             await engine.well()
             peer.tokenize = True
-            found = [await engine.count(ask), await engine.count(replace(ask, prompts=("a b c d",)))]
+            found = [await engine.count(request), await engine.count(replace(request, prompts=("a b c d",)))]
             return [(count.tokens, count.exact) for count in found], len(peer.asked) - asked
 
     assert asyncio.run(run()) == ([(3, True), (4, True)], 1)
 
 
 @pytest.mark.parametrize(("health", "well"), [(200, True), (404, True), (500, False), (503, False)])
-def test_it_is_well_unless_it_says_that_it_is_not(health, well):
+def test_it_is_healthy_unless_it_answers_otherwise(health, well):
     async def run():
         peer = VllmPeer()
         async with engine_of(peer) as engine:
@@ -185,14 +186,14 @@ def test_it_is_well_unless_it_says_that_it_is_not(health, well):
             try:
                 await engine.well()
             except EngineError as error:
-                assert (error.status, error.nobody_there) == (503, False)
+                assert (error.status, error.unreachable) == (503, False)
                 return False
             return True
 
     assert asyncio.run(run()) == well
 
 
-def test_a_refused_connection_says_that_nobody_is_there():
+def test_a_refused_connection_is_unreachable():
     async def run():
         peer = VllmPeer()
         async with engine_of(peer) as engine:
@@ -200,6 +201,6 @@ def test_a_refused_connection_says_that_nobody_is_there():
         with pytest.raises(EngineError) as found:
             await engine.well()
         await engine.close()
-        return found.value.nobody_there
+        return found.value.unreachable
 
     assert asyncio.run(run()) is True

@@ -1,28 +1,37 @@
 import asyncio
+import sys
 
 import pytest
 
 from tests.engines.vllm_peer import VllmPeer, connected, engine_of
-from throttllem.engines.base import EngineError, ParsedRequest
+from throttllem.engines.base import EngineError
+from throttllem.engines.tokens import TokenizerFile
+from throttllem.openai_api.requests import CHAT, COMPLETIONS, ParsedRequest
 
 
-def counted(peer, *asks, **options):
+def counted(peer, *requests, **options):
     async def run():
         async with engine_of(peer, **options) as engine:
             await engine.connect()
             peer.asked.clear()
-            return [await engine.count(ask) for ask in asks]
+            return [await engine.count(request) for request in requests]
 
     return [(count.tokens, count.by, count.exact) for count in asyncio.run(run())]
 
 
-def ask(*prompts, **body):
-    return ParsedRequest(path="/v1/completions", model="tiny", body=body, prompts=prompts)
+def completion(*prompts, **fields):
+    return ParsedRequest(path=COMPLETIONS, model="tiny", fields=fields, body=b"", prompts=prompts)
 
 
-def test_the_engine_counts_and_is_asked_once():
+def chat_of(fields):
+    return ParsedRequest(path=CHAT, model="tiny", fields=fields, body=b"", chat=True)
+
+
+def test_the_engine_counts_each_prompt_once():
     peer = VllmPeer()
-    assert counted(peer, ask("a b c"), ask("a b c"), ask("a b c", "d"), ask((1, 2, 3, 4, 5))) == [
+    assert counted(
+        peer, completion("a b c"), completion("a b c"), completion("a b c", "d"), completion((1, 2, 3, 4, 5))
+    ) == [
         (3, "the engine", True),
         (3, "the engine", True),
         (2, "the engine", True),
@@ -34,14 +43,14 @@ def test_the_engine_counts_and_is_asked_once():
 def test_a_chat_is_counted_with_what_shapes_its_prompt():
     peer = VllmPeer()
     body = {"messages": [{"role": "user", "content": "a b"}], "tools": [], "temperature": 1, "add_special_tokens": True}
-    chat = ParsedRequest(path="/v1/chat/completions", model="tiny", body=body, messages=True)
+    chat = chat_of(body)
     assert counted(peer, chat) == [(2, "the engine", True)]
     (asked,) = peer.asked
     assert asked == {"model": "tiny"} | {name: body[name] for name in ("messages", "tools", "add_special_tokens")}
 
 
-def test_what_the_engine_would_refuse_is_estimated_and_goes_on():
-    assert counted(VllmPeer(), ask("refused")) == [(2, "an estimate of 4 bytes per token", False)]
+def test_what_the_engine_would_refuse_is_estimated():
+    assert counted(VllmPeer(), completion("refused")) == [(2, "an estimate of 4 bytes per token", False)]
 
 
 def make_tokenizer(path):
@@ -53,36 +62,81 @@ def make_tokenizer(path):
     return path
 
 
-def test_a_tokenizer_file_that_agrees_saves_the_question(tmp_path):
+def test_a_tokenizer_file_that_agrees_saves_the_request(tmp_path):
     peer = VllmPeer()
     path = make_tokenizer(tmp_path / "tokenizer.json")
-    assert counted(peer, ask("a b c"), ask("word " * 10_000), tokenizer=path) == [
+    assert counted(peer, completion("a b c"), completion("word " * 10_000), tokenizer=path) == [
         (3, str(path), True),
         (10_000, str(path), True),
     ]
     assert peer.asked == []
 
 
-def test_a_tokenizer_file_that_counts_otherwise_is_not_believed(tmp_path):
+def test_a_tokenizer_file_that_counts_otherwise_is_not_used(tmp_path):
     from tokenizers import Tokenizer, models  # noqa: PLC0415
 
     path = tmp_path / "tokenizer.json"
     Tokenizer(models.WordLevel({"x": 0}, unk_token="x")).save(str(path))
     peer = VllmPeer()
-    assert counted(peer, ask("a b c"), tokenizer=path) == [(3, "the engine", True)]
+    assert counted(peer, completion("a b c"), tokenizer=path) == [(3, "the engine", True)]
     assert [note for note in connected(peer, tokenizer=path).notes if "does not count as the engine does" in note]
 
 
-def test_kin_count_by_the_file(tmp_path):
+def test_engines_without_tokenize_count_by_the_file(tmp_path):
     peer = VllmPeer()
     peer.tokenize = False
     path = make_tokenizer(tmp_path / "tokenizer.json")
     parts = [{"type": "text", "text": "c d"}, {"type": "image_url", "image_url": {}}]
     messages = [{"role": "user", "content": "a b"}, {"role": "user", "content": parts}, {"role": "x", "content": None}]
-    chat = ParsedRequest(path="/v1/chat/completions", model="tiny", body={"messages": messages}, messages=True)
-    assert counted(peer, ask("a b c"), chat, tokenizer=path) == [(3, str(path), True), (4, str(path), False)]
+    chat = chat_of({"messages": messages})
+    assert counted(peer, completion("a b c"), chat, tokenizer=path) == [(3, str(path), True), (4, str(path), False)]
 
 
-def test_a_file_that_is_no_tokenizer_is_said(tmp_path):
+def test_a_missing_tokenizer_is_an_error(tmp_path):
     with pytest.raises(EngineError, match=r"no such file"):
         connected(VllmPeer(), tokenizer=tmp_path / "absent.json")
+
+
+# ---- a tokenizer.json --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A tokenizer.json whose tokens are words, with one token set before each text."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+    model = tokenizers.models.WordLevel({"[UNK]": 0, "[BOS]": 1, "a": 2}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[BOS] $A", special_tokens=[("[BOS]", 1)]
+    )
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def test_a_tokenizer_counts(words):
+    tokenizer = TokenizerFile(words)
+    asyncio.run(tokenizer.load())
+    assert tokenizer.exact
+    assert (tokenizer.tokens("a b c"), tokenizer.tokens("a b c", special=False)) == (4, 3)
+    assert tokenizer.tokens("", special=False) == 1
+
+
+def test_without_one_four_bytes_are_a_token():
+    tokenizer = TokenizerFile(None)
+    asyncio.run(tokenizer.load())
+    assert not tokenizer.exact
+    assert [tokenizer.tokens(text) for text in ("", "abcd", "abcde", "éé\ud800")] == [1, 1, 2, 2]
+
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path, monkeypatch):
+    with pytest.raises(EngineError, match="no such file"):
+        asyncio.run(TokenizerFile(tmp_path / "tokenizer.json").load())
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    with pytest.raises(EngineError, match=r"broken\.json: not a tokenizer\.json"):
+        asyncio.run(TokenizerFile(broken).load())
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(EngineError, match=r"pip install throttllem\[tokenizers\]"):
+        asyncio.run(TokenizerFile(broken).load())

@@ -1,4 +1,4 @@
-"""An HTTP server that says what a Triton said, and a TritonEngine over it."""
+"""An HTTP server that answers as a Triton did, and a TritonEngine over it."""
 
 import asyncio
 import json
@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Call
+from throttllem.engines.base import Call, RemoteOptions
 from throttllem.engines.triton.engine import TritonEngine
+from throttllem.openai_api.requests import CHAT, COMPLETIONS
 
 SPEC = EngineSpec(
     gpu="a100-40gb-sxm",
@@ -37,7 +38,6 @@ nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="free",model="tensorrt_llm
 nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max",model="tensorrt_llm",version="1"} 6239
 nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max",model="another",version="1"} 1
 """
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 CONFIG = {
     "max_batch_size": 32,
     "input": [{"name": name} for name in ("text_input", "max_tokens", "stream", "stop_words", "top_k", "random_seed")],
@@ -50,9 +50,9 @@ def event(**fields):
 
 
 class Peer:
-    """An HTTP server that says what a Triton said: its answer to `generate_stream` is `script`.
+    """An HTTP server that answers as a Triton did, to `generate_stream` with `script`.
 
-    A float in the script is a pause, None breaks off the connection. What it was asked is kept.
+    A float in the script is a pause, None breaks off the connection. Requests are recorded in `asked`.
     """
 
     def __init__(self):
@@ -99,7 +99,7 @@ async def triton(**options):
     app = web.Application()
     app.router.add_post("/v2/models/{model}/{generate:generate|generate_stream}", peer.generate)
     app.router.add_route("*", "/{rest:.*}", peer.facts)
-    # The handler of a client that is gone is cancelled, so that its going is seen.
+    # The handler of a client that disconnects is cancelled, which sets `gone`.
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -107,7 +107,7 @@ async def triton(**options):
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     if options.pop("measured", False):
         options["metrics_url"] = f"{url}/metrics"
-    engine = TritonEngine(url, SPEC, poll_s=0.005, **options)
+    engine = TritonEngine(RemoteOptions(url=url, kind="triton", scrape_s=0.005, **options), SPEC)
     try:
         yield peer, engine
     finally:
@@ -117,6 +117,8 @@ async def triton(**options):
 
 def call(path, body, **fields):
     headers = (("content-type", "application/json"), ("x-slo-e2e-ms", "5"), ("x-request-id", "r1"))
+    if path in (COMPLETIONS, CHAT) and isinstance(body, dict):
+        body = {"model": "m", **body}
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return Call(method="POST", path=path, headers=headers, body=data, **fields)
 
@@ -127,7 +129,7 @@ async def answer(engine, *asked, **fields):
 
 
 async def one(path, body, *, script=None, status=200, **options):
-    """Status, bytes, and what Triton was asked, of one request to a connected engine."""
+    """Status, bytes, and the bodies that Triton received, of one request to a connected engine."""
     async with triton(**options) as (peer, engine):
         await engine.connect()
         peer.script, peer.status = script or peer.script, status

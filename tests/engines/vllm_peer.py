@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from tests.engines.upstreams import served
+from throttllem.core.types import EngineSpec
+from throttllem.engines.base import RemoteOptions
 from throttllem.engines.openai import OpenaiEngine
 
 INFO = (
@@ -78,14 +80,29 @@ class VllmPeer:
         }
 
 
-CARD = {"gpu": "a100-40gb-sxm", "model": "llama-3-8b", "tp": 2, "clocks_mhz": (210, 1410), "idle_w": 50.0}
+SPEC = EngineSpec(
+    gpu="a100-40gb-sxm",
+    model="llama-3-8b",
+    tp=2,
+    kv_blocks=1,
+    block_tokens=1,
+    max_batch=1,
+    max_context_tokens=1,
+    prefill_budget_tokens=1,
+    chunked=False,
+    no_evict=True,
+    clocks_mhz=(210, 1410),
+    idle_w=50.0,
+    startup_s=30.0,
+)
+"""The catalogue's engine, of which no capacity may be taken."""
 
 
 @asynccontextmanager
 async def engine_of(peer, routes=None, **options):
     """An OpenaiEngine on a peer that answers these routes besides."""
     async with served(peer.routes() | (routes or {})) as url:
-        engine = OpenaiEngine(url=url, scrape_s=0.01, **CARD | options)
+        engine = OpenaiEngine(RemoteOptions(url=url, kind="openai", **{"scrape_s": 0.01} | options), SPEC)
         try:
             yield engine
         finally:
@@ -93,7 +110,7 @@ async def engine_of(peer, routes=None, **options):
 
 
 def connected(peer, **options):
-    """What `connect` says of a peer."""
+    """What `connect` returns for a peer."""
 
     async def run():
         async with engine_of(peer, **options) as engine:

@@ -1,11 +1,12 @@
-"""Honest stand-ins for the HTTP side's tests: models that place a request at once in front of a real HTTP engine.
+"""Fakes of the control side for tests of the HTTP side: models that place a request at once, a real HTTP engine.
 
-They refuse what they are told to refuse, write down what happened, and raise on what they do not know.
+They reject what they are set to reject, keep what happened, and raise at what they do not know.
 """
 
 import asyncio
 import contextlib
 import json
+import time
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -17,10 +18,10 @@ from throttllem.core.types import Slo
 from throttllem.engines.base import PromptCount
 from throttllem.engines.http import Upstream
 from throttllem.gateway.control.models import Health
-from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.control.session import Receipt
 from throttllem.gateway.http.app import build_app, build_private_app
 from throttllem.gateway.http.server import run
+from throttllem.openai_api.errors import ApiError
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Live:
 
     upstream: Upstream
 
-    async def count(self, ask):
+    async def count(self, request):
         return PromptCount(tokens=3, by="fake", exact=True)
 
     def open(self, call):
@@ -37,29 +38,28 @@ class Live:
 
 
 @dataclass(eq=False)
-class Ticket:
-    """Ends exactly once: "finished", "cancelled" or "refused"."""
+class Session:
+    """Ends exactly once: "finished", "cancelled" or "rejected"."""
 
     models: "Models"
-    ask: object
     slo: Slo
     caller: str
     streams: bool
     counted: int = 0
     finished: int | None = None
     ends: list = field(default_factory=list)
-    failure: RejectedError | None = None
+    failure: ApiError | None = None
 
     async def __aenter__(self):
         self.task = asyncio.current_task()
-        if self.models.refuse is not None:
-            self.ends.append("refused")
-            raise self.models.refuse
+        if self.models.reject is not None:
+            self.ends.append("rejected")
+            raise self.models.reject
         return self
 
     async def __aexit__(self, kind, error, trace):
         if not self.ends:
-            self.ends.append("refused" if self.failure else "cancelled")
+            self.ends.append("rejected" if self.failure else "cancelled")
         if self.failure is not None and isinstance(error, asyncio.CancelledError):
             self.task.uncancel()
             raise self.failure from None
@@ -91,15 +91,23 @@ class Ticket:
 
 @dataclass
 class Models:
-    """`ticket.Models` over one engine that is called "tiny". While `open` is not set, requests wait for a place."""
+    """`models.Models` over one engine that is called "tiny". While `open` is not set, requests wait for a place."""
 
     engine: Live
-    refuse: RejectedError | None = None
+    reject: ApiError | None = None
     state: str = "up"
-    tickets: list = field(default_factory=list)
+    sessions: list = field(default_factory=list)
     open: asyncio.Event = field(default_factory=asyncio.Event)
     broken: bool = False
     most: int | None = 8
+    served: tuple = ()
+    version: str = "1"
+    policy: str = "triton"
+    slo: Slo = Slo()
+    now: object = time.monotonic
+    started_s: float = 0.0
+    draining: bool = False
+    uncontrolled: int = 0
 
     def names(self):
         return ("tiny", "org/other")
@@ -108,16 +116,16 @@ class Models:
         if self.broken:
             raise KeyError("a secret of the inside")
         if name not in self.names():
-            raise RejectedError(404, f"no model {name!r}", kind="invalid_request_error", code="model_not_found")
+            raise ApiError(404, f"no model {name!r}", kind="invalid_request_error", code="model_not_found")
 
-    async def count(self, ask):
-        self._known(ask.model)
-        return await self.engine.count(ask)
+    async def count(self, parsed):
+        self._known(parsed.model)
+        return await self.engine.count(parsed)
 
-    def session(self, ask, count, slo, caller):
-        ticket = Ticket(models=self, ask=ask, slo=slo, caller=caller, streams=ask.stream)
-        self.tickets.append(ticket)
-        return ticket
+    def session(self, parsed, count, slo):
+        session = Session(models=self, slo=slo, caller=parsed.caller, streams=parsed.stream)
+        self.sessions.append(session)
+        return session
 
     def uncontrolled_engine(self, model):
         self._known("tiny" if model is None else model)
@@ -133,8 +141,8 @@ class Models:
 
 
 @dataclass
-class House:
-    """A running gateway: `url` of the API, `private` of the metrics port, and everything behind."""
+class Running:
+    """A running gateway: `url` of the API, `private` of the metrics port, and everything behind them."""
 
     url: str
     private: str | None
@@ -156,16 +164,16 @@ class House:
             return response.status, response.headers, await response.read()
 
     @property
-    def ticket(self):
-        """The only ticket, which must have ended exactly once."""
-        (ticket,) = self.models.tickets
-        assert len(ticket.ends) == 1
-        return ticket
+    def session(self):
+        """The only session, which must have ended exactly once."""
+        (session,) = self.models.sessions
+        assert len(session.ends) == 1
+        return session
 
 
 @contextlib.asynccontextmanager
-async def house(*, server=None, limits=None, extra_routes=(), **options):
-    """A gateway on loopback in front of a real HTTP engine, torn down without a trace."""
+async def running(*, server=None, limits=None, extra_routes=(), **options):
+    """A gateway on loopback in front of a real HTTP engine; nothing is left of it at the end."""
     engine = Engine()
     listening = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
@@ -184,7 +192,7 @@ async def house(*, server=None, limits=None, extra_routes=(), **options):
         if serving.done():
             await serving
         urls = [f"http://{host}:{port}" for host, port in listening.result()]
-        yield House(
+        yield Running(
             url=urls[0],
             private=urls[1] if len(urls) > 1 else None,
             models=models,

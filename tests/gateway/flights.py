@@ -1,4 +1,4 @@
-"""Recorded flights: a world of toy engines whose controller is recorded, and random histories of it."""
+"""Flight records of a world of toy engines, whose controller is recorded, and random histories of it."""
 
 from __future__ import annotations
 
@@ -34,19 +34,27 @@ OPTIONS = ControllerOptions(
 
 
 class Recorded:
-    """A controller whose every call is recorded."""
+    """A controller whose every call is recorded, `batch` calls at a time."""
 
-    def __init__(self, controller, recorder):
+    def __init__(self, controller, recorder, batch):
         self.controller = controller
         self.recorder = recorder
+        self.batch = batch
+        self.calls = []
 
     def __getattr__(self, name):
         return getattr(self.controller, name)
 
     def handle(self, event, now_s):
         commands = self.controller.handle(event, now_s)
-        self.recorder.record(now_s, event, commands)
+        self.calls.append((now_s, event, commands))
+        if len(self.calls) >= self.batch:
+            self.flush()
         return commands
+
+    def flush(self):
+        calls, self.calls = self.calls, []
+        self.recorder.record(calls)
 
 
 def recorder_of(folder, controller, **changes):
@@ -57,17 +65,17 @@ def recorder_of(folder, controller, **changes):
     return recorder
 
 
-def recorded_world(folder, options=OPTIONS, **changes):
+def recorded_world(folder, options=OPTIONS, *, batch=1, **changes):
     """A world whose recorder has been started."""
     world = World(options)
     recorder = recorder_of(folder, world.controller, **changes)
     recorder.start()
-    world.controller = Recorded(world.controller, recorder)
+    world.controller = Recorded(world.controller, recorder, batch)
     return world, recorder
 
 
 def history(seed):
-    """What happens, one letter each, with two numbers for it; often time enough at the end for answers to finish."""
+    """What happens, one letter each, with two numbers for it; often with time at the end for outputs to finish."""
     dice = random.Random(seed)
     weights = [dice.random() ** 2 for _ in DEEDS]
     deeds = dice.choices(DEEDS, weights, k=dice.randrange(50))
@@ -77,11 +85,11 @@ def history(seed):
 
 DEEDS = "aaiiiooprtlcuu"
 deeds = st.builds(history, st.integers(0, 2**32))
-"""Short lists that shrink well hardly ever get a request to its end; these do."""
+"""Lists that Hypothesis builds and shrinks itself hardly ever bring a request to its end; these do."""
 
 
 def fly(world, some):
-    """Let a history happen; what is impossible just then does not."""
+    """Let a history happen, except what is impossible at its time."""
     world.ready(world.keys, SPECS[1])
     for deed, one, two in some:
         _happen(world, deed, one, two)
@@ -117,10 +125,10 @@ def _happen(world, deed, one, two):
                 if key in world.up and world.up[key].in_progress:
                     world.end_iteration(key)
         case "o" if up:
-            world.tell(Observed(engine=key, running=one % 5, waiting=two % 3, kv_blocks=(None, two)[one % 2]))
+            world.send(Observed(engine=key, running=one % 5, waiting=two % 3, kv_blocks=(None, two)[one % 2]))
         case "p" if world.on:
             request_id = sorted(world.on)[one % len(world.on)]
-            world.tell(Progressed(engine=world.on[request_id], request_id=request_id, tokens=1 + two))
+            world.send(Progressed(engine=world.on[request_id], request_id=request_id, tokens=1 + two))
         case "r" if up:
             world.read_clock(key, (None, *CLOCKS_MHZ)[two % 6])
         case "t":

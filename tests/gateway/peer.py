@@ -10,12 +10,12 @@ from tests.engines.vllm_peer import VllmPeer
 from tests.gateway.upstream import Engine
 from throttllem.gateway.run import run_gateway
 from throttllem.option_sources import load_options
-from tools.evaluation.fault_client import Client
-from tools.evaluation.garbage_engine import CHUNK
+from tools.testbed.client import Client
+from tools.testbed.engines.garbage_engine import CHUNK
 
 
 class Peer(VllmPeer):
-    """Comes and goes on one port. While `held` is clear its streams stand still; they end as `tokens` events did."""
+    """Can be stopped and started again on one port. While `held` is clear, its outputs stand still."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ class Whole:
     gateway: object
     stop: asyncio.Event
     serving: asyncio.Task
-    said: list = field(default_factory=list)
+    messages: list = field(default_factory=list)
 
     @property
     def loop(self):
@@ -106,10 +106,10 @@ class Whole:
         return self.loop.backends[0]
 
     def held(self):
-        """Everything that must be nothing when nobody asks."""
+        """Open requests, queue, requests in the core's engines, requests in flight: all 0 without requests."""
         snapshot = self.loop.controller.snapshot()
-        rows = sum(view.running + view.pending for view in snapshot.engines)
-        return len(self.loop.open()), snapshot.queue, rows, self.backend.in_flight
+        placed = sum(view.running + view.pending for view in snapshot.engines)
+        return len(self.loop.open()), snapshot.queue, placed, self.backend.in_flight
 
     async def up(self):
         await until(lambda: self.backend.state == "up")
@@ -138,12 +138,12 @@ async def whole(folder, *settings, url=None, model="tiny", adjust=lambda gateway
     prepared = run_gateway(options, folder / "cache")
     adjust(prepared.gateway)
     host, port = prepared.sockets.addresses()[0]
-    stop, said = asyncio.Event(), []
+    stop, messages = asyncio.Event(), []
     async with Client(f"http://{host}:{port}", model if url else "llama-3-8b") as client:
-        serving = asyncio.create_task(prepared.serving(said.append, stop))
+        serving = asyncio.create_task(prepared.serving(messages.append, stop))
         try:
-            await until(lambda: said or serving.done())
-            yield Whole(client=client, gateway=prepared.gateway, stop=stop, serving=serving, said=said)
+            await until(lambda: messages or serving.done())
+            yield Whole(client=client, gateway=prepared.gateway, stop=stop, serving=serving, messages=messages)
         finally:
             stop.set()
             await asyncio.wait_for(serving, 10)
@@ -168,13 +168,14 @@ def with_peer(check, folder, *settings, **options):
     return asyncio.run(main())
 
 
-def asks(there, count, tokens):
-    """Streams and others in turn."""
+def stream_and_whole(there, count, tokens):
+    """Requests under way, streamed and not in turn."""
     return [asyncio.create_task(there.client.ask(tokens=tokens, stream=n % 2 > 0, hang_s=10)) for n in range(count)]
 
 
-async def told(asked):
-    answers = await asyncio.gather(*asked)
-    for answer in answers:
+async def answers(requests):
+    """Their answers, each checked."""
+    found = await asyncio.gather(*requests)
+    for answer in found:
         answer.check()
-    return answers
+    return found

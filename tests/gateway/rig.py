@@ -1,4 +1,4 @@
-"""The loop's side of the gateway on a loop whose time is virtual: sleeping costs nothing, and nothing is late."""
+"""The control side of the gateway on an event loop with virtual time: sleeping costs nothing, and nothing is late."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import Slo
-from throttllem.engines.base import Call, EngineError, ParsedRequest, PromptCount
+from throttllem.engines.base import Call, EngineError, PromptCount
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
-from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gpu.simulated import SimulatedGpu
+from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.requests import COMPLETIONS, parse_request
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time goes by only while nothing else is to be done; waiting for nothing for ever is an error."""
+    """Time passes only while nothing can run; if nothing ever will, that is an error."""
 
     def __init__(self):
         super().__init__()
@@ -42,14 +43,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def _select(self, timeout=None):
         found = self._real_select(0)
         if not found and timeout is None:
-            raise RuntimeError("everybody waits, and nothing will ever happen")
+            raise RuntimeError("every task waits, and no timer is set")
         if not found and timeout > 0:
             self.now_s += timeout
         return found
 
 
 def virtually(coroutine):
-    """Run it to its end in virtual time; whoever is still about then is an error."""
+    """Run a coroutine in virtual time; a task that it leaves behind is an error."""
 
     async def whole():
         found = await coroutine
@@ -64,30 +65,39 @@ def virtually(coroutine):
 
 @dataclass
 class Seen:
-    """The witness: everything that was handled and every end."""
+    """The observer: every call of the core and every end of a request. Looking at the calls flushes the loop."""
 
-    handled_: list = field(default_factory=list)
     ends: list = field(default_factory=list)
+    batches: list = field(default_factory=list)
+    loop: ControlLoop | None = None
+    _calls: list = field(default_factory=list)
 
     def handled(self, calls):
-        for now_s, event, commands, _ in calls:
-            assert not self.handled_ or now_s >= self.handled_[-1][0]
-            self.handled_.append((now_s, event, None if commands is None else tuple(commands)))
+        self.batches.append(len(calls))
+        for now_s, event, commands, seconds in calls:
+            assert not self._calls or now_s >= self._calls[-1][0]
+            assert seconds >= 0.0
+            self._calls.append((now_s, event, None if commands is None else tuple(commands)))
 
     def ended(self, session, met):
         assert session.request.id not in {other.request.id for other, _ in self.ends}, "it ended twice"
         self.ends.append((session, met))
 
+    @property
+    def calls(self):
+        self.loop.flush()
+        return self._calls
+
     def events(self, kind):
-        return [event for _, event, _ in self.handled_ if isinstance(event, kind)]
+        return [event for _, event, _ in self.calls if isinstance(event, kind)]
 
     def commands(self, kind):
-        return [command for _, _, commands in self.handled_ for command in commands or () if isinstance(command, kind)]
+        return [command for _, _, commands in self.calls for command in commands or () if isinstance(command, kind)]
 
 
 class Killable:
-    """A simulated engine that can be killed and comes back when it is let. `mute`: it says nothing of its steps,
-    `numbered`: it says no more of them than vLLM's plug-in does.
+    """A simulated engine that can be killed and brought back. `mute`: it reports no steps, `numbered`: it reports no
+    more of them than vLLM's plug-in does.
     """
 
     def __init__(self, *arguments, mute=False, numbered=False, **options):
@@ -97,18 +107,18 @@ class Killable:
         self.mute = mute
         self.gone = False
         self.connects = 0
-        self.looks = 0
+        self.checks = 0
 
     async def connect(self):
         self.connects += 1
         if self.gone:
-            raise EngineError("nobody is there", status=503)
+            raise EngineError("connection refused", status=503)
         return replace(await self.inner.connect(), exact=self.named, named=self.named)
 
     async def well(self):
-        self.looks += 1
+        self.checks += 1
         if self.gone:
-            raise EngineError("nobody is there", status=503)
+            raise EngineError("connection refused", status=503)
         await self.inner.well()
 
     async def count(self, ask):
@@ -117,10 +127,10 @@ class Killable:
     def open(self, call):
         return self.inner.open(call)
 
-    async def watch(self, tell):
+    async def watch(self, emit):
         def some(report):
             if not self.mute:
-                tell(report if self.named else anonymous(report))
+                emit(report if self.named else anonymous(report))
 
         await self.inner.watch(some)
 
@@ -131,13 +141,13 @@ class Killable:
 
 
 def anonymous(report):
-    """What vLLM's plug-in tells of a step: counts, no names, no joules."""
+    """What vLLM's plug-in reports of a step: counts, no names, no joules."""
     return replace(report, started=None, finished=None, prefills=(), joules=None)
 
 
 @dataclass
 class Rig:
-    """A loop with everything behind it; `models` is what the HTTP side sees."""
+    """A control loop with its backends; `models` is what the HTTP side sees."""
 
     loop: ControlLoop
     models: Models
@@ -148,7 +158,7 @@ class Rig:
         return self.loop.backends[0]
 
     def ledgers(self):
-        """Joules of ended requests, of open ones, idle ones, and the counters'."""
+        """Joules of ended requests, of open ones, idle ones, and of the GPUs' counters."""
         accounts = [backend.accounting for backend in self.loop.backends]
         ended_j = sum(session.energy_j or 0.0 for session, _ in self.seen.ends)
         open_j = sum(
@@ -161,18 +171,28 @@ class Rig:
         return ended_j, open_j, idle_j, sum(account.gpu.read().energy_j for account in accounts)
 
     def balanced(self):
+        """Whether every joule of the counters is a request's or idle energy. At any time between two settlements there
+        may be some that are neither yet.
+        """
         ended_j, open_j, idle_j, counter_j = self.ledgers()
-        return math.isclose(ended_j + open_j + idle_j, counter_j, rel_tol=1e-9, abs_tol=1e-9)
+        total_j = sum(backend.accounting.total_j for backend in self.loop.backends)
+        return all(
+            math.isclose(one_j, counter_j, rel_tol=1e-9, abs_tol=1e-9) for one_j in (ended_j + open_j + idle_j, total_j)
+        )
 
     async def up(self):
         while any(backend.state == "starting" for backend in self.loop.backends):
             await asyncio.sleep(0.01)
 
-    async def ask(self, **more):
-        return await ask(self.models, **more)
+    async def request(self, **more):
+        return await request(self.models, **more)
+
+    def session(self, *, slo=None, count=4, **more):
+        """A session that has not been entered."""
+        return self.models.session(parsed(**more), PromptCount(tokens=count, by="test", exact=True), slo or Slo())
 
 
-def toy_link(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, name="toy", controller=None, **changes):
+def toy_backend(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, name="toy", **changes):
     some = spec(tp=tp, **({"kv_blocks": 200, "max_batch": 8, "no_evict": False, "chunked": True} | changes))
     physics = ToyPhysics(spec=some)
     device = gpu or SimulatedGpu(
@@ -214,9 +234,9 @@ def toy_link(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, na
 
 @contextlib.asynccontextmanager
 async def rig(*, policy=ClockPolicy.LEAST_ENERGY, sizes=(1,), tables=True, limits=None, slo=None, core=None, **changes):
-    """A running loop over toy engines, looked over at its end. `changes`: of the backends and their specs."""
+    """A running control loop over toy engines, checked at its end. `changes`: of the backends and their specs."""
     now = asyncio.get_running_loop().time
-    pairs = [toy_link(now, tp=tp, **changes) for tp in sizes]
+    pairs = [toy_backend(now, tp=tp, **changes) for tp in sizes]
     specs = {some.tp: some for _, some in pairs}
     aware = policy in (ClockPolicy.LEAST_ENERGY, ClockPolicy.THROTTLLEM)
     options = ControllerOptions(
@@ -227,7 +247,7 @@ async def rig(*, policy=ClockPolicy.LEAST_ENERGY, sizes=(1,), tables=True, limit
         **(core or {}),
     )
     seen = Seen()
-    loop = ControlLoop(
+    seen.loop = loop = ControlLoop(
         controller=Controller(options),
         backends=tuple(backend for backend, _ in pairs),
         limits=limits or LimitOptions(),
@@ -247,54 +267,49 @@ async def rig(*, policy=ClockPolicy.LEAST_ENERGY, sizes=(1,), tables=True, limit
     assert whole.balanced(), whole.ledgers()
 
 
-def asked(*, tokens=8, stream=True, prompt="one two three", choices=1, model="toy", limit=None):
+def parsed(*, tokens=8, stream=True, prompt="one two three", choices=1, model="toy", limit=None):
+    """A parsed request. The simulated engine gives one output whatever `choices` is: `request` counts each token for
+    all of them.
+    """
     body = {"model": model, "prompt": prompt, "max_tokens": limit or tokens, "min_tokens": tokens, "ignore_eos": True}
-    body |= {"stream": stream}  # the engine gives one answer: who asks for several is told each token so often
-    return ParsedRequest(
-        path="/v1/completions",
-        model=model,
-        body=body,
-        prompts=(prompt,),
-        max_tokens=limit or tokens,
-        choices=choices,
-        stream=stream,
-    )
+    body |= {"stream": stream}
+    return replace(parse_request(COMPLETIONS, json.dumps(body).encode()), choices=choices)
 
 
-async def ask(models, *, slo=None, count=6, hang_up_after=None, on_ticket=None, **more):
-    """One request as the HTTP side takes it through; its receipt."""
-    it = asked(**more)
+async def request(models, *, slo=None, count=6, usage=True, disconnect_after=None, **more):
+    """One request as the HTTP side serves it; its receipt, None if its client disconnects after so many tokens.
+    `usage`: the engine reports the number of tokens at the end.
+    """
+    it = parsed(**more)
     counted = PromptCount(tokens=count, by="test", exact=True)
-    async with models.session(it, counted, slo or Slo(), "") as ticket:
-        if on_ticket is not None:
-            on_ticket(ticket)
-        engine, request_id = (await ticket.placed()).engine, ticket.request.id
+    async with models.session(it, counted, slo or Slo()) as session:
+        backend = await session.placed()
         call = Call(
             method="POST",
             path=it.path,
             headers=(),
-            body=json.dumps(it.body).encode(),
-            request_id=request_id,
-            ask=it,
+            body=it.body,
+            request_id=session.request.id,
+            request=it,
         )
-        async with engine.open(call) as reply:
+        async with backend.engine.open(call) as reply:
             assert reply.status == 200, await reply.body()
-            told = 0
+            came = 0
             while chunk := await reply.read():
                 tokens = it.choices * chunk.count(b"index") if it.stream else 0
                 if tokens:
-                    ticket.tokens(tokens)
-                told += tokens
-                if hang_up_after is not None and told >= hang_up_after:
+                    session.tokens(tokens)
+                came += tokens
+                if disconnect_after is not None and came >= disconnect_after:
                     return None
-            return ticket.finish(it.max_tokens * it.choices)
+            return session.finish(it.max_tokens * it.choices if usage else None)
 
 
-async def outcome(request):
-    """What became of a request: "served", the refusal's code, "engine" or "cancelled"."""
+async def outcome(coroutine):
+    """How a request ended: "served", "disconnected", the code of its rejection, "engine" or "cancelled"."""
     try:
-        return "left" if await request is None else "served"
-    except RejectedError as error:
+        return "disconnected" if await coroutine is None else "served"
+    except ApiError as error:
         assert error.retry_after_s is None or 1 <= error.retry_after_s <= 60
         return error.code
     except EngineError:

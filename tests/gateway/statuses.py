@@ -47,7 +47,7 @@ VIEW = EngineView(
     pending=2,
     lost_requests=1,
     iteration=9001,
-    foreign=3,
+    external_sequences=3,
 )
 UP = EngineStatus(
     name="a100-0",
@@ -70,7 +70,7 @@ UP = EngineStatus(
     drift=Drift(batch=1.0, kv_blocks=-4.0, mean_batch=0.25, mean_kv_blocks=3.5, corrections=21),
     energy=Energy(total_j=81_000.0, idle_j=9_000.0, top_j=100_000.0, advised_j=72_900.0, watts=187.0),
     ahead=Ahead(at_s=(0.0, 5.0, 12.0), batch=(17, 9, 1), kv_blocks=(1234, 1500, 90)),
-    decision="one clock lower breaks an SLO",
+    decision="one clock lower would violate an SLO",
 )
 DOWN = EngineStatus(
     name=HOSTILE, kind="openai", gpu="h100-80gb-sxm", model="llama-3-8b", tp=2, state="down", trouble=f"no {HOSTILE}"

@@ -1,4 +1,4 @@
-"""From options to a gateway: what is built, and what is refused before a port is served."""
+"""From options to a gateway: what is built, and which options are errors before a port is served."""
 
 import json
 import time
@@ -22,7 +22,7 @@ def built(tmp_path, *, learn=False, **options):
 
 
 def trained(tmp_path, clocks=A100, tp=1):
-    """A folder with a table of the toy's law for `clocks`."""
+    """A folder with a table of the toy engine for `clocks`."""
     some = spec(tp=tp, clocks_mhz=clocks)
     save_table(
         replace(table(some), clocks_mhz=clocks) if len(clocks) == 5 else widened(some), tmp_path / f"table-tp{tp}.npz"
@@ -46,7 +46,7 @@ def test_one_model_in_two_sizes_and_another():
 
 
 @pytest.mark.parametrize(
-    ("entries", "said"),
+    ("entries", "text"),
     [
         ((), "none is configured"),
         ((EngineEntry(), EngineEntry()), "two of model llama-3-8b with tp = 1: one engine of each size"),
@@ -60,13 +60,13 @@ def test_one_model_in_two_sizes_and_another():
         ),
     ],
 )
-def test_engines_that_cannot_be_told_apart(entries, said):
-    with pytest.raises(ValueError, match=said):
+def test_engines_that_cannot_be_distinguished_are_an_error(entries, text):
+    with pytest.raises(ValueError, match=text):
         groups(entries)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "text"),
     [
         ({"policy": "least-enrgy"}, "did you mean 'least-energy'"),
         ({"policy": "fixed:1"}, "no clock of this GPU"),
@@ -80,8 +80,8 @@ def test_engines_that_cannot_be_told_apart(entries, said):
         ({"engines": (EngineEntry(tp=3),)}, "heads"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(tmp_path, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_options_are_named(tmp_path, options, text):
+    with pytest.raises(ValueError, match=text):
         built(tmp_path, **options)
 
 
@@ -111,10 +111,10 @@ def test_tables_from_a_folder(tmp_path):
     entry = EngineEntry(kind="openai", url="http://127.0.0.1:1", tables=trained(tmp_path))
     (served,) = built(tmp_path, engines=(entry,)).models.served
     assert served.loop.controller.options.tables[1].clocks_mhz == A100
-    assert served.loop.backends[0].accounting.table is served.loop.controller.options.tables[1]
+    assert served.loop.backends[0].accounting.at_maximum.table is served.loop.controller.options.tables[1]
 
 
-def test_tables_that_are_not_there_or_of_another_gpu(tmp_path):
+def test_missing_tables_and_those_of_another_gpu_are_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"table-tp1\.npz: no such file; `throttllem train PROFILE --out "):
         built(tmp_path, engines=(EngineEntry(tables=tmp_path),))
     trained(tmp_path, clocks=(600, 800, 1000, 1200, 1401))
@@ -130,12 +130,12 @@ def test_names_that_are_no_file_names(tmp_path):
     assert gateway.models.names() == ("org/../model",)
 
 
-def test_what_was_learned_is_there_again_and_damage_is_said(tmp_path, caplog):
+def test_learned_lengths_are_restored_and_damage_is_logged(tmp_path, caplog):
     ((file, _),) = built(tmp_path).predictors
     file.parent.mkdir()
     file.write_text(json.dumps({"mark": "throttllem lengths", "lengths": 7}))
     built(tmp_path)
-    assert "Lengths are learned anew" in caplog.text
+    assert "Learning begins again" in caplog.text
 
 
 def test_without_learning_and_without_recording(tmp_path):

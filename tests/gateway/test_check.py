@@ -1,4 +1,4 @@
-"""`serve --check`: says what would be, for good, bad and unreachable configurations, and changes nothing."""
+"""`serve --check`: what the gateway would do with good, bad and unreachable configurations; it changes nothing."""
 
 import asyncio
 import socket
@@ -13,7 +13,7 @@ from throttllem.gateway.check import Finding, check_configuration, open_doors, v
 
 
 def found(tmp_path, origins=None, **options):
-    """The findings, after making sure that nothing was left behind."""
+    """The findings; nothing may be left behind."""
     options.setdefault("server", ServerOptions(port=0))
     options.setdefault("state_dir", tmp_path / "state")
     before = sorted(tmp_path.rglob("*"))
@@ -22,18 +22,18 @@ def found(tmp_path, origins=None, **options):
     return findings
 
 
-def said(findings):
+def text_of(findings):
     return "\n".join(f"{finding.mark} {finding.text}" for finding in findings)
 
 
 def test_what_the_defaults_would_do(tmp_path):
     findings = found(tmp_path, {"slo.e2e_s": "x.toml:3"}, slo=Slo(e2e_s=9.0))
-    text = said(findings)
+    text = text_of(findings)
     assert not any(finding.fatal for finding in findings)
     assert "ok slo.e2e_s = 9.0   (x.toml:3)" in text
     assert "would listen on 127.0.0.1:0" in text
     assert "every client on this machine is served" in text
-    assert f"kept in {tmp_path / 'state'}" in text
+    assert f"stored in {tmp_path / 'state'}" in text
     assert "SLO by default: E2E 9 s" in text
     assert "policy least-energy would choose among 81 clocks, 210 to 1410 MHz, of a simulated a100-40gb-sxm" in text
     assert "its performance table is trained at the first start" in text
@@ -44,7 +44,7 @@ def test_what_the_defaults_would_do(tmp_path):
     ("policy", "chosen"), [("triton", "would keep to the top clock of"), ("fixed:1005", "would keep to 1005 MHz of")]
 )
 def test_a_policy_that_chooses_no_clock(tmp_path, policy, chosen):
-    assert f"policy {policy} {chosen} a simulated a100-40gb-sxm" in said(found(tmp_path, policy=policy))
+    assert f"policy {policy} {chosen} a simulated a100-40gb-sxm" in text_of(found(tmp_path, policy=policy))
 
 
 def test_a_port_that_is_taken(tmp_path):
@@ -55,7 +55,7 @@ def test_a_port_that_is_taken(tmp_path):
     assert fatal.text == f"server.port = {port}: cannot listen on 127.0.0.1:{port}: Address already in use"
 
 
-def test_a_folder_that_cannot_be(tmp_path):
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     findings = found(tmp_path, state_dir=tmp_path / "file" / "state")
     (fatal,) = [finding for finding in findings if finding.fatal]
@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be(tmp_path):
     assert "a file stands where a folder is needed" in fatal.text
 
 
-def test_what_build_refuses_is_fatal(tmp_path):
+def test_what_cannot_be_built_is_fatal(tmp_path):
     findings = found(tmp_path, engines=(EngineEntry(tp=3),))
     assert [finding.fatal for finding in findings].count(True) == 1
     assert findings[-1].fatal
@@ -74,11 +74,11 @@ def test_an_engine_that_is_not_there_is_waited_for(tmp_path):
         port = closed.getsockname()[1]
     entry = EngineEntry(kind="openai", url=f"http://127.0.0.1:{port}")
     findings = found(tmp_path, engines=(entry,))
-    text = said(findings)
+    text = text_of(findings)
     assert not any(finding.fatal for finding in findings)
     assert f"!! engine openai-llama-3-8b-tp1: the engine at http://127.0.0.1:{port} cannot be reached" in text
     assert "serve would wait for it" in text
-    assert "has no performance table: top clock" in text
+    assert "has no performance table: the clock stays at its maximum" in text
 
 
 def test_an_engine_that_is_something_else(tmp_path):
@@ -88,26 +88,26 @@ def test_an_engine_that_is_something_else(tmp_path):
             options = Options(server=ServerOptions(port=0), state_dir=tmp_path, engines=(entry,))
             return await check_configuration(options, {}, tmp_path)
 
-    text = said(asyncio.run(run()))
+    text = text_of(asyncio.run(run()))
     assert "!! engine openai-llama-3-8b-tp1: " in text
     assert "has no performance table" not in text
 
 
-def test_sizes_that_nothing_would_start(tmp_path):
-    text = said(found(tmp_path, engines=(EngineEntry(tp=1), EngineEntry(tp=2))))
+def test_a_size_that_would_never_start(tmp_path):
+    text = text_of(found(tmp_path, engines=(EngineEntry(tp=1), EngineEntry(tp=2))))
     assert "!! engine simulated-llama-3-8b-tp1 would never be used" in text
     assert "simulated-llama-3-8b-tp2 would never" not in text
 
 
-def test_who_may_ask_and_what_is_recorded(tmp_path):
-    text = said(found(tmp_path, server=ServerOptions(host="0.0.0.0", port=0)))
+def test_which_clients_are_served_and_what_is_recorded(tmp_path):
+    text = text_of(found(tmp_path, server=ServerOptions(host="0.0.0.0", port=0)))
     assert "!! no API keys, and 0.0.0.0 is not loopback" in text
     assert "flight recorder: " in text
     assert not list(open_doors(ServerOptions(host="127.0.0.2", metrics_port=0, metrics_host="::1")))
     (door,) = open_doors(ServerOptions(metrics_port=0, metrics_host="metrics.example", api_keys=("a",)))
     assert "metrics.example is not loopback: every client that reaches it sees metrics" in door
     server = ServerOptions(port=0, metrics_port=0, api_keys=("a", "b"))
-    text = said(
+    text = text_of(
         found(tmp_path, server=server, recorder=RecorderOptions(enabled=False), classes={"gold": Slo(tbt_s=0.1)})
     )
     assert "2 API keys" in text
@@ -116,7 +116,7 @@ def test_who_may_ask_and_what_is_recorded(tmp_path):
     assert "flight recorder" not in text
 
 
-def test_the_exit_code_says_what_the_marks_say():
+def test_the_exit_code_follows_from_the_marks():
     fine, known = Finding(mark="ok", text=""), Finding(mark="--", text="")
     wrong, fatal = Finding(mark="!!", text=""), Finding(mark="!!", text="", fatal=True)
     assert verdict([fine, known]) == (0, "nothing to mend")

@@ -60,7 +60,7 @@ def test_clocks_that_are_held_down_stay_held_down():
     busy(world, 60)
     engine = next(state for state in world.controller._engines.by_id.values() if state.table is not None)
     limit_mhz = engine.table.clocks_mhz[1]
-    world.tell(ClockRead(engine=engine.engine, mhz=limit_mhz, limit_mhz=limit_mhz))
+    world.send(ClockRead(engine=engine.engine, mhz=limit_mhz, limit_mhz=limit_mhz))
     again = copied(world.controller)._engines.by_id[engine.engine].table
     assert again.limit_mhz == limit_mhz and again.base is TABLES[engine.tp]
     assert np.array_equal(again.seconds, engine.table.seconds)

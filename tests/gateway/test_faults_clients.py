@@ -1,4 +1,4 @@
-"""Clients that leave at every stage or send garbage, before a whole gateway: nothing of them is left."""
+"""Clients that disconnect at every stage or send garbage, before a whole gateway: nothing of them is left."""
 
 import asyncio
 import json
@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from tests.gateway.peer import asks, told, until, whole, with_peer
-from tools.evaluation.fault_client import connection, head
-from tools.evaluation.faults_client import generated
+from tests.gateway.peer import answers, stream_and_whole, until, whole, with_peer
+from tools.evaluation.faults.clients import generated
+from tools.testbed.client import connection, head
 
 
 def request(there, **more):
@@ -17,11 +17,11 @@ def request(there, **more):
 
 
 @pytest.mark.parametrize("stage", ["body", "half", "queued", "first token", "stream", "end"])
-def test_client_is_gone(tmp_path, stage):
+def test_client_disconnects(tmp_path, stage):
     async def check(there, peer):
         if stage in ("queued", "first token"):
             peer.held.clear()
-        full = asks(there, 2, 3) if stage == "queued" else []
+        full = stream_and_whole(there, 2, 3) if stage == "queued" else []
         await until(lambda: peer.open == len(full))
         async with connection(there.client.url) as (reader, writer):
             sent = request(there, tokens=3 if stage == "end" else 2000)
@@ -35,7 +35,7 @@ def test_client_is_gone(tmp_path, stage):
         if stage == "queued":
             await until(lambda: not there.loop.controller.snapshot().queue)
         peer.held.set()
-        assert all(answer.served for answer in await told(full))
+        assert all(answer.served for answer in await answers(full))
 
     with_peer(check, tmp_path, "engines.0.max_batch=2")
 
@@ -45,10 +45,10 @@ def test_malformed_bodies_and_headers(tmp_path):
         async with whole(tmp_path) as there:
             await there.up()
             dice = random.Random(7)
-            answers = [await generated(there.client, dice) for _ in range(150)]
+            found = [await generated(there.client, dice) for _ in range(150)]
             await there.empty()
-            return answers
+            return found
 
-    for found in asyncio.run(main()):
-        assert found.status is not None and found.status < 500, found
-        found.check()
+    for answer in asyncio.run(main()):
+        assert answer.status is not None and answer.status < 500, answer
+        answer.check()

@@ -1,4 +1,4 @@
-"""A whole gateway over the fake NVML and a real keeper: clocks set while it serves, given back when it stops."""
+"""A whole gateway over the fake NVML and a real keeper: clocks set while it serves, restored when it stops."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ def machine(tmp_path, tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def keeper(machine, tmp_path):
-    """The socket of one that runs as a process of its own."""
+    """The socket of a keeper in another process."""
     socket = tmp_path / "keeper.sock"
     command = [sys.executable, "-m", "throttllem.keeper", "--gpu", f"{machine.gpus[0].uuid}=210-1410"]
     process = subprocess.Popen(
@@ -61,7 +61,7 @@ async def answer(request):
 
 
 @contextlib.contextmanager
-def engine_aside():
+def engine_in_a_thread():
     """The URL of an engine that another thread serves."""
     urls, over, loop = queue.Queue(), asyncio.Event(), asyncio.new_event_loop()
 
@@ -82,7 +82,7 @@ def engine_aside():
 
 
 def served(tmp_path, keeper, mode, during):
-    with engine_aside() as url:
+    with engine_in_a_thread() as url:
         entry = EngineEntry(kind="openai", url=url, gpus=("0",), max_batch=8, kv_blocks=100, block_tokens=16)
         made = options(tmp_path, engines=(entry,), clocks=ClockOptions(mode=mode, keeper=keeper, ttl_s=2.0))
         return lived(run_gateway(made, tmp_path / "cache"), during), made
@@ -107,8 +107,8 @@ def test_clocks_while_it_serves_and_after(tmp_path, machine, keeper, mode, locke
         async with http.get(private + "/metrics") as response:
             seen["metrics"] = await response.text()
 
-    said, _ = served(tmp_path, keeper, mode, during)
-    assert said[-1] == "stopped"
+    messages, _ = served(tmp_path, keeper, mode, during)
+    assert messages[-1] == "stopped"
     assert machine.gpus[0].lock is None
     assert (machine.gpus[0].attempted == 0) == (mode != "on")
     (line,) = [line for line in seen["metrics"].splitlines() if line.startswith("throttllem_clocks_set{")]
@@ -116,7 +116,7 @@ def test_clocks_while_it_serves_and_after(tmp_path, machine, keeper, mode, locke
     assert "throttllem_energy_joules_total" in seen["metrics"]
 
 
-def test_a_keeper_that_is_missing_is_said_before_and_no_reason_not_to_serve(tmp_path, machine):
+def test_a_missing_keeper_is_found_by_check_and_does_not_keep_the_gateway_from_serving(tmp_path, machine):
     async def during(http, api, private):
         async with http.get(private + "/dashboard/state") as response:
             state = await response.json()
@@ -124,13 +124,13 @@ def test_a_keeper_that_is_missing_is_said_before_and_no_reason_not_to_serve(tmp_
 
     _, made = served(tmp_path, tmp_path / "none.sock", "on", _wait_for_unset(during))
     findings = asyncio.run(check_configuration(made, {}, tmp_path / "cache"))
-    (found,) = [finding for finding in findings if "would only be advised" in finding.text]
+    (found,) = [finding for finding in findings if "would be a dry run (though" in finding.text]
     assert found.mark == "!!" and not found.fatal
     assert machine.gpus[0].attempted == 0
 
 
 @pytest.mark.parametrize(
-    ("mode", "origins", "told"),
+    ("mode", "origins", "text"),
     [
         ("on", {"clocks.mode": "t.toml:2"}, "would be on (clocks.mode = on, t.toml:2): set through the keeper at "),
         (
@@ -141,18 +141,18 @@ def test_a_keeper_that_is_missing_is_said_before_and_no_reason_not_to_serve(tmp_
         ("off", {"clocks.mode": "command line"}, "would be off (clocks.mode = off, command line): left alone"),
     ],
 )
-def test_which_mode_would_run_is_said_beforehand(tmp_path, machine, keeper, mode, origins, told):
+def test_check_shows_which_mode_would_run(tmp_path, machine, keeper, mode, origins, text):
     entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpus=("0",))
     made = options(tmp_path, engines=(entry,), clocks=ClockOptions(mode=mode, keeper=keeper))
     findings = asyncio.run(check_configuration(made, origins, tmp_path / "cache"))
     (found,) = [finding for finding in findings if "clocks would" in finding.text]
-    assert (found.mark, told in found.text) == ("ok", True), found
+    assert (found.mark, text in found.text) == ("ok", True), found
     assert any("1 GPU at " in finding.text for finding in findings)
     assert machine.gpus[0].attempted == 0
 
 
-def said_of_clocks(tmp_path, **clocks):
-    """The finding of --check on how clocks would be set."""
+def clock_finding(tmp_path, **clocks):
+    """The finding of --check that shows how clocks would be set."""
     entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpus=("0",))
     made = options(tmp_path, engines=(entry,), clocks=ClockOptions(mode="on", **clocks))
     findings = asyncio.run(check_configuration(made, {}, tmp_path / "cache"))
@@ -162,9 +162,9 @@ def said_of_clocks(tmp_path, **clocks):
 
 
 @pytest.mark.parametrize(
-    ("status", "mark", "said"),
+    ("status", "mark", "text"),
     [
-        (lambda uuid: {"allowed": {}}, "!!", "would only be advised .*: the keeper was not given --gpu {uuid}$"),
+        (lambda uuid: {"allowed": {}}, "!!", "would be a dry run .*: the keeper was not given --gpu {uuid}$"),
         (
             lambda uuid: {"allowed": {uuid: [210, 1410]}, "held": {uuid: {"by": "process 7 of user 0", "mhz": 900}}},
             "--",
@@ -178,26 +178,26 @@ def said_of_clocks(tmp_path, **clocks):
         ),
     ],
 )
-def test_what_the_keeper_would_not_do_is_said_beforehand(tmp_path, machine, monkeypatch, status, mark, said):
+def test_check_shows_what_the_keeper_would_not_do(tmp_path, machine, monkeypatch, status, mark, text):
     uuid = machine.gpus[0].uuid
 
     async def answered(socket):
         return status(uuid)
 
     monkeypatch.setattr("throttllem.gateway.check.keeper_status", answered)
-    found = said_of_clocks(tmp_path)
+    found = clock_finding(tmp_path)
     assert found.mark == mark
-    assert re.search(said.format(uuid=uuid), found.text), found.text
+    assert re.search(text.format(uuid=uuid), found.text), found.text
 
 
-def test_a_zeusd_that_is_not_there_is_said_beforehand(tmp_path, machine):
-    found = said_of_clocks(tmp_path, zeusd=tmp_path / "nowhere")
+def test_check_finds_a_missing_zeusd(tmp_path, machine):
+    found = clock_finding(tmp_path, zeusd=tmp_path / "nowhere")
     assert found.mark == "!!"
-    assert "would only be advised" in found.text
+    assert "would be a dry run" in found.text
     assert "nowhere: [Errno 2]" in found.text
 
 
-def test_a_gpu_of_another_kind_is_refused(tmp_path, machine):
+def test_a_gpu_of_another_kind_is_an_error(tmp_path, machine):
     entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpu="h100-80gb-sxm", gpus=("0",))
     findings = asyncio.run(check_configuration(options(tmp_path, engines=(entry,)), {}, tmp_path / "cache"))
     (found,) = [finding for finding in findings if finding.fatal]
@@ -227,7 +227,7 @@ def _wait_for_unset(then):
     return during
 
 
-def test_gpus_that_are_not_here_are_refused(tmp_path, machine):
+def test_gpus_that_are_not_here_are_an_error(tmp_path, machine):
     async def run():
         entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpus=("5",))
         prepared = run_gateway(options(tmp_path, engines=(entry,)), tmp_path / "cache")

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from command import run
-from profiling.live_house import house, modelled, virtually
+from profiling.live.testbed import engine_and_gpu, modelled, virtually
 
 from gateway.test_build import A100, trained
-from gateway.test_check import found, said
+from gateway.test_check import found, text_of
 from gateway.test_hardware_run import machine  # noqa: F401 (a fixture)
 from throttllem.config import ClockOptions, EngineEntry, Options
 from throttllem.core.types import Slo
@@ -42,8 +42,8 @@ def built(tmp_path, *, gpus=None, mode="dry-run", policy="least-energy", clocks=
 
 
 @pytest.mark.parametrize("mode", ["on", "dry-run"])
-def test_real_clocks_are_refused(tmp_path, mode):
-    with pytest.raises(ValueError, match="clock axis of this table was not measured") as refused:
+def test_real_clocks_are_an_error(tmp_path, mode):
+    with pytest.raises(ValueError, match="clock axis of this table was not measured") as raised:
         built(tmp_path, gpus=("0",), mode=mode)
     for part in (
         str(tmp_path / "table-tp1.npz"),
@@ -52,7 +52,7 @@ def test_real_clocks_are_refused(tmp_path, mode):
         "throttllem train",
         "--clocks off",
     ):
-        assert part in str(refused.value)
+        assert part in str(raised.value)
 
 
 @pytest.mark.parametrize("mode", ["on", "dry-run"])
@@ -70,25 +70,25 @@ def test_without_real_clocks_it_has_only_the_maximum_clock_and_no_estimate(tmp_p
     (served,) = built(tmp_path, gpus=gpus, mode=mode, policy=policy, clocks=clocks).models.served
     table, (backend,) = served.loop.controller.options.tables[1], served.loop.backends
     assert table.clocks_mhz == (1410,)
-    assert backend.accounting.table is table
+    assert backend.accounting.at_maximum.table is table
     backend.accounting.gpu = SimpleNamespace(read=lambda: Reading(clock_mhz=900, watts=1.0, energy_j=5.0))
     energy = backend.accounting.energy()
     assert (energy.top_j, energy.advised_j, energy.saved, energy.would_save) == (None, None, None, None)
 
 
-def test_check_says_that_the_maximum_clock_is_kept(tmp_path):
+def test_check_shows_that_the_clock_stays_at_its_maximum(tmp_path):
     entry = EngineEntry(kind="simulated", tables=without_axis(tmp_path))
     findings = found(tmp_path, engines=(entry,))
     assert not any(each.fatal for each in findings)
-    assert "would keep to the top clock of a simulated a100-40gb-sxm" in said(findings)
-    assert "-- engine simulated-llama-3-8b-tp1: the clock axis of its table was not measured" in said(findings)
+    assert "would keep to the top clock of a simulated a100-40gb-sxm" in text_of(findings)
+    assert "-- engine simulated-llama-3-8b-tp1: the clock axis of its table was not measured" in text_of(findings)
 
 
 def test_the_commands_in_the_order_of_the_readme(tmp_path, monkeypatch, capsys, machine):  # noqa: F811
-    """`profile` without --gpus, `train`, `serve --gpus 0`: refused, and the GPU is left as it is."""
+    """`profile` without --gpus, `train`, `serve --gpus 0`: an error, and the GPU is left as it is."""
 
     async def profiled():
-        engine, gpu = house(gpu="a100-40gb-sxm", model="llama-3-8b")
+        engine, gpu = engine_and_gpu(gpu="a100-40gb-sxm", model="llama-3-8b")
         device = modelled(gpu, (210, 705, 1410))
         return await profile_live(engine, device, LivePlan(points=24, steps=6, bursts=4), tmp_path / "engine.parquet")
 

@@ -48,7 +48,7 @@ def test_whatever_is_recorded_is_read_again(tmp_path_factory, sequence):
     recorder.start()
     path = recorder.path
     for item in sequence:
-        recorder.flush() if item is None else recorder.record(*item)
+        recorder.flush() if item is None else recorder.record([item])
     recorder.close()
     assert recorder.said == []
     said = [item for item in sequence if item is not None]
@@ -60,13 +60,13 @@ def test_whatever_is_recorded_is_read_again(tmp_path_factory, sequence):
 def test_bare_steps_and_observations_share_a_line(tmp_path):
     recorder = recorder_of(tmp_path, Controller(OPTIONS))
     recorder.start()
-    recorder.record(0.5, Observed(engine=0, running=1, waiting=0, kv_blocks=7), [])
+    recorder.record([(0.5, Observed(engine=0, running=1, waiting=0, kv_blocks=7), [])])
     for iteration in range(5, 8):
-        recorder.record(iteration / 8, Stepped(engine=0, iteration=iteration), [])
-    recorder.record(1.0, Observed(engine=0, running=1, waiting=2), [])
-    recorder.record(1.5, Stepped(engine=0, iteration=9), [])
-    recorder.record(1.5, Stepped(engine=1, iteration=10), [])
-    recorder.record(2.0, Stepped(engine=1, iteration=11, started=(3,)), [])
+        recorder.record([(iteration / 8, Stepped(engine=0, iteration=iteration), [])])
+    recorder.record([(1.0, Observed(engine=0, running=1, waiting=2), [])])
+    recorder.record([(1.5, Stepped(engine=0, iteration=9), [])])
+    recorder.record([(1.5, Stepped(engine=1, iteration=10), [])])
+    recorder.record([(2.0, Stepped(engine=1, iteration=11, started=(3,)), [])])
     recorder.flush()
     assert lines(recorder.path) == [
         {"r": 0, "i": 5, "q": [[0.5, 1, 0, 7], 0.625, 0.75, 0.875, [1.0, 1, 2, None]]},
@@ -83,7 +83,7 @@ def test_a_busy_hour_is_small(tmp_path):
     path = recorder.path
     begun = path.stat().st_size
     for iteration in range(10_000):
-        recorder.record(iteration * 0.0123, Stepped(engine=0, iteration=iteration), [])
+        recorder.record([(iteration * 0.0123, Stepped(engine=0, iteration=iteration), [])])
     recorder.close()
     assert (path.stat().st_size - begun) / 10_000 < 22
 
@@ -92,13 +92,13 @@ def test_nothing_is_written_before_a_flush_and_the_buffer_is_bounded(tmp_path):
     recorder = recorder_of(tmp_path, Controller(OPTIONS))
     recorder.start()
     empty = recorder.path.stat().st_size
-    recorder.record(0.0, Timer(), [])
+    recorder.record([(0.0, Timer(), [])])
     assert recorder.path.stat().st_size == empty
     recorder.flush()
     assert recorder.path.stat().st_size > empty
     before = recorder.path.stat().st_size
     for number in range(3000):
-        recorder.record(float(number), Timer(), [])
+        recorder.record([(float(number), Timer(), [])])
     assert recorder.path.stat().st_size >= before + 64 * 1024
     recorder.close()
 
@@ -216,12 +216,12 @@ def test_a_full_disk_stops_recording_once_and_it_begins_again(tmp_path):
     assert "No space left on device" in recorder.said[0]
     assert recorder.path is None
     recorder.flush()
-    world.tell(Timer())
+    world.send(Timer())
     world.advance(59.0)
-    world.tell(Timer())
+    world.send(Timer())
     assert len(recorder.said) == 1
     world.advance(2.0)
-    world.tell(Timer())
+    world.send(Timer())
     assert "records again" in recorder.said[1]
     before = len(world.log)
     busy(world, 50)
@@ -237,13 +237,13 @@ def test_a_folder_that_vanished_is_noticed_and_made_again(tmp_path):
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
-    world.tell(Timer())
+    world.send(Timer())
     recorder.flush()
     assert len(recorder.said) == 1
     assert "was removed" in recorder.said[0]
     for _ in range(2):
         world.advance(61.0)
-        world.tell(Timer())
+        world.send(Timer())
     world.ready(0, SPECS[1])
     path = recorder.path
     recorder.close()
@@ -258,7 +258,7 @@ def test_a_folder_that_cannot_be_made_is_said_once(tmp_path):
     assert len(recorder.said) == 1
     for _ in range(5):
         world.advance(61.0)
-        world.tell(Timer())
+        world.send(Timer())
     recorder.flush()
     recorder.close()
     assert len(recorder.said) == 1
@@ -272,7 +272,7 @@ def test_what_cannot_be_written_does_not_raise(tmp_path):
     said = []
     recorder = recorder_of(tmp_path, Controller(OPTIONS), say=grumble)
     recorder.start()
-    recorder.record(0.0, EngineReady(engine=0, spec=replace(SPECS[1], gpu=object())), [])
+    recorder.record([(0.0, EngineReady(engine=0, spec=replace(SPECS[1], gpu=object())), [])])
     assert len(said) == 1
     assert "object is nothing that JSON holds" in said[0]
 
@@ -282,7 +282,7 @@ def test_after_close_nothing_is_opened(tmp_path):
     recorder.start()
     recorder.close()
     for now_s in (0.0, 100.0, 200.0):
-        recorder.record(now_s, Timer(), [Reject(request_id=1, why=Reason.FITS)])
+        recorder.record([(now_s, Timer(), [Reject(request_id=1, why=Reason.FITS)])])
     recorder.flush()
     recorder.close()
     assert len(files(tmp_path)) == 1

@@ -46,11 +46,12 @@ def is_dispatch(line):
 # ---- the same --------------------------------------------------------------------------------------------------
 
 
-@given(deeds, st.sampled_from([6_000, 1 << 20]))
-def test_every_history_replays_from_every_file(tmp_path_factory, history, file_bytes):
+@given(deeds, st.sampled_from([6_000, 1 << 20]), st.sampled_from([1, 7, 1000]))
+def test_every_history_replays_from_every_file(tmp_path_factory, history, file_bytes, batch):
     folder = tmp_path_factory.mktemp("records")
-    world, recorder = recorded_world(folder, file_bytes=file_bytes, files=1000)
+    world, recorder = recorded_world(folder, file_bytes=file_bytes, files=1000, batch=batch)
     fly(world, history)
+    world.controller.flush()
     recorder.close()
     results = [replay(path) for path in sorted(folder.glob("*.jsonl"))]
     assert [result.first_difference for result in results] == [None] * len(results)
@@ -88,7 +89,7 @@ def test_a_call_that_raised_is_recorded_and_raises_again(tmp_path, monkeypatch):
         patch.setattr("throttllem.core.clocks.steady_load.LoadEstimator.arrived", broken)
         with pytest.raises(ZeroDivisionError):
             world.controller.handle(Arrived(request=request), 0.0)
-        recorder.record(0.0, Arrived(request=request), None)
+        recorder.record([(0.0, Arrived(request=request), None)])
         recorder.close()
         (path,) = tmp_path.glob("*.jsonl")
         assert replay(path).first_difference is None
@@ -220,7 +221,7 @@ def test_a_file_that_is_not_there_is_said(tmp_path):
 def test_a_bad_line_is_named(tmp_path, line, said):
     _, recorder = recorded_world(tmp_path)
     for now_s in (0.0, 1.0, 2.0):
-        recorder.record(now_s, Timer(), [])
+        recorder.record([(now_s, Timer(), [])])
     recorder.close()
     (path,) = tmp_path.glob("*.jsonl")
     lines = path.read_text().splitlines()
@@ -270,7 +271,7 @@ def test_a_table_that_an_engine_still_uses_is_kept_too(tmp_path):
         request = Request(id=number, arrival_s=world.now_s, prompt_tokens=5, max_tokens=4, slo=Slo(), output_tokens=4)
         world.requests[number] = request
         world.waiting.append(number)
-        world.tell(Arrived(request=request))
+        world.send(Arrived(request=request))
         world.advance(0.1)
         if world.up[0].in_progress:
             world.end_iteration(0)

@@ -1,4 +1,4 @@
-"""A gateway from its start to its end, in this process: ports, greetings, what is saved, and nothing left behind."""
+"""A gateway from its start to its end, in this process: ports, messages, what is saved, and nothing left behind."""
 
 import asyncio
 import logging
@@ -21,16 +21,16 @@ def options(tmp_path, **more):
 
 
 def lived(prepared, during):
-    """What it said, after `during(base, private)`; whatever task it leaves is an error."""
-    said = []
+    """The messages of a gateway, stopped after `during(http, api, private)`; a task that it leaves is an error."""
+    messages = []
 
     async def main():
         stop = asyncio.Event()
-        serving = asyncio.create_task(prepared.serving(said.append, stop))
+        serving = asyncio.create_task(prepared.serving(messages.append, stop))
         async with asyncio.timeout(20):
-            while len(said) < 3:
+            while len(messages) < 3:
                 await asyncio.sleep(0.005)
-        api, private = said[1].split()[1], said[2].split()[1].removesuffix("/dashboard")
+        api, private = messages[1].split()[1], messages[2].split()[1].removesuffix("/dashboard")
         async with aiohttp.ClientSession() as http:
             await during(http, api, private)
         stop.set()
@@ -39,7 +39,7 @@ def lived(prepared, during):
         assert not left, left
 
     asyncio.run(main())
-    return said
+    return messages
 
 
 def test_from_start_to_end(tmp_path):
@@ -54,16 +54,16 @@ def test_from_start_to_end(tmp_path):
                 text = await response.text()
                 assert page != "/metrics" or "throttllem_generated_tokens_total" in text
 
-    said = lived(run_gateway(options(tmp_path), tmp_path / "cache"), during)
-    assert "policy triton, engine simulated-llama-3-8b-tp1" in said[0]
-    assert said[-2].startswith("stopping: 0 requests have up to 30 s")
-    assert said[-1] == "stopped"
+    messages = lived(run_gateway(options(tmp_path), tmp_path / "cache"), during)
+    assert "policy triton, engine simulated-llama-3-8b-tp1" in messages[0]
+    assert messages[-2].startswith("stopping: 0 requests have up to 30 s")
+    assert messages[-1] == "stopped"
     state = tmp_path / "state"
     assert (state / "lengths-llama-3-8b.json").stat().st_size > 100
     assert any((state / "flight").iterdir())
 
 
-def test_an_engine_that_is_not_there_keeps_nobody_from_starting(tmp_path):
+def test_the_gateway_starts_without_its_engine(tmp_path):
     async def during(http, api, private):
         async with http.get(private + "/health") as response:
             assert response.status == 503
@@ -74,7 +74,7 @@ def test_an_engine_that_is_not_there_keeps_nobody_from_starting(tmp_path):
     lived(run_gateway(options(tmp_path, engines=(entry,)), tmp_path), during)
 
 
-def test_what_cannot_be_gives_the_ports_back(tmp_path):
+def test_a_failed_start_frees_the_ports(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = ServerOptions(port=port)
@@ -86,17 +86,17 @@ def test_what_cannot_be_gives_the_ports_back(tmp_path):
     socket.create_server(("127.0.0.1", port)).close()
 
 
-def test_a_state_that_cannot_be_saved_is_said(tmp_path, caplog):
+def test_a_state_that_cannot_be_saved_is_logged(tmp_path, caplog):
     async def during(http, api, private):
         (tmp_path / "state" / "lengths-llama-3-8b.json").mkdir()
 
     with caplog.at_level(logging.WARNING):
-        said = lived(run_gateway(options(tmp_path), tmp_path), during)
-    assert said[-1] == "stopped"
+        messages = lived(run_gateway(options(tmp_path), tmp_path), during)
+    assert messages[-1] == "stopped"
     assert "lengths not saved" in caplog.text
 
 
-def test_lengths_are_saved_while_it_serves_and_not_on_the_loop(tmp_path, monkeypatch):
+def test_lengths_are_saved_while_it_serves_and_not_on_the_event_loop(tmp_path, monkeypatch):
     threads = []
 
     def saved(predictor, path):
@@ -121,16 +121,16 @@ def test_lengths_are_saved_while_it_serves_and_not_on_the_loop(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("keys", "warned"), [(None, True), (("k",), False)])
-def test_an_open_door_is_said_at_the_start(tmp_path, keys, warned):
+def test_an_open_port_without_keys_is_warned_of_at_the_start(tmp_path, keys, warned):
     async def during(http, api, private):
         pass
 
     server = ServerOptions(host="0.0.0.0", port=0, metrics_port=0, api_keys=keys)
-    said = lived(run_gateway(options(tmp_path, server=server), tmp_path / "cache"), during)
-    assert any("warning" in line and "no API keys, and 0.0.0.0" in line for line in said) == warned
+    messages = lived(run_gateway(options(tmp_path, server=server), tmp_path / "cache"), during)
+    assert any("warning" in line and "no API keys, and 0.0.0.0" in line for line in messages) == warned
 
 
-def test_a_second_gateway_keeps_its_state_elsewhere_and_the_first_loses_nothing(tmp_path, caplog):
+def test_a_second_gateway_keeps_its_state_elsewhere(tmp_path, caplog):
     first = run_gateway(options(tmp_path), tmp_path / "cache")
     with caplog.at_level(logging.WARNING, logger="throttllem.gateway"):
         second = run_gateway(options(tmp_path), tmp_path / "cache")

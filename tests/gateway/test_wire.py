@@ -69,7 +69,7 @@ def test_defaults_are_left_out_and_the_rest_is_readable():
     assert wire.to_json(Stepped(engine=0, iteration=7)) == {"k": "Stepped", "engine": 0, "iteration": 7}
     plan = FrequencyPlan(mhz=1200, why=Reason.FITS)
     text = wire.dumps(wire.to_json(SetClock(engine=1, plan=plan)))
-    assert text == '{"k":"SetClock","engine":1,"plan":{"mhz":1200,"why":"every check holds"}}'
+    assert text == '{"k":"SetClock","engine":1,"plan":{"mhz":1200,"why":"every check passed"}}'
 
 
 def test_an_equal_value_of_another_type_is_not_taken_for_the_default():

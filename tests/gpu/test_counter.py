@@ -19,7 +19,7 @@ def test_between_two_refreshes_it_integrates_power():
 
 
 def test_estimates_do_not_accumulate():
-    """The counter rises by 15 J in each 100 ms, watts say 200: after 10 s the counter is reported."""
+    """The counter rises by 15 J in each 100 ms, power is read as 200 W: after 10 s the counter is reported."""
     counter = EnergyCounter()
     for tick in range(101):
         counter.sample(tick / 10, 200.0, 15.0 * tick)

@@ -203,7 +203,7 @@ def test_of_many_clocks_at_once_the_last_is_set(testbed):
 
 
 @pytest.mark.parametrize(
-    ("break_it", "options", "words"),
+    ("break_it", "options", "error"),
     [
         (lambda machine: machine.gpus[1].mig(True), {}, "MIG is on"),
         (lambda machine: machine.gpus[1].mps([os.getpid()]), {}, "MPS shares it"),
@@ -213,13 +213,13 @@ def test_of_many_clocks_at_once_the_last_is_set(testbed):
         (lambda machine: machine.driver(False), {}, "load the NVIDIA driver"),
     ],
 )
-def test_unsuitable_gpus_are_rejected_before_a_clock_is_set(testbed, break_it, options, words):
+def test_unsuitable_gpus_are_rejected_before_a_clock_is_set(testbed, break_it, options, error):
     async def run():
         break_it(testbed.machine)
         async with hardware(testbed, **options):
             pass
 
-    with pytest.raises((ValueError, OSError), match=words):
+    with pytest.raises((ValueError, OSError), match=error):
         asyncio.run(run())
     assert all(gpu.attempted == 0 for gpu in testbed.machine.gpus)
 

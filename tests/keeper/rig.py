@@ -62,7 +62,7 @@ def nursery(library):
 @pytest.fixture
 def folder():
     """With a short path, since those of sockets are limited, and open to other users."""
-    made = Path(tempfile.mkdtemp(prefix="kept"))
+    made = Path(tempfile.mkdtemp(prefix="keeper"))
     made.chmod(0o755)
     yield made
     shutil.rmtree(made, ignore_errors=True)

@@ -101,7 +101,7 @@ def test_a_truncated_copy_is_ignored(paths, logged, keep):
     paths[0].write_bytes(paths[0].read_bytes()[:keep])
     assert read(paths) == BASELINES
     (trouble,) = logged()
-    assert trouble.startswith(f"journal {paths[0]} is ignored: ")
+    assert trouble.startswith(f"journal {paths[0]} is not used: ")
 
 
 def test_a_flipped_bit_is_detected(paths):
@@ -138,7 +138,7 @@ def test_a_folder_at_its_path_is_logged(paths, logged):
     paths[0].mkdir()
     journal = Journal(paths, "now")
     journal.read()
-    assert "one.journal is ignored" in "".join(logged())
+    assert "one.journal is not used" in "".join(logged())
     journal.write(BASELINES)
     assert "one.journal is not written" in "".join(logged())
     assert read(paths) == BASELINES

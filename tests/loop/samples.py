@@ -4,13 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from tools.evaluation.trace import Sent
-from tools.loop.client import Answered
-from tools.loop.found import Found
-from tools.loop.logs import Meter, Steps
-from tools.loop.outcome import Cost, Figures, Run, Trust
+from tools.loop.outcome import Cost, Figures, Found, Run, Trust
 from tools.loop.plan import BASELINE, OURS, Plan
+from tools.loop.readings import Answered, Meter, Steps
 from tools.loop.runs import Recorded
+from tools.testbed.trace import Sent
 
 PLAN = Plan(seconds=10.0, e2e_s=5.0, rounds=3)
 SENT = [Sent(at_s=float(second), prompt_tokens=1000, output_tokens=50) for second in range(10)]

@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 
 from tests.loop.samples import PLAN, answered, meter, recorded, run, steps
-from tools.loop import outcome, scrape
-from tools.loop.client import EXPORT, Replayed, kept
-from tools.loop.client import _answered as parsed
-from tools.loop.hook import Step
-from tools.loop.logs import Meter, Steps
+from tools.loop import outcome, readings
+from tools.loop.readings import EXPORT, Meter, Replayed, Steps, parsed
 from tools.loop.runs import check
+from tools.testbed.engines.vllm_pace import Step
 
 
 def page(below, within, beyond):
@@ -44,8 +42,8 @@ def test_nothing_answered_is_no_run():
         outcome.measured(Replayed(answered=(), energy_j=None), meter(), steps(), PLAN, requests=5)
 
 
-def test_both_promises_have_to_be_kept():
-    assert kept([answered(), answered(e2e_s=5.1), answered(itl_s=0.21)], 5.0, 0.2) == 1
+def test_both_slos_have_to_be_met():
+    assert outcome.met([answered(), answered(e2e_s=5.1), answered(itl_s=0.21)], 5.0, 0.2) == 1
 
 
 def test_a_simulation_idles_to_the_end_of_the_window():
@@ -71,12 +69,12 @@ def test_medians_and_savings():
 
 
 def test_quantiles_are_straight_within_a_bucket():
-    assert scrape.count(*PAGES, "x_seconds") == 10
-    assert scrape.quantile(*PAGES, "x_seconds", 0.2) == pytest.approx(0.0005)
-    assert scrape.quantile(*PAGES, "x_seconds", 0.5) == pytest.approx(0.001 + 0.009 / 4)
-    assert scrape.quantile(*PAGES, "x_seconds", 0.99) == 0.01
-    assert scrape.quantile(PAGES[1], PAGES[1], "x_seconds", 0.5) is None
-    assert scrape.quantile(*PAGES, "y_seconds", 0.5) is None
+    assert readings.count(*PAGES, "x_seconds") == 10
+    assert readings.quantile(*PAGES, "x_seconds", 0.2) == pytest.approx(0.0005)
+    assert readings.quantile(*PAGES, "x_seconds", 0.5) == pytest.approx(0.001 + 0.009 / 4)
+    assert readings.quantile(*PAGES, "x_seconds", 0.99) == 0.01
+    assert readings.quantile(PAGES[1], PAGES[1], "x_seconds", 0.5) is None
+    assert readings.quantile(*PAGES, "y_seconds", 0.5) is None
 
 
 def test_costs_are_shares_of_a_core():

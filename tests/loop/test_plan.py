@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import replace
 
 from throttllem.physics.catalogue import Catalogue
-from tools.evaluation.trace import write_mooncake
 from tools.loop.plan import (
     BASELINE,
     CAPACITY_RPS,
@@ -17,10 +16,11 @@ from tools.loop.plan import (
     Plan,
     kv_blocks,
     load,
-    told,
+    words,
 )
 from tools.loop.runs import ADVISE, ON, run_s, turns
 from tools.loop.simulated import entry_from
+from tools.testbed.trace import write_mooncake
 
 
 def test_the_load_fits_the_engine_and_its_share_of_the_capacity():
@@ -30,7 +30,7 @@ def test_the_load_fits_the_engine_and_its_share_of_the_capacity():
     assert max(each.prompt_tokens + each.output_tokens for each in sent) <= LONGEST_TOKENS
     assert 0.5 < len(sent) / sent[-1].at_s / CAPACITY_RPS < 0.6
     assert 100 < sent[-1].at_s < 120
-    assert f"{len(sent)} requests" in told(sent)
+    assert f"{len(sent)} requests" in words(sent)
 
 
 def test_all_tokens_of_the_load_fit_the_cache_at_once(tmp_path):

@@ -33,19 +33,19 @@ def test_an_iteration_by_hand() -> None:
     gpu, model = unlimited(CATALOGUE.gpu("a100-40gb-sxm")), CATALOGUE.model("llama-2-13b")
     costs, law, power = load(gpu, model, 4), gpu.time, gpu.power
     scale = clock_scale(law, power, 1005, 1410)
-    memory = costs.weights_s + 108 * costs.row_gemm_memory_s
-    compute = 108 * costs.row_gemm_compute_s + 9 * costs.head_row_compute_s
+    memory = costs.weights_s + 108 * costs.token_gemm_memory_s
+    compute = 108 * costs.token_gemm_compute_s + 9 * costs.head_token_compute_s
     gemm = ((memory * scale.memory) ** law.gemm_norm + (compute * scale.compute) ** law.gemm_norm) ** (
         1 / law.gemm_norm
     )
-    rows, prompt = 108 * costs.row_elementwise_s, 100 * costs.prefill_token_s
-    kv, pairs = 8000 * costs.kv_token_s + 8 * costs.kv_row_s, 5000 * costs.pair_s
+    rows, prompt = 108 * costs.token_elementwise_s, 100 * costs.prefill_token_s
+    kv, pairs = 8000 * costs.kv_token_s + 8 * costs.kv_sequence_s, 5000 * costs.pair_s
     busy = gemm + (rows + prompt + kv) * scale.memory + (pairs + 100 * costs.prefill_walk_token_s) * scale.compute
     kernels = costs.layers_kernel_s + costs.decode_kernel_s + costs.prefill_kernel_s
-    assert costs.one_step_rows < 108 < costs.large_rows
+    assert costs.one_step_tokens < 108 < costs.large_tokens
     fixed = (kernels + costs.allreduce_s + costs.two_step_s) * scale.latency
     walk = max(0.0, 1000 * costs.walk_token_s * scale.latency - kv * scale.memory)
-    link = 108 * costs.two_step_row_s * scale.latency
+    link = 108 * costs.two_step_token_s * scale.latency
     seconds = busy + fixed + walk + link + law.host_s + 8 * law.host_request_s
     traffic = (memory + rows) * law.gemm_bandwidth_fraction + kv * law.decode_bandwidth_fraction
     traffic += prompt * law.prefill_bandwidth_fraction
@@ -146,7 +146,7 @@ def test_kv_capacity_by_hand() -> None:
     assert EnginePhysics(gpu, model, 4).kv_capacity_tokens() == int(free // (model.kv_bytes_per_token / 4))
 
 
-def test_a_model_that_does_not_fit_says_what_would() -> None:
+def test_a_model_that_does_not_fit_names_the_smallest_size_that_does() -> None:
     gpu, model = CATALOGUE.gpu("a100-40gb-sxm"), CATALOGUE.model("llama-3-70b")
     with pytest.raises(
         ModelDoesNotFit, match=r"needs 66\.6 GiB .* 35\.6 GiB .* are there: the smallest tp that fits is 4"

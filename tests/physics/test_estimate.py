@@ -29,7 +29,7 @@ def test_inside_the_fitted_range_is_calibrated() -> None:
         (1410, 8, "llama-3-8b", 1, "llama-3-8b is not llama-2-13b"),
     ],
 )
-def test_outside_it_is_modelled_and_says_why(clock_mhz: int, batch: int, model: str, tp: int, reason: str) -> None:
+def test_outside_it_is_modelled_with_the_reason(clock_mhz: int, batch: int, model: str, tp: int, reason: str) -> None:
     engine = EnginePhysics(CATALOGUE.gpu("a100-40gb-sxm"), CATALOGUE.model(model), tp)
     basis = estimate(engine, clock_mhz, batch, 100).basis["power_w"]
     assert basis.startswith("modelled: ")
@@ -71,7 +71,7 @@ def test_summed_operators_are_measured_at_the_top_clock_only() -> None:
     assert estimate(engine, 1380, 64, 1100).basis["iteration_s"].startswith("calibrated")
 
 
-def test_says_how_far_off_it_was_where_it_was_held_out() -> None:
+def test_the_held_out_error_is_stated() -> None:
     pcie = EnginePhysics(CATALOGUE.gpu("a100-40gb-pcie"), CATALOGUE.model("llama-3-8b"), 1)
     assert estimate(pcie, 795, 32, 900).basis["power_w"].endswith("; held out, it was 4.4% off (median)")
     h100 = EnginePhysics(CATALOGUE.gpu("h100-80gb-sxm"), CATALOGUE.model("llama-3-70b"), 4)

@@ -46,15 +46,15 @@ def test_waiting_for_the_walk_draws_less_than_reading() -> None:
 @pytest.mark.parametrize("tp", [4, 8])
 def test_an_all_reduce_goes_from_one_step_to_two_without_a_jump(tp: int) -> None:
     costs = load(A100, GROUPED, tp)
-    rows = costs.one_step_rows
-    assert 1 < rows < costs.large_rows
-    assert costs.one_step_row_s * rows == pytest.approx(costs.two_step_s + costs.two_step_row_s * rows)
-    assert costs.one_step_row_s > costs.two_step_row_s
+    rows = costs.one_step_tokens
+    assert 1 < rows < costs.large_tokens
+    assert costs.one_step_token_s * rows == pytest.approx(costs.two_step_s + costs.two_step_token_s * rows)
+    assert costs.one_step_token_s > costs.two_step_token_s
 
 
 def test_a_large_all_reduce_costs_a_library_call_more() -> None:
     costs, engine = load(A100, GROUPED, 2), EnginePhysics(A100, GROUPED, 2)
-    assert costs.large_rows == 1024
+    assert costs.large_tokens == 1024
     below, at, above = (engine.iteration(1410, 0, 0, prompt, 0.0)[0] for prompt in (1023, 1024, 1025))
     assert (at - below) - (above - at) == pytest.approx(costs.large_s, rel=0.01)
 

@@ -40,6 +40,6 @@ def spec(tp: int, **changes: object) -> EngineSpec:
     return EngineSpec(**(values | changes))
 
 
-def profile(rows: int = 6000, sizes: tuple[int, ...] = (1, 2), **plan: float) -> pl.DataFrame:
+def profile(rows: int = 3000, sizes: tuple[int, ...] = (1, 2), **plan: float) -> pl.DataFrame:
     chosen = ProfilePlan(rows=rows, **plan)
     return pl.concat([profile_engine(AnalyticEngine(tp), spec(tp), chosen) for tp in sizes])

@@ -70,7 +70,7 @@ def damaged(content: bytes) -> list[bytes]:
     ]
 
 
-def test_a_damaged_file_is_said_and_learning_starts_anew(tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_and_learning_begins_again(tmp_path: Path) -> None:
     path = tmp_path / "lengths.json"
     save_lengths(trained(), path)
     for content in damaged(path.read_bytes()):
@@ -78,18 +78,18 @@ def test_a_damaged_file_is_said_and_learning_starts_anew(tmp_path: Path) -> None
         found = load_lengths(path)
         assert found.trouble is not None, content[:200]
         assert str(path) in found.trouble
-        assert "anew" in found.trouble
+        assert "Learning begins again" in found.trouble
         assert found.predictor.bound(request()) is None
         assert save_lengths(trained(), path) is None
         assert load_lengths(path).trouble is None
 
 
 @pytest.mark.parametrize("content", [b"[gateway]\nport = 8000\n", b'{"version": 1}', b"\x00\xff" * 50])
-def test_another_file_is_neither_believed_nor_replaced(tmp_path: Path, content: bytes) -> None:
+def test_another_file_is_neither_read_nor_replaced(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "throttllem.toml"
     path.write_bytes(content)
-    assert "no lengths" in (load_lengths(path).trouble or "")
-    assert "another file" in (save_lengths(trained(), path) or "")
+    assert "not a file of learned lengths" in (load_lengths(path).trouble or "")
+    assert "holds another file" in (save_lengths(trained(), path) or "")
     assert path.read_bytes() == content
 
 
@@ -101,7 +101,7 @@ def test_an_empty_file_may_be_written(tmp_path: Path) -> None:
     assert load_lengths(path).trouble is None
 
 
-def test_what_cannot_be_read_or_written_is_said(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_or_written_is_reported(tmp_path: Path) -> None:
     assert "cannot be read" in (load_lengths(tmp_path).trouble or "")
     assert "is a directory" in (save_lengths(trained(), tmp_path) or "")
     assert "make the folder" in (save_lengths(trained(), tmp_path / "none" / "lengths.json") or "")

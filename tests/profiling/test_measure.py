@@ -13,7 +13,7 @@ from .analytic import AnalyticEngine, profile, spec
 
 
 class Recorder:
-    """Keeps what it was asked, and answers in a second."""
+    """Records its arguments; every iteration takes a second."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[float, int, int, int, float]] = []
@@ -52,7 +52,7 @@ def test_clocks_are_dealt_evenly(measured: pl.DataFrame) -> None:
     assert counts.max() < 1.25 * counts.min()
 
 
-def test_what_the_engine_is_asked_makes_sense() -> None:
+def test_measured_iterations_are_plausible() -> None:
     recorder = Recorder()
     engine: Iterates = recorder
     limits = spec(1)
@@ -71,7 +71,7 @@ def test_what_the_engine_is_asked_makes_sense() -> None:
     assert 0.3 < some.mean() < 0.5
 
 
-def test_noise_has_the_size_asked_for() -> None:
+def test_noise_has_the_given_size() -> None:
     exact = profile(rows=4000, sizes=(1,), noise_time=0.0, noise_power=0.0)
     noisy = profile(rows=4000, sizes=(1,), noise_time=0.02, noise_power=0.03)
     assert exact.drop("seconds", "watts").equals(noisy.drop("seconds", "watts"))
@@ -102,12 +102,12 @@ def test_a_cache_smaller_than_the_batch() -> None:
     assert frame["kv_blocks"].max() == 5
 
 
-def test_progress_is_told() -> None:
-    told: list[tuple[int, int]] = []
-    frame = profile_engine(AnalyticEngine(1), spec(1), ProfilePlan(rows=2500), lambda *step: told.append(step))
-    assert told[0] == (0, frame.height)
-    assert told[-1] == (frame.height, frame.height)
-    assert told == sorted(told)
+def test_progress_is_reported() -> None:
+    reports: list[tuple[int, int]] = []
+    frame = profile_engine(AnalyticEngine(1), spec(1), ProfilePlan(rows=2500), lambda *step: reports.append(step))
+    assert reports[0] == (0, frame.height)
+    assert reports[-1] == (frame.height, frame.height)
+    assert reports == sorted(reports)
 
 
 @pytest.mark.parametrize("changes", [{"rows": 0}, {"prefill_share": 1.5}, {"noise_time": -0.1}, {"noise_power": 1.0}])

@@ -15,7 +15,7 @@ from throttllem.profiling.score import ScoreCard, score_profile, score_table, sp
 from .analytic import profile
 from .conftest import SMALL
 
-QUICKER = dataclasses.replace(SMALL, rounds=40)
+QUICKER = dataclasses.replace(SMALL, rounds=20, learning_rate=0.3, leaves=31)
 SPLITS = ["random 90/10", "random 10/90", "clocks left out", "batch sizes left out", "top fifth of KV left out"]
 
 

@@ -23,7 +23,7 @@ def test_saved_and_loaded_again(tmp_path: Path, tables: dict[int, PerformanceTab
 
 
 @pytest.mark.parametrize("mark", [True, False])
-def test_whether_the_clock_axis_was_measured_is_kept(
+def test_the_mark_of_a_measured_clock_axis_is_stored(
     tmp_path: Path, tables: dict[int, PerformanceTable], mark: bool
 ) -> None:
     path = tmp_path / "table.npz"

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.real.vllm import ENVIRONMENT
-from tools.engines.vllm_server import tiny_model
+from tools.testbed.engines.vllm import tiny_model
 
 
 @pytest.fixture(scope="session")

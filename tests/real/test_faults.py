@@ -1,14 +1,12 @@
-"""The fault list on real processes: `throttllem serve` before a real vLLM. `make engines` installs it."""
+"""The catalogue of faults on real processes, before a small engine and before a real vLLM (`make engines`)."""
 
 import asyncio
 
 import pytest
 
 from tests.real.vllm import ENVIRONMENT
-from tools.evaluation.fault_bench import Bench
 from tools.evaluation.faults import FAULTS
-
-pytestmark = pytest.mark.real
+from tools.evaluation.faults.bed import Bed, RealEngine, SmallEngine
 
 
 @pytest.fixture(scope="module")
@@ -17,15 +15,24 @@ def runner():
         yield runner
 
 
-@pytest.fixture(scope="module")
-def bench(model, tmp_path_factory, runner):
-    bench = Bench(environment=ENVIRONMENT, model=model, folder=tmp_path_factory.mktemp("faults"), say=print)
-    yield bench
-    runner.run(bench.stop())
+SMALL = pytest.param("small", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.__module__.rpartition('_')[2]}-{fault.__name__}")
-def test_fault(fault, bench, runner):
-    for found in runner.run(fault(bench)):
+@pytest.fixture(scope="module", params=[SMALL, pytest.param("vllm", marks=pytest.mark.real)])
+def bed(request, tmp_path_factory, runner):
+    folder = tmp_path_factory.mktemp("faults")
+    if request.param == "small":
+        kind = SmallEngine(folder=folder)
+    else:
+        model = request.getfixturevalue("model")
+        kind = RealEngine(environment=ENVIRONMENT, model_folder=model, folder=folder, report=print)
+    bed = Bed(kind=kind, folder=folder, report=print)
+    yield bed
+    runner.run(bed.stop())
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.__module__.rpartition('.')[2]}-{fault.__name__}")
+def test_fault(fault, bed, runner):
+    for found in runner.run(fault(bed)):
         print(f"{found.fault} | {found.client} | {found.left}")
         assert "nothing" in found.left or "empty" in found.left

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.engines.vllm_server import ENVIRONMENT as OFFLINE
-from tools.evaluation.known_clients import REPOSITORY, tokenizer_cache
 from tools.nvml import build
 from tools.nvml.machine import Machine, Op, a100
+from tools.testbed.engines.vllm import ENVIRONMENT as OFFLINE
+from tools.testbed.known_clients import REPOSITORY, tokenizer_cache
 
 pytestmark = pytest.mark.real
 ENVIRONMENT = Path(__file__).parents[2] / ".engines/clients"

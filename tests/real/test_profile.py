@@ -1,48 +1,23 @@
 """`throttllem profile --url` on a real vLLM, with the plug-in's steps and without: `make test-real` runs this."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import polars as pl
 import pytest
 
+from tests.real.vllm import ENVIRONMENT
 from throttllem.profiling.profile import read_profile
 from throttllem.profiling.storage import load_table
-from tools.engines.vllm_server import FLAGS, tiny_model, vllm_server
+from tools.testbed.engines.vllm import FLAGS, vllm
+from tools.testbed.gateway import throttllem
 
 pytestmark = pytest.mark.real
-ENVIRONMENT = Path(__file__).parents[2] / ".engines/vllm"
+SECONDS = "90"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    if not ENVIRONMENT.exists():
-        pytest.skip("no vLLM in .engines: `make engines` installs it")
-    folder = tmp_path_factory.mktemp("vllm")
-    model = tiny_model(ENVIRONMENT, folder / "tiny")
-    address = str(folder / "steps.sock")
+def server(model, tmp_path_factory):
     flags = (*FLAGS, "--enable-logging-iteration-details")
-    with vllm_server(
-        ENVIRONMENT, model, folder / "vllm.log", flags=flags, environment={"THROTTLLEM_STATS": address}, say=print
-    ) as there:
-        yield there, address
-
-
-def throttllem(server, folder, *arguments):
-    command = [str(Path(sys.executable).with_name("throttllem")), *arguments]
-    ended = subprocess.run(
-        command,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-        preexec_fn=lambda: os.sched_setaffinity(0, server.cores),
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stderr
+    with vllm(ENVIRONMENT, tmp_path_factory.mktemp("vllm"), model=model, flags=flags, report=print) as there:
+        yield there
 
 
 def pace(frame, batch):
@@ -52,15 +27,13 @@ def pace(frame, batch):
 
 
 def test_both_ways_to_a_table(server, tmp_path):
-    there, address = server
     frames = {}
-    for name, more in (("steps", ["--stats", address]), ("streams", [])):
-        said = throttllem(
-            there, tmp_path, "profile", f"{name}.csv", "--url", there.url, *more, "--points", "10", "--seconds", "200"
-        )
-        assert "watts modelled" in said
-        frames[name] = read_profile(tmp_path / f"{name}.csv")
-        throttllem(there, tmp_path, "train", f"{name}.csv", "--out", name)
+    for name, more in (("steps", ["--stats", server.stats]), ("streams", [])):
+        profile = tmp_path / f"{name}.csv"
+        printed = throttllem("profile", profile, "--url", server.url, *more, "--points", "10", "--seconds", SECONDS)
+        assert "watts modelled" in printed
+        frames[name] = read_profile(profile)
+        throttllem("train", profile, "--out", tmp_path / name)
         table = load_table(tmp_path / name / "table-tp1.npz")
         assert table.batch_bin.size == 65
         assert table.clocks_mhz[-1] == 1410

@@ -11,11 +11,12 @@ from pathlib import Path
 import aiohttp
 import pytest
 from engines.contract import CHECKS, Subject, name_of
-from engines.triton_peer import COMPLETIONS, SPEC, answer, call, chunks
+from engines.triton_peer import SPEC, answer, call, chunks
 
-from throttllem.engines.base import EngineError
+from throttllem.engines.base import EngineError, RemoteOptions
 from throttllem.engines.triton.engine import TritonEngine
-from tools.engines.triton_server import ModelSpeed, triton_server
+from throttllem.openai_api.requests import COMPLETIONS
+from tools.testbed.engines.triton import ModelSpeed, triton
 
 pytestmark = pytest.mark.real
 ENVIRONMENT = Path(__file__).parents[2] / ".engines/triton"
@@ -23,16 +24,17 @@ SPEED = ModelSpeed(step_s=0.004, max_rows=8, kv_blocks=256)
 
 
 @pytest.fixture(scope="module")
-def server():
+def server(tmp_path_factory):
     if not ENVIRONMENT.exists():
         pytest.skip("no Triton in .engines: `make engines` installs it")
-    with triton_server(ENVIRONMENT, SPEED) as server:
+    with triton(ENVIRONMENT, tmp_path_factory.mktemp("triton"), SPEED) as server:
         yield server
 
 
 @asynccontextmanager
 async def engine_of(server, **options):
-    engine = TritonEngine(server.url, SPEC, metrics_url=server.metrics_url, poll_s=0.02, **options)
+    address = {"url": server.url, "metrics_url": server.metrics_url}
+    engine = TritonEngine(RemoteOptions(kind="triton", scrape_s=0.02, **address, **options), SPEC)
     try:
         yield engine
     finally:
@@ -157,7 +159,7 @@ def test_requests_run_side_by_side(server):
     assert max(report.waiting for report in reports) == 12 - SPEED.max_rows
 
 
-def test_a_server_that_dies_is_an_error_everywhere():
+def test_a_server_that_dies_is_an_error_everywhere(tmp_path):
     if not ENVIRONMENT.exists():
         pytest.skip("no Triton in .engines: `make engines` installs it")
 
@@ -170,14 +172,14 @@ def test_a_server_that_dies_is_an_error_everywhere():
                 try:
                     async with engine.open(call(COMPLETIONS, long(2000))) as reply:
                         while await reply.read():
-                            os.kill(server.pid, signal.SIGKILL)
+                            os.kill(server.process.pid, signal.SIGKILL)
                 except EngineError as error:
                     errors.append(error.status)
             with pytest.raises(EngineError):
                 await watch
             return errors
 
-    with triton_server(ENVIRONMENT, SPEED) as server:
+    with triton(ENVIRONMENT, tmp_path, SPEED) as server:
         assert asyncio.run(run(server)) == [502, 502]
 
 
@@ -195,7 +197,7 @@ def test_the_contract_of_engines(server, check):
 
 
 @pytest.mark.parametrize("check", CHECKS[-2:], ids=name_of)
-def test_the_contract_of_engines_that_end(check):
+def test_the_contract_of_engines_that_end(check, tmp_path):
     if not ENVIRONMENT.exists():
         pytest.skip("no Triton in .engines: `make engines` installs it")
 
@@ -203,9 +205,9 @@ def test_the_contract_of_engines_that_end(check):
         async with engine_of(server) as engine:
 
             async def kill():
-                os.kill(server.pid, signal.SIGKILL)
+                os.kill(server.process.pid, signal.SIGKILL)
 
             await asyncio.wait_for(check(Subject(engine=engine, kill=kill)), 60)
 
-    with triton_server(ENVIRONMENT, SPEED) as server:
+    with triton(ENVIRONMENT, tmp_path, SPEED) as server:
         asyncio.run(run(server))

@@ -12,9 +12,9 @@ import pytest
 from tests.engines.contract import CHECKS, Subject, events_of, name_of, text_of
 from tests.engines.upstreams import call, eventually, whole
 from tests.real.vllm import DEADLY, body, engine_of, started, watched
-from throttllem.engines.base import ParsedRequest
-from throttllem.engines.prometheus import total
-from tools.engines.vllm_server import MODEL
+from throttllem.engines.capacity import total
+from throttllem.openai_api.requests import CHAT, COMPLETIONS, parse_request
+from tools.testbed.engines.vllm import MODEL
 
 pytestmark = pytest.mark.real
 
@@ -76,16 +76,13 @@ def test_prompts_are_counted_as_the_engine_counts(server, model):
             assert not [note for note in (await engine.connect()).notes if "does not count" in note]
             for text in ("x", "def f(x):\n    return 2 * x  # déjà vu, 東京", "word " * 300):
                 fields = {"model": MODEL, "prompt": text}
-                count = await engine.count(
-                    ParsedRequest(path="/v1/completions", model=MODEL, body=fields, prompts=(text,))
-                )
+                count = await engine.count(parse_request(COMPLETIONS, json.dumps(fields).encode()))
                 _, data = await whole(engine, call(body=body(1, stream=False, prompt=text)))
                 assert (count.tokens, count.exact) == (json.loads(data)["usage"]["prompt_tokens"], True)
             chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 1}
-            count = await engine.count(
-                ParsedRequest(path="/v1/chat/completions", model=MODEL, body=chat, messages=True)
-            )
-            _, data = await whole(engine, call("/v1/chat/completions", json.dumps(chat).encode()))
+            content = json.dumps(chat).encode()
+            count = await engine.count(parse_request(CHAT, content))
+            _, data = await whole(engine, call(CHAT, content))
             assert (count.tokens, count.by) == (json.loads(data)["usage"]["prompt_tokens"], "the engine")
 
     asyncio.run(run())
@@ -103,7 +100,7 @@ def test_steps_agree_with_the_streams_and_the_metrics(server):
             await asyncio.sleep(0.3)
             after = total(await page(there.url), "vllm:iteration_tokens_total_count")
             steps = [report for report in told if report.step is not None]
-            assert engine.steps.garbage == engine.steps.strangers == 0
+            assert engine.steps.garbage == engine.steps.other_boots == 0
             numbers = [report.step for report in steps]
             assert numbers == sorted(set(numbers))
             # What is lost on the way is seen as a gap, and the numbers stay right.

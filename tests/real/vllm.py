@@ -2,17 +2,17 @@
 
 import asyncio
 import json
-import os
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from tests.engines.contract import CHECKS
 from tests.engines.upstreams import eventually
+from tests.engines.vllm_peer import SPEC
+from throttllem.engines.base import RemoteOptions
 from throttllem.engines.openai import OpenaiEngine
-from tools.engines.vllm_server import FLAGS, MODEL, vllm_server
+from tools.testbed.engines.vllm import FLAGS, MODEL, vllm
 
 ENVIRONMENT = Path(__file__).parents[2] / ".engines/vllm"
-CARD = {"gpu": "a100-40gb-sxm", "model": "llama-3-8b", "tp": 1, "clocks_mhz": (210, 1410), "idle_w": 50.0}
 DEADLY = CHECKS[-2:]
 """They end the engine: each has one of its own."""
 
@@ -20,22 +20,14 @@ DEADLY = CHECKS[-2:]
 @contextmanager
 def started(model, folder, *, flags=FLAGS):
     """A vLLM with the plug-in, beside which this process keeps off its core."""
-    address = str(folder / "steps.sock")
-    before = os.sched_getaffinity(0)
-    environment = {"THROTTLLEM_STATS": address, "VLLM_SERVER_DEV_MODE": "1"}
-    with vllm_server(
-        ENVIRONMENT, model, folder / "vllm.log", flags=flags, environment=environment, say=print
-    ) as server:
-        os.sched_setaffinity(0, server.cores)
-        try:
-            yield server, address
-        finally:
-            os.sched_setaffinity(0, before)
+    environment = {"VLLM_SERVER_DEV_MODE": "1"}
+    with vllm(ENVIRONMENT, folder, model=model, flags=flags, environment=environment, report=print) as server:
+        yield server, server.stats
 
 
 @asynccontextmanager
 async def engine_of(url, **options):
-    engine = OpenaiEngine(url=url, scrape_s=0.1, **CARD | options)
+    engine = OpenaiEngine(RemoteOptions(url=url, kind="openai", **{"scrape_s": 0.1} | options), SPEC)
     try:
         yield engine
     finally:

@@ -9,14 +9,14 @@ from .factory import make_run
 TRITON = make_run("triton", attainment=0.989)
 
 
-def test_better_says_less_energy_and_the_factor() -> None:
+def test_a_saving_is_stated_with_the_factor() -> None:
     run = make_run("throttllem", energy=0.688, attainment=0.987)
     assert verdict(run, TRITON) == (
         "throttllem: 31.2 % less energy than triton, 1.45x tokens per joule, attainment 98.7 % (triton 98.9 %)"
     )
 
 
-def test_worse_says_so_in_every_respect() -> None:
+def test_a_worse_run_is_stated_in_every_respect() -> None:
     run = make_run("fixed:600", energy=1.04, attainment=0.912, rejected=41)
     assert verdict(run, TRITON) == (
         "fixed:600: 4.0 % more energy than triton, 0.94x tokens per joule, attainment 91.2 % (triton 98.9 %); "

@@ -87,7 +87,7 @@ def test_what_was_calibrated_is_never_counted(ours: float) -> None:
     assert "not counted" in found.why
 
 
-def test_a_calibration_point_that_is_missed_says_so_instead() -> None:
+def test_a_calibration_point_that_is_not_met_gives_its_reason() -> None:
     found = outcome((0.9,), of=claim(calibrated=True), reason="Missed by far.", detail="More.")
     assert found.standing is Standing.CALIBRATED
     assert found.why == "Missed by far. More."
@@ -100,13 +100,13 @@ def test_slo_violations_undo_a_saving() -> None:
     assert found.why == "Attainment fell.", "the figure itself holds"
 
 
-def test_a_failure_says_what_was_asked_for_and_why() -> None:
+def test_a_failure_names_the_criterion_and_the_reason() -> None:
     found = outcome((0.1,), reason="The load was low.", detail="More.")
     assert found.why == "-10.0 % where at least -25.5 % (85 % of -30.0 %) is required. The load was low. More."
     assert found.ours_text == "-10.0 %"
 
 
-def test_close_says_how_close() -> None:
+def test_close_is_quantified() -> None:
     assert outcome((0.27,)).why == "Close: 10 % below the paper's -30.0 %."
     assert outcome((0.33,)).why == ""
 

@@ -39,14 +39,14 @@ def test_saved_and_gained_are_against_triton() -> None:
 
 
 def test_the_progress_of_many_is_that_of_one_thing() -> None:
-    heard: list[tuple[str, float]] = []
-    report = summed("dividing", 2, lambda what, share: heard.append((what, share)))
+    reports: list[tuple[str, float]] = []
+    report = summed("dividing", 2, lambda what, share: reports.append((what, share)))
     for index, share in ((1, 0.5), (0, 1.0), (1, 1.0)):
         report(index, share)
-    assert heard == [("dividing", share) for share in (0.0, 0.25, 0.75, 1.0)]
+    assert reports == [("dividing", share) for share in (0.0, 0.25, 0.75, 1.0)]
 
 
-def test_results_go_to_the_study_that_asked(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_results_go_to_their_study(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     """Runs are put in another order, longest first; each must come home."""
 
     class Stub:

@@ -111,7 +111,7 @@ def saving(tp: int, energy: float) -> Evidence:
     return replace(whole, engines=tuple(engines))
 
 
-def test_what_was_calibrated_to_is_said_of_every_saving_once() -> None:
+def test_every_saving_names_the_calibration_once() -> None:
     by_id = found(evidence())
     throttled = ("throttle-energy", "throttle-tpj", "throttle-only-tp4", "both-oracle", "both-30")
     assert {claim_id for claim_id, outcome in by_id.items() if "own sweet spot" in outcome.why} == set(throttled)
@@ -119,7 +119,7 @@ def test_what_was_calibrated_to_is_said_of_every_saving_once() -> None:
 
 
 @pytest.mark.parametrize(("ours", "words"), [(0.897, "30.0 % above"), (0.483, "30.0 % below")])
-def test_the_baseline_says_by_how_much_it_is_missed(ours: float, words: str) -> None:
+def test_the_baseline_is_stated_with_its_distance(ours: float, words: str) -> None:
     whole = evidence()
     four = whole.engine(4)
     changed = replace(four, runs=four.runs | {"triton": replace(four.baseline, tokens_per_joule=ours)})

@@ -1,4 +1,4 @@
-"""Studies: each run is that of its own scenario and policy."""
+"""Studies: each run is of the right scenario and policy."""
 
 from throttllem.sim.study import run_all
 

@@ -22,7 +22,7 @@ AWARE = (ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heard(ToyPhysics):
+class LoggedPhysics(ToyPhysics):
     """The toy's physics, with every iteration (clock, seconds, watts) written down."""
 
     log: list = field(default_factory=list)
@@ -92,7 +92,7 @@ def simulate(
             load_window_s=2.0,
         )
     )
-    physics = {tp: Heard(spec=found) for tp, found in specs.items()}
+    physics = {tp: LoggedPhysics(spec=found) for tp, found in specs.items()}
     machine = Machine(
         specs={tp: replace(found, startup_s=1.0) for tp, found in specs.items()},
         physics=physics,

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.evaluation.alternate import AGAIN, DIRECT, THROUGH, Rounds, alternate, as_json, loads
-from tools.evaluation.figures import HEAD, Figures, side_by_side
-from tools.evaluation.known_clients import (
-    openai_figures,
-    run_aiperf,
-    run_bench_serve,
-    run_openai,
-    tokenizer_cache,
-)
-from tools.evaluation.machine import version_of
-from tools.evaluation.section import Section, Table, Workshop
-from tools.evaluation.stage import Stage, on_stage
-from tools.evaluation.trace import Scale, azure_slice, write_jobs, write_mooncake, write_timed_trace
+from tools.evaluation.compare import AGAIN, DIRECT, THROUGH, alternate, as_json, compared_table
+from tools.testbed.engines.vllm import UNCACHED, Vllm, vllm
+from tools.testbed.figures import Figures
+from tools.testbed.gateway import gateway
+from tools.testbed.known_clients import openai_figures, run_aiperf, run_bench_serve, run_openai, tokenizer_cache
+from tools.testbed.report import Section, Workspace, version_of
+from tools.testbed.trace import Scale, azure_slice, write_jobs, write_mooncake, write_timed_trace
 
 ROUNDS, CHEAP_ROUNDS = 3, 6
 """Multiples of the number of ways."""
@@ -46,49 +40,51 @@ Run = Callable[[str, str], Figures]
 """Of an address, and a label for files."""
 
 
-def section(workshop: Workshop) -> Section:
+def section(workspace: Workspace) -> Section:
     """Run every client against both. Raises MissingError where something is not installed."""
-    clients, rounds = workshop.environment("clients"), 1 if workshop.quick else ROUNDS
-    cheap = 1 if workshop.quick else CHEAP_ROUNDS
-    scale, trace, jobs = Scale(), 24 if workshop.quick else 80, 24 if workshop.quick else 200
-    with on_stage(workshop, options=SLO) as stage:
-        run_openai(clients, stage.through, _warm_up(workshop.folder), concurrency=4)
-        runs = _runs(stage, workshop.folder, clients, scale, trace, jobs)
-        for run in runs.values():  # each client once, unmeasured: files, caches and compilers are warm then
-            run(stage.through, "warm-up-" + str(len(list(workshop.folder.iterdir()))))
-        urls = {DIRECT: stage.direct, AGAIN: stage.direct, THROUGH: stage.through}
-        found = {
-            name: alternate(name, run, urls, cheap if name == "openai" else rounds, workshop.say)
-            for name, run in runs.items()
-        }
-    tables = [compared_table(f"`{name}`", each) for name, each in found.items()]
+    venv, clients = workspace.environment("vllm"), workspace.environment("clients")
+    rounds, cheap = (1, 1) if workspace.quick else (ROUNDS, CHEAP_ROUNDS)
+    scale, trace, jobs = Scale(), 24 if workspace.quick else 80, 24 if workspace.quick else 200
+    folder = workspace.folder
+    with vllm(venv, folder, flags=UNCACHED, report=workspace.report) as engine:
+        arguments = ("--engine", engine.url, "--set", f"engines.0.stats={engine.stats}", *SLO)
+        with gateway(arguments, folder / "gateway") as up:
+            run_openai(clients, up.url, _warm_up(folder), concurrency=4)
+            runs = _runs(engine, folder, clients, scale, trace, jobs)
+            for name, run in runs.items():  # each client once, unmeasured: files, caches and compilers are warm then
+                run(up.url, f"warm-up-{name}".replace(" ", "-"))
+            urls = {DIRECT: engine.url, AGAIN: engine.url, THROUGH: up.url}
+            found = {
+                name: alternate(name, run, urls, cheap if name == "openai" else rounds, workspace.report)
+                for name, run in runs.items()
+            }
     text = TEXT.format(
-        vllm=version_of(stage.vllm, "vllm"),
+        vllm=version_of(venv, "vllm"),
         rounds=rounds,
         cheap=cheap,
         jobs=jobs,
         concurrency=CONCURRENCY,
         trace=trace,
-        scale=scale.told(),
+        scale=scale.words(),
     )
     return Section(
         title="Clients of others: directly and through the gateway",
         text=text,
-        tables=tuple(tables),
+        tables=tuple(compared_table(f"`{name}`", each) for name, each in found.items()),
         results={"rounds": {name: as_json(each) for name, each in found.items()}},
         versions={
-            "vLLM": version_of(stage.vllm, "vllm"),
+            "vLLM": version_of(venv, "vllm"),
             "openai": version_of(clients, "openai"),
             "aiperf": version_of(clients, "aiperf"),
         },
     )
 
 
-def _runs(stage: Stage, folder: Path, clients: Path, scale: Scale, trace: int, jobs: int) -> dict[str, Run]:
+def _runs(engine: Vllm, folder: Path, clients: Path, scale: Scale, trace: int, jobs: int) -> dict[str, Run]:
     sent = azure_slice(trace, scale)
     timed = write_timed_trace(sent, folder / "timed.jsonl")
     mooncake = write_mooncake(sent, folder / "mooncake.jsonl")
-    cache = tokenizer_cache(stage.model, folder / "hugging-face")
+    cache = tokenizer_cache(engine.model, folder / "hugging-face")
     mixed = [
         {"at_s": 0.0, "chat": bool(n & 1), "stream": bool(n & 2), "prompt_tokens": 100, "output_tokens": 64}
         for n in range(jobs)
@@ -97,18 +93,12 @@ def _runs(stage: Stage, folder: Path, clients: Path, scale: Scale, trace: int, j
     return {
         "openai": lambda url, _: openai_figures(run_openai(clients, url, written, concurrency=CONCURRENCY)),
         "vllm bench serve": lambda url, label: run_bench_serve(
-            stage.vllm, url, timed, stage.model, requests=trace, folder=_made(folder / label)
+            engine.environment, url, timed, engine.model, requests=trace, folder=_made(folder / label)
         ),
         "aiperf": lambda url, label: run_aiperf(
             clients, url, mooncake, cache, requests=trace, folder=_made(folder / label)
         ),
     }
-
-
-def compared_table(name: str, rounds: Rounds) -> Table:
-    """All ways side by side."""
-    direct, again, through = ([each.figures for each in rounds[way]] for way in (DIRECT, AGAIN, THROUGH))
-    return Table(caption=f"{name} ({loads(rounds)})", head=HEAD, rows=side_by_side(direct, again, through))
 
 
 def _made(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Tens of thousands of short requests through one gateway: does anything grow?
 
-The engine is the simulated one, hurried, with noise; of its requests one in 25 fails. One client in ten hangs up, one
-request in 40 is malformed, half are streams, and callers come and go.
+The engine is a small one that fails one request in 25. One client in ten hangs up, one request in 40 is malformed, half
+are streams, and callers come and go.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tools.evaluation.fault_client import COMPLETIONS, Client, connection, head
-from tools.evaluation.fault_house import House, gateway
+from tools.testbed.client import COMPLETIONS, connection, head
+from tools.testbed.engines.openai_engine import MODEL, openai_engine
+from tools.testbed.inspected_gateway import Inspected, inspected_gateway
+from tools.testbed.processes import post
 
-FAST = 50.0
+PACE = {"step_s": 0.002, "first_s": 0.002, "together": True, "fail_every": 50}
 CLIENTS = 48
 SAMPLES = 100
 WARM = 0.5
@@ -61,63 +63,67 @@ class Endured:
         return self.samples[int(len(self.samples) * WARM) :]
 
 
-async def endure(folder: Path, requests: int, say: Callable[[str], None] = lambda _: None) -> Endured:
+async def endure(folder: Path, requests: int, report: Callable[[str], None] = lambda _: None) -> Endured:
     """Send so many requests after a warm-up of as many, and sample what the gateway holds meanwhile.
 
     At the end it must hold nothing.
     """
     requests = round(requests / (1 - WARM))
-    settings = ("recorder.file_bytes=1048576", "limits.silence_s=20")
-    async with gateway(folder, *settings, model="llama-3-8b", flags=("--fast", str(FAST))) as house:
-        await house.ready()
-        began = time.monotonic()
-        samples: list[dict[str, Any]] = []
-        answers: Counter[str] = Counter()
-        kept: list[int] = []
-        numbers = iter(range(requests))
-        async with Client(house.url, house.client.model, keep=True) as client:
-
-            async def work() -> None:
-                for number in numbers:
-                    answers[await _one(client, house, number)] += 1
-                    if number in (int(requests * WARM), requests - 1):
-                        kept.append((await house.inside(collect=True))["objects"])
-                    if number % (requests // SAMPLES) == 0:
-                        samples.append({"done": number, **await house.inside()})
-                        say(f"{number} requests after {time.monotonic() - began:.0f} s: {_figures(samples[-1])}")
-
-            await asyncio.gather(*(work() for _ in range(CLIENTS)))
-        seconds = time.monotonic() - began
-        assert answers.total() == requests
-        await _settled(house)
-    told = dict(answers)
-    return Endured(requests=requests, seconds=seconds, samples=tuple(samples), answers=told, kept=tuple(kept))
+    folder.mkdir(exist_ok=True)
+    settings = ("--set", "recorder.file_bytes=1048576", "--set", "limits.silence_s=20")
+    with openai_engine(folder / "engine.log") as (url, _):
+        post(f"{url}/pace", PACE | {"fail_every": 0})
+        async with inspected_gateway(folder, "--engine", url, *settings, model=MODEL, keep=True) as gateway:
+            await gateway.ready()
+            post(f"{url}/pace", PACE)
+            endured = await _endured(gateway, requests, report)
+            post(f"{url}/pace", PACE | {"fail_every": 0})
+            await gateway.left()
+    return endured
 
 
-async def _settled(house: House) -> None:
-    """Nothing may be left. One request in 25 fails, and a fresh one may be it."""
-    try:
-        await house.left()
-    except AssertionError as error:
-        if "a fresh request" not in str(error):
-            raise
-        await house.left()
+async def _endured(gateway: Inspected, requests: int, report: Callable[[str], None]) -> Endured:
+    began_s = time.monotonic()
+    samples: list[dict[str, Any]] = []
+    answers: Counter[str] = Counter()
+    kept: list[int] = []
+    numbers = iter(range(requests))
+
+    async def work() -> None:
+        for number in numbers:
+            answers[await _one(gateway, number)] += 1
+            if number in (int(requests * WARM), requests - 1):
+                kept.append((await gateway.inside())["objects"])
+            if number % (requests // SAMPLES) == 0:
+                samples.append({"done": number, **await gateway.inside()})
+                report(f"{number} requests after {time.monotonic() - began_s:.0f} s: {_figures(samples[-1])}")
+
+    await asyncio.gather(*(work() for _ in range(CLIENTS)))
+    assert answers.total() == requests
+    return Endured(
+        requests=requests,
+        seconds=time.monotonic() - began_s,
+        samples=tuple(samples),
+        answers=dict(answers),
+        kept=tuple(kept),
+    )
 
 
 def _figures(sample: dict[str, Any]) -> str:
-    return f"{sample['rss'] / 2**20:.1f} MiB, {sample['tasks']} tasks, {sample['fds']} fds, {sample['objects']} objects"
+    held = f"{sample['tasks']} tasks, {sample['descriptors']} descriptors, {sample['objects']} objects"
+    return f"{sample['resident_bytes'] / 2**20:.1f} MiB, {held}"
 
 
-async def _one(client: Client, house: House, number: int) -> str:
+async def _one(gateway: Inspected, number: int) -> str:
     """One request; what became of it."""
-    dice = random.Random(number)
+    client, dice = gateway.client, random.Random(number)
     stream, tokens = dice.random() < 0.5, dice.randint(1, 8)
     fields = client.fields(tokens=tokens, stream=stream, user=f"caller {dice.randrange(CALLERS)}")
     fields["prompt"] = "word " * dice.randint(1, 60)
     body = json.dumps(fields).encode()
     lot = dice.random()
     if lot < 0.1:
-        await _hang_up(house, body, begun=lot < 0.05, wait_s=lot / 20)
+        await _hang_up(gateway.url, body, begun=lot < 0.05, wait_s=lot / 20)
         return "hung up"
     if lot < 0.125:
         body = body[:-1]
@@ -127,9 +133,9 @@ async def _one(client: Client, house: House, number: int) -> str:
     return answer.said
 
 
-async def _hang_up(house: House, body: bytes, *, begun: bool, wait_s: float) -> None:
+async def _hang_up(url: str, body: bytes, *, begun: bool, wait_s: float) -> None:
     """Leave when the answer has begun, or before."""
-    async with connection(house.url) as (reader, writer):
+    async with connection(url) as (reader, writer):
         writer.write(head(len(body), path=COMPLETIONS) + body)
         if begun:
             await asyncio.wait_for(reader.read(1), 30)

@@ -1,20 +1,24 @@
-"""Whether a client can tell the gateway from vLLM by what it is answered: bytes, but for ids and times."""
+"""Whether a client can distinguish the gateway from vLLM by its answers: bytes, but for ids and times.
+
+An engine that falls behind puts tokens together, so even two direct answers may be cut into events differently; texts
+are compared with their events joined.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
-from tools.engines.vllm_server import MODEL
-from tools.evaluation.bodies import Case, Compared, compare
-from tools.evaluation.gateway_process import gateway_process
-from tools.evaluation.machine import version_of
-from tools.evaluation.section import Section, Table, Workshop
-from tools.evaluation.stage import engine_alone
-from tools.evaluation.tap import Tap, tapped
+from tools.testbed.engines.vllm import MODEL, UNCACHED, vllm
+from tools.testbed.gateway import gateway
+from tools.testbed.report import Section, Table, Workspace, version_of
+from tools.testbed.tap import Tap, tapped
 
 TEXT = """\
 Each request goes to vLLM directly and through the gateway, one after the other at temperature 0.
@@ -38,6 +42,133 @@ TWO = {"n": 2, "stream": True, "temperature": 1.0}
 """vLLM has only one answer at temperature 0."""
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 NATIVE_ONLY: dict[str, Any] = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "return_token_ids": True}
+
+
+_OWN = re.compile(rb'"(id|created|request_id)": ?(?:"[^"]*"|\d+)')
+_JOINED = ("text", "content", "text_output", "reasoning", "reasoning_content")
+"""Fields of text that goes on from event to event."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One request. `own`: the gateway answers it itself; only status and the fields of the error must agree.
+
+    `chance`: no two answers are alike, so only what the engine sent is compared.
+    """
+
+    name: str
+    path: str
+    body: Mapping[str, Any] | bytes
+    own: bool = False
+    chance: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came back."""
+
+    status: int
+    kind: str
+    raw: bytes
+
+    @property
+    def events(self) -> list[bytes]:
+        """The events of a stream; one for a whole body."""
+        return [event for event in self.raw.split(b"\n\n") if event.strip()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """One case: what came directly, what came through, and what the engine sent to the gateway for it."""
+
+    case: Case
+    direct: Answer
+    through: Answer
+    sent: bytes | None
+
+    @property
+    def same_bytes(self) -> bool | None:
+        """Whether every byte of the engine reached the client; None where the engine was not asked."""
+        return None if self.sent is None else self.through.raw == self.sent
+
+    @property
+    def same_words(self) -> bool | None:
+        """Whether the answer says what the direct one says, ids and times set aside; None where that is chance."""
+        if (self.direct.status, self.direct.kind) != (self.through.status, self.through.kind):
+            return False
+        if self.case.chance:
+            return None
+        read = _error_fields if self.case.own else joined
+        return bool(read(self.direct.raw) == read(self.through.raw))
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs that should not."""
+        return self.same_bytes is not False and self.same_words is not False
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; the bytes only where they are of interest."""
+        found: dict[str, Any] = {"case": self.case.name, "status": self.through.status}
+        found |= {"same_bytes": self.same_bytes, "same_words": self.same_words}
+        found |= {"events": len(self.through.events), "bytes": len(self.through.raw)}
+        if not self.same or self.case.own:
+            found |= {"direct": self.direct.raw.decode()[:2000], "through": self.through.raw.decode()[:2000]}
+        return found
+
+
+async def compare(
+    session: aiohttp.ClientSession, case: Case, direct: str, through: str, sent: Callable[[str], bytes | None]
+) -> Compared:
+    """Send it both ways; `sent` tells what the engine answered last at a path."""
+    first, second = await _send(session, direct, case), await _send(session, through, case)
+    return Compared(case=case, direct=first, through=second, sent=sent(case.path))
+
+
+def joined(raw: bytes) -> Any:
+    """An answer without ids and times, its events joined: by choice, texts and lists put together, the rest as last."""
+    raw = _OWN.sub(rb'"\1":0', raw)
+    events = [event.removeprefix(b"data: ") for event in raw.split(b"\n\n") if event.strip()]
+    try:
+        fields = [json.loads(event) for event in events if event != b"[DONE]"]
+    except ValueError:
+        return raw
+    whole: dict[str, Any] = {"done": events[-1:] == [b"[DONE]"]}
+    for each in fields:
+        choices = each.pop("choices", []) if isinstance(each, dict) else []
+        for choice in choices:
+            _join(whole.setdefault(f"choice {choice.get('index')}", {}), choice)
+        _join(whole, each if isinstance(each, dict) else {"value": each})
+    return whole
+
+
+def _join(into: dict[str, Any], more: dict[str, Any]) -> None:
+    for name, value in more.items():
+        before = into.get(name)
+        texts = isinstance(value, str) and isinstance(before, str) and name in _JOINED
+        if isinstance(value, dict) and isinstance(before, dict):
+            _join(before, value)
+        elif texts or (isinstance(value, list) and isinstance(before, list)):
+            into[name] = before + value
+        elif value is not None or name not in into:
+            into[name] = value
+
+
+async def _send(session: aiohttp.ClientSession, url: str, case: Case) -> Answer:
+    data = case.body if isinstance(case.body, bytes) else json.dumps(case.body).encode()
+    headers = {"content-type": "application/json"}
+    async with session.post(f"{url}{case.path}", data=data, headers=headers) as response:
+        raw = await response.read()
+        return Answer(status=response.status, kind=response.headers.get("content-type", ""), raw=raw)
+
+
+def _error_fields(raw: bytes) -> Any:
+    try:
+        return sorted(json.loads(raw)["error"])
+    except (ValueError, KeyError, TypeError):
+        return raw
+
+
+# ---- the requests -------------------------------------------------------------------------------------------
 
 
 def cases() -> list[Case]:
@@ -99,32 +230,32 @@ def _errors() -> list[Case]:
     ]
 
 
-def section(workshop: Workshop) -> Section:
+def section(workspace: Workspace) -> Section:
     """Send everything both ways. Raises MissingError where vLLM is not installed."""
-    with engine_alone(workshop) as engine, tapped(engine.direct) as tap:
+    venv, folder = workspace.environment("vllm"), workspace.folder
+    with vllm(venv, folder, flags=UNCACHED, report=workspace.report) as engine, tapped(engine.url) as tap:
         arguments = ("--engine", tap.url, "--set", f"engines.0.stats={engine.stats}")
-        with gateway_process(arguments, workshop.folder / "gateway") as gateway:
-            found = asyncio.run(compare_all(cases(), engine.direct, gateway.url, tap, workshop.say))
-        version = version_of(engine.vllm, "vllm")
+        with gateway(arguments, folder / "gateway") as up:
+            found = asyncio.run(compare_all(cases(), engine.url, up.url, tap, workspace.report))
     same = sum(each.same for each in found)
     return Section(
         title="Answers through the gateway are those of vLLM",
         text=TEXT,
         tables=(table_of(found, f"{same} of {len(found)} answers are the same."),),
         results={"cases": [each.as_dict() for each in found]},
-        versions={"vLLM": version},
+        versions={"vLLM": version_of(venv, "vllm")},
     )
 
 
 async def compare_all(
-    asked: Sequence[Case], direct: str, through: str, tap: Tap, say: Callable[[str], None]
+    asked: Sequence[Case], direct: str, through: str, tap: Tap, report: Callable[[str], None]
 ) -> list[Compared]:
     """Every case, one after the other."""
     found = []
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
         for case in asked:
             found.append(await compare(session, case, direct, through, tap.answer))
-            say(f"{case.name}: {'the same' if found[-1].same else 'DIFFERENT'}")
+            report(f"{case.name}: {'the same' if found[-1].same else 'DIFFERENT'}")
     return found
 
 

@@ -24,8 +24,8 @@ LONGEST_S = 300.0
 async def main(url: str, jobs: Path, results: Path, e2e_s: float, tbt_s: float) -> None:
     """Send all, wait for all, write what came of each."""
     waiting = [json.loads(line) for line in jobs.read_text().splitlines()]
-    promises = {"x-slo-e2e-ms": f"{e2e_s * 1e3:.3f}", "x-slo-tpot-ms": f"{tbt_s * 1e3:.3f}"} if e2e_s else {}
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=promises) as session:
+    slos = {"x-slo-e2e-ms": f"{e2e_s * 1e3:.3f}", "x-slo-tpot-ms": f"{tbt_s * 1e3:.3f}"} if e2e_s else {}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=slos) as session:
         began = time.monotonic() + 0.5
         # Who has waited so long has long been failed: the backlog of an engine without a limit is not waited for.
         until = began + waiting[-1]["at_s"] + (1.5 * e2e_s or LONGEST_S)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.evaluation.section import DATA, ROOT, MissingError
+from tools.testbed.processes import completed
+from tools.testbed.report import DATA, MissingError
 
 AZURE = DATA / "traces/azure_llm_2023_conv_first_half.csv"
 MAX_TOKENS = 512
@@ -33,7 +32,7 @@ class Lengths:
     answer_divisor: float = 2.0
     answer_cap: int = 400
 
-    def told(self) -> str:
+    def words(self) -> str:
         """In words."""
         return (
             f"prompts / {self.prompt_divisor:g} up to {self.prompt_cap:,} tokens, "
@@ -42,7 +41,7 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Promise:
+class Slos:
     """Seconds: arrival to last token, and mean time between tokens."""
 
     e2e_s: float
@@ -53,17 +52,17 @@ class Promise:
 class Outcome:
     """One run of one system. Percentiles are over served requests, goodput and shares over judged ones.
 
-    `goodput_rps`: requests/s that kept both promises; `kept_tokens_per_s` their answers' tokens; `attainment`: of those
-    served to their end, the share that kept both.
+    `goodput_rps`: requests/s that met both SLOs; `met_tokens_per_s`: tokens of their answers; `attainment`: of those
+    served to their end, the share that met both.
     """
 
     judged: int
     served: int
     goodput_rps: float
-    kept_tokens_per_s: float
+    met_tokens_per_s: float
     attainment: float
-    e2e_kept: float
-    tbt_kept: float
+    e2e_met: float
+    tbt_met: float
     accepted: float
     failed: int
     e2e_p50_s: float
@@ -109,24 +108,16 @@ def jobs(lengths: Lengths, *, rate: float, seconds: float, seed: int) -> list[di
     ]
 
 
-def send(
-    url: str, load: Sequence[dict[str, object]], folder: Path, cores: frozenset[int], promise: Promise | None = None
-) -> list[dict[str, object]]:
+def send(url: str, load: Sequence[dict[str, object]], folder: Path, slo: Slos | None = None) -> list[dict[str, object]]:
     """Run the client over a load; one result per request, in the same order."""
     sent, found = folder / "jobs.jsonl", folder / "results.jsonl"
     sent.write_text("".join(json.dumps(job) + "\n" for job in load))
-    told = promise or Promise(e2e_s=0, tbt_s=0)
-    command = [sys.executable, "-m", "tools.evaluation.overload_client", url, str(sent), str(found)]
-    subprocess.run(
-        [*command, str(told.e2e_s), str(told.tbt_s)],
-        check=True,
-        cwd=ROOT,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
+    limits = (0.0, 0.0) if slo is None else (slo.e2e_s, slo.tbt_s)
+    completed([sys.executable, "-m", "tools.evaluation.overload_client", url, sent, found, *map(str, limits)])
     return [json.loads(line) for line in found.read_text().splitlines()]
 
 
-def judge(results: Sequence[dict[str, object]], promise: Promise, *, from_s: float, to_s: float) -> Outcome:
+def judge(results: Sequence[dict[str, object]], slo: Slos, *, from_s: float, to_s: float) -> Outcome:
     """What became of the requests that were sent between the two times."""
     window = [each for each in results if from_s <= _number(each, "at_s") < to_s]
     served = [each for each in window if each.get("done") and "last_s" in each]
@@ -135,16 +126,16 @@ def judge(results: Sequence[dict[str, object]], promise: Promise, *, from_s: flo
     gaps = np.array([max(1.0, _number(each, "tokens") - 1) for each in served])
     tbt = np.array([_number(each, "last_s") - _number(each, "first_s") for each in served]) / gaps
     tokens = np.array([_number(each, "tokens") for each in served])
-    in_time, in_step = e2e <= promise.e2e_s, tbt <= promise.tbt_s
-    kept = in_time & in_step
+    in_time, in_step = e2e <= slo.e2e_s, tbt <= slo.tbt_s
+    met = in_time & in_step
     return Outcome(
         judged=len(window),
         served=len(served),
-        goodput_rps=float(kept.sum()) / (to_s - from_s),
-        kept_tokens_per_s=float(tokens[kept].sum()) / (to_s - from_s),
-        attainment=_mean(kept),
-        e2e_kept=_mean(in_time),
-        tbt_kept=_mean(in_step),
+        goodput_rps=float(met.sum()) / (to_s - from_s),
+        met_tokens_per_s=float(tokens[met].sum()) / (to_s - from_s),
+        attainment=_mean(met),
+        e2e_met=_mean(in_time),
+        tbt_met=_mean(in_step),
         accepted=len(served) / max(1, len(window)),
         failed=len(window) - len(served) - len(refused),
         e2e_p50_s=_percentile(e2e, 50),

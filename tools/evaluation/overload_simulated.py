@@ -26,7 +26,7 @@ from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.tables import performance_tables
 from throttllem.sim.driver import Machine, Simulation
 from throttllem.sim.recorder import Life, Recorder
-from tools.evaluation.overload_load import Lengths, Outcome, Promise, azure, judge
+from tools.evaluation.overload_load import Lengths, Outcome, Slos, azure, judge
 
 GPU, MODEL, TP = "a100-40gb-sxm", "llama-2-13b", 4
 BATCHING = BatchingOptions(block_tokens=16, chunked=True, prefill_budget_tokens=2048, max_batch=256)
@@ -71,7 +71,7 @@ class Bench:
     fleet: Fleet
     tables: dict[int, PerformanceTable]
     capacity_rps: float
-    promise: Promise
+    slo: Slos
 
     def limited(self, limit: int | None, seed: int) -> Outcome:
         """vLLM alone."""
@@ -90,17 +90,17 @@ class Bench:
 
 
 def bench(cache: Path) -> Bench:
-    """Capacity and promises by the rule of the real part. Deterministic."""
+    """Capacity and SLOs by the rule of the real part. Deterministic."""
     fleet = build_fleet(Catalogue.load(None), GPU, MODEL, (TP,), BATCHING)
     tables = performance_tables(fleet, cache, seed=0)
-    empty = Promise(e2e_s=float("inf"), tbt_s=float("inf"))
+    empty = Slos(e2e_s=float("inf"), tbt_s=float("inf"))
     burst, busy_s = _run(fleet, Limited(fleet, None), _requests(1e6, SATURATED, 0, Slo()), seed=0)
     capacity = SATURATED / busy_s
-    saturated = judge(_told(burst), empty, from_s=0, to_s=busy_s)
+    saturated = judge(_results(burst), empty, from_s=0, to_s=busy_s)
     half, ended_s = _run(fleet, Limited(fleet, None), _requests(capacity / 2, SATURATED, 1, Slo()), seed=1)
-    relaxed = judge(_told(half), empty, from_s=0, to_s=ended_s)
-    promise = Promise(e2e_s=2 * relaxed.e2e_p99_s, tbt_s=1.5 * saturated.tbt_p50_s)
-    return Bench(fleet=fleet, tables=tables, capacity_rps=capacity, promise=promise)
+    relaxed = judge(_results(half), empty, from_s=0, to_s=ended_s)
+    slo = Slos(e2e_s=2 * relaxed.e2e_p99_s, tbt_s=1.5 * saturated.tbt_p50_s)
+    return Bench(fleet=fleet, tables=tables, capacity_rps=capacity, slo=slo)
 
 
 def learned(found: Bench, seed: int, policy: ClockPolicy) -> OnlineLengthPredictor:
@@ -112,10 +112,10 @@ def learned(found: Bench, seed: int, policy: ClockPolicy) -> OnlineLengthPredict
 
 def _outcome(found: Bench, controller: Controller, seed: int) -> Outcome:
     rate = 2 * found.capacity_rps
-    slo = Slo(e2e_s=found.promise.e2e_s, tbt_s=found.promise.tbt_s)
+    slo = Slo(e2e_s=found.slo.e2e_s, tbt_s=found.slo.tbt_s)
     requests = _requests(rate, int(rate * (WARM_S + JUDGED_S + 10)), seed, slo)
     lives, _ = _run(found.fleet, controller, requests, seed)
-    return judge(_told(lives), found.promise, from_s=WARM_S, to_s=WARM_S + JUDGED_S)
+    return judge(_results(lives), found.slo, from_s=WARM_S, to_s=WARM_S + JUDGED_S)
 
 
 def _requests(rate: float, count: int, seed: int, slo: Slo) -> list[Request]:
@@ -146,7 +146,7 @@ def _run(fleet: Fleet, controller: Controller, requests: Sequence[Request], seed
     return list(recorder.lives.values()), simulation.now_s
 
 
-def _told(lives: Sequence[Life]) -> list[dict[str, object]]:
+def _results(lives: Sequence[Life]) -> list[dict[str, object]]:
     """As the client of a real run tells it."""
     found: list[dict[str, object]] = []
     for life in lives:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tools.evaluation.gateway_process import gateway_process
-from tools.evaluation.known_clients import openai_figures, run_openai
-from tools.evaluation.machine import version_of
-from tools.evaluation.section import Section, Table, Workshop
-from tools.evaluation.stage import KV_BLOCKS, SMALL, Stage, engine_alone
-from tools.evaluation.trace import Scale, Sent, azure_slice, write_jobs
+from tools.testbed.engines.vllm import FLAGS, Vllm, vllm
+from tools.testbed.gateway import gateway
+from tools.testbed.known_clients import openai_figures, run_openai
+from tools.testbed.report import Section, Table, Workspace, version_of
+from tools.testbed.trace import Scale, Sent, azure_slice, write_jobs
 
+KV_BLOCKS = 160
+SMALL = (*FLAGS, "--num-gpu-blocks-override", str(KV_BLOCKS))
+"""A KV cache that a small load can fill for a good part."""
 SCALE = Scale(rate=14.0)
 TEXT = """\
 {requests} requests (a slice of Azure's chat trace: {scale}; half of them chats, three of four streamed) through a
@@ -41,17 +44,16 @@ correction is for what lasts: requests of others, prompts that share blocks.
 """
 
 
-def section(workshop: Workshop) -> Section:
+def section(workspace: Workspace) -> Section:
     """With and without the plug-in, on the same engine. Raises MissingError where something is not installed."""
-    clients = workshop.environment("clients")
-    jobs = _jobs(workshop.folder, 40 if workshop.quick else 600)
-    with engine_alone(workshop, flags=SMALL) as engine:
+    venv, clients, folder = workspace.environment("vllm"), workspace.environment("clients"), workspace.folder
+    jobs = _jobs(folder, 40 if workspace.quick else 600)
+    with vllm(venv, folder, flags=SMALL, report=workspace.report) as engine:
         found = {}
         for name, plug_in in (("with the plug-in", True), ("without", False)):
-            run_openai(clients, engine.direct, _jobs(workshop.folder, 8), concurrency=8)
-            found[name] = watched(engine, clients, jobs, workshop.folder, plug_in=plug_in)
-            workshop.say(f"{name}: {len(found[name]):,} steps")
-        version = version_of(engine.vllm, "vllm")
+            run_openai(clients, engine.url, _jobs(folder, 8), concurrency=8)
+            found[name] = watched(engine, clients, jobs, folder, plug_in=plug_in)
+            workspace.report(f"{name}: {len(found[name]):,} steps")
     rows, errors = [], {}
     for name, samples in found.items():
         for title, later in (("before the next step", True), ("at once", False)):
@@ -59,7 +61,7 @@ def section(workshop: Workshop) -> Section:
             rows += [(name, title, *row) for row in _rows(judged)]
     text = TEXT.format(
         requests=len(jobs.read_text().splitlines()),
-        scale=SCALE.told(),
+        scale=SCALE.words(),
         blocks=KV_BLOCKS,
         with_steps=len(_busy(found["with the plug-in"])),
         without_steps=len(_busy(found["without"])),
@@ -82,7 +84,7 @@ def section(workshop: Workshop) -> Section:
         text=text,
         tables=(Table(caption=_load(found), head=head, rows=rows),),
         results={"errors": errors, "steps": found},
-        versions={"vLLM": version},
+        versions={"vLLM": version_of(venv, "vllm")},
     )
 
 
@@ -163,14 +165,14 @@ def _jobs(folder: Path, count: int) -> Path:
     return write_jobs(mixed(azure_slice(count, SCALE, skip=500)), folder / f"mixed-{count}.jsonl")
 
 
-def watched(engine: Stage, clients: Path, jobs: Path, folder: Path, *, plug_in: bool) -> list[dict[str, Any]]:
+def watched(engine: Vllm, clients: Path, jobs: Path, folder: Path, *, plug_in: bool) -> list[dict[str, Any]]:
     """Both sides' numbers at every step while the load ran. Raises RuntimeError if a request failed."""
     folder /= f"gateway-{'with' if plug_in else 'without'}"
     out = folder / "steps.jsonl"
-    arguments = ["--engine", engine.direct, "--steps", engine.stats, "--out", str(out)]
-    arguments += ["--plug-in"] if plug_in else []
-    with gateway_process(arguments, folder, module="tools.evaluation.watched_gateway") as gateway:
-        figures = openai_figures(run_openai(clients, gateway.url, jobs, concurrency=64))
+    command: list[str | Path] = [sys.executable, "-m", "tools.evaluation.watched_gateway", engine.stats, out]
+    command += ["--plug-in", "serve"] if plug_in else ["serve"]
+    with gateway(("--engine", engine.url), folder, command=command) as up:
+        figures = openai_figures(run_openai(clients, up.url, jobs, concurrency=64))
         if figures.errors:
             raise RuntimeError(f"{figures.errors} of {figures.requests + figures.errors} requests failed")
     return [json.loads(line) for line in out.read_text().splitlines()]

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tools.engines.triton_server import MODEL, ModelSpeed, TritonServer, triton_server
-from tools.evaluation.alternate import AGAIN, DIRECT, THROUGH, Rounds, alternate, as_json
-from tools.evaluation.bodies import Case
-from tools.evaluation.clients import compared_table
-from tools.evaluation.figures import TITLES, Figures, as_dicts, medians
-from tools.evaluation.gateway_process import gateway_process
-from tools.evaluation.identity import compare_all, table_of
-from tools.evaluation.known_clients import openai_figures, run_openai
-from tools.evaluation.machine import version_of
-from tools.evaluation.native_stream import TOKENS, run_native
-from tools.evaluation.section import Section, Table, Workshop
-from tools.evaluation.tap import tapped
-from tools.evaluation.trace import write_jobs
+import aiohttp
 
+from tools.evaluation.compare import AGAIN, DIRECT, THROUGH, TITLES, Rounds, alternate, as_json, compared_table, medians
+from tools.evaluation.identity import Case, compare_all, table_of
+from tools.testbed.engines.triton import MODEL, ModelSpeed, Triton, triton
+from tools.testbed.figures import Figures, percentiles_ms
+from tools.testbed.gateway import gateway
+from tools.testbed.known_clients import openai_figures, run_openai
+from tools.testbed.report import Section, Table, Workspace, version_of
+from tools.testbed.tap import tapped
+from tools.testbed.trace import write_jobs
+
+TOKENS = 60
 SPEED = ModelSpeed(step_s=0.01, row_s=0.0005, max_rows=16, kv_blocks=512)
 ROUNDS = 6
 CONCURRENCY = 8
@@ -60,18 +62,16 @@ def cases() -> list[Case]:
     ]
 
 
-def section(workshop: Workshop) -> Section:
+def section(workspace: Workspace) -> Section:
     """Native and OpenAI requests. Raises MissingError where something is not installed."""
-    environment, clients = workshop.environment("triton"), workshop.environment("clients")
-    rounds, requests = (1, 16) if workshop.quick else (ROUNDS, 160)
-    with triton_server(environment, SPEED) as server, tapped(server.url) as tap:
-        arguments = ("--triton", tap.url, "--set", f"engines.0.metrics_url={server.metrics_url}")
-        with gateway_process(arguments, workshop.folder / "tapped") as gateway:
-            same = asyncio.run(compare_all(cases(), server.url, gateway.url, tap, workshop.say))
-        arguments = ("--triton", server.url, *arguments[2:])
-        with gateway_process(arguments, workshop.folder / "gateway") as gateway:
-            native = _native(server, gateway.url, workshop, rounds, requests)
-            openai = _openai(clients, gateway.url, workshop, rounds, requests)
+    environment, clients, folder = workspace.environment("triton"), workspace.environment("clients"), workspace.folder
+    rounds, requests = (1, 16) if workspace.quick else (ROUNDS, 160)
+    with triton(environment, folder, SPEED) as server, tapped(server.url) as tap:
+        with gateway(arguments(server, tap.url), folder / "tapped") as up:
+            same = asyncio.run(compare_all(cases(), server.url, up.url, tap, workspace.report))
+        with gateway(arguments(server, server.url), folder / "gateway") as up:
+            native = _native(server, up.url, workspace, rounds, requests)
+            openai = _openai(clients, up.url, workspace, rounds, requests)
     compared = table_of(same, f"{sum(each.same for each in same)} of {len(same)} native answers are the same.")
     return Section(
         title="Triton: directly and through the gateway",
@@ -86,7 +86,7 @@ def section(workshop: Workshop) -> Section:
         tables=(compared_table("`generate_stream`", native), _alone(openai), compared),
         results={
             "native": as_json(native),
-            "openai": as_dicts(openai),
+            "openai": [asdict(each) for each in openai],
             "cases": [each.as_dict() for each in same],
         },
         versions={
@@ -96,7 +96,12 @@ def section(workshop: Workshop) -> Section:
     )
 
 
-def _native(server: TritonServer, through: str, workshop: Workshop, rounds: int, requests: int) -> Rounds:
+def arguments(server: Triton, url: str) -> tuple[str, ...]:
+    """Of `serve` in front of it."""
+    return ("--triton", url, "--set", f"engines.0.metrics_url={server.metrics_url}")
+
+
+def _native(server: Triton, through: str, workspace: Workspace, rounds: int, requests: int) -> Rounds:
     path = f"{NATIVE}/generate_stream"
 
     def run(url: str, _: str) -> Figures:
@@ -105,7 +110,7 @@ def _native(server: TritonServer, through: str, workshop: Workshop, rounds: int,
     for url in (server.url, through):
         run(url, "warm-up")
     urls = {DIRECT: server.url, AGAIN: server.url, THROUGH: through}
-    return alternate("native", run, urls, rounds, workshop.say)
+    return alternate("native", run, urls, rounds, workspace.report)
 
 
 def jobs(count: int) -> list[dict[str, Any]]:
@@ -114,11 +119,11 @@ def jobs(count: int) -> list[dict[str, Any]]:
     return [common | {"chat": n % 4 < 1, "stream": n % 2 == 0} for n in range(count)]
 
 
-def _openai(clients: Path, url: str, workshop: Workshop, rounds: int, requests: int) -> list[Figures]:
-    written, found = write_jobs(jobs(requests), workshop.folder / "triton.jsonl"), []
+def _openai(clients: Path, url: str, workspace: Workspace, rounds: int, requests: int) -> list[Figures]:
+    written, found = write_jobs(jobs(requests), workspace.folder / "triton.jsonl"), []
     for number in range(rounds):
         found.append(openai_figures(run_openai(clients, url, written, concurrency=CONCURRENCY, model=MODEL)))
-        workshop.say(f"openai, round {number + 1}: {found[-1].requests} requests, {found[-1].errors} errors")
+        workspace.report(f"openai, round {number + 1}: {found[-1].requests} requests, {found[-1].errors} errors")
     return found
 
 
@@ -127,3 +132,55 @@ def _alone(rounds: list[Figures]) -> Table:
     cells = [getattr(middle, name) for name in TITLES]
     row = [f"{cell:,.2f}" if isinstance(cell, float) else f"{cell:,}" for cell in cells]
     return Table(caption="`openai` through the gateway, medians", head=tuple(TITLES.values()), rows=[row])
+
+
+# ---- native streams -------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Seen:
+    ttfts_s: list[float] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
+    means_s: list[float] = field(default_factory=list)
+    tokens: int = 0
+    errors: int = 0
+
+
+async def run_native(url: str, path: str, *, requests: int, concurrency: int) -> Figures:
+    """Figures of so many streams of `TOKENS` tokens."""
+    seen, left, began = _Seen(), iter(range(requests)), time.perf_counter()
+
+    async def one_after_another(session: aiohttp.ClientSession) -> None:
+        for number in left:
+            await _stream(session, f"{url}{path}", number, seen)
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+        await asyncio.gather(*(one_after_another(session) for _ in range(concurrency)))
+    wall_s = time.perf_counter() - began
+    ttft, itl = percentiles_ms(seen.ttfts_s), percentiles_ms(seen.gaps_s)
+    return Figures(
+        requests=requests - seen.errors,
+        errors=seen.errors,
+        ttft_p50_ms=ttft[0],
+        ttft_p99_ms=ttft[1],
+        itl_p50_ms=itl[0],
+        itl_p99_ms=itl[1],
+        tpot_p50_ms=percentiles_ms(seen.means_s)[0],
+        tokens_per_s=seen.tokens / wall_s,
+    )
+
+
+async def _stream(session: aiohttp.ClientSession, url: str, number: int, seen: _Seen) -> None:
+    body = {"text_input": f"question {number}", "max_tokens": TOKENS, "min_length": TOKENS, "stream": True}
+    sent, times = time.perf_counter(), []
+    async with session.post(url, json=body) as response:
+        async for line in response.content:
+            if line.startswith(b"data:"):
+                times.append(time.perf_counter())
+    if response.status != 200 or len(times) != TOKENS:
+        seen.errors += 1
+        return
+    seen.tokens += len(times)
+    seen.ttfts_s.append(times[0] - sent)
+    seen.gaps_s += [after - before for before, after in pairwise(times)]
+    seen.means_s.append((times[-1] - times[0]) / (len(times) - 1))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import polars as pl
 
 from throttllem.config import Options
-from throttllem.core.clocks.names import parse_policy
+from throttllem.core.clocks.policy import parse_policy
 from throttllem.core.types import Slo
 from throttllem.engines.simulated.fleet import Fleet, build_fleet
 from throttllem.physics.catalogue import Catalogue, Gpu, Model

@@ -128,7 +128,7 @@ def physics_s(gpu: Gpu, iterations: Sequence[Iteration]) -> NDArray[np.float64]:
     for at in iterations:
         key = at.model.name, at.tp
         if key not in engines:
-            engines[key] = EnginePhysics(gpu, at.model, at.tp), load(gpu, at.model, at.tp).row_elementwise_s
+            engines[key] = EnginePhysics(gpu, at.model, at.tp), load(gpu, at.model, at.tp).token_elementwise_s
         engine, small_s = engines[key]
         work = (at.batch, at.batch * at.tokens, 0, 0.0) if at.decode else (0, 0, at.tokens, at.tokens**2 / 2)
         seconds.append(engine.iteration(gpu.clock_max_mhz, *work)[0] - small_s * at.rows)

@@ -22,7 +22,6 @@ class Cost:
     what: str
     groups: int
     predict_s: float
-    bound_s: float
     renew_s: float
     learn_s: float
     memory_bytes: int
@@ -50,7 +49,6 @@ def _cost(what: str, predictor: OnlineLengthPredictor, requests: Sequence[Reques
         memory_bytes=len(pickle.dumps(predictor)),
         state_bytes=len(json.dumps(state)),
         predict_s=_median_s(predictor.predict, requests),
-        bound_s=_median_s(predictor.bound, requests),
         renew_s=_median_s(lambda request: predictor.renew(request, 300), requests),
         learn_s=_median_s(lambda request: predictor.learn(request, 200), requests),
     )

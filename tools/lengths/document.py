@@ -26,7 +26,7 @@ HEAD = (
     "error",
     "bound / answer",
 )
-COST_HEAD = ("", "groups", "predict", "bound", "renew", "learn", "in memory", "as JSON")
+COST_HEAD = ("", "groups", "predict", "renew", "learn", "in memory", "as JSON")
 _COLOURS = ("#0072B2", "#E69F00", "#009E73")
 """Three of Okabe and Ito's, for every kind of sight."""
 
@@ -78,7 +78,7 @@ def cells(line: Line) -> tuple[str, ...]:
 
 def cost_cells(cost: Cost) -> tuple[str, ...]:
     """Costs, as text."""
-    times = (cost.predict_s, cost.bound_s, cost.renew_s, cost.learn_s)
+    times = (cost.predict_s, cost.renew_s, cost.learn_s)
     sizes = (cost.memory_bytes, cost.state_bytes)
     return (
         cost.what,

@@ -11,8 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from throttllem.core.lengths.bins import bin_of
-from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
+from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor, bin_of
 from tools.lengths.sets import EDGES, Asked
 
 INFLATION = 1.3
@@ -41,11 +40,13 @@ class Learner:
 
     def guess(self, asked: Asked) -> float | None:
         """Its prediction."""
-        return self.online.predict(asked.request)
+        found = self.online.predict(asked.request)
+        return None if found is None else found.expected_tokens
 
     def bound(self, asked: Asked) -> float | None:
         """Its bound."""
-        return self.online.bound(asked.request)
+        found = self.online.predict(asked.request)
+        return None if found is None else found.bound_tokens
 
     def learn(self, asked: Asked) -> None:
         """It learns."""

@@ -16,21 +16,27 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table as Grid
 
-from tools.engines.vllm_server import ServerError
-from tools.evaluation.document import write_document, write_results
-from tools.evaluation.known_clients import ClientError
-from tools.evaluation.machine import machine, version_of
-from tools.evaluation.section import ROOT, MissingError, Section, Workshop
-from tools.evaluation.trace import write_mooncake
-from tools.loop.found import Found
-from tools.loop.house import TABLES, LoopError, opened
+from tools.loop.bed import LoopError, opened
+from tools.loop.document import PICTURE, section
+from tools.loop.outcome import Found
 from tools.loop.picture import draw
-from tools.loop.plan import QUICK, Plan, load, told
+from tools.loop.plan import QUICK, Plan, load, words
 from tools.loop.runs import ENGINE_S, ON, SIMULATE_S, TRAIN_S, Recorded, check, recorded, run_s, turns
 from tools.loop.simulated import simulate, simulate_with
-from tools.loop.text import PICTURE, section
+from tools.testbed.processes import ProcessError
+from tools.testbed.report import (
+    ROOT,
+    MissingError,
+    Section,
+    Table,
+    Workspace,
+    print_table,
+    version_of,
+    write_document,
+    write_results,
+)
+from tools.testbed.trace import write_mooncake
 
 DOCUMENTS = ROOT / "docs/evaluation"
 VERSIONS = (("vLLM", "vllm", "vllm"), ("aiperf", "clients", "aiperf"))
@@ -47,65 +53,67 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one short run, nothing is written into docs")
     parser.add_argument("--engines", type=Path, default=ROOT / ".engines", help="environments of `make engines`")
     parser.add_argument("--out", type=Path, help="folder of figures, logs and tables (out/loop; out/loop-quick)")
-    asked = parser.parse_args()
-    asked.out = asked.out or ROOT / "out" / ("loop-quick" if asked.quick else "loop")
+    given = parser.parse_args()
+    given.out = given.out or ROOT / "out" / ("loop-quick" if given.quick else "loop")
     for number in (signal.SIGTERM, signal.SIGINT):  # a stop ends everything as Ctrl-C does, also in the background
         signal.signal(number, signal.default_int_handler)
     console, began_s = Console(stderr=True, soft_wrap=True), time.monotonic()
 
-    def say(text: str) -> None:
+    def report(text: str) -> None:
         console.print(f"{time.monotonic() - began_s:6.0f} s  {text}", highlight=False, markup=False)
 
     try:
         with tempfile.TemporaryDirectory(prefix="loop-") as folder:
-            _run(asked, Workshop(engines=asked.engines, folder=Path(folder), say=say, quick=asked.quick), console)
-    except (LoopError, MissingError, ServerError, ClientError, RuntimeError) as error:
-        say(f"failed: {error}")
+            _run(
+                given, Workspace(engines=given.engines, folder=Path(folder), report=report, quick=given.quick), console
+            )
+    except (LoopError, MissingError, ProcessError) as error:
+        report(f"failed: {error}")
         return 1
     except KeyboardInterrupt:
-        say("stopped: everything that was started has ended")
+        report("stopped: everything that was started has ended")
         return 130
     return 0
 
 
-def _run(asked: argparse.Namespace, workshop: Workshop, console: Console) -> None:
-    plan = QUICK if asked.quick else Plan()
-    plan = replace(plan, rounds=asked.rounds or plan.rounds, seconds=asked.seconds or plan.seconds)
-    sent, todo, tables = load(plan), turns(plan), asked.tables
+def _run(given: argparse.Namespace, workspace: Workspace, console: Console) -> None:
+    plan = QUICK if given.quick else Plan()
+    plan = replace(plan, rounds=given.rounds or plan.rounds, seconds=given.seconds or plan.seconds)
+    sent, todo, tables = load(plan), turns(plan), given.tables
     learn_s = TRAIN_S + plan.profile_s if tables is None else 0.0
-    minutes = (ENGINE_S + learn_s + len(todo) * run_s(plan) + (0.0 if asked.quick else SIMULATE_S)) / 60
-    workshop.say(f"{len(todo)} runs of {told(sent)}: about {minutes:.0f} min in all")
-    trace = write_mooncake(sent, workshop.folder / "trace.jsonl")
-    simulated = {} if asked.quick else simulate(trace, plan, workshop.folder)
+    minutes = (ENGINE_S + learn_s + len(todo) * run_s(plan) + (0.0 if given.quick else SIMULATE_S)) / 60
+    workspace.report(f"{len(todo)} runs of {words(sent)}: about {minutes:.0f} min in all")
+    trace = write_mooncake(sent, workspace.folder / "trace.jsonl")
+    simulated = {} if given.quick else simulate(trace, plan, workspace.folder)
     made = []
     try:
-        with opened(workshop, plan) as house:
+        with opened(workspace, plan) as bed:
             if tables is None:
-                workshop.say(f"profile at {len(plan.clocks_mhz)} clocks and training: about {learn_s / 60:.0f} min")
-                house.learn()
+                workspace.report(f"profile at {len(plan.clocks_mhz)} clocks and training: about {learn_s / 60:.0f} min")
+                bed.learn()
             else:
-                shutil.copytree(tables, house.tables)
-            for found in recorded(house, sent, todo):
+                shutil.copytree(tables, bed.tables)
+            for found in recorded(bed, sent, todo):
                 made.append(found)
                 if wrong := check(found, plan):
                     raise LoopError("; ".join(wrong))
-        informed = {} if asked.quick else simulate_with(workshop.folder / TABLES, trace, plan, workshop.folder)
+        informed = {} if given.quick else simulate_with(workspace.folder / "tables", trace, plan, workspace.folder)
     finally:
-        _keep(workshop.folder, asked.out)
+        _keep(workspace.folder, given.out)
     runs = [found.run for found in made]
-    _write(Found(plan=plan, sent=sent, runs=runs, simulated=simulated, informed=informed), made, asked, console)
+    _write(Found(plan=plan, sent=sent, runs=runs, simulated=simulated, informed=informed), made, given, console)
 
 
-def _write(found: Found, made: list[Recorded], asked: argparse.Namespace, console: Console) -> None:
-    versions = {name: version_of(asked.engines / where, package) for name, where, package in VERSIONS}
-    said, described = section(found, versions), machine()
-    write_results(said, asked.out / "loop.json", machine=described)
+def _write(found: Found, made: list[Recorded], given: argparse.Namespace, console: Console) -> None:
+    versions = {name: version_of(given.engines / where, package) for name, where, package in VERSIONS}
+    said = section(found, versions)
+    write_results(said, given.out / "loop.json")
     # Of each policy the last run: by then everything is warm.
     shown = {one.run.policy: one for one in made if one.run.clocks == ON}
     shown = {policy: shown[policy] for policy in found.plan.policies}
-    draw(found, shown, (asked.out if asked.quick else DOCUMENTS) / PICTURE)
-    if not asked.quick:
-        write_document(said, DOCUMENTS / "loop.md", machine=described, command="make loop")
+    draw(found, shown, (given.out if given.quick else DOCUMENTS) / PICTURE)
+    if not given.quick:
+        write_document(said, DOCUMENTS / "loop.md", command="make loop")
     _print(said, console)
 
 
@@ -113,10 +121,8 @@ def _print(said: Section, console: Console) -> None:
     """The smaller tables, turned: they fit a terminal."""
     for table in said.tables:
         if len(table.rows) <= COLUMNS_SHOWN:
-            grid = Grid(table.head[0], *(row[0] for row in table.rows), title=table.caption.partition(":")[0])
-            for name, *values in zip(table.head[1:], *(row[1:] for row in table.rows), strict=True):
-                grid.add_row(name, *values)
-            console.print(grid)
+            head, *rows = zip(table.head, *table.rows, strict=True)
+            print_table(Table(caption=table.caption.partition(":")[0], head=head, rows=rows), console)
 
 
 def _keep(folder: Path, out: Path) -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
-from tools.loop import scrape
-from tools.loop.client import Answered, Replayed, kept
-from tools.loop.logs import Meter, Steps, percentile
+from tools.loop import readings
 from tools.loop.plan import Plan
+from tools.loop.readings import Answered, Meter, Replayed, Steps, percentile
+from tools.testbed.trace import Sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     """Joules of the window, latencies by the client's clock (`itl_mean_s`: over requests, of their means), the share of
-    all requests that kept both promises, and the clock over the time that the engine worked.
+    all requests that met both SLOs, and the clock over the time that the engine worked.
     """
 
     energy_j: float
@@ -100,7 +100,7 @@ def measured(replayed: Replayed, meter: Meter, steps: Steps, plan: Plan, request
         itl_mean_s=fmean(one.itl_s for one in answered if one.itl_s is not None),
         e2e_p50_s=percentile(e2e, 50),
         e2e_p99_s=percentile(e2e, 99),
-        attainment=kept(answered, plan.e2e_s, plan.tbt_s) / requests,
+        attainment=met(answered, plan.e2e_s, plan.tbt_s) / requests,
         clock_mhz=steps.mean_clock_mhz(),
     )
 
@@ -114,12 +114,12 @@ def cost(before: bytes, after: bytes, meter: Meter, from_s: float, to_s: float) 
     """From two looks at the gateway's metrics, and the meter."""
     command, decision = "throttllem_clock_command_seconds", "throttllem_decision_seconds"
     return Cost(
-        commands=scrape.count(before, after, command),
-        command_p50_s=scrape.quantile(before, after, command, 0.5),
-        command_p99_s=scrape.quantile(before, after, command, 0.99),
-        decisions=scrape.count(before, after, decision),
-        decision_p50_s=scrape.quantile(before, after, decision, 0.5),
-        decision_p99_s=scrape.quantile(before, after, decision, 0.99),
+        commands=readings.count(before, after, command),
+        command_p50_s=readings.quantile(before, after, command, 0.5),
+        command_p99_s=readings.quantile(before, after, command, 0.99),
+        decisions=readings.count(before, after, decision),
+        decision_p50_s=readings.quantile(before, after, decision, 0.5),
+        decision_p99_s=readings.quantile(before, after, decision, 0.99),
         gateway_share=meter.share(meter.gateway_s, from_s, to_s),
         keeper_share=meter.share(meter.keeper_s, from_s, to_s),
     )
@@ -165,3 +165,35 @@ def middle(runs: Sequence[Figures]) -> Figures:
 def saving(of: Figures, against: Figures) -> float:
     """The share of the energy that was not taken."""
     return 1.0 - of.energy_j / against.energy_j
+
+
+def met(answered: Iterable[Answered], e2e_s: float, tbt_s: float) -> int:
+    """How many met both SLOs."""
+    return sum(one.e2e_s <= e2e_s and (one.itl_s is None or one.itl_s <= tbt_s) for one in answered)
+
+
+Simulated = Mapping[str, Figures]
+
+
+class Found(NamedTuple):
+    """Runs in the order in which they were made; the simulation by policy, and that with the live gateway's table (both
+    empty: none was made).
+    """
+
+    plan: Plan
+    sent: Sequence[Sent]
+    runs: Sequence[Run]
+    simulated: Simulated
+    informed: Simulated
+
+    def of(self, policy: str) -> list[Run]:
+        """The runs of a policy that set clocks."""
+        return [run for run in self.runs if run.policy == policy and run.clocks == "on"]
+
+    def middle(self, policy: str) -> Figures:
+        """Their medians."""
+        return middle([run.figures for run in self.of(policy)])
+
+    def advice(self) -> Run | None:
+        """The run that only advised."""
+        return next((run for run in self.runs if run.advised is not None), None)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from throttllem.files import write_aside
 from throttllem.report.palette import policy_inks
-from tools.loop.found import Found
+from tools.loop.outcome import Found
 from tools.loop.runs import Recorded
 
 STYLE: Any = {
@@ -98,7 +98,7 @@ def _bars(panels: Sequence[Any], found: Found, colours: Mapping[str, str]) -> No
                 ):
                     panel.plot([place + offset] * len(values), values, "_", color="black", markersize=7)
     late.axhline(found.plan.e2e_s, color="#b3261e", linestyle="--", linewidth=1)
-    late.text(-0.58, found.plan.e2e_s, "promised", ha="left", va="bottom", fontsize=8, color="#b3261e")
+    late.text(-0.58, found.plan.e2e_s, "SLO", ha="left", va="bottom", fontsize=8, color="#b3261e")
     energy.set_title("Energy, kJ (hatched: simulated)")
     late.set_title("E2E p99, s")
     for panel in panels:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 from throttllem.sim.traces import load_trace
-from tools.evaluation.trace import Sent
+from tools.testbed.trace import Sent
 
 KIND, MODEL, TP = "a100-40gb-sxm", "llama-3-8b", 1
 POLICIES = ("triton", "throttllem", "least-energy")
@@ -69,7 +69,7 @@ def load(plan: Plan) -> list[Sent]:
     return [Sent(at_s=at_s - first_s, prompt_tokens=prompt, output_tokens=answer) for at_s, prompt, answer in kept]
 
 
-def told(sent: Sequence[Sent]) -> str:
+def words(sent: Sequence[Sent]) -> str:
     """A load in words."""
     count, seconds = len(sent), sent[-1].at_s
     prompt, answer = sum(each.prompt_tokens for each in sent), sum(each.output_tokens for each in sent)

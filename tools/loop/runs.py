@@ -6,16 +6,14 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from tools.evaluation.trace import Sent
-from tools.loop import outcome, scrape
-from tools.loop.client import replay
-from tools.loop.house import House, LoopError
-from tools.loop.logs import Meter, Steps
+from tools.loop import outcome, readings
+from tools.loop.bed import LoopBed, LoopError
 from tools.loop.meter import EVERY_S
 from tools.loop.outcome import Run
 from tools.loop.plan import BASELINE, OURS, Plan, physics
+from tools.loop.readings import Meter, Steps, replay
+from tools.testbed.trace import Sent
 
 ON, ADVISE = "on", "advise"
 CLIENT_S, GATEWAY_S, ENGINE_S, TRAIN_S, SIMULATE_S = 25.0, 8.0, 60.0, 10.0, 60.0
@@ -37,7 +35,7 @@ class Turn:
         """Of its files."""
         return f"{self.policy}-{self.clocks}-{self.round}"
 
-    def told(self) -> str:
+    def words(self) -> str:
         """In words."""
         return f"round {self.round + 1}, {self.policy}{'' if self.clocks == ON else ', only advised'}"
 
@@ -68,33 +66,35 @@ def run_s(plan: Plan) -> float:
     return GATEWAY_S + CLIENT_S + plan.window_s
 
 
-def recorded(house: House, sent: Sequence[Sent], todo: Sequence[Turn]) -> Iterator[Recorded]:
-    """Make the runs. Raises LoopError, ClientError."""
-    say, plan = house.workshop.say, house.plan
+def recorded(bed: LoopBed, sent: Sequence[Sent], todo: Sequence[Turn]) -> Iterator[Recorded]:
+    """Make the runs. Raises LoopError, ProcessError."""
+    report, plan = bed.workspace.report, bed.plan
     for number, turn in enumerate(todo):
         left_min = (len(todo) - number) * run_s(plan) / 60
-        say(f"run {number + 1} of {len(todo)}: {turn.told()}; about {left_min:.0f} min left")
-        found = one(house, sent, turn)
-        say(_found(found.run))
+        report(f"run {number + 1} of {len(todo)}: {turn.words()}; about {left_min:.0f} min left")
+        found = one(bed, sent, turn)
+        report(_found(found.run))
         yield found
 
 
-def one(house: House, sent: Sequence[Sent], turn: Turn) -> Recorded:
+def one(bed: LoopBed, sent: Sequence[Sent], turn: Turn) -> Recorded:
     """One run; afterwards its gateway is gone and the GPU is free."""
-    plan, folder, load = house.plan, house.folder / turn.name, os.getloadavg()[0]
-    with house.quiet() as quiet, house.gateway(turn.policy, turn.clocks, folder) as gateway:
-        with house.meter(folder / "meter.csv", gateway):
-            before = scrape.page(gateway.url)
-            replayed = replay(house.clients, gateway.url, sent, house.tokenizer, folder / "client")
+    plan, folder, load = bed.plan, bed.folder / turn.name, os.getloadavg()[0]
+    with bed.quiet() as quiet, bed.gateway(turn.policy, turn.clocks, folder) as up:
+        with bed.meter(folder / "meter.csv", up):
+            before = readings.page(up.url)
+            replayed = replay(bed.clients, up.url, sent, bed.tokenizer, folder / "client", bed.machine)
             if not replayed.answered:
-                raise LoopError(f"{turn.told()}: no request was answered; the gateway's log:\n{_end(gateway.log)}")
+                raise LoopError(
+                    f"{turn.words()}: no request was answered; the gateway's log:\n{up.process.last_lines()}"
+                )
             from_s = outcome.began(replayed.answered)
             to_s = from_s + plan.window_s
             time.sleep(max(0.0, to_s + 2 * EVERY_S - time.time()))
-            after = scrape.page(gateway.url)
+            after = readings.page(up.url)
         meter = Meter.read(folder / "meter.csv")
-    freed_s = house.freed()
-    steps = Steps.read(house.steps, time.time() - time.monotonic()).between(from_s, to_s)
+    freed_s = bed.freed()
+    steps = Steps.read(bed.steps, time.time() - time.monotonic()).between(from_s, to_s)
     run = Run(
         policy=turn.policy,
         clocks=turn.clocks,
@@ -105,7 +105,7 @@ def one(house: House, sent: Sequence[Sent], turn: Turn) -> Recorded:
         figures=outcome.measured(replayed, meter, steps, plan, len(sent)),
         cost=outcome.cost(before, after, meter, from_s, to_s),
         trust=outcome.trust(steps, replayed, freed_s=freed_s, load=load, quiet=quiet),
-        advised=scrape.gauge(after, "throttllem_advised_saving_ratio") if turn.clocks == ADVISE else None,
+        advised=readings.gauge(after, "throttllem_advised_saving_ratio") if turn.clocks == ADVISE else None,
     )
     return Recorded(run=run, meter=meter, steps=steps)
 
@@ -133,7 +133,3 @@ def _found(run: Run) -> str:
         f"{found.attainment:.1%} kept, E2E p99 {found.e2e_p99_s:.1f} s, overruns {run.trust.overruns:.1%}, "
         f"GPU free after {run.trust.freed_s * 1e3:.0f} ms"
     )
-
-
-def _end(log: Path) -> str:
-    return log.read_text(errors="replace")[-2000:]

@@ -15,10 +15,11 @@ from throttllem.option_sources import load_options
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.storage import load_table
 from throttllem.sim.study import Study
-from tools.loop.house import CATALOGUE, environment, throttllem
+from tools.loop.bed import CATALOGUE
 from tools.loop.outcome import Figures
 from tools.loop.outcome import simulated as figures
 from tools.loop.plan import BLOCK_TOKENS, BUDGET_TOKENS, KIND, MAX_BATCH, MODEL, SWITCH_S, TP, Plan, physics
+from tools.testbed.gateway import throttllem
 
 ENGINE = {
     "batching.chunked": "true",
@@ -33,16 +34,16 @@ CACHE, CATALOGUE_FILE = "cache", "catalogue.toml"
 
 
 def simulate(trace: Path, plan: Plan, folder: Path) -> dict[str, Figures]:
-    """Figures by policy. Raises LoopError."""
+    """Figures by policy. Raises ProcessError."""
     found, cache = folder / "simulated.json", {"THROTTLLEM_CACHE_DIR": str(folder / CACHE)}
     catalogue = folder / CATALOGUE_FILE
     catalogue.write_text(entry_from(plan.lowest_mhz))
-    with environment(cache):
-        throttllem(
-            *("simulate", *CATALOGUE, "--catalogue", str(catalogue), "--trace", str(trace), "--json", str(found)),
-            *("--policy", ",".join(plan.policies), "--slo-e2e", f"{plan.e2e_s:g}", "--slo-tbt", f"{plan.tbt_s:g}"),
-            *(text for name, value in ENGINE.items() for text in ("--set", f"{name}={value}")),
-        )
+    throttllem(
+        *("simulate", *CATALOGUE, "--catalogue", catalogue, "--trace", trace, "--json", found),
+        *("--policy", ",".join(plan.policies), "--slo-e2e", f"{plan.e2e_s:g}", "--slo-tbt", f"{plan.tbt_s:g}"),
+        *(text for name, value in ENGINE.items() for text in ("--set", f"{name}={value}")),
+        environment=cache,
+    )
     runs: list[dict[str, Any]] = json.loads(found.read_text())["runs"]
     return {run["policy"]: figures(run, plan, physics().idle_w()) for run in runs}
 

@@ -15,11 +15,7 @@ from collections.abc import Sequence
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # nobody forks a process with threads
 
 from rich.console import Console
-from rich.table import Table as Grid
 
-from tools.evaluation.document import write_document
-from tools.evaluation.machine import machine
-from tools.evaluation.section import ROOT, Table
 from tools.soak.crew import Crew
 from tools.soak.draw import drawn
 from tools.soak.evidence import Outcome
@@ -27,6 +23,7 @@ from tools.soak.figures import Tally
 from tools.soak.schedule import Schedule
 from tools.soak.shrink import shrunk
 from tools.soak.stage import stage
+from tools.testbed.report import ROOT, print_table, write_document
 
 DOCUMENT = ROOT / "docs/evaluation/soak.md"
 LANES, SCHEDULES = 8, 10_000
@@ -82,13 +79,13 @@ def _many(lanes: Crew, asked: argparse.Namespace, console: Console) -> int:
     wall_s = time.monotonic() - began_s
     for failure in tally.failed[:MOST_SHRUNK]:
         _shrink(lanes, failure, console)
-    _print(tally.table(), console)
+    print_table(tally.table(), console)
     for line in tally.lines():
         console.print(line)
     if asked.document:
         section = tally.section(seed=asked.seed, wall_s=wall_s, lanes=asked.lanes)
         options = f"--schedules {asked.schedules} --seed {asked.seed} --lanes {asked.lanes}"
-        write_document(section, DOCUMENT, machine=machine(), command=f"python -m tools.soak {options} --document")
+        write_document(section, DOCUMENT, command=f"python -m tools.soak {options} --document")
     console.print(f"{wall_s:.0f} s with {asked.lanes} lanes")
     return _end(tally.outcomes, console)
 
@@ -111,13 +108,6 @@ def _shrink(lanes: Crew, failure: Outcome, console: Console) -> None:
         console.print(f"smallest: {shrunk(failure.schedule, fails).words}")
     else:
         console.print(f"did not fail again in {TRIES} tries: {failure.schedule.words}")
-
-
-def _print(table: Table, console: Console) -> None:
-    grid = Grid(*table.head, title=table.caption)
-    for row in table.rows:
-        grid.add_row(*row)
-    console.print(grid)
 
 
 def _end(outcomes: Sequence[Outcome], console: Console) -> int:

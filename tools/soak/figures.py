@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tools.evaluation.section import Section, Table
 from tools.soak.check import WITHIN_S
 from tools.soak.evidence import Outcome
 from tools.soak.kinds import KINDS
 from tools.soak.schedule import Schedule
+from tools.testbed.report import Section, Table
 
 STARVED_S = 0.5
 

@@ -24,19 +24,19 @@ from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import FrequencyPlan, Reason, Slo
-from throttllem.engines.base import Call, EngineError, ParsedRequest
-from throttllem.engines.simulated import realtime
-from throttllem.engines.simulated import requests as fake_api
+from throttllem.engines.base import Call, EngineError
+from throttllem.engines.simulated import realtime, replies
 from throttllem.engines.simulated.text import Tape
 from throttllem.gateway.control import clock_setter as engine_clock
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
-from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.control.session import Session
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gpu import hardware
 from throttllem.gpu.setters import clock_setter
+from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.requests import COMPLETIONS, parse_request
 from tools.soak.small_engine import MODEL, SmallEngine, small_spec
 
 AGAIN_S = 0.12
@@ -50,7 +50,7 @@ def run(told: dict[str, Any]) -> None:
     """Serve until SIGTERM. `told`: as `house` says; requests and faults come over "control", their ends go back."""
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(levelname)s %(message)s")
     hardware.RETRY_S = engine_clock._RETRY_S = AGAIN_S
-    vars(fake_api)["Tape"] = lambda _: _TAPE
+    vars(replies)["Tape"] = lambda _: _TAPE
     vars(realtime)["version"] = lambda _: "soaked"
     uvloop.run(_live(told))
 
@@ -182,7 +182,7 @@ class _House:
         how, why = "complete", ""
         try:
             await _answered(self.models, tokens)
-        except (RejectedError, EngineError) as error:
+        except ApiError as error:
             how, why = "told", f"{type(error).__name__}: {error}"
         except BaseException as error:
             how, why = "broken", repr(error)
@@ -204,15 +204,19 @@ async def _answered(models: Models, tokens: int) -> None:
     prompt = "one two three"
     body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True}
     body["stream"] = True
-    ask = ParsedRequest(
-        path="/v1/completions", model=MODEL, body=dict(body), prompts=(prompt,), max_tokens=tokens, stream=True
-    )
-    count = await models.count(ask)
-    ticket: Session = models.session(ask, count, Slo(), "")
-    async with ticket:
-        engine, request_id = (await ticket.placed()).engine, ticket.request.id
-        raw = json.dumps(body).encode()
-        call = Call(method="POST", path=ask.path, headers=(), body=raw, request_id=request_id, ask=ask)
+    request = parse_request(COMPLETIONS, json.dumps(body).encode())
+    count = await models.count(request)
+    session: Session = models.session(request, count, Slo())
+    async with session:
+        engine = (await session.placed()).engine
+        call = Call(
+            method="POST",
+            path=COMPLETIONS,
+            headers=(),
+            body=request.body,
+            request_id=session.request.id,
+            request=request,
+        )
         async with engine.open(call) as reply:
             if reply.status != 200:
                 raise EngineError(f"status {reply.status}")
@@ -220,7 +224,7 @@ async def _answered(models: Models, tokens: int) -> None:
             while chunk := await reply.read():
                 if came := chunk.count(b'"index"'):
                     seen += came
-                    ticket.tokens(came)
-            ticket.finish(tokens)
+                    session.tokens(came)
+            session.finish(tokens)
             if seen < tokens:
                 raise AssertionError(f"{seen} of {tokens} tokens, and no error")

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from throttllem.config import Noise
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Call, Connected, EngineError, ParsedRequest, PromptCount, Reply, Report
+from throttllem.engines.base import Call, Connected, EngineError, PromptCount, Reply, Report
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.gpu.device import Reading, Work
+from throttllem.openai_api.requests import ParsedRequest
 from tools.nvml.build import NAME
 
 STEP_S = 0.006

@@ -147,10 +147,10 @@ def _tables(gpu: Gpu, calibration: Calibration) -> Iterator[str]:
             path = f"{table}.{key}"
             one = fitted.get(path)
             if table in ("time_basis", "power_basis"):
-                said = ""
+                comment = ""
             else:
-                said = verdict(one, calibration.like) if one else origin(gpu, path, calibration.like)
-            yield _line(key, value, said, rounded=one is not None)
+                comment = verdict(one, calibration.like) if one else origin(gpu, path, calibration.like)
+            yield _line(key, value, comment, rounded=one is not None)
 
 
 def _model(model: Model | None) -> Iterator[str]:

@@ -51,7 +51,7 @@ SECONDS = (1e-6, 1e4)
 MEMORY_RATIO = 1.1
 """Of weights and KV over the whole memory of `like`: makers and drivers count 80 GB as 79.6 to 85.9e9 bytes."""
 WORST_MEDIAN, WORST_P90 = 0.25, 0.5
-"""A law that is off by this much at half of its own points, or at a tenth, describes something else."""
+"""A law that is off by this much at half of the points, or at a tenth, describes something else."""
 HELD_OUT_MEDIAN, HELD_OUT_P90 = 0.2, 0.4
 """Of clocks or batch sizes left out. Of eight GPUs of the laws' kind, at three clocks and 36 rows with 10 % scatter,
 the worst had 10 and 24 %; watts of other rows had 32 and 58 %, seconds of other rows 60 and 233 %."""

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from throttllem.engines.simulated.fleet import Fleet
     from throttllem.engines.triton.engine import TritonEngine
     from throttllem.profiling.live.plan import LivePlan
-    from throttllem.profiling.live.run_profile import Device
-    from throttllem.profiling.live.target import Target
+    from throttllem.profiling.live.profiler import Device
 
 CAPACITIES = ("max_batch", "max_context_tokens", "kv_blocks", "block_tokens")
 
@@ -104,8 +103,9 @@ def profile(
         return _profile_simulated(fleet, rows, seed, out)
     size = parsed_sizes(tp, sizes, default=entry.tp)
     fleet = build_fleet(known, gpu, model or "llama-3-8b", size, options.batching)
-    target, device = _live(fleet, entry, options, clocks)
-    return _profile_live(target, device, _plan(points, parsed_duration("--seconds", seconds), seed), out, resume=resume)
+    engine, device = _live(fleet, entry, options, clocks)
+    plan = _plan(points, parsed_duration("--seconds", seconds), seed)
+    return _profile_live(engine, device, plan, out, resume=resume, served_as=entry.served_as)
 
 
 def _capacities(texts: list[str]) -> dict[str, tuple[str, object]]:
@@ -119,14 +119,16 @@ def _capacities(texts: list[str]) -> dict[str, tuple[str, object]]:
     return found
 
 
-def _live(fleet: Fleet, entry: EngineEntry, options: Options, clocks: str | None) -> tuple[Target, Device]:
-    from throttllem.engines.remote import Remote
-    from throttllem.profiling.live.run import chosen_clocks
-    from throttllem.profiling.live.target import SCRAPE_S, Target, parsed_clocks
+def _live(
+    fleet: Fleet, entry: EngineEntry, options: Options, clocks: str | None
+) -> tuple[OpenaiEngine | TritonEngine, Device]:
+    from throttllem.engines.base import RemoteOptions
+    from throttllem.engines.remote import remote_engine
+    from throttllem.profiling.live.run import SCRAPE_S, chosen_clocks, engine_spec, live_device
 
     assert entry.url is not None
     assert entry.kind != "simulated"
-    remote = Remote(
+    remote = RemoteOptions(
         url=entry.url,
         kind=entry.kind,
         served_as=entry.served_as,
@@ -140,9 +142,8 @@ def _live(fleet: Fleet, entry: EngineEntry, options: Options, clocks: str | None
         kv_blocks=entry.kv_blocks,
         block_tokens=entry.block_tokens,
     )
-    target = Target(fleet=fleet, remote=remote)
-    chosen = chosen_clocks(fleet.clocks_mhz, parsed_clocks(clocks))
-    return target, target.device(chosen, entry.gpus, options.clocks.keeper)
+    device = live_device(fleet, chosen_clocks(fleet.clocks_mhz, clocks), entry.gpus, options.clocks.keeper)
+    return remote_engine(remote, engine_spec(fleet)), device
 
 
 def _plan(points: int | None, seconds: float | None, seed: int) -> LivePlan:
@@ -163,7 +164,15 @@ def _profile_simulated(fleet: Fleet, rows: int | None, seed: int, out: Path) -> 
     typer.echo(f"{frame.height} iterations in {out}")
 
 
-def _profile_live(target: Target, device: Device, plan: LivePlan, out: Path, *, resume: bool) -> None:
+def _profile_live(
+    engine: OpenaiEngine | TritonEngine,
+    device: Device,
+    plan: LivePlan,
+    out: Path,
+    *,
+    resume: bool,
+    served_as: str | None,
+) -> None:
     import asyncio
     import contextlib
 
@@ -175,29 +184,24 @@ def _profile_live(target: Target, device: Device, plan: LivePlan, out: Path, *, 
     check_ending(out)
     with progress("connecting") as report:
 
-        async def run() -> int:
-            engine = target.engine()
-            async with contextlib.AsyncExitStack() as hardware:
+        async def measured() -> int:
+            async with contextlib.AsyncExitStack() as stack:
+                stack.push_async_callback(engine.close)
                 if isinstance(device.gpu, HardwareGpu):
-                    await hardware.enter_async_context(device.gpu)
-                return await measured(engine)
-
-        async def measured(engine: OpenaiEngine | TritonEngine) -> int:
-            try:
+                    await stack.enter_async_context(device.gpu)
                 return await profile_live(
                     engine,
                     device,
                     plan,
                     out,
                     resume=resume,
-                    served_as=target.remote.served_as,
+                    served_as=served_as,
                     say=lambda line: typer.echo(line, err=True),
                     progress=report,
                 )
-            except EngineError as error:
-                raise ValueError(str(error)) from error
-            finally:
-                await engine.close()
 
-        rows = asyncio.run(run())
+        try:
+            rows = asyncio.run(measured())
+        except EngineError as error:
+            raise ValueError(str(error)) from error
     typer.echo(f"{rows} rows in {out}")

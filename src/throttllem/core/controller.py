@@ -9,18 +9,19 @@ clocks on the wall, sockets or GPUs.
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import asdict
 
 from throttllem.core.clocks.controller import ClockController
 from throttllem.core.clocks.sizing import Autoscaler
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import Engines, EngineState, Phase
 from throttllem.core.forecast.projection import Projection
-from throttllem.core.lengths.expectation import LengthPrediction
+from throttllem.core.lengths.prediction import LengthPrediction
 from throttllem.core.options import ControllerOptions
 from throttllem.core.scheduler import AdmissionQueue, refused_by_all
-from throttllem.core.sequence_state import SequenceState
+from throttllem.core.scoreboard import SequenceState
 from throttllem.core.snapshot import Counts, Snapshot, view
+from throttllem.core.state import ControllerState
 from throttllem.core.types import (
     Arrived,
     Cancel,
@@ -46,18 +47,26 @@ from throttllem.core.types import (
 )
 
 
+class PlanningError(Exception):
+    """No clock could be planned for `engine`: what the core knows of it is in doubt. Others keep their turn."""
+
+    def __init__(self, engine: int) -> None:
+        super().__init__(f"no clock could be planned for engine {engine}")
+        self.engine = engine
+
+
 class Controller:
     """The control core. `handle` is its only way in; all its state is a function of the events so far."""
 
     def __init__(self, options: ControllerOptions) -> None:
         self.options = options
         self._engines = Engines(options.specs if options.autoscale else {}, options.tables)
-        self._load = LoadEstimator(options.load_window_s)
+        self._load = LoadEstimator(window_s=options.load_window_s)
         self._lengths = LengthPrediction(options.predictor, options.inflation)
         self._queue = AdmissionQueue(options)
         self._clocks = ClockController(options.throttle, self._load)
-        self._autoscaler = Autoscaler(options.autoscale) if options.autoscale else None
-        self._counts = dict.fromkeys((count.name for count in fields(Counts)), 0)
+        self._autoscaler = Autoscaler(options=options.autoscale) if options.autoscale else None
+        self._counts = asdict(Counts())
         self._unplanned: dict[int, EngineState] = {}
         self._unplanned_since_s = 0.0
         self._replan_s = math.inf
@@ -66,42 +75,31 @@ class Controller:
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """Take in one event; the commands that follow from it, in order. `now_s` never goes back.
 
-        Engines that this leaves without a plan make `next_deadline` due: the driver hands in a `Timer` then.
+        Engines that this leaves without a plan make `next_deadline` due: the driver hands in a `Timer` then. Raises
+        PlanningError at a `Timer` if what is known of an engine makes no sense.
         """
         commands: list[Command] = []
         match event:
             case Stepped():
-                if not self._stepped(event, now_s):
-                    return commands
+                changed = self._stepped(event, now_s)
             case Observed():
-                if not self._observed(event):
-                    return commands
+                changed = self._observed(event)
             case Progressed():
-                if not self._progressed(event, now_s):
-                    return commands
-            case Timer():
-                if self._unplanned:
-                    self._plan(now_s, commands)
-                    return commands
-                if now_s >= self._replan_s:
-                    self._mark_due(now_s)
-            case Arrived(request=request):
-                self._arrived(request, now_s, commands)
-            case Cancelled(request_id=request_id):
-                self._cancelled(request_id, commands)
-            case EngineReady(engine=key, spec=spec):
-                self._ready(key, spec, now_s)
-            case EngineLost(engine=key):
-                self._engine_lost(key, now_s, commands)
-            case ClockRead():
-                self._clock_read(event, now_s)
-        if now_s >= self._resize_s:
-            self._resize(now_s, commands)
-        self._admit(now_s, commands)
-        for state in self._unplanned.values():
-            if state.began_s is None and (state.board.running or state.board.pending):
-                state.began_s = now_s
-        self._unplanned_since_s = now_s
+                changed = self._progressed(event, now_s)
+            case Timer() if self._unplanned:
+                self._plan(now_s, commands)
+                changed = False
+            case _:
+                self._take_in(event, now_s, commands)
+                changed = True
+        if changed:
+            if now_s >= self._resize_s:
+                self._resize(now_s, commands)
+            self._admit(now_s, commands)
+            for state in self._unplanned.values():
+                if state.began_s is None and (state.board.running or state.board.pending):
+                    state.began_s = now_s
+            self._unplanned_since_s = now_s
         return commands
 
     def next_deadline(self) -> float | None:
@@ -136,6 +134,57 @@ class Controller:
             counts=Counts(**self._counts),
             lengths=self._lengths.score,
         )
+
+    def _take_in(self, event: Event, now_s: float, commands: list[Command]) -> None:
+        """Events that are rare beside the iterations."""
+        match event:
+            case Arrived(request=request):
+                self._arrived(request, now_s, commands)
+            case Cancelled(request_id=request_id):
+                self._cancelled(request_id, commands)
+            case EngineReady(engine=key, spec=spec):
+                self._ready(key, spec, now_s)
+            case EngineLost(engine=key):
+                self._engine_lost(key, now_s, commands)
+            case ClockRead():
+                self._clock_read(event, now_s)
+            case Timer() if now_s >= self._replan_s:
+                self._mark_due(now_s)
+
+    def state(self) -> ControllerState:
+        """All that it knows besides its options; its own parts, to be read before the next event."""
+        return ControllerState(
+            engines=tuple(self._engines.by_id.values()),
+            serving=self.serving(),
+            next_engine=self._engines.next_id,
+            waiting=tuple(self._queue.waiting.values()),
+            head=self._queue.head,
+            load=self._load,
+            autoscaler=self._autoscaler,
+            counts=Counts(**self._counts),
+            lengths=self._lengths.score,
+            unplanned=tuple(self._unplanned),
+            unplanned_since_s=self._unplanned_since_s,
+            resize_s=self._resize_s,
+        )
+
+    @classmethod
+    def from_state(cls, options: ControllerOptions, state: ControllerState) -> Controller:
+        """A controller that continues from `state`, and takes its parts over."""
+        made = cls(options)
+        engines = made._engines.by_id
+        engines.update((engine.engine, engine) for engine in state.engines)
+        made._engines.serving = None if state.serving is None else engines[state.serving]
+        made._engines.next_id = state.next_engine
+        made._queue.restore(state.waiting, state.head)
+        made._load, made._autoscaler = state.load, state.autoscaler
+        made._clocks = ClockController(options.throttle, state.load)
+        made._counts = asdict(state.counts)
+        made._lengths.score = state.lengths
+        made._unplanned.update((key, engines[key]) for key in state.unplanned)
+        made._unplanned_since_s, made._resize_s = state.unplanned_since_s, state.resize_s
+        made._find_replan()
+        return made
 
     # ---- engines report --------------------------------------------------------------------------------------
 
@@ -199,8 +248,8 @@ class Controller:
         if state is None or state.spec is None:
             return False
         board = state.board
-        board.others = state.drift.compare(event, board.own(state.iteration - 1))
-        if not board.others.moved(state.others, state.spec.kv_blocks):
+        board.external = state.drift.compare(event, board.own(state.iteration - 1))
+        if not board.external.moved(state.planned_external, state.spec.kv_blocks):
             return False
         state.drift.corrections += 1
         self._unplanned[state.engine] = state
@@ -238,7 +287,7 @@ class Controller:
         if why is not None:
             self._reject(request.id, why, commands)
             return
-        sequence = self._lengths.row(request)
+        sequence = self._lengths.sequence(request)
         self._queue.push(sequence)
         self._load.arrived(now_s, request.prompt_tokens, sequence.predicted_tokens, request.slo, request.sequences)
 
@@ -299,7 +348,7 @@ class Controller:
         state = self._remove(key)
         if state is None:
             return
-        for sequence in state.board.rows():
+        for sequence in state.board.sequences():
             self._lengths.dropped(sequence)
             self._counts["failed"] += 1
             commands.append(Fail(request_id=sequence.request.id, why=Reason.ENGINE_LOST))
@@ -361,12 +410,18 @@ class Controller:
                 self._engines.remove(state.engine)
                 commands.append(StopEngine(engine=state.engine))
                 continue
-            state.others = state.board.others
+            state.planned_external = state.board.external
             waiting = len(self._queue.waiting) > 0 and state.phase is Phase.SERVING
-            command = self._clocks.plan(state, now_s, waiting=waiting)
+            try:
+                command = self._clocks.plan(state, now_s, waiting=waiting)
+            except Exception as error:
+                raise PlanningError(state.engine) from error
             if command:
                 commands.append(command)
         self._find_replan()
 
     def _find_replan(self) -> None:
-        self._replan_s = min((state.replan_s for state in self._engines.by_id.values()), default=math.inf)
+        """The first of the times at which engines should be planned again."""
+        self._replan_s = math.inf
+        for state in self._engines.by_id.values():
+            self._replan_s = min(self._replan_s, state.replan_s)

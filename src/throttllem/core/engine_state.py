@@ -1,6 +1,6 @@
-"""The engines that the controller knows of: their state, and which of them takes new requests.
+"""The engines that the controller knows: their state, and which of them takes new requests.
 
-At most one engine serves; a new one takes its place when it is ready and the old one drains (the paper's shadow
+At most one engine serves; when a new one is ready it takes over, and the old one drains (the paper's shadow
 instancing). Knows nothing of clocks or queues.
 """
 
@@ -31,11 +31,11 @@ class Phase(StrEnum):
 class EngineState:
     """All that the controller knows of one engine. Controller, admission queue and clock controller write it.
 
-    `iteration` is the one in progress or next to begin, `began_s` when it began (None: it has not). `clock_mhz` is the
-    clock in force as far as known, `target_mhz` the one set at `set_at_s`. `projection` is the one that the plan rests
-    on. `replan_s`: when the clock should be planned again at the latest. `steady`: what the load of `steady_at_s`
-    means if it goes on. `stale`: sequences were corrected since the last iteration. `others` is the external load that
-    was last planned for.
+    `spec` None: it is not ready; `table` None: no performance table. `iteration` is the one in progress or next to
+    begin, `began_s` when it began (None: it has not). `clock_mhz` is the clock in force as far as known, `target_mhz`
+    the one set at `set_at_s`. `projection` is the one that the plan rests on. `replan_s`: when the clock should be
+    planned again at the latest. `steady`: what the load of `steady_at_s` means if it goes on. `stale`: sequences were
+    corrected since the last iteration. `planned_external` is the external load that was last planned for.
     """
 
     engine: int
@@ -55,7 +55,7 @@ class EngineState:
     steady: Steady | None = None
     steady_at_s: float = -math.inf
     stale: bool = False
-    others: ExternalLoad = field(default_factory=ExternalLoad)
+    planned_external: ExternalLoad = field(default_factory=ExternalLoad)
     drift: DriftMeter = field(default_factory=DriftMeter)
 
     def maximum_clock_delay_s(self, now_s: float, switch_latency_s: float) -> float:
@@ -70,31 +70,36 @@ class EngineState:
 
 
 class Engines:
-    """The engines, `by_id`; `serving` takes new requests. `specs` are those of sizes that could be started."""
+    """The engines, `by_id`; `serving` takes new requests.
 
-    def __init__(self, specs: Mapping[int, EngineSpec], tables: Mapping[int, PerformanceTable]) -> None:
-        self.serving: EngineState | None = None
-        self._specs = specs
-        self._tables = tables
+    `sizes` are the specs of engines that could be started, `tables` performance tables, by tensor parallel degree.
+    """
+
+    def __init__(self, sizes: Mapping[int, EngineSpec], tables: Mapping[int, PerformanceTable]) -> None:
         self.by_id: dict[int, EngineState] = {}
-        self._next = 0
+        self.serving: EngineState | None = None
+        self.next_id = 0
+        self._sizes = sizes
+        self._tables = tables
+
+    def specs(self) -> list[EngineSpec]:
+        """Engines that a request may end up on: the one that serves, and the sizes that could be started."""
+        specs = list(self._sizes.values())
+        if self.serving is not None and self.serving.spec is not None:
+            specs.insert(0, self.serving.spec)
+        return specs
 
     def draining(self) -> EngineState | None:
         """The largest engine that drains, if one does."""
         found = [state for state in self.by_id.values() if state.phase is Phase.DRAINING]
         return max(found, key=lambda state: state.tp, default=None)
 
-    def specs(self) -> list[EngineSpec]:
-        """Engines that a request may end up on: the one that serves, and the sizes that could be started."""
-        serving = self.serving.spec if self.serving else None
-        return [*([serving] if serving else []), *self._specs.values()]
-
     def start(self, tp: int) -> EngineState:
         """A new engine under a new id; it is not ready yet."""
-        return self._add(self._next, tp)
+        return self._add(self.next_id, tp)
 
     def ready(self, engine: int, spec: EngineSpec) -> EngineState | None:
-        """An engine can serve, at the top clock of what was profiled; None if that was known. Nothing drains yet."""
+        """An engine can serve, at the maximum clock that was profiled; None if that was known. Nothing drains yet."""
         state = self.by_id.get(engine) or self._add(engine, spec.tp)
         if state.spec is not None:
             return None
@@ -115,13 +120,13 @@ class Engines:
         return before
 
     def remove(self, engine: int) -> EngineState | None:
-        """An engine is gone."""
+        """An engine is gone; None if it was not known."""
         state = self.by_id.pop(engine, None)
         if state is not None and state is self.serving:
             self.serving = None
         return state
 
     def _add(self, engine: int, tp: int) -> EngineState:
-        self._next = max(self._next, engine + 1)
+        self.next_id = max(self.next_id, engine + 1)
         self.by_id[engine] = state = EngineState(engine=engine, tp=tp)
         return state

@@ -1,39 +1,38 @@
-"""The scoreboard against the engine's own word: how far they are apart, and what the engine holds beside our rows.
+"""How far the scoreboard is from what an engine reports of itself, and what the engine holds beside our requests.
 
-Others may use the engine, prompts may share blocks, and a row may be held up unseen. Rows that wait inside the engine
-are not told apart from those whose prompt is under way: whatever they may explain is no difference. One look may catch
-engine and gateway at different moments; what several in a row agree on is there.
+Other clients may use the engine, prompts may share blocks, and a sequence may be held up unseen. Requests that wait
+inside the engine cannot be distinguished from those whose prompt is under way: whatever they may explain is no
+difference. One report may catch engine and gateway at different moments; what several in a row agree on is real.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from throttllem.core.types import Observed
 
-_LOOKS = 3
-"""So many looks in a row must show a difference. Measured on vLLM with one look twice a second: KV that the rows do
-not explain was 0.64 % of the capacity off with the correction, 0.44 % without.
+_REPORTS = 3
+"""A difference counts when this many reports in a row show it. Measured on vLLM with one report twice a second: KV that
+our requests do not explain was 0.64 % of the capacity off with the correction, 0.44 % without.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExternalLoad:
-    """What an engine holds beside our rows: sequences and KV blocks. Negative: it holds less than our rows would."""
+    """Sequences and KV blocks of other clients. Negative: the engine holds less than our requests would."""
 
     batch: int = 0
     kv_blocks: int = 0
 
     def moved(self, before: ExternalLoad, capacity_blocks: int) -> bool:
-        """Is it worth a new plan? A sequence, or one in a hundred of the KV blocks, is."""
+        """Whether it calls for a new plan: a sequence more or less does, or one in a hundred of the KV blocks."""
         return self.batch != before.batch or abs(self.kv_blocks - before.kv_blocks) * 100 >= capacity_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Own:
-    """What the scoreboard says: sequences that run with their KV blocks, those that wait with their prompts' blocks."""
+class OwnLoad:
+    """By the scoreboard: running sequences with their KV blocks, and pending ones with the blocks of their prompts."""
 
     running: int
     kv_blocks: int
@@ -43,10 +42,10 @@ class Own:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """Engine minus scoreboard at the last word of the engine, and the mean of its absolute value since the start.
+    """Engine minus scoreboard at the engine's last report, and the mean of its absolute value since the start.
 
-    None: the engine never said. `corrections`: how often a row was corrected, or the others changed enough for a new
-    plan.
+    None: the engine never reported it. `corrections`: how often a sequence was corrected, or the external load changed
+    enough for a new plan.
     """
 
     batch: int | None = None
@@ -56,52 +55,51 @@ class Drift:
     corrections: int = 0
 
 
-def _looks() -> deque[int]:
-    return deque([0] * _LOOKS, _LOOKS)
-
-
 @dataclass(slots=True, kw_only=True)
 class DriftMeter:
-    """Compares, and remembers how large the differences were. O(1)."""
+    """Compares reports with the scoreboard, and remembers how large the differences were. O(1).
+
+    `external` and `external_kv` are what the last reports showed.
+    """
 
     corrections: int = 0
-    _batch: int | None = None
-    _kv_blocks: int | None = None
-    _sums: tuple[int, int] = (0, 0)
-    _times: tuple[int, int] = (0, 0)
-    _others: deque[int] = field(default_factory=_looks)
-    _others_kv: deque[int] = field(default_factory=_looks)
+    batch: int | None = None
+    kv_blocks: int | None = None
+    sums: tuple[int, int] = (0, 0)
+    times: tuple[int, int] = (0, 0)
+    external: tuple[int, ...] = (0,) * _REPORTS
+    external_kv: tuple[int, ...] = (0,) * _REPORTS
 
-    def compare(self, told: Observed, own: Own) -> ExternalLoad:
-        """Who else is in the engine, as far as the last looks agree; what it does not say stays as it was."""
-        prefilling = min(max(told.running - own.running, 0), own.pending)
-        batch = told.running - own.running - prefilling
-        waiting = max(0, told.waiting - (own.pending - prefilling))
-        self._sums = (self._sums[0] + abs(batch), self._sums[1])
-        self._times = (self._times[0] + 1, self._times[1])
-        self._batch = batch
-        self._others.append(batch + waiting)
-        if told.kv_blocks is not None:
+    def compare(self, reported: Observed, own: OwnLoad) -> ExternalLoad:
+        """The external load, as far as the last reports agree; what a report leaves out stays as it was."""
+        prefilling = min(max(reported.running - own.running, 0), own.pending)
+        batch = reported.running - own.running - prefilling
+        waiting = max(0, reported.waiting - (own.pending - prefilling))
+        self.sums = (self.sums[0] + abs(batch), self.sums[1])
+        self.times = (self.times[0] + 1, self.times[1])
+        self.batch = batch
+        self.external = (*self.external[1:], batch + waiting)
+        if reported.kv_blocks is not None:
             most = own.kv_blocks + (own.pending_blocks if prefilling else 0)
-            kv_blocks = told.kv_blocks - min(max(told.kv_blocks, own.kv_blocks), most)
-            self._sums = (self._sums[0], self._sums[1] + abs(kv_blocks))
-            self._times = (self._times[0], self._times[1] + 1)
-            self._kv_blocks = kv_blocks
-            self._others_kv.append(kv_blocks)
-        return ExternalLoad(batch=_agreed(self._others), kv_blocks=_agreed(self._others_kv))
+            kv_blocks = reported.kv_blocks - min(max(reported.kv_blocks, own.kv_blocks), most)
+            self.sums = (self.sums[0], self.sums[1] + abs(kv_blocks))
+            self.times = (self.times[0], self.times[1] + 1)
+            self.kv_blocks = kv_blocks
+            self.external_kv = (*self.external_kv[1:], kv_blocks)
+        return ExternalLoad(batch=_agreed(self.external), kv_blocks=_agreed(self.external_kv))
 
     def drift(self) -> Drift:
         """The figures so far."""
-        means = [total / times if times else None for total, times in zip(self._sums, self._times, strict=True)]
+        means = [total / times if times else None for total, times in zip(self.sums, self.times, strict=True)]
         return Drift(
-            batch=self._batch,
-            kv_blocks=self._kv_blocks,
+            batch=self.batch,
+            kv_blocks=self.kv_blocks,
             mean_batch=means[0],
             mean_kv_blocks=means[1],
             corrections=self.corrections,
         )
 
 
-def _agreed(looks: Sequence[int]) -> int:
-    """The least of what all looks show; nothing if they do not agree on the sign."""
-    return 0 if min(looks) < 0 < max(looks) else min(looks, key=abs)
+def _agreed(reports: Sequence[int]) -> int:
+    """The least of what all reports show; 0 if they do not agree on the sign."""
+    return 0 if min(reports) < 0 < max(reports) else min(reports, key=abs)

@@ -1,4 +1,4 @@
-"""Everything that the controller can be told before it starts. Each part is documented where it is used."""
+"""The options of the controller. Each part is documented where it is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from throttllem.core.types import EngineSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerOptions:
-    """Everything the controller can be told. `specs` and `tables` by engine size (tensor parallel degree).
+    """All that a controller is configured with. `specs` and `tables` by engine size (tensor parallel degree).
 
     `slo_aware` False is the baseline: first come first served, no admission control. `inflation` multiplies every
     length prediction (open in the paper). `load_window_s` is the time constant of the load estimate.

@@ -13,10 +13,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import islice
 
-from throttllem.core.admission import ADMIT, admit, batch_full, give_up_s, never_fits
+from throttllem.core.admission import ADMIT, admit, batch_full, expiry_s, never_fits
 from throttllem.core.engine_state import EngineState
 from throttllem.core.options import ControllerOptions
-from throttllem.core.sequence_state import SequenceState
+from throttllem.core.scoreboard import SequenceState
 from throttllem.core.types import EngineSpec, Reason, Request, Verdict, VerdictKind
 
 _MOST_WAIT_VERDICTS = 8
@@ -59,10 +59,15 @@ class AdmissionQueue:
         if not self._rejects:
             return
         patient_until_s = self._options.admission.patient_until_s(sequence.request)
-        expiry_s = min(give_up_s(sequence, self._options.tables.values()), patient_until_s)
-        if expiry_s < math.inf:
-            heapq.heappush(self._expiries, (expiry_s, sequence.request.id))
-            self.next_expiry_s = self._expiries[0][0]
+        sequence.expires_s = min(expiry_s(sequence, self._options.tables.values()), patient_until_s)
+        self._note_expiry(sequence)
+
+    def restore(self, waiting: Iterable[SequenceState], head: Verdict | None) -> None:
+        """Continue, in a new queue, from what another one held."""
+        self.head = head
+        for sequence in waiting:
+            self.waiting[sequence.request.id] = sequence
+            self._note_expiry(sequence)
 
     def take(self, request_id: int) -> SequenceState | None:
         """A request leaves, from anywhere in the queue; None if it is not in it. O(log n) amortised."""
@@ -101,40 +106,43 @@ class AdmissionQueue:
             return []
         left: list[tuple[SequenceState, Verdict]] = []
         held: list[SequenceState] = []
-        candidates = list(islice(self.waiting.values(), _MOST_EXAMINED)) if self._rejects else self._one_by_one()
-        for sequence in candidates:
-            if any(_is_no_lighter(sequence, other) for other in held):
+        for sequence in islice(self.waiting.values(), _MOST_EXAMINED if self._rejects else None):
+            if held and any(_is_no_lighter(sequence, other) for other in held):
                 if not self._may_be_passed(sequence):
                     break
                 continue
             sequence.earliest = engine.iteration + (engine.began_s is not None)
-            verdict = self._verdict(engine, engine.spec, sequence, now_s)
-            if verdict.kind is VerdictKind.WAIT:
-                self.head = self.head or verdict
-                held.append(sequence)
-                if not self._may_be_passed(sequence) or len(held) == _MOST_WAIT_VERDICTS:
-                    break
+            verdict = self._verdict(engine, engine.spec, sequence, now_s, crowded=len(self.waiting) - len(left) > 1)
+            if verdict.kind is not VerdictKind.WAIT:
+                left.append((sequence, self._join(engine, sequence, verdict)))
                 continue
-            self.take(sequence.request.id)
-            lost = verdict.kind is VerdictKind.LOST
-            if lost and self._rejects:
-                verdict = Verdict(kind=VerdictKind.REJECT, why=verdict.why)
-            elif verdict.kind is not VerdictKind.REJECT:
-                sequence.lost = lost
-                engine.board.dispatch(sequence)
-            left.append((sequence, verdict))
+            self.head = self.head or verdict
+            held.append(sequence)
+            if len(held) == _MOST_WAIT_VERDICTS or not self._may_be_passed(sequence):
+                break
+        for sequence, _ in left:
+            del self.waiting[sequence.request.id]
+        if self._expiries:
+            self._forget_expiries()
         return left
-
-    def _one_by_one(self) -> Iterable[SequenceState]:
-        """The first request, again and again, for as long as it leaves the queue."""
-        while self.waiting:
-            yield next(iter(self.waiting.values()))
 
     def _may_be_passed(self, sequence: SequenceState) -> bool:
         """A request that expires soon anyway holds up no other; one that waits without end would starve."""
         return self._rejects and self._options.admission.patient_until_s(sequence.request) < math.inf
 
-    def _verdict(self, engine: EngineState, spec: EngineSpec, sequence: SequenceState, now_s: float) -> Verdict:
+    def _join(self, engine: EngineState, sequence: SequenceState, verdict: Verdict) -> Verdict:
+        """A request goes to the engine unless it is rejected; what became of it."""
+        lost = verdict.kind is VerdictKind.LOST
+        if lost and self._rejects:
+            return Verdict(kind=VerdictKind.REJECT, why=verdict.why)
+        if verdict.kind is not VerdictKind.REJECT:
+            sequence.lost = lost
+            engine.board.dispatch(sequence)
+        return verdict
+
+    def _verdict(
+        self, engine: EngineState, spec: EngineSpec, sequence: SequenceState, now_s: float, *, crowded: bool
+    ) -> Verdict:
         why = never_fits(sequence.request, spec)
         if why is not None:  # on this engine; if a larger one can hold it, the autoscaler will bring that up
             sizes = self._options.specs.values() if self._options.autoscale else ()
@@ -153,10 +161,15 @@ class AdmissionQueue:
             first=engine.iteration,
             base_s=now_s if engine.began_s is None else engine.began_s,
             delay_s=engine.maximum_clock_delay_s(now_s, self._options.throttle.switch_latency_s),
-            margin=self._options.admission.kept_back,
+            margin=self._options.admission.margin_in_force,
             patient=self._options.admission.is_patient(sequence.request, now_s),
-            crowded=len(self.waiting) > 1,
+            crowded=crowded,
         )
+
+    def _note_expiry(self, sequence: SequenceState) -> None:
+        if sequence.expires_s < math.inf:
+            heapq.heappush(self._expiries, (sequence.expires_s, sequence.request.id))
+            self.next_expiry_s = self._expiries[0][0]
 
     def _forget_expiries(self) -> None:
         """Drop the expiries of requests that have left: those at the front, and all once they are many."""
@@ -174,5 +187,5 @@ def _is_no_lighter(sequence: SequenceState, other: SequenceState) -> bool:
         sequence.request.prompt_tokens >= other.request.prompt_tokens
         and sequence.output_tokens >= other.output_tokens
         and sequence.sequences >= other.sequences
-        and sequence.tbt_s <= other.tbt_s
+        and sequence.limits().tbt_s <= other.limits().tbt_s
     )

@@ -1,8 +1,8 @@
-"""What is running on one engine, and how far along (the paper's scoreboard, part 2 of its system).
+"""What runs on one engine, and how far along it is (the paper's scoreboard, part 2 of its system).
 
-While the batch is unchanged every running row gains one token per iteration, so a row's progress is
-`iteration - row.start` and nothing here is touched: rows change on start, finish, preemption and misprediction only.
-The columns that the projection needs are kept as compact arrays (the last row moves into a gap).
+While the batch is unchanged every running sequence gains one token per iteration, so its progress is
+`iteration - start` and nothing here is touched: entries change when a sequence starts, finishes, is preempted or was
+mispredicted. A controller that loops over its sequences at each iteration is wrong. Knows nothing of queues or clocks.
 """
 
 from __future__ import annotations
@@ -10,27 +10,123 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from throttllem.core.blocks import GrowingBlocks
-from throttllem.core.external_load import ExternalLoad, Own
-from throttllem.core.sequence_state import SequenceState
+from throttllem.core.external_load import ExternalLoad, OwnLoad
 from throttllem.core.types import Request
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Renew = Callable[[Request, int], float | None]
-"""Tokens of an answer that has outgrown its prediction, given those that are out; None: max_tokens."""
+"""Tokens of an output that has outgrown its prediction, given those already generated; None: max_tokens."""
+
+
+class Limits(NamedTuple):
+    """What the SLOs of one sequence demand; inf where nothing binds, as for one that is lost.
+
+    `deadline_s`: when the last token is due, by E2E, and by the mean time between tokens once the first is out.
+    `first_token_deadline_s`: when the first token is due, inf once it is out. `tbt_s`: the SLO on time between tokens.
+    `reserve_s`: the most that a reserve may take from the deadline, a tenth of what a TBT SLO allows. `e2e_s`: the E2E
+    SLO itself, 0 where there is none.
+    """
+
+    deadline_s: float
+    first_token_deadline_s: float
+    tbt_s: float
+    reserve_s: float
+    e2e_s: float
+
+
+@dataclass(slots=True, kw_only=True)
+class SequenceState:
+    """One request in the queue or in an engine: what was predicted, and how far along it is.
+
+    `predicted_tokens` is the first prediction, inflated; `expected_tokens` the same before inflation (None: it was not
+    inflated); `output_tokens` the prediction in force. `earliest` is the first iteration that can hold it.
+    `done_tokens` were generated before the last (re)start and are part of the prompt now; `start` is the iteration of
+    the first token since then, None while it waits inside the engine; `slot` is its index in the scoreboard's columns.
+    `expires_s` is when it has waited in the queue for too long (inf: never).
+    A request of several `sequences` counts as that many in the batch and in KV blocks; tokens are those of one of
+    them, since all keep pace.
+    """
+
+    request: Request
+    predicted_tokens: int
+    output_tokens: int
+    expected_tokens: int | None = None
+    earliest: int = 0
+    lost: bool = False
+    done_tokens: int = 0
+    start: int | None = None
+    first_token_s: float | None = None
+    slot: int = -1
+    expires_s: float = math.inf
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that are generated side by side for the request."""
+        return self.request.sequences
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens that a (re)start must process: the prompt, and what a preemption discarded."""
+        return self.request.prompt_tokens + self.done_tokens
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Tokens still to come after the last (re)start, by the prediction in force."""
+        return max(1, self.output_tokens - self.done_tokens)
+
+    def generated_tokens(self, iteration: int) -> int:
+        """Output tokens that are out when `iteration` is over."""
+        return self.done_tokens + (0 if self.start is None else iteration - self.start + 1)
+
+    def limits(self) -> Limits:
+        """What its SLOs demand as it stands.
+
+        A mean time between tokens may be spread over as many gaps as the output is expected to have: the prediction
+        before inflation, or the one in force once the output has outgrown the first.
+        """
+        slo, arrival_s = self.request.slo, self.request.arrival_s
+        e2e_s = slo.e2e_s or 0.0
+        if self.lost:
+            return Limits(math.inf, math.inf, math.inf, math.inf, e2e_s)
+        deadline_s = math.inf if slo.e2e_s is None else arrival_s + slo.e2e_s
+        first_token_deadline_s = math.inf
+        if slo.ttft_s is not None and self.first_token_s is None:
+            first_token_deadline_s = arrival_s + slo.ttft_s
+        if slo.tbt_s is None:
+            return Limits(deadline_s, first_token_deadline_s, math.inf, math.inf, e2e_s)
+        outgrown = self.output_tokens > self.predicted_tokens
+        tokens = self.output_tokens if outgrown or self.expected_tokens is None else self.expected_tokens
+        gaps = max(1, tokens - 1)
+        if self.first_token_s is not None:
+            deadline_s = min(deadline_s, self.first_token_s + slo.tbt_s * gaps)
+        return Limits(deadline_s, first_token_deadline_s, slo.tbt_s, 0.1 * slo.tbt_s * gaps, e2e_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreboardState:
+    """What a scoreboard holds: its sequences, running ones first, in the order of the columns."""
+
+    block_tokens: int
+    external: ExternalLoad
+    sequences: tuple[SequenceState, ...]
 
 
 class Scoreboard:
-    """Rows of one engine: `pending` (dispatched, no token yet) and running ones.
+    """The sequences of one engine: `pending` (dispatched, no token yet) and `running`, by request id.
 
-    `lost_requests` counts the lost among them, `multi_sequence` those of several sequences; `reserved_blocks` is
-    what an engine that never evicts has set aside. `others` is what the engine holds beside these rows. `next_end` is
-    the first iteration at which a row may have outgrown its prediction (inf: none will).
+    `lost_requests` counts the lost among them, `multi_sequence` those with several sequences, `pending_sequences` the
+    sequences of the pending ones; `reserved_blocks` is what an engine that never evicts has set aside. `external` is
+    what the engine holds beside them. `next_end` is the first iteration at which a sequence may have outgrown its
+    prediction (inf: none will).
+
+    The columns that projections need are compact arrays, shape (running,): the last entry moves into a gap.
     """
 
     def __init__(self, block_tokens: int) -> None:
@@ -38,16 +134,16 @@ class Scoreboard:
         self.running: dict[int, SequenceState] = {}
         self.lost_requests = 0
         self.multi_sequence = 0
+        self.pending_sequences = 0
         self.reserved_blocks = 0
-        self.others = ExternalLoad()
+        self.external = ExternalLoad()
+        self.next_end: float = math.inf
         self._block_tokens = block_tokens
         self._slots: list[SequenceState] = []
         self._columns: Ints = np.zeros((4, 64), dtype=np.int64)
-        self._promises: Floats = np.zeros((4, 64))
-        self.next_end: float = math.inf
+        self._limits: Floats = np.zeros((4, 64))
         self._ends: list[tuple[int, int]] = []
         self._growing = GrowingBlocks(block_tokens)
-        self._pending_sequences = 0
         self._pending_blocks = 0
 
     def __len__(self) -> int:
@@ -57,195 +153,261 @@ class Scoreboard:
         return request_id in self.pending or request_id in self.running
 
     @property
-    def sequences(self) -> int:
-        """Sequences of all rows."""
-        return self._growing.sequences + self._pending_sequences
-
-    @property
     def running_sequences(self) -> int:
-        """Sequences of the running rows."""
+        """Sequences of the running requests."""
         return self._growing.sequences
 
     def kv_blocks(self, iteration: int) -> int:
-        """KV blocks of the running rows in an iteration that none of them begins after. O(1) in rows."""
+        """KV blocks of the running sequences in an iteration that none of them begins after. O(1) in sequences."""
         return self._growing.at(iteration)
 
-    def own(self, iteration: int) -> Own:
+    def own(self, iteration: int) -> OwnLoad:
         """What the engine should hold of ours in such an iteration. O(1)."""
-        return Own(
+        return OwnLoad(
             running=self._growing.sequences,
             kv_blocks=self._growing.at(iteration),
-            pending=self._pending_sequences,
+            pending=self.pending_sequences,
             pending_blocks=self._pending_blocks,
         )
 
+    # ---- columns of the running sequences, shape (running,) each ------------------------------------------------
+
     @property
     def start(self) -> Ints:
-        """Iteration of the first token of each running row, shape (rows,)."""
+        """Iteration of the first token."""
         return self._columns[0, : len(self._slots)]
 
     @property
     def tokens_at_start(self) -> Ints:
-        """KV tokens of each running row in its start iteration, shape (rows,)."""
+        """KV tokens in the start iteration."""
         return self._columns[1, : len(self._slots)]
 
     @property
     def end(self) -> Ints:
-        """First iteration that each running row is no longer part of, by prediction, shape (rows,)."""
+        """First iteration that no longer holds the sequence, by prediction."""
         return self._columns[2, : len(self._slots)]
 
     @property
     def widths(self) -> Ints:
-        """Sequences of each running row, shape (rows,)."""
+        """Sequences side by side."""
         return self._columns[3, : len(self._slots)]
 
     @property
     def deadline_s(self) -> Floats:
-        """When the last token of each running row is due, inf where nothing binds, shape (rows,)."""
-        return self._promises[0, : len(self._slots)]
+        """When the last token is due, inf where nothing binds."""
+        return self._limits[0, : len(self._slots)]
+
+    @property
+    def reserve_s(self) -> Floats:
+        """The most that a reserve may take from the deadline, inf where no TBT binds."""
+        return self._limits[2, : len(self._slots)]
 
     @property
     def e2e_s(self) -> Floats:
-        """The E2E promise of each running row, 0 where there is none, shape (rows,)."""
-        return self._promises[2, : len(self._slots)]
+        """The E2E SLO, 0 where there is none."""
+        return self._limits[3, : len(self._slots)]
 
-    @property
-    def spare_s(self) -> Floats:
-        """What a reserve may take from each running row's deadline at most, inf where no TBT binds, shape (rows,)."""
-        return self._promises[3, : len(self._slots)]
-
-    def row_at(self, slot: int) -> SequenceState:
-        """The running row behind one index of the columns."""
+    def at(self, slot: int) -> SequenceState:
+        """The running sequence behind one index of the columns."""
         return self._slots[slot]
 
-    def rows(self) -> list[SequenceState]:
-        """Every row, running ones first. For snapshots and engine loss, never per iteration."""
-        return [*self.running.values(), *self.pending.values()]
+    def sequences(self) -> list[SequenceState]:
+        """Every sequence, running ones first, in the order of the columns. O(sequences): never per iteration."""
+        return [*self._slots, *self.pending.values()]
 
     def tightest_tbt_s(self) -> float:
-        """The strictest promise on the time between tokens among rows that are not lost; inf if there is none."""
-        waiting = min((row.tbt_s for row in self.pending.values()), default=math.inf)
-        return min(waiting, float(self._promises[1, : len(self._slots)].min(initial=math.inf)))
+        """The strictest SLO on the time between tokens among sequences that are not lost; inf if there is none."""
+        waiting = min((sequence.limits().tbt_s for sequence in self.pending.values()), default=math.inf)
+        return min(waiting, float(self._limits[1, : len(self._slots)].min(initial=math.inf)))
 
     def reservation(self, request: Request) -> int:
         """KV blocks that an engine which never evicts sets aside for a request."""
         return -(-(request.prompt_tokens + request.max_tokens) // self._block_tokens) * request.sequences
 
-    def dispatch(self, row: SequenceState) -> None:
+    # ---- changes -------------------------------------------------------------------------------------------------
+
+    def dispatch(self, sequence: SequenceState) -> None:
         """A request goes to the engine and waits for its first token there."""
-        self.pending[row.request.id] = row
-        self.lost_requests += row.lost
-        self.multi_sequence += row.request.sequences > 1
-        self.reserved_blocks += self.reservation(row.request)
-        self._wait(row, row.request.sequences)
+        self.pending[sequence.request.id] = sequence
+        self.lost_requests += sequence.lost
+        self.multi_sequence += sequence.request.sequences > 1
+        self.reserved_blocks += self.reservation(sequence.request)
+        self._count_pending(sequence, sequence.request.sequences)
 
     def begin(self, request_id: int, iteration: int, now_s: float) -> None:
-        """The engine gave the first token (or the first after a preemption) of a pending row."""
-        row = self.pending.pop(request_id)
-        self._wait(row, -row.request.sequences)
-        row.start = iteration
-        if row.first_token_s is None:
-            row.first_token_s = now_s
-        row.slot = len(self._slots)
-        if row.slot == self._columns.shape[1]:
-            self._columns = np.concatenate([self._columns, np.zeros_like(self._columns)], axis=1)
-            self._promises = np.concatenate([self._promises, np.zeros_like(self._promises)], axis=1)
-        self._slots.append(row)
-        self.running[request_id] = row
-        self._growing.add(row.prefill_tokens, iteration, row.request.sequences)
-        self._write(row)
+        """The engine gave the first token (or the first after a preemption) of a pending sequence."""
+        sequence = self.pending.pop(request_id)
+        self._count_pending(sequence, -sequence.request.sequences)
+        sequence.start = iteration
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
+        self._enter(sequence)
 
     def correct(self, request_id: int, tokens: int, iteration: int, now_s: float) -> None:
-        """A row (each of its sequences) has `tokens` tokens out when `iteration` is over, whatever its start says.
+        """A request (each of its sequences) has `tokens` tokens out when `iteration` is over, whatever its start says.
 
-        Its KV then is its prompt and those tokens less one, and its predicted end moves along; a pending row begins.
+        Its KV then is its prompt and those tokens less one, and its predicted end moves along; a pending one begins.
         """
         if request_id in self.pending:
             self.begin(request_id, iteration, now_s)
-        row = self.running[request_id]
-        assert row.start is not None
-        self._growing.remove(row.prefill_tokens, row.start, row.request.sequences)
-        row.done_tokens = min(row.done_tokens, tokens - 1)
-        row.start = iteration + 1 - (tokens - row.done_tokens)
-        self._growing.add(row.prefill_tokens, row.start, row.request.sequences)
-        self._write(row)
+        sequence = self.running[request_id]
+        assert sequence.start is not None
+        self._growing.remove(sequence.prefill_tokens, sequence.start, sequence.request.sequences)
+        sequence.done_tokens = min(sequence.done_tokens, tokens - 1)
+        sequence.start = iteration + 1 - (tokens - sequence.done_tokens)
+        self._growing.add(sequence.prefill_tokens, sequence.start, sequence.request.sequences)
+        self._write(sequence)
 
     def remove(self, request_id: int) -> SequenceState:
-        """A row ended, wherever it stood."""
-        row = self.pending.pop(request_id, None)
-        if row is None:
-            row = self._leave(request_id)
+        """A request ended, in whatever state it was."""
+        sequence = self.pending.pop(request_id, None)
+        if sequence is None:
+            sequence = self._leave(request_id)
         else:
-            self._wait(row, -row.request.sequences)
-        self.lost_requests -= row.lost
-        self.multi_sequence -= row.request.sequences > 1
-        self.reserved_blocks -= self.reservation(row.request)
-        return row
+            self._count_pending(sequence, -sequence.request.sequences)
+        self.lost_requests -= sequence.lost
+        self.multi_sequence -= sequence.request.sequences > 1
+        self.reserved_blocks -= self.reservation(sequence.request)
+        return sequence
 
     def preempt(self, request_id: int, iteration: int) -> None:
-        """The engine threw a row out before `iteration`; it waits there, in front, to be computed again."""
-        row = self._leave(request_id)
-        assert row.start is not None
-        row.done_tokens += iteration - row.start
-        row.start = None
-        row.earliest = iteration
-        self.pending = {request_id: row, **self.pending}
-        self._wait(row, row.request.sequences)
+        """The engine evicted a sequence before `iteration`; it waits there, in front, to be computed again."""
+        sequence = self._leave(request_id)
+        assert sequence.start is not None
+        sequence.done_tokens += iteration - sequence.start
+        sequence.start = None
+        sequence.earliest = iteration
+        self.pending = {request_id: sequence, **self.pending}
+        self._count_pending(sequence, sequence.request.sequences)
 
-    def mark_lost(self, row: SequenceState) -> None:
-        """A row can no longer keep its promises: it binds nothing from now on."""
-        self.lost_requests += not row.lost
-        row.lost = True
-        if row.start is not None:
-            self._write(row)
+    def mark_lost(self, sequence: SequenceState) -> None:
+        """A sequence can no longer meet its SLOs: it binds nothing from now on."""
+        self.lost_requests += not sequence.lost
+        sequence.lost = True
+        if sequence.start is not None:
+            self._write(sequence)
 
     def outgrown(self, iteration: int, renew: Renew | None = None) -> list[SequenceState]:
-        """Rows that were to be gone before `iteration` and are not: `renew` says what to expect now, or else their
-        answer becomes max_tokens (the paper).
+        """Sequences that were to be gone before `iteration` and are not: `renew` gives what to expect now, or else
+        their output becomes max_tokens (the paper).
 
-        A row that outgrew even that is given one more token at a time: the engine knows better. O(1) when none did.
+        One that outgrew even that gets one more token at a time: the engine knows better. O(1) when none did.
         """
         found: list[SequenceState] = []
         while self._ends and self._ends[0][0] <= iteration:
             end, request_id = heapq.heappop(self._ends)
-            row = self.running.get(request_id)
-            if row is None or row.start is None or row.start + row.remaining_tokens != end:
-                continue
-            generated = row.done_tokens + iteration - row.start
-            expected = renew(row.request, generated) if renew and generated < row.request.max_tokens else None
-            most = row.request.max_tokens
+            sequence = self.running.get(request_id)
+            if sequence is None or sequence.start is None or sequence.start + sequence.remaining_tokens != end:
+                continue  # it left or was corrected since
+            generated, most = sequence.done_tokens + iteration - sequence.start, sequence.request.max_tokens
+            expected = renew(sequence.request, generated) if renew and generated < most else None
             tokens = most if expected is None or not math.isfinite(expected) else min(most, math.ceil(expected))
-            row.output_tokens = max(tokens, generated + 1)
-            self._write(row)
-            found.append(row)
+            sequence.output_tokens = max(tokens, generated + 1)
+            self._write(sequence)
+            found.append(sequence)
         self.next_end = self._ends[0][0] if self._ends else math.inf
         return found
 
-    def _wait(self, row: SequenceState, sequences: int) -> None:
-        """Count a pending row in, or out if negative."""
-        self._pending_sequences += sequences
-        self._pending_blocks += -(-row.prefill_tokens // self._block_tokens) * sequences
+    # ---- state ---------------------------------------------------------------------------------------------------
 
-    def _write(self, row: SequenceState) -> None:
-        assert row.start is not None
-        end = row.start + row.remaining_tokens
-        self._columns[:, row.slot] = (row.start, row.prefill_tokens, end, row.request.sequences)
-        e2e_s = row.request.slo.e2e_s or 0.0
-        self._promises[:, row.slot] = (row.deadline_s(), row.tbt_s, e2e_s, row.spare_s())
-        heapq.heappush(self._ends, (end, row.request.id))
-        if len(self._ends) > 4 * len(self._slots) + 64:  # mostly ends of rows that left or were corrected
+    def state(self) -> ScoreboardState:
+        """What it holds; the sequences are its own."""
+        return ScoreboardState(
+            block_tokens=self._block_tokens, external=self.external, sequences=tuple(self.sequences())
+        )
+
+    @classmethod
+    def from_state(cls, state: ScoreboardState) -> Scoreboard:
+        """A scoreboard that continues from `state`, and takes its sequences over."""
+        board = cls(state.block_tokens)
+        board.external = state.external
+        for sequence in state.sequences:
+            board.dispatch(sequence)
+            if sequence.start is not None:
+                del board.pending[sequence.request.id]
+                board._count_pending(sequence, -sequence.request.sequences)
+                board._enter(sequence)
+        return board
+
+    # ---- columns and counts --------------------------------------------------------------------------------------
+
+    def _count_pending(self, sequence: SequenceState, sequences: int) -> None:
+        """Count a pending request in, or out if negative."""
+        self.pending_sequences += sequences
+        tokens = sequence.request.prompt_tokens + sequence.done_tokens
+        self._pending_blocks += -(-tokens // self._block_tokens) * sequences
+
+    def _enter(self, sequence: SequenceState) -> None:
+        """A sequence that has a start joins the columns."""
+        assert sequence.start is not None
+        sequence.slot = len(self._slots)
+        if sequence.slot == self._columns.shape[1]:
+            self._columns = np.concatenate([self._columns, np.zeros_like(self._columns)], axis=1)
+            self._limits = np.concatenate([self._limits, np.zeros_like(self._limits)], axis=1)
+        self._slots.append(sequence)
+        self.running[sequence.request.id] = sequence
+        tokens = sequence.request.prompt_tokens + sequence.done_tokens
+        self._growing.add(tokens, sequence.start, sequence.request.sequences)
+        self._write(sequence)
+
+    def _write(self, sequence: SequenceState) -> None:
+        """Write a running sequence's columns, and note its predicted end."""
+        assert sequence.start is not None
+        end, limits = sequence.start + max(1, sequence.output_tokens - sequence.done_tokens), sequence.limits()
+        self._columns[:, sequence.slot] = (
+            sequence.start,
+            sequence.request.prompt_tokens + sequence.done_tokens,
+            end,
+            sequence.request.sequences,
+        )
+        self._limits[:, sequence.slot] = (limits.deadline_s, limits.tbt_s, limits.reserve_s, limits.e2e_s)
+        heapq.heappush(self._ends, (end, sequence.request.id))
+        if len(self._ends) > 4 * len(self._slots) + 64:  # mostly ends of sequences that left or were corrected
             self._ends = [(int(end), held.request.id) for end, held in zip(self.end, self._slots, strict=True)]
             heapq.heapify(self._ends)
         self.next_end = self._ends[0][0]
 
     def _leave(self, request_id: int) -> SequenceState:
-        row = self.running.pop(request_id)
-        assert row.start is not None
-        self._growing.remove(row.prefill_tokens, row.start, row.request.sequences)
+        """A running sequence leaves the columns."""
+        sequence = self.running.pop(request_id)
+        assert sequence.start is not None
+        self._growing.remove(sequence.prefill_tokens, sequence.start, sequence.request.sequences)
         last = self._slots.pop()
-        if last is not row:
-            self._columns[:, row.slot] = self._columns[:, last.slot]
-            self._promises[:, row.slot] = self._promises[:, last.slot]
-            self._slots[row.slot], last.slot = last, row.slot
-        row.slot = -1
-        return row
+        if last is not sequence:
+            self._columns[:, sequence.slot] = self._columns[:, last.slot]
+            self._limits[:, sequence.slot] = self._limits[:, last.slot]
+            self._slots[sequence.slot], last.slot = last, sequence.slot
+        sequence.slot = -1
+        return sequence
+
+
+class GrowingBlocks:
+    """The KV blocks of sequences that all grow by one token an iteration: their sum at any iteration, in O(1).
+
+    A sequence that holds q tokens in its start iteration s holds ceil((q + k - s) / N) blocks in iteration k. With
+    q - s + N - 1 = c N + r and k = K N + j that is c + K, and one more where r + j >= N: so the sum over all
+    `sequences` is the sum of c, the number of sequences times K, and a count of them by r.
+    """
+
+    def __init__(self, block_tokens: int) -> None:
+        self.sequences = 0
+        self._whole = 0
+        self._by_residue = [0] * block_tokens
+
+    def add(self, tokens: int, start: int, sequences: int) -> None:
+        """That many equal sequences grow from `tokens` tokens each in iteration `start` on."""
+        size = len(self._by_residue)
+        whole, residue = divmod(tokens - start + size - 1, size)
+        self.sequences += sequences
+        self._whole += sequences * whole
+        self._by_residue[residue] += sequences
+
+    def remove(self, tokens: int, start: int, sequences: int) -> None:
+        """Such sequences are gone."""
+        self.add(tokens, start, -sequences)
+
+    def at(self, iteration: int) -> int:
+        """Blocks in use in an iteration in which every sequence has started."""
+        size = len(self._by_residue)
+        whole, past = divmod(iteration, size)
+        return self.sequences * whole + self._whole + sum(self._by_residue[size - past :])

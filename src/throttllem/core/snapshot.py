@@ -1,4 +1,4 @@
-"""What others may know of the controller: frozen, and all that metrics, dashboards and reports read."""
+"""What the rest of the product may know of the controller: frozen; all that metrics, dashboards and reports read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from throttllem.core.types import FrequencyPlan, Verdict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Requests so far. `lost` are finished ones that could not keep their promises; `failed` include cancelled ones."""
+    """Requests so far. `lost` are finished ones that could not meet their SLOs; `failed` include cancelled ones."""
 
     arrived: int = 0
     dispatched: int = 0
@@ -26,8 +26,7 @@ class Counts:
 class EngineView:
     """One engine. `clock_mhz` None: unknown; `plan` None: not planned yet.
 
-    `kv_blocks` is the scoreboard's estimate for the iteration told last, `foreign` the sequences of others in the
-    engine.
+    `kv_blocks` is the scoreboard's estimate for the last iteration, `external_sequences` are those of other clients.
     """
 
     engine: int
@@ -40,13 +39,13 @@ class EngineView:
     lost_requests: int
     iteration: int
     kv_blocks: int = 0
-    foreign: int = 0
+    external_sequences: int = 0
     drift: Drift = field(default_factory=Drift)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The whole controller. `head` says why the head of the queue waits, None if nothing does.
+    """The whole controller. `head` says why the first request in the queue waits, None if none does.
 
     `lengths`: how the predictions of finished requests came out.
     """
@@ -59,7 +58,7 @@ class Snapshot:
 
 
 def view(state: EngineState) -> EngineView:
-    """One engine as others see it."""
+    """One engine, frozen."""
     return EngineView(
         engine=state.engine,
         tp=state.tp,
@@ -71,6 +70,6 @@ def view(state: EngineState) -> EngineView:
         lost_requests=state.board.lost_requests,
         iteration=state.iteration,
         kv_blocks=state.board.kv_blocks(state.iteration - 1),
-        foreign=max(0, state.board.others.batch),
+        external_sequences=max(0, state.board.external.batch),
         drift=state.drift.drift(),
     )

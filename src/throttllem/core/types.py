@@ -1,7 +1,7 @@
 """The vocabulary of the core: requests, engines, events in, commands out, and the reasons for them.
 
-Every value is frozen; None means absent. Seconds are the driver's own time line (virtual or wall), so a value
-here means nothing without the run that it came from.
+Every value is frozen; None means absent. Seconds are on the driver's own time line (virtual or wall): they mean nothing
+without the run that they came from.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Slo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request as the front door saw it. `output_tokens` is known in simulation only (oracle predictors).
+    """One request as the gateway or a trace gives it. `output_tokens` is known in simulation only (oracle predictors).
 
-    `sequences` answers are generated side by side, each over a prompt of `prompt_tokens` (their mean), each prompt
-    processed for itself. `caller` and `model` (as the client named it) are for the prediction of lengths only.
+    `sequences` are generated side by side, each over a prompt of `prompt_tokens` (their mean), each prompt processed on
+    its own. `caller` and `model` (as the client named it) are for the prediction of lengths only.
     """
 
     id: int
@@ -71,9 +71,9 @@ class Request:
 class EngineSpec:
     """What the core must know of an engine before it runs: capacities and batching rules, never speed.
 
-    `kv_blocks` of `block_tokens` tokens each; `prefill_budget_tokens` is the most tokens (prompts and decode rows)
-    that one iteration processes. `chunked`: prompts are split over iterations (vLLM), otherwise they go whole
-    (TensorRT-LLM). `no_evict`: the engine reserves prompt + max_tokens before it starts a request
+    `kv_blocks` of `block_tokens` tokens each; `prefill_budget_tokens` is the most tokens (of prompts and decoding
+    sequences) that one iteration processes. `chunked`: prompts are split over iterations (vLLM), otherwise they go
+    whole (TensorRT-LLM). `no_evict`: the engine reserves prompt + max_tokens before it starts a request
     (TensorRT-LLM's GUARANTEED_NO_EVICT), otherwise it preempts by recomputation when blocks run out.
     `clocks_mhz` ascending.
     """
@@ -94,34 +94,35 @@ class EngineSpec:
 
 
 class Reason(StrEnum):
-    """Why a verdict or a plan came out as it did. Shown to people: dashboards, logs, errors."""
+    """Why a verdict or a plan came out as it did. Shown to people: in dashboards, logs and errors."""
 
     NEVER_FITS_KV = "prompt + max_tokens exceeds the KV cache"
     NEVER_FITS_CONTEXT = "prompt + max_tokens exceeds the model's context"
-    CANCELLED = "the client is gone"
+    CANCELLED = "the client disconnected"
     QUEUE_FULL = "the queue is full"
     ENGINE_LOST = "the engine was lost"
-    KV = "KV cache would overflow"
+    KV = "the KV cache would overflow"
     BATCH = "the batch is full"
-    TBT = "time between tokens would exceed the SLO"
-    E2E = "a deadline would be missed"
-    TTFT = "the first token would come too late"
-    OWN_DEADLINE = "can no longer make its own deadline"
-    HELD_BACK = "no place was found in time beside the promises of others"
+    TBT = "the time between tokens would exceed the SLO"
+    E2E = "an end-to-end SLO would be violated"
+    TTFT = "a time-to-first-token SLO would be violated"
+    OWN_DEADLINE = "its own SLO can no longer be met"
+    HELD_BACK = "it could not join in time without violating the SLOs of others"
     NO_ENGINE = "no engine is ready"
-    FITS = "every check holds"
+    FITS = "every check passed"
     FIXED = "the policy fixes the clock"
     LOST_RUNNING = "a lost request is running"
-    OUTSIDE_HULL = "the performance model was never profiled here"
-    UNKNOWN_STATE = "the engine's state is unknown"
-    INFEASIBLE = "no clock keeps every SLO"
-    WAITING = "a request waits for a place"
-    LOWEST_CLOCK = "the lowest clock keeps every SLO"
-    LOWEST_FEASIBLE = "one clock lower breaks an SLO"
+    OUTSIDE_HULL = "the load is outside the profiled range"
+    NO_TABLE = "there is no performance table"
+    UNKNOWN_STATE = "the engine's clock is unknown"
+    INFEASIBLE = "no clock meets every SLO"
+    WAITING = "a request waits in the queue"
+    LOWEST_CLOCK = "the lowest clock meets every SLO"
+    LOWEST_FEASIBLE = "one clock lower would violate an SLO"
     LEAST_ENERGY = "least predicted energy among the feasible clocks"
     DWELL = "a lower clock waits for the minimum dwell"
     NOT_WORTH = "a lower clock would save too little"
-    IDLE = "nothing is running"
+    IDLE = "no request is running"
 
 
 class VerdictKind(StrEnum):
@@ -135,7 +136,7 @@ class VerdictKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Admission's answer for one request, the reason, and the request that stands in the way (if it is one)."""
+    """What admission decided for one request, why, and the request that stands in the way (None: none does)."""
 
     kind: VerdictKind
     why: Reason
@@ -144,26 +145,26 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrequencyPlan:
-    """The clock that should be set, why, and the request whose SLO stops us going lower (None: none does)."""
+    """The clock that should be set, why, and the request whose SLO rules out a lower one (None: none does)."""
 
     mhz: int
     why: Reason
     binding: int | None = None
 
 
-# ---- events: what the driver tells the core ------------------------------------------------------------------
+# ---- events: what the driver reports to the core ------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrived:
-    """A request came in."""
+    """A request arrived."""
 
     request: Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancelled:
-    """The client of a request is gone."""
+    """The client of a request disconnected."""
 
     request_id: int
 
@@ -173,8 +174,8 @@ class Stepped:
     """Engine `engine` completed iteration `iteration` (0, 1, 2 ... since it started).
 
     `started`: requests that gave their first token (or their first after a preemption) in this iteration;
-    `finished`: requests that gave their last; `preempted`: requests thrown out of the KV cache when this iteration
-    was put together, which wait inside the engine now. A request can be in `started` and `finished` at once.
+    `finished`: requests that gave their last; `preempted`: requests evicted from the KV cache when this iteration was
+    put together, which wait inside the engine now. A request can be in `started` and `finished` at once.
     """
 
     engine: int
@@ -186,7 +187,7 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineReady:
-    """An engine can take requests, at the top clock."""
+    """An engine can take requests, at the maximum clock."""
 
     engine: int
     spec: EngineSpec
@@ -201,8 +202,10 @@ class EngineLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClockRead:
-    """The clock of an engine's GPUs as it is now; None: it could not be read or set. `limit_mhz`: higher clocks come to
-    no more than this while a power cap, heat or somebody else holds them down (None: nothing does).
+    """The clock of an engine's GPUs as it is now; None: it could not be read or set.
+
+    `limit_mhz`: the GPUs cannot exceed this clock while a power cap, heat or another program's lock holds them down
+    (None: nothing does).
     """
 
     engine: int
@@ -212,7 +215,7 @@ class ClockRead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progressed:
-    """A running request has given `tokens` tokens of its answer so far, which is not what its iterations say."""
+    """A request has given `tokens` output tokens so far, which is not what its iterations imply."""
 
     engine: int
     request_id: int
@@ -221,8 +224,8 @@ class Progressed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """What an engine says of itself after the iteration told last: sequences that run and wait in it, and KV blocks in
-    use (None: it does not say). Others may use the engine too, and prompts may share blocks.
+    """What an engine reports of itself after its last iteration: sequences that run and wait in it, and KV blocks in
+    use (None: not reported). Other clients may use the engine too, and prompts may share blocks.
     """
 
     engine: int
@@ -233,13 +236,13 @@ class Observed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timer:
-    """The deadline that the core asked for has come."""
+    """The core's deadline has come."""
 
 
 Event = Arrived | Cancelled | Stepped | Progressed | Observed | EngineReady | EngineLost | ClockRead | Timer
 
 
-# ---- commands: what the core wants done ----------------------------------------------------------------------
+# ---- commands: what the driver must do ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The keeper of this machine: whether it runs and accepts this user, what it holds, what a dead one left locked.
 
-Asks through its socket and reads its journal; changes nothing.
+Requests its status through the socket and reads its journal; changes nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A live engine as the gateway sees it: what it is, what it holds, bytes in and bytes out, and what it says of itself.
+"""The interface between the gateway and a live engine: calls, replies, reports, and what an engine is.
 
-Knows nothing of promises, clocks or the control core. Implementations: `realtime` (simulated), `openai`, `triton`.
+Implementations: `simulated.realtime`, `openai`, `triton.engine`. Knows nothing of SLOs, clocks or the control core.
 """
 
 from __future__ import annotations
@@ -8,34 +8,37 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from throttllem.core.types import EngineSpec
+from throttllem.openai_api.errors import ApiError
+
+if TYPE_CHECKING:
+    from throttllem.openai_api.requests import ParsedRequest
 
 Headers = tuple[tuple[str, str], ...]
-"""Names in lower case, in order, repeated ones kept."""
+"""Names in lower case, in order; a name may be repeated."""
 
-
-_TOLD = {
+_MESSAGES = {
     502: "the engine failed",
     503: "the engine is not ready",
     504: "the engine did not answer in time",
 }
 
 
-class EngineError(Exception):
-    """An engine that did not do what was asked. `status` is what a client should see: 502, 503 or 504; `told` are the
-    words for it, without the addresses that the message may name.
+class EngineError(ApiError):
+    """A failure of an engine. `detail` is for the log and may name addresses; the client sees `message` and `status`,
+    which is 502, 503 or 504.
     """
 
-    def __init__(self, message: str, *, status: int = 502, told: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.told = told or _TOLD.get(status, _TOLD[502])
+    def __init__(self, detail: str, *, status: int = 502, message: str | None = None) -> None:
+        message = message or _MESSAGES.get(status, _MESSAGES[502])
+        super().__init__(status, message, kind="engine_error", code="engine_error", detail=detail)
 
     @property
-    def nobody_there(self) -> bool:
-        """Whether the connection was refused or reset: whoever looks again at once finds the same."""
+    def unreachable(self) -> bool:
+        """Whether the connection was refused or reset: a second try at once would end the same way."""
         error: BaseException | None = self
         while error is not None and not isinstance(error, ConnectionError):
             error = error.__cause__
@@ -43,38 +46,15 @@ class EngineError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParsedRequest:
-    """What the gateway read in the body of a controlled request; the body itself goes on as it came.
-
-    `prompts` are texts or token ids, one or more; `messages` is a chat (`prompts` empty then), with `body` at hand for
-    what a chat template needs besides. `max_tokens` None: the client named no limit. `choices`: answers per prompt.
-    """
-
-    path: str
-    model: str
-    body: dict[str, object] = field(repr=False)
-    prompts: tuple[str | tuple[int, ...], ...] = ()
-    messages: bool = False
-    max_tokens: int | None = None
-    choices: int = 1
-    stream: bool = False
-
-    @property
-    def sequences(self) -> int:
-        """Answers that the engine generates side by side."""
-        return max(1, len(self.prompts)) * self.choices
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One HTTP request for an engine. `request_id` and `ask` are those of a controlled one, None otherwise."""
+    """One HTTP request for an engine. The optional fields are those of a request under control."""
 
     method: str
     path: str
     headers: Headers
     body: bytes = field(repr=False)
     request_id: int | None = None
-    ask: ParsedRequest | None = None
+    request: ParsedRequest | None = None
     prompt_tokens: int | None = None
     max_tokens: int | None = None
 
@@ -107,12 +87,17 @@ def whole_reply(status: int, headers: Headers, body: bytes) -> Reply:
     return Reply(status=status, headers=headers, read=read)
 
 
+def error_reply(error: ApiError) -> Reply:
+    """The reply of an engine that answers with an error itself."""
+    return whole_reply(error.status, (("content-type", "application/json"),), error.body)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connected:
-    """What an engine says of itself when it is reached. `models` are the names that it serves; `default_max_tokens` is
-    what it takes where a completion names no limit (None: as much as its context holds). `exact` says that `watch` will
-    report every step, `named` that its reports name who started and finished in it. `notes` are for people: what was
-    assumed, what is missing and what that costs.
+    """What an engine reports when it is reached. `models` are the names that it serves; `default_max_tokens` is its
+    limit where a completion names none (None: what the context leaves). `exact`: `watch` will report every step;
+    `named`: its reports name the requests that started and finished in it. `notes` are for people: what is assumed,
+    what is missing and what that costs.
     """
 
     spec: EngineSpec
@@ -126,7 +111,7 @@ class Connected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptCount:
-    """Tokens of each prompt, mean if they are several. `by` says who counted; `exact` False: an estimate."""
+    """Tokens of each prompt, their mean if there are several. `by` names the counter; `exact` False: an estimate."""
 
     tokens: int
     by: str
@@ -135,12 +120,12 @@ class PromptCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What an engine says of itself, at the end of a step or when it was asked.
+    """The state that an engine reports, at the end of a step or in between.
 
-    `running`, `waiting` requests and `kv_blocks` in use (None: it does not say). A report of a step (`step` is its
+    `running` and `waiting` requests, and the `kv_blocks` in use (None: not reported). A report of a step (`step` is its
     number, from 0, since the engine started; None: of no step in particular) may name its `seconds`, its prompt and
-    generated tokens, and who started, finished and was preempted in it (None: it does not say who). `prefills` are
-    (request id, prompt tokens). `joules` only where the engine is simulated.
+    generated tokens, and the requests that started, finished and were preempted in it (None: not reported). `prefills`
+    are (request id, prompt tokens). `joules` only where the engine is simulated.
     """
 
     running: int
@@ -164,16 +149,41 @@ class LiveEngine(Protocol):
     """One engine. All methods belong to one event loop; constructors only assign."""
 
     async def connect(self) -> Connected:
-        """Reach it and ask what it is. Raises EngineError while it is not well."""
+        """Reach it and read what it is. Raises EngineError while it is not ready."""
 
     async def well(self) -> None:
-        """One light look that changes nothing. Raises EngineError if it is not well."""
+        """A health check that changes nothing. Raises EngineError if it fails."""
 
-    async def count(self, ask: ParsedRequest) -> PromptCount:
+    async def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens of a prompt, by the engine's own tokenizer where there is one."""
 
     def open(self, call: Call) -> AbstractAsyncContextManager[Reply]:
         """Send a request; leaving the block ends it, in the engine too. Raises EngineError if it cannot be reached."""
 
-    async def watch(self, tell: Callable[[Report], None]) -> None:
-        """Tell what the engine says of itself until cancelled. Raises EngineError when it is gone."""
+    async def watch(self, report: Callable[[Report], None]) -> None:
+        """Call `report` with the engine's state until cancelled. Raises EngineError when the engine is gone."""
+
+
+Kind = Literal["openai", "triton"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteOptions:
+    """Where an engine runs and how it is reached. The numbers stand in for what it does not report itself.
+
+    `served_as`: the model's name there (Triton). `stats`: where vLLM's plug-in sends its steps. `tokenizer`: the
+    model's tokenizer.json. `scrape_s`: seconds between two looks at the engine's metrics.
+    """
+
+    url: str
+    kind: Kind
+    served_as: str | None = None
+    stats: str | None = None
+    tokenizer: Path | None = None
+    metrics_url: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    max_batch: int | None = None
+    max_context_tokens: int | None = None
+    kv_blocks: int | None = None
+    block_tokens: int | None = None
+    scrape_s: float = 0.5

@@ -1,26 +1,30 @@
-"""What a vLLM-like engine says of its capacities, over whatever it offers, and what has to be assumed in its place."""
+"""The capacities of a vLLM-like engine: read from its metrics and other pages, completed by options and defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
-from throttllem.engines.base import EngineError
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from throttllem.core.types import EngineSpec
+from throttllem.engines.base import EngineError, RemoteOptions
 from throttllem.engines.http import Upstream
-from throttllem.engines.prometheus import samples, total
 
 ASSUMED_BATCH = 256
 ASSUMED_BUDGET_TOKENS = 2048
 ASSUMED_BLOCK_TOKENS = 16
 """vLLM's own defaults on most GPUs."""
 PLUGIN_INFO = "throttllem_engine_info"
-"""What the plug-in adds to the engine's metrics."""
+"""The metric that the plug-in adds to the engine's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reported:
-    """What the engine said; None: it did not. `engines` (data parallel) and `api_servers` behind the address;
-    `sends_to` is where the plug-in sends its steps (None: there is no plug-in).
+class ReportedCapacities:
+    """What the engine reports of itself; None: it does not. `engines` (data parallel) and `api_servers` are those
+    behind the address; `sends_to` is where the plug-in sends its steps (None: no plug-in).
     """
 
     models: tuple[str, ...] = ()
@@ -38,56 +42,101 @@ class Reported:
     started_s: float | None = None
 
 
-@dataclass(slots=True)
-class Capacities:
-    """The numbers of an EngineSpec, settled one by one; `notes` tell people what did not come from the engine."""
+async def read_capacities(upstream: Upstream, *, need_batch: bool) -> ReportedCapacities:
+    """Read all that the engine offers. `need_batch`: no option sets the batch size, so search further for it.
 
-    notes: list[str] = field(default_factory=list)
-
-    def capped(self, name: str, told: int | None, configured: int | None) -> int | None:
-        """The engine's word; a smaller configured number caps it, a larger one is not believed. None: nobody knows."""
-        if told is None or configured is None or told == configured:
-            return configured if told is None else told
-        why = "is taken as a cap" if configured < told else "is not used"
-        self.notes.append(f"{name} = {configured} of the configuration {why}: the engine says {told}")
-        return min(told, configured)
-
-    def assumed(self, name: str, value: int) -> int:
-        """A default that a note owns up to."""
-        self.notes.append(f"the engine does not tell {name}: {value} is assumed")
-        return value
-
-
-async def ask_capacities(upstream: Upstream, *, need_batch: bool) -> Reported:
-    """Ask all that can be asked. `need_batch`: look further for the batch size, as nobody has set it."""
+    Raises EngineError while the engine is not ready.
+    """
     status, _ = await upstream.get("/health")
     if status >= 500:
-        raise EngineError(f"the engine at {upstream.url} says it is not well (/health answers {status})", status=503)
+        raise EngineError(f"the engine at {upstream.url} is not healthy (/health answers {status})", status=503)
     names, context = _models(upstream.url, await upstream.get_json("/v1/models"))
     page = await metrics_page(upstream)
-    told = {**_cache(page), **_plugin(page)}
-    if need_batch and "max_batch" not in told:
-        told |= await _server_info(upstream)
-    return Reported(
+    numbers = {**_cache(page), **_plugin(page)}
+    if need_batch and "max_batch" not in numbers:
+        numbers |= await _server_info(upstream)
+    return ReportedCapacities(
         models=names,
         version=await _version(upstream),
         max_context_tokens=context,
         metrics=total(page, "vllm:num_requests_running") is not None,
         started_s=total(page, "process_start_time_seconds"),
-        **told,
+        **numbers,
     )
+
+
+def engine_spec(reported: ReportedCapacities, options: RemoteOptions, spec: EngineSpec) -> tuple[EngineSpec, list[str]]:
+    """The catalogue's `spec` with this engine's capacities, and notes on what the engine did not report.
+
+    Raises EngineError if a capacity that has no default is neither reported nor set.
+    """
+    notes: list[str] = []
+
+    def capped(name: str, found: int | None, configured: int | None) -> int | None:
+        """The reported number; a smaller configured one caps it, a larger one is not used."""
+        if found is None or configured is None or found == configured:
+            return configured if found is None else found
+        why = "is taken as a cap" if configured < found else "is not used"
+        notes.append(f"{name} = {configured} of the configuration {why}: the engine reports {found}")
+        return min(found, configured)
+
+    def assumed(name: str, value: int) -> int:
+        notes.append(f"the engine does not report {name}: {value} is assumed")
+        return value
+
+    batch = capped("max_batch", reported.max_batch, options.max_batch) or assumed("max_batch", ASSUMED_BATCH)
+    blocks = capped("kv_blocks", reported.kv_blocks, options.kv_blocks)
+    block_tokens = reported.block_tokens or options.block_tokens
+    context = capped("max_context_tokens", reported.max_context_tokens, options.max_context_tokens)
+    if blocks is None or context is None:
+        missing = "kv_blocks" if blocks is None else "max_context_tokens"
+        raise EngineError(f"the engine at {options.url} does not report {missing}: set engines.{missing}", status=503)
+    budget = reported.prefill_budget_tokens
+    found = replace(
+        spec,
+        kv_blocks=blocks,
+        block_tokens=block_tokens or assumed("block_tokens", ASSUMED_BLOCK_TOKENS),
+        max_batch=batch,
+        max_context_tokens=context,
+        prefill_budget_tokens=budget or assumed("its tokens per step", max(ASSUMED_BUDGET_TOKENS, batch)),
+        chunked=reported.chunked,
+        no_evict=False,
+        startup_s=0.0,
+    )
+    return found, notes
+
+
+# ---- pages of the engine -----------------------------------------------------------------------------------------
 
 
 async def metrics_page(upstream: Upstream, *, timeout_s: float = 5.0) -> bytes:
     """The engine's metrics; empty where there are none."""
     status, page = await upstream.get("/metrics", timeout_s=timeout_s)
     if status >= 500:
-        raise EngineError(f"the engine at {upstream.url} says it is not well (/metrics answers {status})", status=503)
+        raise EngineError(f"the engine at {upstream.url} is not healthy (/metrics answers {status})", status=503)
     return page if status == 200 else b""
 
 
+def samples(page: bytes, name: str) -> list[Sample]:
+    """The samples of exactly this name, in order. Only their lines are parsed, as pages are long and read often."""
+    found: list[Sample] = []
+    for line in re.findall(rb"^%s[{ \t].*$" % re.escape(name.encode()), page, re.MULTILINE):
+        try:
+            (family,) = text_string_to_metric_families(line.decode(errors="replace"))
+        except ValueError:  # not a sample
+            continue
+        found += family.samples
+    return found
+
+
+def total(page: bytes, name: str) -> float | None:
+    """The sum over all samples of this name (one per engine behind an address); None: there is none."""
+    values = [sample.value for sample in samples(page, name)]
+    return float(sum(values)) if values else None
+
+
 def _models(url: str, answer: object) -> tuple[tuple[str, ...], int | None]:
-    """Names, and the least context among them that say."""
+    """Names, and the least context among the models that report one."""
     listed = answer.get("data") if isinstance(answer, dict) else None
     models = [model for model in listed if isinstance(model, dict)] if isinstance(listed, list) else []
     names = tuple(name for model in models if isinstance(name := model.get("id"), str))
@@ -105,14 +154,14 @@ def _cache(page: bytes) -> dict[str, Any]:
         return {}
     block_tokens, size = int(labels[0]["block_size"]), labels[0].get("kv_cache_size_tokens", "")
     if size.isdecimal():
-        # Of a model with several kinds of layers, a token takes blocks of each kind.
+        # A model with several kinds of layers takes blocks of each kind for a token.
         block_tokens = min(block_tokens, max(1, int(size) // counts[0]))
     return {"kv_blocks": sum(counts) - len(counts), "block_tokens": block_tokens, "engines": len(counts)}
 
 
 def _plugin(page: bytes) -> dict[str, Any]:
     labels = next((sample.labels for sample in samples(page, PLUGIN_INFO)), None)
-    # A gateway in front of the engine has an information of that name too.
+    # A gateway in front of the engine has a metric of that name too.
     if labels is None or "max_num_seqs" not in labels:
         return {}
     engines = int(labels.get("engines", "1"))

@@ -90,16 +90,16 @@ class _UnreachedError(Exception):
 def engine_error(url: str, error: Exception) -> EngineError:
     """A failure with its status, and in words for the log and for clients."""
     if isinstance(error, _UnreachedError):
-        told = "the engine cannot be reached"
+        message = "the engine cannot be reached"
         if isinstance(error.cause, TimeoutError):
-            return EngineError(f"no connection to the engine at {url} in time", status=504, told=told)
-        return EngineError(f"the engine at {url} cannot be reached: {error.cause}", told=told)
+            return EngineError(f"no connection to the engine at {url} in time", status=504, message=message)
+        return EngineError(f"the engine at {url} cannot be reached: {error.cause}", message=message)
     if isinstance(error, TimeoutError):
         return EngineError(f"the engine at {url} did not answer in time", status=504)
     if isinstance(error, OSError):
-        return EngineError(f"the engine at {url} broke off the connection", told="the engine broke off")
-    told = "the engine does not speak HTTP as it should"
-    return EngineError(f"the engine at {url} does not speak HTTP as it should: {error}", told=told)
+        return EngineError(f"the engine at {url} broke off the connection", message="the engine broke off")
+    message = "the engine does not speak HTTP as it should"
+    return EngineError(f"the engine at {url} does not speak HTTP as it should: {error}", message=message)
 
 
 def parsed(where: str, body: bytes) -> object:
@@ -448,7 +448,7 @@ class _Exchange:
     async def __aenter__(self) -> Reply:
         """Send the request; the head of its reply, which must not be compressed if its tokens are counted here."""
         upstream, call = self._upstream, self._call
-        headers = requested(call.headers, api_key=upstream.api_key, plain=call.ask is not None)
+        headers = requested(call.headers, api_key=upstream.api_key, plain=call.request is not None)
         try:
             self._connection, status, got = await upstream.sent(call.method, call.path, headers, call.body)
         except (_UnreachedError, ProtocolError, OSError) as error:

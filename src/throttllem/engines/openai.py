@@ -1,7 +1,7 @@
 """vLLM and its kin (SGLang, TensorRT-LLM serve, transformers serve ...) as a live engine, over their OpenAI API.
 
-Bytes go on and come back unchanged. Capacities come from the engine where it tells them; step numbers from the plug-in
-where it is installed, else from `/metrics` now and then; never who was in a step. Knows nothing of promises or clocks.
+Bytes pass unchanged. Capacities come from the engine where it reports them; step numbers from the plug-in where it is
+installed, else from `/metrics`; which requests were in a step is never reported. Knows nothing of SLOs or clocks.
 """
 
 from __future__ import annotations
@@ -10,128 +10,97 @@ import asyncio
 import math
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, ExitStack
-from pathlib import Path
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Call, Connected, EngineError, ParsedRequest, PromptCount, Reply, Report
-from throttllem.engines.capacity import (
-    ASSUMED_BATCH,
-    ASSUMED_BLOCK_TOKENS,
-    ASSUMED_BUDGET_TOKENS,
-    Capacities,
-    Reported,
-    ask_capacities,
-    metrics_page,
-)
+from throttllem.engines.base import Call, Connected, EngineError, PromptCount, RemoteOptions, Reply, Report
+from throttllem.engines.capacity import ReportedCapacities, engine_spec, metrics_page, read_capacities, total
 from throttllem.engines.http import Upstream
-from throttllem.engines.paths import COMPLETION_TOKENS
-from throttllem.engines.prometheus import total
 from throttllem.engines.step_reports import StepReceiver, check_address
 from throttllem.engines.tokens import TokenCounter
+from throttllem.openai_api.requests import COMPLETION_TOKENS, ParsedRequest
 
 SCRAPE_LIMIT_S = 2.0
 FAILURES = 3
-"""So many scrapes in a row without an answer, and the engine is gone."""
+"""Scrapes in a row without an answer after which the engine counts as gone."""
 
 
-class _StartedAnewError(EngineError):
-    """The engine that was reached is gone; another answers in its place."""
+class _RestartedError(EngineError):
+    """The engine that was reached is gone; another one answers at its address."""
 
 
 class OpenaiEngine:
-    """One engine behind `url`. `max_batch`, `max_context_tokens`, `kv_blocks`, `block_tokens` stand in for what it does
-    not tell; `tokenizer` is a tokenizer.json; `stats` is where the plug-in sends its steps.
-    """
+    """One engine behind `options.url`; `spec` gives what no engine reports: GPU, model, size, clocks, idle power."""
 
-    def __init__(
-        self,
-        *,
-        url: str,
-        gpu: str,
-        model: str,
-        tp: int,
-        clocks_mhz: tuple[int, ...],
-        idle_w: float,
-        startup_s: float = 0.0,
-        max_batch: int | None = None,
-        max_context_tokens: int | None = None,
-        kv_blocks: int | None = None,
-        block_tokens: int | None = None,
-        tokenizer: Path | None = None,
-        stats: str | None = None,
-        api_key: str | None = None,
-        scrape_s: float = 0.5,
-    ) -> None:
-        self._upstream = Upstream(url, api_key=api_key)
-        self._tokens = TokenCounter(self._upstream, tokenizer)
-        self._gpu, self._model, self._tp = gpu, model, tp
-        self._clocks_mhz, self._idle_w, self._startup_s = clocks_mhz, idle_w, startup_s
-        self._max_batch, self._max_context_tokens = max_batch, max_context_tokens
-        self._kv_blocks, self._block_tokens = kv_blocks, block_tokens
-        self._stats = stats
-        self._scrape_s = scrape_s
-        self._told = Reported()
-        self._steps_come = False
+    def __init__(self, options: RemoteOptions, spec: EngineSpec) -> None:
+        self._options = options
+        self._spec = spec
+        self._upstream = Upstream(options.url, api_key=options.api_key)
+        self._tokens = TokenCounter(self._upstream, options.tokenizer)
+        self._reported = ReportedCapacities()
+        self._has_steps = False
         self.steps: StepReceiver | None = None
-        """The plug-in's steps while `watch` listens to them, with what was lost of them."""
+        """The receiver of the plug-in's steps while `watch` runs, with the count of those that were lost."""
 
     async def connect(self) -> Connected:
-        """Ask what it is. Raises EngineError while it is not well, or if it lacks a number that nobody has set."""
-        told = await ask_capacities(self._upstream, need_batch=self._max_batch is None)
-        spec, notes = self._spec(told)
+        """Read what it is. Raises EngineError while it is not ready, or if a capacity is neither reported nor set."""
+        reported = await read_capacities(self._upstream, need_batch=self._options.max_batch is None)
+        spec, notes = engine_spec(reported, self._options, self._spec)
         try:
-            notes += await self._tokens.begin(told.models[0])
-            trouble = self._without_steps(told)
+            notes += await self._tokens.begin(reported.models[0])
+            trouble = self._why_no_steps(reported)
         except ValueError as error:
             raise EngineError(str(error), status=503) from error
-        self._told, self._steps_come = told, trouble is None
+        if trouble is not None:
+            notes.append(trouble)
+        self._reported, self._has_steps = reported, trouble is None
         return Connected(
             spec=spec,
-            models=told.models,
+            models=reported.models,
             default_max_tokens=COMPLETION_TOKENS,
-            version=told.version,
-            notes=(*notes, *([trouble] if trouble is not None else [])),
+            version=reported.version,
+            notes=tuple(notes),
         )
 
     async def well(self) -> None:
-        """Any answer will do but that it is not well: not every kind has /health. Raises EngineError."""
+        """A health check. Raises EngineError for a status of 500 or more only, as not every kind has /health."""
         status, _ = await self._upstream.get("/health")
         if status >= 500:
-            raise EngineError(f"the engine at {self._upstream.url} is not well (/health answers {status})", status=503)
+            url = self._upstream.url
+            raise EngineError(f"the engine at {url} is not healthy (/health answers {status})", status=503)
 
-    async def count(self, ask: ParsedRequest) -> PromptCount:
+    async def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens of a prompt, mean if they are several. Raises EngineError if the engine stopped answering."""
-        return await self._tokens.count(ask)
+        return await self._tokens.count(request)
 
     def open(self, call: Call) -> AbstractAsyncContextManager[Reply]:
-        """Send a request; leaving the block closes the connection, on which the engine aborts what still runs."""
+        """Send a request; leaving the block closes the connection, upon which the engine aborts the request."""
         return self._upstream.open(call)
 
     async def close(self) -> None:
         """Close every connection."""
         await self._upstream.close()
 
-    async def watch(self, tell: Callable[[Report], None]) -> None:
-        """Tell steps and scrapes until cancelled. Raises EngineError when it is gone, or another than was reached."""
-        if not self._told.models:
+    async def watch(self, report: Callable[[Report], None]) -> None:
+        """Report steps and scrapes until cancelled. Raises EngineError when the engine is gone or was restarted."""
+        if not self._reported.models:
             await self.connect()
-        told, receiver = self._told, None
         with ExitStack() as stack:
-            if self._steps_come and self._stats is not None:
-                receiver = StepReceiver(self._stats, kv_blocks=told.kv_blocks or 0)
+            receiver = None
+            if self._has_steps and self._options.stats is not None:
+                receiver = StepReceiver(self._options.stats, kv_blocks=self._reported.kv_blocks or 0)
                 try:
-                    stack.enter_context(receiver.listening(tell))
+                    stack.enter_context(receiver.listening(report))
                 except OSError as error:
                     raise EngineError(str(error), status=503) from error
                 self.steps = receiver
-            await self._scrape(told, receiver, tell)
+            await self._scrape(receiver, report)
 
-    async def _scrape(self, told: Reported, receiver: StepReceiver | None, tell: Callable[[Report], None]) -> None:
-        failures, heard = 0, 0
+    async def _scrape(self, receiver: StepReceiver | None, report: Callable[[Report], None]) -> None:
+        failures, received = 0, 0
         while True:
             try:
-                report = await self._scraped(told, steps=receiver is not None)
-            except _StartedAnewError:
+                scraped = await self._scraped(has_steps=receiver is not None)
+            except _RestartedError:
                 raise
             except EngineError:
                 failures += 1
@@ -140,73 +109,52 @@ class OpenaiEngine:
             else:
                 failures = 0
                 # While steps come in, they are newer than any scrape.
-                if report is not None and (receiver is None or receiver.received == heard):
-                    tell(report)
-            heard = receiver.received if receiver is not None else 0
-            await asyncio.sleep(self._scrape_s)
+                if scraped is not None and (receiver is None or receiver.received == received):
+                    report(scraped)
+            received = receiver.received if receiver is not None else 0
+            await asyncio.sleep(self._options.scrape_s)
 
-    async def _scraped(self, told: Reported, *, steps: bool) -> Report | None:
-        """One look at the metrics; None: it has none. `steps`: others tell the steps."""
-        if not told.metrics:
+    async def _scraped(self, *, has_steps: bool) -> Report | None:
+        """The state in the metrics; None: the engine has none. `has_steps`: step numbers come from the plug-in."""
+        reported, url = self._reported, self._upstream.url
+        if not reported.metrics:
             await self._upstream.get_json("/v1/models", timeout_s=SCRAPE_LIMIT_S)
             return None
         page = await metrics_page(self._upstream, timeout_s=SCRAPE_LIMIT_S)
         running, waiting = total(page, "vllm:num_requests_running"), total(page, "vllm:num_requests_waiting")
         if running is None or waiting is None:
-            raise EngineError(f"the engine at {self._upstream.url} no longer tells what runs on it")
-        if total(page, "process_start_time_seconds") != told.started_s:
-            raise _StartedAnewError(f"the engine at {self._upstream.url} was started anew")
+            raise EngineError(f"the metrics of the engine at {url} no longer report what runs on it")
+        if total(page, "process_start_time_seconds") != reported.started_s:
+            raise _RestartedError(f"the engine at {url} was restarted")
         usage, iterations = total(page, "vllm:kv_cache_usage_perc"), total(page, "vllm:iteration_tokens_total_count")
         if not all(math.isfinite(value) for value in (running, waiting, usage or 0.0, iterations or 0.0)):
-            raise EngineError(f"the engine at {self._upstream.url} tells what is no number of what runs on it")
-        known = usage is not None and told.kv_blocks is not None
+            raise EngineError(f"the metrics of the engine at {url} hold a value that is no number")
+        blocks = None
+        if usage is not None and reported.kv_blocks is not None:
+            blocks = round(usage * reported.kv_blocks / max(1, reported.engines))
         return Report(
             running=int(running),
             waiting=int(waiting),
-            kv_blocks=round((usage or 0.0) * (told.kv_blocks or 0) / max(1, told.engines)) if known else None,
-            step=None if steps or not iterations else int(iterations) - 1,
+            kv_blocks=blocks,
+            step=None if has_steps or not iterations else int(iterations) - 1,
         )
 
-    def _without_steps(self, told: Reported) -> str | None:
+    def _why_no_steps(self, reported: ReportedCapacities) -> str | None:
         """Why steps will not come from the plug-in; None: they will."""
-        if self._stats is None:
+        stats = self._options.stats
+        if stats is None:
             return "progress is counted from streams and /metrics: set engines.stats and install the plug-in in vLLM"
-        if told.sends_to != self._stats:
-            state = "is not installed in the engine" if told.sends_to is None else f"sends to {told.sends_to!r}"
-            return f"stats = {self._stats!r}, but the plug-in {state}: start vLLM with THROTTLLEM_STATS={self._stats}"
-        if told.engines > 1 or told.api_servers > 1:
-            return f"steps of {told.engines} engines and {told.api_servers} API servers are no whole: run one of each"
-        if self.steps is None or not self.steps.listens:
+        if reported.sends_to != stats:
+            state = "is not installed in the engine" if reported.sends_to is None else f"sends to {reported.sends_to!r}"
+            return f"stats = {stats!r}, but the plug-in {state}: start vLLM with THROTTLLEM_STATS={stats}"
+        if reported.engines > 1 or reported.api_servers > 1:
+            return (
+                f"stats: steps of {reported.engines} engines and {reported.api_servers} API servers cannot be put "
+                "together: run one of each"
+            )
+        if self.steps is None or not self.steps.is_listening:
             try:
-                check_address(self._stats)
+                check_address(stats)
             except OSError as error:
                 return f"{error.strerror}; is another gateway on this engine?"
         return None
-
-    def _spec(self, told: Reported) -> tuple[EngineSpec, tuple[str, ...]]:
-        settled, url = Capacities(), self._upstream.url
-        batch = settled.capped("max_batch", told.max_batch, self._max_batch)
-        batch = settled.assumed("max_batch", ASSUMED_BATCH) if batch is None else batch
-        budget = told.prefill_budget_tokens
-        blocks = settled.capped("kv_blocks", told.kv_blocks, self._kv_blocks)
-        block_tokens = told.block_tokens or self._block_tokens
-        context = settled.capped("max_context_tokens", told.max_context_tokens, self._max_context_tokens)
-        if blocks is None or context is None:
-            missing = "kv_blocks" if blocks is None else "max_context_tokens"
-            raise EngineError(f"the engine at {url} does not tell {missing}: set engines.{missing}", status=503)
-        spec = EngineSpec(
-            gpu=self._gpu,
-            model=self._model,
-            tp=self._tp,
-            kv_blocks=blocks,
-            block_tokens=block_tokens or settled.assumed("block_tokens", ASSUMED_BLOCK_TOKENS),
-            max_batch=batch,
-            max_context_tokens=context,
-            prefill_budget_tokens=budget or settled.assumed("its tokens per step", max(ASSUMED_BUDGET_TOKENS, batch)),
-            chunked=told.chunked,
-            no_evict=False,
-            clocks_mhz=self._clocks_mhz,
-            idle_w=self._idle_w,
-            startup_s=self._startup_s,
-        )
-        return spec, tuple(settled.notes)

@@ -1,7 +1,7 @@
-"""Steps of an engine as datagrams: what its plug-in packs, and the receiver that turns them into reports.
+"""Steps of an engine as datagrams: the format that its plug-in sends, and the receiver that makes reports of them.
 
-A datagram may be lost (nobody listens, a full buffer): the sequence number shows it, the step number stays right. Only
-the standard library is needed here, as the plug-in runs inside the engine. Knows nothing of vLLM.
+A datagram may be lost (no listener, a full buffer): a gap in the sequence numbers shows it, and the step number stays
+right. Imports only the standard library, as the plug-in runs inside the engine's process. Knows nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from throttllem.engines.base import Report
 MAGIC = b"tls1"
 PACKED = struct.Struct("<4sQQBqdIIdIIIId")
 STEP, DETAILED = 1, 2
-"""Flags: the numbers are those of a step; its prompt tokens, decode rows and seconds are the engine's own."""
+"""Flags: the numbers are those of a step; its prompt tokens, decode sequences and seconds are the engine's own."""
 BUFFER_BYTES = 1 << 20
 DRAINED = 256
-"""Datagrams read at most before other tasks get their turn."""
+"""The most datagrams that are read before other tasks run."""
 MOST_STEPS = 1 << 40
 """Step and sequence numbers stay below it: at 1000 steps a second they reach it after 34 years."""
 MOST_REQUESTS = 1 << 20
-"""More requests than that at once are no engine's."""
 MOST_TOKENS = 1 << 28
-"""More tokens than that in one step are no engine's."""
+"""The most requests at once, and tokens in one step: no engine has more."""
 LONGEST_S = 86400.0
 """No step takes longer."""
 LATEST_S = 1e10
@@ -39,8 +38,8 @@ LATEST_S = 1e10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """One datagram. `boot` tells one start of an engine from the next, `sequence` counts datagrams, `step` iterations
-    from 0 (None: an empty step, with which nothing was computed). `kv_usage` 0 to 1. `prompt_tokens` that were computed
+    """One datagram. `boot` identifies one start of an engine, `sequence` counts datagrams, `step` iterations from 0
+    (None: an empty step, in which nothing was computed). `kv_usage` 0 to 1. `prompt_tokens` that were computed
     in the step if `seconds` is there, else those of the prompts that were complete with it. `decode_sequences` and
     `seconds` only where the engine measures each iteration.
     """
@@ -68,7 +67,7 @@ class StepStats:
 
 
 def unpack(datagram: bytes) -> StepStats | None:
-    """The step in a datagram; None: it is not one, or a number in it is outside of what an engine can say."""
+    """The step in a datagram; None if it holds none, or a number beyond what an engine can report."""
     if len(datagram) != PACKED.size or datagram[:4] != MAGIC:
         return None
     _, boot, sequence, flags, step, monotonic_s, running, waiting, kv_usage, *counts, seconds = PACKED.unpack(datagram)
@@ -110,7 +109,7 @@ def parse_address(text: str) -> tuple[socket.AddressFamily, str | tuple[str, int
 
 
 def bind(text: str) -> socket.socket:
-    """A socket that hears at the address; a Unix socket takes datagrams of this user only. Raises OSError."""
+    """A socket that listens at the address; a Unix socket takes datagrams of this user only. Raises OSError."""
     family, address = parse_address(text)
     listener = socket.socket(family, socket.SOCK_DGRAM)
     try:
@@ -128,14 +127,14 @@ def bind(text: str) -> socket.socket:
 
 
 def check_address(text: str) -> None:
-    """Raise OSError if nothing could listen at the address now, ValueError if it is none."""
+    """Raise OSError if the address cannot be bound now, ValueError if it is none."""
     bind(text).close()
     if parse_address(text)[0] == socket.AF_UNIX:
         Path(text).unlink(missing_ok=True)
 
 
 def _clear(path: str) -> None:
-    """Take away a socket that a process left behind when it died. Raises OSError if somebody listens."""
+    """Remove a socket that a dead process left behind. Raises OSError if a living one listens there."""
     if not Path(path).is_socket():
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
@@ -148,8 +147,8 @@ def _clear(path: str) -> None:
 class StepReceiver:
     """Listens for the steps of one engine, whose KV cache has `kv_blocks`.
 
-    `received`, `lost` (gaps in the sequence), `garbage` (no step), `strangers` (another start of an engine: a restart,
-    or two engines that were given one address; the first one heard is believed).
+    Counts `received` and `lost` datagrams (gaps in the sequence), `garbage` (no step), and those of `other_boots`: the
+    engine was restarted, or two engines send to one address; the first one received counts.
     """
 
     def __init__(self, address: str, *, kv_blocks: int) -> None:
@@ -157,54 +156,53 @@ class StepReceiver:
         self.received = 0
         self.lost = 0
         self.garbage = 0
-        self.strangers = 0
+        self.other_boots = 0
         self.preemptions = 0
-        self.listens = False
-        self.heard: StepStats | None = None
+        self.is_listening = False
+        self.last: StepStats | None = None
         self._kv_blocks = kv_blocks
 
     @contextmanager
-    def listening(self, tell: Callable[[Report], None]) -> Iterator[None]:
-        """Tell every step while in the block. Raises OSError if the address cannot be bound."""
+    def listening(self, report: Callable[[Report], None]) -> Iterator[None]:
+        """Call `report` with every step while in the block. Raises OSError if the address cannot be bound."""
         loop = asyncio.get_running_loop()
         listener = bind(self.address)
         try:
             # A reader rather than an endpoint: not every event loop has those for Unix datagrams.
-            loop.add_reader(listener, self._drain, listener, tell)
-            self.listens = True
+            loop.add_reader(listener, self._drain, listener, report)
+            self.is_listening = True
             yield
         finally:
-            self.listens = False
+            self.is_listening = False
             loop.remove_reader(listener)
             bound = listener.getsockname()
             listener.close()
             if isinstance(bound, str):
                 Path(bound).unlink(missing_ok=True)
 
-    def _drain(self, listener: socket.socket, tell: Callable[[Report], None]) -> None:
+    def _drain(self, listener: socket.socket, report: Callable[[Report], None]) -> None:
         for _ in range(DRAINED):
             try:
                 datagram = listener.recv(PACKED.size + 1)
             except BlockingIOError:
                 return
-            report = self.take(datagram)
-            if report is not None:
-                tell(report)
+            if (step := self.take(datagram)) is not None:
+                report(step)
 
     def take(self, datagram: bytes) -> Report | None:
-        """The report of one datagram; None: not to be believed."""
-        step, before = unpack(datagram), self.heard
+        """The report of one datagram; None: it does not count."""
+        step, before = unpack(datagram), self.last
         if step is None:
             self.garbage += 1
             return None
         if before is not None and step.boot != before.boot:
-            self.strangers += 1
+            self.other_boots += 1
             return None
         if before is not None and step.sequence <= before.sequence:
             self.garbage += 1
             return None
         gap = 0 if before is None else step.sequence - before.sequence - 1
-        self.heard, self.received, self.lost = step, self.received + 1, self.lost + gap
+        self.last, self.received, self.lost = step, self.received + 1, self.lost + gap
         self.preemptions += step.preemptions
         return self._report(step, None if gap else before)
 
@@ -213,14 +211,14 @@ class StepReceiver:
         if seconds is None and before is not None and before.running + before.waiting > 0:
             # The engine went straight from one step to the next.
             seconds = step.monotonic_s - before.monotonic_s
-        told = step.step is not None
+        numbered = step.step is not None
         return Report(
             running=step.running,
             waiting=step.waiting,
             kv_blocks=round(step.kv_usage * self._kv_blocks),
             step=step.step,
-            seconds=seconds if told else None,
-            prompt_tokens=step.prompt_tokens if told else None,
-            generated_tokens=step.generated_tokens if told else None,
+            seconds=seconds if numbered else None,
+            prompt_tokens=step.prompt_tokens if numbered else None,
+            generated_tokens=step.generated_tokens if numbered else None,
             decode_sequences=step.decode_sequences,
         )

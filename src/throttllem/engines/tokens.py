@@ -1,4 +1,4 @@
-"""Counts a prompt's tokens: by the engine's own tokenizer over HTTP, by a file here, or an estimate that says so."""
+"""Counts a prompt's tokens: by the engine's tokenizer over HTTP, by a tokenizer.json, else by a marked estimate."""
 
 from __future__ import annotations
 
@@ -7,78 +7,147 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pydantic_core import to_json
 
-from throttllem.engines.base import EngineError, ParsedRequest, PromptCount
+from throttllem.engines.base import EngineError, PromptCount
 from throttllem.engines.http import Upstream, parsed
-from throttllem.engines.tokenizer_file import TokenizerFile
+from throttllem.openai_api.requests import ParsedRequest
 
-CHAT = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs")
-ADDED = ("add_special_tokens", "mm_processor_kwargs", "media_io_kwargs")
-"""Fields of a request that change its prompt, as vLLM's `/tokenize` knows them."""
-PROBE = "Does it count alike? def f(x): return 2 * x  # déjà vu, 東京\n"
-REMEMBERED = 512
+BYTES_PER_TOKEN = 4
+"""Of English text, about; only where there is no tokenizer."""
 OFF_LOOP_CHARACTERS = 16384
-"""Longer texts are counted in a thread, so that they do not hold up every other request."""
+"""Longer texts are counted in a thread, so that they do not delay every other request."""
+_CHAT_FIELDS = (
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+)
+_ADDED_FIELDS = ("add_special_tokens", "mm_processor_kwargs", "media_io_kwargs")
+"""Fields of a request that change its prompt, as vLLM's `/tokenize` knows them."""
+_PROBE = "Does it count alike? def f(x): return 2 * x  # déjà vu, 東京\n"
+_REMEMBERED = 512
+_ESTIMATED = (
+    "the engine has no /tokenize and no tokenizer is set: 4 bytes of a prompt count as a token, which shifts KV and "
+    "prefill predictions; set engines.tokenizer to the model's tokenizer.json"
+)
+_NO_TEMPLATE = "the engine has no /tokenize: chats are counted without their template, some tokens too few"
+
+
+class TokenizerFile:
+    """Counts by a tokenizer.json, or estimates without one (`path` None). Loading takes up to a second."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = None if path is None else path.expanduser()
+
+    @property
+    def path(self) -> Path | None:
+        """The file."""
+        return self._path
+
+    @property
+    def exact(self) -> bool:
+        """Whether counts are the model's own."""
+        return self._path is not None
+
+    async def load(self) -> None:
+        """Read the file now, in a thread. Raises EngineError if it cannot be used."""
+        if self._path is not None:
+            await asyncio.to_thread(lambda: self._tokenizer)
+
+    async def count(self, text: str, *, special: bool = True, exact: bool | None = None) -> PromptCount:
+        """Tokens of a text, at least 1. `special`: with those that the tokenizer adds around it. `exact` False: the
+        text is not quite what the engine will read.
+        """
+        if len(text) > OFF_LOOP_CHARACTERS:
+            tokens = await asyncio.to_thread(self.tokens, text, special=special)
+        else:
+            tokens = self.tokens(text, special=special)
+        by = f"an estimate of {BYTES_PER_TOKEN} bytes per token" if self._path is None else str(self._path)
+        return PromptCount(tokens=tokens, by=by, exact=self.exact if exact is None else exact)
+
+    def tokens(self, text: str, *, special: bool = True) -> int:
+        """Tokens of a text, counted at once."""
+        if self._path is None:
+            return max(1, -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN))
+        return max(1, len(self._tokenizer.encode(text, add_special_tokens=special).ids))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        try:
+            from tokenizers import Tokenizer  # noqa: PLC0415
+        except ImportError as error:
+            raise EngineError(
+                f"{self._path}: needs the package tokenizers: pip install throttllem[tokenizers]"
+            ) from error
+        if self._path is None or not self._path.is_file():
+            raise EngineError(f"{self._path}: there is no such file; engines.tokenizer names a tokenizer.json")
+        try:
+            return Tokenizer.from_file(str(self._path))
+        except Exception as error:  # The package raises plain Exception.
+            raise EngineError(f"{self._path}: not a tokenizer.json: {error}") from error
 
 
 class TokenCounter:
-    """Counts for one engine. `begin` finds out who can count; until then every count is the file's, or an estimate."""
+    """Counts for one engine. `begin` finds out what can count; until then the file counts, or an estimate."""
 
-    def __init__(self, upstream: Upstream, path: Path | None) -> None:
+    def __init__(self, upstream: Upstream, tokenizer: Path | None) -> None:
         self._upstream = upstream
-        self._path = path
-        self._file = TokenizerFile(path)
-        self._remote = False
-        self._agrees = True
+        self._file = TokenizerFile(tokenizer)
+        self._has_endpoint = False
+        self._file_agrees = True
         self._known: OrderedDict[bytes, int] = OrderedDict()
 
     async def begin(self, model: str) -> tuple[str, ...]:
-        """Try the engine's `/tokenize` and the file; notes for people. Raises EngineError for a file that is none."""
+        """Try the engine's `/tokenize` and the file; notes for people. Raises EngineError for an unusable file."""
         self._known.clear()
-        await asyncio.to_thread(self._file.load)
-        body = to_json({"model": model, "prompt": PROBE})
+        await self._file.load()
+        body = to_json({"model": model, "prompt": _PROBE})
         status, answer = await self._upstream.post("/tokenize", body, timeout_s=5.0)
-        self._remote = status == 200
-        if not self._remote:
+        self._has_endpoint = status == 200
+        if not self._has_endpoint:
             return (_NO_TEMPLATE if self._file.exact else _ESTIMATED,)
-        self._agrees = not self._file.exact or _count_in(answer) == self._file.count(PROBE)
-        if self._agrees:
+        self._file_agrees = not self._file.exact or _count_in(answer) == self._file.tokens(_PROBE)
+        if self._file_agrees:
             return ()
-        return (f"{self._path} does not count as the engine does: the engine is asked for every prompt",)
+        return (f"{self._file.path} does not count as the engine does: every prompt is sent to the engine's /tokenize",)
 
-    async def count(self, ask: ParsedRequest) -> PromptCount:
-        """The mean over the prompts of `ask`, rounded up. Raises EngineError if the engine stopped answering."""
-        if ask.messages:
-            return await self._chat(ask)
-        parts = [await self._prompt(ask, prompt) for prompt in ask.prompts]
-        tokens = math.ceil(sum(part.tokens for part in parts) / max(1, len(parts)))
-        worst = min(parts, key=lambda part: part.exact, default=PromptCount(tokens=0, by="nothing", exact=True))
-        return PromptCount(tokens=tokens, by=worst.by, exact=worst.exact)
+    async def count(self, request: ParsedRequest) -> PromptCount:
+        """The mean over the prompts, rounded up. Raises EngineError if the engine stopped answering."""
+        if request.chat:
+            return await self._chat(request)
+        if len(request.prompts) == 1:
+            return await self._prompt(request, request.prompts[0])
+        return mean_count([await self._prompt(request, prompt) for prompt in request.prompts])
 
-    async def _prompt(self, ask: ParsedRequest, prompt: str | tuple[int, ...]) -> PromptCount:
+    async def _prompt(self, request: ParsedRequest, prompt: str | tuple[int, ...]) -> PromptCount:
         if not isinstance(prompt, str):
             return PromptCount(tokens=len(prompt), by="its token ids", exact=True)
-        if not (self._file.exact and self._agrees):
-            fields = {name: ask.body[name] for name in ADDED if name in ask.body}
-            tokens = await self._asked({"model": ask.model, "prompt": prompt, **fields})
+        file_counts = self._file.exact and self._file_agrees
+        if not file_counts:
+            fields = {name: request.fields[name] for name in _ADDED_FIELDS if name in request.fields}
+            tokens = await self._endpoint({"model": request.model, "prompt": prompt, **fields})
             if tokens is not None:
                 return PromptCount(tokens=tokens, by="the engine", exact=True)
-        special = ask.body.get("add_special_tokens") is not False
-        return await self._here(prompt, special=special, exact=self._file.exact and self._agrees)
+        special = request.fields.get("add_special_tokens") is not False
+        return await self._file.count(prompt, special=special, exact=file_counts)
 
-    async def _chat(self, ask: ParsedRequest) -> PromptCount:
-        fields = {name: ask.body[name] for name in (*CHAT, *ADDED) if name in ask.body}
-        tokens = await self._asked({"model": ask.model, **fields})
+    async def _chat(self, request: ParsedRequest) -> PromptCount:
+        fields = {name: request.fields[name] for name in (*_CHAT_FIELDS, *_ADDED_FIELDS) if name in request.fields}
+        tokens = await self._endpoint({"model": request.model, **fields})
         if tokens is not None:
             return PromptCount(tokens=tokens, by="the engine", exact=True)
-        return await self._here("\n".join(_texts(ask.body.get("messages"))), special=True, exact=False)
+        return await self._file.count("\n".join(_texts(request.fields.get("messages"))), exact=False)
 
-    async def _asked(self, body: dict[str, object]) -> int | None:
+    async def _endpoint(self, body: dict[str, object]) -> int | None:
         """The engine's count; None: it has none, as for a body that it would refuse."""
-        if not self._remote:
+        if not self._has_endpoint:
             return None
         content = to_json(body)
         key = hashlib.blake2b(content, digest_size=16).digest()
@@ -89,23 +158,16 @@ class TokenCounter:
         if status != 200:
             return None
         tokens = self._known[key] = _count_in(answer)
-        if len(self._known) > REMEMBERED:
+        if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         return tokens
 
-    async def _here(self, text: str, *, special: bool, exact: bool) -> PromptCount:
-        if len(text) > OFF_LOOP_CHARACTERS:
-            tokens = await asyncio.to_thread(self._file.count, text, special=special)
-        else:
-            tokens = self._file.count(text, special=special)
-        return PromptCount(tokens=tokens, by=self._file.name, exact=exact)
 
-
-_ESTIMATED = (
-    "the engine has no /tokenize and no tokenizer is set: 4 bytes of a prompt count as a token, which shifts KV and "
-    "prefill predictions; set engines.tokenizer to the model's tokenizer.json"
-)
-_NO_TEMPLATE = "the engine has no /tokenize: chats are counted without their template, some tokens too few"
+def mean_count(counts: list[PromptCount]) -> PromptCount:
+    """One count for several prompts: the mean, rounded up; by the least exact counter."""
+    tokens = math.ceil(sum(count.tokens for count in counts) / max(1, len(counts)))
+    worst = min(counts, key=lambda count: count.exact, default=PromptCount(tokens=0, by="nothing", exact=True))
+    return PromptCount(tokens=tokens, by=worst.by, exact=worst.exact)
 
 
 def _count_in(answer: bytes) -> int:
@@ -116,7 +178,7 @@ def _count_in(answer: bytes) -> int:
 
 
 def _texts(messages: object) -> Iterator[str]:
-    """Every text in a chat's messages; pictures and the like count nothing."""
+    """Every text in a chat's messages; other parts, as pictures, count nothing."""
     for message in messages if isinstance(messages, list) else []:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, str):

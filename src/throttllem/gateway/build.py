@@ -12,8 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 from throttllem.config import EngineEntry, Options
-from throttllem.core.clocks.names import Policy, parse_policy
-from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.clocks.policy import ClockPolicy, Policy, parse_policy
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor

@@ -22,7 +22,7 @@ PERIOD_S = 0.05
 STALE_S = 1.0
 """A reading older than this counts as none."""
 END_S = 1.0
-"""A call of NVML that has not returned so long after the end hangs; its thread is abandoned."""
+"""A call of NVML that has not returned by then, at the end, hangs; its thread is abandoned."""
 
 
 class Sampler:

@@ -38,7 +38,7 @@ class SimulatedGpu:
 
     async def set_clock(self, mhz: int | None, sent: Callable[[], None] | None = None) -> int | None:
         """Switch to a clock and return the one in force after the switch latency. None: the highest clock, as of a GPU
-        that nobody sets; this does not wait. A switch happens even if its wait is cancelled, and of several at once
+        that is not set; this does not wait. A switch happens even if its wait is cancelled, and of several at once
         the last one stays. Raises ClockError.
         """
         wait = mhz is not None

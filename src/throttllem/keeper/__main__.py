@@ -20,7 +20,7 @@ from throttllem.keeper.server import Server
 # How the keeper starts and ends
 #
 # Start: hold the folder of the socket (there is one keeper at a time), open NVML, restore the GPUs in the journal, then
-# listen. systemd restarts a keeper that ended 0.1 s ago, so every end, wanted or not, leads to another start.
+# listen. systemd starts it again 0.1 s after every end but `systemctl stop`.
 #
 # Therefore an error that was not expected is not handled but ends the process: the next keeper starts from the journal,
 # which is correct at any moment, and this one's state may not be. The same holds for a keeper that hangs: it reports to
@@ -40,7 +40,7 @@ async def keep(options: Options, nvml: Nvml, boot: str, stop: asyncio.Event) -> 
     leases = Leases(
         nvml, options.allowed, options.baselines, Journal(journal_paths(options.state, options.socket), boot)
     )
-    leases.restore(leases.journaled)
+    leases.restore(leases.restore_to)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
 

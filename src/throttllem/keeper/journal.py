@@ -56,7 +56,7 @@ class Journal:
             try:
                 number, baselines = _parsed(path.read_bytes(), self._boot)
             except (OSError, ValueError, TypeError, AttributeError) as error:
-                log.error("journal %s is ignored: %s", path, error)
+                log.error("journal %s is not used: %s", path, error)
                 continue
             if number > self._number:
                 self._number, newest = number, baselines

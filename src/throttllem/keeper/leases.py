@@ -46,7 +46,7 @@ from throttllem.keeper.log import log
 
 MIN_TTL_S, MAX_TTL_S = 0.2, 60.0
 SETS_PER_S, SETS_AT_ONCE = 20.0, 40.0
-"""The rate at which a GPU may be set, and the burst, over all leases: a driver call takes milliseconds of its time."""
+"""The rate at which a GPU may be set, and the burst, over all leases: each one costs a call of the driver."""
 SWEEP_S = 0.05
 RETRY_S = 0.25
 
@@ -81,10 +81,10 @@ class Lease:
 class Leases:
     """All leases. `allowed`: by UUID, the clocks that may be set. `baselines`: those that the options state.
 
-    `held`: the lease of each GPU that has one. `restoring`: the GPUs that are being restored. `journaled`: what each
-    GPU that may be locked now will be restored to (None: reset). At first these are the GPUs that the last keeper may
-    have left locked. Those that the options name get the baseline that the options state now, the others the one that
-    was stated to the keeper that locked them.
+    `held`: the lease of each GPU that has one. `restoring`: the GPUs that are being restored. `restore_to`: the content
+    of the journal, the GPUs that may be locked now and the baseline of each (None: reset). At first these are the GPUs
+    that the last keeper may have left locked. A GPU that the options name has the baseline that the options state now,
+    any other GPU the one that was stated to the keeper that locked it.
     """
 
     def __init__(
@@ -93,15 +93,15 @@ class Leases:
         self.allowed, self.baselines = allowed, baselines
         self.held: dict[str, Lease] = {}
         self.restoring: dict[str, asyncio.Task[None]] = {}
-        self.journaled = {
+        self.restore_to = {
             uuid: baselines.get(uuid) if uuid in allowed else baseline for uuid, baseline in journal.read().items()
         }
         self._journal, self._writing = journal, asyncio.Lock()
         self._sets_left = dict.fromkeys(allowed, SETS_AT_ONCE)
-        self._gpus = {uuid: (LockableGpu(nvml, uuid), ThreadPoolExecutor(1)) for uuid in {*allowed, *self.journaled}}
+        self._gpus = {uuid: (LockableGpu(nvml, uuid), ThreadPoolExecutor(1)) for uuid in {*allowed, *self.restore_to}}
         self._stopped = False
 
-    # ---- what a client asks for ----------------------------------------------------------------------------------
+    # ---- requests of clients -------------------------------------------------------------------------------------
 
     def take(self, gpus: tuple[str, ...], ttl_s: float, client: str, disconnected: Callable[[], bool]) -> Lease:
         """A lease on GPUs that are allowed and free; nothing is locked yet. Raises RejectedError."""
@@ -141,15 +141,15 @@ class Leases:
         for uuid in lease.gpus:
             self._sets_left[uuid] -= 1.0
 
-        try:
-            if not lease.journaled:
+        if not lease.journaled:
+            try:
                 await self._enter_in_journal(lease)
-            clock = ClockRange(mhz, mhz)
-            calls = (self._call(uuid, lambda gpu: gpu.lock(clock)) for uuid in lease.gpus)
-            results = await asyncio.gather(*calls, return_exceptions=True)
-        except OSError as error:
-            raise RejectedError("gpu", str(error)) from error
+            except OSError as error:
+                raise RejectedError("gpu", str(error)) from error
 
+        clock = ClockRange(mhz, mhz)
+        calls = (self._call(uuid, lambda gpu: gpu.lock(clock)) for uuid in lease.gpus)
+        results = await asyncio.gather(*calls, return_exceptions=True)
         self.extend(lease)  # if it ended in the meantime, its GPUs are restored after these calls
         for result in results:
             if isinstance(result, BaseException):
@@ -173,7 +173,7 @@ class Leases:
         if restoring := [self.restoring[uuid] for uuid in gpus if uuid in self.restoring]:
             await asyncio.wait(restoring)
 
-    # ---- what the keeper's process does --------------------------------------------------------------------------
+    # ---- called by the keeper's process --------------------------------------------------------------------------
 
     def sweep(self) -> None:
         """End the leases of clients that are gone or silent; to be called every SWEEP_S."""
@@ -209,7 +209,8 @@ class Leases:
         lease.journaling = True
         try:
             await asyncio.gather(*(self._call(uuid, LockableGpu.check) for uuid in lease.gpus))
-            self.journaled.update({uuid: self.baselines.get(uuid) for uuid in lease.gpus})
+            for uuid in lease.gpus:
+                self.restore_to[uuid] = self.baselines.get(uuid)
             await self._write_journal()
             self.extend(lease)
             lease.journaled = True
@@ -219,7 +220,7 @@ class Leases:
                 self._free(lease)
             if not lease.journaled:
                 for uuid in lease.gpus:
-                    self.journaled.pop(uuid, None)
+                    self.restore_to.pop(uuid, None)
                 with contextlib.suppress(OSError):
                     await self._write_journal()
 
@@ -233,14 +234,14 @@ class Leases:
         logged = None
         while True:
             try:
-                await self._call(uuid, lambda gpu: gpu.restore(self.journaled[uuid]))
+                await self._call(uuid, lambda gpu: gpu.restore(self.restore_to[uuid]))
                 break
             except OSError as error:
                 if logged != str(error):
                     logged = str(error)
                     log.error("not restored yet: %s", error)
             await asyncio.sleep(RETRY_S)
-        del self.journaled[uuid], self.restoring[uuid]
+        del self.restore_to[uuid], self.restoring[uuid]
         with contextlib.suppress(OSError):  # the entry stays: the next keeper restores the GPU once more
             await self._write_journal()
 
@@ -251,4 +252,4 @@ class Leases:
 
     async def _write_journal(self) -> None:
         async with self._writing:
-            await asyncio.to_thread(self._journal.write, dict(self.journaled))
+            await asyncio.to_thread(self._journal.write, dict(self.restore_to))

@@ -13,8 +13,8 @@ LINE_PERIOD_S = 5.0
 class RateLimit(logging.Filter):
     """Of each kind of line (its format string: there are few) passes BURST_LINES at once, then one every LINE_PERIOD_S.
 
-    This is a token bucket, kept as one time a kind: when the next line would be due if lines came one a period. It may
-    lie up to a burst in the past, and a line passes unless it lies in the future.
+    This is a token bucket with one number for each kind: the time at which its next line would be due if lines came one
+    a period. That time lies up to a burst in the past; a line passes unless it lies in the future.
     """
 
     def __init__(self) -> None:

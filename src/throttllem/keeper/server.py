@@ -24,7 +24,7 @@ from throttllem.keeper.log import log
 # - A request is one line of JSON with few fields, each of one type. Anything else disconnects the client, without an
 #   answer: there is no state to recover, and nothing is guessed.
 # - Lines, connections and unread answers are bounded: a client that does not read is not read from (`drain`).
-# - After each line the others have their turn, so that a flood delays no heartbeat and no end of a lease.
+# - After each line the other tasks run, so that a flood delays no heartbeat and no end of a lease.
 #
 # A connection has at most one lease, which ends with it.
 
@@ -103,7 +103,7 @@ class Connection:
                     "normally": leases.baselines,
                     "held": {uuid: {"by": lease.client, "mhz": lease.mhz} for uuid, lease in leases.held.items()},
                     "returning": list(leases.restoring),
-                    "before": leases.journaled,
+                    "before": leases.restore_to,
                 }
             case "lease" if self.lease is None:
                 gpus = tuple(typed(uuid, str) for uuid in typed(request["gpus"], list))

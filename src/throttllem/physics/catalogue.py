@@ -1,6 +1,6 @@
-"""The GPUs and models that we know: frozen constants, each with its source written beside it in `catalogue.toml`.
+"""The known GPUs and models: frozen constants, each with its source beside it in `catalogue.toml`.
 
-A user's own TOML adds entries or replaces whole ones by name. Knows nothing of how the constants are used.
+A user's TOML file adds entries or replaces whole entries by name. Knows nothing of how the constants are used.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Frozen)
 
 
-class UnknownName(ValueError):  # noqa: N818 - the name says what happened
-    """No GPU or model of that name; the message lists the nearest known ones."""
+class UnknownName(ValueError):  # noqa: N818 - a plain name for users' code
+    """No GPU or model of that name; the message lists similar names."""
 
 
 class CatalogueError(ValueError):
@@ -28,7 +28,7 @@ class CatalogueError(ValueError):
 
 
 class Gpu(Frozen):
-    """One kind of GPU. SI units unless the name says otherwise."""
+    """One kind of GPU. SI units unless the name has another unit."""
 
     name: str
     clock_min_mhz: PositiveInt
@@ -110,9 +110,9 @@ class Catalogue(Frozen):
 
     @classmethod
     def load(cls, extra: Path | None = None) -> Self:
-        """The shipped catalogue, with the entries of a user's TOML added or put in their place.
+        """The shipped catalogue, with the entries of a user's TOML file added, or replacing those of the same name.
 
-        Raises CatalogueError (file, key, fix) for a file that is missing, is no TOML or holds a bad entry.
+        Raises CatalogueError (file, key, fix) for a file that is missing, is not TOML, or has an invalid entry.
         """
         shipped = resources.files("throttllem.physics").joinpath("catalogue.toml").read_text(encoding="utf-8")
         gpus, models = _parse(shipped, "catalogue.toml")

@@ -1,9 +1,16 @@
-"""What the clock does to the parts of the time and of the power; everything here is relative to the top clock.
+"""The effect of the clock on the parts of the time and of the power, relative to the top clock.
 
-Time: compute follows 1 / f, all but a few percent; memory is untouched above its knee and follows 1 / f below it,
-smoothly; a share of the fixed kernel and all-reduce latencies follows 1 / f; the host does not. Power: the switching
-part follows f V(f)^2, V being flat below a knee.
+Knows nothing of models, engines or iterations.
 """
+
+# With f the clock (docs/physics.md, "The clock"):
+#
+# - arithmetic takes a fixed number of cycles, so it follows 1 / f, all but a few per cent;
+# - memory has another clock: above a knee it is the bottleneck, and f does not matter; below, the cores cannot
+#   issue requests fast enough, and it follows 1 / f. `memory_sharpness` is the exponent of the smooth maximum;
+# - of fixed kernel and all-reduce latencies a share (instructions) follows 1 / f, the rest (memory, links) does not;
+# - the host is another chip;
+# - switching power follows f V(f)^2: the voltage is at its minimum up to a knee and rises from there.
 
 from __future__ import annotations
 
@@ -22,7 +29,7 @@ class ClockScale(NamedTuple):
 
 
 def clock_scale(time: TimeLaw, power: PowerLaw, clock_mhz: float, top_mhz: float) -> ClockScale:
-    """The factors at `clock_mhz` (docs/physics.md, "The clock")."""
+    """The factors at `clock_mhz`."""
     slower = top_mhz / clock_mhz
     computes = max(1.0, min(time.compute_knee_mhz or top_mhz, top_mhz) / clock_mhz)
     return ClockScale(

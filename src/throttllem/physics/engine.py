@@ -1,8 +1,23 @@
-"""One engine: a model on `tp` GPUs of one kind. Seconds and watts of an iteration, without noise.
+"""The ground truth of the simulation: seconds and watts of an iteration of one engine, without noise.
 
-The ground truth of the simulation. Knows nothing of requests, batching rules or policies. `docs/physics.md` derives
-the law; `iteration` is called once per simulated iteration, so all that can be is worked out beforehand.
+An engine is a model on `tp` GPUs of one kind. Knows nothing of requests, batching rules or policies.
 """
+
+# The law (docs/physics.md derives it).
+#
+#   seconds = busy + waiting
+#   busy    = (memory^p + arithmetic^p)^(1/p) of the matrix products + streamed + KV read + prefill attention
+#   waiting = fixed kernel times + all-reduce + host + what is left of the decode attention's walk after the KV read
+#   watts   = base + (traffic + core x busy + compute x arithmetic) / seconds
+#
+# Each term is a cost of `load.py` times a factor of the clock (`clock.py`): memory, arithmetic, latency; the host does
+# not depend on it. `traffic` is the energy of memory traffic; `core` and `compute` are watts, multiplied by the
+# switching power f V(f)^2. Watts of a GPU with a running engine never fall below `base`.
+#
+# Power limit. Above the limit the GPU's governor lowers the clock. The iteration then takes the time at the clock where
+# the power just meets the limit, whatever higher clock is set.
+#
+# `iteration` runs once per simulated iteration, so all products that do not depend on it are computed once per clock.
 
 from __future__ import annotations
 
@@ -18,23 +33,23 @@ _LARGEST_TP = 8
 """GPUs of one NVLink node (DGX A100, DGX H100)."""
 
 
-class ModelDoesNotFit(ValueError):  # noqa: N818 - the name says what happened
-    """Weights and activations leave no room for a KV cache, or the heads cannot be shared out."""
+class ModelDoesNotFit(ValueError):  # noqa: N818 - a plain name for users' code
+    """Weights and activations leave no room for a KV cache, or the heads cannot be divided among the GPUs."""
 
 
 class _Coefficients(NamedTuple):
-    """Everything that an iteration at one clock is made of: seconds, as in `load.Load`, and watts, of all GPUs.
+    """The coefficients of an iteration at one clock: seconds (as in `load.Load`) and watts of all GPUs.
 
-    The factors of the clock are in; watts of traffic and of switching are per second of the time that they go with.
+    The factors of the clock are included; watts of traffic and of switching are per second of their time.
     """
 
     weights: float
-    row_gemm_memory: float
-    row_gemm_compute: float
-    head_row_compute: float
-    row_streamed: float
+    token_gemm_memory: float
+    token_gemm_compute: float
+    head_token_compute: float
+    token_streamed: float
     kv_token: float
-    kv_row: float
+    kv_sequence: float
     walk_token: float
     pair: float
     prefill_token: float
@@ -42,11 +57,11 @@ class _Coefficients(NamedTuple):
     fixed: float
     decode_fixed: float
     prefill_fixed: float
-    one_step_rows: float
-    one_step_row: float
-    two_step_row: float
+    one_step_tokens: float
+    one_step_token: float
+    two_step_token: float
     two_step: float
-    large_rows: float
+    large_tokens: float
     large: float
     norm: float
     inverse_norm: float
@@ -60,7 +75,7 @@ class _Coefficients(NamedTuple):
 
 
 class EnginePhysics:
-    """The law of one engine. Raises ModelDoesNotFit where the model does not fit `tp` GPUs."""
+    """The law of one engine. Raises ModelDoesNotFit if the model does not fit `tp` GPUs."""
 
     def __init__(self, gpu: Gpu, model: Model, tp: int) -> None:
         self.gpu, self.model, self.tp = gpu, model, tp
@@ -74,7 +89,7 @@ class EnginePhysics:
         self._coefficients: dict[float, _Coefficients] = dict(zip(self._clocks, self._ladder, strict=True))
 
     def kv_capacity_tokens(self) -> int:
-        """Tokens of KV cache that weights and activations leave room for, on the fullest GPU."""
+        """Tokens of KV cache that weights and activations leave room for, on the GPU with most."""
         return _kv_tokens(self.gpu, self.model, self.tp)
 
     def idle_w(self) -> float:
@@ -96,9 +111,8 @@ class EnginePhysics:
     ) -> tuple[float, float]:
         """Seconds, and watts of all GPUs, of one iteration.
 
-        `kv_tokens` are read by the decode rows; `prefill_tokens` new prompt tokens see `prefill_pairs` query-key
-        pairs (half the square of a whole prompt). Above the power limit the clock gives way, as the GPU's does.
-        Raises ValueError for a clock outside the GPU's range.
+        `kv_tokens` are read by the decoding sequences; `prefill_tokens` new prompt tokens have `prefill_pairs`
+        query-key pairs (half the square of a whole prompt). Raises ValueError for a clock outside the GPU's range.
         """
         at = self._coefficients.get(clock_mhz) or self._new_clock(clock_mhz)
         found = _iteration(at, decode_batch, kv_tokens, prefill_tokens, prefill_pairs)
@@ -107,15 +121,15 @@ class EnginePhysics:
         return self._capped(clock_mhz, found, (decode_batch, kv_tokens, prefill_tokens, prefill_pairs))
 
     def _capped(
-        self, clock_mhz: float, asked: tuple[float, float], batch: tuple[int, int, int, float]
+        self, clock_mhz: float, uncapped: tuple[float, float], batch: tuple[int, int, int, float]
     ) -> tuple[float, float]:
-        """Seconds and watts at the clock where the power equals the limit, `asked` being those at `clock_mhz`.
+        """Seconds and watts at the clock where the power equals the limit; `uncapped` are those at `clock_mhz`.
 
-        Power is nearly a straight line over the switching factor: false position finds the two neighbouring clocks
-        around the limit, whatever clock was asked for, and a straight line between them the rest.
+        Power is nearly linear in the switching factor: false position finds the two neighbouring clocks around the
+        limit, the same for every `clock_mhz`, and linear interpolation the rest.
         """
         limit_w, ladder, switching = self._limit_w, self._ladder, self._switching
-        high, above = bisect_left(self._clocks, clock_mhz), asked
+        high, above = bisect_left(self._clocks, clock_mhz), uncapped
         if self._clocks[high] != clock_mhz:
             above = _iteration(ladder[high], *batch)
         low, below_s, below_w, low_switching = -1, 0.0, self._base_w, 0.0
@@ -148,12 +162,12 @@ class EnginePhysics:
         work, law, power, tp = self._load, self.gpu.time, self.gpu.power, self.tp
         return _Coefficients(
             weights=work.weights_s * memory,
-            row_gemm_memory=work.row_gemm_memory_s * memory,
-            row_gemm_compute=work.row_gemm_compute_s * compute,
-            head_row_compute=work.head_row_compute_s * compute,
-            row_streamed=work.row_elementwise_s * memory,
+            token_gemm_memory=work.token_gemm_memory_s * memory,
+            token_gemm_compute=work.token_gemm_compute_s * compute,
+            head_token_compute=work.head_token_compute_s * compute,
+            token_streamed=work.token_elementwise_s * memory,
             kv_token=work.kv_token_s * memory,
-            kv_row=work.kv_row_s * memory,
+            kv_sequence=work.kv_sequence_s * memory,
             walk_token=work.walk_token_s * latency,
             pair=work.pair_s * compute,
             prefill_token=work.prefill_token_s * memory,
@@ -161,11 +175,11 @@ class EnginePhysics:
             fixed=(work.layers_kernel_s + work.allreduce_s) * latency + law.host_s,
             decode_fixed=work.decode_kernel_s * latency,
             prefill_fixed=work.prefill_kernel_s * latency,
-            one_step_rows=work.one_step_rows,
-            one_step_row=work.one_step_row_s * latency,
-            two_step_row=work.two_step_row_s * latency,
+            one_step_tokens=work.one_step_tokens,
+            one_step_token=work.one_step_token_s * latency,
+            two_step_token=work.two_step_token_s * latency,
             two_step=work.two_step_s * latency,
-            large_rows=work.large_rows,
+            large_tokens=work.large_tokens,
             large=work.large_s * latency,
             norm=law.gemm_norm,
             inverse_norm=1 / law.gemm_norm,
@@ -182,28 +196,28 @@ class EnginePhysics:
 def _iteration(
     at: _Coefficients, decode_batch: int, kv_tokens: int, prefill_tokens: int, prefill_pairs: float
 ) -> tuple[float, float]:
-    """Seconds and watts of one iteration, power limit aside: the law itself."""
+    """Seconds and watts of one iteration by the law, without the power limit."""
     (
-        weights_s, row_gemm_memory_s, row_gemm_compute_s, head_row_compute_s, row_streamed_s, kv_token_s, kv_row_s,
-        walk_token_s, pair_s, prefill_token_s, prefill_walk_token_s, waiting_s, decode_fixed_s, prefill_fixed_s,
-        one_step_rows, row_link_s, two_step_row_s, two_step_s, large_rows, large_s, norm, inverse_norm, host_request_s,
-        base_w, gemm_traffic_w, kv_traffic_w, prompt_traffic_w, core_w, compute_w,
+        weights_s, token_gemm_memory_s, token_gemm_compute_s, head_token_compute_s, token_streamed_s, kv_token_s,
+        kv_sequence_s, walk_token_s, pair_s, prefill_token_s, prefill_walk_token_s, waiting_s, decode_fixed_s,
+        prefill_fixed_s, one_step_tokens, token_message_s, two_step_token_s, two_step_s, large_tokens, large_s, norm,
+        inverse_norm, host_request_s, base_w, gemm_traffic_w, kv_traffic_w, prompt_traffic_w, core_w, compute_w,
     ) = at  # fmt: skip
-    rows = decode_batch + prefill_tokens
-    gemm_memory_s = weights_s + row_gemm_memory_s * rows
-    gemm_compute_s = row_gemm_compute_s * rows + head_row_compute_s * decode_batch
-    streamed_s, read_s = row_streamed_s * rows, kv_token_s * kv_tokens + kv_row_s * decode_batch
+    tokens = decode_batch + prefill_tokens
+    gemm_memory_s = weights_s + token_gemm_memory_s * tokens
+    gemm_compute_s = token_gemm_compute_s * tokens + head_token_compute_s * decode_batch
+    streamed_s, read_s = token_streamed_s * tokens, kv_token_s * kv_tokens + kv_sequence_s * decode_batch
     attention_s = tensor_s = prompt_s = 0.0
     if prefill_tokens:
         waiting_s += prefill_fixed_s
-        gemm_compute_s += head_row_compute_s
+        gemm_compute_s += head_token_compute_s
         prompt_s = prefill_token_s * prefill_tokens
         tensor_s = pair_s * prefill_pairs
         attention_s = tensor_s + prompt_s + prefill_walk_token_s * prefill_tokens
-    if rows >= one_step_rows:
-        row_link_s = two_step_row_s
-        waiting_s += two_step_s if rows < large_rows else large_s
-    waiting_s += row_link_s * rows
+    if tokens >= one_step_tokens:
+        token_message_s = two_step_token_s
+        waiting_s += two_step_s if tokens < large_tokens else large_s
+    waiting_s += token_message_s * tokens
     if decode_batch:
         waiting_s += decode_fixed_s + host_request_s * decode_batch
         if walk_token_s:
@@ -217,7 +231,7 @@ def _iteration(
 
 
 def _free_bytes(gpu: Gpu, model: Model, tp: int) -> float:
-    """What weights and activations leave of one GPU's share of the memory."""
+    """Bytes of one GPU's usable memory that weights and activations leave."""
     return gpu.memory_bytes * gpu.memory_fraction - gpu.activation_bytes - model.weight_bytes / tp
 
 

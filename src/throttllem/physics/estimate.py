@@ -1,4 +1,4 @@
-"""One point of the law, for people: seconds and watts of an iteration, and how far each is to be believed."""
+"""One point of the law: seconds and watts of an iteration, and whether each is measured, calibrated or modelled."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from throttllem.physics.engine import EnginePhysics
 from throttllem.physics.laws import Basis, MeasuredPoints
 
 NEAR = 0.1
-"""A figure is called measured where a measured point is this close in clock, batch and context."""
+"""A figure is called measured if a measured point is this close in clock, batch and context."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """An iteration without noise. `power_w` is of all GPUs of the engine.
 
-    `basis` says of both figures "measured", "calibrated" or "modelled", a colon, and why.
+    `basis`: of both figures "measured", "calibrated" or "modelled", a colon, and the reason.
     """
 
     iteration_s: float
@@ -46,10 +46,10 @@ def estimate(
 
 
 def reach(physics: EnginePhysics, context_tokens: int) -> dict[str, dict[str, object]]:
-    """What a simulation of this engine rests on, by "seconds" and "watts", for requests of about `context_tokens`.
+    """The basis of a simulation of this engine, of "seconds" and "watts", for requests of about `context_tokens`.
 
-    `kind` of the law at the top clock, with `why` where it is modelled; `clocks_mhz` [from, to] of its range;
-    `below_top` says what of the clock's effect is modelled within that range. Single points say more.
+    `kind` of the law at the top clock, `why` if it is modelled; `clocks_mhz` [from, to] of its range; `below_top`: the
+    part of the clock's effect that is modelled within that range.
     """
     bases = {"seconds": physics.gpu.time_basis, "watts": physics.gpu.power_basis}
     return {figure: _reach(basis, physics, context_tokens) for figure, basis in bases.items()}
@@ -94,7 +94,7 @@ def _check_tokens(physics: EnginePhysics, batch: int, context_tokens: int, prefi
 def _basis(
     basis: Basis, physics: EnginePhysics, clock_mhz: int, batch: int, context_tokens: int, prefill_tokens: int
 ) -> str:
-    """Measured close by; else the law's own basis inside the range that it was fitted in; else modelled, and why."""
+    """Measured, if a measured point is near; else the law's own basis within its range; else modelled, and why."""
     if not prefill_tokens:
         for points in basis.measured:
             if _measured(points, physics, clock_mhz, batch, context_tokens):
@@ -105,8 +105,8 @@ def _basis(
     if basis.kind == "modelled" or not outside:
         below = basis.below_top if clock_mhz < physics.gpu.clock_max_mhz else None
         off = below.median_error if below else basis.median_error
-        said = "" if off is None else f"; held out, it was {off:.1%} off (median)"
-        return f"{basis.kind}: {basis.source}{said}"
+        error = "" if off is None else f"; held out, it was {off:.1%} off (median)"
+        return f"{basis.kind}: {basis.source}{error}"
     return f"modelled: {'; '.join(outside)} ({basis.kind} there: {basis.source})"
 
 
@@ -118,7 +118,7 @@ def _measured(points: MeasuredPoints, physics: EnginePhysics, clock_mhz: int, ba
 
 
 def _outside(basis: Basis, physics: EnginePhysics, clock_mhz: int, batch: int, context_tokens: int) -> list[str]:
-    """Which parts of a point lie outside of what the law was fitted to."""
+    """The parts of a point outside the range to which the law was fitted."""
     outside = []
     if not basis.clock_min_mhz <= clock_mhz <= basis.clock_max_mhz:
         outside.append(f"{clock_mhz} MHz is outside {basis.clock_min_mhz} to {basis.clock_max_mhz} MHz")

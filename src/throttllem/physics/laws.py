@@ -1,6 +1,6 @@
-"""The constants of the physics, grouped by law: what each is, in which unit, and how far it is to be believed.
+"""The constants of the physics, by law: the meaning and unit of each, and the basis of their values.
 
-Knows nothing of values (`catalogue.toml`) nor of how they are used (`load.py`, `clock.py`, `engine.py`).
+Knows nothing of the values (`catalogue.toml`) nor of their use (`load.py`, `clock.py`, `engine.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Frozen(BaseModel):
 
 
 class TimeLaw(Frozen):
-    """How long the parts of an iteration take on one kind of GPU (`docs/physics.md`, "Time")."""
+    """Times of the parts of an iteration on one kind of GPU (`docs/physics.md`, "Time")."""
 
     gemm_bandwidth_fraction: float = Fraction
     gemm_peak_fraction: float = Fraction
@@ -33,12 +33,12 @@ class TimeLaw(Frozen):
     decode_split_s: NonNegativeFloat
     """Added per layer of grouped heads: their kernel splits a long context over thread blocks and merges the parts."""
     decode_walk_token_s: NonNegativeFloat
-    """Heads not grouped: one thread block walks a head's whole context, in this time per token; 0 if it is split."""
+    """Ungrouped heads: one thread block reads a head's whole context, in this time per token; 0 if it is split."""
     prefill_peak_fraction: float = Fraction
     prefill_bandwidth_fraction: float = Fraction
     prefill_kernel_s: NonNegativeFloat
     prefill_walk_token_s: NonNegativeFloat
-    """Per layer and prompt token: the last tile of queries sees all of the prompt, and is waited for."""
+    """Per layer and prompt token: the kernel waits for the last tile of queries, which attends to the whole prompt."""
     layer_kernel_s: NonNegativeFloat
     """Norms, rotary embedding, activation function of one layer, besides their memory traffic."""
     allreduce_s: NonNegativeFloat
@@ -47,7 +47,7 @@ class TimeLaw(Frozen):
     allreduce_step_s: NonNegativeFloat
     """Added by the second step (reduce, then gather) that larger messages between more than two GPUs take."""
     allreduce_large_s: NonNegativeFloat
-    """Added from `load.LARGE_ALLREDUCE_BYTES` on, which a library call carries instead of the engine's own kernel."""
+    """Added from `load.LARGE_ALLREDUCE_BYTES` on, where a library call replaces the engine's own kernel."""
     allreduce_bytes_per_s: PositiveFloat
     """Into one GPU: tp - 1 messages in one step, 2 (tp - 1) / tp of a message in two."""
     host_s: NonNegativeFloat
@@ -55,7 +55,7 @@ class TimeLaw(Frozen):
     memory_knee_mhz: NonNegativeFloat
     memory_sharpness: float = Field(ge=1)
     compute_knee_mhz: PositiveFloat | None = None
-    """Compute-bound work is no faster above it: the power limit held the measured operators there. None: the top."""
+    """Compute-bound work is no faster above it: the power limit bounded the measured operators. None: the top."""
     compute_clock_share: float = Field(default=1.0, ge=0, le=1)
     """Part of compute-bound time that follows the clock."""
     latency_clock_share: float = Field(ge=0, le=1)
@@ -75,7 +75,7 @@ class PowerLaw(Frozen):
     memory_w: NonNegativeFloat
     """At the full bandwidth of the memory."""
     core_w: NonNegativeFloat
-    """At the top clock while matrices, rows or KV are worked on (not while it waits)."""
+    """At the top clock while the GPU is busy (not while it waits)."""
     compute_w: NonNegativeFloat
     """Added at the top clock while the tensor cores are busy."""
     knee_mhz: PositiveFloat
@@ -85,7 +85,7 @@ class PowerLaw(Frozen):
 
 
 class MeasuredPoints(Frozen):
-    """Points that somebody measured: every combination of these values; an empty list stands for any."""
+    """Measured points: every combination of these values; an empty list means any value."""
 
     source: str
     models: tuple[str, ...]
@@ -96,16 +96,16 @@ class MeasuredPoints(Frozen):
 
 
 class BelowTop(Frozen):
-    """Where the effect of the clock was fitted. At the top clock it does not matter."""
+    """The range in which the effect of the clock was fitted; it does not apply at the top clock."""
 
     tp: tuple[PositiveInt, ...]
     context_max_tokens: PositiveInt
     median_error: NonNegativeFloat
-    """Relative, of the figure at clocks that were held out."""
+    """Relative, at held-out clocks."""
 
 
 class Basis(Frozen):
-    """Where a law comes from, and the range in which that holds; outside it the figure is merely modelled."""
+    """The origin of a law, and the range in which it holds; outside it, figures are modelled."""
 
     kind: Literal["measured", "calibrated", "modelled"]
     source: str
@@ -114,14 +114,14 @@ class Basis(Frozen):
     tp: tuple[PositiveInt, ...]
     batch_max: PositiveInt
     models: tuple[str, ...] = ()
-    """Models that it holds for; empty: any."""
+    """Models for which it holds; empty: any."""
     context_max_tokens: PositiveInt | None = None
     """Tokens of a running request up to which it was fitted; None: any."""
     below_top: BelowTop | None = None
     """None: fitted at every clock of the range alike."""
     median_error: NonNegativeFloat | None = None
-    """Relative, of what was held out when the law was fitted (`make fidelity`, `calibrate`); None: not known.
+    """Relative, held out of the fit (`make fidelity`, `calibrate`); None: not known.
 
-    At the top clock alone where there is a `below_top`, which has its own.
+    With a `below_top`, this one is of the top clock.
     """
     measured: tuple[MeasuredPoints, ...] = ()

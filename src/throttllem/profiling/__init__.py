@@ -1,1 +1,1 @@
-"""From measurements of an engine to its performance table."""
+"""From measurements of an engine to its performance table: profile, train, bake, score."""

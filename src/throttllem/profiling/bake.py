@@ -1,8 +1,12 @@
-"""From trees to a table, exactly: a forest of constant leaves is a step function on the grid of its own thresholds.
+"""Tabulates the trees of a performance model: the table of one engine size, equal to the trees at every point.
 
-Every leaf is a box on that grid. Adding a box to all its cells would touch the grid once per leaf; adding it to the
-(at most 16) corners of a difference array and summing up once along each axis touches it once in all.
+Knows nothing of how trees are trained, nor of files.
 """
+
+# A forest of constant leaves is a step function: on the grid of all its thresholds it is constant within each cell, so
+# a table with one value per cell is exact. Every leaf is a box of cells. Adding its value to all its cells would touch
+# the grid once per leaf; instead it is added, with alternating sign, to the corners of its box in a difference array
+# (at most 16 in four dimensions), and one cumulative sum along each axis turns that array into the table.
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ from throttllem.profiling.train import FEATURES, Trained
 
 TP = FEATURES.index("tp")
 AXES = ("prefill_tokens", "batch", "kv_blocks", "clock_mhz")
-"""The table's order, slowest first."""
+"""The axes of the table, the slowest first."""
 AXIS_FEATURES = tuple(FEATURES.index(name) for name in AXES)
 
 Box = tuple[tuple[float, float], ...]
@@ -31,7 +35,7 @@ Edges = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leaf:
-    """A value and where it holds: `box[axis]` = (low, high], in the order of AXES, for one tensor parallel degree."""
+    """A value and its box: `box[axis]` = (low, high], in the order of AXES, for one tensor parallel degree."""
 
     box: Box
     value: float
@@ -40,8 +44,8 @@ class Leaf:
 def bake(trained: Trained, spec: EngineSpec) -> PerformanceTable:
     """The table of one engine size, over 0 to `max_batch`, `kv_blocks` and the prefill budget of `spec`.
 
-    Its clocks are those of `spec`, all of which were measured (`profile.spec_of`; a simulated profile has every one).
-    Raises ValueError where the profile is of something else, or lacks this size.
+    Its clocks are those of `spec`, all of which were measured (`profile.spec_of`; a simulated profile has every clock).
+    Raises ValueError if the profile is of another GPU, model or block size, or lacks this size.
     """
     hull = _hull(trained, spec)
     seconds = list(leaves(trained.seconds, spec.tp))
@@ -63,7 +67,7 @@ def bake(trained: Trained, spec: EngineSpec) -> PerformanceTable:
 
 
 def leaves(booster: lightgbm.Booster, tp: int) -> Iterator[Leaf]:
-    """Every leaf that this tensor parallel degree can reach. Raises ValueError for splits that we do not train."""
+    """Every leaf of this tensor parallel degree. Raises ValueError for splits that `train` does not make."""
     anywhere = ((-math.inf, math.inf),) * len(AXES)
     for tree in booster.dump_model()["tree_info"]:
         yield from _descend(tree["tree_structure"], anywhere, tp)
@@ -102,9 +106,9 @@ def _hull(trained: Trained, spec: EngineSpec) -> Hull:
 
 
 def _edges(every: tuple[Leaf, ...], axis: int, last: int) -> Edges:
-    """The last value of each bin: all thresholds between two of the values 0 to `last`, rounded down, and `last`.
+    """The last value of each bin: all thresholds from 0 to `last`, rounded down, and `last`.
 
-    Values are whole numbers, so a threshold rounded down splits them as the threshold does.
+    Values are whole numbers, so a threshold rounded down splits them like the threshold itself.
     """
     ends = {leaf.box[axis][1] for leaf in every}
     return np.array(sorted({math.floor(end) for end in ends if 0 <= end < last} | {last}), dtype=np.int64)
@@ -120,7 +124,7 @@ def _sums(every: list[Leaf], edges: list[Edges]) -> npt.NDArray[np.float64]:
     """The sum of the leaves in each cell, shape (cells, clocks)."""
     values = np.array([leaf.value for leaf in every])
     boxes = np.array([leaf.box for leaf in every])
-    # Of each leaf and axis: the first bin, and the one past the last. Leaves beyond the table get none and cancel out.
+    # Of each leaf and axis: the first bin, and the one past the last. A leaf beyond the table has none and cancels out.
     ends = [np.searchsorted(edge, np.floor(boxes[:, axis]), side="right") for axis, edge in enumerate(edges)]
     shape = tuple(edge.size + 1 for edge in edges)
     difference = np.zeros(math.prod(shape))

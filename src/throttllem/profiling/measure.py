@@ -1,7 +1,7 @@
-"""Profile an engine: choose iterations that cover what it can meet, time them, add a measurement's scatter.
+"""Profiles a simulated engine: chooses iterations that cover its range, times them, adds a measurement's scatter.
 
-Batch sizes stand on a fixed grid; clocks are dealt out evenly; KV use and prompt tokens are drawn anew for each row.
-The full product would be some 10 million iterations, 30,000 of them say the same to the trees.
+Batch sizes are on a fixed grid, clocks are dealt evenly, KV use and prompt tokens are drawn for each row: 30,000 rows
+train the trees as well as the full product of some 10 million would.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROGRESS_EVERY = 1000
 
 
 class Iterates(Protocol):
-    """Something that can run one iteration, or say how long it would take."""
+    """An engine that gives the seconds and watts of one iteration."""
 
     def iteration(
         self, clock_mhz: float, decode_batch: int, kv_tokens: int, prefill_tokens: int, prefill_pairs: float
@@ -37,7 +37,7 @@ class Iterates(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfilePlan:
-    """How much to measure. The scatter's defaults are of the size seen in published measurements of A100 and H100."""
+    """How much to measure. The default scatter is that of published measurements of A100 and H100."""
 
     rows: int = 30_000
     prefill_share: float = 0.45
@@ -61,7 +61,7 @@ class ProfilePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One iteration to measure: decode rows with the blocks they hold, and whole prompts."""
+    """One iteration to measure: decoding sequences with the blocks they hold, and whole prompts."""
 
     clock_mhz: int
     decode_batch: int
@@ -74,7 +74,7 @@ def profile_engine(
 ) -> pl.DataFrame:
     """Measure one engine size; a frame in the profile format, `plan.rows` rows and a few corners. Same seed, same rows.
 
-    Profiles of several sizes go one below the other: `pl.concat`.
+    Profiles of several sizes are concatenated with `pl.concat`.
     """
     plan = plan or ProfilePlan()
     rng = np.random.default_rng([plan.seed, spec.tp])
@@ -95,7 +95,7 @@ def profile_engine(
 
 
 def batch_sizes(max_batch: int) -> list[int]:
-    """1, 2, 3 ... then about 15 % apart, up to `max_batch`: a size left out is told by its neighbours."""
+    """1, 2, 3 ... then about 15 % apart, up to `max_batch`."""
     sizes = [1]
     while sizes[-1] < max_batch:
         sizes.append(min(max_batch, max(sizes[-1] + 1, round(sizes[-1] * BATCH_RATIO))))
@@ -103,7 +103,7 @@ def batch_sizes(max_batch: int) -> list[int]:
 
 
 def _measure(engine: Iterates, spec: EngineSpec, point: Point) -> tuple[object, ...]:
-    # Of each row's last block about half is filled.
+    # About half of each sequence's last block is filled.
     waste = point.decode_batch * (spec.block_tokens - 1) // 2
     pairs = sum(tokens * tokens for tokens in point.prompts) / 2
     seconds, watts = engine.iteration(
@@ -114,13 +114,13 @@ def _measure(engine: Iterates, spec: EngineSpec, point: Point) -> tuple[object, 
         pairs,
     )
     batch = point.decode_batch + len(point.prompts)
-    kv_blocks = point.decode_blocks + sum(_blocks(tokens, spec) for tokens in point.prompts)
+    kv_blocks = point.decode_blocks + sum(blocks(tokens, spec) for tokens in point.prompts)
     asked = (batch, kv_blocks, point.clock_mhz, sum(point.prompts))
     return (spec.gpu, spec.model, spec.tp, spec.block_tokens, *asked, seconds, watts, len(point.prompts), pairs)
 
 
 def _corners(spec: EngineSpec) -> Iterator[Point]:
-    """The ends of the hull at the end clocks: one row in a full cache, a full batch, the largest prefill."""
+    """The ends of the hull at the end clocks: one sequence, a full batch in a full cache, the largest prefill."""
     most = min(spec.max_batch, spec.kv_blocks)
     full = _most_blocks(most, spec)
     prompts = _largest_prompts(spec)
@@ -137,12 +137,12 @@ def _largest_prompts(spec: EngineSpec) -> tuple[int, ...]:
     while left > 0 and room > 0 and len(prompts) < spec.max_batch:
         prompts.append(min(left, room * spec.block_tokens, spec.max_context_tokens))
         left -= prompts[-1]
-        room -= _blocks(prompts[-1], spec)
+        room -= blocks(prompts[-1], spec)
     return tuple(prompts)
 
 
 def _sample(spec: EngineSpec, plan: ProfilePlan, rng: np.random.Generator) -> Iterator[Point]:
-    """Batch sizes in turn; each batch size, with and without prompts, goes evenly through all the clocks."""
+    """Batch sizes in turn; each, with and without prompts, is measured evenly at all clocks."""
     sizes = [size for size in batch_sizes(spec.max_batch) if size <= spec.kv_blocks]
     clocks: dict[tuple[int, bool], list[int]] = {}
     for row in range(plan.rows):
@@ -153,15 +153,15 @@ def _sample(spec: EngineSpec, plan: ProfilePlan, rng: np.random.Generator) -> It
             deck.extend(int(clock) for clock in rng.permutation(spec.clocks_mhz))
         prompts = _draw_prompts(batch, spec, rng) if prefill else ()
         decode = batch - len(prompts)
-        room = spec.kv_blocks - sum(_blocks(tokens, spec) for tokens in prompts)
-        blocks = _shifted_log(decode, min(room, _most_blocks(decode, spec)), spec.kv_blocks / 4, rng) if decode else 0
-        yield Point(clock_mhz=deck.pop(), decode_batch=decode, decode_blocks=blocks, prompts=prompts)
+        room = spec.kv_blocks - sum(blocks(tokens, spec) for tokens in prompts)
+        held = _shifted_log(decode, min(room, _most_blocks(decode, spec)), spec.kv_blocks / 4, rng) if decode else 0
+        yield Point(clock_mhz=deck.pop(), decode_batch=decode, decode_blocks=held, prompts=prompts)
 
 
 def _draw_prompts(batch: int, spec: EngineSpec, rng: np.random.Generator) -> tuple[int, ...]:
-    """Prompts among `batch` requests that leave a block for each decode row; () where there is room for none.
+    """Prompts among `batch` requests that leave a block for each decoding sequence; () if there is room for none.
 
-    Few prompts are likelier than many (they arrive one by one), and their lengths scatter like those of requests.
+    Few prompts are likelier than many (they arrive one at a time), and their lengths scatter like those of requests.
     """
     most = min(spec.prefill_budget_tokens - batch, (spec.kv_blocks - batch) * spec.block_tokens)
     if most < MIN_PREFILL_TOKENS:
@@ -172,16 +172,16 @@ def _draw_prompts(batch: int, spec: EngineSpec, rng: np.random.Generator) -> tup
     shares = rng.lognormal(0.0, 0.8, count)
     cuts = np.round(np.cumsum(shares) / shares.sum() * tokens).astype(int)
     lengths = np.clip(np.diff(cuts, prepend=0), 1, spec.max_context_tokens)
-    # A prompt takes up to a block more than its tokens fill.
-    while sum(_blocks(int(length), spec) for length in lengths) > spec.kv_blocks - batch + len(lengths):
+    # The last block of a prompt is partly filled.
+    while sum(blocks(int(length), spec) for length in lengths) > spec.kv_blocks - batch + len(lengths):
         lengths = np.maximum(lengths // 2, 1)
     return tuple(int(length) for length in lengths)
 
 
 def _shifted_log(low: int, high: int, shift: float, rng: np.random.Generator) -> int:
-    """A whole number from `low` to `high`, even in log(value + shift): time is a constant plus a slope times the value.
+    """A whole number from `low` to `high`, uniform in log(value + shift).
 
-    So equal steps of the draw are about equal relative steps of the seconds that the trees have to follow.
+    Time is a constant plus a slope times the value, so equal steps of the draw are about equal relative steps of time.
     """
     if high <= low:
         return low
@@ -190,8 +190,9 @@ def _shifted_log(low: int, high: int, shift: float, rng: np.random.Generator) ->
 
 
 def _most_blocks(batch: int, spec: EngineSpec) -> int:
-    return min(spec.kv_blocks, batch * _blocks(spec.max_context_tokens, spec))
+    return min(spec.kv_blocks, batch * blocks(spec.max_context_tokens, spec))
 
 
-def _blocks(tokens: int, spec: EngineSpec) -> int:
+def blocks(tokens: int, spec: EngineSpec) -> int:
+    """KV blocks of this many tokens of one request."""
     return -(-tokens // spec.block_tokens)

@@ -1,6 +1,6 @@
-"""The profile: one row per measured iteration, in a file that any engine can fill (docs/profile-format.md).
+"""The profile: one row per measured iteration, in a file of any engine (docs/profile-format.md).
 
-Checks what it reads and names file, row and column of what is wrong. Knows nothing of who measured.
+Reads, validates (errors name file, row and column) and writes it. Knows nothing of how iterations are measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CSV = ".csv"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """One column: its type and the least value that makes sense (`above`: the value itself does not)."""
+    """One column: its type and the least valid value (`above`: that value itself is not valid)."""
 
     name: str
     dtype: type[pl.DataType]
@@ -44,7 +44,7 @@ OPTIONAL = (
     Column(name="prompts", dtype=pl.Int64, least=0),
     Column(name="prefill_pairs", dtype=pl.Float64, least=0.0),
 )
-"""Kept where the file has them: what `batch` and `prefill_tokens` leave open, and `calibrate` can use."""
+"""Read if the file has them: `calibrate` uses them."""
 LIVE = (
     Column(name="max_batch", dtype=pl.Int64, least=1),
     Column(name="kv_capacity_blocks", dtype=pl.Int64, least=1),
@@ -55,12 +55,12 @@ LIVE = (
     Column(name="watts_by", dtype=pl.String),
     Column(name="any_clock", dtype=pl.Int64, least=0),
 )
-"""Kept likewise: what a live engine said of itself, which of its rows were measured together, and how."""
+"""Read likewise: the capacities that a live engine reported, which rows were measured together, and how."""
 CAPACITIES = ("max_batch", "kv_capacity_blocks", "prefill_budget_tokens", "max_context_tokens")
-"""Columns that hold the engine's capacities; the same in every row of a size."""
+"""Columns of the engine's capacities; the same in every row of a size."""
 SAME_THROUGHOUT = ("gpu", "model", "block_tokens")
 _LARGEST_WHOLE = 2.0**53
-"""Whole numbers above it are not exact in the doubles that they are read as."""
+"""Larger whole numbers are not exact as doubles."""
 
 
 class ProfileError(ValueError):
@@ -70,8 +70,7 @@ class ProfileError(ValueError):
 def read_profile(path: Path, sizes: Collection[int] | None = None) -> pl.DataFrame:
     """Read and check a profile, Parquet or CSV by the file's ending. Raises ProfileError.
 
-    `sizes` are the tensor parallel degrees that the caller can use; a row of another one is an error. Columns that the
-    format does not name are dropped.
+    `sizes` are the allowed tensor parallel degrees. Columns that the format does not name are dropped.
     """
     frame = _read(path)
     missing = [column.name for column in COLUMNS if column.name not in frame.columns]
@@ -105,8 +104,8 @@ def write_profile(profile: pl.DataFrame, path: Path) -> None:
 
 
 def spec_of(profile: pl.DataFrame, spec: EngineSpec) -> EngineSpec:
-    """`spec` with the capacities that a profile carries of this size, where it does, and the clocks that it measured:
-    between two of those trees say what one of them does, and a clock would be chosen for what it is not.
+    """`spec` with the profile's capacities of this size, if any, and its measured clocks alone: between two of them the
+    trees only repeat one of the two.
     """
     rows = profile.filter(pl.col("tp") == spec.tp)
     spec = replace(spec, clocks_mhz=tuple(sorted(set(rows["clock_mhz"].to_list()))))
@@ -124,18 +123,18 @@ def spec_of(profile: pl.DataFrame, spec: EngineSpec) -> EngineSpec:
 
 
 def capacities_of(spec: EngineSpec) -> dict[str, int]:
-    """What a profile carries of an engine's capacities, by column."""
+    """An engine's capacities by column of the profile."""
     values = (spec.max_batch, spec.kv_blocks, spec.prefill_budget_tokens, spec.max_context_tokens)
     return dict(zip(CAPACITIES, values, strict=True))
 
 
 def place(path: Path, row: int) -> str:
-    """Where row `row` (from 0) of a profile stands, for people: a CSV's line, the header being line 1; else a row."""
+    """The position of row `row` (from 0) in an error: the line of a CSV (the header is line 1), else the row."""
     return f"line {row + 2}" if path.suffix.lower() == CSV else f"row {row + 1}"
 
 
 def check_ending(path: Path) -> None:
-    """Raise ProfileError for a name that no profile can have: better now than after a long run."""
+    """Raise ProfileError for a file name without a profile's ending, before a long run."""
     _ending(path)
 
 
@@ -147,12 +146,11 @@ def _ending(path: Path) -> str:
 
 
 def _read(path: Path) -> pl.DataFrame:
-    """The file as it is; a CSV's values stay text, so that a bad one can be named with its row."""
+    """The file as it is; the values of a CSV stay text, so that an error can quote them."""
     ending = _ending(path)
     if not path.is_file():
         raise ProfileError(f"{path}: no such file")
     try:
-        # An empty CSV raises an error of its own class; all of polars' errors share this base.
         return pl.read_csv(path, infer_schema=False) if ending == CSV else pl.read_parquet(path)
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
         raise ProfileError(f"{path}: cannot be read as {ending[1:]}: {str(error).splitlines()[0]}") from error

@@ -1,8 +1,8 @@
-"""The score card: how well the trees tell what they were not shown, by engine size and over all.
+"""The score card of a performance model: errors on held-out rows, by engine size and over all sizes.
 
-A random split of a dense profile proves little, so whole clocks, whole batch sizes and the fullest caches are left
-out as well. What is scored are trees of the `QUICK` settings, a new pair for each fold. What ships is baked from a
-pair of the full settings on every row, which leaves nothing to score it with: the scores stand for it, no more.
+A random split of a dense profile proves little, so whole clocks, whole batch sizes and the fullest caches are held out
+too. The scored trees are of the `QUICK` settings, new ones for each fold; those of a table have the full settings and
+all rows, so their own error cannot be measured, and the scores are an estimate of it.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ Progress = Callable[[int, int], None]
 
 FOLDS = 4
 CLOCK_BAND = 3
-"""Clocks are left out in bands of this many neighbours: a single one is told by the clocks beside it."""
+"""Clocks are held out in bands of this many neighbours: trees predict a single one from the clocks beside it."""
 QUICK = TrainSettings(rounds=100, learning_rate=0.1)
-"""Half the rounds at twice the rate: half the time for nearly the same error."""
+"""Half the rounds at twice the rate take half the time, with nearly the same error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One split, one engine size (`tp` None: all of them), over the rows that were held out.
+    """One split and engine size (`tp` None: all sizes), over the held-out rows.
 
-    `r2` and `mae_ips` are of iterations per second, as in the paper's section on its performance model; `mape_...` are
-    mean absolute errors relative to what was measured (0.05 = 5 %), the measurement's own scatter included.
+    `r2` and `mae_ips` are of iterations per second, as in the paper; `mape_...` are mean absolute errors relative to
+    the measurement (0.05 = 5 %), whose scatter they include.
     """
 
     split: str
     tp: int | None
     rows: int
     r2: float | None
-    """None where all held-out rows took equally long."""
+    """None if all held-out rows took equally long."""
     mae_ips: float
     mape_seconds: float
     mape_watts: float
@@ -52,7 +52,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreCard:
-    """All scores of one profile, and with what the trees were trained."""
+    """All scores of one profile, and the settings of the scored trees."""
 
     gpu: str
     model: str
@@ -61,7 +61,7 @@ class ScoreCard:
     scores: tuple[Score, ...]
 
     def score(self, split: str, tp: int | None = None) -> Score:
-        """The score of one split and size. Raises KeyError where there is none."""
+        """The score of one split and size. Raises KeyError if there is none."""
         for score in self.scores:
             if score.split == split and score.tp == tp:
                 return score
@@ -86,9 +86,9 @@ def score_profile(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> ScoreCard:
-    """Train once per fold of every split and score what was held out. Same inputs, same card.
+    """Train once per fold of every split and score the held-out rows. Same inputs, same card.
 
-    A profile too small to hold anything out of it has no scores. Raises ValueError for one too small to train on.
+    A small profile has fewer splits, or none. Raises ValueError for one too small to train on.
     """
     if (rows := measured_rows(profile)) < FEWEST_ROWS:
         raise ValueError(f"a profile of {rows} rows: a score card takes at least {FEWEST_ROWS}")
@@ -116,9 +116,8 @@ def score_profile(
 def splits_of(profile: pl.DataFrame, seed: int) -> dict[str, list[Mask]]:
     """By name, the rows that each fold holds out. The folds of one split do not overlap.
 
-    Rows that were measured together (`point`) are held out together: they are too much alike to tell of each other.
-    A split that the profile cannot be put to is left out: a single batch size, say, seconds that no clock was set for,
-    or too few rows to learn from beside those that are held out.
+    Rows that were measured together (`point`) are held out together: they are nearly copies of each other. A split that
+    proves nothing is omitted: of a single batch size, of clocks that no seconds depend on, of too few rows to train on.
     """
     drawn = np.random.default_rng(seed).random(profile.height)
     if "point" in profile.columns:
@@ -169,7 +168,7 @@ def _groups(values: pl.Series, band: int) -> Iterator[Mask]:
     fold = np.arange(distinct.size) // band % FOLDS
     for number in range(FOLDS):
         held_out = (fold == number)[index]
-        # Too few values for this fold, or for any to be left to learn from.
+        # Too few values for this fold, or none left to train on.
         if held_out.any() and not held_out.all():
             yield held_out
 

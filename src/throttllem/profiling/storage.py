@@ -1,6 +1,6 @@
-"""Performance tables on disk: one compressed npz per engine size, with its own mark and version.
+"""Performance tables on disk: one compressed npz per engine size, with a mark and a version.
 
-Knows nothing of what is in a table beyond its parts, nor of where tables are kept.
+Knows nothing of how a table is made, nor of where tables are stored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from throttllem.files import write_aside
 MARK = "throttllem performance table"
 VERSION = 3
 UNMARKED = 2
-"""The version before: it does not say whether the clock axis was measured."""
+"""The version before, which does not record whether the clock axis was measured."""
 ARRAYS = {
     "batch_bin": np.int32,
     "kv_bin": np.int32,
@@ -29,7 +29,7 @@ ARRAYS = {
 
 
 class TableFileError(ValueError):
-    """A file that is no performance table, or not one that this version reads; the message names it."""
+    """A file that is not a performance table, or of an unknown version; the message names it."""
 
 
 def save_table(table: PerformanceTable, path: Path) -> None:
@@ -50,15 +50,15 @@ def save_table(table: PerformanceTable, path: Path) -> None:
 
 
 def load_table(path: Path) -> PerformanceTable:
-    """Read one table. Raises TableFileError for a missing, foreign, damaged or newer file."""
+    """Read one table. Raises TableFileError for a file that is missing, damaged, newer, or not a table."""
     try:
-        # numpy leaves a file open that it opened and cannot read.
+        # Opened here, as numpy leaves a file open that it cannot read.
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
             return _table(path, dict(loaded))
     except FileNotFoundError as error:
         raise TableFileError(f"{path}: no such file") from error
-    # numpy, zipfile and zlib each have their own error for a file that is cut short or is something else.
+    # numpy, zipfile and zlib have different errors for a truncated file and for another format.
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, TableFileError):
             raise
@@ -78,11 +78,11 @@ def _table(path: Path, parts: dict[str, np.ndarray]) -> PerformanceTable:
     return PerformanceTable(
         clocks_mhz=tuple(int(clock) for clock in parts["clocks_mhz"]),
         hull=Hull(**{name: int(value) for name, value in zip(names, parts["hull"], strict=True)}),
-        clocks_measured=_depends(parts["seconds"]) if version == UNMARKED else bool(parts["clocks_measured"]),
+        clocks_measured=_depend_on_clock(parts["seconds"]) if version == UNMARKED else bool(parts["clocks_measured"]),
         **{name: parts[name] for name in ARRAYS},
     )
 
 
-def _depends(seconds: np.ndarray) -> bool:
-    """Whether the seconds of any cell depend on the clock; those of one clock do not."""
+def _depend_on_clock(seconds: np.ndarray) -> bool:
+    """Whether seconds depend on the clock in any cell; with a single clock they do not."""
     return not np.allclose(seconds, seconds[:, -1:], rtol=1e-3, atol=0.0)

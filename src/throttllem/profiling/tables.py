@@ -1,7 +1,7 @@
-"""What is slow once: trained tables, kept in a cache under the inputs that made them.
+"""Trained tables of simulated engines, in a cache.
 
-A file's name is the digest of what it depends on (engines as they behave at sample points, options, versions), so a
-changed catalogue or option makes a new one. A file that cannot be read is made again.
+A file's name is a digest of everything that it depends on (the engines' behaviour at sample points, options, versions),
+so a changed catalogue or option makes a new file. A file that cannot be read is made again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from throttllem.profiling.storage import TableFileError, load_table, save_table
 from throttllem.profiling.train import TrainSettings, train
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done and the share that is done (0 to 1)."""
+"""Called with the work in progress and the share that is done (0 to 1)."""
 
 
 def performance_tables(
@@ -44,19 +44,16 @@ def performance_tables(
 
 
 def profile_fleet(fleet: Fleet, plan: ProfilePlan, progress: Progress = lambda *_: None) -> pl.DataFrame:
-    """The profile of every size, one below the other."""
-    frames = []
-    for tp in fleet.sizes:
-        frames.append(
-            profile_engine(
-                fleet.physics[tp], fleet.specs[tp], plan, lambda done, total: progress("profiling", done / total)
-            )
-        )
-    return pl.concat(frames)
+    """The profile of every size."""
+
+    def report(done: int, total: int) -> None:
+        progress("profiling", done / total)
+
+    return pl.concat(profile_engine(fleet.physics[tp], fleet.specs[tp], plan, report) for tp in fleet.sizes)
 
 
 def digest(*inputs: object) -> str:
-    """A name for whatever depends on these inputs and on the versions of what computes it."""
+    """A digest of these inputs and of the versions of the code that uses them."""
     versions = [version(name) for name in ("throttllem", "lightgbm", "numpy")]
     return hashlib.sha256(json.dumps([versions, *inputs], sort_keys=True).encode()).hexdigest()[:20]
 

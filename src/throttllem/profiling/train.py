@@ -1,8 +1,18 @@
-"""Boosted trees for the root of seconds and the logarithm of watts, over all sizes of one engine at once.
+"""Boosted trees of seconds and watts, over all sizes of one engine at once.
 
-Leaves are constant, so the trees can be tabulated (`bake.py`); few distinct thresholds keep that table small.
-Monotone where physics is: a slower clock, a larger batch, more KV or more prompt tokens never save time.
+Knows nothing of tables (`bake.py`) nor of files.
 """
+
+# The choices (measured in docs/profile-format.md).
+#
+# Leaves are constant, so that the trees can be tabulated; a bounded number of distinct thresholds bounds the table.
+#
+# Targets: the square root of seconds, weighted so that relative errors count alike, and the logarithm of watts.
+# Monotone constraints hold where physics is monotone: more KV, more prompt tokens or a lower clock never save time, and
+# a higher clock never lowers watts. Batch is free: the same KV in fewer, longer requests may take longer, because
+# attention without grouped heads reads a long context one head at a time (A100). A monotone tree cannot correct an
+# overshoot of an earlier one, so the target must be close to a sum of the effects of load and clock. Seconds' root is;
+# their logarithm is not.
 
 from __future__ import annotations
 
@@ -17,23 +27,18 @@ import polars as pl
 from throttllem.core.forecast.performance_table import Hull
 
 FEATURES = ("tp", "batch", "kv_blocks", "clock_mhz", "prefill_tokens")
-# The same KV in fewer, longer requests may take longer: heads that are not grouped are walked one by one (A100).
 SECONDS_DIRECTION = (0, 0, 1, -1, 1)
-# KV reads stall arithmetic: watts may fall or rise with them, and with the rows that share an iteration.
+# KV reads stall arithmetic: watts may fall or rise with them, and with the batch.
 WATTS_DIRECTION = (0, 0, 0, 1, 0)
 FEWEST_ROWS = 100
 ROWS_PER_LEAF_ROW = 100
-"""A leaf needs one row more for each so many of the profile, up to the setting."""
+"""A leaf needs one row more for each 100 rows of the profile, up to the setting."""
 KV = FEATURES.index("kv_blocks")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """Hyper-parameters. `..._bins` bound the distinct thresholds of a feature, and so the cells of the table.
-
-    The target and the large trees are chosen for the constraints: a monotone tree cannot take back what an earlier one
-    overshot. How load and clock act together is close to a sum in the root of seconds, and not in their logarithm.
-    """
+    """Hyper-parameters. `..._bins` bound the distinct thresholds of a feature, and so the cells of the table."""
 
     rounds: int = 200
     leaves: int = 255
@@ -44,8 +49,8 @@ class TrainSettings:
     clock_bins: int = 255
     prefill_bins: int = 32
     threads: int = 1
-    """One is nearly as fast as two; and where other work shares the cores, LightGBM's threads wait for each other in
-    busy loops: 4 s of training took 100 s with two threads on two busy cores. The trees are the same."""
+    """The trees are the same with more. On shared cores LightGBM's threads wait for each other in busy loops: 4 s of
+    training took 100 s with two threads on two busy cores."""
     seed: int = 0
 
 
@@ -53,8 +58,7 @@ class TrainSettings:
 class Trained:
     """Two boosters (square root of seconds, natural logarithm of watts; features as in FEATURES) and their profile.
 
-    `hulls` gives the profiled box of each size, by tensor parallel degree; `clocks_measured` are the sizes whose clock
-    axis was measured.
+    `hulls`: the profiled box of each tensor parallel degree; `clocks_measured`: those whose clock axis was measured.
     """
 
     seconds: lightgbm.Booster
@@ -93,10 +97,7 @@ def train(profile: pl.DataFrame, settings: TrainSettings | None = None) -> Train
 
 
 def settings_for(profile: pl.DataFrame, of: TrainSettings | None = None) -> TrainSettings:
-    """Settings (the default ones) for a profile of this many measured rows: of few rows, smaller leaves.
-
-    A row that stands for every clock is one measurement, however many clocks it is repeated for.
-    """
+    """The settings (by default the standard ones), with smaller leaves for a profile of few measured rows."""
     settings = of or TrainSettings()
     rows = measured_rows(profile)
     least = min(settings.min_rows_in_leaf, max(2, rows // ROWS_PER_LEAF_ROW))
@@ -104,12 +105,12 @@ def settings_for(profile: pl.DataFrame, of: TrainSettings | None = None) -> Trai
 
 
 def measured_rows(profile: pl.DataFrame) -> int:
-    """Rows, those that were measured once and stand for several clocks counted once."""
+    """Number of rows; a measurement that stands for several clocks counts once."""
     return profile.height // profile["clock_mhz"].n_unique() if repeated(profile) else profile.height
 
 
 def repeated(profile: pl.DataFrame) -> bool:
-    """Whether the seconds of every row were measured once, and stand for all its clocks."""
+    """Whether every row's seconds were measured once, and stand for all clocks."""
     return "any_clock" in profile.columns and bool((profile["any_clock"] == 1).all())
 
 
@@ -131,7 +132,7 @@ def _fit(
         "learning_rate": settings.learning_rate,
         "min_data_in_leaf": settings.min_rows_in_leaf,
         "monotone_constraints": list(direction),
-        # The cheaper methods forbid so many splits that the error in seconds nearly doubles (docs/profile-format.md).
+        # The cheaper methods forbid too many splits: the error in seconds nearly doubles (docs/profile-format.md).
         "monotone_constraints_method": "advanced",
         "max_bin_by_feature": [
             255,
@@ -141,7 +142,7 @@ def _fit(
             settings.prefill_bins,
         ],
         "min_data_in_bin": 1,
-        # The bins are cut from all rows, not from a sample of them.
+        # Bins from all rows, not from a sample.
         "bin_construct_sample_cnt": points.shape[0],
         "seed": settings.seed,
         "num_threads": settings.threads,
@@ -156,8 +157,8 @@ def _fit(
 def _snapped(values: npt.NDArray[np.float64], bins: int) -> npt.NDArray[np.float64]:
     """Each value moved to the nearest of `bins` points, even in log(value + a quarter of the largest).
 
-    LightGBM's own thresholds are quantiles; large engines alone reach a large KV use, so it would get the fewest. Its
-    thresholds between these points lie midway, so values that are not moved fall on the same side.
+    LightGBM's own thresholds are quantiles, and only large engines reach a large KV use, so it would have the fewest.
+    Thresholds between these points lie midway, so values that were not moved fall on the same side.
     """
     low, high = values.min(), values.max()
     points = np.unique(np.round(np.geomspace(low + high / 4, high * 1.25, bins) - high / 4))
@@ -167,7 +168,7 @@ def _snapped(values: npt.NDArray[np.float64], bins: int) -> npt.NDArray[np.float
 
 
 def _clocks_measured(profile: pl.DataFrame) -> frozenset[int]:
-    """Sizes of two clocks or more, none of whose rows stands for clocks at which it was not measured."""
+    """Sizes with two clocks or more, all of whose rows were measured at their own clock."""
     repeats = pl.col("any_clock").max() if "any_clock" in profile.columns else pl.lit(0)
     sizes = profile.group_by("tp").agg(clocks=pl.col("clock_mhz").n_unique(), repeats=repeats)
     return frozenset(sizes.filter((pl.col("clocks") > 1) & (pl.col("repeats") == 0))["tp"].to_list())

@@ -75,7 +75,7 @@ class Form(StrEnum):
     def text(self, value: float) -> str:
         """The number with its unit."""
         return {
-            # z: a difference that rounds to nothing has no sign of its own.
+            # z: a difference that rounds to nothing has no sign.
             Form.LESS: f"{-value * 100:+z.1f} %",
             Form.MORE: f"{value * 100:+z.1f} %",
             Form.FACTOR: f"{1 + value:.2f}x",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from throttllem.config import LengthOptions, Options
-from throttllem.core.clocks.names import Policy
+from throttllem.core.clocks.policy import Policy
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.tables import Progress
 from throttllem.sim.characterize import Capacity

@@ -1,4 +1,4 @@
-"""Tasks side by side, each in a process of its own, with progress and a prompt end.
+"""Tasks side by side in processes, with progress and a prompt end.
 
 Processes are spawned, not forked: the libraries underneath have threads. Knows nothing of what a task does.
 """

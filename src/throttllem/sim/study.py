@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from throttllem.config import Options
-from throttllem.core.clocks.names import Policy, parse_policy
+from throttllem.core.clocks.policy import Policy, parse_policy
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens, Noisy, Oracle

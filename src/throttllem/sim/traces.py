@@ -109,12 +109,12 @@ class Trace:
         """The requests that arrive before `seconds`. Raises TraceError unless it is positive."""
         if not seconds > 0:
             raise TraceError(f"seconds = {seconds:g}: must be a positive number")
-        kept = slice(int(np.searchsorted(self.arrival_s, seconds, side="left")))
+        first = slice(int(np.searchsorted(self.arrival_s, seconds, side="left")))
         return replace(
             self,
-            arrival_s=self.arrival_s[kept],
-            prompt_tokens=self.prompt_tokens[kept],
-            output_tokens=self.output_tokens[kept],
+            arrival_s=self.arrival_s[first],
+            prompt_tokens=self.prompt_tokens[first],
+            output_tokens=self.output_tokens[first],
         )
 
     def _stretched(self, factor: float) -> Trace:
@@ -125,8 +125,8 @@ def load_trace(spec: str, *, seconds: float | None = None, peak_rps: float | Non
     """The trace that `spec` names: `generator[:key=value,...]`, or the path of an Azure CSV or a Mooncake JSONL.
 
     First scaled to `peak_rps` (busiest 60 s), then cut to `seconds`. `seed` is for generators, whose own `seed=`
-    wins. The format of a file follows from its first line; rows are sorted by arrival, the order of equals kept. Raises
-    TraceError, which says what to correct.
+    wins. The format of a file follows from its first line; rows are sorted by arrival, equal ones in the file's order.
+    Raises TraceError, which says what to correct.
     """
     name, _, options = spec.partition(":")
     if name in generators.NAMES:

@@ -1,8 +1,8 @@
 """The clock of each engine: plans it, and decides when a planned clock is worth a switch.
 
-Up at once; down only after the minimum dwell and, where energy is the aim, only for a saving worth having. Whatever is
-not known (clock, model, hull) means the top clock, said aloud in the plan. Knows nothing of the queue but that
-somebody waits.
+A higher clock is set at once; a lower one only after the minimum dwell and, where energy is the aim, only for a saving
+that is large enough. Whatever is not known (clock, table, hull) means the maximum clock, and the plan says why. Knows
+nothing of the queue but that a request waits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, SetClock
 
 
 class ClockController:
-    """Plans clocks for one controller."""
+    """Plans the clocks of one controller's engines."""
 
     def __init__(self, options: ThrottleOptions, load: LoadEstimator) -> None:
         self.options = options
@@ -41,56 +41,60 @@ class ClockController:
 
         `waiting`: a request that this engine should serve could not be admitted.
         """
-        assert engine.spec is not None
+        spec, policy = engine.spec, self.options.policy
+        assert spec is not None
+        maximum = spec.clocks_mhz[-1]
         engine.replan_s = math.inf
-        plan = self._plan(engine, engine.spec, now_s, waiting)
+        if policy is ClockPolicy.TOP:
+            plan = FrequencyPlan(mhz=maximum, why=Reason.FIXED)
+        elif policy is ClockPolicy.FIXED:
+            plan = FrequencyPlan(mhz=self.options.fixed_mhz or maximum, why=Reason.FIXED)
+        elif engine.clock_mhz is None:
+            plan = FrequencyPlan(mhz=maximum, why=Reason.UNKNOWN_STATE)
+        elif not engine.board.running and not engine.board.pending:
+            engine.projection = None
+            plan = FrequencyPlan(mhz=engine.target_mhz or maximum, why=Reason.IDLE)
+        elif engine.table is None:
+            plan = FrequencyPlan(mhz=maximum, why=Reason.NO_TABLE)
+        else:
+            plan = self._plan_busy(engine, spec, engine.table, now_s, waiting)
         engine.plan = plan
         if plan.mhz == engine.target_mhz:
             return None
         engine.target_mhz, engine.set_at_s = plan.mhz, now_s
         return SetClock(engine=engine.engine, plan=plan)
 
-    def _plan(self, engine: EngineState, spec: EngineSpec, now_s: float, waiting: bool) -> FrequencyPlan:
-        top = spec.clocks_mhz[-1]
-        if self.options.policy is ClockPolicy.TOP:
-            return FrequencyPlan(mhz=top, why=Reason.FIXED)
-        if self.options.policy is ClockPolicy.FIXED:
-            return FrequencyPlan(mhz=self.options.fixed_mhz or top, why=Reason.FIXED)
-        if engine.clock_mhz is None:
-            return FrequencyPlan(mhz=top, why=Reason.UNKNOWN_STATE)
-        if not len(engine.board):
-            engine.projection = None
-            return FrequencyPlan(mhz=engine.target_mhz or top, why=Reason.IDLE)
-        return self._plan_running(engine, spec, now_s, waiting)
-
-    def _plan_running(self, engine: EngineState, spec: EngineSpec, now_s: float, waiting: bool) -> FrequencyPlan:
-        top, table, board = spec.clocks_mhz[-1], engine.table, engine.board
-        if table is None:
-            return FrequencyPlan(mhz=top, why=Reason.OUTSIDE_HULL)
-        engine.projection = projection = project(board, spec, first=engine.iteration)
-        engine.replan_s = now_s + self.options.replan_s
-        least = self.options.policy is ClockPolicy.LEAST_ENERGY
-        seen = projection.replenished() if least else projection
+    def _plan_busy(
+        self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, now_s: float, waiting: bool
+    ) -> FrequencyPlan:
+        """The plan for an engine that runs requests and has a performance table."""
+        board, maximum = engine.board, spec.clocks_mhz[-1]
         base_s = now_s if engine.began_s is None else engine.began_s
-        ahead = look_ahead(board, spec, table, seen, base_s=base_s)
+        engine.replan_s = now_s + self.options.replan_s
+        engine.projection = projection = project(board, spec, first=engine.iteration)
+        # Ours: the batch stays as it is, since others come as these go. The paper: it empties.
+        replenishes = self.options.policy is ClockPolicy.LEAST_ENERGY
+        expected = projection.replenished() if replenishes else projection
+        ahead = look_ahead(board, spec, table, expected, base_s=base_s)
         if not ahead.inside_hull:
-            return FrequencyPlan(mhz=top, why=Reason.OUTSIDE_HULL)
-        plan = FrequencyPlan(mhz=top, why=Reason.WAITING)
+            return FrequencyPlan(mhz=maximum, why=Reason.OUTSIDE_HULL)
+        plan = FrequencyPlan(mhz=maximum, why=Reason.WAITING)
         if not waiting and not board.lost_requests:
             plan = self._choose(engine, spec, table, ahead, now_s)
             if plan.why is not Reason.INFEASIBLE:
                 return plan
-        if least:
+        if replenishes:
             ahead = look_ahead(board, spec, table, projection, base_s=base_s)
-        for row in unmeetable(ahead, board, table, engine.maximum_clock_delay_s(now_s, self.options.switch_latency_s)):
-            board.mark_lost(row)
-        return FrequencyPlan(mhz=top, why=Reason.LOST_RUNNING) if board.lost_requests else plan
+        delay_s = engine.maximum_clock_delay_s(now_s, self.options.switch_latency_s)
+        for sequence in unmeetable(ahead, board, table, delay_s):
+            board.mark_lost(sequence)
+        return FrequencyPlan(mhz=maximum, why=Reason.LOST_RUNNING) if board.lost_requests else plan
 
     def _choose(
         self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, ahead: Horizon, now_s: float
     ) -> FrequencyPlan:
-        """The paper: the lowest clock that keeps every promise of the requests at hand. Ours: the cheapest at the load
-        as it stands, of those that keep every promise though requests go on coming.
+        """The paper: the lowest clock that meets every SLO of the requests at hand. Ours: the cheapest at the present
+        load, of those that meet every SLO though requests go on coming.
         """
         least = self.options.policy is ClockPolicy.LEAST_ENERGY
         steady = self._steady(engine, spec, table, now_s) if least else None
@@ -110,21 +114,21 @@ class ClockController:
             holds = holds & self._first_token_in_time(ahead, table)
             if holds.any():
                 break
-        binding = None if run is None else ahead.binding_row(engine.board, run)
+        binding = None if run is None else ahead.binding(engine.board, run)
         if not least:
-            return self._down_later(engine, lowest_feasible(holds, spec, binding), now_s)
+            return self._after_dwell(engine, lowest_feasible(holds, spec, binding), now_s)
         cost = ahead.joules(table, spec.idle_w) if steady is None else steady.watts
-        plan = self._down_later(engine, least_energy(holds, cost, spec, binding), now_s)
-        return self._if_worth(engine, spec, plan, cost)
+        plan = self._after_dwell(engine, least_energy(holds, cost, spec, binding), now_s)
+        return self._if_worth_it(engine, spec, plan, cost)
 
     def _first_token_in_time(self, ahead: Horizon, table: PerformanceTable) -> Bools:
-        """Clocks at which whoever comes next has its first token in time: one prompt is under way, then two are taken,
-        its own among them. A promise that its own prompt alone breaks at the top clock binds nobody.
+        """Clocks at which the next request has its first token in time: one prompt is under way, then two are taken,
+        its own among them. A TTFT SLO that its own prompt alone violates at the maximum clock binds no clock.
         """
         ttft_s, prompt_tokens = self._load.first_token
         prompt_s = table.seconds[table.with_prompt(int(ahead.cells[0]), prompt_tokens)]
-        hopeless = float(prompt_s[-1]) > ttft_s
-        in_time: Bools = (3.0 * prompt_s <= ttft_s * (1.0 - self.options.margin)) | hopeless
+        unmeetable = float(prompt_s[-1]) > ttft_s
+        in_time: Bools = (3.0 * prompt_s <= ttft_s * (1.0 - self.options.margin)) | unmeetable
         return in_time
 
     def _delays(self, engine: EngineState, spec: EngineSpec, now_s: float) -> Floats:
@@ -143,15 +147,16 @@ class ClockController:
             engine.steady_at_s = now_s
         return engine.steady
 
-    def _down_later(self, engine: EngineState, plan: FrequencyPlan, now_s: float) -> FrequencyPlan:
-        """A lower clock waits until the last one has been kept for the minimum dwell."""
-        kept_until_s = engine.set_at_s + self.options.dwell_s
-        if engine.target_mhz is None or plan.mhz >= engine.target_mhz or now_s >= kept_until_s:
+    def _after_dwell(self, engine: EngineState, plan: FrequencyPlan, now_s: float) -> FrequencyPlan:
+        """A lower clock waits until the last one has been in force for the minimum dwell."""
+        dwells_until_s = engine.set_at_s + self.options.dwell_s
+        if engine.target_mhz is None or plan.mhz >= engine.target_mhz or now_s >= dwells_until_s:
             return plan
-        engine.replan_s = min(engine.replan_s, kept_until_s)
+        engine.replan_s = min(engine.replan_s, dwells_until_s)
         return FrequencyPlan(mhz=engine.target_mhz, why=Reason.DWELL, binding=plan.binding)
 
-    def _if_worth(self, engine: EngineState, spec: EngineSpec, plan: FrequencyPlan, cost: Floats) -> FrequencyPlan:
+    def _if_worth_it(self, engine: EngineState, spec: EngineSpec, plan: FrequencyPlan, cost: Floats) -> FrequencyPlan:
+        """A lower clock is set only if it saves `min_saving` of the cost at least."""
         if engine.target_mhz is None or plan.mhz >= engine.target_mhz:
             return plan
         clocks = np.asarray(spec.clocks_mhz)

@@ -1,12 +1,13 @@
 """Which clock? (the paper's throttling controller, part 5 of its system, and our least energy in its place)
 
-`feasible` says at which clocks every promise holds over the whole horizon; a policy picks one of them. The paper takes
-the lowest by binary search; here all clocks are looked at side by side, so a policy may also take the cheapest.
-Knows nothing of switching: dwell and latency are the governor's business.
+`feasible` says at which clocks every SLO holds over the whole horizon; a policy picks one of them. The paper takes the
+lowest by binary search; here all clocks are compared side by side, so a policy may also take the cheapest. Knows
+nothing of switching: dwell and latency belong to the clock controller.
 """
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -15,12 +16,15 @@ import numpy.typing as npt
 
 from throttllem.core.forecast.horizon import Horizon
 from throttllem.core.forecast.performance_table import PerformanceTable
-from throttllem.core.scoreboard import Scoreboard
-from throttllem.core.sequence_state import SequenceState
+from throttllem.core.scoreboard import Scoreboard, SequenceState
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, check
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+
+_NAMES = ("triton", "throttllem", "least-energy", "fixed:<MHz>")
+_AUTOSCALE = "+autoscale"
+_MAXIMUM_CLOCK = slice(-1, None)
 
 
 class ClockPolicy(StrEnum):
@@ -30,6 +34,47 @@ class ClockPolicy(StrEnum):
     THROTTLLEM = "throttllem"
     LEAST_ENERGY = "least-energy"
     FIXED = "fixed"
+
+
+class PolicyError(ValueError):
+    """No policy of that name; the message lists the known ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """One policy: how clocks are chosen, whether SLOs are checked, whether engines are sized to the load."""
+
+    name: str
+    clock: ClockPolicy
+    fixed_mhz: int | None
+    autoscale: bool
+
+    @property
+    def slo_aware(self) -> bool:
+        """Whether admission control runs. The baselines are first come first served."""
+        return self.clock in (ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY)
+
+
+def parse_policy(name: str, clocks_mhz: tuple[int, ...], sizes: tuple[int, ...]) -> Policy:
+    """The policy of that name on a GPU with these clocks and engines of these sizes. Raises PolicyError."""
+    base = name.strip().removesuffix(_AUTOSCALE)
+    autoscale = base != name.strip()
+    if autoscale and len(sizes) < 2:
+        raise PolicyError(f"policy {name!r}: +autoscale chooses among sizes; give two or more with --sizes 1,2,4")
+    if base.startswith("fixed:"):
+        mhz = base.removeprefix("fixed:")
+        if not mhz.isdecimal() or int(mhz) not in clocks_mhz:
+            low, high, step = clocks_mhz[0], clocks_mhz[-1], clocks_mhz[1] - clocks_mhz[0]
+            raise PolicyError(
+                f"policy {name!r}: {mhz!r} is no clock of this GPU: {low} to {high} MHz in steps of {step}"
+            )
+        return Policy(name=name, clock=ClockPolicy.FIXED, fixed_mhz=int(mhz), autoscale=autoscale)
+    known = [policy for policy in ClockPolicy if policy is not ClockPolicy.FIXED]
+    if base not in known:
+        near = difflib.get_close_matches(base, _NAMES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise PolicyError(f"unknown policy {name!r}: {hint}known are {', '.join(_NAMES)}, each also with {_AUTOSCALE}")
+    return Policy(name=name, clock=ClockPolicy(base), fixed_mhz=None, autoscale=autoscale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,16 +105,6 @@ class ThrottleOptions:
         check("throttle", margin=(self.margin, 0, 0.9), reserve=(self.reserve, 0, 0.9))
 
 
-def unmeetable(ahead: Horizon, board: Scoreboard, table: PerformanceTable, delay_s: float) -> list[SequenceState]:
-    """Rows that miss a deadline even at the top clock, `delay_s` from now: the paper calls them lost."""
-    spent = ahead.seconds(table, slice(-1, None))[:, 0] + delay_s + ahead.base_s
-    running = ahead.finish_run.size - len(ahead.pending)
-    late = np.flatnonzero(spent[ahead.finish_run] > ahead.due_s)
-    rows = [board.row_at(int(i)) if i < running else ahead.pending[int(i) - running] for i in late]
-    late_first = np.flatnonzero(spent[ahead.first_run] > ahead.first_due_s)
-    return rows + [ahead.pending[int(i)] for i in late_first]
-
-
 def feasible(
     ahead: Horizon,
     board: Scoreboard,
@@ -80,18 +115,17 @@ def feasible(
     reserve: float,
     stretch: Floats | float = 1.0,
 ) -> tuple[Bools, int | None]:
-    """Clocks at which every promise holds, shape (clocks,), and the run that rules out the next lower one.
+    """Clocks at which every SLO holds, shape (clocks,), and the run that rules out the next lower one.
 
-    `delay_s` (clocks,) is the time that reaching each clock costs, `stretch` (clocks,) what requests yet to come will
-    add to every iteration. Time between tokens is checked on every iteration
-    without prompts (the paper's step-by-step check) and, as a deadline, on each row's mean.
+    `delay_s` (clocks,) is the time that reaching each clock costs, `stretch` (clocks,) the factor by which requests yet
+    to come lengthen every iteration. Time between tokens is checked on every iteration without prompts (the paper's
+    step-by-step check) and, as a deadline, on each request's mean.
     """
     keep = 1.0 - margin
     tbt_s = board.tightest_tbt_s() * keep
     steps = table.seconds[ahead.cells] * np.asarray(stretch, dtype=np.float32)
-    late = (np.cumsum(steps * ahead.length[:, None], axis=0, dtype=np.float64) + delay_s) > (
-        ahead.slack_s(reserve) * keep
-    )[:, None]
+    spent_s = np.cumsum(steps * ahead.length[:, None], axis=0, dtype=np.float64) + delay_s
+    late = spent_s > (ahead.slack_s(reserve) * keep)[:, None]
     if np.isfinite(tbt_s):
         late |= (steps > tbt_s) & ~ahead.prefills[:, None]
     holds: Bools = np.logical_not(late.any(axis=0))
@@ -100,8 +134,18 @@ def feasible(
     return holds, binding
 
 
+def unmeetable(ahead: Horizon, board: Scoreboard, table: PerformanceTable, delay_s: float) -> list[SequenceState]:
+    """Requests that miss a deadline even at the maximum clock, `delay_s` from now: the paper calls them lost."""
+    spent_s = ahead.seconds(table, _MAXIMUM_CLOCK)[:, 0] + delay_s + ahead.base_s
+    running = ahead.finish_run.size - len(ahead.pending)
+    late = np.flatnonzero(spent_s[ahead.finish_run] > ahead.deadline_s)
+    found = [board.at(int(i)) if i < running else ahead.pending[int(i) - running] for i in late]
+    late_first = np.flatnonzero(spent_s[ahead.first_token_run] > ahead.first_token_deadline_s)
+    return found + [ahead.pending[int(i)] for i in late_first]
+
+
 def lowest_feasible(holds: Bools, spec: EngineSpec, binding: SequenceState | None) -> FrequencyPlan:
-    """The paper's choice: the lowest clock that keeps every SLO, the top clock if none does."""
+    """The paper's choice: the lowest clock that meets every SLO, the maximum clock if none does."""
     if not holds.any():
         return FrequencyPlan(mhz=spec.clocks_mhz[-1], why=Reason.INFEASIBLE, binding=_id(binding))
     index = int(holds.argmax())
@@ -123,5 +167,5 @@ def least_energy(holds: Bools, cost: Floats, spec: EngineSpec, binding: Sequence
     )
 
 
-def _id(row: SequenceState | None) -> int | None:
-    return row.request.id if row else None
+def _id(sequence: SequenceState | None) -> int | None:
+    return sequence.request.id if sequence else None

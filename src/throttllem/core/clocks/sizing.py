@@ -1,7 +1,7 @@
 """Which engine size next? (the paper's autoscaler, part 6 of its system)
 
 About every 10 s the measured request rate picks the smallest size whose characterised maximum load covers it. Upsizing
-is allowed at once; downsizing only when the grace period after a change is over, and to a size that would have borne
+is allowed at once; downsizing only when the grace period after a change is over, and to a size that would have carried
 the busiest moment of it. Knows nothing of engines: it answers with a size, the controller does the shadow instancing.
 """
 
@@ -35,47 +35,51 @@ class AutoscaleOptions:
         check("autoscale", grace_s=(self.grace_s, 0, 86400), headroom=(self.headroom, 0.01, 10))
 
 
+@dataclass(slots=True, kw_only=True)
 class Autoscaler:
-    """The measured rate and the size that it calls for."""
+    """Measures the request rate, and picks the size that it calls for.
 
-    def __init__(self, options: AutoscaleOptions) -> None:
-        self.options = options
-        self._arrivals: deque[tuple[float, int]] = deque()
-        self._counted = 0
-        self._rates: deque[tuple[float, float]] = deque()
-        self._first_s: float | None = None
-        self._changed_s: float | None = None
+    `arrivals` of the window: when, and how many sequences; `counted` is their sum. `rates` of the grace period: when
+    measured, requests per second. `first_s` is the first arrival, `changed_s` the last change of size.
+    """
+
+    options: AutoscaleOptions
+    arrivals: deque[tuple[float, int]] = field(default_factory=deque)
+    counted: int = 0
+    rates: deque[tuple[float, float]] = field(default_factory=deque)
+    first_s: float | None = None
+    changed_s: float | None = None
 
     def arrived(self, now_s: float, sequences: int = 1) -> None:
-        """Count one request by the sequences that it runs, one if it was rejected. O(1) amortised."""
-        if self._first_s is None:
-            self._first_s = self._changed_s = now_s
-        self._arrivals.append((now_s, sequences))
-        self._counted += sequences
+        """Count one request by the `sequences` that it runs, as one if it was rejected. O(1) amortised."""
+        if self.first_s is None:
+            self.first_s = self.changed_s = now_s
+        self.arrivals.append((now_s, sequences))
+        self.counted += sequences
         self._forget(now_s)
 
     def rate_rps(self, now_s: float) -> float:
         """Requests per second over the window (over the time seen, while that is shorter)."""
         self._forget(now_s)
-        seen_s = 0.0 if self._first_s is None else now_s - self._first_s
-        return self._counted / max(min(self.options.window_s, seen_s), self.options.interval_s)
+        seen_s = 0.0 if self.first_s is None else now_s - self.first_s
+        return self.counted / max(min(self.options.window_s, seen_s), self.options.interval_s)
 
     def changed(self, now_s: float) -> None:
         """A change of size was completed: the grace period begins."""
-        self._changed_s = now_s
+        self.changed_s = now_s
 
     def wanted(self, now_s: float, current_tp: int) -> int:
-        """The size to run from now on; `current_tp` while nothing is to be done. To be asked every interval."""
+        """The size to run from now on; `current_tp` while nothing is to be done. To be called every interval."""
         rate = self.rate_rps(now_s)
-        self._rates.append((now_s, rate))
-        while self._rates[0][0] <= now_s - self.options.grace_s:
-            self._rates.popleft()
+        self.rates.append((now_s, rate))
+        while self.rates[0][0] <= now_s - self.options.grace_s:
+            self.rates.popleft()
         target = self._covering(rate)
         if target >= current_tp:
             return target
-        if self._changed_s is None or now_s - self._changed_s < self.options.grace_s:
+        if self.changed_s is None or now_s - self.changed_s < self.options.grace_s:
             return current_tp
-        return min(current_tp, self._covering(max(past for _, past in self._rates)))
+        return min(current_tp, self._covering(max(past for _, past in self.rates)))
 
     def _covering(self, rate: float) -> int:
         """The smallest size that covers a rate, the largest if none does."""
@@ -84,5 +88,5 @@ class Autoscaler:
         return next((tp for tp in sizes if rate <= capacity[tp] * self.options.headroom), sizes[-1])
 
     def _forget(self, now_s: float) -> None:
-        while self._arrivals and self._arrivals[0][0] <= now_s - self.options.window_s:
-            self._counted -= self._arrivals.popleft()[1]
+        while self.arrivals and self.arrivals[0][0] <= now_s - self.options.window_s:
+            self.counted -= self.arrivals.popleft()[1]

@@ -1,8 +1,16 @@
 """Seconds and watts of one iteration at every clock: boosted trees, tabulated over their own split thresholds.
 
-A step function is exact on the grid of its thresholds, so a prediction is three look-ups and one row of the table.
-Knows nothing of how the trees were trained, nor where a table is kept (`learn/`).
+A prediction is three look-ups and one row of the table, for all clocks at once. Knows nothing of how the trees were
+trained, nor where a table is stored.
 """
+
+# Why a table. A boosted ensemble is a sum of trees, and each tree is constant between its split thresholds. Between two
+# neighbouring thresholds of batch, KV blocks and prompt tokens (taken over all trees) the whole ensemble is constant,
+# so evaluating it once in every cell of that grid, at every clock, reproduces it exactly. The trees themselves would
+# cost milliseconds per decision (bench/bench.py measures both); the table costs microseconds and needs numpy alone.
+#
+# Each axis is stored as an array that maps a value (batch, KV blocks, prompt tokens) to its bin; a cell is
+# (prefill bin x batch bins + batch bin) x KV bins + KV bin, the sum of three precomputed offsets.
 
 from __future__ import annotations
 
@@ -20,7 +28,7 @@ Steps = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hull:
-    """The box that was profiled, ends included. Outside it a prediction is a guess, and the caller is told so."""
+    """The box that was profiled, ends included. Outside it a prediction is a guess (`PerformanceTable.inside`)."""
 
     max_batch: int
     max_kv_blocks: int
@@ -29,14 +37,14 @@ class Hull:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PerformanceTable:
-    """What one engine size needs per iteration. One row per cell, one column per clock; C clocks, ascending.
+    """What one engine size needs per iteration: one row per cell, one column per clock; C clocks, ascending.
 
     `batch_bin` (batch 0 to the largest), `kv_bin` (KV blocks in use, 0 to capacity) and `prefill_bin` (prompt tokens
     in the iteration, 0 to the budget) give the bin of each value: from 0, rising by at most one. `seconds` and `watts`
     (of all GPUs of the engine) have the shape (cells, C), cell = (prefill bin * batch bins + batch bin) * KV bins + KV
-    bin. Batch counts decode rows and prompts being prefilled. `clocks_measured` False: the clock axis was not measured,
-    so no clock may be chosen by it. `limit_mhz`: the GPUs are held down to that; `base` is the table without it. Raises
-    ValueError where the parts do not fit together.
+    bin. Batch counts decoding sequences and prompts being prefilled. `clocks_measured` False: the clock axis was not
+    measured, so no clock may be chosen by it. `limit_mhz`: the GPUs are held down to that clock; `base` is the table
+    without it. Raises ValueError where the parts do not fit together.
     """
 
     clocks_mhz: tuple[int, ...]
@@ -73,8 +81,8 @@ class PerformanceTable:
         object.__setattr__(self, "_prefill_offset", self.prefill_bin.astype(np.int64) * (kv_bins * batch_bins))
 
     def capped(self, limit_mhz: int | None) -> PerformanceTable:
-        """The same engine while its GPUs do not go above a limit (None: they do): every clock above it is no faster,
-        and draws no more, than the highest profiled one below it (the lowest of all, where none is).
+        """The same engine while its GPUs cannot exceed a limit (None: no limit): every clock above it is no faster, and
+        draws no more, than the highest profiled one below it (the lowest of all, where none is).
         """
         base, clocks = self.base or self, self.clocks_mhz
         limit_mhz = None if limit_mhz is None or limit_mhz >= clocks[-1] else limit_mhz
@@ -109,7 +117,7 @@ class PerformanceTable:
         return int(prefill) + int(self._batch_offset.take(batch, mode="clip")) + int(kv)
 
     def slowest_s(self, batch: int, kv_blocks: int, prefill_tokens: int) -> float:
-        """Seconds at the top clock that no iteration of at most so much of each exceeds."""
+        """Seconds at the maximum clock that no iteration of at most this batch, KV and prefill exceeds."""
         return float(self._slowest[self.cell(batch, kv_blocks, prefill_tokens)])
 
     def with_prompt(self, cell: int, prefill_tokens: int) -> int:
@@ -119,7 +127,7 @@ class PerformanceTable:
         return cell % each + offset
 
     def inside(self, batch_max: int, kv_max: int, prefill_max: int) -> bool:
-        """Was everything up to this batch, KV blocks and prefill tokens profiled? If not: the top clock."""
+        """Whether everything up to this batch, KV blocks and prefill tokens was profiled."""
         hull = self.hull
         return batch_max <= hull.max_batch and kv_max <= hull.max_kv_blocks and prefill_max <= hull.max_prefill_tokens
 
@@ -147,7 +155,7 @@ def _count(name: str, bins: Bins) -> int:
 
 def _check_steps(name: str, values: Steps, shape: tuple[int, int]) -> None:
     if values.shape != shape:
-        raise ValueError(f"performance table: {name} has the shape {values.shape}, its bins and clocks ask for {shape}")
+        raise ValueError(f"performance table: {name} has the shape {values.shape}, its bins and clocks require {shape}")
     low, high = float(values.min()), float(values.max())
     if not 0.0 < low <= high < float("inf"):
         raise ValueError(f"performance table: {name} must be positive and finite, found {low} to {high}")

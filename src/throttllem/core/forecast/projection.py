@@ -1,24 +1,32 @@
 """Batch size and KV blocks at every coming iteration (the paper's projection, part 2 of its system).
 
+Nothing else arrives, and every output is as long as predicted. Then sequence i, with q_i KV tokens in iteration s_i and
+r_i iterations to go, is in iterations s_i to s_i + r_i - 1 and gains one token in each; with N tokens in a block,
+
     B_k  = number of i with s_i <= k < s_i + r_i
     KV_k = sum over those i of ceil((q_i + k - s_i) / N)
 
-A naive loop is rows x horizon. Here each row contributes a handful of differences instead: +1 to the batch and
-ceil(q/N) blocks where it begins, one block every N iterations from then on, and minus all of it where it ends; one
-cumulative sum gives both arrays. Rows that wait inside the engine begin where the engine's own packing puts them.
+Knows nothing of seconds, clocks or SLOs.
 """
+
+# How it is computed. A loop over sequences and iterations costs their product, 100 x 1000 at every decision. But both
+# sums change at few places: a sequence adds 1 to the batch and ceil(q/N) blocks where it begins, one block every N
+# iterations from then on, and takes all of it away where it ends. So the differences are counted per iteration
+# (bincount), and one cumulative sum gives each array. Cost: O(sequences x output / N + horizon), vectorised.
+#
+# Running sequences are in the batch from offset 0. Pending ones are not: the engine takes prompts as its own batching
+# rules allow, so `_place` plays those rules forward (`pack`, the same function that the simulated engine runs). A
+# prompt that is processed in chunks holds all its blocks from its first chunk on, but grows only from its first token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from throttllem.core.forecast.packing import pack
-from throttllem.core.scoreboard import Scoreboard
-from throttllem.core.sequence_state import SequenceState
+from throttllem.core.scoreboard import Scoreboard, SequenceState
 from throttllem.core.types import EngineSpec
 
 Ints = npt.NDArray[np.int64]
@@ -28,9 +36,9 @@ Ints = npt.NDArray[np.int64]
 class Projection:
     """The engine's future from iteration `first` on, shape (horizon,) each, if nothing else arrives.
 
-    `batch` requests in the iteration, `kv_blocks` in use, `prefill_tokens` processed. `ends[i]` is the offset at which
-    row i is gone: running rows in scoreboard order, then the pending ones; `starts[j]` the offset in which the j-th
-    pending row gives its first token.
+    `batch` sequences in the iteration, `kv_blocks` in use, `prefill_tokens` processed. `ends[i]` is the offset at which
+    request i is gone: running ones in scoreboard order, then the pending ones; `starts[j]` the offset in which the j-th
+    pending one gives its first token.
     """
 
     first: int
@@ -41,7 +49,7 @@ class Projection:
     starts: Ints
 
     def replenished(self) -> Projection:
-        """The same rows, if others come as these go: neither batch nor KV ever falls below what it is now."""
+        """The same requests, if others come as these go: neither batch nor KV ever falls below what it is now."""
         if not self.batch.size:
             return self
         batch, kv = np.maximum(self.batch, self.batch[0]), np.maximum(self.kv_blocks, self.kv_blocks[0])
@@ -49,40 +57,43 @@ class Projection:
 
     @property
     def horizon(self) -> int:
-        """Iterations until the last row is gone."""
+        """Iterations until the last sequence is gone."""
         return int(self.batch.size)
 
 
 def project(board: Scoreboard, spec: EngineSpec, *, first: int, extra: SequenceState | None = None) -> Projection:
     """Project one engine from iteration `first`, the one in progress or next to begin.
 
-    `extra` is a request that joins virtually, behind everything that waits in the engine. Rows in the scoreboard that
-    should be gone already count for one more iteration. What else the engine holds is in every iteration.
-    Cost: O(rows x answer / block_tokens + horizon), vectorised.
+    `extra` is a request that joins virtually, behind everything that waits in the engine. Sequences that should be gone
+    already count for one more iteration. The external load is in every iteration.
     """
     pending = list(board.pending.values())
     if extra is not None:
         pending.append(extra)
-    wide = board.multi_sequence > 0 or (extra is not None and extra.sequences > 1)
-    decoding = board.running_sequences + max(0, board.others.batch)
-    place = _place_wide if wide else _place
+    multi = board.multi_sequence > 0 or (extra is not None and extra.sequences > 1)
+    decoding = board.running_sequences + max(0, board.external.batch)
+    place = _place_multi_sequence if multi else _place
     begins, starts, prefill = place(pending, decoding, spec, first)
     tokens_now = board.tokens_at_start + (first - board.start)
     left = np.maximum(board.end - first, 1)
     running = len(left)
     if pending:
-        prompts = np.array([row.prefill_tokens for row in pending], dtype=np.int64)
-        left = np.concatenate([left, starts + np.array([row.remaining_tokens for row in pending], dtype=np.int64)])
+        prompts = np.array([sequence.prefill_tokens for sequence in pending], dtype=np.int64)
+        remaining = np.array([sequence.remaining_tokens for sequence in pending], dtype=np.int64)
+        left = np.concatenate([left, starts + remaining])
         tokens_now = np.concatenate([tokens_now, prompts])
     begin = np.zeros(left.size, dtype=np.int64)
     begin[running:] = begins
     grow_from = np.zeros(left.size, dtype=np.int64)
     grow_from[running:] = starts
-    widths = np.concatenate([board.widths, [row.sequences for row in pending]]).astype(np.int64) if wide else None
+    widths = None
+    if multi:
+        widths = np.concatenate([board.widths, [sequence.sequences for sequence in pending]]).astype(np.int64)
     batch, kv_blocks = _accumulate(tokens_now, begin, grow_from, left, spec.block_tokens, widths)
-    if board.others.batch or board.others.kv_blocks:
-        batch = np.maximum(batch + board.others.batch, 1)
-        kv_blocks = np.maximum(kv_blocks + board.others.kv_blocks, 1)
+    external = board.external
+    if external.batch or external.kv_blocks:
+        batch = np.maximum(batch + external.batch, 1)
+        kv_blocks = np.maximum(kv_blocks + external.kv_blocks, 1)
     padded = np.zeros(batch.size, dtype=np.int64)
     padded[: len(prefill)] = prefill
     return Projection(first=first, batch=batch, kv_blocks=kv_blocks, prefill_tokens=padded, ends=left, starts=starts)
@@ -91,24 +102,23 @@ def project(board: Scoreboard, spec: EngineSpec, *, first: int, extra: SequenceS
 def _accumulate(
     tokens: Ints, begin: Ints, grow_from: Ints, end: Ints, block: int, widths: Ints | None
 ) -> tuple[Ints, Ints]:
-    """Batch and KV blocks per offset, from each row's tokens at `grow_from`; shapes (rows,) in, (horizon,) out.
+    """Batch and KV blocks per offset, from each request's tokens at `grow_from`; shapes (requests,) in, (horizon,) out.
 
-    `widths` are the sequences of each row, None if all have one.
+    `widths` are the sequences of each request, None if all have one.
     """
     horizon = int(end.max(initial=0))
     size = horizon + 1
     if horizon == 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     batch = _sums(begin, widths, size) - _sums(end, widths, size)
-    # A row needs a new block where its tokens go from a multiple of `block` to one more.
+    # A sequence needs a new block where its tokens go from a multiple of `block` to one more.
     first_growth = grow_from + (-tokens) % block + 1
-    events = np.maximum((end - first_growth + block - 1) // block, 0)
-    total = int(events.sum())
-    nth = np.arange(total) - np.repeat(np.cumsum(events) - events, events)
-    each = None if widths is None else np.repeat(widths, events)
-    kv = _sums(np.repeat(first_growth, events) + block * nth, each, size)
+    growths = np.maximum((end - first_growth + block - 1) // block, 0)
+    nth = np.arange(int(growths.sum())) - np.repeat(np.cumsum(growths) - growths, growths)
+    each = None if widths is None else np.repeat(widths, growths)
+    kv = _sums(np.repeat(first_growth, growths) + block * nth, each, size)
     blocks = -(-tokens // block)
-    gone = blocks + events
+    gone = blocks + growths
     if widths is not None:
         blocks, gone = blocks * widths, gone * widths
     kv = kv + np.bincount(begin, weights=blocks, minlength=size).astype(np.int64)
@@ -132,15 +142,17 @@ def _place(
     begins: list[int] = []
     starts: list[int] = []
     prefill: list[int] = []
-    left = [row.prefill_tokens for row in pending]
+    left = [sequence.prefill_tokens for sequence in pending]
     while len(starts) < len(left):
         done, offset = len(starts), len(prefill)
         there = [
-            tokens for row, tokens in zip(pending[done:], left[done:], strict=True) if row.earliest <= first + offset
+            tokens
+            for sequence, tokens in zip(pending[done:], left[done:], strict=True)
+            if sequence.earliest <= first + offset
         ]
         slots = max(1, spec.max_batch - running - done)
         taken = pack(there, running + done, budget=spec.prefill_budget_tokens, slots=slots, chunked=spec.chunked)
-        if there and not taken:  # decode rows alone fill the budget: the engine will give the first prompt what it can
+        if there and not taken:  # decoding alone fills the budget: the engine will give the first prompt what it can
             taken = [there[0]]
         for position, tokens in enumerate(taken, start=done):
             if position == len(begins):
@@ -152,14 +164,34 @@ def _place(
     return begins, np.array(starts, dtype=np.int64), prefill
 
 
-def _place_wide(
+def _place_multi_sequence(
     pending: Sequence[SequenceState], running: int, spec: EngineSpec, first: int
 ) -> tuple[list[int], Ints, list[int]]:
-    """The same where rows have several sequences, each with a prompt of its own: a row begins with its first prompt and
-    gives its first token with its last one.
+    """The same where requests have several sequences, each with a prompt of its own: a request begins with its first
+    prompt and gives its first token with its last one.
     """
-    prompts = [row for row in pending for _ in range(row.sequences)]
+    prompts = [sequence for sequence in pending for _ in range(sequence.sequences)]
     begins, starts, prefill = _place(prompts, running, spec, first)
-    after = np.cumsum([row.sequences for row in pending], dtype=np.int64)
-    firsts = [int(last) - row.sequences for last, row in zip(after, pending, strict=True)]
+    after = np.cumsum([sequence.sequences for sequence in pending], dtype=np.int64)
+    firsts = [int(last) - sequence.sequences for last, sequence in zip(after, pending, strict=True)]
     return [begins[index] for index in firsts], starts[after - 1], prefill
+
+
+def pack(prompt_tokens: Iterable[int], decode_sequences: int, *, budget: int, slots: int, chunked: bool) -> list[int]:
+    """Tokens of each waiting prompt that the next iteration processes, first come first served.
+
+    `prompt_tokens` are the tokens still to be processed of each prompt in order; `decode_sequences` take one token of
+    `budget` each; at most `slots` prompts join. Whole prompts (TensorRT-LLM) go while they fit, the first one always;
+    chunked (vLLM) the last one is cut to what is left. The list ends at the first prompt that gets nothing.
+    """
+    left = budget - decode_sequences
+    taken: list[int] = []
+    for tokens in prompt_tokens:
+        if len(taken) == slots:
+            break
+        share = min(tokens, left) if chunked else tokens
+        if share <= 0 or (share > left and taken):
+            break
+        taken.append(share)
+        left -= share
+    return taken

@@ -1,7 +1,7 @@
-"""How long will the answer be? (the paper's length predictor, part 1 of its system)
+"""How long will the output be? (the paper's length predictor, part 1 of its system)
 
-A predictor sees a request and answers with tokens, or None where it cannot say; `predicted_tokens` then falls back to
-max_tokens. The shape of the error and the inflation are open in the paper: both are parameters here.
+A predictor answers for one request with tokens, or None where it does not know; then max_tokens stands in. The shape
+of the error and the inflation are open in the paper: both are parameters here. Knows nothing of engines.
 """
 
 from __future__ import annotations
@@ -9,77 +9,56 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Protocol, TypeGuard
+from typing import NamedTuple, Protocol
 
+from throttllem.core.scoreboard import SequenceState
 from throttllem.core.types import Request
 
 _NORMAL = NormalDist()
 _MASK = (1 << 64) - 1
 
 
-class LengthPredictor(Protocol):
-    """Anything that guesses an answer's length."""
+class Prediction(NamedTuple):
+    """Output tokens of one request, not yet clipped to max_tokens.
 
-    def predict(self, request: Request) -> float | None:
-        """Tokens of the answer, not yet inflated or clipped; None where it cannot say."""
-
-    def learn(self, request: Request, output_tokens: int) -> None:
-        """An answer ended with so many tokens (each of them, where there are several side by side)."""
-
-    def renew(self, request: Request, generated_tokens: int) -> float | None:
-        """Tokens of an answer that already has more than `generated_tokens`, inflated; None: max_tokens (the paper)."""
-
-
-class Bounding(LengthPredictor, Protocol):
-    """A predictor that knows its own uncertainty: its bound stands in the place of the inflated prediction."""
-
-    def bound(self, request: Request) -> float | None:
-        """Tokens that the answer will hardly exceed; None: max_tokens."""
-
-    def forget(self, request: Request) -> None:
-        """The request ended without an answer."""
-
-
-def is_bounding(predictor: LengthPredictor) -> TypeGuard[Bounding]:
-    """Does it bound answers itself? Asked at every arrival: `isinstance` on a protocol would cost 10 us."""
-    return hasattr(predictor, "bound")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LengthScore:
-    """How predictions came out: answers seen, those longer than their inflated prediction, and the absolute errors of
-    the predictions before inflation, summed.
+    `bound_tokens`: what the output will hardly exceed, by a predictor that knows its own uncertainty; None: it does
+    not, and the controller inflates `expected_tokens`.
     """
 
-    seen: int = 0
-    exceeded: int = 0
-    error_tokens: int = 0
+    expected_tokens: float
+    bound_tokens: float | None = None
 
 
-class Unlearning:
-    """What a predictor does that never learns."""
+class LengthPredictor(Protocol):
+    """Predicts output lengths, and may learn from those that came out. By default it never learns."""
 
-    __slots__ = ()
-
-    def learn(self, request: Request, output_tokens: int) -> None:
-        """Nothing."""
+    def predict(self, request: Request) -> Prediction | None:
+        """What to expect; None where it does not know. The last prediction for a request counts."""
 
     def renew(self, request: Request, generated_tokens: int) -> float | None:
-        """None: what outgrew its prediction is taken to go on to max_tokens."""
+        """A new bound for an output that is longer than `generated_tokens` already; None: max_tokens (the paper)."""
+        return None
+
+    def learn(self, request: Request, output_tokens: int) -> None:
+        """The output ended with `output_tokens` (of each of its sequences)."""
+        return None
+
+    def forget(self, request: Request) -> None:
+        """The request ended before its output did: there is nothing to learn from."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
-class Oracle(Unlearning):
-    """Knows the answer (simulation only): the paper's upper bound."""
+class Oracle(LengthPredictor):
+    """Knows the output (simulation only): the paper's upper bound."""
 
-    def predict(self, request: Request) -> float | None:
+    def predict(self, request: Request) -> Prediction | None:
         """The true length, where the request carries it."""
-        return request.output_tokens
+        return None if request.output_tokens is None else Prediction(request.output_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Noisy(Unlearning):
+class Noisy(LengthPredictor):
     """The oracle with a relative error, normal, `p95_error` at the 95th percentile of its absolute value.
 
     The paper gives 30 % at p95 and leaves the shape open. The draw depends on seed and request id alone, so a replay
@@ -93,45 +72,86 @@ class Noisy(Unlearning):
         if not 0 <= self.p95_error < 1:
             raise ValueError(f"length error = {self.p95_error}: must be at least 0 and below 1 (0.3 is the paper's)")
 
-    def predict(self, request: Request) -> float | None:
+    def predict(self, request: Request) -> Prediction | None:
         """The true length times 1 + error."""
         if request.output_tokens is None:
             return None
         sigma = self.p95_error / _NORMAL.inv_cdf(0.975)
-        return request.output_tokens * (1.0 + sigma * _NORMAL.inv_cdf(_uniform(self.seed, request.id)))
+        return Prediction(request.output_tokens * (1.0 + sigma * _NORMAL.inv_cdf(_uniform(self.seed, request.id))))
 
 
 @dataclass(frozen=True, slots=True)
-class MaxTokens(Unlearning):
-    """Knows nothing: every answer is as long as it may be."""
+class MaxTokens(LengthPredictor):
+    """Knows nothing: every output is as long as it may be."""
 
-    def predict(self, request: Request) -> float | None:
+    def predict(self, request: Request) -> Prediction | None:
         """The request's own limit."""
-        return request.max_tokens
+        return Prediction(request.max_tokens)
 
 
-def predicted_tokens(predictor: LengthPredictor, request: Request, inflation: float) -> int:
-    """The prediction, inflated and clipped to 1 .. max_tokens; max_tokens where there is no usable prediction.
-
-    A predictor that bounds the answer itself is not inflated.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthScore:
+    """How predictions came out: outputs seen, those longer than their inflated prediction, and the absolute errors of
+    the predictions before inflation, summed.
     """
-    if is_bounding(predictor):
-        return _clipped(predictor.bound(request), request.max_tokens)
-    guess = predictor.predict(request)
-    return _clipped(None if guess is None else guess * inflation, request.max_tokens)
+
+    seen: int = 0
+    exceeded: int = 0
+    error_tokens: int = 0
 
 
-def expected_tokens(predictor: LengthPredictor, request: Request, tokens: int, inflation: float) -> int:
-    """The prediction before it was inflated to `tokens`, clipped likewise and never above it."""
-    if is_bounding(predictor):
-        return min(tokens, _clipped(predictor.predict(request), tokens))
-    return math.ceil(tokens / max(1.0, inflation))
+class LengthPrediction:
+    """The controller's use of a predictor: inflates and clips predictions, reports what came out, keeps the score.
+
+    The predictor belongs to it alone.
+    """
+
+    def __init__(self, predictor: LengthPredictor, inflation: float) -> None:
+        self.score = LengthScore()
+        self._predictor = predictor
+        self._inflation = inflation
+
+    def sequence(self, request: Request) -> SequenceState:
+        """The state of a request that has just arrived, with 1 to max_tokens predicted."""
+        most, found = request.max_tokens, self._predictor.predict(request)
+        if found is None:
+            predicted = expected = most
+        elif found.bound_tokens is None:
+            predicted = _clipped(found.expected_tokens * self._inflation, most)
+            expected = math.ceil(predicted / max(1.0, self._inflation))
+        else:
+            predicted = _clipped(found.bound_tokens, most)
+            expected = _clipped(found.expected_tokens, predicted)
+        return SequenceState(
+            request=request, predicted_tokens=predicted, output_tokens=predicted, expected_tokens=expected
+        )
+
+    def renew(self, request: Request, generated_tokens: int) -> float | None:
+        """A new bound for an output that has outgrown the one before; None: max_tokens."""
+        return self._predictor.renew(request, generated_tokens)
+
+    def finished(self, sequence: SequenceState, tokens: int) -> None:
+        """An output ended with `tokens`; from one of which none were reported there is nothing to learn."""
+        if tokens < 1:
+            self._predictor.forget(sequence.request)
+            return
+        expected = sequence.predicted_tokens if sequence.expected_tokens is None else sequence.expected_tokens
+        score = self.score
+        self.score = LengthScore(
+            seen=score.seen + 1,
+            exceeded=score.exceeded + (tokens > sequence.predicted_tokens),
+            error_tokens=score.error_tokens + abs(tokens - expected),
+        )
+        self._predictor.learn(sequence.request, tokens)
+
+    def dropped(self, sequence: SequenceState) -> None:
+        """A request ended before its output did."""
+        self._predictor.forget(sequence.request)
 
 
-def _clipped(guess: float | None, most: int) -> int:
-    if guess is None or not math.isfinite(guess):
-        return most
-    return max(1, min(most, math.ceil(guess)))
+def _clipped(tokens: float, most: int) -> int:
+    """Whole tokens from 1 to `most`; `most` for what is no number."""
+    return max(1, min(most, math.ceil(tokens))) if math.isfinite(tokens) else most
 
 
 def _uniform(seed: int, key: int) -> float:

@@ -1,11 +1,16 @@
 """In-flight batching as a state machine without a clock: one iteration at a time, in virtual or in real time.
 
-`begin` puts an iteration together (who decodes, which prompt tokens are processed, who is thrown out), `end` books its
-tokens. Both are O(1) while the batch is unchanged: running rows all gain one token an iteration, so their tokens are a
-sum plus a product, the rows that need a new KV block are those of one residue class, and finishes are booked ahead.
-A token's keys and values are written in the iteration after the one that made it: the start iteration of a prompt of q
-tokens holds q, the j-th one after it q + j.
+`begin` composes an iteration (which sequences decode, which prompt tokens are processed, which sequences are
+preempted), `end` counts its tokens. Knows nothing of seconds, watts or texts.
 """
+
+# Both are O(1) while the batch is unchanged. All running sequences gain one token an iteration, so
+# - their KV tokens are a sum (of prompt tokens minus start iteration) plus batch size times iteration;
+# - a sequence needs a new KV block in every `block_tokens`-th iteration, so the sequences that need one in iteration k
+#   are those of one residue class modulo `block_tokens`, and a counter per class is enough;
+# - the iteration of a sequence's last token is known when it starts, and is entered in `_finish_at`.
+# A token's keys and values are written in the iteration after the one that made it: the start iteration of a prompt of
+# q tokens holds q, the j-th one after it q + j.
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from throttllem.core.forecast.packing import pack
+from throttllem.core.forecast.projection import pack
 from throttllem.core.types import EngineSpec
 
 
@@ -22,8 +27,9 @@ from throttllem.core.types import EngineSpec
 class Sequence:
     """One request inside the engine. The batcher is its only writer.
 
-    `prompt_tokens` includes what a preemption threw away; `left_tokens` are still to be generated; `prefilled_tokens`
-    of the prompt are in the KV cache; `start` is the iteration of the first token since the last (re)start.
+    `prompt_tokens` includes the tokens generated before a preemption; `left_tokens` are still to be generated;
+    `prefilled_tokens` of the prompt are in the KV cache; `start` is the iteration of the first token since the last
+    (re)start.
     """
 
     request_id: int
@@ -38,7 +44,7 @@ class Sequence:
 class Iteration:
     """What one iteration processes.
 
-    `decode_sequences` rows read `kv_tokens` of KV between them; `prefills` are (request id, prompt tokens) with
+    `decode_sequences` read `kv_tokens` of KV together; `prefills` are (request id, prompt tokens) with
     `prefill_pairs` query-key pairs of attention; `kv_blocks` are in use while it runs.
     """
 
@@ -61,7 +67,7 @@ class Iteration:
 class Outcome:
     """What one iteration produced: `started` gave their first token (since a preemption), `finished` their last.
 
-    `preempted` were thrown out when it was put together.
+    `preempted` left when it was composed.
     """
 
     index: int
@@ -97,7 +103,7 @@ class Batcher:
         return len(self._waiting)
 
     def add(self, request_id: int, *, prompt_tokens: int, output_tokens: int, max_tokens: int) -> None:
-        """A request comes in; it will generate `output_tokens`, which the engine learns only when the last one is out.
+        """Add a request that will generate `output_tokens`, which the engine learns only with the last one.
 
         Raises ValueError if its prompt and max_tokens can never fit.
         """
@@ -116,7 +122,7 @@ class Batcher:
         )
 
     def cancel(self, request_id: int) -> None:
-        """A request leaves before its end, between two iterations. Raises KeyError if it is not here."""
+        """Remove a request before its end, between two iterations. Raises KeyError if it is not here."""
         if request_id in self._running:
             sequence = self._running[request_id]
             self._finish_at[sequence.start + sequence.left_tokens - 1].remove(sequence)
@@ -132,7 +138,7 @@ class Batcher:
         raise KeyError(request_id)
 
     def begin(self) -> Iteration | None:
-        """Put the next iteration together; None if there is nothing to run."""
+        """Compose the next iteration; None if there is nothing to run."""
         if not len(self):
             return None
         k = self.iteration
@@ -155,7 +161,7 @@ class Batcher:
         )
 
     def end(self) -> Outcome:
-        """Book the tokens of the iteration that `begin` put together."""
+        """Count the tokens of the iteration that `begin` composed."""
         k = self.iteration
         started = []
         for sequence, tokens in self._chunks:
@@ -182,11 +188,11 @@ class Batcher:
         return -(-tokens // self.spec.block_tokens)
 
     def _residue(self, sequence: Sequence) -> int:
-        """The iterations (modulo the block size) in which a running row goes over into a new block."""
+        """The iterations (modulo the block size) in which a running sequence needs a new block."""
         return (1 - (sequence.prompt_tokens - sequence.start)) % self.spec.block_tokens
 
     def _grow(self, k: int) -> Iterator[int]:
-        """Give new blocks to the rows that go over a boundary in iteration k, throwing out the latest if need be."""
+        """Allocate the new blocks of iteration k, preempting the latest sequences where blocks run out."""
         while self._by_residue[k % self.spec.block_tokens] > self.spec.kv_blocks - self.used_blocks:
             victim = self._prefilling[-1] if self._prefilling else self._running[next(reversed(self._running))]
             self._preempt(victim, k)
@@ -194,7 +200,7 @@ class Batcher:
         self.used_blocks += self._by_residue[k % self.spec.block_tokens]
 
     def _preempt(self, victim: Sequence, k: int) -> None:
-        """Recompute later: what was generated becomes part of the prompt."""
+        """Recompute later: the generated tokens become part of the prompt."""
         self.preemptions += 1
         if victim.start < 0:
             self._drop_prompt(victim)
@@ -208,10 +214,10 @@ class Batcher:
         victim.prefilled_tokens, victim.start = 0, -1
         self._waiting.appendleft(victim)
 
-    # ---- rows ------------------------------------------------------------------------------------------------
+    # ---- sequences -------------------------------------------------------------------------------------------
 
     def _take_prompts(self, decode_sequences: int, *, admit: bool) -> Iterator[tuple[Sequence, int]]:
-        """The prompt tokens of this iteration, first come first served; nobody joins right after a preemption."""
+        """The prompt tokens of this iteration, first come first served; no prompt starts right after a preemption."""
         spec = self.spec
         partial = len(self._prefilling)
         candidates = chain(self._prefilling, self._waiting) if admit else iter(tuple(self._prefilling))
@@ -233,7 +239,7 @@ class Batcher:
             yield sequence, tokens
 
     def _hold_prompt(self, sequence: Sequence) -> bool:
-        """Take the blocks of a whole prompt (and its reservation), if they are free."""
+        """Allocate the blocks of a whole prompt (and its reservation), if they are free."""
         spec, blocks = self.spec, self._blocks(sequence.prompt_tokens)
         reserved = self._reserved_blocks + sequence.reserved_blocks
         if self.used_blocks + blocks > spec.kv_blocks or (spec.no_evict and reserved > spec.kv_blocks):
@@ -243,7 +249,7 @@ class Batcher:
         return True
 
     def _drop_prompt(self, sequence: Sequence) -> None:
-        """A prompt that is not through yet gives back what it holds."""
+        """Free the blocks of a prompt that is not processed yet."""
         self._prefilling.remove(sequence)
         self.used_blocks -= self._blocks(sequence.prompt_tokens)
         self._reserved_blocks -= sequence.reserved_blocks
@@ -256,7 +262,7 @@ class Batcher:
         self._finish_at.setdefault(k + sequence.left_tokens - 1, []).append(sequence)
 
     def _leave(self, sequence: Sequence, k: int) -> None:
-        """A running row gives back what it holds after iteration k."""
+        """Free the blocks of a running sequence after iteration k."""
         del self._running[sequence.request_id]
         self._tokens_ahead -= sequence.prompt_tokens - sequence.start
         self._by_residue[self._residue(sequence)] -= 1

@@ -1,7 +1,7 @@
-"""A simulated engine: the batcher, with seconds and watts from the physics and seeded noise on both.
+"""A simulated engine: the batcher, with seconds and watts from the physical model and seeded noise on both.
 
-It knows no time of its own: the virtual-time driver asks for one iteration after the other, a real-time driver can
-sleep through them. The clock it is given holds from the next iteration on.
+Has no time itself: a driver runs one iteration after the other, in virtual time, or sleeping through them. A new clock
+applies from the next iteration on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Physics(Protocol):
 
 
 class SimulatedEngine:
-    """One engine that is up. `step` begins an iteration, `finish` ends it."""
+    """One running engine. `step` begins an iteration, `finish` ends it."""
 
     def __init__(
         self, spec: EngineSpec, physics: Physics, *, clock_mhz: int, seed: tuple[int, ...], noise: Noise
@@ -44,7 +44,7 @@ class SimulatedEngine:
         self._draws: list[tuple[float, ...]] = []
 
     def step(self) -> tuple[Iteration, float, float] | None:
-        """Begin the next iteration: what is in it, its seconds, its watts (all GPUs). None: nothing to run."""
+        """Begin the next iteration: the iteration, its seconds, its watts (all GPUs). None: nothing to run."""
         iteration = self.batcher.begin()
         if iteration is None:
             return None
@@ -66,7 +66,7 @@ class SimulatedEngine:
         return iteration, seconds, watts
 
     def finish(self) -> tuple[Outcome, dict[int, float]]:
-        """End the iteration under way: who started and finished, and the joules of those who finished."""
+        """End the running iteration: its outcome, and the joules of the requests that finished."""
         outcome = self.batcher.end()
         for request_id in outcome.started:
             self.ledger.join(request_id)

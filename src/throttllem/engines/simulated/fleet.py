@@ -1,4 +1,4 @@
-"""The engines that a scenario can start: specs and physics by size. Knows nothing of traces or policies."""
+"""The engines of one model on one kind of GPU, by size: specs and physics. Knows nothing of traces or policies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Fleet:
         return self.specs[self.sizes[0]].clocks_mhz
 
     def fingerprint(self) -> str:
-        """Changes with anything that makes these engines behave otherwise: specs, and the physics at sample points."""
+        """A hash of what these engines do: their specs, and the physics at sample points."""
         probes = [
             self.physics[tp].iteration(mhz, batch, batch * 500, prefill, prefill**2 / 2)
             for tp in self.sizes

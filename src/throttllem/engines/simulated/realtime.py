@@ -1,7 +1,6 @@
-"""The simulated engine in real time: one task sleeps through its iterations, and its answers come as OpenAI's API sends
-them. The task lives only while something runs, and the clock is the GPU's at each step.
+"""The simulated engine in real time: one task sleeps through its iterations while requests run in it.
 
-Knows nothing of energy counters or promises: who works on which GPU is the driver's to say, from the reports.
+The GPU's clock is read at each step. Knows nothing of energy counters or SLOs: the gateway accounts by the reports.
 """
 
 from __future__ import annotations
@@ -15,22 +14,62 @@ from importlib.metadata import version
 
 from throttllem.config import Noise
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Call, Connected, EngineError, ParsedRequest, PromptCount, Reply, Report
-from throttllem.engines.paths import COMPLETION_TOKENS
+from throttllem.engines.base import Call, Connected, EngineError, PromptCount, Reply, Report, error_reply
 from throttllem.engines.simulated.batcher import Iteration, Outcome
 from throttllem.engines.simulated.engine import Physics, SimulatedEngine
-from throttllem.engines.simulated.replies import Row, Speech, Stream
-from throttllem.engines.simulated.requests import STREAM_HEADERS, FakeApi, json_reply
+from throttllem.engines.simulated.replies import Answer, SimulatedApi
 from throttllem.gpu.device import Gpu
+from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.requests import CHAT, COMPLETION_TOKENS, COMPLETIONS, ParsedRequest
+from throttllem.openai_api.responses import STREAM_HEADERS
 
 log = logging.getLogger("throttllem.engine")
 
 _LATE_S = 1.0
-"""Later than this the past is let go; else it is caught up with."""
+"""An engine that is later than this goes on from now; one that is less late catches up."""
+
+
+class _Generation:
+    """An answer being generated: `tokens` of it are out, and `sent` of those were read."""
+
+    __slots__ = ("answer", "broken", "sent", "tokens", "waiter", "wanted")
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.tokens = 0
+        self.sent = 0
+        self.wanted = 0
+        self.waiter: asyncio.Future[None] | None = None
+        self.broken: str | None = None
+
+    async def reach(self, tokens: int) -> None:
+        """Wait until this many tokens are out. Raises EngineError if they never will be."""
+        while self.tokens < tokens:
+            if self.broken is not None:
+                raise EngineError(self.broken)
+            self.wanted = tokens
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+
+    async def read(self) -> bytes:
+        """The events of all tokens that are out since the last call, at least one; a slow reader costs no memory."""
+        first = self.sent
+        if first == self.answer.output_tokens:
+            return b""
+        if self.tokens == first:
+            await self.reach(first + 1)
+        self.sent = self.tokens
+        return self.answer.events(first, self.tokens)
+
+    def wake(self) -> None:
+        """Let the reader look again."""
+        waiter, self.waiter = self.waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
 
 class RealtimeEngine:
-    """LiveEngine around the simulated one. `seed` drives noise, words and lengths; `now` counts seconds."""
+    """LiveEngine around the simulated one. `seed` drives noise, texts and lengths; `now` counts seconds."""
 
     def __init__(
         self,
@@ -48,20 +87,20 @@ class RealtimeEngine:
         self._engine = SimulatedEngine(spec, physics, clock_mhz=spec.clocks_mhz[-1], seed=seed, noise=noise)
         self._gpu = gpu
         self._now = now
-        self._api = FakeApi(spec, name=name, seed=seed)
-        self._rows: dict[int, Row] = {}
-        self._running: dict[int, Row] = {}
-        self._gone: list[int] = []
+        self._api = SimulatedApi(spec, name=name, seed=seed)
+        self._generations: dict[int, _Generation] = {}
+        self._decoding: dict[int, _Generation] = {}
+        self._left: list[int] = []
         self._iterating = False
         self._task: asyncio.Task[None] | None = None
-        self._tellers: list[Callable[[Report], None]] = []
+        self._watchers: list[Callable[[Report], None]] = []
         self._over = asyncio.Event()
         self._dead: str | None = None
 
     async def connect(self) -> Connected:
-        """What it is; EngineError once it was closed."""
+        """What it is. Raises EngineError once it was closed."""
         self._check_alive()
-        note = "simulated: its words mean nothing, its time and energy are the physics' with noise"
+        note = "simulated: its text is meaningless, its time and energy are the physical model's with noise"
         return Connected(
             spec=self.spec,
             models=(self.name,),
@@ -73,79 +112,88 @@ class RealtimeEngine:
         )
 
     async def well(self) -> None:
-        """EngineError once it was closed."""
+        """Raises EngineError once it was closed."""
         self._check_alive()
 
-    async def count(self, ask: ParsedRequest) -> PromptCount:
+    async def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens by its own tokenizer: exact, unless the prompt is far too long to be served."""
-        return self._api.count(ask)
+        return self._api.count(request)
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncIterator[Reply]:
         """Answer a request. A whole answer is waited for here, as its headers come with it."""
         self._check_alive()
-        speech = self._api.answer(call)
-        if isinstance(speech, Reply):
-            yield speech
+        path = call.path.partition("?")[0]
+        if (call.method, path) == ("GET", "/v1/models"):
+            yield self._api.models()
             return
-        key, row = self._join(call, speech)
         try:
-            if speech.wish.stream:
-                yield Reply(status=200, headers=STREAM_HEADERS, read=Stream(row, speech).read)
+            if path not in (COMPLETIONS, CHAT):
+                raise ApiError(404, f"The simulated engine has no {path}.", code="not_found")
+            if call.method != "POST":
+                raise ApiError(405, f"{path} takes POST.")
+            answer = self._api.answer(call)
+        except ApiError as error:
+            yield error_reply(error)
+            return
+        key, generation = self._join(call, answer)
+        try:
+            if answer.request.stream:
+                yield Reply(status=200, headers=STREAM_HEADERS, read=generation.read)
             else:
-                await row.reach(speech.output_tokens)
-                yield json_reply(200, speech.whole())
+                await generation.reach(answer.output_tokens)
+                yield answer.whole()
         finally:
-            self._leave(key, row)
+            self._leave(key, generation)
 
-    async def watch(self, tell: Callable[[Report], None]) -> None:
-        """Tell of every step, when its tokens are out and before anyone has read them."""
+    async def watch(self, report: Callable[[Report], None]) -> None:
+        """Report every step, when its tokens are out and before any of them is read."""
         self._check_alive()
-        self._tellers.append(tell)
+        self._watchers.append(report)
         try:
             await self._over.wait()
         finally:
-            self._tellers.remove(tell)
+            self._watchers.remove(report)
         self._check_alive()
 
     async def close(self, why: str = "the simulated engine was stopped") -> None:
-        """Stop for good: what runs breaks off, and nothing is served any more."""
+        """Stop for good: running requests break off, and later ones fail."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait([self._task])
         self._die(why)
 
-    # ---- who runs --------------------------------------------------------------------------------------------
+    # ---- requests --------------------------------------------------------------------------------------------
 
-    def _join(self, call: Call, speech: Speech) -> tuple[int, Row]:
-        """Requests that the control core does not know get a negative number."""
-        key = -self._api.calls if call.request_id is None else call.request_id
-        if key in self._rows:
+    def _join(self, call: Call, answer: Answer) -> tuple[int, _Generation]:
+        """Requests that the control core does not know get a negative id."""
+        key = -self._api.answers if call.request_id is None else call.request_id
+        if key in self._generations:
             raise EngineError(f"request {key} is in the engine already", status=503)
         self._engine.batcher.add(
-            key, prompt_tokens=speech.prompt_tokens, output_tokens=speech.output_tokens, max_tokens=speech.limit_tokens
+            key, prompt_tokens=answer.prompt_tokens, output_tokens=answer.output_tokens, max_tokens=answer.limit_tokens
         )
-        self._rows[key] = row = Row()
+        self._generations[key] = generation = _Generation(answer)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run())
-        return key, row
+        return key, generation
 
-    def _leave(self, key: int, row: Row) -> None:
-        """Take a request out: at once between two iterations, else as soon as the one under way is over."""
-        row.broken = row.broken or "the request was ended"
-        row.wake()
-        if self._rows.get(key) is not row:
+    def _leave(self, key: int, generation: _Generation) -> None:
+        """Take a request out: at once between two iterations, else at the end of the running one."""
+        generation.broken = generation.broken or "the request was ended"
+        generation.wake()
+        if self._generations.get(key) is not generation:
             return
         if self._iterating:
-            self._gone.append(key)
+            self._left.append(key)
         else:
             self._cancel(key)
 
     def _cancel(self, key: int) -> None:
         self._engine.batcher.cancel(key)
         self._engine.ledger.leave(key)
-        self._running.pop(key, None)
-        del self._rows[key]
+        self._decoding.pop(key, None)
+        del self._generations[key]
 
     # ---- iterations ------------------------------------------------------------------------------------------
 
@@ -167,33 +215,33 @@ class RealtimeEngine:
             iteration, seconds, watts = begun
             self._iterating = True
             for key in iteration.preempted:
-                self._running.pop(key, None)
+                self._decoding.pop(key, None)
             now_s = self._now()
             end_s = now_s if end_s + seconds < now_s - _LATE_S else end_s + seconds
             await asyncio.sleep(max(0.0, end_s - now_s))
-            # Told in the same breath: whoever sees his last token finds its step booked.
+            # Reported without an await in between: a client that reads its last token finds the step accounted for.
             self._report(iteration, self._finish(), seconds, watts)
 
     def _finish(self) -> Outcome:
-        """End an iteration: one token for every row in it."""
+        """End an iteration: one token for every sequence in it."""
         outcome, _ = self._engine.finish()
         self._iterating = False
         for key in outcome.started:
-            self._running[key] = self._rows[key]
-        for row in self._running.values():
-            row.tokens += 1
-            if row.waiter is not None and row.tokens >= row.wanted:
-                row.wake()
+            self._decoding[key] = self._generations[key]
+        for generation in self._decoding.values():
+            generation.tokens += 1
+            if generation.waiter is not None and generation.tokens >= generation.wanted:
+                generation.wake()
         for key in outcome.finished:
-            del self._running[key], self._rows[key]
-        for key in self._gone:
-            if key in self._rows:
+            del self._decoding[key], self._generations[key]
+        for key in self._left:
+            if key in self._generations:
                 self._cancel(key)
-        self._gone.clear()
+        self._left.clear()
         return outcome
 
     def _report(self, iteration: Iteration, outcome: Outcome, seconds: float, watts: float) -> None:
-        if not self._tellers:
+        if not self._watchers:
             return
         batcher = self._engine.batcher
         report = Report(
@@ -213,8 +261,8 @@ class RealtimeEngine:
             kv_tokens=iteration.kv_tokens,
             joules=seconds * watts,
         )
-        for tell in tuple(self._tellers):
-            tell(report)
+        for watcher in tuple(self._watchers):
+            watcher(report)
 
     # ---- its end ---------------------------------------------------------------------------------------------
 
@@ -224,9 +272,9 @@ class RealtimeEngine:
 
     def _die(self, why: str) -> None:
         self._dead = self._dead or why
-        for row in self._rows.values():
-            row.broken = why
-            row.wake()
-        self._rows.clear()
-        self._running.clear()
+        for generation in self._generations.values():
+            generation.broken = why
+            generation.wake()
+        self._generations.clear()
+        self._decoding.clear()
         self._over.set()

@@ -1,6 +1,6 @@
-"""The words that the simulated engine speaks, and the tokenizer that they are counted by.
+"""The texts that the simulated engine generates, and its tokenizer.
 
-The tokenizer is its own and exact by definition: a token is up to four word characters with the space before them, one
+The tokenizer is exact by definition: a token is up to four word characters with the space before them, one
 sign with the space before it, or a run of white space. Knows nothing of requests.
 """
 
@@ -25,8 +25,8 @@ def count_tokens(text: str) -> int:
 
 
 def estimate_tokens(text: str, *, most_tokens: int) -> tuple[int, bool]:
-    """Tokens of a text, and whether that is exact: of a text that has more than `most_tokens` for certain only so much
-    is counted as shows it, or one caller could hold up all others with it.
+    """Tokens of a text, and whether that is exact. Only the beginning of a text with certainly more than `most_tokens`
+    is counted, or one long text would delay all other requests.
     """
     enough = (most_tokens + 1) * _LONGEST_WORD_PIECE
     if len(text) <= enough:
@@ -35,15 +35,15 @@ def estimate_tokens(text: str, *, most_tokens: int) -> tuple[int, bool]:
 
 
 class Tape:
-    """Plain sentences without end: a token keeps its place for ever, and its text needs no escapes in JSON."""
+    """Sentences in a ring: a place on it always gives the same token, and no text needs escapes in JSON."""
 
     def __init__(self, seed: object, *, sentences: int = 500) -> None:
         rng = random.Random(f"tape {seed}")
-        spoken = [_sentence(rng) for _ in range(sentences)]
-        self.text = "".join(spoken)
+        texts = [_sentence(rng) for _ in range(sentences)]
+        self.text = "".join(texts)
         self.pieces = tuple(piece.encode() for piece in _PIECE.findall(self.text))
         starts, at = [], 0
-        for sentence in spoken:
+        for sentence in texts:
             starts.append(at)
             at += count_tokens(sentence)
         self._starts = tuple(starts)

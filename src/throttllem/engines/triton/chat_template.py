@@ -1,7 +1,7 @@
-"""A chat as one text: the model's own template where its tokenizer's folder holds one, a plain one where not.
+"""A chat as one text: by the model's own template where it lies beside its tokenizer.json, else by a plain one.
 
-The plain one writes each message as `role: content` on a line of its own and ends with `assistant:`. A template of
-the model (Jinja, in `tokenizer_config.json` or `chat_template.jinja`) is rendered in Jinja's sandbox.
+The plain one writes each message as a line `role: content` and ends with `assistant:`. A model's template (Jinja, in
+`tokenizer_config.json` or `chat_template.jinja`) is rendered in Jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+from throttllem.openai_api.errors import ApiError, invalid
 
 Message = Mapping[str, object]
 Template = Callable[[Sequence[Message]], str]
 
 
-class ChatError(ValueError):
-    """A chat that cannot be written as one text, or a template that cannot be used."""
+class TemplateError(ValueError):
+    """A chat template that cannot be used."""
 
 
 def plain(messages: Sequence[Message]) -> str:
@@ -24,73 +27,59 @@ def plain(messages: Sequence[Message]) -> str:
     return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"
 
 
-def checked(messages: object) -> list[dict[str, object]]:
-    """Messages with their text parts joined. Raises ChatError for what is no text, and for calls of tools."""
+def text_messages(messages: object) -> list[dict[str, object]]:
+    """Messages with their text parts joined. Raises ApiError 400 for what is no text, and for calls of tools."""
     if not isinstance(messages, list) or not messages:
-        raise ChatError("messages: must be a list of at least one message")
-    return [_message(at, message) for at, message in enumerate(messages)]
+        raise invalid("messages: must be a list of at least one message", "messages")
+    return [_text_message(at, message) for at, message in enumerate(messages)]
 
 
-def chat_template(tokenizer: Path | None) -> tuple[Template, str]:
-    """The template that lies beside a tokenizer.json, else the plain one; and where it is from.
-
-    Raises ChatError if there is one that cannot be used here.
-    """
-    found = None if tokenizer is None else _source(tokenizer.parent)
-    if found is None:
-        return plain, "plain"
-    source, special, path = found
-    return _jinja(source, special, path), str(path)
-
-
-def _message(at: int, message: object) -> dict[str, object]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ChatError(f"messages[{at}]: must be an object with a role")
-    if message.get("tool_calls") or message.get("role") == "tool":
-        raise ChatError(f"messages[{at}]: this engine knows no tools")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(_part(at, part) for part in content)
-    if not isinstance(content, str):
-        raise ChatError(f"messages[{at}].content: must be a text")
-    return {**message, "content": content}
-
-
-def _part(at: int, part: object) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise ChatError(f"messages[{at}].content: this engine takes parts of type text only")
-
-
-def _source(folder: Path) -> tuple[str, dict[str, str], Path] | None:
-    """Template, special tokens by name, and the file; None if there is no template."""
-    path = folder / "tokenizer_config.json"
+def chat_template(tokenizer: Path | None) -> tuple[Template, Path | None]:
+    """The template beside a tokenizer.json and its file, else the plain one and None. Raises TemplateError."""
+    if tokenizer is None:
+        return plain, None
+    path, beside = tokenizer.parent / "tokenizer_config.json", tokenizer.parent / "chat_template.jinja"
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ChatError(f"{path}: no JSON: {error}") from error
-    special = {name: _token(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    beside = folder / "chat_template.jinja"
+        raise TemplateError(f"{path}: not JSON: {error}") from error
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     if beside.is_file():
-        return beside.read_text(encoding="utf-8"), special, beside
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return None if not isinstance(template, str) else (template, special, path)
+        source, path = beside.read_text(encoding="utf-8"), beside
+    if not isinstance(source, str):
+        return plain, None
+    special = {name: config.get(name) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    special = {name: value.get("content", "") if isinstance(value, dict) else value for name, value in special.items()}
+    return _jinja(source, special, path), path
 
 
-def _token(value: object) -> str:
-    return str(value.get("content", "")) if isinstance(value, dict) else value if isinstance(value, str) else ""
+def _text_message(at: int, message: object) -> dict[str, object]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise _wrong(at, "must be an object with a role")
+    if message.get("tool_calls") or message["role"] == "tool":
+        raise _wrong(at, "this engine supports no tools")
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise _wrong(at, "content must be a text, or parts of type text")
+    return {**message, "content": "".join(map(str, texts))}
 
 
-def _jinja(source: str, special: dict[str, str], path: Path) -> Template:
+def _wrong(at: int, why: str) -> ApiError:
+    return invalid(f"messages[{at}]: {why}", "messages")
+
+
+def _jinja(source: str, special: dict[str, Any], path: Path) -> Template:
     try:
         jinja, sandbox = import_module("jinja2"), import_module("jinja2.sandbox")
     except ImportError as error:
-        raise ChatError(f"{path}: its chat template needs the package jinja2 (pip install jinja2)") from error
+        raise TemplateError(f"{path}: its chat template needs the package jinja2 (pip install jinja2)") from error
 
     def fail(message: str) -> str:
-        raise ChatError(f"the chat template refuses it: {message}")
+        raise invalid(f"messages: the chat template refuses them: {message}", "messages")
 
     environment = sandbox.ImmutableSandboxedEnvironment(
         extensions=["jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True
@@ -99,15 +88,14 @@ def _jinja(source: str, special: dict[str, str], path: Path) -> Template:
     try:
         template = environment.from_string(source)
     except jinja.TemplateError as error:
-        raise ChatError(f"{path}: {error}") from error
+        raise TemplateError(f"{path}: {error}") from error
 
     def render(messages: Sequence[Message]) -> str:
         try:
             return str(template.render(messages=messages, add_generation_prompt=True, **special))
-        except ChatError:
+        except ApiError:
             raise
-        # A template may fail in every way that Python can.
-        except Exception as error:
-            raise ChatError(f"the chat template fails on it: {error}") from error
+        except Exception as error:  # a template may fail in every way that Python can
+            raise invalid(f"messages: the chat template fails on them: {error}", "messages") from error
 
     return render

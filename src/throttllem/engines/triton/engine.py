@@ -1,89 +1,106 @@
-"""TensorRT-LLM on Triton as an engine: OpenAI's completions and chats out of `generate_stream`, Triton's own paths on.
+"""TensorRT-LLM on Triton as a live engine: OpenAI's API by way of `generate_stream`, Triton's native paths unchanged.
 
-Answers are always streamed from Triton, also those that a client gets whole, so that leaving early stops them there.
-What Triton does not say of itself comes from `spec`, the catalogue's engine, and is told in the notes.
+Answers are always streamed from Triton, even those that a client gets in one piece, so that leaving early stops them
+there. Capacities that Triton does not report come from the options or the catalogue's engine, and the notes name them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from pathlib import Path
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from urllib.parse import quote, urlsplit
+from uuid import uuid4
 
 from pydantic_core import from_json, to_json
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Call, Connected, EngineError, ParsedRequest, PromptCount, Reply, Report
+from throttllem.engines.base import (
+    Call,
+    Connected,
+    EngineError,
+    PromptCount,
+    RemoteOptions,
+    Reply,
+    Report,
+    error_reply,
+    whole_reply,
+)
 from throttllem.engines.http import Upstream
-from throttllem.engines.paths import CHAT, COMPLETION_TOKENS, COMPLETIONS
-from throttllem.engines.tokenizer_file import TokenizerFile
-from throttllem.engines.triton.api import UnsupportedError, error_reply, prompt_text, token_limit
-from throttllem.engines.triton.chat_template import ChatError, Template, chat_template, checked, plain
-from throttllem.engines.triton.facts import Given, Metrics, ModelFacts, capacities, metrics, model_facts
-from throttllem.engines.triton.job import Job, body_of, new_job, serve
+from throttllem.engines.tokens import TokenizerFile, mean_count
+from throttllem.engines.triton.chat_template import Template, TemplateError, chat_template, plain, text_messages
+from throttllem.engines.triton.facts import Metrics, ModelFacts, engine_spec, metrics, model_facts
+from throttllem.engines.triton.translation import Generation, failure_text, prompt_text, triton_body
+from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.requests import (
+    CHAT,
+    COMPLETION_TOKENS,
+    COMPLETIONS,
+    ParsedRequest,
+    parse_request,
+    stop_texts,
+)
+from throttllem.openai_api.responses import JSON_HEADERS, STREAM_HEADERS, AnswerWriter, Usage
 
 DEFAULT_MODEL = "ensemble"
 SCHEDULER_MODEL = "tensorrt_llm"
-"""The part of an ensemble that batches, where NVIDIA's names were kept; its configuration tells the scheduler's."""
+"""The model of an ensemble that batches, by NVIDIA's names; its configuration has the scheduler's parameters."""
 FAILURES = 3
 """Checks in a row that must fail before the engine counts as gone."""
 CHECK_S = 2.0
-OFF_LOOP_CHARACTERS = 16384
-"""Longer texts are counted in a thread, so that they do not hold up every other request."""
+_PASSED_HEADERS = frozenset({"authorization", "x-request-id", "traceparent", "tracestate"})
 
 
 class TritonEngine:
-    """A `LiveEngine` over one model of one Triton server. `metrics_url`: Triton's own metrics page, if it may be read.
+    """One model of one Triton server: `options.served_as`, by default "ensemble".
 
-    `tokenizer` is the model's tokenizer.json; a chat template beside it is used for chats.
+    A chat template beside `options.tokenizer` is used for chats. `options.metrics_url` is Triton's own metrics page.
     """
 
-    def __init__(
-        self,
-        url: str,
-        spec: EngineSpec,
-        *,
-        model: str | None = None,
-        given: Given | None = None,
-        tokenizer: Path | None = None,
-        metrics_url: str | None = None,
-        api_key: str | None = None,
-        poll_s: float = 1.0,
-    ) -> None:
-        self._model = model or DEFAULT_MODEL
+    def __init__(self, options: RemoteOptions, spec: EngineSpec) -> None:
+        self._options = options
+        self._spec = spec
+        self._model = options.served_as or DEFAULT_MODEL
         self._base = f"/v2/models/{quote(self._model, safe='')}"
-        self._upstream = Upstream(url, api_key=api_key)
-        self._spec, self._given = spec, given or Given()
-        self._tokenizer_path, self._tokenizer = tokenizer, TokenizerFile(tokenizer)
-        self._metrics_url = metrics_url
-        self._metrics = None if metrics_url is None else Upstream(_origin(metrics_url))
-        self._poll_s = poll_s
-        self._facts = ModelFacts()
+        self._upstream = Upstream(options.url, api_key=options.api_key)
+        metrics_at = urlsplit(options.metrics_url or "")
+        self._metrics = Upstream(f"{metrics_at.scheme}://{metrics_at.netloc}") if options.metrics_url else None
+        self._metrics_path = metrics_at.path or "/metrics"
+        self._tokenizer = TokenizerFile(options.tokenizer)
         self._template: Template = plain
-        self._max_context_tokens = self._given.max_context_tokens or spec.max_context_tokens
+        self._facts = ModelFacts()
 
     # ---- what it is ----------------------------------------------------------------------------------------------
 
     async def connect(self) -> Connected:
-        """Ask for the model and its capacities. Raises EngineError while the model is not ready."""
-        await self._ready()
+        """Read the model and its capacities. Raises EngineError while the model is not ready."""
+        await self.well()
+        await self._tokenizer.load()
         try:
-            await asyncio.to_thread(self._tokenizer.load)
-            self._template, origin = chat_template(self._tokenizer_path)
-        except ChatError as error:
+            self._template, template_path = chat_template(self._tokenizer.path)
+        except TemplateError as error:
             raise EngineError(str(error)) from error
         config = await self._object(f"{self._base}/config")
-        scheduler = await self._object(f"/v2/models/{SCHEDULER_MODEL}/config") or config
-        self._facts = ModelFacts() if config is None else model_facts(config)
-        batching = self._facts if scheduler is None else model_facts(scheduler)
+        scheduler = await self._object(f"/v2/models/{SCHEDULER_MODEL}/config")
+        self._facts = model_facts(config or {})
         measured = await self._scrape()
-        spec, notes = capacities(self._spec, self._given, batching, measured or Metrics())
-        notes += (
-            [] if config is not None else ["Triton does not show the model's configuration: its inputs are assumed"]
-        )
-        notes += self._assumed(measured, origin)
+        batching = model_facts(scheduler or config or {})
+        spec, notes = engine_spec(self._spec, self._options, batching, measured or Metrics())
+        if config is None:
+            notes.append("Triton does not show the model's configuration: its inputs are assumed")
+        if template_path is None:
+            notes.append(
+                "chats are written plainly (role: content); put the model's tokenizer_config.json beside its tokenizer"
+            )
+        else:
+            notes.append(f"chats are written as text by the template {template_path}")
+        if not self._tokenizer.exact:
+            notes.append("prompts are counted as 4 bytes per token; engines.tokenizer names a tokenizer.json")
+        if measured is None:
+            url = self._options.metrics_url
+            why = f"cannot be read at {url}" if url else "are not configured (engines.metrics_url)"
+            notes.append(f"Triton's metrics {why}: what runs in the engine is known from the streams alone")
         return Connected(
             spec=spec,
             models=(self._model,),
@@ -93,26 +110,32 @@ class TritonEngine:
         )
 
     async def well(self) -> None:
-        """Ask whether the model is ready. Raises EngineError if it is not."""
-        await self._ready()
+        """A health check of the model. Raises EngineError if it is not ready."""
+        status, _ = await self._upstream.get(f"{self._base}/ready", timeout_s=CHECK_S)
+        if status != 200:
+            raise EngineError(f"{self._upstream.url}: the model {self._model!r} is not ready ({status})", status=503)
 
-    async def count(self, ask: ParsedRequest) -> PromptCount:
-        """Tokens of the prompt by the tokenizer.json, or an estimate from its bytes that says so."""
-        if not ask.messages and ask.prompts and all(isinstance(prompt, tuple) for prompt in ask.prompts):
-            return PromptCount(tokens=_mean([len(prompt) for prompt in ask.prompts]), by="its token ids", exact=True)
-        if ask.messages:
-            tokens = await self._chat_tokens(ask.body)
-        else:
-            each = [await self._tokens(text) if isinstance(text, str) else len(text) for text in ask.prompts]
-            tokens = _mean(each)
-        return PromptCount(tokens=tokens, by=self._tokenizer.name, exact=self._tokenizer.exact)
+    async def count(self, request: ParsedRequest) -> PromptCount:
+        """Tokens of the prompt by the tokenizer.json, or an estimate from its bytes that is marked as one."""
+        if request.chat:
+            try:
+                text = self._chat_text(request)
+            except ApiError:  # `open` answers it
+                text = to_json(request.fields.get("messages")).decode()
+            return await self._tokenizer.count(text, special=self._template is plain)
+        return mean_count([await self._count(prompt) for prompt in request.prompts])
 
-    async def watch(self, tell: Callable[[Report], None]) -> None:
-        """Look after the model, and tell TensorRT-LLM's own numbers where its metrics may be read."""
+    async def _count(self, prompt: str | tuple[int, ...]) -> PromptCount:
+        if isinstance(prompt, str):
+            return await self._tokenizer.count(prompt)
+        return PromptCount(tokens=len(prompt), by="its token ids", exact=True)
+
+    async def watch(self, report: Callable[[Report], None]) -> None:
+        """Check the model's health, and report TensorRT-LLM's own numbers where its metrics may be read."""
         failed = 0
         while True:
             try:
-                await self._ready()
+                await self.well()
                 failed = 0
             except EngineError:
                 failed += 1
@@ -121,8 +144,8 @@ class TritonEngine:
             found = None if failed else await self._scrape()
             if found is not None and found.scheduled is not None:
                 waiting = max(0, (found.active or 0) - found.scheduled)
-                tell(Report(running=found.scheduled, waiting=waiting, kv_blocks=found.used_blocks))
-            await asyncio.sleep(self._poll_s)
+                report(Report(running=found.scheduled, waiting=waiting, kv_blocks=found.used_blocks))
+            await asyncio.sleep(self._options.scrape_s)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -130,13 +153,8 @@ class TritonEngine:
         if self._metrics is not None:
             await self._metrics.close()
 
-    async def _ready(self) -> None:
-        status, _ = await self._upstream.get(f"{self._base}/ready", timeout_s=CHECK_S)
-        if status != 200:
-            raise EngineError(f"{self._upstream.url}: the model {self._model!r} is not ready ({status})", status=503)
-
     async def _object(self, path: str) -> Mapping[str, object] | None:
-        """The JSON object at a path; None where Triton gives none."""
+        """The JSON object at a path; None where Triton answers none."""
         status, body = await self._upstream.get(path)
         with suppress(ValueError):
             found = from_json(body) if status == 200 else None
@@ -145,90 +163,105 @@ class TritonEngine:
 
     async def _scrape(self) -> Metrics | None:
         """The metrics; None where none are configured, or they cannot be read now."""
-        if self._metrics is None or self._metrics_url is None:
-            return None
-        with suppress(EngineError):
-            status, page = await self._metrics.get(urlsplit(self._metrics_url).path or "/metrics", timeout_s=CHECK_S)
-            return metrics(page) if status == 200 else None
+        if self._metrics is not None:
+            with suppress(EngineError):
+                status, page = await self._metrics.get(self._metrics_path, timeout_s=CHECK_S)
+                return metrics(page) if status == 200 else None
         return None
-
-    def _assumed(self, measured: Metrics | None, origin: str) -> list[str]:
-        notes = [f"chats are written as text by the template {origin}"]
-        if origin == "plain":
-            notes[0] = (
-                "chats are written plainly (role: content); put the model's tokenizer_config.json beside its tokenizer"
-            )
-        if not self._tokenizer.exact:
-            notes.append("prompts are counted as 4 bytes per token; engines.tokenizer names a tokenizer.json")
-        if measured is None:
-            why = (
-                "not configured (engines.metrics_url)"
-                if self._metrics is None
-                else f"not to be read at {self._metrics_url}"
-            )
-            notes.append(f"Triton's metrics are {why}: what runs in the engine is known from the streams alone")
-        return notes
-
-    async def _chat_tokens(self, body: Mapping[str, object]) -> int:
-        try:
-            text = self._chat_text(body)
-        except UnsupportedError:
-            # `open` answers it with what is wrong.
-            return await self._tokens(to_json(body.get("messages"), fallback=str).decode())
-        return await self._tokens(text, special=self._template is plain)
-
-    async def _tokens(self, text: str, *, special: bool = True) -> int:
-        if len(text) > OFF_LOOP_CHARACTERS:
-            return await asyncio.to_thread(self._tokenizer.count, text, special=special)
-        return self._tokenizer.count(text, special=special)
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def open(self, call: Call) -> AbstractAsyncContextManager[Reply]:
-        """OpenAI's paths are translated, all others go on as they are; leaving the block ends the request in Triton."""
+        """Translate OpenAI's paths, send all others as they are; leaving the block ends the request in Triton."""
         path = call.path.partition("?")[0]
         if call.method == "POST" and path in (COMPLETIONS, CHAT):
-            try:
-                return serve(self._upstream, self._job(call, chat=path == CHAT))
-            except UnsupportedError as error:
-                return _answered(error_reply(str(error), 400, param=error.param))
+            return self._completion(call, path)
         if path.startswith("/v1/"):
-            return _answered(error_reply(f"{call.method} {path}: Triton serves no such path", 404, code="not_found"))
+            error = ApiError(404, f"{call.method} {path}: Triton serves no such path", code="not_found")
+            return _answered(error_reply(error))
         return self._upstream.open(call)
 
-    def _job(self, call: Call, *, chat: bool) -> Job:
-        body = body_of(call)
-        text = self._chat_text(body) if chat else prompt_text(body)
-        prompt_tokens = call.prompt_tokens or self._tokenizer.count(text)
-        room = max(1, self._max_context_tokens - prompt_tokens) if chat else COMPLETION_TOKENS
-        return new_job(
-            call,
-            body,
-            base=self._base,
-            model=self._model,
-            chat=chat,
-            text=text,
-            prompt_tokens=prompt_tokens,
-            limit=token_limit(body, chat=chat) or call.max_tokens or room,
-            inputs=self._facts.inputs,
-        )
-
-    def _chat_text(self, body: Mapping[str, object]) -> str:
+    @asynccontextmanager
+    async def _completion(self, call: Call, path: str) -> AsyncIterator[Reply]:
+        """The answer to a completion or a chat."""
         try:
-            return self._template(checked(body.get("messages")))
-        except ChatError as error:
-            raise UnsupportedError("messages", str(error)) from error
+            request = call.request or parse_request(path, call.body)
+            prompt_tokens, limit, native = self._translated(call, request)
+        except ApiError as error:
+            yield error_reply(error)
+            return
+        headers = JSON_HEADERS + tuple(pair for pair in call.headers if pair[0] in _PASSED_HEADERS)
+        path = f"{self._base}/generate_stream"
+        sent = Call(method="POST", path=path, headers=headers, body=to_json(native), request=request)
+        writer = AnswerWriter(chat=request.chat, name=uuid4().hex, model=request.model, created_s=int(time.time()))
+        generation = Generation(limit=limit, stops=stop_texts(request))
+        async with self._upstream.open(sent) as reply:
+            if reply.status != 200:
+                status = reply.status if reply.status >= 400 else 502
+                yield error_reply(ApiError(status, failure_text(await reply.body())))
+            elif request.stream:
+                events = self._events(reply, generation, writer, prompt_tokens if request.include_usage else None)
+                async with aclosing(events):
+                    yield Reply(status=200, headers=STREAM_HEADERS, read=lambda: anext(events, b""))
+            else:
+                texts: list[bytes] = []
+                while not generation.over:
+                    texts += await self._texts(reply, generation)
+                if generation.failure is not None:
+                    raise EngineError(f"the engine at {self._upstream.url} failed: {generation.failure}")
+                usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=generation.tokens)
+                body = writer.whole(b"".join(texts) + generation.rest(), generation.finish_reason, usage)
+                yield whole_reply(200, JSON_HEADERS, body)
+
+    def _translated(self, call: Call, request: ParsedRequest) -> tuple[int, int, dict[str, object]]:
+        """Tokens of the prompt, the limit of the answer, and Triton's body. Raises ApiError."""
+        text = self._chat_text(request) if request.chat else prompt_text(request)
+        prompt_tokens = call.prompt_tokens or self._tokenizer.tokens(text)
+        room = (self._options.max_context_tokens or self._spec.max_context_tokens) - prompt_tokens
+        limit = request.max_tokens or call.max_tokens or (max(1, room) if request.chat else COMPLETION_TOKENS)
+        return prompt_tokens, limit, triton_body(request, text=text, limit=limit, inputs=self._facts.inputs)
+
+    def _chat_text(self, request: ParsedRequest) -> str:
+        return self._template(text_messages(request.fields.get("messages")))
+
+    async def _texts(self, reply: Reply, generation: Generation) -> list[bytes]:
+        """The texts of the next read. Raises EngineError for what is no answer."""
+        chunk = await reply.read()
+        try:
+            return generation.feed(chunk)
+        except ValueError as error:
+            raise EngineError(f"the answer of the engine at {self._upstream.url} cannot be read: {error}") from error
+
+    async def _events(
+        self, reply: Reply, generation: Generation, writer: AnswerWriter, prompt_tokens: int | None
+    ) -> AsyncGenerator[bytes, None]:
+        """The events of a streamed answer. `prompt_tokens`: for the usage chunk, None where none is wanted."""
+        opening, closed = writer.opening(), False
+        while not generation.over:
+            texts = await self._texts(reply, generation)
+            if closed:
+                continue
+            chunks = b""
+            if generation.full and not generation.cut:
+                # The reason goes with the last token: a chunk of its own would count as one more.
+                *texts, last = texts or [b""]
+                chunks, closed = writer.last(last + generation.rest(), generation.finish_reason), True
+            chunks = (writer.chunks(texts) if texts else b"") + chunks
+            if chunks:
+                yield opening + chunks
+                opening = b""
+        if generation.failure is not None:
+            yield ApiError(500, generation.failure).event
+            return
+        rest, reason = generation.rest(), generation.finish_reason
+        if not closed:
+            yield opening + (writer.last(rest, reason) if rest else writer.closing(reason))
+        usage = None
+        if prompt_tokens is not None:
+            usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=generation.tokens)
+        yield writer.end(usage)
 
 
 @asynccontextmanager
 async def _answered(reply: Reply) -> AsyncIterator[Reply]:
     yield reply
-
-
-def _mean(counts: Sequence[int]) -> int:
-    return max(1, round(sum(counts) / max(1, len(counts))))
-
-
-def _origin(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}"

@@ -1,4 +1,4 @@
-"""What a Triton server says of a TensorRT-LLM model: its configuration and its metrics, read into plain values."""
+"""The facts of a TensorRT-LLM model on Triton, from its configuration and metrics, as plain values."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.prometheus import samples
-from throttllem.engines.triton.api import ENSEMBLE
+from throttllem.engines.base import RemoteOptions
+from throttllem.engines.capacity import samples
 
-BLOCKS, REQUESTS = "nv_trt_llm_kv_cache_block_metrics", "nv_trt_llm_request_metrics"
+ENSEMBLE = frozenset(
+    {"text_input", "max_tokens", "stream", "bad_words", "stop_words", "end_id", "pad_id", "top_k", "top_p", "seed"}
+    | {"temperature", "length_penalty", "repetition_penalty", "min_tokens", "presence_penalty", "frequency_penalty"}
+)
+"""The inputs of the `ensemble` of NVIDIA's tensorrtllm_backend, assumed where Triton shows no configuration."""
+_BLOCKS, _REQUESTS = "nv_trt_llm_kv_cache_block_metrics", "nv_trt_llm_request_metrics"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """A model's configuration. None: it does not say. `inputs` are the names that a request may carry."""
+    """A model's configuration. None: not in it. `inputs` are the names that a request may carry."""
 
     inputs: frozenset[str] = ENSEMBLE
     max_batch: int | None = None
@@ -34,36 +39,23 @@ class Metrics:
     max_requests: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
-    """What a user says of an engine that cannot tell; None: nothing."""
-
-    max_batch: int | None = None
-    max_context_tokens: int | None = None
-    kv_blocks: int | None = None
-    block_tokens: int | None = None
-    no_evict: bool | None = None
-
-
 def model_facts(config: Mapping[str, object]) -> ModelFacts:
-    """From what `/v2/models/{model}/config` answers."""
-    inputs = config.get("input")
+    """The facts in what `/v2/models/{model}/config` answers."""
+    inputs, batch = config.get("input"), config.get("max_batch_size")
     names = [entry.get("name") for entry in inputs if isinstance(entry, dict)] if isinstance(inputs, list) else []
-    batch = config.get("max_batch_size")
-    policy = _parameter(config, "batch_scheduler_policy")
-    chunked = _parameter(config, "enable_chunked_context")
+    # A placeholder that was not filled in stands for the backend's default, which is not known here: None.
+    policy, chunked = _parameter(config, "batch_scheduler_policy"), _parameter(config, "enable_chunked_context")
     return ModelFacts(
         inputs=frozenset(name for name in names if isinstance(name, str)) or ENSEMBLE,
         max_batch=batch if isinstance(batch, int) and batch > 0 else None,
-        # A template that nobody filled in stands for the backend's default, which this is not the place to know.
         no_evict={"guaranteed_no_evict": True, "max_utilization": False}.get(policy),
         chunked={"true": True, "false": False}.get(chunked),
     )
 
 
 def metrics(page: bytes) -> Metrics:
-    """From a page of Triton's metrics. One TensorRT-LLM model per server is read: the first."""
-    blocks, requests = _values(page, BLOCKS, "kv_cache_block_type"), _values(page, REQUESTS, "request_type")
+    """The numbers on a page of Triton's metrics, of its first TensorRT-LLM model."""
+    blocks, requests = _values(page, _BLOCKS, "kv_cache_block_type"), _values(page, _REQUESTS, "request_type")
     return Metrics(
         kv_blocks=blocks.get("max"),
         block_tokens=blocks.get("tokens_per"),
@@ -74,36 +66,35 @@ def metrics(page: bytes) -> Metrics:
     )
 
 
-def capacities(spec: EngineSpec, given: Given, facts: ModelFacts, measured: Metrics) -> tuple[EngineSpec, list[str]]:
-    """The engine as the core must know it, and notes on what was assumed.
+def engine_spec(
+    spec: EngineSpec, options: RemoteOptions, facts: ModelFacts, measured: Metrics
+) -> tuple[EngineSpec, list[str]]:
+    """The engine as the core needs it, and notes on what was assumed.
 
-    What the engine measures goes before what a user gave, which goes before what its configuration says (Triton's
-    max_batch_size is not TensorRT-LLM's, only near it), which goes before `spec`, the catalogue's engine.
+    Metrics go before options, which go before the configuration (Triton's max_batch_size is near TensorRT-LLM's, but
+    not the same), which goes before `spec`, the catalogue's engine.
     """
     notes = []
-    max_batch = measured.max_requests or given.max_batch or facts.max_batch
+    max_batch = measured.max_requests or options.max_batch or facts.max_batch
     if max_batch is None:
-        notes.append(f"the batch is taken to hold {spec.max_batch}: set engines.max_batch")
-    elif max_batch == facts.max_batch and not measured.max_requests and not given.max_batch:
-        notes.append(f"the batch is taken to hold max_batch_size = {max_batch}: set engines.max_batch if it differs")
-    block_tokens = measured.block_tokens or given.block_tokens or spec.block_tokens
-    kv_blocks = measured.kv_blocks or given.kv_blocks
+        notes.append(f"a batch of {spec.max_batch} is assumed: set engines.max_batch")
+    elif not measured.max_requests and not options.max_batch:
+        notes.append(f"a batch of max_batch_size = {max_batch} is assumed: set engines.max_batch if it differs")
+    block_tokens = measured.block_tokens or options.block_tokens or spec.block_tokens
+    kv_blocks = measured.kv_blocks or options.kv_blocks
     if kv_blocks is None:
         kv_blocks = spec.kv_blocks * spec.block_tokens // block_tokens
-        notes.append(
-            f"the KV cache is taken to hold {kv_blocks} blocks of {block_tokens} tokens: set engines.kv_blocks"
-        )
-    if given.max_context_tokens is None:
-        notes.append(f"the context is taken to hold {spec.max_context_tokens} tokens: set engines.max_context_tokens")
-    no_evict = facts.no_evict if given.no_evict is None else given.no_evict
+        notes.append(f"a KV cache of {kv_blocks} blocks of {block_tokens} tokens is assumed: set engines.kv_blocks")
+    if options.max_context_tokens is None:
+        notes.append(f"a context of {spec.max_context_tokens} tokens is assumed: set engines.max_context_tokens")
     known = replace(
         spec,
         kv_blocks=kv_blocks,
         block_tokens=block_tokens,
         max_batch=max_batch or spec.max_batch,
-        max_context_tokens=given.max_context_tokens or spec.max_context_tokens,
+        max_context_tokens=options.max_context_tokens or spec.max_context_tokens,
         chunked=bool(facts.chunked),
-        no_evict=bool(no_evict),
+        no_evict=bool(facts.no_evict),
     )
     return known, notes
 

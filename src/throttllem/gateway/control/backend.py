@@ -221,7 +221,7 @@ class Backend:
                 await self.engine.well()
                 return None
             except EngineError as error:
-                if not left or error.nobody_there:
+                if not left or error.unreachable:
                     return str(error)
             await asyncio.sleep(_NEXT_CHECK_S)
         return None

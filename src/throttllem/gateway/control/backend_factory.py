@@ -9,8 +9,9 @@ from throttllem.config import EngineEntry, Options
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.types import EngineSpec
+from throttllem.engines.base import RemoteOptions
 from throttllem.engines.openai import OpenaiEngine
-from throttllem.engines.remote import Remote
+from throttllem.engines.remote import remote_engine
 from throttllem.engines.simulated.fleet import Fleet
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.engines.triton.engine import TritonEngine
@@ -109,7 +110,7 @@ class BackendFactory:
             seed = (self.options.server.seed, entry.tp)
             return RealtimeEngine(spec, physics, noise=self.options.noise, seed=seed, gpu=gpu, name=name, now=self.now)
         assert entry.kind != "simulated"
-        return Remote(
+        options = RemoteOptions(
             url=entry.url,
             kind=entry.kind,
             served_as=entry.served_as,
@@ -121,4 +122,5 @@ class BackendFactory:
             max_context_tokens=entry.max_context_tokens,
             kv_blocks=entry.kv_blocks,
             block_tokens=entry.block_tokens,
-        ).engine(spec)
+        )
+        return remote_engine(options, spec)

@@ -41,10 +41,10 @@ from throttllem.core.types import (
 from throttllem.engines.base import EngineError
 from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
-from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.control.retry_after import RetryEstimator
 from throttllem.gateway.control.session import Session
 from throttllem.gateway.control.slo_attainment import SloAttainment, judged
+from throttllem.openai_api.errors import ApiError, internal_error
 
 log = logging.getLogger("throttllem.gateway")
 
@@ -193,7 +193,7 @@ class ControlLoop:
             self._forget(session)
         self._count(session, served=False if engine_failed else None)
 
-    def fail(self, session: Session, failure: RejectedError) -> None:
+    def fail(self, session: Session, failure: ApiError) -> None:
         """End a request from this side, if it has not ended."""
         if session.ended:
             return
@@ -320,7 +320,7 @@ class ControlLoop:
             return
         if session.backend is not None:
             session.energy_j = session.backend.left(request_id)
-        session.fail(rejections.refused(why, session.request, self.spec(), self.retry_after_s()))
+        session.fail(rejections.rejected(why, session.request, self.spec(), self.retry_after_s()))
         self._count(session, served=False)
 
     def _arm(self) -> None:
@@ -361,7 +361,7 @@ class ControlLoop:
             self._rebuild(backend)
         for request_id in self._affected(what):
             if session := self._sessions.get(request_id):
-                self.fail(session, rejections.broken())
+                self.fail(session, internal_error())
         if isinstance(what, Stepped):
             for request_id in what.finished:  # these have their output, but their places must be freed
                 self.handle(Cancelled(request_id=request_id))
@@ -448,7 +448,7 @@ class ControlLoop:
             except Exception:  # the limits must hold after it too
                 log.exception("limits were not enforced this time")
 
-    def overdue(self, session: Session, up_s: float, now_s: float) -> RejectedError | None:
+    def overdue(self, session: Session, up_s: float, now_s: float) -> ApiError | None:
         """What ends a request now, None if nothing does. `up_s`: when an engine was up last.
 
         A streamed output that has begun must go on; before that, and where output comes in one piece, any sign of life
@@ -457,14 +457,14 @@ class ControlLoop:
         limits = self.limits
         if session.dispatched_s is None or session.backend is None:
             if now_s - session.request.arrival_s > limits.queue_wait_s:
-                return rejections.waited_too_long(limits.queue_wait_s, self.retry_after_s())
+                return rejections.queue_timeout(limits.queue_wait_s, self.retry_after_s())
             if now_s - max(up_s, session.request.arrival_s) > limits.engine_wait_s:
                 return rejections.no_engine(next((one.trouble for one in self.backends if one.trouble), None))
             return None
         sign_s = max(session.backend.last_sign_s, session.dispatched_s)
         if session.streams and session.last_token_s is not None:
             sign_s = session.last_token_s
-        return rejections.silent(limits.silence_s) if now_s - sign_s > limits.silence_s else None
+        return rejections.engine_silent(limits.silence_s) if now_s - sign_s > limits.silence_s else None
 
     def _external_load(self, without_s: dict[int, float]) -> dict[int, float]:
         """Log when other clients have come into an engine. `without_s`: when each engine was last seen without them,
@@ -472,12 +472,12 @@ class ControlLoop:
         """
         now_s, found = self.now(), {}
         for view in self.controller.snapshot().engines:
-            found[view.engine] = since_s = now_s if view.foreign == 0 else without_s.get(view.engine, now_s)
+            found[view.engine] = since_s = now_s if view.external_sequences == 0 else without_s.get(view.engine, now_s)
             if now_s - since_s >= _EXTERNAL_S:
                 found[view.engine] = math.inf
                 log.warning(
                     "engine of TP %d: %d sequences in it are not ours: does another gateway or client use it?",
                     view.tp,
-                    view.foreign,
+                    view.external_sequences,
                 )
         return found

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from throttllem.core.types import Request, Slo
-from throttllem.engines.base import Connected, EngineError, LiveEngine, ParsedRequest, PromptCount
+from throttllem.engines.base import Connected, EngineError, LiveEngine, PromptCount
 from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.session import Session
+from throttllem.openai_api.requests import ParsedRequest
 
 _LOOK_AGAIN_S = 0.05
 
@@ -86,7 +87,7 @@ class Models:
         return most
 
     async def count(self, parsed: ParsedRequest) -> PromptCount:
-        """Tokens of a prompt. Raises RejectedError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
+        """Tokens of a prompt. Raises ApiError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
         if self.draining:
             raise rejections.draining()
         loop = self._loop(parsed.model)
@@ -109,8 +110,8 @@ class Models:
             backend.estimated(found.by)
         return found
 
-    def session(self, parsed: ParsedRequest, count: PromptCount, slo: Slo, caller: str) -> Session:
-        """The session of a controlled request, not yet handed to the core. Raises RejectedError (404, 503)."""
+    def session(self, parsed: ParsedRequest, count: PromptCount, slo: Slo) -> Session:
+        """The session of a controlled request, not yet handed to the core. Raises ApiError (404, 503)."""
         loop = self._loop(parsed.model)
         serving = loop.serving()
         connected = serving.connected if serving is not None else None
@@ -125,13 +126,13 @@ class Models:
             max_tokens=parsed.max_tokens or _default_max_tokens(parsed, count, connected),
             slo=slo,
             sequences=parsed.sequences,
-            caller=caller,
+            caller=parsed.caller,
             model=parsed.model,
         )
-        return Session(loop=loop, request=request, streams=parsed.stream, chat=parsed.messages)
+        return Session(loop=loop, request=request, streams=parsed.stream, chat=parsed.chat)
 
     def uncontrolled_engine(self, model: str | None) -> LiveEngine:
-        """The engine of a request without control (None: the first model). Raises RejectedError (404, 503)."""
+        """The engine of a request without control (None: the first model). Raises ApiError (404, 503)."""
         loop = self.served[0].loop if model is None else self._loop(model)
         backend = loop.serving()
         if backend is None:
@@ -185,5 +186,5 @@ class Models:
 def _default_max_tokens(parsed: ParsedRequest, count: PromptCount, connected: Connected) -> int:
     """The longest output where the client set no limit: the engine's default, or what the context leaves."""
     left = max(1, connected.spec.max_context_tokens - count.tokens)
-    default = None if parsed.messages else connected.default_max_tokens
+    default = None if parsed.chat else connected.default_max_tokens
     return left if default is None else min(default, left)

@@ -1,8 +1,8 @@
 """One controlled request at the gateway, from its arrival to its end. Ends exactly once.
 
-    async with models.session(parsed, count, slo) as session:   # RejectedError: the core will never place it
-        backend = await session.placed()                        # RejectedError: queue full, SLO unmeetable, no engine
-        ... session.tokens(n) for what the engine streams ...   # RejectedError: engine lost, silent for too long
+    async with models.session(parsed, count, slo) as session:   # ApiError: the core will never place it
+        backend = await session.placed()                        # ApiError: queue full, SLO unmeetable, no engine
+        ... session.tokens(n) for what the engine streams ...   # ApiError: engine lost, silent for too long
         receipt = session.finish(tokens)                        # leaving without it cancels the request
 
 It belongs to the task that entered it. The control loop interrupts that task if the request ends on its side.
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from throttllem.core.types import Request
 from throttllem.engines.base import EngineError
 from throttllem.gateway.control.backend import Backend
-from throttllem.gateway.control.rejections import RejectedError
 from throttllem.gateway.control.slo_attainment import Latencies
+from throttllem.openai_api.errors import ApiError
 
 if TYPE_CHECKING:
     from throttllem.gateway.control.loop import ControlLoop
@@ -54,7 +54,7 @@ class Session:
     generated_tokens: int = 0
     energy_j: float | None = None
     ended: bool = False
-    failure: RejectedError | None = None
+    failure: ApiError | None = None
     _placed: asyncio.Future[Backend] | None = None
     _task: asyncio.Task[object] | None = None
     _interrupted: bool = False
@@ -69,7 +69,7 @@ class Session:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Cancel what did not finish; RejectedError in place of an interruption by the control loop."""
+        """Cancel what did not finish; ApiError in place of an interruption by the control loop."""
         if not self.ended:
             self.loop.leave(self, error)
         if self._placed is not None and not self._placed.done():
@@ -120,7 +120,7 @@ class Session:
         if self._placed is not None and not self._placed.done():
             self._placed.set_result(backend)
 
-    def fail(self, failure: RejectedError) -> None:
+    def fail(self, failure: ApiError) -> None:
         """End it from the control loop: `placed` raises, or the task that relays the output is interrupted."""
         self.ended, self.failure = True, failure
         if self._placed is not None and not self._placed.done():

@@ -19,23 +19,22 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from throttllem.config import Options
-from throttllem.engines.base import Call, EngineError, Headers
+from throttllem.engines.base import Call, Headers
 from throttllem.gateway.control.models import Models
-from throttllem.gateway.http import openai_api as asks
 from throttllem.gateway.http import relay
 from throttllem.gateway.http.auth import Access
 from throttllem.gateway.http.errors import (
-    HttpError,
-    as_http,
-    detail,
     headers_too_large,
     not_allowed,
     not_found,
     unavailable,
 )
 from throttllem.gateway.http.exchange import Cause, Exchange, GoneError
-from throttllem.gateway.http.pages import MODELS, MetricsPage, Pages
+from throttllem.gateway.http.pages import MODELS, OPENAPI, MetricsPage, Pages
 from throttllem.gateway.http.protocol import CROWDED
+from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
+from throttllem.openai_api.errors import ApiError, as_api_error
+from throttllem.openai_api.requests import check_sequences, is_controlled, is_native, model_of, parse_request
 
 _log = logging.getLogger("throttllem.gateway")
 _SANE_ID = re.compile(r"[!-~]{1,128}")
@@ -113,11 +112,11 @@ class Gateway:
             except (GoneError, asyncio.CancelledError):
                 raise
             except Exception as error:
-                seen = as_http(error)
-                if seen.status == 500 and not isinstance(error, HttpError | EngineError):
+                seen = as_api_error(error)
+                if seen.status == 500 and not isinstance(error, ApiError):
                     _log.exception("request %s: %s %s", exchange.request_id, exchange.method, scope["path"])
                 elif seen.status > 500:
-                    _log.warning("request %s: %d %s", exchange.request_id, seen.status, detail(error))
+                    _log.warning("request %s: %d %s", exchange.request_id, seen.status, error)
                 await exchange.fail(seen)
         except asyncio.CancelledError:
             if exchange.cause is None:
@@ -142,7 +141,7 @@ class Gateway:
                 await exchange.abort()
             case Cause.SLOW:
                 headers = ((b"connection", b"close"),)
-                await exchange.fail(HttpError(408, "the request's body did not come in time", headers=headers))
+                await exchange.fail(ApiError(408, "the request's body did not come in time", headers=headers))
             case Cause.DRAINED:
                 await exchange.fail(self._drained())
 
@@ -155,7 +154,7 @@ class Gateway:
         if CROWDED in scope.get("extensions", {}) and scope["path"] != "/health":
             raise unavailable("too many connections", code="too_many_connections", retry_after_s=_CROWDED_RETRY_S)
 
-    def _drained(self) -> HttpError:
+    def _drained(self) -> ApiError:
         retry_after_s = max(1, math.ceil(self._limits.drain_s))
         return unavailable("the gateway is shutting down", code="draining", retry_after_s=retry_after_s)
 
@@ -171,12 +170,14 @@ class Gateway:
             return self._pages.health(exchange, draining=self.draining)
         access = self._access
         key_name = access.check(exchange.headers.get("authorization")) if access.guarded else None
-        if asks.controlled(path):
+        if is_controlled(path):
             if method != "POST":
                 raise not_allowed(method, path, "POST")
             return self._generate(exchange, path, key_name)
         if path == MODELS or path.startswith(MODELS + "/"):
             return self._pages.models(exchange, path)
+        if path == OPENAPI:
+            return self._pages.openapi(exchange)
         if self._options.server.metrics_port is None and (page := self._pages.find(exchange, path)) is not None:
             return page
         allow = _passed_methods(path)
@@ -190,22 +191,22 @@ class Gateway:
         """A request under control: read, counted, admitted by the core, sent to its engine, the reply relayed."""
         if self.draining:
             raise self._drained()
-        slo = asks.read_slo(exchange.headers, self._options.slo, self._options.classes)
+        slo = read_slo(exchange.headers, self._options.slo, self._options.classes)
         body = await exchange.read(self._limits.body_bytes)
-        wish = asks.read_wish(path, body, exchange.headers, key_name)
-        parsed = wish.ask
-        asks.check_sequences(parsed, self._models.max_sequences())
+        metrics = exchange.headers.get(METRICS_HEADER, "").strip() == "1"
+        parsed = parse_request(path, body, key_name=key_name, metrics=metrics)
+        check_sequences(parsed, self._models.max_sequences())
         exchange.attend()
         count = await self._models.count(parsed)
-        async with self._models.session(parsed, count, slo, wish.caller) as session:
+        async with self._models.session(parsed, count, slo) as session:
             backend = await session.placed()
             call = Call(
                 method="POST",
                 path=_target(exchange),
                 headers=self._headers(exchange),
-                body=wish.body,
+                body=parsed.body,
                 request_id=session.request.id,
-                ask=parsed,
+                request=parsed,
                 prompt_tokens=count.tokens,
                 max_tokens=parsed.max_tokens,
             )
@@ -214,8 +215,8 @@ class Gateway:
                     exchange,
                     reply,
                     session,
-                    native=asks.is_native(path),
-                    metrics=wish.metrics,
+                    native=is_native(path),
+                    metrics=parsed.metrics,
                     held_bytes=self._limits.body_bytes,
                 )
 
@@ -225,7 +226,7 @@ class Gateway:
             raise self._drained()
         body = await exchange.read(self._limits.body_bytes)
         native = _NATIVE_MODEL.fullmatch(path)
-        model = native[1] if native else asks.model_of(body)
+        model = native[1] if native else model_of(body)
         engine = self._models.uncontrolled_engine(model)
         exchange.attend()
         call = Call(method=exchange.method, path=_target(exchange), headers=self._headers(exchange), body=body)
@@ -275,14 +276,14 @@ def _request_id(scope: Scope) -> str:
 
 
 def _path(exchange: Exchange) -> str:
-    """The path, decoded once. Raises HttpError 404 for one that an engine might take for another than we do."""
+    """The path, decoded once. Raises ApiError 404 for one that an engine might take for another than we do."""
     raw = exchange.scope["raw_path"].decode("latin-1")
     path = unquote(raw, errors="replace")
     segments = path.split("/")
     odd = "." in segments or ".." in segments or "" in segments[1:-1] or _ODD.search(path) is not None
     if odd or len(segments) != raw.count("/") + 1 or not path.startswith("/") or not path.isprintable():
         raise not_found(exchange.method, raw)
-    if path.endswith("/") and asks.controlled(path.rstrip("/")):
+    if path.endswith("/") and is_controlled(path.rstrip("/")):
         raise not_found(exchange.method, raw)
     return path
 

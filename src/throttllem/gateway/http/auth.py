@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 
-from throttllem.gateway.http.errors import HttpError
+from throttllem.openai_api.errors import ApiError
 
 
 class Access:
@@ -17,14 +17,14 @@ class Access:
         """Whether a key is needed at all."""
 
     def check(self, authorization: str | None) -> str:
-        """A short name of the key that was shown. Raises HttpError 401. To be called where `guarded`."""
+        """A short name of the key that was shown. Raises ApiError 401. To be called where `guarded`."""
         scheme, _, key = (authorization or "").partition(" ")
         shown = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
         # Every key is compared, so that the time shows nothing of which came close.
         known = sum(hmac.compare_digest(shown, digest) for digest in self._digests)
         if scheme.lower() != "bearer" or not known:
             what = "no API key was given" if not key else "the API key is not known here"
-            raise HttpError(
+            raise ApiError(
                 401,
                 f"{what}; send one as 'Authorization: Bearer KEY'",
                 code="invalid_api_key",

@@ -11,7 +11,8 @@ from enum import StrEnum
 
 from starlette.types import Message, Receive, Scope, Send
 
-from throttllem.gateway.http.errors import ByteHeaders, HttpError, too_large
+from throttllem.gateway.http.errors import too_large
+from throttllem.openai_api.errors import ApiError, ByteHeaders
 
 ABORT = "throttllem.abort"
 """The scope's extension that ends a connection without waiting for what its client has not taken."""
@@ -58,7 +59,7 @@ class Exchange:
     # ---- the request -----------------------------------------------------------------------------------------
 
     async def read(self, most_bytes: int) -> bytes:
-        """The whole body. Raises HttpError 413 over the limit, GoneError if the client leaves."""
+        """The whole body. Raises ApiError 413 over the limit, GoneError if the client leaves."""
         announced = self.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > most_bytes:
             raise too_large(most_bytes)
@@ -139,7 +140,7 @@ class Exchange:
         await self.start(status, headers + own + closing)
         await self.finish(body)
 
-    async def fail(self, error: HttpError) -> None:
+    async def fail(self, error: ApiError) -> None:
         """Send an error in the way that is still open: as the response, as an event, or by breaking off."""
         if self.finished:
             return
@@ -149,7 +150,7 @@ class Exchange:
         elif self.events:
             # An event that was broken off must not swallow this one.
             gap = b"" if not self.last or self.last.endswith(b"\n\n") else b"\n\n"
-            await self.finish(gap + b"data: " + error.body + b"\n\n")
+            await self.finish(gap + error.event)
         else:
             await self.abort()
 

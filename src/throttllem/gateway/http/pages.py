@@ -9,14 +9,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from starlette.routing import Match, Route
 
 from throttllem.gateway.control.models import Models
-from throttllem.gateway.control.rejections import MODEL_SHOWN
-from throttllem.gateway.http.errors import ByteHeaders, HttpError, not_allowed, not_found
+from throttllem.gateway.control.rejections import MODEL_CHARACTERS
+from throttllem.gateway.http import openapi
+from throttllem.gateway.http.errors import not_allowed, not_found
 from throttllem.gateway.http.exchange import Exchange
 from throttllem.gateway.telemetry.status import GatewayStatus, gateway_status
+from throttllem.openai_api.errors import ApiError, ByteHeaders
 
 MetricsPage = Callable[[GatewayStatus], tuple[str, bytes]]
 """Content type and body of `/metrics`."""
 MODELS = "/v1/models"
+OPENAPI = "/openapi.json"
 _JSON: ByteHeaders = ((b"content-type", b"application/json"),)
 
 
@@ -37,6 +40,11 @@ class Pages:
         state = "draining" if draining else "ok" if seen.up and not seen.degraded else "degraded"
         body = {"status": state, "engines_up": seen.up, "engines": seen.engines, "version": seen.version}
         await exchange.answer(503 if draining or not seen.up else 200, _JSON, json.dumps(body).encode())
+
+    async def openapi(self, exchange: Exchange) -> None:
+        """`/openapi.json`."""
+        _only(exchange, "GET, HEAD")
+        await exchange.answer(200, _JSON, openapi.body(self._models.health().version))
 
     def find(self, exchange: Exchange, path: str) -> Awaitable[None] | None:
         """What serves `/metrics` or a further route; None if the path is none of them."""
@@ -68,8 +76,8 @@ class Pages:
             name = path.removeprefix(MODELS + "/")
             body = next((entry for entry in entries if entry["id"] == name), None)
             if body is None:
-                raise HttpError(
-                    404, f"the model {name[:MODEL_SHOWN]!r} does not exist", param="model", code="model_not_found"
+                raise ApiError(
+                    404, f"the model {name[:MODEL_CHARACTERS]!r} does not exist", param="model", code="model_not_found"
                 )
         await exchange.answer(200, _JSON, json.dumps(body).encode())
 

@@ -16,8 +16,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from throttllem.config import LimitOptions
-from throttllem.gateway.http.errors import HttpError, headers_too_large
+from throttllem.gateway.http.errors import headers_too_large
 from throttllem.gateway.http.exchange import ABORT
+from throttllem.openai_api.errors import ApiError
 
 CROWDED = "throttllem.crowded"
 """The scope's extension that says: more connections are open than limits.connections."""
@@ -163,7 +164,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP."""
-        self._break_off(HttpError(400, msg))
+        self._break_off(ApiError(400, msg))
 
     def _head_read(self) -> None:
         self._head_bytes = None
@@ -171,7 +172,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _break_off(self, error: HttpError) -> None:
+    def _break_off(self, error: ApiError) -> None:
         self._head_read()
         if self.cycle is not None and not self.cycle.response_complete:
             # The answer to an earlier request is on its way; another in its midst would be garbage.

@@ -13,11 +13,10 @@ from dataclasses import asdict
 import pydantic_core
 
 from throttllem.engines.base import EngineError, Reply
-from throttllem.engines.sse import Splitter, is_whole
 from throttllem.gateway.control.session import Receipt, Session
-from throttllem.gateway.http.errors import ByteHeaders
 from throttllem.gateway.http.exchange import Exchange
-from throttllem.gateway.http.token_events import Meter
+from throttllem.openai_api.errors import ByteHeaders
+from throttllem.openai_api.event_stream import Meter, Splitter, is_done, is_whole
 
 
 def relay(
@@ -46,7 +45,7 @@ def relay(
 async def _error(exchange: Exchange, reply: Reply) -> None:
     await forward(exchange, reply)
     if reply.status >= 500:
-        raise EngineError(f"the engine answered {reply.status}", told=f"the engine answered {reply.status}")
+        raise EngineError(f"the engine answered {reply.status}", message=f"the engine answered {reply.status}")
 
 
 async def _events(
@@ -94,7 +93,7 @@ async def _end(exchange: Exchange, rest: bytes, *, cut_off: bool, failed: bool) 
     if cut_off:
         if rest:
             await exchange.write(rest)
-        raise EngineError("the engine's stream ended before its output did", told="the engine broke off")
+        raise EngineError("the engine's stream ended before its output did", message="the engine broke off")
     await exchange.finish(rest)
     if failed:
         raise EngineError("the engine reported an error in its stream")
@@ -156,7 +155,7 @@ class _Held:
         """What may go now; with a receipt, everything that is whole, the metrics in the last event of data."""
         ready: list[bytes] = []
         for event in self._events.feed(chunk):
-            done = event.startswith((b"data: [DONE]", b"data:[DONE]"))
+            done = is_done(event)
             if not is_whole(event):
                 ready += [*self._kept, event]
                 self._kept = []
@@ -199,7 +198,7 @@ async def _next(reply: Reply, silence_s: float | None) -> bytes:
 def silent(seconds: float) -> EngineError:
     """The engine sent nothing for `seconds`."""
     said = f"the engine gave nothing for {seconds:g} s (limits.silence_s)"
-    return EngineError(said, status=504, told=said)
+    return EngineError(said, status=504, message=said)
 
 
 def _with_metrics(fields: dict[str, object], receipt: Receipt) -> dict[str, object]:

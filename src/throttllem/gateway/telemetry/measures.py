@@ -129,7 +129,7 @@ _ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (
     (
         "throttllem_external_sequences",
         "Sequences of other clients in the engine.",
-        _of_view(lambda view: view.foreign),
+        _of_view(lambda view: view.external_sequences),
     ),
     ("throttllem_drift_requests", "Batch: engine minus scoreboard, last.", lambda engine: engine.drift.batch),
     ("throttllem_drift_kv_blocks", "KV: engine minus scoreboard, last.", lambda engine: engine.drift.kv_blocks),

@@ -180,8 +180,10 @@ def _engine_status(loop: ControlLoop, backend: Backend, snapshot: Snapshot) -> E
     notes = [*(connected.notes if connected else ()), *assumptions(loop, backend), *_clock_notes(reading)]
     if backend.estimated_prompts:
         notes.append(f"the tokens of {backend.estimated_prompts} prompts were estimated, not counted")
-    if view is not None and view.foreign > 0:
-        notes.append(f"{view.foreign} sequences in this engine are not ours: does another gateway or client use it?")
+    if view is not None and view.external_sequences > 0:
+        notes.append(
+            f"{view.external_sequences} sequences in this engine are not ours: does another gateway or client use it?"
+        )
     state, trouble = backend.health(loop.limits.silence_s)
     return EngineStatus(
         name=backend.name,

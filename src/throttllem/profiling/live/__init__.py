@@ -1,1 +1,1 @@
-"""Profiles a live engine over HTTP."""
+"""Profiles a live engine."""

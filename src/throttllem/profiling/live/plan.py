@@ -1,35 +1,45 @@
-"""What to measure of a live engine, coarse first: batches held at several contexts, and prompts sent into them.
+"""The points of a live profile: batches held at several contexts, and the prompts sent into them.
 
-Every point fits the engine: batch, context and KV cache, its answers and its bursts of prompts included. Knows nothing
-of HTTP or time.
+Every point fits the engine: batch, context and KV cache, its outputs and its prompts included. Knows nothing of HTTP
+or time.
 """
+
+# The order of points. A batch size and a context (a fill between the shortest and the longest that fits) span a square.
+# Level 0 is its corners, level 1 halves both axes, and so on: a run that ends early has covered everything coarsely.
+# After the new points of each of the first levels comes one of prompts alone, at lengths halfway between the earlier
+# ones. Within a level the order is random, so that time (a GPU that warms up) and load do not correlate.
+#
+# Room. A point needs outputs that last for everything that is measured. Where a batch has no room for that beside a few
+# tokens of context, it is measured less: fewer bursts, shorter windows, in the end decode steps alone.
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from throttllem.core.types import EngineSpec
-from throttllem.profiling.measure import MIN_PREFILL_TOKENS, batch_sizes
+from throttllem.profiling.measure import MIN_PREFILL_TOKENS, batch_sizes, blocks
 
-LONE_ANSWER_TOKENS = 8
-BURST_ANSWER_TOKENS = 1
+LONE_OUTPUT_TOKENS = 8
+BURST_OUTPUT_TOKENS = 1
 """A prompt of a burst ends with its first token: the steps around it are those of the batch alone."""
 LEVELS = 6
+LONE_LEVELS = 3
 SLACK_TOKENS = 32
 WINDOW_STEPS = 16
-"""Steps that one row may take the mean of, where their times are not the engine's own."""
+"""Most steps of one window, where steps are not timed by the engine itself."""
 POINTS = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivePlan:
-    """How much to measure: so many `points`, or for so many `seconds` (None: no such bound).
+    """How much to measure: at most this many `points`, within `seconds` (None: no such bound; one must be given).
 
-    `steps` are decode rows of a point, `bursts` prompts or groups of prompts sent into it.
+    `steps` are the decode iterations of a point, `bursts` the prompts or groups of prompts sent into it.
     """
 
     points: int | None = POINTS
@@ -59,9 +69,9 @@ class Burst:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivePoint:
-    """`batch` answers of up to `output_tokens` over prompts of `context_tokens`, and the bursts sent meanwhile.
+    """`batch` outputs of up to `output_tokens` over prompts of `context_tokens`, and the bursts sent meanwhile.
 
-    `batch` 0: each burst is one prompt in an engine that has nothing else to do.
+    `batch` 0: each burst is one prompt in an otherwise idle engine.
     """
 
     number: int
@@ -71,93 +81,87 @@ class LivePoint:
     bursts: tuple[Burst, ...]
 
 
-def live_points(spec: EngineSpec, plan: LivePlan) -> Iterator[LivePoint]:
-    """All points in order: the corners, then what lies midway, and again. Same spec and plan, same points.
+@dataclass(frozen=True, slots=True)
+class _Effort:
+    """What a batch has room for: bursts, steps of a window, and the longest context (0: none)."""
+
+    bursts: int
+    window_steps: int
+    most_context: int
+
+
+def live_points(spec: EngineSpec, plan: LivePlan) -> list[LivePoint]:
+    """The points in order. Same spec and plan, same points.
 
     Raises ValueError for an engine too small to hold the shortest request.
     """
-    rng = np.random.default_rng([plan.seed, spec.tp])
-    shapes = (shape for level in range(LEVELS + 1) for shape in _level(spec, plan, level, rng))
-    found = 0
-    for number, shape in enumerate(shapes):
-        found += 1
-        yield _point(number, shape, spec, plan, rng)
-    if not found:
+    points = list(islice(_all_points(spec, plan), plan.points))
+    if not points:
         raise ValueError("the engine is too small to be profiled: its context or KV cache holds no request")
+    return points
 
 
-def points_in_all(spec: EngineSpec, plan: LivePlan) -> int:
-    """How many points there are until the plan's number is reached."""
-    count = sum(1 for _ in live_points(spec, plan))
-    return count if plan.points is None else min(count, plan.points)
-
-
-def blocks(tokens: int, spec: EngineSpec) -> int:
-    """KV blocks of so many tokens of one request."""
-    return -(-tokens // spec.block_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """A batch and how far its context lies between the least and the most (None: lone prompts, of this level)."""
-
-    batch: int
-    fill: float | None
-    level: int
-
-
-def _level(spec: EngineSpec, plan: LivePlan, level: int, rng: np.random.Generator) -> list[_Shape]:
-    """What is new at this level, in an order that is spread over it; lone prompts last."""
-    known = set() if level == 0 else _grid(spec, plan, level - 1)
-    new = [_Shape(batch, fill, level) for batch, fill in sorted(_grid(spec, plan, level) - known)]
-    lone = [_Shape(0, None, level)] if level < 3 and _lone_most(spec) >= 1 else []
-    order = range(len(new)) if level == 0 else rng.permutation(len(new))
-    return [*(new[int(place)] for place in order), *lone]
+def _all_points(spec: EngineSpec, plan: LivePlan) -> Iterator[LivePoint]:
+    rng = np.random.default_rng([plan.seed, spec.tp])
+    number, known = 0, set[tuple[int, float]]()
+    for level in range(LEVELS + 1):
+        grid = _grid(spec, plan, level)
+        shapes = sorted(grid - known)
+        known = grid
+        order = range(len(shapes)) if level == 0 else rng.permutation(len(shapes))
+        for place in order:
+            yield _batch_point(number, *shapes[int(place)], spec, plan, rng)
+            number += 1
+        if level < LONE_LEVELS and _longest_lone(spec) >= 1:
+            lengths = _spread(_longest_lone(spec), 4 * 2**level, skip=level > 0)
+            bursts = tuple(Burst(count=1, tokens=tokens) for tokens in lengths)
+            yield LivePoint(number=number, batch=0, context_tokens=0, output_tokens=LONE_OUTPUT_TOKENS, bursts=bursts)
+            number += 1
 
 
 def _grid(spec: EngineSpec, plan: LivePlan, level: int) -> set[tuple[int, float]]:
-    sizes = [size for size in batch_sizes(spec.max_batch) if _effort(size, 0.0, spec, plan)[2] >= 1]
+    """Batch size and fill of every point up to this level."""
+    sizes = [size for size in batch_sizes(spec.max_batch) if _effort(size, 0.0, spec, plan).most_context >= 1]
     shares = [step / 2**level for step in range(2**level + 1)]
     return {(sizes[round(share * (len(sizes) - 1))], fill) for share in shares for fill in shares if sizes}
 
 
-def _point(number: int, shape: _Shape, spec: EngineSpec, plan: LivePlan, rng: np.random.Generator) -> LivePoint:
-    if shape.fill is None:
-        lengths = _spread(_lone_most(spec), 4 * 2**shape.level, skip=shape.level > 0)
-        alone = tuple(Burst(count=1, tokens=tokens) for tokens in lengths)
-        return LivePoint(number=number, batch=0, context_tokens=0, output_tokens=LONE_ANSWER_TOKENS, bursts=alone)
-    bursts, row_steps, most = _effort(shape.batch, shape.fill, spec, plan)
-    context = _between(min(MIN_PREFILL_TOKENS, most), most, 4 * spec.block_tokens, shape.fill)
-    answer = _answer_tokens(shape.batch, context, bursts, row_steps, spec, plan)
-    room = spec.kv_blocks - shape.batch * blocks(context + answer, spec)
-    # The end of the hull where it costs least: the largest prefill that fits beside short contexts.
-    ends = [1.0] if shape.fill == 0 and bursts else []
-    shares = [*ends, *rng.random(bursts - len(ends))]
-    drawn = [_burst(shape.batch, share, room, spec, rng) for share in shares]
+def _batch_point(
+    number: int, batch: int, fill: float, spec: EngineSpec, plan: LivePlan, rng: np.random.Generator
+) -> LivePoint:
+    effort = _effort(batch, fill, spec, plan)
+    most = effort.most_context
+    context = _between(min(MIN_PREFILL_TOKENS, most), most, 4 * spec.block_tokens, fill)
+    output = _output_tokens(batch, context, effort.bursts, effort.window_steps, spec, plan)
+    room = spec.kv_blocks - batch * blocks(context + output, spec)
+    # The largest prefill is measured where it costs least: beside short contexts.
+    ends = [1.0] if fill == 0 and effort.bursts else []
+    shares = [*ends, *rng.random(effort.bursts - len(ends))]
+    drawn = [_burst(batch, share, room, spec, rng) for share in shares]
     return LivePoint(
         number=number,
-        batch=shape.batch,
+        batch=batch,
         context_tokens=context,
-        output_tokens=answer,
+        output_tokens=output,
         bursts=tuple(burst for burst in drawn if burst is not None),
     )
 
 
 def _burst(batch: int, share: float, room: int, spec: EngineSpec, rng: np.random.Generator) -> Burst | None:
-    """Prompts that join `batch` rows whole in one iteration and find their blocks among `room`; None: none can."""
+    """Prompts that join `batch` sequences whole in one iteration and fit `room` blocks; None if none can."""
     slots, budget = spec.max_batch - batch, spec.prefill_budget_tokens - batch
     more = int(rng.geometric(0.6)) - 1
-    longest = spec.max_context_tokens - BURST_ANSWER_TOKENS
+    longest = spec.max_context_tokens - BURST_OUTPUT_TOKENS
     if slots < 1 or budget < 1 or room < 1 or longest < 1:
         return None
     tokens = _between(min(MIN_PREFILL_TOKENS, budget), budget, spec.prefill_budget_tokens / 32, share)
     count = min(slots, tokens, room, math.ceil(tokens / longest) + more)
-    each = min(tokens // count, longest, room // count * spec.block_tokens - BURST_ANSWER_TOKENS)
+    each = min(tokens // count, longest, room // count * spec.block_tokens - BURST_OUTPUT_TOKENS)
     return Burst(count=count, tokens=each) if each >= 1 else None
 
 
-def _lone_most(spec: EngineSpec) -> int:
-    held = min(spec.max_context_tokens, spec.kv_blocks * spec.block_tokens) - LONE_ANSWER_TOKENS
+def _longest_lone(spec: EngineSpec) -> int:
+    held = min(spec.max_context_tokens, spec.kv_blocks * spec.block_tokens) - LONE_OUTPUT_TOKENS
     return min(held, spec.prefill_budget_tokens)
 
 
@@ -168,39 +172,36 @@ def _spread(most: int, count: int, *, skip: bool) -> list[int]:
     return list(dict.fromkeys(lengths[1::2] if skip else lengths))
 
 
-def _effort(batch: int, fill: float, spec: EngineSpec, plan: LivePlan) -> tuple[int, int, int]:
-    """Bursts, steps of a row and the longest context: as much as a batch has room for beside a few tokens of context.
-
-    All that is measured needs answers that go on for longer; in the fullest cache their room is better filled.
-    """
-    tried = ((plan.bursts, WINDOW_STEPS), (plan.bursts // 2, WINDOW_STEPS // 2), (0, WINDOW_STEPS // 2), (0, 2))
+def _effort(batch: int, fill: float, spec: EngineSpec, plan: LivePlan) -> _Effort:
+    """As much as a batch has room for. The fullest cache is for context, so there is only the least effort."""
+    efforts = ((plan.bursts, WINDOW_STEPS), (plan.bursts // 2, WINDOW_STEPS // 2), (0, WINDOW_STEPS // 2), (0, 2))
     most = 0
-    for bursts, row_steps in tried if fill < 1 else tried[2:]:
-        most = _most_context(batch, bursts, row_steps, spec, plan)
+    for bursts, window_steps in efforts if fill < 1 else efforts[2:]:
+        most = _most_context(batch, bursts, window_steps, spec, plan)
         if most >= MIN_PREFILL_TOKENS:
-            return bursts, row_steps, most
-    return 0, 2, most
+            return _Effort(bursts, window_steps, most)
+    return _Effort(0, 2, most)
 
 
-def _most_context(batch: int, bursts: int, row_steps: int, spec: EngineSpec, plan: LivePlan) -> int:
-    """The longest context of `batch` answers that context and KV cache have room for; 0: there is none."""
+def _most_context(batch: int, bursts: int, window_steps: int, spec: EngineSpec, plan: LivePlan) -> int:
+    """The longest context of `batch` outputs that context and KV cache have room for; 0: there is none."""
     each = min(spec.max_context_tokens, spec.kv_blocks // batch * spec.block_tokens)
     low, high = 0, each
     while low < high:
         middle = (low + high + 1) // 2
-        if middle + _answer_tokens(batch, middle, bursts, row_steps, spec, plan) <= each:
+        if middle + _output_tokens(batch, middle, bursts, window_steps, spec, plan) <= each:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _answer_tokens(
-    batch: int, context_tokens: int, bursts: int, row_steps: int, spec: EngineSpec, plan: LivePlan
+def _output_tokens(
+    batch: int, context_tokens: int, bursts: int, window_steps: int, spec: EngineSpec, plan: LivePlan
 ) -> int:
-    """Enough to outlast the arrival of all prompts, what is measured, and the bursts."""
+    """Enough to outlast the arrival of all prompts, the decode windows, and the bursts."""
     arrival = 2 * math.ceil(batch * context_tokens / max(1, spec.prefill_budget_tokens - batch))
-    return arrival + batch // 4 + row_steps * plan.steps + 64 * bursts + SLACK_TOKENS
+    return arrival + batch // 4 + window_steps * plan.steps + 64 * bursts + SLACK_TOKENS
 
 
 def _between(low: int, high: int, shift: float, share: float) -> int:

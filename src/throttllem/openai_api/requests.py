@@ -1,0 +1,259 @@
+"""Reads completion and chat requests of OpenAI's API, and Triton's native `generate` ones, into a ParsedRequest.
+
+Checks only the fields that admission and scheduling depend on; every other field is the engine's to check. The body
+goes on to the engine as it came, unless it holds the gateway's own field `throttllem`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import from_json
+
+from throttllem.openai_api.errors import ApiError, invalid
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+NATIVE = re.compile(r"/v2/models/([^/]+)(?:/versions/[^/]+)?/generate(_stream)?")
+"""Triton's native paths: the model, and whether the answer may be streamed."""
+COMPLETION_TOKENS = 16
+"""The output tokens of a completion that names no limit, by OpenAI's API."""
+OWN_FIELD = "throttllem"
+_LARGEST = 2**31 - 1
+_MOST_PARTS = 200_000
+"""Lists and objects, or keys, of a large body. JSON is parsed on the event loop, and the parser holds the interpreter's
+lock, so a thread would not help: 8 MB of brackets take 0.7 s, this many under 0.1 s.
+"""
+_SMALL_BYTES = 100_000
+"""A body up to this size cannot hold too many parts."""
+_MOST_SEQUENCES = 4096
+"""Sequences of one request while no engine has reported its batch size."""
+_CALLER_CHARACTERS = 64
+_COMPLETION_COUNTS = ("max_tokens", "n", "best_of")
+_CHAT_COUNTS = ("max_tokens", "max_completion_tokens", "n")
+
+Prompts = tuple[str | tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedRequest:
+    """A request under control. `fields` are its JSON fields without the gateway's own, `body` the bytes for the engine.
+
+    `prompts` are texts or token ids (none for a chat, whose messages are in `fields`). `max_tokens` None: the client
+    named no limit. `choices`: answers per prompt. `include_usage`: the stream ends with a usage chunk. `caller`: a name
+    of the API key, or the client's `user`, "" if neither. `metrics`: the answer shall carry the gateway's metrics.
+    """
+
+    path: str
+    model: str
+    fields: dict[str, Any] = field(repr=False)
+    body: bytes = field(repr=False)
+    prompts: Prompts = ()
+    chat: bool = False
+    max_tokens: int | None = None
+    choices: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    caller: str = ""
+    metrics: bool = False
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that the engine generates side by side."""
+        return max(1, len(self.prompts)) * self.choices
+
+
+def is_controlled(path: str) -> bool:
+    """Whether a POST to this path goes through the control core."""
+    return path in (COMPLETIONS, CHAT) or is_native(path)
+
+
+def is_native(path: str) -> bool:
+    """Whether this is one of Triton's native paths."""
+    return NATIVE.fullmatch(path) is not None
+
+
+def parse_request(path: str, body: bytes, *, key_name: str | None = None, metrics: bool = False) -> ParsedRequest:
+    """The request with this path (no query) and body. `key_name`: the API key's name; `metrics`: asked for by header.
+
+    Raises ApiError 400 naming the field. Called for every request: a plain one costs a handful of calls.
+    """
+    fields = _json_object(body)
+    if OWN_FIELD in fields:
+        metrics = _wants_metrics(fields.pop(OWN_FIELD)) or metrics
+        body = _json_bytes(fields)
+    user = fields.get("user")
+    caller = key_name or (_caller(user) if user else "")
+    read = _openai_request if path in (COMPLETIONS, CHAT) else _native_request
+    return read(path, fields, body, caller, metrics)
+
+
+def check_sequences(request: ParsedRequest, most: int | None) -> None:
+    """Refuse more sequences than `most`, the largest batch of any engine (None: not known). Raises ApiError 400."""
+    most = _MOST_SEQUENCES if most is None else most
+    if request.sequences > most:
+        raise invalid(
+            f"{len(request.prompts) or 1} prompts with {request.choices} answers each; at most {most} answers run side "
+            "by side: ask for fewer at a time",
+            "prompt" if len(request.prompts) > most else "n",
+            code="too_many_sequences",
+        )
+
+
+def model_of(body: bytes) -> str | None:
+    """The model that a request outside of control names in its JSON body; None if it names none.
+
+    Raises ApiError 400 for a body that would take too long to read.
+    """
+    if body.lstrip()[:1] != b"{":
+        return None
+    _check_parts(body)
+    try:
+        model = from_json(body).get("model")
+    except ValueError:
+        return None
+    return model if isinstance(model, str) else None
+
+
+def stop_texts(request: ParsedRequest) -> tuple[str, ...]:
+    """The texts at which the answer ends. Raises ApiError 400 if `stop` is neither a text nor a list of texts.
+
+    For engines that generate answers here; the gateway leaves the field to the engine.
+    """
+    stop = request.fields.get("stop")
+    texts = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise invalid("stop: must be a text or a list of texts", "stop")
+    return tuple(text for text in texts if text)
+
+
+def _openai_request(path: str, fields: dict[str, Any], body: bytes, caller: str, metrics: bool) -> ParsedRequest:
+    chat, model, stream = path == CHAT, fields.get("model"), fields.get("stream")
+    if not isinstance(model, str) or not model:
+        raise invalid("model: must be the name of a model", "model")
+    _check_counts(fields, _CHAT_COUNTS if chat else _COMPLETION_COUNTS)
+    limit, choices = fields.get("max_tokens"), fields.get("n") or 1
+    prompts: Prompts = ()
+    if chat:
+        limit = fields.get("max_completion_tokens") or limit
+        messages = fields.get("messages")
+        if not isinstance(messages, list) or {*map(type, messages)} != {dict}:
+            raise invalid("messages: must be a list of at least one message object", "messages")
+    else:
+        prompt = fields.get("prompt")
+        prompts = (prompt,) if isinstance(prompt, str) else _prompts(prompt)
+        choices = max(choices, fields.get("best_of") or 1)
+    if stream is not None and not isinstance(stream, bool):
+        raise invalid("stream: must be true or false", "stream")
+    options = fields.get("stream_options")
+    return ParsedRequest(
+        path=path,
+        model=model,
+        fields=fields,
+        body=body,
+        prompts=prompts,
+        chat=chat,
+        max_tokens=limit,
+        choices=choices,
+        stream=bool(stream),
+        include_usage=isinstance(options, dict) and options.get("include_usage") is True,
+        caller=caller,
+        metrics=metrics,
+    )
+
+
+def _native_request(path: str, fields: dict[str, Any], body: bytes, caller: str, metrics: bool) -> ParsedRequest:
+    """A call of Triton's `generate` or `generate_stream`; a tensor of one element may be written as a list."""
+    match = NATIVE.fullmatch(path)
+    if match is None:
+        raise ApiError(404, f"{path} takes no completion and no chat", code="not_found")
+    texts, limit, stream = fields.get("text_input"), fields.get("max_tokens"), fields.get("stream")
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or {*map(type, texts)} != {str}:
+        raise invalid("text_input must be a text", "text_input")
+    limit = limit[0] if isinstance(limit, list) and len(limit) == 1 else limit
+    _check_counts({"max_tokens": limit}, ("max_tokens",))
+    # generate_stream without "stream": true sends the whole answer as one event, which is no token.
+    streams = match[2] is not None and stream is not None
+    if streams and not isinstance(stream, bool):
+        raise invalid("stream: must be true or false", "stream")
+    return ParsedRequest(
+        path=path,
+        model=match[1],
+        fields=fields,
+        body=body,
+        prompts=tuple(texts),
+        max_tokens=limit,
+        stream=streams and bool(stream),
+        caller=caller,
+        metrics=metrics,
+    )
+
+
+def _check_counts(fields: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        count = fields.get(name)
+        # type() rather than isinstance: true is no number.
+        if count is not None and (type(count) is not int or not 1 <= count <= _LARGEST):
+            raise invalid(f"{name}: must be a whole number from 1 to {_LARGEST}", name)
+
+
+def _prompts(value: Any) -> Prompts:
+    """The three shapes of a prompt besides a text: texts, token ids, lists of token ids."""
+    if isinstance(value, list) and value:
+        if {*map(type, value)} == {str}:
+            return tuple(value)
+        each = value if isinstance(value[0], list) else [value]
+        if all(isinstance(ids, list) and _are_token_ids(ids) for ids in each):
+            return tuple(map(tuple, each))
+    message = "prompt: must be a string, a list of strings, token ids, or a list of lists of token ids"
+    raise invalid(message, "prompt")
+
+
+def _are_token_ids(ids: list[Any]) -> bool:
+    return {*map(type, ids)} == {int} and min(ids) >= 0 and max(ids) <= _LARGEST
+
+
+def _caller(user: object) -> str:
+    """The caller in at most `_CALLER_CHARACTERS`; two long names stay different."""
+    if not isinstance(user, str):
+        return ""
+    if len(user) <= _CALLER_CHARACTERS:
+        return user
+    digest = hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{user[: _CALLER_CHARACTERS - len(digest) - 1]}~{digest}"
+
+
+def _wants_metrics(value: object) -> bool:
+    if not isinstance(value, dict) or value.keys() - {"metrics"} or not isinstance(value.get("metrics", False), bool):
+        raise invalid(f"{OWN_FIELD}: must be an object with the one key metrics, true or false", OWN_FIELD)
+    return bool(value.get("metrics"))
+
+
+def _check_parts(body: bytes) -> None:
+    if max(body.count(b"[") + body.count(b"{"), body.count(b":")) > _MOST_PARTS:
+        raise invalid(f"the body has more lists, objects or keys than {_MOST_PARTS}")
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    if len(body) > _SMALL_BYTES:
+        _check_parts(body)
+    try:
+        fields = from_json(body)
+    except ValueError as error:
+        raise invalid(f"the body is not JSON: {str(error)[:200]}") from error
+    if not isinstance(fields, dict):
+        raise invalid("the body must be a JSON object")
+    return fields
+
+
+def _json_bytes(fields: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(fields, separators=(",", ":")).encode()
+    except ValueError as error:
+        # Python refuses to write an integer of thousands of digits, which it has read.
+        raise invalid(f"the body cannot be written again: {error}") from error

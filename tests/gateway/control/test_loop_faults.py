@@ -1,0 +1,274 @@
+"""The core, or a command of it, fails: the requests that it was about end, the engine's state is built again, and
+service goes on.
+"""
+
+import asyncio
+import json
+
+import pytest
+
+from gateway.rig import outcome, rig, virtually
+from tests.gateway.peer import answers, stream_and_whole, until, with_peer
+from throttllem.core.types import (
+    Arrived,
+    Cancelled,
+    ClockRead,
+    Dispatch,
+    EngineLost,
+    EngineReady,
+    Observed,
+    Progressed,
+    Stepped,
+    Timer,
+)
+
+
+def failing(it, fails):
+    """The core fails at every event that `fails` is true of; those events."""
+    healthy, failed = it.loop.controller.handle, []
+
+    def handle(event, now_s):
+        if fails(event):
+            failed.append(event)
+            raise ZeroDivisionError("a fault of the core")
+        return healthy(event, now_s)
+
+    it.loop.controller.handle = handle
+    return failed
+
+
+def healed(it):
+    del it.loop.controller.handle
+
+
+# ---- the requests that an event or a command is about --------------------------------------------------------
+
+
+def test_a_failure_at_an_arrival_ends_that_request_and_no_other(caplog):
+    async def run():
+        async with rig() as it:
+            await it.up()
+            other = asyncio.ensure_future(outcome(it.request(tokens=30)))
+            await asyncio.sleep(0.05)
+            failing(it, lambda event: isinstance(event, Arrived))
+            first = await outcome(it.request())
+            healed(it)
+            return first, await other, await outcome(it.request()), it.loop.open(), it.seen.calls
+
+    first, other, after, still_open, calls = virtually(run())
+    assert (first, other, after, still_open) == ("internal_error", "served", "served", ())
+    assert "the control core failed at Arrived" in caplog.text
+    assert [type(event) for _, event, commands in calls if commands is None] == [Arrived]
+
+
+def test_a_failure_at_a_cancellation_leaves_nothing_open():
+    async def run():
+        async with rig(max_batch=1) as it:
+            await it.up()
+            failed = failing(it, lambda event: isinstance(event, Cancelled) and not failed)
+            async with it.session() as session:
+                await session.placed()
+            assert len(failed) == 1
+            return it.loop.open(), it.seen.ends
+
+    still_open, ends = virtually(run())
+    assert still_open == ()
+    assert len(ends) == 1
+
+
+def test_a_failure_at_one_request_from_within_another_ends_the_one_it_was_about():
+    """Ending the first lets the second in; the core fails at the step in which the second starts."""
+
+    async def run():
+        async with rig(max_batch=1) as it:
+            await it.up()
+            first = asyncio.ensure_future(outcome(it.request(tokens=10)))
+            second = asyncio.ensure_future(outcome(it.request(tokens=10)))
+            await asyncio.sleep(0)
+            failing(it, lambda event: isinstance(event, Stepped) and 2 in event.started)
+            ends = await asyncio.gather(first, second)
+            healed(it)
+            return ends
+
+    assert virtually(run()) == ["served", "internal_error"]
+
+
+def test_a_failure_at_a_step_ends_what_started_in_it_and_frees_what_finished():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            failed = failing(it, lambda event: isinstance(event, Stepped) and (event.started or event.finished))
+            starts = await outcome(it.request())
+            healed(it)
+            await asyncio.sleep(3.0)
+            failed = failing(it, lambda event: isinstance(event, Stepped) and event.finished)
+            finishes = await outcome(it.request())
+            freed = it.loop.controller.snapshot().engines[0]
+            await asyncio.sleep(3.0)
+            assert failed
+            (view,) = it.loop.controller.snapshot().engines
+            return starts, finishes, freed.running + freed.pending, view.running + view.pending
+
+    assert virtually(run()) == ("internal_error", "served", 0, 0)
+
+
+def test_a_failure_at_the_loss_of_an_engine_ends_its_requests():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            requests = [asyncio.ensure_future(outcome(it.request(tokens=90, stream=n % 2 == 0))) for n in range(3)]
+            await asyncio.sleep(0.1)
+            failing(it, lambda event: isinstance(event, EngineLost))
+            await it.backend.engine.kill()
+            return await asyncio.wait_for(asyncio.gather(*requests), 1.0)
+
+    assert set(virtually(run())) <= {"internal_error", "engine"}
+
+
+def test_a_command_that_fails_keeps_no_other_from_being_carried_out(caplog):
+    async def run():
+        async with rig() as it:
+            await it.up()
+            healthy = it.loop._carry_out
+
+            def broken(command, now_s):
+                if isinstance(command, Dispatch) and command.request_id == 1:
+                    raise ZeroDivisionError("a fault of the loop")
+                healthy(command, now_s)
+
+            it.loop._carry_out = broken
+            ends = await asyncio.gather(*(outcome(it.request()) for _ in range(3)))
+            await asyncio.sleep(0.5)
+            (view,) = it.loop.controller.snapshot().engines
+            return ends, view.running + view.pending
+
+    assert virtually(run()) == (["internal_error", "served", "served"], 0)
+    assert "Dispatch could not be carried out" in caplog.text
+
+
+def test_a_deadline_at_which_the_core_fails_is_tried_again_once_a_second():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            await asyncio.sleep(1.0)
+            failed = failing(it, lambda event: isinstance(event, Timer))
+            it.loop.controller.next_deadline = lambda: 0.0
+            it.loop._arm()
+            await asyncio.sleep(5.0)
+            count = len(failed)
+            del it.loop.controller.next_deadline
+            healed(it)
+            return count, await outcome(it.request())
+
+    count, after = virtually(run())
+    assert count == pytest.approx(5, abs=1)
+    assert after == "served"
+
+
+# ---- the state of an engine ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("iteration", [2**62, 2**63 - 2, 2**63, 2**70])
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_state_that_an_iteration_has_ruined_is_built_again(tmp_path, iteration, busy):
+    """Numbers that the columns of the scoreboard cannot hold: every request would fail at them until a restart."""
+
+    async def health(there):
+        status, page = await there.client.get("/health")
+        return status, json.loads(page)["status"]
+
+    async def check(there, peer):
+        running = stream_and_whole(there, 4, 300) if busy else []
+        await until(lambda: peer.open == len(running))
+        there.loop.handle(Stepped(engine=there.backend.key, iteration=iteration))
+        failures = 0
+        while not (await answers(stream_and_whole(there, 1, 3)))[0].served:
+            assert (await health(there))[1] == "degraded"
+            failures += 1
+        assert failures <= 3
+        assert all(answer.served for answer in await answers(stream_and_whole(there, 8, 3)))
+        assert await health(there) == (200, "ok")
+        await answers(running)
+
+    with_peer(check, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [Stepped, Progressed, Observed, ClockRead, EngineReady, EngineLost])
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("half", [False, True], ids=["before", "after"])
+def test_a_failure_at_an_engines_event_stops_service_for_moments(kind, times, half):
+    """`half`: the core fails when it has taken the event in."""
+
+    async def run():
+        async with rig(numbered=True) as it:
+            await it.up()
+            healthy, count = it.loop.controller.handle, 0
+
+            def handle(event, now_s):
+                nonlocal count
+                fails = isinstance(event, kind) and count < times
+                count += fails
+                if not fails or half:
+                    found = healthy(event, now_s)
+                if fails:
+                    raise OverflowError("a fault of the core")
+                return found
+
+            it.loop.controller.handle = handle
+            waiting = asyncio.ensure_future(outcome(it.request()))
+            await asyncio.sleep(0.02)
+            if kind in (EngineReady, EngineLost, ClockRead):
+                await it.backend.engine.kill()
+            if kind is Progressed:
+                it.loop.handle(Progressed(engine=it.backend.key, request_id=99, tokens=1))
+            await waiting
+            await asyncio.sleep(6.0)
+            if kind is Progressed:
+                for _ in range(times - 1):
+                    it.loop.handle(Progressed(engine=it.backend.key, request_id=99, tokens=1))
+                    await asyncio.sleep(6.0)
+            seen = [await outcome(it.request()) for _ in range(times)]
+            await asyncio.sleep(6.0)
+            return (
+                count,
+                seen[-1],
+                await outcome(it.request()),
+                it.models.health(),
+                len(it.loop.controller.snapshot().engines),
+            )
+
+    count, _, last, health, engines = virtually(run())
+    assert (count, last, health.up, health.degraded, engines) == (times, "served", 1, False, 1)
+
+
+def test_an_engine_is_connected_again_if_the_core_fails_at_several_arrivals():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            first = it.backend.key
+            failing(it, lambda event: isinstance(event, Arrived) and it.backend.key == first)
+            seen, healths = [], []
+            for _ in range(5):
+                seen.append(await outcome(it.request()))
+                healths.append(it.models.health().degraded)
+                await asyncio.sleep(0.5)
+                await it.up()
+            return seen, healths
+
+    broken = ["internal_error"] * 3
+    assert virtually(run()) == ([*broken, "served", "served"], [True, True, True, False, False])
+
+
+def test_a_core_that_always_fails_is_degraded_and_the_engine_is_left_in_peace():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            failed = failing(it, lambda event: isinstance(event, Arrived))
+            for _ in range(20):
+                assert await outcome(it.request()) == "internal_error"
+                assert it.models.health().degraded
+                await asyncio.sleep(0.25)
+            assert it.backend.engine.connects < 10
+            return len(failed)
+
+    assert virtually(run()) == 20

@@ -1,0 +1,124 @@
+"""What the same load would have taken at other clocks, against an engine that ran at them."""
+
+import asyncio
+import random
+
+import pytest
+from core.toy import spec, table
+
+from gateway.rig import rig, virtually
+from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.gateway.energy.savings_estimate import SavingsEstimate
+
+
+async def energy(policy, gap_s, count):
+    """The energy of `count` requests at random times, with the estimate for the maximum clock, and the clock at the end."""
+    async with rig(policy=policy, max_batch=64, kv_blocks=2000) as it:
+        await it.up()
+        dice, tasks = random.Random(3), []
+        for _ in range(count):
+            tasks.append(asyncio.ensure_future(it.request(tokens=dice.randint(20, 60), stream=False)))
+            await asyncio.sleep(dice.expovariate(1 / gap_s))
+        await asyncio.gather(*tasks)
+        await asyncio.sleep(count * gap_s * 1.3 + 20.0 - it.loop.now())
+        return it.backend.accounting.energy(), it.backend.gpu.read().clock_mhz
+
+
+@pytest.mark.parametrize(("gap_s", "count"), [(2.0, 20), (0.4, 100)])
+def test_the_estimate_is_about_what_the_maximum_clock_takes(gap_s, count):
+    (truth, top), (slow, low) = (
+        virtually(energy(policy, gap_s, count)) for policy in (ClockPolicy.TOP, ClockPolicy.THROTTLLEM)
+    )
+    assert (top, low) == (1400, 600)
+    assert slow.top_j == pytest.approx(truth.total_j, rel=0.15)
+    assert slow.total_j < truth.total_j
+    assert truth.top_j == pytest.approx(truth.total_j)
+    assert truth.saved == pytest.approx(0.0)
+
+
+def worked(estimate, *, joules, clock_mhz, kv_blocks=3, prompts=0, seconds=0.1, **more):
+    """One step of four sequences."""
+    estimate.worked(
+        seconds=seconds,
+        joules=joules,
+        steps=1,
+        output_tokens=4,
+        prompts=prompts,
+        prompt_tokens=0,
+        kv_block_steps=kv_blocks,
+        clock_mhz=clock_mhz,
+        **more,
+    )
+
+
+def test_idle_time_and_unknown_clocks_cost_the_same_at_the_maximum():
+    estimate = SavingsEstimate(table=table(spec()), spec=spec())
+    estimate.idle(100.0, 4000.0)
+    worked(estimate, clock_mhz=None, joules=7.0)
+    worked(estimate, clock_mhz=1400, joules=5.0)
+    assert estimate.joules() == pytest.approx(4012.0)
+
+
+def test_before_the_engine_was_up_nothing_is_invented():
+    estimate = SavingsEstimate(table=table(spec()))
+    worked(estimate, clock_mhz=600, joules=5.0)
+    assert estimate.joules() == 5.0
+
+
+def test_an_engine_that_is_full_does_the_same_steps_faster():
+    some, law = spec(max_batch=4), table(spec(max_batch=4))
+    estimate = SavingsEstimate(table=law, spec=some)
+    for _ in range(600):
+        worked(estimate, kv_blocks=20, clock_mhz=600, joules=10.0)
+    slow, fast = (law.at(clock, 4, 20, 0) for clock in (600, 1400))
+    same = 6000.0 * (fast[0] * fast[1]) / (slow[0] * slow[1]) + 60.0 * (1 - fast[0] / slow[0]) * some.idle_w
+    assert estimate.joules() == pytest.approx(same, rel=0.15)
+
+
+def test_steps_that_are_settled_together_count_as_steps():
+    """A settlement holds many; the estimate is the same however often one is made."""
+    each, together = (SavingsEstimate(table=table(spec(max_batch=64)), spec=spec(max_batch=64)) for _ in range(2))
+    for _ in range(100):
+        for _ in range(10):
+            worked(each, clock_mhz=600, joules=10.0, kv_blocks=20)
+        together.worked(
+            seconds=1.0,
+            joules=100.0,
+            steps=10,
+            output_tokens=40,
+            prompts=0,
+            prompt_tokens=0,
+            kv_block_steps=200,
+            clock_mhz=600,
+        )
+    assert together.joules() == pytest.approx(each.joules(), rel=0.01)
+
+
+def test_another_clock_than_the_maximum():
+    """The clock of a dry run: at the clock in force it is the same, at a lower one less."""
+    some = spec(max_batch=64, kv_blocks=2000)
+    found = {}
+    for other_mhz in (600, 1000, 1400):
+        estimate = SavingsEstimate(table=table(some), spec=some)
+        for number in range(1000):
+            worked(estimate, kv_blocks=20, prompts=number % 20 == 0, clock_mhz=1400, other_mhz=other_mhz, joules=10.0)
+        found[other_mhz] = estimate.joules()
+    assert found[1400] == pytest.approx(10_000.0)
+    assert found[600] < found[1000] < found[1400]
+
+
+def test_it_never_falls():
+    estimate, shown = SavingsEstimate(table=table(spec()), spec=spec()), [0.0]
+    for number in range(2000):
+        clock = 600 if number % 700 < 400 else 1400
+        worked(estimate, kv_blocks=20, prompts=number % 5 == 0, clock_mhz=clock, joules=10.0)
+        if number % 9 == 0:
+            estimate.idle(number % 11, 5.0)
+        shown.append(estimate.joules())
+    assert shown == sorted(shown)
+    assert shown[-1] > shown[1000] > 0
+
+
+def test_a_clock_between_those_of_the_table_counts_as_the_one_below():
+    estimate = SavingsEstimate(table=table(spec()), spec=spec())
+    assert [estimate._column(mhz) for mhz in (None, 1400, 1399, 700, 600, 300)] == [4, 4, 3, 0, 0, 0]

@@ -1,0 +1,179 @@
+"""`Upgrade` on a request: the offer is ignored, the body is the body, and nothing of it is run as a request."""
+
+import asyncio
+import json
+
+import pytest
+
+from gateway.http.test_app_garbage import answer
+from tests.gateway.fakes import running
+from throttllem.config import LimitOptions
+
+PATH = "/v1/completions"
+BODY = json.dumps({"model": "tiny", "prompt": "x"}).encode()
+HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+LAST = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+SMUGGLED = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(BODY)}\r\n\r\n".encode() + BODY
+JDK = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
+WEBSOCKET = (
+    "Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: AAAA\r\nSec-WebSocket-Version: 13\r\n"
+)
+OFFERS = {
+    "h2c": JDK,
+    "websocket": WEBSOCKET,
+    "several": "Upgrade: h2c\r\nupgrade: websocket, foo/2\r\nConnection: upgrade\r\n",
+    "unknown": "CONNECTION: UPGRADE\r\nUPGRADE: TLS/1.0\r\n",
+}
+
+
+def head(offer, *fields):
+    return "".join(
+        [f"POST {PATH} HTTP/1.1\r\nHost: x\r\n", offer, *(f"{field}\r\n" for field in fields), "\r\n"]
+    ).encode()
+
+
+def sized(body):
+    return f"content-length: {len(body)}"
+
+
+def chunked(body):
+    half = len(body) // 2
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:half], body[half:])) + b"0\r\n\r\n"
+
+
+def spoken(*segments, answers=1, pause_s=0.02, **limits):
+    """The answers to bytes that come in these segments on one connection, and what the engine got."""
+
+    async def main():
+        async with running(limits=LimitOptions(**limits)) as there:
+            host, port = there.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            for segment in segments:
+                writer.write(segment)
+                await asyncio.sleep(pause_s)
+            found = [(await asyncio.wait_for(answer(reader), 5))[:2] for _ in range(answers)]
+            # Whatever else came of it would come before the answer to one more request.
+            writer.write(LAST)
+            rest = await asyncio.wait_for(reader.read(), 5)
+            writer.close()
+            await writer.wait_closed()
+            assert rest.count(b"HTTP/1.1 ") == 1 and b'"engines_up"' in rest, rest
+            return found, there.engine.seen
+
+    return asyncio.run(main())
+
+
+def served(found, seen, *, body=BODY, requests=1):
+    assert [status for status, _ in found] == [200] * len(found), found
+    assert [(method, got) for method, _, _, got in seen] == [("POST", body)] * requests
+    for _, _, headers, _ in seen:
+        assert not {"upgrade", "http2-settings"} & {name.lower() for name in headers}
+
+
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+@pytest.mark.parametrize("way", ["one segment", "own segment", "byte by byte", "chunked", "chunked, own segment"])
+def test_the_offer_is_ignored_and_the_body_read(offer, way):
+    first, body = head(offer, sized(BODY)), BODY
+    if "chunked" in way:
+        first, body = head(offer, "transfer-encoding: chunked"), chunked(BODY)
+    match way:
+        case "one segment" | "chunked":
+            segments = [first + body]
+        case "byte by byte":
+            segments = [bytes([byte]) for byte in first + body]
+        case _:
+            segments = [first, body]
+    served(*spoken(*segments, pause_s=0.0 if way == "byte by byte" else 0.02))
+
+
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+@pytest.mark.parametrize("framing", ["sized", "chunked"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_body_that_looks_like_a_request_is_not_run(offer, framing, apart):
+    """It is no JSON: the one request is refused, and the engine gets none."""
+    first = head(offer, sized(SMUGGLED) if framing == "sized" else "transfer-encoding: chunked")
+    body = SMUGGLED if framing == "sized" else chunked(SMUGGLED)
+    found, seen = spoken(*([first, body] if apart else [first + body]))
+    assert [status for status, _ in found] == [400]
+    assert seen == []
+
+
+def test_requests_go_on_on_the_connection():
+    one = head(JDK, sized(BODY))
+    served(*spoken(one, BODY, one + BODY, SMUGGLED, answers=3), requests=3)
+
+
+def test_pipelined_requests_are_answered_in_order():
+    one = head(JDK, sized(BODY)) + BODY
+    found, seen = spoken(HEALTH + one + HEALTH + SMUGGLED + one, answers=5)
+    served(found, seen, requests=3)
+    assert [b"engines_up" in body for _, body in found] == [True, False, True, False, False]
+
+
+def test_many_offers_in_one_segment():
+    offer = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
+    found, _ = spoken(offer * 300, answers=300)
+    assert {status for status, _ in found} == {200}
+
+
+@pytest.mark.parametrize("fields", [("connection: close",), ("expect: 100-continue",)])
+def test_other_wishes_of_the_head_hold(fields):
+    async def main():
+        async with running() as there:
+            host, port = there.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(head(JDK, sized(BODY), *fields))
+            if "expect" in fields[0]:
+                assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).startswith(b"HTTP/1.1 100 ")
+            writer.write(BODY)
+            status, _, first = await asyncio.wait_for(answer(reader), 5)
+            if "close" in fields[0]:
+                assert b"connection: close" in first and await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+            return status, len(there.engine.seen)
+
+    assert asyncio.run(main()) == (200, 1)
+
+
+def refused(*segments, **limits):
+    async def main():
+        async with running(limits=LimitOptions(**limits)) as there:
+            host, port = there.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            for segment in segments:
+                writer.write(segment)
+                await asyncio.sleep(0.02)
+            found = await asyncio.wait_for(reader.read(), 5)
+            writer.close()
+            return found, there.engine.seen
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("target", ["x:80", "127.0.0.1:443"])
+def test_what_follows_a_connect_is_not_run(target, apart):
+    first = f"CONNECT {target} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+    found, seen = refused(*([first, SMUGGLED] if apart else [first + SMUGGLED]))
+    assert found.startswith(b"HTTP/1.1 400 ") and found.count(b"HTTP/1.1") == 1 and seen == []
+
+
+def test_a_folded_field_adds_none():
+    """A line that continues the field before it must not come back as a field of its own."""
+    first = head(JDK, "x-a: 1\r\n content-length: 3", sized(BODY))
+    found, seen = refused(first + BODY + LAST)
+    assert found.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 200 ")) and found.count(b"HTTP/1.1") <= 2
+    assert all(body == BODY for *_, body in seen)
+
+
+@pytest.mark.parametrize(
+    "fields", [("content-length: 3", "content-length: 4"), ("content-length: 3", "transfer-encoding: chunked")]
+)
+def test_contradicting_lengths_are_refused(fields):
+    found, seen = refused(head(JDK, *fields) + chunked(BODY))
+    assert found.startswith(b"HTTP/1.1 400 ") and seen == []
+
+
+def test_the_bound_on_heads_holds():
+    found, _ = refused(head(JDK, "x: " + "y" * 5000, sized(BODY)), header_bytes=2048)
+    assert found.startswith(b"HTTP/1.1 431 ")

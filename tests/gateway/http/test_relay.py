@@ -1,0 +1,238 @@
+"""An engine's reply on its way to the client: the same bytes, tokens counted, the session finished, metrics added."""
+
+import asyncio
+import json
+
+import pytest
+
+from tests.gateway.fakes import running
+from tests.gateway.upstream import chat_chunk, chat_events, sse
+from throttllem.config import LimitOptions
+from throttllem.engines.base import Reply
+from throttllem.gateway.control.session import Receipt
+from throttllem.gateway.http.relay import relay
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+GIVEN = {"queue_time_ms": 1.5, "time_to_first_token_ms": 2.5, "energy_joules": 0.25, "clock_mhz": 1410}
+
+
+def chat(**fields):
+    return {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": True, **fields}
+
+
+def complete(**fields):
+    return {"model": "tiny", "prompt": "x", **fields}
+
+
+def served(path, body, headers=(), **options):
+    """The answer, the engine and the session of one request."""
+
+    async def main():
+        async with running(**options) as there:
+            answer = await there.post(path, body, headers)
+            return *answer, there.engine, there.session
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "tokens", "used"),
+    [
+        (CHAT, chat(max_tokens=40), 40, None),
+        (CHAT, chat(max_tokens=5, stream_options={"include_usage": True}), 5, 5),
+        (COMPLETIONS, complete(max_tokens=7, stream=True), 7, None),
+        (COMPLETIONS, complete(max_tokens=7), 0, 7),
+        ("/v2/models/tiny/generate_stream", {"text_input": "x", "max_tokens": 6, "stream": True}, 6, None),
+    ],
+)
+def test_bytes_are_the_engines_and_tokens_are_counted(path, body, tokens, used):
+    status, headers, got, engine, session = served(path, body)
+    assert (status, got) == (200, engine.sent)
+    assert headers["x-engine"] == "yes" and headers["x-request-id"]
+    assert (session.counted, session.finished, session.ends) == (tokens, used, ["finished"])
+
+
+def test_a_stream_that_is_no_stream_counts_nothing():
+    body = {"text_input": "x", "max_tokens": 1}
+    *_, session = served("/v2/models/tiny/generate_stream", body)
+    assert (session.counted, session.streams, session.ends) == (0, False, ["finished"])
+
+
+@pytest.mark.parametrize("asked", ["header", "body"])
+@pytest.mark.parametrize("usage", [False, True])
+def test_metrics_come_in_the_last_event_of_data(asked, usage):
+    body = chat(max_tokens=4, stream_options={"include_usage": usage})
+    headers = {"x-throttllem-metrics": "1"} if asked == "header" else {}
+    body |= {} if headers else {"throttllem": {"metrics": True}}
+    _, _, got, engine, session = served(CHAT, body, headers)
+    *front, last, done, rest = got.split(b"\n\n")
+    *front_sent, last_sent, done_sent, _ = engine.sent.split(b"\n\n")
+    assert (front, done, rest) == (front_sent, done_sent, b"")
+    assert json.loads(last[6:]) == json.loads(last_sent[6:]) | {"metrics": GIVEN}
+    assert session.counted == 4
+    assert b"throttllem" not in engine.seen[0][3]
+
+
+def test_metrics_of_what_is_not_streamed():
+    _, headers, got, engine, _ = served(COMPLETIONS, complete(throttllem={"metrics": True}))
+    assert json.loads(got) == json.loads(engine.sent) | {"metrics": GIVEN}
+    assert int(headers["content-length"]) == len(got)
+
+
+def test_an_engines_refusal_passes_and_is_no_answer():
+    status, headers, got, _, session = served(CHAT, chat(play="refuse"))
+    assert (status, headers["retry-after"]) == (503, "7")
+    assert json.loads(got) == {"error": {"message": "too many"}}
+    assert session.ends == ["cancelled"]
+
+
+def test_a_stream_without_done_is_complete_all_the_same():
+    _, _, got, engine, session = served(CHAT, chat(play="no-done"))
+    assert got == engine.sent and session.ends == ["finished"]
+
+
+@pytest.mark.parametrize("metrics", [False, True])
+def test_a_stream_that_stops_without_a_word_is_no_answer(metrics):
+    _, _, got, engine, session = served(CHAT, chat(play="cut-off", throttllem={"metrics": metrics}))
+    assert got.startswith(engine.sent + b'data: {"error":') and b"the engine broke off" in got
+    assert (session.counted, session.ends) == (3, ["cancelled"])
+
+
+def test_an_error_that_the_engine_streams_is_no_answer():
+    _, _, got, engine, session = served(CHAT, chat(play="error-event"))
+    assert got == engine.sent and session.ends == ["cancelled"]
+
+
+@pytest.mark.parametrize(("play", "gap"), [("break-off", b""), ("break-event", b"\n\n")])
+def test_an_engine_that_breaks_off_is_told_in_the_stream(play, gap):
+    status, _, got, engine, session = served(CHAT, chat(play=play))
+    assert status == 200
+    assert got.startswith(engine.sent + gap + b'data: {"error":')
+    error = json.loads(got.rstrip().rpartition(b"data: ")[2])["error"]
+    assert error["type"] == "engine_error" and b"[DONE]" not in got
+    assert session.ends == ["cancelled"]
+
+
+def test_an_engine_that_talks_garbage():
+    status, _, got, _, session = served(COMPLETIONS, complete(play="garbage"))
+    assert (status, json.loads(got)["error"]["code"]) == (502, "engine_error")
+    assert session.ends == ["cancelled"]
+
+
+def test_an_answer_too_long_to_be_held_passes_unread():
+    status, _, got, engine, session = served(
+        COMPLETIONS, complete(max_tokens=3000), limits=LimitOptions(body_bytes=1024)
+    )
+    assert (status, got) == (200, engine.sent)
+    assert (session.finished, session.ends) == (None, ["finished"])
+
+
+# ---- event by event, without sockets ---------------------------------------------------------------------------
+
+
+class Client:
+    """Takes what an Exchange would send, piece by piece; `order` notes that and what the session does."""
+
+    def __init__(self):
+        self.pieces, self.order, self.last, self.blocked, self.moves = [], [], b"", False, 0
+
+    async def start(self, status, headers, *, events=False):
+        self.status, self.headers = status, headers
+
+    async def send(self, message):
+        assert message["type"] == "http.response.body" and message["more_body"]
+        assert self.blocked and self.last == message["body"]
+        self._took(message["body"])
+
+    async def write(self, chunk):
+        self._took(chunk)
+
+    async def finish(self, chunk=b""):
+        self._took(chunk)
+
+    def _took(self, chunk):
+        self.pieces.append(chunk)
+        self.order.append("sent")
+
+
+class Session:
+    """`before`: the pieces that the client had when the session was finished."""
+
+    streams = True
+
+    def __init__(self, client):
+        self.client = client
+        self.before = None
+
+    def tokens(self, count=1):
+        self.client.order.append("counted")
+
+    def finish(self, tokens=None):
+        self.client.order.append("finished")
+        self.before = list(self.client.pieces)
+        return Receipt(
+            queue_time_ms=None, time_to_first_token_ms=None, mean_itl_ms=2.0, energy_joules=None, clock_mhz=None
+        )
+
+
+def relayed(chunks, *, metrics):
+    """The client after a stream of these chunks, and the pieces that it had when the session was finished."""
+
+    async def main():
+        coming = iter(chunks)
+
+        async def read():
+            return next(coming, b"")
+
+        client = Client()
+        session = Session(client)
+        reply = Reply(status=200, headers=(("content-type", "text/event-stream"),), read=read)
+        await relay(client, reply, session, metrics=metrics, held_bytes=100)
+        return client, session.before
+
+    return asyncio.run(main())
+
+
+def test_a_chunk_goes_to_the_client_before_its_tokens_are_counted():
+    """What the control core makes of a token can wait; the client cannot."""
+    client, _ = relayed(chat_events(3), metrics=False)
+    chunks = ["sent"] + ["sent", "counted"] * 3  # the first opens the message
+    assert client.order == [*chunks, "finished", "sent", "sent"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 10_000])
+def test_nothing_is_held_back_and_the_session_is_finished_before_the_end(size):
+    data = b"".join(chat_events(5))
+    chunks = [data[at : at + size] for at in range(0, len(data), size)]
+    client, before = relayed(chunks, metrics=False)
+    assert client.pieces == [*chunks, b""]
+    assert b"".join(before) == data[: (len(data) - 1) // size * size]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 10_000])
+def test_with_metrics_one_event_is_held_back(size):
+    events = [*chat_events(5)[:-1], b": still here\n\n", b"data: [DONE]\n\n"]
+    data = b"".join(events)
+    client, _ = relayed([data[at : at + size] for at in range(0, len(data), size)], metrics=True)
+    got = b"".join(client.pieces).split(b"\n\n")
+    assert json.loads(got[-4][6:]) == json.loads(events[-3][6:]) | {"metrics": {"mean_itl_ms": 2.0}}
+    assert [part + b"\n\n" for part in got[:-4]] == events[:-3]
+    assert got[-3:] == [b": still here", b"data: [DONE]", b""]
+
+
+def test_metrics_join_those_of_the_engine():
+    client, _ = relayed([sse(chat_chunk({}, metrics={"steps": 3})), b"data: [DONE]\n\n"], metrics=True)
+    assert json.loads(b"".join(client.pieces).split(b"\n\n")[0][6:])["metrics"] == {"steps": 3, "mean_itl_ms": 2.0}
+
+
+def test_an_endless_event_is_not_held_back():
+    chunks = [sse(chat_chunk({"content": "x"})), b"data: " + b"x" * (1 << 20), b"y" * 70_000, b"\n\ndata: [DONE]\n\n"]
+    client, before = relayed(chunks, metrics=True)
+    assert b"".join(client.pieces) == b"".join(chunks)
+    assert before[0] == chunks[0] + chunks[1]
+
+
+def test_metrics_find_no_place_in_what_is_no_json():
+    chunks = [b"data: x\n\n", b"data: [DONE]\n\n"]
+    assert b"".join(relayed(chunks, metrics=True)[0].pieces) == b"".join(chunks)

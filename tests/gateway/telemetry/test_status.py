@@ -1,0 +1,110 @@
+"""What may be shown: at every stage, of every engine, without ever raising."""
+
+import asyncio
+
+import pytest
+
+from gateway.rig import asked, rig, virtually
+from throttllem.config import LimitOptions
+from throttllem.core.types import FrequencyPlan, Observed, Reason, Slo
+from throttllem.gateway.telemetry.metrics import Histograms, metrics_page
+from throttllem.gateway.telemetry.status import decision
+
+
+@pytest.mark.parametrize("mode", [{}, {"mute": True}, {"numbered": True}, {"tables": False}])
+def test_at_every_stage(mode):
+    shown = []
+
+    async def run():
+        async with rig(max_batch=3, sizes=(1, 2), **mode) as it:
+
+            def look(stage):
+                status = it.models.status()
+                metrics_page(status, Histograms())
+                shown.append((stage, status.models[0]))
+
+            it.loop.backends[1].engine.gone = True
+            look("before")
+            await asyncio.sleep(0.3)
+            look("away")
+            it.loop.backends[1].engine.gone = False
+            await it.up()
+            look("up")
+            asks = [asyncio.ensure_future(it.ask(tokens=40, stream=n % 2 == 0, slo=Slo(e2e_s=9.0))) for n in range(9)]
+            for _ in range(60):
+                await asyncio.sleep(0.011)
+                look("busy")
+            for task in asks[:3]:
+                task.cancel()
+            await it.loop.backends[1].engine.kill(back=False)
+            look("killed")
+            await asyncio.sleep(0.5)
+            look("down")
+            it.loop.backends[1].engine.gone = False
+            await asyncio.gather(*asks, return_exceptions=True)
+            look("over")
+            await it.models.stop()
+            look("stopped")
+
+    virtually(run())
+    stages = {stage: model.engines[1] for stage, model in shown}
+    assert (stages["before"].state, stages["before"].decision) == ("starting", "no decision yet")
+    assert (stages["away"].state, stages["away"].trouble) == ("starting", "nobody is there")
+    assert (stages["up"].state, stages["up"].trouble) == ("up", None)
+    assert (stages["down"].state, stages["down"].trouble) == ("starting", "nobody is there")
+    assert stages["down"].view.phase == "starting"
+    assert stages["stopped"].state == "down"
+    busy = [model for stage, model in shown if stage == "busy"]
+    assert any(model.queue for model in busy)
+    if mode.get("tables", True):
+        ahead = [model.engines[1].ahead for model in busy if model.engines[1].ahead.at_s]
+        assert ahead
+        assert all(list(some.at_s) == sorted(some.at_s) and len(some.at_s) <= 120 for some in ahead)
+        assert all(some.at_s[0] == 0.0 and max(some.batch) <= 3 for some in ahead)
+
+
+def test_an_engine_that_does_not_move_is_said_to_have_stalled():
+    async def run():
+        async with rig(mute=True, limits=LimitOptions(silence_s=100.0)) as it:
+            await it.up()
+            await asyncio.sleep(3600.0)
+            states = []
+
+            async def held():
+                visit = it.models.session(*(await counted(it)), Slo())
+                async with visit as ticket:
+                    await ticket.placed()
+                    states.append(it.models.status().models[0].engines[0].state)
+                    await asyncio.sleep(30.0)
+                    engine = it.models.status().models[0].engines[0]
+                    states.append((engine.state, engine.trouble))
+
+            await held()
+            return states, it.models.status().models[0].engines[0].state
+
+    states, after = virtually(run())
+    assert states == ["up", ("stalled", "no sign of progress for 30 s")]
+    assert after == "up"
+
+
+async def counted(it):
+    return asked(), await it.models.count(asked())
+
+
+def test_others_in_the_engine_are_said():
+    async def run():
+        async with rig(mute=True) as it:
+            await it.up()
+            await it.ask(tokens=3)
+            for _ in range(3):
+                it.loop.handle(Observed(engine=0, running=5, waiting=0, kv_blocks=9))
+            await asyncio.sleep(0)  # progress is told soon, not at once
+            return it.models.status().models[0].engines[0].notes
+
+    assert any("5 sequences in this engine are not ours" in note for note in virtually(run()))
+
+
+def test_a_plan_in_words():
+    assert decision(None) == "no decision yet"
+    plan = FrequencyPlan(mhz=900, why=Reason.LOWEST_FEASIBLE, binding=4)
+    assert decision(plan) == "900 MHz: one clock lower would violate an SLO (request 4)"
