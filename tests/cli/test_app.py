@@ -76,7 +76,7 @@ def test_a_missing_package_names_its_extra(monkeypatch, capsys, command, package
     def load(*_, **__):
         raise ModuleNotFoundError(f"No module named '{package}'", name=package)
 
-    for module in ("arguments", command):
+    for module in ("arguments", f"commands.{command}"):
         monkeypatch.setattr(f"throttllem.cli.{module}.load", load)
     needed = {"train": ["p.csv", "--out", "x"], "calibrate": ["p.csv", "--out", "x"]}.get(command, [])
     assert run(monkeypatch, command, *needed) == 2
@@ -90,7 +90,7 @@ def test_another_missing_module_is_no_users_error(monkeypatch):
     def load(*_, **__):
         raise ModuleNotFoundError("No module named 'throttllem.nowhere'", name="throttllem.nowhere")
 
-    monkeypatch.setattr("throttllem.cli.demo.load", load)
+    monkeypatch.setattr("throttllem.cli.commands.demo.load", load)
     with pytest.raises(ModuleNotFoundError):
         run(monkeypatch, "demo")
 
