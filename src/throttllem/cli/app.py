@@ -1,4 +1,4 @@
-"""The command line; each command is a module of `commands`. A user's error is one sentence on stderr with what to do, exit code 2.
+"""The command line; each command is a module of `commands`. A user's error is one sentence on stderr, exit code 2.
 
 Every module is light, so that `throttllem --help` is quick: what computes is imported by the command that runs.
 """
