@@ -58,10 +58,10 @@ class Recorded:
 
 
 def recorder_of(folder, controller, **changes):
-    said = []
-    limits = {"file_bytes": 1 << 20, "files": 4, "model": "toy/model", "policy": "least-energy", "say": said.append}
+    messages = []
+    limits = {"file_bytes": 1 << 20, "files": 4, "model": "toy/model", "policy": "least-energy", "say": messages.append}
     recorder = Recorder(folder, controller, **(limits | changes))
-    recorder.said = said
+    recorder.messages = messages
     return recorder
 
 

@@ -1,4 +1,4 @@
-"""A controller as bytes and back; and bytes of a stranger, which run nothing."""
+"""A controller as bytes and back; and bytes from elsewhere, which run nothing."""
 
 import io
 import pickle
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gateway.flights import OPTIONS, SPECS, TABLES, busy, deeds, fly
 from throttllem.core.controller import Controller
-from throttllem.core.external_load import ExternalLoad, Own
+from throttllem.core.external_load import ExternalLoad, OwnLoad
 from throttllem.core.lengths.online import OnlineLengthPredictor
 from throttllem.core.types import ClockRead, Observed, Reason, Request, Slo, Timer
 from throttllem.gateway.flight.checkpoint import CheckpointError, fill, load, make_blank, save, table_digest
@@ -88,7 +88,7 @@ class Elsewhere:
         return 1.0
 
 
-def test_a_controller_with_a_stranger_in_it_is_not_written():
+def test_a_controller_with_an_object_of_another_package_is_not_written():
     with pytest.raises(CheckpointError, match=r"cannot be written down: .*Elsewhere is nothing that a checkpoint"):
         save(Controller(replace(OPTIONS, predictor=Elsewhere())), table_digest)
 
@@ -129,7 +129,7 @@ def replace_watts(one, watts):
     return type(one)(watts=watts, **{name: getattr(one, name) for name in names})
 
 
-# ---- strangers -----------------------------------------------------------------------------------------------
+# ---- untrusted -----------------------------------------------------------------------------------------------
 
 
 class Calls:
@@ -146,7 +146,7 @@ MAKERS = b"cthrottllem.gateway.checkpoint\n"
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (pickle.dumps(Calls(eval, "1/0"), protocol=4), r"names builtins.eval, which is not allowed: refused"),
         (pickle.dumps(Calls(print, "owned"), protocol=4), r"names builtins.print, which is not allowed"),
@@ -165,8 +165,8 @@ MAKERS = b"cthrottllem.gateway.checkpoint\n"
     ],
     ids=lambda value: None if isinstance(value, bytes) else "",
 )
-def test_a_strange_pickle_is_refused(data, said):
-    with pytest.raises(CheckpointError, match=said):
+def test_an_untrusted_pickle_is_an_error(data, message):
+    with pytest.raises(CheckpointError, match=message):
         load(data, DIGESTS.__getitem__)
 
 
@@ -184,7 +184,7 @@ def call(maker, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (call("make_blank", "os:_wrap_close"), "which is not of the core: refused"),
         (call("make_blank", "throttllem.core.lengths.prediction:NormalDist"), "no class of the core: refused"),
@@ -205,8 +205,8 @@ def call(maker, *arguments):
     ],
     ids=range(13),
 )
-def test_what_is_allowed_cannot_be_misused(data, said):
-    with pytest.raises(CheckpointError, match=said.replace("|", r"\|")):
+def test_what_is_allowed_cannot_be_misused(data, message):
+    with pytest.raises(CheckpointError, match=message.replace("|", r"\|")):
         load(data, DIGESTS.__getitem__)
 
 
@@ -271,6 +271,6 @@ def test_fields_that_are_new_get_their_defaults():
 def test_a_meter_of_a_build_that_knew_one_look_only_goes_on():
     meter = make_blank("throttllem.core.external_load:DriftMeter")
     fill(meter, {"corrections": 2, "_batch": 1, "_kv_blocks": None, "_sums": (1, 0), "_times": (1, 0)})
-    own = Own(running=1, kv_blocks=1, pending=0, pending_blocks=0)
+    own = OwnLoad(running=1, kv_blocks=1, pending=0, pending_blocks=0)
     assert meter.compare(Observed(engine=0, running=2, waiting=0, kv_blocks=1), own) == ExternalLoad()
     assert meter.drift().mean_batch == 1.0

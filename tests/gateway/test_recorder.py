@@ -37,12 +37,12 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()[1:]]
 
 
-def told(path):
+def recorded(path):
     return [call for number, line in enumerate(lines(path), start=2) for call in calls(number, line)]
 
 
 @given(st.lists(st.one_of(made_up, st.just(None)), max_size=30))
-def test_whatever_is_recorded_is_read_again(tmp_path_factory, sequence):
+def test_every_record_is_read_again(tmp_path_factory, sequence):
     """Packed or not, in order; None: a flush between."""
     recorder = recorder_of(tmp_path_factory.mktemp("records"), Controller(OPTIONS))
     recorder.start()
@@ -50,9 +50,9 @@ def test_whatever_is_recorded_is_read_again(tmp_path_factory, sequence):
     for item in sequence:
         recorder.flush() if item is None else recorder.record([item])
     recorder.close()
-    assert recorder.said == []
-    said = [item for item in sequence if item is not None]
-    for call, (now_s, event, wanted) in zip(told(path), said, strict=True):
+    assert recorder.messages == []
+    expected = [item for item in sequence if item is not None]
+    for call, (now_s, event, wanted) in zip(recorded(path), expected, strict=True):
         assert (repr(call.at_s), call.event) == (repr(now_s), event)
         assert call.commands == (None if wanted is None else [wire.to_json(command) for command in wanted])
 
@@ -103,7 +103,7 @@ def test_nothing_is_written_before_a_flush_and_the_buffer_is_bounded(tmp_path):
     recorder.close()
 
 
-def test_the_header_says_what_it_is_of(tmp_path):
+def test_the_header_describes_the_record(tmp_path):
     _, recorder = recorded_world(tmp_path)
     header = json.loads(recorder.path.read_text())
     recorder.close()
@@ -212,17 +212,17 @@ def test_a_full_disk_stops_recording_once_and_it_begins_again(tmp_path):
     os.close(full)
     busy(world, 20)
     recorder.flush()
-    assert len(recorder.said) == 1
-    assert "No space left on device" in recorder.said[0]
+    assert len(recorder.messages) == 1
+    assert "No space left on device" in recorder.messages[0]
     assert recorder.path is None
     recorder.flush()
     world.send(Timer())
     world.advance(59.0)
     world.send(Timer())
-    assert len(recorder.said) == 1
+    assert len(recorder.messages) == 1
     world.advance(2.0)
     world.send(Timer())
-    assert "records again" in recorder.said[1]
+    assert "records again" in recorder.messages[1]
     before = len(world.log)
     busy(world, 50)
     path = recorder.path
@@ -231,7 +231,7 @@ def test_a_full_disk_stops_recording_once_and_it_begins_again(tmp_path):
     assert replay(path).first_difference is None
 
 
-def test_a_folder_that_vanished_is_noticed_and_made_again(tmp_path):
+def test_a_removed_folder_is_noticed_and_made_again(tmp_path):
     folder = tmp_path / "records"
     world, recorder = recorded_world(folder)
     for path in folder.iterdir():
@@ -239,8 +239,8 @@ def test_a_folder_that_vanished_is_noticed_and_made_again(tmp_path):
     folder.rmdir()
     world.send(Timer())
     recorder.flush()
-    assert len(recorder.said) == 1
-    assert "was removed" in recorder.said[0]
+    assert len(recorder.messages) == 1
+    assert "was removed" in recorder.messages[0]
     for _ in range(2):
         world.advance(61.0)
         world.send(Timer())
@@ -249,32 +249,32 @@ def test_a_folder_that_vanished_is_noticed_and_made_again(tmp_path):
     recorder.close()
     assert path.parent == folder
     assert replay(path).events == {"EngineReady": 1, "Timer": 1}
-    assert len(recorder.said) == 2
+    assert len(recorder.messages) == 2
 
 
-def test_a_folder_that_cannot_be_made_is_said_once(tmp_path):
+def test_a_folder_that_cannot_be_made_is_logged_once(tmp_path):
     (tmp_path / "file").write_text("")
     world, recorder = recorded_world(tmp_path / "file" / "records")
-    assert len(recorder.said) == 1
+    assert len(recorder.messages) == 1
     for _ in range(5):
         world.advance(61.0)
         world.send(Timer())
     recorder.flush()
     recorder.close()
-    assert len(recorder.said) == 1
+    assert len(recorder.messages) == 1
 
 
 def test_what_cannot_be_written_does_not_raise(tmp_path):
-    def grumble(words):
-        said.append(words)
-        raise RuntimeError("nobody listens")
+    def failing(message):
+        messages.append(message)
+        raise RuntimeError("the log is closed")
 
-    said = []
-    recorder = recorder_of(tmp_path, Controller(OPTIONS), say=grumble)
+    messages = []
+    recorder = recorder_of(tmp_path, Controller(OPTIONS), say=failing)
     recorder.start()
     recorder.record([(0.0, EngineReady(engine=0, spec=replace(SPECS[1], gpu=object())), [])])
-    assert len(said) == 1
-    assert "object is nothing that JSON holds" in said[0]
+    assert len(messages) == 1
+    assert "object is nothing that JSON holds" in messages[0]
 
 
 def test_after_close_nothing_is_opened(tmp_path):
@@ -286,7 +286,7 @@ def test_after_close_nothing_is_opened(tmp_path):
     recorder.flush()
     recorder.close()
     assert len(files(tmp_path)) == 1
-    assert recorder.said == []
+    assert recorder.messages == []
 
 
 def test_a_world_that_is_recorded_does_the_same(tmp_path):

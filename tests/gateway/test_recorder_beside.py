@@ -12,7 +12,7 @@ def files(folder):
 
 
 class Later(Executor):
-    """Does things when it is told to."""
+    """Runs what was submitted when `work` is called."""
 
     def __init__(self):
         self.due = []
@@ -43,7 +43,7 @@ def test_while_the_next_file_is_opened_everything_waits_in_memory_and_nothing_is
     while not later.due:
         busy(world, 20)
     recorder.flush()
-    assert (recorder.path, recorder.said) == (None, [])
+    assert (recorder.path, recorder.messages) == (None, [])
     busy(world, 20)
     first = files(tmp_path)
     later.work()
@@ -51,28 +51,28 @@ def test_while_the_next_file_is_opened_everything_waits_in_memory_and_nothing_is
     recorder.flush()
     assert recorder.path is not None
     recorder.close()
-    assert recorder.said == []
+    assert recorder.messages == []
     # The recorder was started twice: the first file is empty.
     assert len(files(tmp_path)) == len(first) + 1
     assert sum(sum(replay(path).events.values()) for path in files(tmp_path)) == len(world.log)
     assert all(replay(path).first_difference is None for path in files(tmp_path))
 
 
-def test_a_next_file_that_does_not_come_is_said_and_memory_stays_bounded(tmp_path):
+def test_a_next_file_that_does_not_come_is_logged_and_memory_stays_bounded(tmp_path):
     world, recorder, later = beside(tmp_path, file_bytes=20_000)
-    while not recorder.said:
+    while not recorder.messages:
         busy(world, 20)
-    assert "could not be opened in time" in recorder.said[0]
+    assert "could not be opened in time" in recorder.messages[0]
     assert not recorder._lines
     before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else None
-    later.work()  # it comes after all; nobody wants it now
+    later.work()  # it comes too late
     recorder.flush()
     assert recorder.path is None
     assert before is None or len(list(Path("/proc/self/fd").iterdir())) == before
     recorder.close()
 
 
-def test_a_next_file_that_cannot_be_opened_is_said(tmp_path):
+def test_a_next_file_that_cannot_be_opened_is_logged(tmp_path):
     folder = tmp_path / "records"
     world, recorder, later = beside(folder, file_bytes=20_000)
     while not later.due:
@@ -82,16 +82,16 @@ def test_a_next_file_that_cannot_be_opened_is_said(tmp_path):
     folder.rmdir()
     later.work()
     busy(world, 5)
-    assert len(recorder.said) == 1
+    assert len(recorder.messages) == 1
     recorder.close()
 
 
-def test_the_threads_of_a_real_executor_do(tmp_path):
+def test_a_real_executor(tmp_path):
     world, recorder = recorded_world(tmp_path, file_bytes=20_000, files=1000)
     with ThreadPoolExecutor(max_workers=1) as executor:
         recorder._aside = executor
         busy(world, 1000)
         recorder.close()
-    assert recorder.said == []
+    assert recorder.messages == []
     assert len(files(tmp_path)) > 2
     assert sum(sum(replay(path).events.values()) for path in files(tmp_path)) == len(world.log)

@@ -1,4 +1,4 @@
-"""A flight record replayed: the same commands, from any file of it; or the line where they part; or what is wrong."""
+"""A flight record replayed: the same commands from any file of it, or the first line that differs, or an error."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ def flown(folder, rounds=150, **changes):
     world, recorder = recorded_world(folder, **changes)
     busy(world, rounds)
     recorder.close()
-    assert recorder.said == []
+    assert recorder.messages == []
     return world, sorted(folder.glob("*.jsonl"))
 
 
@@ -34,7 +34,7 @@ def edit(path, number, change):
 
 
 def first_line(path, wanted):
-    """The number of the first line after the header that `wanted` likes."""
+    """The number of the first line after the header for which `wanted` is true."""
     lines = path.read_text().splitlines()
     return next(number for number, text in enumerate(lines[1:], start=2) if wanted(json.loads(text)))
 
@@ -97,7 +97,7 @@ def test_a_call_that_raised_is_recorded_and_raises_again(tmp_path, monkeypatch):
     assert (found.line, found.recorded, found.ours) == (2, None, [])
 
 
-# ---- parted ----------------------------------------------------------------------------------------------------
+# ---- different ----------------------------------------------------------------------------------------------------
 
 
 def test_a_command_that_was_changed_is_found(tmp_path):
@@ -139,7 +139,7 @@ def test_an_error_of_this_build_is_a_difference(tmp_path, monkeypatch):
     assert (found.line, found.ours, found.error) == (number, None, "ZeroDivisionError: of this build")
 
 
-def test_another_build_is_said_and_tried(tmp_path):
+def test_another_build_is_warned_of_and_replayed(tmp_path):
     _, (path,) = flown(tmp_path)
     edit(path, 1, lambda line: line.update(build="0.0.1+core.000000000000", made_with={"numpy": "1.0"}))
     result = replay(path)
@@ -176,7 +176,7 @@ def test_a_file_cut_off_anywhere_is_cut_off_or_no_record(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (b"", "is empty"),
         (b"hello\nworld\n", ":1: is not JSON"),
@@ -192,20 +192,20 @@ def test_a_file_cut_off_anywhere_is_cut_off_or_no_record(tmp_path):
         (b'{"schema": 2, "build": "x", "model": "m"}\n', ":1: the header has no policy"),
     ],
 )
-def test_what_is_no_record_is_said(tmp_path, text, said):
+def test_a_file_that_is_no_record_is_an_error(tmp_path, text, message):
     path = tmp_path / "some.jsonl"
     path.write_bytes(text)
-    with pytest.raises(ReplayError, match=f"some.jsonl:?.*{said}"):
+    with pytest.raises(ReplayError, match=f"some.jsonl:?.*{message}"):
         replay(path)
 
 
-def test_a_file_that_is_not_there_is_said(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(ReplayError, match=r"none.jsonl: cannot be read: No such file"):
         replay(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("nonsense", ":3: is not JSON"),
         ("[]", ":3: is neither an event"),
@@ -218,7 +218,7 @@ def test_a_file_that_is_not_there_is_said(tmp_path):
         ('{"r": 0, "i": 0, "q": [[1.0, 2]]}', ":3: q: .* is neither"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, said):
+def test_a_bad_line_is_named(tmp_path, line, message):
     _, recorder = recorded_world(tmp_path)
     for now_s in (0.0, 1.0, 2.0):
         recorder.record([(now_s, Timer(), [])])
@@ -226,11 +226,11 @@ def test_a_bad_line_is_named(tmp_path, line, said):
     (path,) = tmp_path.glob("*.jsonl")
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
-    with pytest.raises(ReplayError, match=said):
+    with pytest.raises(ReplayError, match=message):
         replay(path)
 
 
-def test_a_table_that_is_missing_or_another_is_said(tmp_path):
+def test_a_table_that_is_missing_or_another_is_an_error(tmp_path):
     _, (path,) = flown(tmp_path)
     tables = sorted(tmp_path.glob("table-*.npz"))
     tables[0].write_bytes(tables[1].read_bytes())
@@ -243,13 +243,13 @@ def test_a_table_that_is_missing_or_another_is_said(tmp_path):
 
 
 class Owned:
-    """A stranger's checkpoint."""
+    """A checkpoint that would run code."""
 
     def __reduce__(self):
         return exec, ("raise SystemExit('owned')",)
 
 
-def test_a_record_from_a_stranger_runs_nothing(tmp_path):
+def test_a_checkpoint_that_would_run_code_is_an_error(tmp_path):
     _, (path,) = flown(tmp_path)
     bad = base64.b64encode(pickle.dumps(Owned(), protocol=4)).decode()
     edit(path, 1, lambda line: line.update(checkpoint=bad))

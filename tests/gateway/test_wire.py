@@ -88,7 +88,7 @@ REQUEST = {"id": 1, "arrival_s": 0.5, "prompt_tokens": 3, "max_tokens": 4, "slo"
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (5, "event: 5 is not an object"),
         ({"engine": 1}, "event: None is none that this build knows"),
@@ -103,6 +103,6 @@ REQUEST = {"id": 1, "arrival_s": 0.5, "prompt_tokens": 3, "max_tokens": 4, "slo"
         ({"k": "Arrived", "request": REQUEST | {"caller": 4}}, "Arrived.request.caller: 4 is not a text"),
     ],
 )
-def test_what_is_no_event_is_named(data, said):
-    with pytest.raises(wire.WireError, match=said):
+def test_an_unknown_event_is_named(data, message):
+    with pytest.raises(wire.WireError, match=message):
         wire.event_from(data)

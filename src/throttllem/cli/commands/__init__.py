@@ -1,1 +1,1 @@
-"""One module a command: its flags, and what it does with them."""
+"""One module for each command."""
