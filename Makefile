@@ -53,6 +53,7 @@ check: $(STAMP)
 
 # The documentation as a site in out/site: offline, and strict (a broken link is an error).
 docs: $(STAMP)
+	$(BIN)/python -m tools.reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(STAMP)
