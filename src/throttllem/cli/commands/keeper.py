@@ -58,7 +58,7 @@ def keeper(
     options += [("--normally", text) for text in normally or ()]
     options += [("--user", user_id(name)) for name in user or ()]
     options += [("--socket", str(socket)), ("--state", str(state))]
-    command = [sys.executable, *PROGRAM, *(word for pair in options for word in pair)]
+    command = [sys.executable, *PROGRAM, *(text for pair in options for text in pair)]
     check_options(options)
     if not unit and not sets_clocks():
         raise PermissionError(
