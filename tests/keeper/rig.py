@@ -14,7 +14,6 @@ import pytest
 from tests.keeper.client import Client
 from tests.keeper.processes import keeper_processes
 from throttllem.keeper.journal import Journal, boot_id, journal_paths
-from tools.nvml import build
 from tools.nvml.machine import Machine, a100
 
 BOOT = boot_id()
@@ -43,13 +42,11 @@ def locks(machine):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """Compiled once for all workers, in a folder that other users may read."""
-    base = tmp_path_factory.getbasetemp()
-    built = build.library((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libnvidia-ml")
+def library(nvml_library):
+    """In a folder that other users may read."""
     with tempfile.TemporaryDirectory(prefix="nvml") as made:
         Path(made).chmod(0o755)
-        yield shutil.copytree(built, Path(made) / "library")
+        yield shutil.copytree(nvml_library, Path(made) / "library")
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from tools.nvml.layout import BY_OTHER, PIDS, Control, Op, Truth
-from tools.nvml.state import MachineError, State
+from .layout import BY_OTHER, PIDS, Control, Op, Truth
+from .state import MachineError, State
 
 
 class FakeGpu:

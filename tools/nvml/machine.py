@@ -14,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from tools.nvml import build
-from tools.nvml.gpu import FakeGpu
-from tools.nvml.layout import FAULTS, GPUS, MAGIC, VERSION, WRITES, MachineLayout, Op
-from tools.nvml.part import Part, PartError, a100, h100, rtx4090
-from tools.nvml.state import SIZE, MachineError, State
+from . import build
+from .gpu import FakeGpu
+from .layout import FAULTS, GPUS, MAGIC, VERSION, WRITES, MachineLayout, Op
+from .part import Part, PartError, a100, h100, rtx4090
+from .state import SIZE, MachineError, State
 
 __all__ = ["FakeGpu", "Machine", "MachineError", "Op", "Part", "PartError", "Write", "a100", "h100", "rtx4090"]
 STATE = "FAKE_NVML_STATE"

@@ -6,8 +6,8 @@ import ctypes
 import mmap
 from pathlib import Path
 
-from tools.nvml import build
-from tools.nvml.layout import MachineLayout, Truth
+from . import build
+from .layout import MachineLayout, Truth
 
 SIZE = ctypes.sizeof(MachineLayout)
 

@@ -37,9 +37,12 @@ class Found:
 
 
 class Engine(Protocol):
-    """A kind of engine on a port. `full`: it refuses the third request, `wide`: its answers are large."""
+    """A kind of engine on a port. `full`: it refuses the third request, `wide`: its answers are large (where they would
+    not be anyway: `can_be_wide`).
+    """
 
     model: str
+    can_be_wide: bool
 
     async def start(self, port: int, *, full: bool, wide: bool) -> tuple[AbstractContextManager[Any], Process]:
         """A running engine, and what ends it. Raises ProcessError."""
@@ -63,6 +66,7 @@ class RealEngine:
     folder: Path
     report: Callable[[str], None]
     model: str = real.MODEL
+    can_be_wide: bool = False
 
     async def start(self, port: int, *, full: bool, wide: bool) -> tuple[AbstractContextManager[Any], Process]:
         """As the protocol says; tried twice."""
@@ -105,6 +109,7 @@ class SmallEngine:
 
     folder: Path
     model: str = small.MODEL
+    can_be_wide: bool = True
 
     async def start(self, port: int, *, full: bool, wide: bool) -> tuple[AbstractContextManager[Any], Process]:
         """As the protocol says."""
@@ -144,10 +149,11 @@ class Bed:
 
     async def engine(self, *, full: bool = False, wide: bool = False) -> None:
         """Have an engine with these traits up; the one that runs, if it has them."""
-        if self.process is not None and self._traits == (full, wide) and await self.answers():
+        traits = (full, wide and self.kind.can_be_wide)
+        if self.process is not None and self._traits == traits and await self.answers():
             return
         await self.stop()
-        self._traits = (full, wide)
+        self._traits = traits
         self._manager, self.process = await self.kind.start(self.port, full=full, wide=wide)
 
     async def stop(self) -> None:
