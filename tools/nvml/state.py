@@ -13,7 +13,7 @@ SIZE = ctypes.sizeof(MachineLayout)
 
 
 class MachineError(Exception):
-    """A state file that cannot be used, or a change that no GPU can make; the message says which."""
+    """A state file that cannot be used, or a change that no GPU can make; the message names it."""
 
 
 class State:

@@ -69,7 +69,7 @@ class RealEngine:
     can_be_wide: bool = False
 
     async def start(self, port: int, *, full: bool, wide: bool) -> tuple[AbstractContextManager[Any], Process]:
-        """As the protocol says; tried twice."""
+        """See `Engine`; tried twice."""
         flags = ("--max-num-seqs", "2", "--max-num-queued-reqs", "1") if full else ()
         for last in (False, True):
             manager = real.vllm(
@@ -112,7 +112,7 @@ class SmallEngine:
     can_be_wide: bool = True
 
     async def start(self, port: int, *, full: bool, wide: bool) -> tuple[AbstractContextManager[Any], Process]:
-        """As the protocol says."""
+        """See `Engine`."""
         manager = small.openai_engine(self.folder / "engine.log", port=port)
         url, process = await asyncio.to_thread(manager.__enter__)
         pace = {"step_s": 0.002, "most": 2 if full else 10**9, "pad": 4000 if wide else 0}
@@ -188,7 +188,7 @@ class Bed:
         return int((total(page, "vllm:num_requests_running") or 0) + (total(page, "vllm:num_requests_waiting") or 0))
 
     async def runs(self, count: int) -> bool:
-        """Whether the engine holds so many requests."""
+        """Whether the engine holds at least `count` requests."""
         return await self.running() >= count
 
     @contextlib.asynccontextmanager
