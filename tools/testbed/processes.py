@@ -104,21 +104,21 @@ def completed(
     command: Sequence[str | Path], *, within_s: float = 400.0, environment: Mapping[str, str] | None = None
 ) -> tuple[str, str]:
     """Run a command to its end; its output and its errors. Raises ProcessError; nothing of it goes on running."""
-    handle = subprocess.Popen(
+    words = " ".join(map(str, command))
+    with subprocess.Popen(
         [str(word) for word in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | dict(environment or {}),
         cwd=ROOT,
         start_new_session=True,
-    )
-    words = " ".join(map(str, command))
-    try:
-        out, error = (data.decode(errors="replace") for data in handle.communicate(timeout=within_s))
-    except subprocess.TimeoutExpired as late:
-        raise ProcessError(f"{words}: not done after {within_s:.0f} s") from late
-    finally:
-        end(handle)
+    ) as handle:
+        try:
+            out, error = (data.decode(errors="replace") for data in handle.communicate(timeout=within_s))
+        except subprocess.TimeoutExpired as late:
+            raise ProcessError(f"{words}: not done after {within_s:.0f} s") from late
+        finally:
+            end(handle)
     if handle.returncode:
         last = "\n".join((out + error).splitlines()[-_LOG_LINES:])
         raise ProcessError(f"{words}: exit status {handle.returncode}\n{last}")
@@ -173,11 +173,12 @@ def free_port() -> int:
 
 
 def group(leader: int) -> list[int]:
-    """The processes of a group."""
+    """The living processes of a group."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if int(_stat(int(folder.name))[2]) == leader:
+            fields = _stat(int(folder.name))
+            if int(fields[2]) == leader and fields[0] != "Z":
                 found.append(int(folder.name))
     return found
 
