@@ -90,7 +90,7 @@ def test_another_missing_module_is_no_users_error(monkeypatch):
     def load(*_, **__):
         raise ModuleNotFoundError("No module named 'throttllem.nowhere'", name="throttllem.nowhere")
 
-    monkeypatch.setattr("throttllem.cli.demo.load", load)
+    monkeypatch.setattr("throttllem.cli.commands.demo.load", load)
     with pytest.raises(ModuleNotFoundError):
         run(monkeypatch, "demo")
 

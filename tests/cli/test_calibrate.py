@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from throttllem.calibrate.calibration import Calibration
 from throttllem.calibrate.entry import basis, entry
-from throttllem.cli.calibrate import calibrate
+from throttllem.cli.commands.calibrate import calibrate
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 from throttllem.profiling.profile import read_profile, write_profile

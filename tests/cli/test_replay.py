@@ -4,10 +4,10 @@ import json
 
 import pytest
 import typer
-from gateway.test_replay import edit, first_line, flown, is_dispatch
+from gateway.flight.test_replay import edit, first_line, flown, is_dispatch
 from typer.testing import CliRunner
 
-from throttllem.cli.replay import replay
+from throttllem.cli.commands.replay import replay
 from throttllem.gateway.flight.replay import ReplayError
 
 app = typer.Typer()

@@ -1,4 +1,4 @@
-"""From tokens to iterations, by hand, for each kind of engine."""
+"""From tokens to iterations, by hand, for each kind of engine; the one record of each request in flight."""
 
 from throttllem.core.types import Observed, Progressed, Stepped
 from throttllem.engines.base import Report
@@ -18,7 +18,7 @@ def sent(progress, *keys, streams=True, sequences=1):
         progress.dispatched(key, streams=streams, sequences=sequences)
 
 
-# ---- engines that say nothing --------------------------------------------------------------------------------
+# ---- engines that report nothing -----------------------------------------------------------------------------
 
 
 def test_one_stream_is_one_iteration_a_token():
@@ -32,14 +32,14 @@ def test_one_stream_is_one_iteration_a_token():
     assert progress.token(8) == [stepped(2, started=(8,))]
 
 
-def test_rows_of_one_burst_share_an_iteration_in_whatever_order_they_come():
+def test_sequences_of_one_burst_share_an_iteration_in_whatever_order_they_come():
     progress = Progress(3, exact=False)
     sent(progress, 1, 2)
     assert [*progress.token(1), *progress.token(2)] == [stepped(0, started=(1,)), stepped(0, started=(2,))]
     for iteration, (first, second) in enumerate([(2, 1), (1, 2), (1, 2), (2, 1)], start=1):
-        told = [*progress.token(first), *progress.token(second)]
-        # The second row's own place trails by the one token that a late burst could explain.
-        assert [event.iteration for event in told] in ([iteration], [])
+        events = [*progress.token(first), *progress.token(second)]
+        # The place of the second trails by the one token that a late burst could explain.
+        assert [event.iteration for event in events] in ([iteration], [])
         assert progress.iteration in (iteration - 1, iteration)
 
 
@@ -51,7 +51,7 @@ def test_a_merged_chunk_advances_by_all_its_tokens():
     assert progress.ended(1, None) == [stepped(4, finished=(1,))]
 
 
-def test_a_row_that_was_thrown_out_is_corrected_but_not_at_every_token():
+def test_a_preempted_sequence_is_corrected_but_not_at_every_token():
     progress = Progress(3, exact=False)
     sent(progress, 1, 2)
     progress.token(1)
@@ -69,12 +69,13 @@ def test_a_row_that_was_thrown_out_is_corrected_but_not_at_every_token():
     assert progress.token(2) == [progressed(2, 4)]
 
 
-def test_when_the_leader_ends_the_others_lead():
+def test_when_the_request_that_leads_ends_another_leads():
     progress = Progress(3, exact=False)
     sent(progress, 1, 2)
     for key in (1, 2, 1, 2, 1, 2):
         progress.token(key)
     progress.ended(1, 3)
+    progress.left(1)
     before = progress.iteration
     for _ in range(10):
         progress.token(2)
@@ -82,14 +83,14 @@ def test_when_the_leader_ends_the_others_lead():
     assert progress.ended(2, 13)[-1] == stepped(progress.iteration, finished=(2,))
 
 
-def test_the_exact_count_at_the_end_is_told():
+def test_the_engines_own_count_at_the_end_is_reported():
     progress = Progress(3, exact=False)
     sent(progress, 1)
     progress.token(1)
     assert progress.ended(1, 40) == [progressed(1, 40), stepped(0, finished=(1,))]
 
 
-def test_an_answer_without_tokens_only_ends():
+def test_an_output_without_tokens_only_ends():
     progress = Progress(3, exact=False)
     sent(progress, 1)
     assert progress.ended(1, 0) == [stepped(0), stepped(0, finished=(1,))]
@@ -103,19 +104,31 @@ def test_several_sequences_count_by_their_mean():
     assert progress.ended(1, 8) == [stepped(1, finished=(1,))]
 
 
-def test_what_is_dropped_or_unknown_is_forgotten():
+def test_a_request_that_left_or_is_unknown_reports_nothing():
     progress = Progress(3, exact=False)
     sent(progress, 1)
     progress.token(1)
-    progress.dropped(1)
-    progress.dropped(9)
-    assert [progress.token(1), progress.token(9), progress.ended(1, 4), progress.ended(9, None)] == [[], [], [], []]
+    assert progress.left(1).tokens == 1
+    assert (progress.left(1), progress.left(9)) == (None, None)
+    events = [progress.token(1), progress.token(9), progress.ended(1, 4), progress.ended(9, None)]
+    assert [list(each) for each in events] == [[], [], [], []]
 
 
-# ---- rows that do not stream ---------------------------------------------------------------------------------
+def test_a_request_is_in_flight_until_it_left():
+    progress = Progress(3, exact=False)
+    progress.dispatched(1, streams=True, sequences=2, prompt_tokens=10)
+    progress.token(1, 4)
+    progress.ended(1, 6)
+    (flight,) = progress.in_flight.values()
+    assert (flight.request_id, flight.sequences, flight.prompt_tokens, flight.tokens, flight.length) == (1, 2, 10, 6, 3)
+    assert progress.left(1) is flight
+    assert progress.in_flight == {}
 
 
-def test_a_silent_row_begins_with_the_next_iteration_of_others():
+# ---- requests that do not stream -----------------------------------------------------------------------------
+
+
+def test_a_silent_request_starts_with_the_next_iteration_of_others():
     progress = Progress(3, exact=False)
     sent(progress, 1)
     progress.token(1)
@@ -126,7 +139,7 @@ def test_a_silent_row_begins_with_the_next_iteration_of_others():
     assert progress.ended(2, 4) == [stepped(4, finished=(2,))]
 
 
-def test_a_silent_row_begins_when_the_engine_runs_so_many():
+def test_a_silent_request_starts_when_the_engine_runs_more_sequences_than_are_known():
     progress = Progress(3, exact=False)
     sent(progress, 1)
     progress.token(1)
@@ -137,32 +150,49 @@ def test_a_silent_row_begins_when_the_engine_runs_so_many():
     assert progress.report(Report(running=3, waiting=0))[0] == stepped(1, started=(3,))
 
 
-def test_time_moves_rows_that_all_are_silent():
+def test_a_timer_advances_iterations_while_all_requests_are_silent():
     progress = Progress(3, exact=False)
-    assert progress.tick(0.02) == []
+    assert not progress.needs_timer
+    assert list(progress.tick()) == []
     sent(progress, 1, streams=False)
-    assert progress.tick(float("nan")) == []
-    assert progress.tick(0.02) == [stepped(0, started=(1,))]
-    assert progress.tick(0.02) == [stepped(1)]
+    assert progress.needs_timer
+    assert progress.tick() == [stepped(0, started=(1,))]
+    assert progress.tick() == [stepped(1)]
     assert progress.ended(1, 2) == [stepped(1, finished=(1,))]
-    assert progress.tick(0.02) == []
+    progress.left(1)
+    assert not progress.needs_timer
+    assert list(progress.tick()) == []
 
 
-def test_time_moves_nothing_that_shows_itself():
+def test_no_timer_where_a_stream_or_step_numbers_show_the_iterations():
     streams, steps = Progress(3, exact=False), Progress(3, exact=False)
     sent(streams, 1)
     streams.token(1)
     sent(streams, 2, streams=False)
-    assert streams.tick(0.02) == []
+    assert not streams.needs_timer and list(streams.tick()) == []
+    streams.token(1)
+    streams.ended(1, 2)
+    streams.left(1)
+    assert streams.needs_timer and streams.tick() == [stepped(2)]
     sent(steps, 1, streams=False)
     steps.report(Report(running=1, waiting=0, step=5))
-    assert steps.tick(0.02) == []
+    assert not steps.needs_timer and list(steps.tick()) == []
 
 
-def test_a_silent_row_that_ends_before_it_was_seen_begins_and_ends():
+def test_a_timer_waits_for_a_report_that_the_request_runs_where_there_are_reports():
+    progress = Progress(3, exact=False)
+    progress.report(Report(running=0, waiting=0))
+    sent(progress, 1, streams=False)
+    assert not progress.needs_timer
+    progress.report(Report(running=1, waiting=0))
+    assert progress.needs_timer and progress.tick() == [stepped(1)]
+
+
+def test_a_silent_request_that_ends_before_it_was_seen_starts_and_ends():
     progress = Progress(3, exact=False)
     sent(progress, 1, 2, streams=False)
     assert progress.ended(2, 5) == [stepped(0, started=(2, 1)), progressed(2, 5), stepped(0, finished=(2,))]
+    progress.left(2)
     assert progress.ended(1, None) == [stepped(0, finished=(1,))]
 
 
@@ -197,19 +227,19 @@ def test_streams_with_several_tokens_a_step_do_not_carry_the_iteration_away():
     progress = Progress(3, exact=False)
     progress.report(Report(running=0, waiting=0, step=0))
     sent(progress, 1)
-    told = []
+    events = []
     for step in range(1, 60):
-        told += progress.token(1, 3)
-        told += progress.report(Report(running=1, waiting=0, step=step))
-    iterations = [event.iteration for event in told if isinstance(event, Stepped)]
+        events += progress.token(1, 3)
+        events += progress.report(Report(running=1, waiting=0, step=step))
+    iterations = [event.iteration for event in events if isinstance(event, Stepped)]
     assert iterations == sorted(iterations)
-    # Trusted for so long as it could be the report that is late, then held until the steps say so.
+    # Trusted as long as the report could be the one that is late, then held until step numbers show it.
     assert progress.iteration <= 59 + 12
-    corrections = [event for event in told if isinstance(event, Progressed)]
+    corrections = [event for event in events if isinstance(event, Progressed)]
     assert 59 / 12 <= len(corrections) <= 59 / 8 + 1
 
 
-def test_an_engine_that_counts_from_zero_again_goes_on_from_here():
+def test_step_numbers_that_start_again_go_on_from_the_iteration_at_hand():
     progress = Progress(3, exact=False)
     for step in (500, 501, 502):
         progress.report(Report(running=1, waiting=0, step=step))
@@ -219,21 +249,56 @@ def test_an_engine_that_counts_from_zero_again_goes_on_from_here():
     assert progress.token(1) == [stepped(4, started=(1,))], "its streams prove what they did before"
 
 
-# ---- engines that say all ------------------------------------------------------------------------------------
+# ---- engines that name the requests of each step -------------------------------------------------------------
 
 
-def test_exact_reports_are_told_as_they_are_and_nothing_else():
+def test_named_reports_become_one_event_each_and_nothing_else_does():
     progress = Progress(3, exact=True)
     sent(progress, 1, 2)
     first = Report(running=2, waiting=0, step=40, started=(1, 2, -1), finished=(2,), preempted=(5,))
-    assert progress.token(1) == progress.ended(2, 1) == progress.tick(0.1) == []
+    assert [list(each) for each in (progress.token(1), progress.ended(2, 1), progress.tick())] == [[], [], []]
     assert progress.report(first) == [stepped(0, started=(1, 2, -1), finished=(2,), preempted=(5,))]
-    assert progress.report(Report(running=1, waiting=0)) == []
+    assert list(progress.report(Report(running=1, waiting=0))) == []
     assert progress.report(Report(running=1, waiting=0, step=41, started=(), finished=())) == [stepped(1)]
     assert progress.iteration == 1
+    assert not progress.needs_timer
 
 
-def test_tokens_are_those_of_the_steps_where_events_hold_several():
+def test_output_tokens_are_the_steps_in_which_a_request_ran():
+    """Preempted before step 2, started again in step 4, finished in step 5; two sequences."""
+    progress = Progress(3, exact=True)
+    progress.dispatched(1, streams=False, sequences=2, prompt_tokens=8)
+    (flight,) = progress.in_flight.values()
+    found = [progress.output_tokens(flight)]
+    for step, named in enumerate(
+        ({"started": (1,)}, {}, {"preempted": (1,)}, {}, {"started": (1,)}, {"finished": (1,)})
+    ):
+        progress.report(Report(**{"running": 1, "waiting": 0, "step": step, "started": (), "finished": ()} | named))
+        found.append(progress.output_tokens(flight))
+    assert found == [0, 2, 4, 4, 4, 6, 8]
+    assert progress.seen_tokens(1) == 8
+
+
+def test_output_tokens_are_those_of_the_stream_where_nothing_else_shows_them():
+    progress = Progress(3, exact=False)
+    sent(progress, 1)
+    for _ in range(3):
+        progress.token(1)
+    (flight,) = progress.in_flight.values()
+    assert (progress.output_tokens(flight), progress.seen_tokens(1), progress.seen_tokens(9)) == (3, 3, 0)
+
+
+def test_output_tokens_of_a_silent_request_are_the_iterations_in_which_it_ran():
+    progress = Progress(3, exact=False)
+    sent(progress, 1, streams=False, sequences=2)
+    for _ in range(4):
+        progress.tick()
+    (flight,) = progress.in_flight.values()
+    assert progress.output_tokens(flight) == 8
+    assert progress.seen_tokens(1) == 0, "a timer shows no tokens"
+
+
+def test_output_tokens_are_those_of_the_steps_where_events_hold_several():
     progress = Progress(3, exact=False)
     progress.dispatched(1, streams=True)
     progress.report(Report(running=1, waiting=0, step=100))
@@ -241,16 +306,17 @@ def test_tokens_are_those_of_the_steps_where_events_hold_several():
     start = progress.iteration
     progress.report(Report(running=1, waiting=0, step=110))
     progress.token(1)
-    told = progress.iteration - start + 1
-    assert progress.tokens(1) == told > 2
+    ran = progress.iteration - start + 1
+    (flight,) = progress.in_flight.values()
+    assert progress.seen_tokens(1) == progress.output_tokens(flight) == ran > 2
     assert [event for event in progress.ended(1, None) if isinstance(event, Progressed)] == []
+    progress.left(1)
     progress.dispatched(2, streams=True)
     progress.token(2)
     assert progressed(2, 5) in progress.ended(2, 5)
-    assert progress.tokens(2) is None
 
 
-# ---- step numbers that cannot be ------------------------------------------------------------------------------
+# ---- impossible step numbers ----------------------------------------------------------------------------------
 
 
 def at(progress, step, elapsed_s=0.0):

@@ -1,4 +1,4 @@
-"""Iterations inferred from tokens against the batcher, which knows: bursts out of order, rows that do not stream."""
+"""Iterations inferred from tokens, against those of the batcher: bursts out of order, requests that do not stream."""
 
 import random
 from itertools import pairwise
@@ -15,7 +15,7 @@ from throttllem.engines.simulated.batcher import Batcher
 
 
 class World:
-    """The batcher as the truth; what the core would believe of every row, from the events alone."""
+    """The batcher as the truth, and what the core would know of every request from the events alone."""
 
     def __init__(self, spec, seed, *, reports):
         self.batcher = Batcher(spec)
@@ -23,7 +23,7 @@ class World:
         self.rng = random.Random(seed)
         self.reports = reports
         self.wanted, self.given, self.running, self.silent = {}, {}, set(), set()
-        self.start, self.told, self.ended = {}, -1, {}
+        self.start, self.reported, self.ended = {}, -1, {}
 
     def send(self, key, prompt, answer, *, streams=True):
         self.batcher.add(key, prompt_tokens=prompt, output_tokens=answer, max_tokens=answer)
@@ -49,7 +49,7 @@ class World:
         return out
 
     def deliver(self, bursts):
-        """In any order, but that of one row and that of the reports."""
+        """In any order, except that of one request and that of the reports."""
         lanes = {}
         for what, of in (item for burst in bursts for item in burst):
             lanes.setdefault("report" if what == "report" else of, []).append((what, of))
@@ -69,19 +69,20 @@ class World:
                 events = self.progress.token(of)
             case "ended":
                 events = self.progress.ended(of, self.wanted[of])
+                assert self.progress.left(of).request_id == of
             case "report":
                 events = self.progress.report(of)
         for event in events:
-            self.book(event)
+            self.apply(event)
         if what == "token" and len(events) < 2:
-            behind = self.told - self.start[of] + 1 - self.given[of]
-            assert behind >= -1, "a row is behind its tokens by more than the blur of a burst"
+            behind = self.reported - self.start[of] + 1 - self.given[of]
+            assert behind >= -1, "a sequence is behind its tokens by more than the blur of a burst"
 
-    def book(self, event):
+    def apply(self, event):
         match event:
             case Stepped(iteration=iteration, started=started, finished=finished):
-                assert iteration >= max(self.told, 0)
-                self.told = iteration
+                assert iteration >= max(self.reported, 0)
+                self.reported = iteration
                 for key in started:
                     assert key not in self.start and key not in self.ended
                     self.start[key] = iteration
@@ -89,7 +90,7 @@ class World:
                     assert key not in self.ended
                     self.ended[key] = iteration - self.start[key] + 1
             case Progressed(request_id=key, tokens=tokens):
-                self.start[key] = self.told - tokens + 1
+                self.start[key] = self.reported - tokens + 1
 
 
 @st.composite
@@ -123,13 +124,14 @@ def test_inferred_iterations_against_the_batcher(world, arrivals):
         if not len(world.batcher):
             break
         block()
-    assert world.ended == world.wanted, "every row ends once, with the tokens that it has"
+    assert world.ended == world.wanted, "every request ends once, with the tokens that it has"
     assert set(world.start) == set(world.wanted)
+    assert world.progress.in_flight == {}
 
 
 @pytest.mark.parametrize("reports", [False, True])
 def test_bursts_in_order_are_followed_closely(reports):
-    """Eight rows that come and go: the inferred count keeps up, and rows are right within the blur of a burst."""
+    """Eight sequences that come and go: the inferred count keeps up, and each is right within the blur of a burst."""
     world = World(spec(kv_blocks=4000, max_batch=8, prefill_budget_tokens=4096, chunked=True), 1, reports=reports)
     rng = random.Random(2)
     for key in range(60):
@@ -137,8 +139,10 @@ def test_bursts_in_order_are_followed_closely(reports):
     lags = []
     while len(world.batcher):
         world.deliver([world.burst()])
-        lags += [abs(world.told - world.start[key] + 1 - world.given[key]) for key in world.running & set(world.start)]
+        lags += [
+            abs(world.reported - world.start[key] + 1 - world.given[key]) for key in world.running & set(world.start)
+        ]
     assert max(lags) <= 2
     assert sum(lags) / len(lags) < 1
-    assert world.told >= 0.97 * world.batcher.iteration
+    assert world.reported >= 0.97 * world.batcher.iteration
     assert all(before <= after for before, after in pairwise(sorted(world.ended.values())))

@@ -1,4 +1,4 @@
-"""A real Chromium without a window, steered by its debugging protocol: what it shows, asks for and complains of."""
+"""A real Chromium without a window, steered by its debugging protocol: what it shows and requests, and its errors."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ PATIENCE_S = 20.0
 
 
 class Tab:
-    """One page. `requests`: every address that it asked for; `complaints`: errors of scripts, policy and loading."""
+    """One page. `requests`: every address that it requested; `errors`: those of scripts, policy and loading."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.requests: list[str] = []
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
         self._socket = socket
         self._ids = itertools.count(1)
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
 
     async def listen(self) -> None:
-        async for message in self._socket:
-            said = message.json()
-            if "id" in said:
-                self._answers.pop(said["id"]).set_result(said)
-            match said.get("method"):
+        async for received in self._socket:
+            message = received.json()
+            if "id" in message:
+                self._answers.pop(message["id"]).set_result(message)
+            match message.get("method"):
                 case "Network.requestWillBeSent":
-                    self.requests.append(said["params"]["request"]["url"])
+                    self.requests.append(message["params"]["request"]["url"])
                 case "Runtime.exceptionThrown":
-                    details = said["params"]["exceptionDetails"]
-                    self.complaints.append(details.get("exception", {}).get("description", details["text"]))
+                    details = message["params"]["exceptionDetails"]
+                    self.errors.append(details.get("exception", {}).get("description", details["text"]))
                 case "Log.entryAdded":
-                    self.complaints.append(said["params"]["entry"]["text"])
+                    self.errors.append(message["params"]["entry"]["text"])
                 case "Runtime.consoleAPICalled":
-                    self.complaints.append(str(said["params"]["args"]))
+                    self.errors.append(str(message["params"]["args"]))
 
     async def do(self, method: str, **settings: object) -> dict[str, Any]:
         """One command of the protocol and its result."""
@@ -91,7 +91,7 @@ class Tab:
 
 @asynccontextmanager
 async def browse(address: str, **screen: Any) -> AsyncIterator[Tab]:
-    """A browser of its own that has `address` open."""
+    """A new browser that has `address` open."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         silent = asyncio.subprocess.DEVNULL
         arguments = [*QUIET, f"--user-data-dir={profile}", "about:blank"]
@@ -116,8 +116,8 @@ async def browse(address: str, **screen: Any) -> AsyncIterator[Tab]:
             await browser.wait()
 
 
-async def _port(told: Path) -> int:
+async def _port(file: Path) -> int:
     async with asyncio.timeout(PATIENCE_S):
-        while not (told.is_file() and (lines := told.read_text().split())):
+        while not (file.is_file() and (lines := file.read_text().split())):
             await asyncio.sleep(0.03)
     return int(lines[0])

@@ -103,7 +103,7 @@ class Models:
     served: tuple = ()
     version: str = "1"
     policy: str = "triton"
-    slo: Slo = Slo()
+    slo: Slo = field(default_factory=Slo)
     now: object = time.monotonic
     started_s: float = 0.0
     draining: bool = False

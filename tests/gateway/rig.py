@@ -121,8 +121,8 @@ class Killable:
             raise EngineError("connection refused", status=503)
         await self.inner.well()
 
-    async def count(self, ask):
-        return await self.inner.count(ask)
+    async def count(self, parsed):
+        return await self.inner.count(parsed)
 
     def open(self, call):
         return self.inner.open(call)
@@ -277,7 +277,7 @@ def parsed(*, tokens=8, stream=True, prompt="one two three", choices=1, model="t
 
 
 async def request(models, *, slo=None, count=6, usage=True, disconnect_after=None, **more):
-    """One request as the HTTP side serves it; its receipt, None if its client disconnects after so many tokens.
+    """One request as the HTTP side serves it; its receipt, None if its client disconnects after some tokens.
     `usage`: the engine reports the number of tokens at the end.
     """
     it = parsed(**more)
@@ -309,11 +309,11 @@ async def outcome(coroutine):
     """How a request ended: "served", "disconnected", the code of its rejection, "engine" or "cancelled"."""
     try:
         return "disconnected" if await coroutine is None else "served"
+    except EngineError:
+        return "engine"
     except ApiError as error:
         assert error.retry_after_s is None or 1 <= error.retry_after_s <= 60
         return error.code
-    except EngineError:
-        return "engine"
     except asyncio.CancelledError:
         task = asyncio.current_task()
         while task.cancelling():

@@ -1,15 +1,16 @@
-"""A gateway that holds still: a status with a figure in every field, and a stand-in for the models that tells it."""
+"""A status with a figure in every field, and fake models whose status it is."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from throttllem.gateway.control.ticket import Health, Ticket
+import pytest
 
 from throttllem.core.engine_state import Phase
 from throttllem.core.snapshot import Counts, EngineView
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, Slo, Verdict, VerdictKind
-from throttllem.engines.base import LiveEngine, ParsedRequest, PromptCount, Report
+from throttllem.engines.base import Report
+from throttllem.gateway.telemetry import dashboard, history
 from throttllem.gateway.telemetry.status import (
     Ahead,
     Drift,
@@ -64,7 +65,7 @@ UP = EngineStatus(
     advised_mhz=1065,
     limit_mhz=1050,
     held="power cap",
-    unset="keeper: it hung up",
+    unset="keeper: it closed the connection",
     kv_blocks=1234,
     report=Report(running=18, waiting=1, kv_blocks=1230),
     drift=Drift(batch=1.0, kv_blocks=-4.0, mean_batch=0.25, mean_kv_blocks=3.5, corrections=21),
@@ -100,7 +101,7 @@ EMPTY = GatewayStatus(version="0.1.0", policy="triton", phase="draining", now_s=
 
 
 class Still:
-    """Stands for the models of a gateway; `gateway` is what it tells."""
+    """Fake models; `gateway` is their status, and nothing else of them may be read."""
 
     def __init__(self, gateway: GatewayStatus = STATUS) -> None:
         self.gateway = gateway
@@ -111,20 +112,9 @@ class Still:
     def at(self, now_s: float) -> None:
         self.gateway = replace(self.gateway, now_s=now_s)
 
-    def names(self) -> tuple[str, ...]:
-        raise AssertionError("a page asks for the status alone")
 
-    def health(self) -> Health:
-        raise AssertionError("a page asks for the status alone")
-
-    def most_sequences(self) -> int | None:
-        raise AssertionError("a page asks for the status alone")
-
-    async def count(self, ask: ParsedRequest) -> PromptCount:
-        raise AssertionError("a page asks for the status alone")
-
-    def ticket(self, ask: ParsedRequest, count: PromptCount, slo: Slo, caller: str, *, streams: bool) -> Ticket:
-        raise AssertionError("a page asks for the status alone")
-
-    def passage(self, model: str | None) -> LiveEngine:
-        raise AssertionError("a page asks for the status alone")
+@pytest.fixture(autouse=True)
+def status_of_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages and history read the status of `Still` models."""
+    for module in (dashboard, history):
+        monkeypatch.setattr(module, "gateway_status", lambda models: models.status())

@@ -1,4 +1,4 @@
-"""A real engine over HTTP for the gateway's tests: what vLLM would say, and the many ways in which engines fail."""
+"""A real engine over HTTP for the gateway's tests: answers as vLLM sends them, and the many ways to fail."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ def chat_chunk(delta, **more):
 
 
 def closing():
-    """The chunk that says why an answer ended."""
+    """The chunk with the finish reason."""
     return chat_chunk({}) | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 
 
@@ -41,7 +41,7 @@ def completion_events(words):
     return [*events, b"data: [DONE]\n\n"]
 
 
-async def refusal():
+async def overloaded():
     return web.json_response({"error": {"message": "too many"}}, status=503, headers={"retry-after": "7"})
 
 
@@ -63,7 +63,7 @@ async def garbage(request):
 
 @dataclass
 class Engine:
-    """A real HTTP engine. A body's `play` says how it answers; `seen` are the requests, `left` those cut short."""
+    """A real HTTP engine. A body's `play` sets how it answers; `seen` are the requests, `left` those cut short."""
 
     seen: list = field(default_factory=list)
     left: int = 0
@@ -105,7 +105,7 @@ class Engine:
             "break-off": lambda: self.stream(request, events[:-2], abort=True),
             "break-event": lambda: self.stream(request, [*events[:-2], b'data: {"cut'], abort=True),
             "hang": lambda: self.stream(request, events[:-2], hang=True),
-            "refuse": refusal,
+            "refuse": overloaded,
             "garbage": lambda: garbage(request),
             "half": lambda: half(request),
             "silent": lambda: asyncio.sleep(3600),

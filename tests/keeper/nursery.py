@@ -24,7 +24,7 @@ import throttllem.doctor.restore
 import throttllem.gpu.keeper_client
 import throttllem.keeper.unit  # noqa: F401
 from tests.keeper.client import Client
-from throttllem.cli.doctor import doctor
+from throttllem.cli.commands.doctor import doctor
 from throttllem.keeper import __main__ as keeper
 from tools.nvml import build
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.keeper.rig import LONG_S, NOBODY, TTL_S, locks, needs_root, until
 from tests.keeper.test_imports import KEEPER, OURS, modules_of_the_process
-from throttllem.cli.keeper import unit_text
+from throttllem.cli.commands.keeper import unit_text
 from throttllem.keeper.leases import SETS_AT_ONCE, SETS_PER_S
 from throttllem.keeper.server import CONNECTIONS, LINE_BYTES, Server
 from tools.nvml.machine import Op

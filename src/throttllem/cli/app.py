@@ -12,18 +12,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from throttllem.cli.calibrate import calibrate
-from throttllem.cli.characterize import characterize
-from throttllem.cli.demo import demo
-from throttllem.cli.doctor import doctor
-from throttllem.cli.estimate import estimate
-from throttllem.cli.keeper import keeper
-from throttllem.cli.profile import profile
-from throttllem.cli.replay import replay
-from throttllem.cli.reproduce import reproduce
-from throttllem.cli.serve import serve
-from throttllem.cli.simulate import simulate
-from throttllem.cli.train import train
+from throttllem.cli.commands.calibrate import calibrate
+from throttllem.cli.commands.characterize import characterize
+from throttllem.cli.commands.demo import demo
+from throttllem.cli.commands.doctor import doctor
+from throttllem.cli.commands.estimate import estimate
+from throttllem.cli.commands.keeper import keeper
+from throttllem.cli.commands.profile import profile
+from throttllem.cli.commands.replay import replay
+from throttllem.cli.commands.reproduce import reproduce
+from throttllem.cli.commands.serve import serve
+from throttllem.cli.commands.simulate import simulate
+from throttllem.cli.commands.train import train
 
 OPTIONAL = frozenset({"lightgbm", "plotly", "polars", "scipy"})
 """Packages that serving does not need."""

@@ -1,5 +1,5 @@
-"""One engine's life: connected, watched, suspected, lost, connected again, retired; its iterations by timer where nothing
-else shows them.
+"""One engine's life: connected, watched, suspected, lost, connected again, retired; its iterations by timer where
+nothing else shows them.
 """
 
 import asyncio

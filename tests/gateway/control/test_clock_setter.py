@@ -4,7 +4,7 @@ import asyncio
 
 from throttllem.core.types import ClockRead, FrequencyPlan, Reason
 from throttllem.gateway.control.clock_setter import ClockSetter
-from throttllem.gpu.device import Reading, nothing
+from throttllem.gpu.device import Reading
 
 
 class Wilful:
@@ -13,9 +13,10 @@ class Wilful:
     def __init__(self):
         self.commanded, self.reading, self.follows = [], Reading(clock_mhz=1400, watts=100.0, energy_j=0.0), True
 
-    async def set_clock(self, mhz, sent=nothing):
+    async def set_clock(self, mhz, sent=None):
         self.commanded.append(mhz)
-        sent()
+        if sent is not None:
+            sent()
         if self.follows and mhz is not None:
             self.reading = Reading(clock_mhz=mhz, watts=100.0, energy_j=0.0)
         return self.reading.planned_on_mhz

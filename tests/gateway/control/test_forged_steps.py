@@ -5,8 +5,8 @@ import json
 import struct
 
 import pytest
-from tests.engines.test_stats import free_udp, send
 
+from tests.engines.test_step_reports import free_udp, send
 from tests.gateway.peer import Peer, answers, stream_and_whole, until, whole
 from throttllem.engines.step_reports import PACKED, StepStats
 
@@ -57,7 +57,7 @@ def with_steps(check, folder, address):
             peer.info = {"engines": 1, "servers": 1, "stats": address}
             async with whole(folder, f"engines.0.stats={address}", url=peer.url) as there:
                 await there.up()
-                await until(lambda: there.backend.engine.steps is not None and there.backend.engine.steps.listens)
+                await until(lambda: there.backend.engine.steps is not None and there.backend.engine.steps.is_listening)
                 await check(there, peer)
                 await there.empty(peer)
                 assert await health(there) == (200, "ok")
@@ -67,7 +67,7 @@ def with_steps(check, folder, address):
 
 def received(there, more):
     steps = there.backend.engine.steps
-    return steps.received + steps.garbage + steps.strangers >= more
+    return steps.received + steps.garbage + steps.other_boots >= more
 
 
 @pytest.mark.parametrize("name", FORGED)

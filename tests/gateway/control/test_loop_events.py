@@ -1,5 +1,5 @@
-"""Events on their way into the core: one after the other in their order, a timer that is never early, and clocks planned
-after the commands of a round are on their way. The observer gets every call.
+"""Events on their way into the core: one after the other in their order, a timer that is never early, and clocks that
+are planned after the requests of a round are on their way. The observer gets every call.
 """
 
 import asyncio

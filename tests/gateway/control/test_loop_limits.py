@@ -3,6 +3,7 @@ external load is logged.
 """
 
 import asyncio
+from itertools import pairwise
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_no_engine():
 
     error, waited_s, counts = virtually(run())
     assert (error.status, error.code) == (503, "no_engine")
-    assert error.detail == "connection refused"
+    assert (error.message, str(error)) == ("no engine is up", "no engine is up: connection refused")
     assert 3.0 <= waited_s <= 3.6
     assert counts.rejected == 1
 
@@ -114,7 +115,7 @@ def test_a_running_requests_energy_is_settled_as_time_passes():
 
     seen, energy_j = virtually(run())
     assert len(seen) > 3
-    assert all(before < after for before, after in zip(seen, seen[1:], strict=False))
+    assert all(before < after for before, after in pairwise(seen))
     assert 0.8 * energy_j < seen[-1] <= energy_j
 
 

@@ -128,7 +128,7 @@ def test_prompts_are_charged_in_the_order_of_arrival_where_only_their_sum_is_rep
 
 
 def test_reported_prompt_tokens_are_charged_once():
-    """The report of a step says how many; the first token says again that all of them were processed."""
+    """Once with the report of the step, not again with the first token."""
     desk = Desk()
     desk.dispatched(1, prompt_tokens=10)
     desk.dispatched(2, prompt_tokens=10)
@@ -400,7 +400,7 @@ def test_what_the_clocks_of_a_dry_run_would_have_saved():
     there is none.
     """
 
-    def energy(advised_mhz):
+    def energy(dry_run_mhz):
         gpu, made = Counter(), spec(max_batch=64, kv_blocks=2000)
         law = table(made)
         desk = Desk(gpu=gpu, at_maximum=SavingsEstimate(table=law), dry_run=SavingsEstimate(table=law))
@@ -408,7 +408,7 @@ def test_what_the_clocks_of_a_dry_run_would_have_saved():
         for number in range(75):
             desk.dispatched(number, prompt_tokens=4)
             for _ in range(20):
-                gpu.rose(3.0, advised_mhz=advised_mhz)
+                gpu.rose(3.0, dry_run_mhz=dry_run_mhz)
                 desk.after(0.03).tokens(number)
             desk.left(number)
         return desk.accounting.energy()

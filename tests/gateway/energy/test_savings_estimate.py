@@ -12,7 +12,7 @@ from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 
 
 async def energy(policy, gap_s, count):
-    """The energy of `count` requests at random times, with the estimate for the maximum clock, and the clock at the end."""
+    """The energy of `count` requests at random times, with its estimate, and the clock at the end."""
     async with rig(policy=policy, max_batch=64, kv_blocks=2000) as it:
         await it.up()
         dice, tasks = random.Random(3), []

@@ -41,7 +41,7 @@ def chunked(body):
     return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:half], body[half:])) + b"0\r\n\r\n"
 
 
-def spoken(*segments, answers=1, pause_s=0.02, **limits):
+def exchanged(*segments, answers=1, pause_s=0.02, **limits):
     """The answers to bytes that come in these segments on one connection, and what the engine got."""
 
     async def main():
@@ -83,41 +83,41 @@ def test_the_offer_is_ignored_and_the_body_read(offer, way):
             segments = [bytes([byte]) for byte in first + body]
         case _:
             segments = [first, body]
-    served(*spoken(*segments, pause_s=0.0 if way == "byte by byte" else 0.02))
+    served(*exchanged(*segments, pause_s=0.0 if way == "byte by byte" else 0.02))
 
 
 @pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
 @pytest.mark.parametrize("framing", ["sized", "chunked"])
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_body_that_looks_like_a_request_is_not_run(offer, framing, apart):
-    """It is no JSON: the one request is refused, and the engine gets none."""
+    """It is no JSON: the one request is an error, and the engine gets none."""
     first = head(offer, sized(SMUGGLED) if framing == "sized" else "transfer-encoding: chunked")
     body = SMUGGLED if framing == "sized" else chunked(SMUGGLED)
-    found, seen = spoken(*([first, body] if apart else [first + body]))
+    found, seen = exchanged(*([first, body] if apart else [first + body]))
     assert [status for status, _ in found] == [400]
     assert seen == []
 
 
 def test_requests_go_on_on_the_connection():
     one = head(JDK, sized(BODY))
-    served(*spoken(one, BODY, one + BODY, SMUGGLED, answers=3), requests=3)
+    served(*exchanged(one, BODY, one + BODY, SMUGGLED, answers=3), requests=3)
 
 
 def test_pipelined_requests_are_answered_in_order():
     one = head(JDK, sized(BODY)) + BODY
-    found, seen = spoken(HEALTH + one + HEALTH + SMUGGLED + one, answers=5)
+    found, seen = exchanged(HEALTH + one + HEALTH + SMUGGLED + one, answers=5)
     served(found, seen, requests=3)
     assert [b"engines_up" in body for _, body in found] == [True, False, True, False, False]
 
 
 def test_many_offers_in_one_segment():
     offer = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
-    found, _ = spoken(offer * 300, answers=300)
+    found, _ = exchanged(offer * 300, answers=300)
     assert {status for status, _ in found} == {200}
 
 
 @pytest.mark.parametrize("fields", [("connection: close",), ("expect: 100-continue",)])
-def test_other_wishes_of_the_head_hold(fields):
+def test_other_fields_of_the_head_hold(fields):
     async def main():
         async with running() as there:
             host, port = there.url.removeprefix("http://").split(":")
@@ -135,7 +135,7 @@ def test_other_wishes_of_the_head_hold(fields):
     assert asyncio.run(main()) == (200, 1)
 
 
-def refused(*segments, **limits):
+def errors(*segments, **limits):
     async def main():
         async with running(limits=LimitOptions(**limits)) as there:
             host, port = there.url.removeprefix("http://").split(":")
@@ -154,14 +154,14 @@ def refused(*segments, **limits):
 @pytest.mark.parametrize("target", ["x:80", "127.0.0.1:443"])
 def test_what_follows_a_connect_is_not_run(target, apart):
     first = f"CONNECT {target} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
-    found, seen = refused(*([first, SMUGGLED] if apart else [first + SMUGGLED]))
+    found, seen = errors(*([first, SMUGGLED] if apart else [first + SMUGGLED]))
     assert found.startswith(b"HTTP/1.1 400 ") and found.count(b"HTTP/1.1") == 1 and seen == []
 
 
 def test_a_folded_field_adds_none():
-    """A line that continues the field before it must not come back as a field of its own."""
+    """A line that continues the field before it must not come back as another field."""
     first = head(JDK, "x-a: 1\r\n content-length: 3", sized(BODY))
-    found, seen = refused(first + BODY + LAST)
+    found, seen = errors(first + BODY + LAST)
     assert found.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 200 ")) and found.count(b"HTTP/1.1") <= 2
     assert all(body == BODY for *_, body in seen)
 
@@ -169,11 +169,11 @@ def test_a_folded_field_adds_none():
 @pytest.mark.parametrize(
     "fields", [("content-length: 3", "content-length: 4"), ("content-length: 3", "transfer-encoding: chunked")]
 )
-def test_contradicting_lengths_are_refused(fields):
-    found, seen = refused(head(JDK, *fields) + chunked(BODY))
+def test_contradicting_lengths_are_an_error(fields):
+    found, seen = errors(head(JDK, *fields) + chunked(BODY))
     assert found.startswith(b"HTTP/1.1 400 ") and seen == []
 
 
 def test_the_bound_on_heads_holds():
-    found, _ = refused(head(JDK, "x: " + "y" * 5000, sized(BODY)), header_bytes=2048)
+    found, _ = errors(head(JDK, "x: " + "y" * 5000, sized(BODY)), header_bytes=2048)
     assert found.startswith(b"HTTP/1.1 431 ")

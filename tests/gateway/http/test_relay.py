@@ -46,7 +46,7 @@ def served(path, body, headers=(), **options):
         ("/v2/models/tiny/generate_stream", {"text_input": "x", "max_tokens": 6, "stream": True}, 6, None),
     ],
 )
-def test_bytes_are_the_engines_and_tokens_are_counted(path, body, tokens, used):
+def test_the_client_gets_the_engines_bytes_and_tokens_are_counted(path, body, tokens, used):
     status, headers, got, engine, session = served(path, body)
     assert (status, got) == (200, engine.sent)
     assert headers["x-engine"] == "yes" and headers["x-request-id"]
@@ -59,11 +59,11 @@ def test_a_stream_that_is_no_stream_counts_nothing():
     assert (session.counted, session.streams, session.ends) == (0, False, ["finished"])
 
 
-@pytest.mark.parametrize("asked", ["header", "body"])
+@pytest.mark.parametrize("where", ["header", "body"])
 @pytest.mark.parametrize("usage", [False, True])
-def test_metrics_come_in_the_last_event_of_data(asked, usage):
+def test_metrics_come_in_the_last_event_of_data(where, usage):
     body = chat(max_tokens=4, stream_options={"include_usage": usage})
-    headers = {"x-throttllem-metrics": "1"} if asked == "header" else {}
+    headers = {"x-throttllem-metrics": "1"} if where == "header" else {}
     body |= {} if headers else {"throttllem": {"metrics": True}}
     _, _, got, engine, session = served(CHAT, body, headers)
     *front, last, done, rest = got.split(b"\n\n")
@@ -74,38 +74,38 @@ def test_metrics_come_in_the_last_event_of_data(asked, usage):
     assert b"throttllem" not in engine.seen[0][3]
 
 
-def test_metrics_of_what_is_not_streamed():
+def test_metrics_in_an_answer_that_is_not_streamed():
     _, headers, got, engine, _ = served(COMPLETIONS, complete(throttllem={"metrics": True}))
     assert json.loads(got) == json.loads(engine.sent) | {"metrics": GIVEN}
     assert int(headers["content-length"]) == len(got)
 
 
-def test_an_engines_refusal_passes_and_is_no_answer():
+def test_an_engines_error_passes_and_leaves_the_session_unfinished():
     status, headers, got, _, session = served(CHAT, chat(play="refuse"))
     assert (status, headers["retry-after"]) == (503, "7")
     assert json.loads(got) == {"error": {"message": "too many"}}
     assert session.ends == ["cancelled"]
 
 
-def test_a_stream_without_done_is_complete_all_the_same():
+def test_a_stream_without_done_is_complete():
     _, _, got, engine, session = served(CHAT, chat(play="no-done"))
     assert got == engine.sent and session.ends == ["finished"]
 
 
 @pytest.mark.parametrize("metrics", [False, True])
-def test_a_stream_that_stops_without_a_word_is_no_answer(metrics):
+def test_a_stream_that_ends_before_its_output_is_an_error(metrics):
     _, _, got, engine, session = served(CHAT, chat(play="cut-off", throttllem={"metrics": metrics}))
     assert got.startswith(engine.sent + b'data: {"error":') and b"the engine broke off" in got
     assert (session.counted, session.ends) == (3, ["cancelled"])
 
 
-def test_an_error_that_the_engine_streams_is_no_answer():
+def test_an_error_in_the_stream_leaves_the_session_unfinished():
     _, _, got, engine, session = served(CHAT, chat(play="error-event"))
     assert got == engine.sent and session.ends == ["cancelled"]
 
 
 @pytest.mark.parametrize(("play", "gap"), [("break-off", b""), ("break-event", b"\n\n")])
-def test_an_engine_that_breaks_off_is_told_in_the_stream(play, gap):
+def test_an_engine_that_breaks_off_is_an_error_event(play, gap):
     status, _, got, engine, session = served(CHAT, chat(play=play))
     assert status == 200
     assert got.startswith(engine.sent + gap + b'data: {"error":')
@@ -114,7 +114,7 @@ def test_an_engine_that_breaks_off_is_told_in_the_stream(play, gap):
     assert session.ends == ["cancelled"]
 
 
-def test_an_engine_that_talks_garbage():
+def test_an_engine_that_sends_garbage():
     status, _, got, _, session = served(COMPLETIONS, complete(play="garbage"))
     assert (status, json.loads(got)["error"]["code"]) == (502, "engine_error")
     assert session.ends == ["cancelled"]
@@ -233,6 +233,6 @@ def test_an_endless_event_is_not_held_back():
     assert before[0] == chunks[0] + chunks[1]
 
 
-def test_metrics_find_no_place_in_what_is_no_json():
+def test_an_event_that_is_no_json_gets_no_metrics():
     chunks = [b"data: x\n\n", b"data: [DONE]\n\n"]
     assert b"".join(relayed(chunks, metrics=True)[0].pieces) == b"".join(chunks)

@@ -1,3 +1,5 @@
+"""Ports, bounds on heads and connections, signals, and clients that are slow. Real sockets."""
+
 import asyncio
 import contextlib
 import errno
@@ -19,7 +21,7 @@ from throttllem.gateway.http.server import bind
 ROOT = Path(__file__).parents[2]
 
 
-def test_port_0_tells_which():
+def test_port_0_is_a_free_port():
     sockets = bind(ServerOptions(port=0, metrics_port=0))
     (host, port), (_, other) = sockets.addresses()
     sockets.close()
@@ -37,7 +39,7 @@ def test_a_taken_port_is_named(option):
     assert caught.value.errno == errno.EADDRINUSE
 
 
-def test_a_host_that_is_not_there_is_named():
+def test_an_unknown_host_is_named():
     with pytest.raises(OSError, match=r"192\.0\.2\.1"):
         bind(ServerOptions(host="192.0.2.1", port=0))
 
@@ -53,7 +55,7 @@ async def talk(there, data):
     return answer
 
 
-def spoken(data, **limits):
+def exchanged(data, **limits):
     async def main():
         async with running(limits=LimitOptions(**limits)) as there:
             return await talk(there, data)
@@ -70,18 +72,18 @@ def spoken(data, **limits):
         b"GET / HTTP/1.1\r\na\x00: b\r\n\r\n",
     ],
 )
-def test_what_is_no_http(data):
-    answer = spoken(data)
+def test_bytes_that_are_no_http(data):
+    answer = exchanged(data)
     assert answer.startswith(b"HTTP/1.1 400 ") and b'{"error":' in answer and b"x-request-id" in answer
 
 
 @pytest.mark.parametrize("head", [b"GET /" + b"a" * 5000, b"GET / HTTP/1.1\r\nx: " + b"y" * 5000])
 def test_a_head_without_end(head):
-    answer = spoken(head, header_bytes=2048)
+    answer = exchanged(head, header_bytes=2048)
     assert answer.startswith(b"HTTP/1.1 431 ") and b"headers_too_large" in answer
 
 
-def test_a_head_that_comes_drop_by_drop():
+def test_a_head_that_comes_byte_by_byte():
     async def main():
         async with running(limits=LimitOptions(header_bytes=2048)) as there:
             host, port = there.url.removeprefix("http://").split(":")
@@ -175,7 +177,7 @@ def test_an_idle_connection_does_not_hold_up_the_end(monkeypatch):
 
 def test_a_head_that_takes_too_long(monkeypatch):
     monkeypatch.setattr("throttllem.gateway.http.protocol.HEAD_S", 0.02)
-    assert spoken(b"GET / HTTP/1.1\r\nx:") == b""
+    assert exchanged(b"GET / HTTP/1.1\r\nx:") == b""
 
 
 def test_a_second_head_that_is_bad_does_not_disturb_the_first():
@@ -212,7 +214,7 @@ def test_connections_are_bounded():
 
 def test_an_idle_connection_is_closed(monkeypatch):
     monkeypatch.setattr("throttllem.gateway.http.protocol.KEEP_ALIVE_S", 0.02)
-    assert spoken(b"") == b""
+    assert exchanged(b"") == b""
     assert issubclass(BoundedProtocol, asyncio.Protocol)
 
 
@@ -260,7 +262,7 @@ def test_signals(play, signals):
     assert ("cancelled" in out) == (play == "hang")
 
 
-def test_slow_clients_are_looked_after_again_after_a_fault(caplog, monkeypatch):
+def test_slow_clients_are_cut_off_again_after_a_fault(caplog, monkeypatch):
     monkeypatch.setattr(serve_http, "_WATCH_AGAIN_S", 0.001)
     calls = []
 

@@ -31,6 +31,6 @@ def test_unknown_class_names_the_known_ones():
 
 
 @pytest.mark.parametrize(("header", "near"), [("x-slo-tbt-ms", "x-slo-tpot-ms"), ("x-slo-e2e", "x-slo-e2e-ms")])
-def test_an_unknown_header_is_refused_with_the_nearest_known(header, near):
+def test_an_unknown_header_is_an_error_with_the_nearest_known(header, near):
     with pytest.raises(ApiError, match=near):
         read_slo({header: "5", "content-type": "application/json"}, Slo(), {})

@@ -1,3 +1,5 @@
+"""The dashboard's page and its state, as a browser gets them."""
+
 from __future__ import annotations
 
 import json
@@ -8,11 +10,10 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from gateway.statuses import EMPTY, MODEL, STATUS, UP, Still, status_of_still  # noqa: F401 (a fixture)
 from throttllem.gateway.telemetry.dashboard import dashboard_routes, state, totals
 from throttllem.gateway.telemetry.history import History
 from throttllem.gateway.telemetry.status import Ahead, Energy
-
-from .statuses import EMPTY, MODEL, STATUS, UP, Still
 
 
 def app(models: Still, history: History | None = None) -> Starlette:
@@ -38,17 +39,17 @@ def test_the_state_is_the_status_with_its_totals_and_past() -> None:
     models.at(431.0)
     history.note(models.status())
     models.at(432.5)
-    told = client.get("/dashboard/state").json()
-    assert told["status"]["models"][0]["engines"][0]["view"]["plan"] == {
+    got = client.get("/dashboard/state").json()
+    assert got["status"]["models"][0]["engines"][0]["view"]["plan"] == {
         "mhz": 1065,
         "why": "one clock lower would violate an SLO",
         "binding": 4182,
     }
-    assert told["totals"]["saved"] == pytest.approx(0.19)
-    assert [sample["at_s"] for sample in told["samples"]] == [431.0, 432.5]
-    asked = {"run": told["run"], "since": "431.0"}
-    assert [sample["at_s"] for sample in client.get("/dashboard/state", params=asked).json()["samples"]] == [432.5]
-    for other in ({"run": "older", "since": "431.0"}, {"run": told["run"], "since": "x"}, {"since": "431.0"}):
+    assert got["totals"]["saved"] == pytest.approx(0.19)
+    assert [sample["at_s"] for sample in got["samples"]] == [431.0, 432.5]
+    query = {"run": got["run"], "since": "431.0"}
+    assert [sample["at_s"] for sample in client.get("/dashboard/state", params=query).json()["samples"]] == [432.5]
+    for other in ({"run": "older", "since": "431.0"}, {"run": got["run"], "since": "x"}, {"since": "431.0"}):
         assert len(client.get("/dashboard/state", params=other).json()["samples"]) == 2
 
 
@@ -64,7 +65,7 @@ def test_totals_are_over_all_engines_and_the_saving_over_those_compared() -> Non
     assert (none.saved, none.top_j, none.joules_per_token, none.recent_attainment) == (None, None, None, None)
 
 
-def test_what_is_no_number_is_absent_and_not_an_error() -> None:
+def test_a_value_that_is_not_finite_is_null() -> None:
     odd = replace(UP, ahead=Ahead(at_s=(0.0, float("inf")), batch=(1, 1), kv_blocks=(1, 1)))
-    told = json.loads(state(replace(STATUS, models=(replace(MODEL, engines=(odd,)),)), History()))
-    assert told["status"]["models"][0]["engines"][0]["ahead"]["at_s"] == [0.0, None]
+    got = json.loads(state(replace(STATUS, models=(replace(MODEL, engines=(odd,)),)), History()))
+    assert got["status"]["models"][0]["engines"][0]["ahead"]["at_s"] == [0.0, None]

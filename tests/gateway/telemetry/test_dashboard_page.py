@@ -1,4 +1,4 @@
-"""The dashboard in a real Chromium, served by a real uvicorn: it shows what `/metrics` says."""
+"""The dashboard in a real Chromium, served by a real uvicorn: it shows the values of `/metrics`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gateway.chromium import CHROMIUM, Tab, browse
+from gateway.statuses import DOWN, EMPTY, HOSTILE, MODEL, STATUS, UP, Still, status_of_still  # noqa: F401 (a fixture)
 from throttllem.gateway.telemetry.dashboard import dashboard_routes
 from throttllem.gateway.telemetry.history import History
 from throttllem.gateway.telemetry.metrics import metrics_page
-
-from .chromium import CHROMIUM, Tab, browse
-from .statuses import DOWN, EMPTY, HOSTILE, MODEL, STATUS, UP, Still
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")]
 LIVE = "document.getElementById('live')?.textContent === '✓ live'"
@@ -62,38 +61,38 @@ def of_metrics(page: str) -> dict[tuple[str, str], float]:
         (sample.name.removeprefix("throttllem_"), sample.labels.get(label, "")): sample.value
         for family in families
         for sample in family.samples
-        for label in ("engine", "window", "promise", "outcome", "model")
+        for label in ("engine", "window", "slo", "outcome", "model")
     }
 
 
-def test_it_shows_what_metrics_say() -> None:
-    async def scene() -> None:
+def test_it_shows_the_values_of_metrics() -> None:
+    async def run() -> None:
         async with served(Still()) as address, browse(f"{address}/dashboard") as tab:
             await tab.until(LIVE)
-            said = of_metrics(await tab.value("fetch('/metrics').then((reply) => reply.text())"))
+            shown_by = of_metrics(await tab.value("fetch('/metrics').then((reply) => reply.text())"))
             tab.requests.remove(f"{address}/metrics")
             engine, tokens = "a100-0", "generated_tokens_total"
             for key, expected in {
-                "chart:clock": f"{said['clock_hertz', engine] / 1e6:,.0f} MHz",
-                "chart:watts": f"{said['power_watts', engine]:,.0f} W",
-                "chart:batch": f"{said['running_requests', engine]:,.0f} requests",
-                "chart:kv": f"{said['kv_blocks', engine]:,.0f} blocks",
-                "chart:queue": f"{said['queue_requests', 'llama']:,.0f} requests",
-                "chart:kept": f"{said['slo_attainment_ratio', 'recent']:.1%}".replace("%", " %"),
-                "total_j": f"{said['energy_joules_total', engine] / 1e3:,.1f} kJ",
-                "top_j": f"{said['top_clock_energy_joules_total', engine] / 1e3:,.1f} kJ",
-                "saved": f"{said['energy_saving_ratio', engine]:.1%}".replace("%", " %"),
-                "per_token": f"{said['energy_joules_total', engine] / said[tokens, 'llama']:.3f} J",
-                "uncontrolled": f"{said['uncontrolled_requests_total', '']:.0f}",
-                "model0:ever:e2e": f"{said['missed_promises_total', 'e2e']:.0f}",
-                "model0:recent:promised": f"{said['recent_promised_requests', 'llama']:.0f}",
-                "model0:arrived": f"{said['arrived_requests_total', 'llama']:,.0f}",
-                "model0:rejected": f"{said['requests_total', 'rejected']:.0f}",
-                "model0:generated_tokens": f"{said['generated_tokens_total', 'llama']:,.0f}",
-                f"engine:{engine}:corrections": f"{said['corrections_total', engine]:.0f}",
-                f"engine:{engine}:foreign": f"{said['foreign_sequences', engine]:.0f}",
-                f"engine:{engine}:drift_kv": f"−{-said['drift_kv_blocks', engine]:.0f} now, "
-                f"{said['mean_drift_kv_blocks', engine]:.1f} mean",
+                "chart:clock": f"{shown_by['clock_hertz', engine] / 1e6:,.0f} MHz",
+                "chart:watts": f"{shown_by['power_watts', engine]:,.0f} W",
+                "chart:batch": f"{shown_by['running_requests', engine]:,.0f} requests",
+                "chart:kv": f"{shown_by['kv_blocks', engine]:,.0f} blocks",
+                "chart:queue": f"{shown_by['queue_requests', 'llama']:,.0f} requests",
+                "chart:slo": f"{shown_by['slo_attainment_ratio', 'recent']:.1%}".replace("%", " %"),
+                "total_j": f"{shown_by['energy_joules_total', engine] / 1e3:,.1f} kJ",
+                "top_j": f"{shown_by['top_clock_energy_joules_total', engine] / 1e3:,.1f} kJ",
+                "saved": f"{shown_by['energy_saving_ratio', engine]:.1%}".replace("%", " %"),
+                "per_token": f"{shown_by['energy_joules_total', engine] / shown_by[tokens, 'llama']:.3f} J",
+                "uncontrolled": f"{shown_by['uncontrolled_requests_total', '']:.0f}",
+                "model0:ever:e2e": f"{shown_by['slo_violations_total', 'e2e']:.0f}",
+                "model0:recent:with_slo": f"{shown_by['recent_slo_requests', 'llama']:.0f}",
+                "model0:arrived": f"{shown_by['arrived_requests_total', 'llama']:,.0f}",
+                "model0:rejected": f"{shown_by['requests_total', 'rejected']:.0f}",
+                "model0:generated_tokens": f"{shown_by['generated_tokens_total', 'llama']:,.0f}",
+                f"engine:{engine}:corrections": f"{shown_by['corrections_total', engine]:.0f}",
+                f"engine:{engine}:foreign": f"{shown_by['external_sequences', engine]:.0f}",
+                f"engine:{engine}:drift_kv": f"−{-shown_by['drift_kv_blocks', engine]:.0f} now, "
+                f"{shown_by['mean_drift_kv_blocks', engine]:.1f} mean",
             }.items():
                 assert await shown(tab, key) == expected, key
             why = await tab.value("document.querySelector('.why').textContent")
@@ -105,29 +104,29 @@ def test_it_shows_what_metrics_say() -> None:
                 now = f"document.querySelector('svg[aria-label^=\"{chart}\"] .nowline')"
                 assert await tab.value(f"{ahead}.getBBox().x >= {now}.getBBox().x - 1 && {ahead}.getBBox().width > 20")
                 assert await tab.value(f"getComputedStyle({ahead}).strokeDasharray") != "none"
-            asked = {request.split("?")[0] for request in tab.requests if not request.startswith("data:")}
-            assert asked == {f"{address}/dashboard", f"{address}/dashboard/state"}
-            assert tab.complaints == []
+            requested = {request.split("?")[0] for request in tab.requests if not request.startswith("data:")}
+            assert requested == {f"{address}/dashboard", f"{address}/dashboard/state"}
+            assert tab.errors == []
 
-    asyncio.run(scene())
+    asyncio.run(run())
 
 
 def test_names_from_engines_are_text() -> None:
-    async def scene() -> None:
+    async def run() -> None:
         async with served(Still()) as address, browse(f"{address}/dashboard") as tab:
             await tab.until(LIVE)
             assert await tab.value("document.querySelectorAll('img, main script').length") == 0
             cards = await tab.value("document.getElementById('engines').textContent")
             assert HOSTILE in cards and DOWN.trouble in cards
             assert "1 engine down" in await tab.value("document.getElementById('answer-wrong').textContent")
-            assert tab.complaints == []
+            assert tab.errors == []
 
-    asyncio.run(scene())
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_fits_and_follows_the_scheme(dark: bool, tmp_path: Path) -> None:
-    async def scene() -> None:
+    async def run() -> None:
         async with served(Still()) as address, browse(f"{address}/dashboard", dark=dark) as tab:
             await tab.until(LIVE)
             for width in (320, 390, 768, 1280):
@@ -141,28 +140,28 @@ def test_it_fits_and_follows_the_scheme(dark: bool, tmp_path: Path) -> None:
             await tab.picture(tmp_path / "page.png")
             assert (tmp_path / "page.png").stat().st_size > 20_000
 
-    asyncio.run(scene())
+    asyncio.run(run())
 
 
-def test_a_gateway_that_is_gone_is_said_and_found_again() -> None:
-    async def scene() -> None:
+def test_a_gateway_that_does_not_answer_is_shown_and_found_again() -> None:
+    async def run() -> None:
         models = Still()
         async with served(models) as address, browse(f"{address}/dashboard") as tab:
             await tab.until(LIVE)
             await tab.cut(away=True)
             await tab.until("!document.getElementById('gone').hidden")
             assert "does not answer (no connection)" in await tab.value("document.getElementById('gone').textContent")
-            assert await shown(tab, "chart:clock") == "1,050 MHz", "its last word stays"
+            assert await shown(tab, "chart:clock") == "1,050 MHz", "the last value stays"
             models.gateway = replace(STATUS, models=(replace(MODEL, engines=(replace(UP, clock_mhz=1410),)),))
             await tab.cut(away=False)
             await tab.until("document.getElementById('gone').hidden")
             assert await shown(tab, "chart:clock") == "1,410 MHz"
 
-    asyncio.run(scene())
+    asyncio.run(run())
 
 
 def test_values_can_be_read_by_keyboard_and_pointer() -> None:
-    async def scene() -> None:
+    async def run() -> None:
         async with served(Still()) as address, browse(f"{address}/dashboard") as tab:
             await tab.until(LIVE)
             await tab.value("document.querySelector('svg[aria-label^=\"KV\"]').focus()")
@@ -181,17 +180,17 @@ def test_values_can_be_read_by_keyboard_and_pointer() -> None:
             await asyncio.sleep(0.05)
             assert await tab.value("document.querySelectorAll('.cross').length") == 2, "on both charts that look ahead"
 
-    asyncio.run(scene())
+    asyncio.run(run())
 
 
 def test_an_empty_gateway_is_no_error() -> None:
-    async def scene() -> None:
+    async def run() -> None:
         async with served(Still(EMPTY)) as address, browse(f"{address}/dashboard") as tab:
             await tab.until(LIVE)
             assert "No model is configured" in await tab.value("document.body.innerText")
-            assert tab.complaints == []
+            assert tab.errors == []
 
-    asyncio.run(scene())
+    asyncio.run(run())
 
 
 async def contrast(tab: Tab) -> list[str]:

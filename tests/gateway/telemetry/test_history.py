@@ -1,11 +1,12 @@
+"""Samples of the last minutes: what they hold, how many are kept, and those that a page does not know."""
+
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
 
+from gateway.statuses import STATUS, Still, status_of_still  # noqa: F401 (a fixture)
 from throttllem.gateway.telemetry.history import History
-
-from .statuses import STATUS, Still
 
 
 def test_a_sample_holds_what_the_charts_draw() -> None:
@@ -20,7 +21,7 @@ def test_a_sample_holds_what_the_charts_draw() -> None:
     assert (down.clock_mhz, down.planned_mhz, down.running) == (None, None, None)
 
 
-def test_it_is_short_however_often_it_is_told() -> None:
+def test_it_keeps_few_samples_however_often_it_notes_one() -> None:
     history, models = History(period_s=1.0, kept_s=10.0), Still()
     for tick in range(1000):
         models.at(tick * 0.1)
@@ -30,7 +31,7 @@ def test_it_is_short_however_often_it_is_told() -> None:
     assert 89.0 <= kept[0].at_s <= 91.0 and kept[-1].at_s > 99.0
 
 
-def test_only_what_is_new_is_told() -> None:
+def test_only_new_samples_are_returned() -> None:
     history, models = History(), Still()
     for second in range(5):
         models.at(float(second))
@@ -40,13 +41,13 @@ def test_only_what_is_new_is_told() -> None:
     assert History().run_id != history.run_id
 
 
-def test_it_goes_on_until_it_is_cancelled() -> None:
+def test_it_runs_until_it_is_cancelled() -> None:
     class Ticking(Still):
         def status(self):
             self.at(self.gateway.now_s + 1.0)
             return self.gateway
 
-    async def scene() -> int:
+    async def run() -> int:
         history = History(period_s=0.001)
         task = asyncio.create_task(history.run(Ticking()))
         async with asyncio.timeout(5):
@@ -57,4 +58,4 @@ def test_it_goes_on_until_it_is_cancelled() -> None:
             await task
         return len(history.since())
 
-    assert asyncio.run(scene()) >= 3
+    assert asyncio.run(run()) >= 3

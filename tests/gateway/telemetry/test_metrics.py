@@ -1,3 +1,5 @@
+"""`/metrics`: every value of the status under its name, with its unit and its line in the documentation."""
+
 from __future__ import annotations
 
 import re
@@ -7,12 +9,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.statuses import DOWN, EMPTY, HOSTILE, MODEL, STATUS
 from throttllem.gateway.telemetry.metrics import Histograms, metrics_page
 from throttllem.gateway.telemetry.status import Energy, GatewayStatus
 
-from .statuses import DOWN, EMPTY, HOSTILE, MODEL, STATUS
-
-DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+DOCS = Path(__file__).parents[3] / "docs" / "reference" / "metrics.md"
 UNITS = {"seconds", "joules", "watts", "hertz", "ratio", "requests", "tokens", "blocks", "sequences", "info", "total"}
 PLAIN = {
     "throttllem_clocks_set",
@@ -20,7 +21,7 @@ PLAIN = {
     "throttllem_draining",
     "throttllem_engine_state",
     "throttllem_engine_up",
-    "throttllem_recent_violated_promises",
+    "throttllem_recent_slo_violations",
 }
 AT = {"engine": "a100-0", "model": "llama"}
 
@@ -72,15 +73,19 @@ def observed() -> Histograms:
         ("throttllem_idle_energy_joules_total", AT, 9_000),
         ("throttllem_top_clock_energy_joules_total", AT, 100_000),
         ("throttllem_clocks_set", AT, 0),
-        ("throttllem_advised_clock_hertz", AT, 1.065e9),
+        ("throttllem_dry_run_clock_hertz", AT, 1.065e9),
         ("throttllem_clock_limit_hertz", AT, 1.05e9),
-        ("throttllem_advised_energy_joules_total", AT, 72_900),
-        ("throttllem_advised_saving_ratio", AT, pytest.approx(0.1)),
+        ("throttllem_dry_run_energy_joules_total", AT, 72_900),
+        ("throttllem_dry_run_saving_ratio", AT, pytest.approx(0.1)),
         ("throttllem_energy_saving_ratio", AT, pytest.approx(0.19)),
         ("throttllem_slo_attainment_ratio", {"model": "llama", "window": "recent"}, 0.985),
         ("throttllem_slo_attainment_ratio", {"model": "llama", "window": "ever"}, 0.985),
-        ("throttllem_violated_promises_total", {"model": "llama", "promise": "ttft"}, 4),
-        ("throttllem_recent_violated_promises", {"model": "llama", "promise": "e2e"}, 2),
+        ("throttllem_slo_violations_total", {"model": "llama", "slo": "ttft"}, 4),
+        ("throttllem_recent_slo_violations", {"model": "llama", "slo": "e2e"}, 2),
+        ("throttllem_slo_requests_total", {"model": "llama"}, 1400),
+        ("throttllem_slo_met_requests_total", {"model": "llama"}, 1379),
+        ("throttllem_recent_slo_requests", {"model": "llama"}, 200),
+        ("throttllem_recent_slo_met_requests", {"model": "llama"}, 197),
         ("throttllem_requests_total", {"model": "llama", "outcome": "rejected"}, 6),
         ("throttllem_lost_requests_total", {"model": "llama"}, 8),
         ("throttllem_generated_tokens_total", {"model": "llama"}, 180_000),
@@ -90,18 +95,18 @@ def observed() -> Histograms:
         ("throttllem_drift_kv_blocks", AT, -4),
         ("throttllem_mean_drift_requests", AT, 0.25),
         ("throttllem_corrections_total", AT, 21),
-        ("throttllem_foreign_sequences", AT, 3),
+        ("throttllem_external_sequences", AT, 3),
         ("throttllem_engine_state", {**AT, "state": "up"}, 1),
         ("throttllem_engine_state", {**AT, "state": "down"}, 0),
         ("throttllem_engine_up", {"engine": HOSTILE, "model": "llama"}, 0),
         ("throttllem_length_exceeded_ratio", {"model": "llama"}, 0.094),
         ("throttllem_build_info", {"version": "0.1.0"}, 1),
         ("throttllem_policy_info", {"policy": "throttllem"}, 1),
-        ("throttllem_promise_seconds", {"promise": "tbt"}, 0.2),
+        ("throttllem_slo_seconds", {"slo": "tbt"}, 0.2),
         ("throttllem_uncontrolled_requests_total", {}, 13),
     ],
 )
-def test_the_page_says_what_the_status_says(name: str, labels: dict[str, str], expected: float) -> None:
+def test_the_page_shows_the_status(name: str, labels: dict[str, str], expected: float) -> None:
     assert value(page(), name, **labels) == expected
 
 
@@ -110,7 +115,7 @@ def test_what_is_not_known_has_no_sample() -> None:
     dark = {"engine": HOSTILE, "model": "llama"}
     for name in ("clock_hertz", "running_requests", "kv_capacity_blocks", "drift_requests", "energy_saving_ratio"):
         assert value(families, f"throttllem_{name}", **dark) is None
-    assert value(families, "throttllem_promise_seconds", promise="ttft") is None
+    assert value(families, "throttllem_slo_seconds", slo="ttft") is None
     assert value(page(EMPTY), "throttllem_draining") == 1
     assert not [key for key in values(page(EMPTY)) if "model" in dict(key[1])]
 
@@ -137,8 +142,8 @@ def test_histograms_count_what_ended() -> None:
     assert value(families, "gen_ai_server_time_per_output_token_seconds_sum", **about) == 0.02
     assert value(families, "gen_ai_client_token_usage_sum", **about, gen_ai_token_type="output") == 50
     assert value(families, "throttllem_queue_seconds_count", model="llama") == 1
-    assert value(families, "throttllem_request_joules_sum", model="llama", met="yes") == 20
-    assert value(families, "throttllem_request_joules_sum", model="llama", met="no promise") == 5
+    assert value(families, "throttllem_request_joules_sum", model="llama", slo_met="yes") == 20
+    assert value(families, "throttllem_request_joules_sum", model="llama", slo_met="no SLO") == 5
     assert value(families, "throttllem_decision_seconds_count") == 1
     assert value(families, "throttllem_http_responses_total", code="200") == 1
     assert value(families, "throttllem_http_responses_total", code="other") == 1
@@ -149,7 +154,7 @@ def test_two_gateways_share_nothing() -> None:
     assert value(page(STATUS, Histograms()), "throttllem_decision_seconds_count") == 0
 
 
-def test_every_name_has_its_prefix_unit_and_words() -> None:
+def test_every_name_has_a_prefix_a_unit_and_a_description() -> None:
     families = page(STATUS, observed())
     assert len(families) > 45
     for family in families:
@@ -163,6 +168,6 @@ def test_every_name_has_its_prefix_unit_and_words() -> None:
 
 
 def test_docs_list_every_metric_and_no_other() -> None:
-    told = set(re.findall(r"^\| `(\w+)`", DOCS.read_text(encoding="utf-8"), re.MULTILINE))
+    documented = set(re.findall(r"^\| `(\w+)`", DOCS.read_text(encoding="utf-8"), re.MULTILINE))
     shown = {family.name + ("_total" if family.type == "counter" else "") for family in page(STATUS, observed())}
-    assert told == shown
+    assert documented == shown

@@ -1,14 +1,14 @@
-"""What may be shown: at every stage, of every engine, without ever raising."""
+"""The status of a running gateway: at every stage, of every engine, without ever raising."""
 
 import asyncio
 
 import pytest
 
-from gateway.rig import asked, rig, virtually
+from gateway.rig import rig, virtually
 from throttllem.config import LimitOptions
 from throttllem.core.types import FrequencyPlan, Observed, Reason, Slo
 from throttllem.gateway.telemetry.metrics import Histograms, metrics_page
-from throttllem.gateway.telemetry.status import decision
+from throttllem.gateway.telemetry.status import decision, gateway_status
 
 
 @pytest.mark.parametrize("mode", [{}, {"mute": True}, {"numbered": True}, {"tables": False}])
@@ -19,7 +19,7 @@ def test_at_every_stage(mode):
         async with rig(max_batch=3, sizes=(1, 2), **mode) as it:
 
             def look(stage):
-                status = it.models.status()
+                status = gateway_status(it.models)
                 metrics_page(status, Histograms())
                 shown.append((stage, status.models[0]))
 
@@ -30,18 +30,20 @@ def test_at_every_stage(mode):
             it.loop.backends[1].engine.gone = False
             await it.up()
             look("up")
-            asks = [asyncio.ensure_future(it.ask(tokens=40, stream=n % 2 == 0, slo=Slo(e2e_s=9.0))) for n in range(9)]
+            requests = [
+                asyncio.ensure_future(it.request(tokens=40, stream=n % 2 == 0, slo=Slo(e2e_s=9.0))) for n in range(9)
+            ]
             for _ in range(60):
                 await asyncio.sleep(0.011)
                 look("busy")
-            for task in asks[:3]:
+            for task in requests[:3]:
                 task.cancel()
             await it.loop.backends[1].engine.kill(back=False)
             look("killed")
             await asyncio.sleep(0.5)
             look("down")
             it.loop.backends[1].engine.gone = False
-            await asyncio.gather(*asks, return_exceptions=True)
+            await asyncio.gather(*requests, return_exceptions=True)
             look("over")
             await it.models.stop()
             look("stopped")
@@ -49,9 +51,9 @@ def test_at_every_stage(mode):
     virtually(run())
     stages = {stage: model.engines[1] for stage, model in shown}
     assert (stages["before"].state, stages["before"].decision) == ("starting", "no decision yet")
-    assert (stages["away"].state, stages["away"].trouble) == ("starting", "nobody is there")
+    assert (stages["away"].state, stages["away"].trouble) == ("starting", "connection refused")
     assert (stages["up"].state, stages["up"].trouble) == ("up", None)
-    assert (stages["down"].state, stages["down"].trouble) == ("starting", "nobody is there")
+    assert (stages["down"].state, stages["down"].trouble) == ("starting", "connection refused")
     assert stages["down"].view.phase == "starting"
     assert stages["stopped"].state == "down"
     busy = [model for stage, model in shown if stage == "busy"]
@@ -63,45 +65,59 @@ def test_at_every_stage(mode):
         assert all(some.at_s[0] == 0.0 and max(some.batch) <= 3 for some in ahead)
 
 
-def test_an_engine_that_does_not_move_is_said_to_have_stalled():
+def test_an_engine_without_progress_is_shown_as_stalled():
     async def run():
         async with rig(mute=True, limits=LimitOptions(silence_s=100.0)) as it:
             await it.up()
             await asyncio.sleep(3600.0)
             states = []
 
-            async def held():
-                visit = it.models.session(*(await counted(it)), Slo())
-                async with visit as ticket:
-                    await ticket.placed()
-                    states.append(it.models.status().models[0].engines[0].state)
-                    await asyncio.sleep(30.0)
-                    engine = it.models.status().models[0].engines[0]
-                    states.append((engine.state, engine.trouble))
+            def engine():
+                return gateway_status(it.models).models[0].engines[0]
 
-            await held()
-            return states, it.models.status().models[0].engines[0].state
+            async with it.session() as session:
+                await session.placed()
+                states.append(engine().state)
+                await asyncio.sleep(30.0)
+                states.append((engine().state, engine().trouble))
+            return states, engine().state
 
     states, after = virtually(run())
     assert states == ["up", ("stalled", "no sign of progress for 30 s")]
     assert after == "up"
 
 
-async def counted(it):
-    return asked(), await it.models.count(asked())
-
-
-def test_others_in_the_engine_are_said():
+def test_external_load_is_noted():
     async def run():
         async with rig(mute=True) as it:
             await it.up()
-            await it.ask(tokens=3)
+            await it.request(tokens=3)
             for _ in range(3):
                 it.loop.handle(Observed(engine=0, running=5, waiting=0, kv_blocks=9))
-            await asyncio.sleep(0)  # progress is told soon, not at once
-            return it.models.status().models[0].engines[0].notes
+            return gateway_status(it.models).models[0].engines[0].notes
 
     assert any("5 sequences in this engine are not ours" in note for note in virtually(run()))
+
+
+def test_the_counts_of_the_status_are_those_of_the_loop():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            await asyncio.sleep(1.0)
+            await it.request(tokens=5, count=4, slo=Slo(e2e_s=60.0))
+            await it.request(tokens=5, count=4, slo=Slo(e2e_s=0.001))
+            await it.request(tokens=5, count=4)
+            return gateway_status(it.models)
+
+    status = virtually(run())
+    (model,) = status.models
+    assert (status.phase, model.names, model.title, model.queue) == ("serving", ("toy",), "toy", 0)
+    assert (model.counts.arrived, model.counts.finished) == (3, 3)
+    assert (model.prompt_tokens, model.generated_tokens) == (12, 15)
+    assert (model.ever.with_slo, model.ever.met, model.ever.e2e_violated) == (2, 1, 1)
+    assert model.recent == model.ever
+    energy = model.engines[0].energy
+    assert 0.0 < energy.idle_j < energy.total_j
 
 
 def test_a_plan_in_words():

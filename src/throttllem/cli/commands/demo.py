@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from throttllem.cli.arguments import Setting, load
-from throttllem.cli.simulate import run_study
+from throttllem.cli.commands.simulate import run_study
 
 
 def demo(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from throttllem.cli.keeper import Socket, State
+from throttllem.cli.commands.keeper import Socket, State
 
 if TYPE_CHECKING:
     from throttllem.doctor.examine import Examined

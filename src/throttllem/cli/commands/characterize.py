@@ -23,8 +23,8 @@ from throttllem.cli.arguments import (
     parsed_sizes,
     write_json,
 )
+from throttllem.cli.commands.simulate import SLO_TBT_S
 from throttllem.cli.progress import progress
-from throttllem.cli.simulate import SLO_TBT_S
 
 
 def characterize(
