@@ -175,16 +175,13 @@ class Controller:
     def from_state(cls, options: ControllerOptions, state: ControllerState) -> Controller:
         """A controller that continues from `state`, and takes its parts over."""
         made = cls(options)
-        engines = made._engines.by_id
-        engines.update((engine.engine, engine) for engine in state.engines)
-        made._engines.serving = None if state.serving is None else engines[state.serving]
-        made._engines.next_id = state.next_engine
+        made._engines.restore(state.engines, state.serving, state.next_engine)
         made._queue.restore(state.waiting, state.head)
         made._load, made._autoscaler = state.load, state.autoscaler
         made._clocks = ClockController(options.throttle, state.load)
         made._counts = asdict(state.counts)
         made._lengths.score = state.lengths
-        made._unplanned.update((key, engines[key]) for key in state.unplanned)
+        made._unplanned.update((key, made._engines.by_id[key]) for key in state.unplanned)
         made._unplanned_since_s, made._resize_s = state.unplanned_since_s, state.resize_s
         made._find_replan()
         return made
@@ -280,7 +277,7 @@ class Controller:
 
     def _arrived(self, request: Request, now_s: float, commands: list[Command]) -> None:
         self._counts["arrived"] += 1
-        why = refused_by_all(request, self._engines.specs())
+        why = refused_by_all(request, self._engines.specs)
         if why is None and len(self._queue.waiting) >= self.options.admission.queue_limit:
             why = Reason.QUEUE_FULL
         if self._autoscaler:
