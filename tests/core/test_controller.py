@@ -233,6 +233,12 @@ def test_a_plan_that_fails_names_its_engine_and_the_others_keep_their_turn(monke
     (command,) = controller.handle(Timer(), live.now_s)
     assert (command.engine, command.plan.why) == (1, Reason.UNKNOWN_STATE)
     assert controller.next_deadline() > live.now_s, "the plan that failed is not tried again at once"
+    for key in (1, 0):
+        controller.handle(ClockRead(engine=key, mhz=None), live.now_s)
+    (command,) = controller.handle(Timer(), live.now_s)
+    assert command.engine == 1, "commands of the others are not lost"
+    with pytest.raises(PlanningError, match="engine 0"):
+        controller.handle(Timer(), live.now_s)
 
 
 def test_what_the_gateway_reads_at_every_step():
