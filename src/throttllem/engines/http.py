@@ -229,7 +229,7 @@ class Connection(asyncio.Protocol):
             self._head_bytes += len(data)
             if self._head_bytes > HEADER_BYTES:
                 self._failed(ProtocolError("a head without end"))
-                return
+            return  # no body yet: a reader that waits for the head must not pause what it waits for
         self._held += len(data)
         if self._held > _HELD_BYTES and not self._paused and self.is_open:
             assert self._transport is not None
