@@ -15,7 +15,7 @@ def request(number: int = 0) -> Request:
 def trained() -> OnlineLengthPredictor:
     predictor = OnlineLengthPredictor()
     for number in range(200):
-        predictor.bound(request(number))
+        predictor.predict(request(number))
         predictor.learn(request(number), 50 + number % 60)
     return predictor
 
@@ -26,7 +26,6 @@ def test_a_restart_goes_on_where_the_last_run_ended(tmp_path: Path) -> None:
     after = load_lengths(tmp_path / "lengths.json")
     assert after.trouble is None
     assert after.predictor.predict(request()) == before.predict(request()) is not None
-    assert after.predictor.bound(request()) == before.bound(request()) is not None
 
 
 def test_the_first_start_is_no_trouble(tmp_path: Path) -> None:
@@ -34,7 +33,7 @@ def test_the_first_start_is_no_trouble(tmp_path: Path) -> None:
     found = load_lengths(tmp_path / "none.json", options)
     assert found.trouble is None
     assert found.predictor.options is options
-    assert found.predictor.bound(request()) is None
+    assert found.predictor.predict(request()) is None
 
 
 def damaged(content: bytes) -> list[bytes]:
@@ -79,7 +78,7 @@ def test_a_damaged_file_is_reported_and_learning_begins_again(tmp_path: Path) ->
         assert found.trouble is not None, content[:200]
         assert str(path) in found.trouble
         assert "Learning begins again" in found.trouble
-        assert found.predictor.bound(request()) is None
+        assert found.predictor.predict(request()) is None
         assert save_lengths(trained(), path) is None
         assert load_lengths(path).trouble is None
 

@@ -11,8 +11,8 @@ import pytest
 
 from throttllem.sim.parallel import side_by_side
 
-FOREVER_S = 60.0
-SOON_S = 10.0
+FOREVER_S = 600.0
+SOON_S = 60.0
 """Far above what a stop takes, far below what the tasks would."""
 
 

@@ -154,6 +154,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._status, self._headers, self._head_bytes = None, [], 0
         self._whole = self.reusable = False
+        self._held = 0
         if len(body) > _JOINED_BYTES:
             self._transport.writelines([head, body])
         else:
@@ -229,8 +230,9 @@ class Connection(asyncio.Protocol):
             self._head_bytes += len(data)
             if self._head_bytes > HEADER_BYTES:
                 self._failed(ProtocolError("a head without end"))
-            return  # no body yet: a reader that waits for the head must not pause what it waits for
-        self._held += len(data)
+                return
+        if self._parts:  # what holds no part of a body (a head, trailers) is not waiting to be read
+            self._held += len(data)
         if self._held > _HELD_BYTES and not self._paused and self.is_open:
             assert self._transport is not None
             self._paused = True

@@ -14,7 +14,6 @@ import functools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -74,8 +73,14 @@ def _start(shares: Any, parent: Connection) -> None:
     _SHARES.set(shares)
     _PARENT.set(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the whole group; the parent ends the workers
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _stop(*_: object) -> None:
+    """Unwind the task. Once: a second signal must not interrupt its cleaning up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(1)
 
 
 def _run(index: int, task: Task[T]) -> T:

@@ -6,7 +6,6 @@ peak rate and cut. Knows nothing of engines, SLOs or virtual time.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -18,6 +17,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from throttllem.did_you_mean import did_you_mean
 from throttllem.sim import generators
 from throttllem.sim.generators import Arrays, TraceError
 
@@ -186,9 +186,7 @@ def _read_file(path: Path) -> Arrays:
 def _unknown(path: Path) -> str:
     """The message for a spec that is neither a file nor a generator."""
     name = str(path).partition(":")[0]
-    near = difflib.get_close_matches(name, generators.NAMES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{path}: no such file, nor a generator ({hint}there are {', '.join(generators.NAMES)})"
+    return f"{path}: no such file, nor a generator; {did_you_mean(name, generators.NAMES)}"
 
 
 def _azure(path: Path, text: str, columns: list[str]) -> Arrays:
