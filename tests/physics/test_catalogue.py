@@ -54,7 +54,7 @@ def test_unknown_name_lists_the_nearest() -> None:
         catalogue.gpu("a100-40gb")
     with pytest.raises(UnknownName, match=r"unknown model 'Llama-2-13B': did you mean llama-2-13b"):
         catalogue.model("Llama-2-13B")
-    with pytest.raises(UnknownName, match=r"known are llama-2-13b, llama-3-70b, llama-3-8b"):
+    with pytest.raises(UnknownName, match=r"known: llama-2-13b, llama-3-70b, llama-3-8b"):
         catalogue.model("zzz")
 
 

@@ -5,11 +5,11 @@ First guesses scale with them: watts with the power limit, knees with the top cl
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 from pydantic import ValidationError
 
+from throttllem.did_you_mean import did_you_mean
 from throttllem.physics.catalogue import Gpu
 
 KEYS = (
@@ -53,8 +53,7 @@ def with_datasheet(like: Gpu, settings: Iterable[str]) -> Gpu:
 def _parsed(setting: str) -> tuple[str, float]:
     key, equals, text = (part.strip() for part in setting.partition("="))
     if not equals or key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, n=2, cutoff=0.5) or KEYS
-        raise ValueError(f"--sheet {setting!r}: write key=value; did you mean {' or '.join(near)}?")
+        raise ValueError(f"--sheet {setting!r}: write key=value; {did_you_mean(key, KEYS, most=2)}")
     try:
         return key, float(text)
     except ValueError as error:

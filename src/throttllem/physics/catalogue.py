@@ -5,15 +5,14 @@ A user's TOML file adds entries or replaces whole entries by name. Knows nothing
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from throttllem.did_you_mean import did_you_mean
 from throttllem.physics.laws import Basis, Fraction, Frozen, PowerLaw, TimeLaw
 
 T = TypeVar("T")
@@ -133,14 +132,8 @@ class Catalogue(Frozen):
 
 def _lookup(entries: dict[str, T], name: str, what: str) -> T:
     if name not in entries:
-        raise UnknownName(f"unknown {what} {name!r}: {_nearest(name, entries)}")
+        raise UnknownName(f"unknown {what} {name!r}: {did_you_mean(name, sorted(entries), most=3)}")
     return entries[name]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
 
 
 def _read(path: Path) -> str:

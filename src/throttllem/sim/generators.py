@@ -15,7 +15,6 @@ Same name, options and seed give the same requests. Knows nothing of files.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from throttllem.did_you_mean import did_you_mean
 
 MAX_REQUESTS = 10_000_000
 """The most requests that a generator makes: a wrong unit must not fill the memory."""
@@ -150,9 +151,7 @@ def generate(name: str, options: Mapping[str, str], seed: int) -> Arrays:
     known = ("seconds", "rate", "seed") + (("input", "output") if name == _POISSON else ())
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise TraceError(f"{name}: unknown option {key!r}{hint}; it takes {', '.join(known)}")
+            raise TraceError(f"{name}: unknown option {key!r}; {did_you_mean(key, known)}")
     seed = _whole(name, options, "seed", seed, least=0)
     if seed < 0:
         raise TraceError(f"{name}: seed = {seed}: must be 0 or more")
