@@ -53,7 +53,7 @@ check: $(STAMP)
 
 # The documentation as a site in out/site: offline, and strict (a broken link is an error).
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python bench/bench.py $(BENCH)

@@ -96,7 +96,7 @@ CLI = """\
 # Command line
 
 `throttllem COMMAND --help` prints the same. Exit codes: 0 for success; 2 for wrong use or a value that cannot be used,
-with one sentence on stderr that says what to do; 130 after a signal; 1 where a command's text says so. A duration is a
+with one sentence on stderr about what to do; 130 after a signal; 1 where a command's text says so. A duration is a
 number of seconds, or has a unit (`200ms`, `5s`, `2m`). A command whose packages are not installed names the extra that
 installs them: serving needs none, `throttllem[all]` installs all.
 

@@ -282,7 +282,7 @@ class Options(BaseSettings):
     engines: tuple[EngineEntry, ...] = (EngineEntry(),)
     clocks: ClockOptions = ClockOptions()
     slo: Slo = Slo()
-    """SLOs of a request that has none of its own."""
+    """SLOs of a request that sends none."""
     classes: Mapping[str, Slo] = Field(default_factory=dict)
     """SLOs by name; a request chooses one with the header `x-slo-class`."""
     throttle: ThrottleOptions = ThrottleOptions()

@@ -35,7 +35,7 @@ _SECONDS = {"us": 1e-6, "ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "
 
 
 class ConfigurationError(ValueError):
-    """An option that does not exist, or has a value that cannot be used; the message says where it was set."""
+    """An option that does not exist, or has a value that cannot be used; the message names where it was set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,7 +76,7 @@ def test_a_missing_package_names_its_extra(monkeypatch, capsys, command, package
     def load(*_, **__):
         raise ModuleNotFoundError(f"No module named '{package}'", name=package)
 
-    for module in ("arguments", command):
+    for module in ("arguments", f"commands.{command}"):
         monkeypatch.setattr(f"throttllem.cli.{module}.load", load)
     needed = {"train": ["p.csv", "--out", "x"], "calibrate": ["p.csv", "--out", "x"]}.get(command, [])
     assert run(monkeypatch, command, *needed) == 2

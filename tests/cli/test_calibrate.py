@@ -48,7 +48,7 @@ def test_profile_calibrate_estimate_simulate(monkeypatch, capsys):
         "bands of clocks",
         "bands of batch sizes",
         "power.core_w",
-        "no, kept from known-gpu",
+        "no, that of known-gpu",
     ):
         assert words in said
     mine = Catalogue.load(Path("my.toml")).gpu("my-gpu")

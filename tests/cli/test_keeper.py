@@ -25,7 +25,7 @@ GPU = ("--gpu", f"{UUID}=600-1410")
 
 
 class BecameError(Exception):
-    """What the process would have become."""
+    """The command that the process would have become."""
 
 
 @pytest.fixture
@@ -51,9 +51,7 @@ def unit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *o
 
 
 @pytest.mark.usefixtures("became")
-def test_it_becomes_the_keeper_and_nothing_of_this_program_is_left(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_it_becomes_the_process_of_the_keeper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(rights, "sets_clocks", lambda: True)
     socket, state = tmp_path / "new/run/keeper.sock", tmp_path / "state"
     options = ["--normally", f"{UUID}=600-1200", "--user", "root", "--user", "65534"]
@@ -74,30 +72,30 @@ def test_the_defaults_are_the_keepers_own() -> None:
     assert (options.socket, options.state) == (SOCKET, STATE)
 
 
-def test_isolated_it_is_still_found() -> None:
+def test_the_keeper_is_found_in_isolated_mode() -> None:
     done = subprocess.run(
         [sys.executable, *keeper_unit.PROGRAM, "--help"], capture_output=True, check=True, text=True, cwd="/"
     )
     assert "--normally" in done.stdout
 
 
-def test_what_the_keeper_does_not_understand_it_says_itself() -> None:
+def test_the_keeper_checks_its_options_itself() -> None:
     command = [sys.executable, *keeper_unit.PROGRAM, "--gpu", "GPU-1"]
     done = subprocess.run(command, capture_output=True, check=False, text=True)
     assert (done.returncode, "--gpu" in done.stderr) == (2, True)
 
 
 @pytest.mark.usefixtures("became")
-def test_who_may_not_set_clocks_is_told_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_rights_it_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(rights, "sets_clocks", lambda: False)
     assert run(monkeypatch, "keeper", *GPU) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: the keeper sets clocks, which needs root")
-    assert "--unit" in said
+    error = capsys.readouterr().err
+    assert error.startswith("error: the keeper sets clocks, which needs root")
+    assert "--unit" in error
     assert run(monkeypatch, "keeper", *GPU, "--unit") == 0, "printing sets nothing"
 
 
-def test_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_is_required(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "keeper") == 2
     assert "--gpu" in capsys.readouterr().err
 
@@ -179,9 +177,9 @@ def test_the_unit_is_hardened(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert not {"User", "PrivateDevices", "ProcSubset"} & found.keys(), "root, NVIDIA's devices, /proc/driver"
 
 
-def test_a_home_is_only_looked_into_where_the_program_lives_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_homes_are_readable_only_if_the_program_is_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for path, home in ((Path("/opt/x/bin/python"), "yes"), (HOMES[0] / "me/x", "read-only")):
-        monkeypatch.setattr(keeper_unit, "_imported", lambda path=path: (path,))
+        monkeypatch.setattr(keeper_unit, "_program_paths", lambda path=path: (path,))
         assert f"ProtectHome={home}" in unit_text(["x"], SOCKET, STATE)
 
 
@@ -200,10 +198,10 @@ def test_folders_of_a_unit_are_made_by_systemd(
     [
         (("--gpu", "GPU-1"), "--gpu GPU-1: must be UUID=LOWEST-HIGHEST in MHz, as in GPU-...=600-1410"),
         (("--gpu", "GPU-1=1410-600"), "--gpu GPU-1=1410-600: must be"),
-        (("--gpu", "0=600-1410"), "'0' is no UUID of a GPU"),
-        (("--gpu", "GPU-1=600-1410"), "'GPU-1' is no UUID of a GPU (GPU-, then 8-4-4-4-12"),
-        (("--gpu", f"{UUID.upper()}=600-1410"), "0-9 and a-f); `throttllem doctor` shows those that are here"),
-        (("--gpu", f"{UUID} =600-1410"), "is no UUID of a GPU"),
+        (("--gpu", "0=600-1410"), "'0' is not the UUID of a GPU"),
+        (("--gpu", "GPU-1=600-1410"), "'GPU-1' is not the UUID of a GPU (GPU-, then 8-4-4-4-12"),
+        (("--gpu", f"{UUID.upper()}=600-1410"), "0-9 and a-f); `throttllem doctor` shows the UUIDs of this host"),
+        (("--gpu", f"{UUID} =600-1410"), "is not the UUID of a GPU"),
         (
             (*GPU, "--gpu", f"{UUID}=300-900"),
             f"--gpu {UUID}=300-900: {UUID} has a range already; give each GPU one --gpu",
@@ -217,7 +215,7 @@ def test_folders_of_a_unit_are_made_by_systemd(
         ((*GPU, "--user", "nobody-at-all"), "there is no such user"),
     ],
 )
-def test_a_mistake_is_refused_when_it_is_run_and_when_its_unit_is_printed(
+def test_a_mistake_is_rejected_when_it_is_run_and_when_its_unit_is_printed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: tuple[str, ...],
@@ -236,12 +234,12 @@ def test_a_mistake_is_refused_when_it_is_run_and_when_its_unit_is_printed(
     [
         (
             (*GPU, "--socket", "/tmp/keeper.sock"),
-            "--socket /tmp/keeper.sock: in a unit it must be in a folder of its own",
+            "--socket /tmp/keeper.sock: in a unit it must be in its own folder",
         ),
-        ((*GPU, "--socket", "/run/keeper.sock"), "of its own under /run"),
-        ((*GPU, "--state", "/var/lib"), "of its own under /var/lib"),
-        ((*GPU, "--state", "/var/lib/../../etc"), "of its own under /var/lib"),
-        ((*GPU, "--state", "/var/lib/a b"), "of its own under /var/lib"),
+        ((*GPU, "--socket", "/run/keeper.sock"), "in its own folder under /run"),
+        ((*GPU, "--state", "/var/lib"), "in its own folder under /var/lib"),
+        ((*GPU, "--state", "/var/lib/../../etc"), "in its own folder under /var/lib"),
+        ((*GPU, "--state", "/var/lib/a b"), "in its own folder under /var/lib"),
     ],
 )
 def test_a_mistake_shows_before_the_service_is_started(
@@ -256,25 +254,25 @@ def test_a_mistake_shows_before_the_service_is_started(
 def test_words_are_quoted_as_systemd_reads_them() -> None:
     text = unit_text(["/opt/a b/python", "100%", "$HOME", 'say "x"', "back\\slash", ""], SOCKET, STATE)
     assert 'ExecStart="/opt/a b/python" 100%% $$HOME "say \\"x\\"" "back\\\\slash" ""\n' in text
-    with pytest.raises(ValueError, match="no control characters"):
+    with pytest.raises(ValueError, match="control characters are not allowed"):
         unit_text(["x\nExecStartPost=/bin/sh"], SOCKET, STATE)
 
 
 @pytest.mark.usefixtures("became")
-def test_it_is_said_before_it_runs_as_root(
+def test_warnings_are_printed_before_it_runs_as_root(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(rights, "sets_clocks", lambda: True)
-    monkeypatch.setattr(keeper_unit, "not_roots", lambda: ["/home/me is not root's alone"])
-    monkeypatch.setattr(keeper_unit, "loose", lambda *_: ())
+    monkeypatch.setattr(keeper_unit, "program_warnings", lambda: ["/home/me can be changed"])
+    monkeypatch.setattr(keeper_unit, "folder_warnings", lambda *_: ())
     with pytest.raises(BecameError):
         run(monkeypatch, "keeper", *GPU, "--socket", str(tmp_path / "keeper.sock"))
     assert run(monkeypatch, "keeper", *GPU, "--unit") == 0
-    assert capsys.readouterr().err == "!! /home/me is not root's alone\n" * 2
+    assert capsys.readouterr().err == "!! /home/me can be changed\n" * 2
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     file = tmp_path / "throttllem-keeper.service"
     text = unit_text(["/usr/bin/env", "python3"], SOCKET, STATE)
     file.write_text(text.replace("ProtectHome=read-only", "ProtectHome=yes"))

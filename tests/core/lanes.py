@@ -9,7 +9,7 @@ MOST = 8
 
 
 class Lanes:
-    """A row starts with the first token of its last lane, ends with the last one, and waits as a whole only alone."""
+    """A request starts with the first token of its last lane and ends with the last; a single lane may be preempted."""
 
     def __init__(self, batcher: Batcher) -> None:
         self.batcher = batcher
@@ -35,7 +35,7 @@ class Lanes:
             self.batcher.cancel(lane)
 
     def end(self):
-        """The batcher's iteration, in rows: its outcome, started, finished, preempted."""
+        """The batcher's iteration, by request: its outcome, started, finished, preempted."""
         outcome: Outcome = self.batcher.end()
         started, finished = [], []
         for lane in outcome.started:

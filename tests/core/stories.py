@@ -1,4 +1,4 @@
-"""Short stories for the controller: a world with one small engine up, and requests that come to it."""
+"""Worlds for the controller's tests: one small engine that is up, and requests that arrive."""
 
 from core.toy import request, spec, table
 from core.world import World
@@ -30,5 +30,5 @@ def names(commands):
     return [type(command).__name__ for command in commands]
 
 
-def arrive(world, key, prompt=4, answer=8, **changes):
-    return world.arrive(request(key, prompt, answer, arrival_s=world.now_s, **changes))
+def arrive(world, key, prompt=4, output=8, **changes):
+    return world.arrive(request(key, prompt, output, arrival_s=world.now_s, **changes))

@@ -43,7 +43,7 @@ def test_the_first_request_is_dispatched_and_the_clock_falls():
     assert live.controller.next_deadline() is None
 
 
-def test_who_cannot_join_waits_and_says_why():
+def test_a_request_that_cannot_join_waits_with_a_reason():
     live = world()
     # 25 of 32 blocks are reserved.
     arrive(live, 1, 60, 40)
@@ -73,7 +73,7 @@ def test_what_never_fits_is_rejected_at_once(aware):
     assert "Dispatch" in names(arrive(live, 3, 100, 28))
 
 
-def test_a_size_that_nobody_can_start_holds_nobody_up():
+def test_a_size_that_cannot_be_started_holds_up_no_request():
     """`specs` may name larger sizes; without an autoscaler none of them ever comes."""
     live = world(options(specs=SIZES))
     assert arrive(live, 1, 100, 29) == [Reject(request_id=1, why=Reason.NEVER_FITS_KV)]
@@ -88,11 +88,11 @@ def test_the_queue_is_bounded():
 
 
 @pytest.mark.parametrize("slo", [Slo(e2e_s=0.001), Slo(tbt_s=0.001), Slo(ttft_s=0.001)])
-def test_a_lost_request_is_served_at_the_top_clock_and_counted(slo):
+def test_a_lost_request_is_served_at_the_maximum_clock_and_counted(slo):
     live = world()
     arrive(live, 1, 4, 8, slo=slo)
     assert live.controller.snapshot().engines[0].lost_requests == 1
-    assert live.up[0].asked_mhz == TOP_MHZ
+    assert live.up[0].set_mhz == TOP_MHZ
     live.run_out(SIZES.get)
     assert live.controller.snapshot().counts.lost == 1
     live.check_end()
@@ -117,7 +117,7 @@ def test_a_lost_engine_fails_what_ran_and_is_replaced():
     assert arrive(live, 2) == []
     assert names(live.ready(1, SIZES[1]))[0] == "Dispatch"
     assert live.send(EngineLost(engine=0)) == []
-    # An engine that does not come up is tried again under another name.
+    # An engine that does not start is tried again under another id.
     assert live.lose(1)[-1] == StartEngine(engine=2, tp=1)
     assert live.lose(2) == [StartEngine(engine=3, tp=1)]
     arrive(live, 3)
@@ -125,7 +125,7 @@ def test_a_lost_engine_fails_what_ran_and_is_replaced():
     live.check_end()
 
 
-def test_a_clock_that_cannot_be_read_means_the_top_clock():
+def test_a_clock_that_cannot_be_read_means_the_maximum_clock():
     live = world()
     arrive(live, 1)
     (again,) = live.read_clock(0, None)
@@ -135,14 +135,14 @@ def test_a_clock_that_cannot_be_read_means_the_top_clock():
 
 
 @pytest.mark.parametrize("policy", [ClockPolicy.TOP, ClockPolicy.FIXED])
-def test_a_clock_that_is_not_what_was_asked_is_asked_again(policy):
+def test_a_clock_that_is_not_what_was_set_is_set_again(policy):
     live = world(options(policy, aware=False))
     live.now_s = 10.0
     (again,) = live.read_clock(0, 800)
     assert isinstance(again, SetClock) and again.plan.mhz == TOP_MHZ
 
 
-def test_a_switch_under_way_is_not_asked_for_twice():
+def test_a_switch_under_way_is_not_set_twice():
     live = world()
     arrive(live, 1)
     assert live.read_clock(0, 1200) == []
@@ -174,20 +174,20 @@ def test_the_same_engine_is_ready_only_once():
 
 
 def test_an_unchanged_iteration_is_o1():
-    def lines(rows):
+    def lines(count):
         large = spec(kv_blocks=100_000, max_batch=1000, prefill_budget_tokens=100_000)
         controller = Controller(options(ClockPolicy.TOP, aware=False))
         handle(controller, EngineReady(engine=0, spec=large), 0.0)
-        for key in range(rows):
+        for key in range(count):
             handle(controller, Arrived(request=request(key, 4, 90)), 0.0)
-        handle(controller, Stepped(engine=0, iteration=0, started=tuple(range(rows))), 0.1)
+        handle(controller, Stepped(engine=0, iteration=0, started=tuple(range(count))), 0.1)
         return lines_executed(lambda: handle(controller, Stepped(engine=0, iteration=1), 0.2))
 
     assert lines(300) == lines(3)
 
 
 def test_a_cancelled_batch_leaves_no_iteration_in_progress():
-    """Slack is counted from the iteration under way; one that was cancelled away must not lend its beginning."""
+    """Slack is counted from the iteration in progress; one whose requests were all cancelled has no beginning."""
     plans = []
     for cancelled in (False, True):
         live = world()
@@ -216,7 +216,7 @@ def step(live, times=1):
         live.end_iteration(0)
 
 
-def test_a_lagging_row_is_planned_for_longer_with_the_next_iteration():
+def test_a_lagging_sequence_is_planned_for_longer_with_the_next_iteration():
     live = world()
     arrive(live, 1, 4, 20)
     step(live, 6)
@@ -229,7 +229,7 @@ def test_a_lagging_row_is_planned_for_longer_with_the_next_iteration():
     assert live.controller.snapshot().counts.finished == 1
 
 
-def test_a_waiting_row_with_tokens_begins_and_is_planned_at_once():
+def test_a_pending_request_with_tokens_begins_and_is_planned_at_once():
     live = world()
     arrive(live, 1, 4, 20)
     live.send(Progressed(engine=0, request_id=1, tokens=2))
@@ -238,14 +238,14 @@ def test_a_waiting_row_with_tokens_begins_and_is_planned_at_once():
 
 
 @pytest.mark.parametrize(("tokens", "horizon"), [(-3, 19), (0, 19), (1, 19), (500, 1)])
-def test_no_row_has_less_than_one_token_or_more_than_it_may_have(tokens, horizon):
+def test_a_request_has_at_least_one_token_and_at_most_max_tokens(tokens, horizon):
     live = world()
     arrive(live, 1, 4, 20)
     live.send(Progressed(engine=0, request_id=1, tokens=tokens))
     assert live.controller.projection(0).horizon == horizon
 
 
-def test_nobodys_progress_is_ignored():
+def test_progress_of_an_unknown_request_is_ignored():
     live = world()
     arrive(live, 1)
     before = live.controller.snapshot()

@@ -1,5 +1,5 @@
-"""A state machine over the controller with real batchers under it: whatever comes, in whatever order, nobody is lost,
-nobody starves, nothing overflows, and what is not known means the top clock. Profile "thorough" looks longer.
+"""A state machine over the controller with real batchers under it: whatever comes, in whatever order, no request is
+forgotten or starves, nothing overflows, and what is not known means the maximum clock. Profile "thorough" runs longer.
 """
 
 from hypothesis import strategies as st
@@ -18,9 +18,9 @@ from throttllem.core.types import Cancelled, Observed, Progressed, Request, Slo
 SIZES = (1, 2, 4)
 CONTEXT = 80
 moments = st.sampled_from([0.0, 0.001, 0.02, 0.3, 2.0])
-promises = st.none() | st.floats(0.02, 3.0)
+limits = st.none() | st.floats(0.02, 3.0)
 sequences = st.sampled_from([1, 1, 1, 2, 3, 4])
-slos = st.builds(Slo, e2e_s=promises, tbt_s=st.none() | st.floats(0.005, 0.1), ttft_s=promises)
+slos = st.builds(Slo, e2e_s=limits, tbt_s=st.none() | st.floats(0.005, 0.1), ttft_s=limits)
 
 
 def tables(specs, kind):
@@ -50,7 +50,7 @@ TABLES = {
     for kind in ("whole", "small", "none")
 }
 LEARNS = OnlineLengthPredictor(OnlineLengthOptions(exceed=0.5, prior_answers=1.0, own_level_answers=1))
-"""Says something after one answer; every world has a copy of its own."""
+"""Predicts after one output; every world has its own copy."""
 
 options = st.builds(
     lambda policy, chunked, no_evict, kind, scales, predictor, queue, unmeetable, dwell_s, latency_s: ControllerOptions(
@@ -92,28 +92,30 @@ class ControllerMachine(RuleBasedStateMachine):
 
     # ---- requests --------------------------------------------------------------------------------------------
 
-    @rule(prompt=st.integers(1, 50), answer=st.integers(1, 20), spare=st.integers(0, 20), slo=slos, sequences=sequences)
-    def arrive(self, prompt, answer, spare, slo, sequences):
+    @rule(
+        prompt=st.integers(1, 50), output=st.integers(1, 20), margin=st.integers(0, 20), slo=slos, sequences=sequences
+    )
+    def arrive(self, prompt, output, margin, slo, sequences):
         self.world.arrive(
             Request(
                 id=len(self.world.requests),
                 arrival_s=self.world.now_s,
                 prompt_tokens=prompt,
-                max_tokens=answer + spare,
+                max_tokens=output + margin,
                 slo=slo,
-                output_tokens=answer,
+                output_tokens=output,
                 sequences=sequences,
             )
         )
 
     @precondition(lambda self: self.world.waiting or self.world.on)
     @rule(data=st.data())
-    def hang_up(self, data):
+    def disconnect(self, data):
         self.world.cancel(self.pick(data, [*self.world.waiting, *self.world.on]))
 
     @rule(request_id=st.integers(0, 20))
-    def hang_up_of_nobody(self, request_id):
-        """A client that is gone already, or was never here, is not spoken of; others may come in at any event."""
+    def disconnect_of_an_unknown_client(self, request_id):
+        """A request that ended already, or never arrived, is in no command; others may be admitted at any event."""
         world = self.world
         if request_id not in world.waiting and request_id not in world.on:
             commands = world.send(Cancelled(request_id=request_id))
@@ -124,7 +126,7 @@ class ControllerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.first_tp)
     @rule()
     def first_ready(self):
-        """The first engine is started by nobody's command; the controller learns of it when it is ready."""
+        """The first engine is started without a command; the controller learns of it when it is ready."""
         self.world.ready(self.world.keys, self.start(self.first_tp))
         self.first_tp = None
 
@@ -135,7 +137,7 @@ class ControllerMachine(RuleBasedStateMachine):
         self.world.ready(key, self.start(self.world.starting[key]))
 
     @rule(tp=st.sampled_from(SIZES))
-    def somebody_else_starts_one(self, tp):
+    def another_engine_appears(self, tp):
         if len(self.world.up) < 3:
             self.first_tp = None
             self.world.ready(self.world.keys, self.start(tp))
@@ -154,7 +156,7 @@ class ControllerMachine(RuleBasedStateMachine):
             if key in self.world.up and self.world.up[key].in_progress:
                 self.world.end_iteration(key)
 
-    # ---- what engines say of themselves ----------------------------------------------------------------------
+    # ---- what engines report -------------------------------------------------------------------------------
 
     @rule(engine=st.integers(0, 3), request_id=st.integers(0, 20), tokens=st.integers(-2, 60))
     def progressed(self, engine, request_id, tokens):

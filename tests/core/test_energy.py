@@ -1,4 +1,4 @@
-"""The ledger: whose joules were they, by hand and against a naive division of every iteration."""
+"""The ledger, by hand and against a naive division of every iteration."""
 
 import pytest
 from hypothesis import given
@@ -15,7 +15,7 @@ def test_by_hand():
     ledger.join(0)
     ledger.join(1)
     ledger.iteration(10.0, 2, ())
-    # Two rows and 3 prompt tokens share 10 J.
+    # Two sequences and 3 prompt tokens share 10 J.
     ledger.iteration(10.0, 2, ((2, 3),))
     assert ledger.leave(0) == pytest.approx(12.0 + 5.0 + 2.0)
     ledger.pause(1)
@@ -27,7 +27,7 @@ def test_by_hand():
     assert (ledger.total_j, ledger.idle_j, ledger.open_j()) == (50.0, 5.0, pytest.approx(6.0))
 
 
-def test_an_iteration_of_nothing_is_idle():
+def test_an_iteration_without_tokens_is_idle():
     ledger = EnergyLedger()
     ledger.iteration(3.0, 0, ())
     assert (ledger.total_j, ledger.idle_j, ledger.open_j()) == (3.0, 3.0, 0.0)
@@ -43,7 +43,7 @@ steps = st.lists(
     ),
     max_size=40,
 )
-"""(joules, who starts of the prompts, prompt tokens of newcomers, who leaves, is somebody paused?)"""
+"""(joules, prompts that start, prompt tokens of newcomers, requests that leave, whether one is paused)"""
 
 
 @given(steps)

@@ -7,7 +7,7 @@ from throttllem.core.types import Dispatch, Reason, Reject, StopEngine
 
 
 def loaded(found=None):
-    """A small engine under more load than it was made for, with one long answer running."""
+    """A small engine under more load than it can carry, with one long output running."""
     live = world(found or scaling())
     arrive(live, 0, 4, 100)
     for key in range(1, 5):
@@ -61,7 +61,7 @@ def test_smaller_only_after_the_grace_period_and_never_for_a_head_that_needs_mor
 
 
 def test_back_to_a_draining_engine_stops_the_idle_one():
-    """Size 2 drains with a long answer, size 1 serves and is idle; load comes back: size 2 serves, size 1 goes."""
+    """Size 2 drains with a long output, size 1 serves and is idle; load comes back: size 2 serves, size 1 goes."""
     live = World(scaling())
     live.ready(0, SIZES[2])
     arrive(live, 0, 4, 200)

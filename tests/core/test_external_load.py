@@ -19,18 +19,18 @@ def reported(running, waiting=0, kv_blocks=None):
 
 
 @pytest.mark.parametrize(
-    ("observed", "others"),
+    ("observed", "external"),
     [
-        # Ours alone: both wait, one is prefilled, both are; one that is not there yet is nobody's loss.
+        # Ours alone: both wait, one is prefilled, both are; one that is not there yet is no difference.
         (reported(4, 2, 40), ExternalLoad()),
         (reported(5, 1, 46), ExternalLoad()),
         (reported(6, 0, 50), ExternalLoad()),
         (reported(4, 0, 40), ExternalLoad()),
-        # Somebody else runs, or waits.
+        # Another client's request runs, or waits.
         (reported(9, 0, 90), ExternalLoad(batch=3, kv_blocks=40)),
         (reported(4, 5, 40), ExternalLoad(batch=3)),
         (reported(5, 2, 45), ExternalLoad(batch=1)),
-        # A row of ours is held up: it waits in the engine (then all are there), or is not there at all.
+        # A request of ours is held up: it waits in the engine (then all are there), or is not there at all.
         (reported(3, 3, 30), ExternalLoad(kv_blocks=-10)),
         (reported(3, 2, 30), ExternalLoad(batch=-1, kv_blocks=-10)),
         (reported(0, 0, 0), ExternalLoad(batch=-4, kv_blocks=-40)),
@@ -41,22 +41,22 @@ def reported(running, waiting=0, kv_blocks=None):
         (reported(4, 2, 33), ExternalLoad(kv_blocks=-7)),
     ],
 )
-def test_who_else_is_in_the_engine(observed, others):
-    assert seen(DriftMeter(), *[observed] * 3)[-1] == others
+def test_the_external_load(observed, external):
+    assert seen(DriftMeter(), *[observed] * 3)[-1] == external
 
 
 def seen(meter, *looks):
     return [meter.compare(look, OWN) for look in looks]
 
 
-def test_one_look_is_none():
+def test_one_report_is_not_enough():
     meter = DriftMeter()
     looks = [reported(9, 0, 90)] * 2 + [reported(8, 0, 52), reported(4, 2, 20)]
     assert seen(meter, *looks) == [ExternalLoad(), ExternalLoad(), ExternalLoad(batch=2, kv_blocks=2), ExternalLoad()]
     assert seen(meter, *[reported(3, 2, 30)] * 3)[-1] == ExternalLoad(batch=-1, kv_blocks=-10)
 
 
-def test_what_the_engine_does_not_say_stays_as_it_was():
+def test_what_a_report_leaves_out_stays_as_it_was():
     meter = DriftMeter()
     seen(meter, *[reported(9, 0, 62)] * 3)
     assert seen(meter, *[reported(5, 2)] * 3)[-1] == ExternalLoad(batch=1, kv_blocks=12)
@@ -74,7 +74,7 @@ def test_the_figures():
 
 
 @pytest.mark.parametrize(
-    ("others", "moved"),
+    ("external", "moved"),
     [
         (ExternalLoad(batch=3, kv_blocks=50), False),
         (ExternalLoad(batch=4, kv_blocks=50), True),
@@ -83,8 +83,8 @@ def test_the_figures():
         (ExternalLoad(batch=3, kv_blocks=40), True),
     ],
 )
-def test_a_sequence_or_a_hundredth_of_the_blocks_calls_for_a_plan(others, moved):
-    assert others.moved(ExternalLoad(batch=3, kv_blocks=50), 1000) is moved
+def test_a_sequence_or_a_hundredth_of_the_blocks_calls_for_a_plan(external, moved):
+    assert external.moved(ExternalLoad(batch=3, kv_blocks=50), 1000) is moved
 
 
 # ---- through the controller --------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def step(live, times=1):
         live.end_iteration(0)
 
 
-def test_what_others_hold_is_in_every_coming_iteration_until_the_next_word():
+def test_the_external_load_is_in_every_coming_iteration_until_the_next_report():
     live = world()
     arrive(live, 1, 4, 10)
     step(live, 2)
@@ -125,7 +125,7 @@ def test_what_others_hold_is_in_every_coming_iteration_until_the_next_word():
     assert view(live).drift == Drift(batch=0, kv_blocks=0, mean_batch=1.0, mean_kv_blocks=5.0, corrections=2)
 
 
-def test_somebody_elses_sequences_take_places():
+def test_sequences_of_other_clients_fill_the_batch():
     live = world()
     arrive(live, 1, 4, 40)
     step(live)
@@ -137,7 +137,7 @@ def test_somebody_elses_sequences_take_places():
     live.check_end()
 
 
-def test_an_empty_engine_takes_the_next_one_whoever_else_is_there():
+def test_an_engine_empty_of_ours_admits_the_next_one():
     live = world()
     observe(live, 500, 500, 5000)
     assert names(arrive(live, 1))[0] == "Dispatch"
@@ -155,14 +155,14 @@ def test_a_request_counts_with_all_its_sequences():
     assert (view(live).external_sequences, view(live).drift.batch, view(live).drift.kv_blocks) == (0, 0, 0)
 
 
-def test_only_news_is_planned_for_and_the_rest_is_o1():
-    def lines(rows, running, kv_blocks):
+def test_only_changes_are_planned_for_and_the_rest_is_o1():
+    def lines(count, running, kv_blocks):
         large = spec(kv_blocks=100_000, max_batch=1000, prefill_budget_tokens=100_000)
         controller = Controller(options(ClockPolicy.TOP, aware=False))
         handle(controller, EngineReady(engine=0, spec=large), 0.0)
-        for key in range(rows):
+        for key in range(count):
             handle(controller, Arrived(request=request(key, 4, 90)), 0.0)
-        handle(controller, Stepped(engine=0, iteration=0, started=tuple(range(rows))), 0.1)
+        handle(controller, Stepped(engine=0, iteration=0, started=tuple(range(count))), 0.1)
         live = Observed(engine=0, running=running, waiting=0, kv_blocks=kv_blocks)
         for _ in range(2):
             handle(controller, live, 0.2)

@@ -61,7 +61,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.model = [held for held in self.model if held[1] > self.now_s]
 
     @invariant()
-    def says_the_same(self):
+    def agrees_with_the_list(self):
         assert list(self.queue.waiting) == [key for key, _ in self.model]
         assert self.queue.next_expiry_s == min((end_s for _, end_s in self.model), default=math.inf)
 
@@ -69,7 +69,7 @@ class QueueMachine(RuleBasedStateMachine):
 TestQueue = QueueMachine.TestCase
 
 
-def test_what_left_is_forgotten_though_the_head_stays():
+def test_requests_that_left_are_forgotten_though_the_head_stays():
     queue = AdmissionQueue(QUEUE_OPTIONS)
     queue.push(waiting(0, 1e9))
     for key in range(1, 10_000):
@@ -79,12 +79,12 @@ def test_what_left_is_forgotten_though_the_head_stays():
     assert len(queue._expiries) < 200
 
 
-def test_leaving_from_the_middle_does_not_look_at_the_others():
-    def lines(rows):
+def test_leaving_from_the_middle_is_independent_of_the_others():
+    def lines(count):
         queue = AdmissionQueue(QUEUE_OPTIONS)
-        for key in range(rows):
+        for key in range(count):
             queue.push(waiting(key, 100.0 + key))
-        return lines_executed(lambda: queue.take(rows // 2))
+        return lines_executed(lambda: queue.take(count // 2))
 
     assert lines(3000) == lines(30)
 
@@ -101,7 +101,7 @@ def rejecting(**changes):
 
 
 @pytest.mark.parametrize("slo", [Slo(e2e_s=0.001), Slo(tbt_s=0.001), Slo(ttft_s=0.001)])
-def test_what_can_never_be_met_is_rejected_at_once(slo):
+def test_a_request_that_can_never_be_met_is_rejected_at_once(slo):
     live = rejecting()
     assert Reject(request_id=1, why=LATE) in arrive(live, 1, 4, 8, slo=slo)
     assert live.ended == {1: "rejected"}
@@ -109,7 +109,7 @@ def test_what_can_never_be_met_is_rejected_at_once(slo):
     live.check_end()
 
 
-def test_who_is_found_lost_when_its_turn_comes_is_rejected():
+def test_a_request_that_is_lost_when_its_turn_comes_is_rejected():
     """Alone it would have been in time; beside the other one it is not."""
     live = rejecting()
     arrive(live, 1, 40, 40)
@@ -123,26 +123,26 @@ def test_who_is_found_lost_when_its_turn_comes_is_rejected():
     live.check_end()
 
 
-def test_the_clients_of_a_long_queue_hear_early():
-    """No place for an hour: whoever has an end gives up when it comes, from the middle of the queue too."""
+def test_requests_in_a_long_queue_expire_early():
+    """No room for an hour: requests expire when they cannot be met any more, from the middle of the queue too."""
     live = world(options(admission=replace(REJECT, reject_patience=math.inf)))
     arrive(live, 1, 60, 40)
     arrive(live, 2, 60, 40)
     assert live.controller.snapshot().head.why is Reason.KV
     for key, e2e_s in ((3, 30.0), (4, 10.0), (5, 20.0)):
         arrive(live, key, 4, 8, slo=Slo(e2e_s=e2e_s))
-    heard = []
+    expired = []
     for _ in range(40):
         live.advance(1.0)
-        heard += [(key, live.now_s) for key in live.ended if key not in dict(heard)]
-    assert heard == [(4, 10.0), (5, 20.0), (3, 30.0)]
+        expired += [(key, live.now_s) for key in live.ended if key not in dict(expired)]
+    assert expired == [(4, 10.0), (5, 20.0), (3, 30.0)]
     (at_s,) = (now_s for now_s, _, commands in live.log if Reject(request_id=4, why=LATE) in commands)
-    assert 9.8 < at_s < 10.0, "as soon as it cannot be met, not when it is missed"
+    assert 9.8 < at_s < 10.0, "as soon as it cannot be met, not when it is violated"
     live.run_out(SIZES.get)
     live.check_end()
 
 
-def test_the_clock_may_fall_again_when_the_last_one_has_given_up():
+def test_the_clock_may_fall_again_when_the_last_one_has_expired():
     live = rejecting()
     arrive(live, 1, 60, 40)
     arrive(live, 2, 60, 40, slo=Slo(e2e_s=4.0))
@@ -156,14 +156,14 @@ def test_the_clock_may_fall_again_when_the_last_one_has_given_up():
 
 
 def tight(live):
-    """One row runs whose promise leaves no room for a long prompt, though it does for a short one."""
+    """One request runs whose SLO leaves no time for a long prompt, though it does for a short one."""
     arrive(live, 1, 4, 20, slo=Slo(e2e_s=0.31))
     for _ in range(2):
         live.end_iteration(0)
 
 
-def test_nobody_joins_at_the_cost_of_others():
-    """Where all are served, one joins when its patience ends; here it is turned away, and the other keeps its time."""
+def test_no_request_joins_at_the_cost_of_others():
+    """Where all are served, one joins when its patience ends; here it is rejected, and the other meets its SLO."""
     live = rejecting()
     tight(live)
     arrive(live, 2, 60, 30, slo=Slo(e2e_s=1.0))
@@ -180,7 +180,7 @@ def test_nobody_joins_at_the_cost_of_others():
     assert live.controller.snapshot().counts.lost == 0
 
 
-def test_who_is_held_back_holds_back_nobody_lighter():
+def test_a_request_that_is_held_back_holds_back_no_lighter_one():
     live = rejecting()
     tight(live)
     arrive(live, 2, 60, 30, slo=Slo(e2e_s=2.0))
@@ -192,7 +192,7 @@ def test_who_is_held_back_holds_back_nobody_lighter():
     live.check_end()
 
 
-def test_who_waits_without_an_end_is_not_passed():
+def test_a_request_that_never_expires_is_not_passed():
     live = rejecting()
     tight(live)
     arrive(live, 2, 60, 30)
@@ -202,7 +202,7 @@ def test_who_waits_without_an_end_is_not_passed():
     assert live.ended == {1: "finished", 2: "finished", 3: "finished"}
 
 
-def test_without_an_engine_they_give_up_too_but_not_where_nothing_is_known_of_the_speed():
+def test_requests_expire_without_an_engine_but_not_without_a_table():
     live = World(options(admission=REJECT))
     assert arrive(live, 1, slo=Slo(e2e_s=1.0)) == []
     live.advance(2.0)
@@ -219,7 +219,7 @@ def test_without_an_engine_they_give_up_too_but_not_where_nothing_is_known_of_th
     half.run_out(SIZES.get)
 
 
-def test_who_was_let_in_in_time_is_served_though_it_is_lost_later():
+def test_a_request_admitted_in_time_is_served_though_it_is_lost_later():
     live = rejecting()
     assert "Dispatch" in names(arrive(live, 1, 4, 8, slo=Slo(e2e_s=1.0)))
     live.now_s = 5.0
@@ -230,7 +230,7 @@ def test_who_was_let_in_in_time_is_served_though_it_is_lost_later():
     assert live.controller.snapshot().counts.lost == 1
 
 
-def test_the_baseline_and_the_default_turn_nobody_away():
+def test_the_baseline_and_the_default_reject_nothing():
     for found in (options(), options(ClockPolicy.TOP, aware=False, admission=REJECT)):
         live = world(found)
         assert names(arrive(live, 1, 4, 8, slo=Slo(e2e_s=0.001)))[0] == "Dispatch"
@@ -238,7 +238,7 @@ def test_the_baseline_and_the_default_turn_nobody_away():
         assert live.ended == {1: "finished"}
 
 
-def test_what_gave_up_is_not_spoken_of_again():
+def test_an_expired_request_is_forgotten():
     live = World(options(admission=REJECT))
     arrive(live, 1, slo=Slo(e2e_s=1.0))
     live.advance(2.0)
@@ -264,8 +264,8 @@ def test_no_more_sequences_than_the_engine_runs_side_by_side():
 
 
 @pytest.mark.parametrize(("margin", "reject_margin", "dispatched"), [(0.5, 0.0, True), (0.0, 0.5, False)])
-def test_the_margin_that_holds_is_that_of_those_who_reject(margin, reject_margin, dispatched):
-    """Row 1 takes 0.97 s for its 60 tokens alone, 1.1 s beside another: it keeps 1.5 s, but not half of them."""
+def test_the_margin_in_force_is_that_of_rejecting(margin, reject_margin, dispatched):
+    """Request 1 takes 0.97 s for its 60 tokens alone, 1.1 s beside another: within 1.5 s, but not within half of it."""
     live = world(options(admission=replace(REJECT, margin=margin, reject_margin=reject_margin)))
     arrive(live, 1, 4, 60, slo=Slo(e2e_s=1.5))
     assert ("Dispatch" in names(arrive(live, 2, 4, 60))) == dispatched

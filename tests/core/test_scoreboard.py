@@ -14,7 +14,7 @@ from throttllem.core.scoreboard import GrowingBlocks, Scoreboard, SequenceState
 from throttllem.core.types import Slo
 
 
-def test_a_row_waits_begins_and_leaves():
+def test_a_sequence_waits_begins_and_leaves():
     board = Scoreboard(4)
     board.dispatch(sequence(7, 10, 5))
     assert (len(board), 7 in board, list(board.pending), list(board.running)) == (1, True, [7], [])
@@ -27,7 +27,7 @@ def test_a_row_waits_begins_and_leaves():
         board.remove(7)
 
 
-def test_the_last_row_moves_into_a_gap():
+def test_the_last_sequence_moves_into_a_gap():
     board = Scoreboard(4)
     for key in range(4):
         board.dispatch(sequence(key, 10 + key, 5))
@@ -51,7 +51,7 @@ def test_the_deadline_is_the_tighter_of_e2e_and_mean_time_between_tokens():
     assert sequence(2, 4, 11).limits().deadline_s == math.inf
 
 
-def test_the_tightest_time_between_tokens_is_of_rows_that_are_not_lost():
+def test_the_tightest_time_between_tokens_is_of_sequences_that_are_not_lost():
     board = Scoreboard(4)
     assert board.tightest_tbt_s() == math.inf
     for key, tbt_s in enumerate((0.3, 0.2, 0.1)):
@@ -81,7 +81,7 @@ def test_reservations_follow_max_tokens_and_outlive_a_preemption():
     assert board.reserved_blocks == 1
 
 
-def test_preemption_puts_the_row_in_front_with_its_tokens_in_the_prompt():
+def test_preemption_puts_the_sequence_in_front_with_its_tokens_in_the_prompt():
     board = Scoreboard(4)
     for key in range(3):
         board.dispatch(sequence(key, 10, 8))
@@ -107,7 +107,7 @@ def test_an_outgrown_prediction_becomes_max_tokens():
     board.begin(1, 0, 0.0)
     board.begin(2, 0, 0.0)
     assert board.outgrown(4) == []
-    # After iterations 0 to 4 row 2 has its 5 tokens and is still here.
+    # After iterations 0 to 4 request 2 has its 5 tokens and is still here.
     assert [found.request.id for found in board.outgrown(5)] == [2]
     assert (board.end.tolist(), board.deadline_s.tolist()) == ([9, 6], [math.inf, 5.0])
     assert board.outgrown(5) == []
@@ -119,7 +119,7 @@ def test_an_outgrown_prediction_becomes_max_tokens():
     assert board.end.tolist() == [20, 10]
 
 
-def test_rows_that_left_or_came_back_do_not_outgrow_what_they_were():
+def test_sequences_that_left_or_came_back_do_not_outgrow_what_they_were():
     board = Scoreboard(4)
     for key in range(3):
         board.dispatch(sequence(key, 4, 5, max_tokens=9))
@@ -127,7 +127,7 @@ def test_rows_that_left_or_came_back_do_not_outgrow_what_they_were():
     board.remove(0)
     board.preempt(1, 2)
     board.begin(1, 4, 1.0)
-    # Row 1 has 3 of its 5 tokens to go from iteration 4 on.
+    # Request 1 has 3 of its 5 tokens to go from iteration 4 on.
     assert [found.request.id for found in board.outgrown(6)] == [2]
     assert [found.request.id for found in board.outgrown(7)] == [1]
 
@@ -146,7 +146,7 @@ def test_a_correction_moves_start_and_end():
     assert (held.generated_tokens(10), board.start.tolist()) == (12, [-1])
 
 
-def test_a_correction_lets_a_waiting_row_begin():
+def test_a_correction_lets_a_pending_sequence_begin():
     board = Scoreboard(4)
     board.dispatch(sequence(1, 10, 8))
     board.correct(1, 3, 7, 1.5)
@@ -171,9 +171,9 @@ def test_corrections_do_not_pile_up():
 
 
 def test_nothing_is_touched_while_no_prediction_fails():
-    def lines(rows):
+    def lines(count):
         board = Scoreboard(4)
-        for key in range(rows):
+        for key in range(count):
             board.dispatch(sequence(key, 4, 50))
             board.begin(key, 0, 0.0)
         return lines_executed(lambda: board.outgrown(20))
@@ -182,24 +182,24 @@ def test_nothing_is_touched_while_no_prediction_fails():
 
 
 class Columns(RuleBasedStateMachine):
-    """Random life on a scoreboard; the columns must say what the rows say."""
+    """Random life on a scoreboard; the columns must agree with the sequences."""
 
     def __init__(self):
         super().__init__()
         self.board = Scoreboard(4)
-        self.rows = {}
+        self.known = {}
         self.iteration = 0
 
     @rule(
         prompt=st.integers(1, 30),
-        answer=st.integers(1, 9),
+        output=st.integers(1, 9),
         tbt=st.sampled_from([None, 0.25, 0.5]),
         sequences=st.integers(1, 3),
     )
-    def dispatch(self, prompt, answer, tbt, sequences):
-        key = len(self.rows)
-        self.rows[key] = sequence(key, prompt, answer, max_tokens=12, slo=Slo(tbt_s=tbt), sequences=sequences)
-        self.board.dispatch(self.rows[key])
+    def dispatch(self, prompt, output, tbt, sequences):
+        key = len(self.known)
+        self.known[key] = sequence(key, prompt, output, max_tokens=12, slo=Slo(tbt_s=tbt), sequences=sequences)
+        self.board.dispatch(self.known[key])
 
     @precondition(lambda self: self.board.pending)
     @rule(data=st.data())
@@ -215,14 +215,14 @@ class Columns(RuleBasedStateMachine):
     @precondition(lambda self: len(self.board))
     @rule(data=st.data(), tokens=st.integers(1, 20))
     def correct(self, data, tokens):
-        row = self.rows[data.draw(st.sampled_from(self.here()))]
-        self.board.correct(row.request.id, tokens, self.iteration, float(self.iteration))
-        assert row.generated_tokens(self.iteration) == tokens
+        held = self.known[data.draw(st.sampled_from(self.here()))]
+        self.board.correct(held.request.id, tokens, self.iteration, float(self.iteration))
+        assert held.generated_tokens(self.iteration) == tokens
 
     @precondition(lambda self: len(self.board))
     @rule(data=st.data())
     def mark_lost(self, data):
-        self.board.mark_lost(self.rows[data.draw(st.sampled_from(self.here()))])
+        self.board.mark_lost(self.known[data.draw(st.sampled_from(self.here()))])
 
     @precondition(lambda self: len(self.board))
     @rule(data=st.data())
@@ -243,7 +243,7 @@ class Columns(RuleBasedStateMachine):
         return sorted([*self.board.pending, *self.board.running])
 
     @invariant()
-    def columns_say_what_rows_say(self):
+    def columns_agree_with_sequences(self):
         board = self.board
         seen = [board.at(slot) for slot in range(len(board.running))]
         assert {r.request.id: r for r in seen} == board.running
@@ -252,7 +252,7 @@ class Columns(RuleBasedStateMachine):
         assert board.tokens_at_start.tolist() == [r.request.prompt_tokens + r.done_tokens for r in seen]
         assert board.end.tolist() == [r.start + r.remaining_tokens for r in seen]
         assert board.deadline_s.tolist() == [r.limits().deadline_s for r in seen]
-        here = [self.rows[key] for key in self.here()]
+        here = [self.known[key] for key in self.here()]
         assert board.lost_requests == sum(r.lost for r in here)
         assert board.reserved_blocks == sum(-(-(r.request.prompt_tokens + 12) // 4) * r.sequences for r in here)
         assert board.widths.tolist() == [r.sequences for r in seen]
@@ -274,8 +274,8 @@ TestColumns = Columns.TestCase
 
 def test_a_mean_is_not_spread_over_tokens_that_inflation_added():
     board = Scoreboard(4)
-    asked = request(1, 8, 13, max_tokens=64, arrival_s=0.0, slo=Slo(tbt_s=0.25))
-    board.dispatch(SequenceState(request=asked, predicted_tokens=13, output_tokens=13, expected_tokens=9))
+    made = request(1, 8, 13, max_tokens=64, arrival_s=0.0, slo=Slo(tbt_s=0.25))
+    board.dispatch(SequenceState(request=made, predicted_tokens=13, output_tokens=13, expected_tokens=9))
     board.begin(1, 0, 1.0)
     assert board.deadline_s.tolist() == [1.0 + 8 * 0.25]
     assert [r.output_tokens for r in board.outgrown(13)] == [64]
@@ -283,17 +283,17 @@ def test_a_mean_is_not_spread_over_tokens_that_inflation_added():
 
 
 @pytest.mark.parametrize(
-    ("renewed", "answer"),
+    ("renewed", "output"),
     [(None, 20), (math.nan, 20), (math.inf, 20), (12.3, 13), (99.0, 20), (1.0, 6), (5.0, 6)],
 )
-def test_what_a_renewed_prediction_may_be(renewed, answer):
+def test_what_a_renewed_prediction_may_be(renewed, output):
     board = Scoreboard(4)
     board.dispatch(sequence(1, 4, 5, max_tokens=20))
     board.begin(1, 0, 0.0)
-    assert [found.output_tokens for found in board.outgrown(5, lambda request, generated: renewed)] == [answer]
+    assert [found.output_tokens for found in board.outgrown(5, lambda request, generated: renewed)] == [output]
 
 
-def test_beyond_max_tokens_nobody_is_asked():
+def test_beyond_max_tokens_no_prediction_is_renewed():
     board = Scoreboard(4)
     board.dispatch(sequence(1, 4, 5, max_tokens=5))
     board.begin(1, 0, 0.0)
@@ -311,7 +311,7 @@ held = st.lists(st.tuples(st.integers(1, 200), st.integers(-300, 300), st.intege
 
 
 @given(held, held, st.integers(1, 40), st.integers(0, 500))
-def test_equals_the_sum_over_rows(stay, leave, block, later):
+def test_growing_blocks_equal_the_sum_over_sequences(stay, leave, block, later):
     growing = GrowingBlocks(block)
     for one in [*stay, *leave]:
         growing.add(*one)

@@ -122,7 +122,7 @@ def sequence(request_id: int, prompt: int, output: int, *, earliest: int = 0, **
 
 
 def handle(controller: Controller, event: Event, now_s: float) -> list[Command]:
-    """One event, and the timer that is due at once after it; the commands of both."""
+    """One event, and the timer that is needed at once after it; the commands of both."""
     commands = controller.handle(event, now_s)
     deadline_s = controller.next_deadline()
     if deadline_s is not None and deadline_s <= now_s:

@@ -40,16 +40,16 @@ PLANNING = (ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY)
 
 @dataclass
 class Up:
-    """An engine that is up: what runs, since when, and the clock that was asked for last."""
+    """An engine that is up: what runs, since when, and the clock that was set last."""
 
     spec: EngineSpec
     batcher: Batcher
     lanes: Lanes
-    asked_mhz: int
+    set_mhz: int
     in_progress: bool = False
     read_mhz: int | None = None
     unknown: bool = False
-    hung_up: list[int] = field(default_factory=list)
+    disconnected: list[int] = field(default_factory=list)
 
 
 class World:
@@ -76,7 +76,7 @@ class World:
     # ---- what happens ----------------------------------------------------------------------------------------
 
     def send(self, event):
-        """One event, and the timer that is due at once after it; the commands of both."""
+        """One event, and the timer that is needed at once after it; the commands of both."""
         commands = self.handle(event)
         deadline_s = self.controller.next_deadline()
         if deadline_s is not None and deadline_s <= self.now_s:
@@ -102,7 +102,7 @@ class World:
         self.starting.pop(key, None)
         self.keys = max(self.keys, key + 1)
         batcher = Batcher(spec)
-        self.up[key] = Up(spec=spec, batcher=batcher, lanes=Lanes(batcher), asked_mhz=spec.clocks_mhz[-1])
+        self.up[key] = Up(spec=spec, batcher=batcher, lanes=Lanes(batcher), set_mhz=spec.clocks_mhz[-1])
         return self.send(EngineReady(engine=key, spec=spec))
 
     def lose(self, key: int):
@@ -113,7 +113,7 @@ class World:
         return commands
 
     def read_clock(self, key: int, mhz: int | None):
-        """A clock that nobody asked for is either corrected or planned from as it is."""
+        """A clock that was not set by the controller is either corrected or planned from as it is."""
         if key in self.up:
             self.up[key].unknown = mhz is None
             self.up[key].read_mhz = mhz
@@ -128,11 +128,11 @@ class World:
         up = self.up[key]
         iteration, started, finished, preempted = up.lanes.end()
         up.in_progress = False
-        for request_id in up.hung_up:
+        for request_id in up.disconnected:
             if request_id not in finished:
                 up.lanes.cancel(request_id)
-        ended = [request_id for request_id in finished if request_id not in up.hung_up]
-        up.hung_up.clear()
+        ended = [request_id for request_id in finished if request_id not in up.disconnected]
+        up.disconnected.clear()
         for request_id in ended:
             self.end(request_id, "finished")
             del self.on[request_id]
@@ -144,14 +144,14 @@ class World:
         """Let time pass, with every timer on the way."""
         until_s = self.now_s + seconds
         for _ in range(10_000):
-            due_s = self.controller.next_deadline()
-            if due_s is None or due_s > until_s:
+            deadline_s = self.controller.next_deadline()
+            if deadline_s is None or deadline_s > until_s:
                 self.now_s = until_s
                 return
-            self.now_s = max(self.now_s, due_s)
+            self.now_s = max(self.now_s, deadline_s)
             self.send(Timer())
-            due_s = self.controller.next_deadline()
-            assert due_s is None or due_s > self.now_s, "a timer that has fired must not be due again"
+            deadline_s = self.controller.next_deadline()
+            assert deadline_s is None or deadline_s > self.now_s, "a timer that has fired must not be due again"
         raise AssertionError("timers without end")
 
     def run_out(self, start, rounds: int = 3000):
@@ -189,11 +189,11 @@ class World:
             case Cancel(engine=key, request_id=request_id):
                 assert self.on.pop(request_id) == key
                 self.end(request_id, "cancelled")
-                self.hang_up(self.up[key], request_id)
+                self.disconnect(self.up[key], request_id)
             case SetClock(engine=key, plan=plan):
                 up = self.up[key]
                 assert plan.mhz in up.spec.clocks_mhz
-                up.asked_mhz = up.read_mhz = plan.mhz
+                up.set_mhz = up.read_mhz = plan.mhz
                 self.switches.append((key, plan))
             case StartEngine(engine=key, tp=tp):
                 assert key >= self.keys
@@ -202,18 +202,18 @@ class World:
             case StopEngine(engine=key):
                 assert key not in self.on.values()
                 up = self.up.pop(key)
-                assert len(up.batcher) == sum(len(up.lanes.open[request_id]) for request_id in up.hung_up)
+                assert len(up.batcher) == sum(len(up.lanes.open[request_id]) for request_id in up.disconnected)
 
     def may_be_passed(self, request_id: int) -> bool:
-        """Where promises that cannot be kept are rejected, one that waits for an end of its own holds nobody up."""
+        """Where requests that cannot meet their SLO are rejected, one that expires holds up no other."""
         options = self.controller.options
         until_s = options.admission.patient_until_s(self.requests[request_id])
         return options.slo_aware and options.admission.rejects and until_s < math.inf
 
-    def hang_up(self, up: Up, request_id: int):
+    def disconnect(self, up: Up, request_id: int):
         """Between two iterations at once, during one at its end."""
         if up.in_progress:
-            up.hung_up.append(request_id)
+            up.disconnected.append(request_id)
         else:
             up.lanes.cancel(request_id)
 
@@ -248,9 +248,9 @@ class World:
         """Whatever is not known, or is late already, means the top clock."""
         top = up.spec.clocks_mhz[-1]
         if view.plan is not None:
-            assert view.plan.mhz in {up.asked_mhz, up.read_mhz}
+            assert view.plan.mhz in {up.set_mhz, up.read_mhz}
         if self.options.throttle.policy is ClockPolicy.TOP:
-            assert up.asked_mhz == top
+            assert up.set_mhz == top
         if self.options.throttle.policy not in PLANNING:
             return
         table = self.options.tables.get(view.tp)
@@ -261,7 +261,7 @@ class World:
             peaks = (projection.batch, projection.kv_blocks, projection.prefill_tokens)
             unknown = unknown or not table.inside(*(int(peak.max()) for peak in peaks))
         if unknown:
-            assert up.asked_mhz == top, view
+            assert up.set_mhz == top, view
             assert view.plan is not None and view.plan.why in {
                 Reason.UNKNOWN_STATE,
                 Reason.OUTSIDE_HULL,

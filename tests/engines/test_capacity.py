@@ -27,14 +27,14 @@ def test_capacities_are_the_engines():
     assert (found.default_max_tokens, found.notes) == (16, (NO_STEPS,))
 
 
-def test_what_is_assumed_is_said():
+def test_assumptions_are_noted():
     found = connected(VllmPeer())
     assert (found.spec.max_batch, found.spec.prefill_budget_tokens) == (256, 2048)
     assert [note for note in found.notes if "max_batch: 256 is assumed" in note]
     assert [note for note in found.notes if "tokens per step: 2048 is assumed" in note]
 
 
-def test_development_mode_tells_the_batch():
+def test_development_mode_reports_the_batch():
     peer = VllmPeer()
     scheduler = {"max_num_seqs": 32, "max_num_batched_tokens": 512, "enable_chunked_prefill": False}
     peer.server_info = {"vllm_config": {"scheduler_config": scheduler}}
@@ -43,7 +43,7 @@ def test_development_mode_tells_the_batch():
     assert found.notes == (NO_STEPS,)
 
 
-def test_the_configuration_caps_what_the_engine_tells():
+def test_the_configuration_caps_reported_capacities():
     peer = VllmPeer()
     peer.info = {"engines": 1, "servers": 1, "stats": ""}
     found = connected(peer, max_batch=8, kv_blocks=9999, max_context_tokens=4096, block_tokens=7)
@@ -69,7 +69,7 @@ def test_tokens_that_take_blocks_of_several_kinds():
     assert connected(peer).spec.block_tokens == 4
 
 
-def test_kin_without_metrics_take_the_configuration():
+def test_an_engine_without_metrics_takes_the_configuration():
     peer = VllmPeer()
     peer.metrics, peer.tokenize, peer.models = False, False, [{"id": "kin"}]
     with pytest.raises(EngineError, match=r"set engines\.kv_blocks"):
@@ -82,7 +82,7 @@ def test_kin_without_metrics_take_the_configuration():
     assert [note for note in found.notes if "no /tokenize and no tokenizer" in note]
 
 
-def test_the_key_goes_with_every_question():
+def test_the_key_goes_with_every_request():
     peer = VllmPeer()
     connected(peer, api_key="secret")
     assert peer.headers[0]["Authorization"] == "Bearer secret"

@@ -16,10 +16,10 @@ from throttllem.openai_api.requests import COMPLETIONS, ParsedRequest
 
 @asynccontextmanager
 async def watching(engine):
-    told = []
-    task = asyncio.create_task(engine.watch(told.append))
+    reports = []
+    task = asyncio.create_task(engine.watch(reports.append))
     try:
-        yield told, task
+        yield reports, task
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError, EngineError):
@@ -29,12 +29,12 @@ async def watching(engine):
 def test_scrapes_without_the_plugin():
     async def run():
         peer = VllmPeer()
-        async with engine_of(peer) as engine, watching(engine) as (told, _):
-            await eventually(lambda: told)
-            assert (told[0].running, told[0].waiting, told[0].kv_blocks, told[0].step) == (0, 0, 0, None)
+        async with engine_of(peer) as engine, watching(engine) as (reports, _):
+            await eventually(lambda: reports)
+            assert (reports[0].running, reports[0].waiting, reports[0].kv_blocks, reports[0].step) == (0, 0, 0, None)
             peer.running, peer.waiting, peer.usage, peer.iterations = 3, 2, 0.5, 10
-            await eventually(lambda: told[-1].running == 3)
-            assert (told[-1].waiting, told[-1].kv_blocks, told[-1].step) == (2, 2048, 9)
+            await eventually(lambda: reports[-1].running == 3)
+            assert (reports[-1].waiting, reports[-1].kv_blocks, reports[-1].step) == (2, 2048, 9)
 
     asyncio.run(run())
 
@@ -48,16 +48,16 @@ def test_steps_of_the_plugin_and_scrapes_while_it_is_silent(tmp_path):
         peer.info = {"engines": 1, "servers": 1, "stats": address}
         async with engine_of(peer, stats=address) as engine:
             assert (await engine.connect()).notes == ()
-            async with watching(engine) as (told, _):
-                await eventually(lambda: told)
+            async with watching(engine) as (reports, _):
+                await eventually(lambda: reports)
                 assert (await engine.connect()).notes == ()
                 peer.iterations = 77
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
                     sender.sendto(step.pack(), address)
-                await eventually(lambda: any(report.step is not None for report in told))
-                (told_step,) = [report for report in told if report.step is not None]
-                assert (told_step.step, told_step.running, told_step.kv_blocks) == (41, 5, 2048)
-                await eventually(lambda: told[-1].step is None)
+                await eventually(lambda: any(report.step is not None for report in reports))
+                (numbered,) = [report for report in reports if report.step is not None]
+                assert (numbered.step, numbered.running, numbered.kv_blocks) == (41, 5, 2048)
+                await eventually(lambda: reports[-1].step is None)
                 assert engine.steps.received == 1
 
     asyncio.run(run())
@@ -96,8 +96,8 @@ def gone(change, **options):
 
     async def run():
         peer = VllmPeer()
-        async with engine_of(peer, **options) as engine, watching(engine) as (told, task):
-            await eventually(lambda: told)
+        async with engine_of(peer, **options) as engine, watching(engine) as (reports, task):
+            await eventually(lambda: reports)
             change(peer)
             with pytest.raises(EngineError) as raised:
                 await asyncio.wait_for(task, 5)
@@ -122,10 +122,10 @@ def test_one_failed_scrape_is_forgiven():
             pages.append(len(pages))
             return web.Response(text=peer.page(), status=500 if len(pages) in {3, 4, 6, 7} else 200)
 
-        async with engine_of(peer, {("GET", "/metrics"): flaky}) as engine, watching(engine) as (told, task):
+        async with engine_of(peer, {("GET", "/metrics"): flaky}) as engine, watching(engine) as (reports, task):
             await eventually(lambda: len(pages) > 10)
             assert not task.done()
-            assert len(told) >= 4
+            assert len(reports) >= 4
 
     asyncio.run(run())
 
@@ -134,9 +134,9 @@ def test_an_engine_without_metrics_is_checked_for_life():
     async def run():
         peer = VllmPeer()
         peer.metrics = False
-        async with engine_of(peer, kv_blocks=10, max_batch=1) as engine, watching(engine) as (told, task):
+        async with engine_of(peer, kv_blocks=10, max_batch=1) as engine, watching(engine) as (reports, task):
             await asyncio.sleep(0.05)
-            assert (task.done(), told) == (False, [])
+            assert (task.done(), reports) == (False, [])
             peer.models_status = 500
             with pytest.raises(EngineError, match="answers 500"):
                 await asyncio.wait_for(task, 5)

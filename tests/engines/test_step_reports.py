@@ -70,7 +70,7 @@ def test_unpacks_what_was_packed(details, **numbers):
     ],
     ids=str,
 )
-def test_numbers_beyond_what_an_engine_can_say_are_garbage(beyond):
+def test_numbers_beyond_what_an_engine_can_report_are_garbage(beyond):
     receiver = StepReceiver("127.0.0.1:0", kv_blocks=100)
     assert receiver.take(replace(STEP, **beyond).pack()) is None
     assert (receiver.garbage, receiver.received) == (1, 0)
@@ -159,14 +159,14 @@ def test_datagrams_arrive(tmp_path, kind, loop):
     address = str(tmp_path / "steps.sock") if kind == "unix" else free_udp()
 
     async def run():
-        told = []
+        reports = []
         receiver = StepReceiver(address, kv_blocks=8)
-        with receiver.listening(told.append):
+        with receiver.listening(reports.append):
             assert receiver.is_listening
             send(
                 address, STEP.pack(), b"garbage", STEP.pack()[:-1], STEP.pack() + b"x", replace(STEP, sequence=2).pack()
             )
-            await eventually(lambda: receiver.garbage == 3 and len(told) == 2)
+            await eventually(lambda: receiver.garbage == 3 and len(reports) == 2)
         assert not receiver.is_listening
 
     if loop == "asyncio":

@@ -10,7 +10,7 @@ from throttllem.engines.base import Call
 
 @asynccontextmanager
 async def raw(answer):
-    """A TCP server; `answer(reader, writer)` is told after the head of each request was read. Yields its url."""
+    """A TCP server; `answer(reader, writer)` is called after the head of each request was read. Yields its url."""
 
     async def serve(reader, writer):
         try:

@@ -87,7 +87,7 @@ def test_without_a_keeper_it_is_a_dry_run_until_there_is_one(testbed, caplog):
             alone = gpu.read(), gpu.dry_run, locks(testbed)
             async with testbed.keeper():
                 await until(lambda: locks(testbed) == [(900, 900)] * 2)
-                await until(lambda: not gpu.dry_run)
+                await until(lambda: not gpu.dry_run and gpu.read().clock_mhz == 900)
                 return read, alone, gpu.read()
 
     read, (alone, dry_run, untouched), later = asyncio.run(run())

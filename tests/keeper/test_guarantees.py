@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.keeper.rig import LONG_S, NOBODY, TTL_S, locks, needs_root, until
-from tests.keeper.test_imports import KEEPER, OURS, modules_of_the_process
-from throttllem.cli.commands.keeper import unit_text
+from tests.keeper.test_imports import OURS, SOURCES, modules_of_the_process
 from throttllem.keeper.leases import SETS_AT_ONCE, SETS_PER_S
 from throttllem.keeper.server import CONNECTIONS, LINE_BYTES, Server
+from throttllem.keeper.unit import unit_text
 from tools.nvml.machine import Op
 
 PAGE = Path(__file__).parents[2] / "docs/keeper.md"
@@ -190,7 +190,7 @@ def test_it_cannot_change_what_is_allowed(keeper, client):
     for op in ("allow", "config", "reload", "status", "normally"):
         client.request(op, allowed={uuid: [1, 9999] for uuid in keeper.uuids}, gpu=["GPU-x=1-2"], users=[NOBODY])
     assert keeper.status() == before
-    source = "".join(path.read_text() for path in KEEPER.glob("*.py"))
+    source = "".join(path.read_text() for path in SOURCES)
     assert "setattr" not in source
     assert "environ[" not in source
 
@@ -225,7 +225,7 @@ def test_it_cannot_make_the_keeper_open_run_or_reach_anything(keepers, folder):
 def test_requests_are_data(keeper):
     evaluating = {"eval", "exec", "compile", "__import__", "loads", "import_module", "getattr", "setattr", "system"}
     called = set()
-    for path in KEEPER.glob("*.py"):
+    for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and (name := ast.unparse(node.func)).split(".")[-1] in evaluating:
                 called.add(name)

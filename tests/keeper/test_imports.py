@@ -22,6 +22,8 @@ OURS = {
     "throttllem.keeper.server",
     "throttllem.keeper.systemd",
 }
+SOURCES = [KEEPER / f"{name.rpartition('.')[2]}.py" for name in sorted(OURS) if name.startswith("throttllem.keeper.")]
+"""What root runs of the keeper's package: not `unit`, which `throttllem keeper` uses before it becomes the keeper."""
 LIBRARIES = {"throttllem", "pynvml", "sitecustomize"}
 NOT_NEEDED = {"http", "http.client", "http.server", "urllib.request", "email", "pickle", "multiprocessing"}
 

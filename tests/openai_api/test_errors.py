@@ -14,7 +14,7 @@ def shown(error):
     return seen.status, json.loads(seen.body)["error"], dict(seen.headers)
 
 
-def test_a_rejection_has_its_type_and_code_and_says_when_to_come_back():
+def test_a_rejection_has_its_type_its_code_and_when_to_retry():
     rejection = ApiError(429, "full", kind="rate_limit_error", code="queue_full", retry_after_s=3)
     assert shown(rejection) == (
         429,

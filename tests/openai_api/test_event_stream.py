@@ -28,7 +28,7 @@ def test_cut_anywhere_the_events_are_the_same(data, cuts):
         assert found == once.feed(data)
 
 
-def test_an_event_without_end_is_not_kept():
+def test_an_event_without_end_is_not_held():
     splitter = Splitter()
     chunks = [b"data: " + b"x" * MOST_BYTES, b"y" * 100, b"\n\n", b"data: z\n\n"]
     assert [splitter.feed(chunk) for chunk in chunks] == [[chunks[0]], [], [b"y" * 100 + b"\n\n"], [chunks[3]]]

@@ -55,12 +55,12 @@ def test_times_of_requests():
 
 
 def test_attainment_counts_the_rejected_as_missed():
-    kept = life(1, 0.0, 1.0, 3.0, e2e_s=3.0, tbt_s=1.0, ttft_s=1.0)
+    meets = life(1, 0.0, 1.0, 3.0, e2e_s=3.0, tbt_s=1.0, ttft_s=1.0)
     # Two gaps of 1.25 s on the mean.
     slow = life(2, 0.0, 1.0, 3.5, e2e_s=3.0, tbt_s=1.1, ttft_s=0.5)
     free = life(3, 0.0, 9.0, 99.0)
     gone = life(4, None, None, None)
-    slo = result(book(kept, slow, free, gone)).slo
+    slo = result(book(meets, slow, free, gone)).slo
     assert (slo.e2e_attainment, slo.tbt_attainment, slo.ttft_attainment) == (0.5, 0.5, 0.5)
     assert (slo.attainment, slo.completed_attainment) == (0.5, pytest.approx(2 / 3))
 
@@ -151,11 +151,11 @@ def test_weighted_quantiles_are_those_of_the_repeated_values(pairs):
     assert plain.p99 == ranked[max(0, math.ceil(0.99 * len(ranked) - 1e-9) - 1)]
 
 
-def test_the_wait_of_a_preempted_row_is_a_gap_like_any_other():
+def test_the_wait_of_a_preempted_request_is_a_gap_like_any_other():
     requests = [request(key, 8, 40, max_tokens=40, arrival_s=0.0, slo=Slo()) for key in range(12)]
     run = simulate(requests, specs=specs_of(no_evict=False))
     result = run.result()
     assert result.preemptions > 0
     gaps = sum(r.output_tokens - 1 for r in requests)
-    assert sum(run.recorder._gap_rows) == gaps
+    assert sum(run.recorder._gap_sequences) == gaps
     assert result.tbt_s.mean == pytest.approx(result.tpot_s.mean, rel=1e-6)

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 from tools.nvml.machine import Op, Write
 from tools.soak.draw import drawn
-from tools.soak.evidence import Evidence, Loss, ParsedRequest
+from tools.soak.evidence import Ask, Evidence, Loss
 from tools.soak.schedule import GpuPlan, Stop
 
 KEEPER = 4711
 BEGAN_S = 100.0
 OPTED = GpuPlan(allowed=(510, 1200), held=True, before=None, declared=False)
 LOCKED = replace(OPTED, before=(855, 855), declared=True)
-STRANGER = GpuPlan(allowed=None, held=False, before=(960, 960), declared=False)
+UNLISTED = GpuPlan(allowed=None, held=False, before=(960, 960), declared=False)
 SCHEDULE = replace(
-    drawn(0), gpus=(OPTED, LOCKED, STRANGER), ttl_s=0.5, faults=(), lift_s=-0.05, stop=Stop.KILL, early=False
+    drawn(0), gpus=(OPTED, LOCKED, UNLISTED), ttl_s=0.5, faults=(), lift_s=-0.05, stop=Stop.KILL, early=False
 )
 
 
@@ -49,7 +49,7 @@ def evidence(writes=GOOD, schedule=SCHEDULE, **more):
         "base_s": BEGAN_S + 1.0,
         "restored_s": BEGAN_S + 1.03,
         "starts_s": [BEGAN_S - 0.5],
-        "asks": {0: ParsedRequest(gateway=1, asked_s=BEGAN_S + 0.2, how="complete", ended_s=BEGAN_S + 0.3)},
+        "asks": {0: Ask(gateway=1, asked_s=BEGAN_S + 0.2, how="complete", ended_s=BEGAN_S + 0.3)},
         "losses": [loss(1.0)],
     }
     return Evidence(schedule=schedule, **(found | more))

@@ -1,13 +1,16 @@
 """Schedules from seeds: the same one each time, every kind among few, and only what can be played."""
 
+import asyncio
+from dataclasses import replace
+
 import pytest
 
-from tools.soak.board import POINTS, TRAPS
-from tools.soak.draw import COMMON_MHZ, drawn
-from tools.soak.house import CLOCKS_MHZ
-from tools.soak.kind import Journal
-from tools.soak.kinds import KINDS
-from tools.soak.schedule import Stop
+from tools.soak.bed import CLOCKS_MHZ
+from tools.soak.draw import COMMON_MHZ, drawn, smallest
+from tools.soak.faults import KINDS
+from tools.soak.faults.kind import Journal
+from tools.soak.keeper_process import POINTS, TRAPS
+from tools.soak.schedule import Fault, Stop
 
 SEEDS = range(300)
 
@@ -39,7 +42,7 @@ def test_there_are_many_kinds():
 def test_one_gpu_at_least_is_not_opted_in_and_one_is_held(schedules):
     for schedule in schedules:
         assert any(gpu.allowed is None for gpu in schedule.gpus)
-        assert 1 <= sum(gpu.held for gpu in schedule.gpus) <= 4
+        assert sum(gpu.held for gpu in schedule.gpus) in (1, 2, 4)
         assert len(schedule.gpus) <= 6
         assert not any(gpu.held and gpu.allowed is None for gpu in schedule.gpus)
 
@@ -69,3 +72,34 @@ def test_traps_are_of_points_that_there_are_and_fit_on_the_board(schedules):
         traps = [fault for fault in schedule.faults if fault.kind.startswith("keeper: dies")]
         assert len(traps) <= TRAPS
     assert len(set(POINTS)) == len(POINTS)
+
+
+# ---- the smallest part that fails ----------------------------------------------------------------------------
+
+FAULTS = tuple(Fault(kind=name, at_s=at_s) for at_s, name in enumerate("abcdef"))
+WHOLE = replace(drawn(0), faults=FAULTS)
+
+
+def reduced(schedule, *needed):
+    """The smallest of those that fail as all of these faults are in them, and how many were tried."""
+    tried = []
+
+    async def fails(one):
+        tried.append(one.kinds)
+        return set(needed) <= one.kinds
+
+    return asyncio.run(smallest(schedule, fails)), len(tried)
+
+
+def test_a_pair_is_found():
+    found, tried = reduced(WHOLE, "b", "e")
+    assert found == replace(WHOLE, faults=(FAULTS[1], FAULTS[4]))
+    assert tried < 25
+
+
+def test_nothing_is_left_out_of_what_is_needed():
+    assert reduced(WHOLE, *"abcdef")[0] == WHOLE
+
+
+def test_a_schedule_that_fails_without_any_fault_has_none():
+    assert reduced(WHOLE)[0].faults == ()

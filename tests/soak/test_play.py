@@ -1,18 +1,36 @@
 """Schedules with everything that is real about them: what holds, and that a broken keeper is found out."""
 
+import asyncio
 import os
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
 from tools.nvml import build
+from tools.soak.draw import drawn
+from tools.soak.pool import WorkerPool
+from tools.soak.sandbox import sandboxes
+from tools.soak.schedule import Fault, GpuPlan, Stop
 
-ROOT = Path(__file__).parents[2]
-LIMIT_S = 180
 pytestmark = pytest.mark.slow
 """Real processes against the clock: beside the default tests they would be starved."""
+OPTED = GpuPlan(allowed=(510, 1200), held=True, before=None, declared=False)
+UNLISTED = GpuPlan(allowed=None, held=False, before=(960, 960), declared=False)
+UNDECLARED = replace(OPTED, before=(855, 855))
+DECLARED = replace(OPTED, before=(645, 1365), declared=True)
+CALM = replace(
+    drawn(0),
+    gpus=(OPTED, UNLISTED, UNDECLARED, DECLARED, OPTED),
+    early=False,
+    ttl_s=4.0,
+    life_s=0.4,
+    stop=Stop.KILL,
+    lift_s=-0.05,
+    ask_at_s=(0.05, 0.2),
+    faults=(),
+)
+KILLED = replace(CALM, faults=(Fault(kind="keeper: SIGKILL", at_s=0.2),))
+OTHER_USER = replace(CALM, faults=(Fault(kind="socket: another user", at_s=0.1),))
 
 
 @pytest.fixture(scope="session")
@@ -21,53 +39,40 @@ def library(tmp_path_factory):
     return build.library((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libnvidia-ml")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def played(library):
-    """Violations, and requests complete, told and cut, and restorings."""
-    whats = [
-        "sound:calm",
-        "sound:killed",
-        "no_journal:killed",
-        "no_end:calm",
-        "no_undo:calm",
-        "infers:calm",
-        "all_users:stranger",
-    ]
-    command = [sys.executable, "-m", "tests.soak.played", str(library), *whats]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    rows = [line.split("|") for line in done.stdout.splitlines()]
-    assert len(rows) == len(whats), done.stderr
-    return {
-        what: (violations, *map(int, counts)) for what, *counts, violations in ((*row[:5], row[5:]) for row in rows)
-    }
+    def play(schedule, sabotage="sound"):
+        with sandboxes(1, roles="tests.soak.sabotaged", library=library, mounts=False, SABOTAGE=sabotage) as places:
+            (outcome,) = asyncio.run(WorkerPool(places).played([schedule]))
+        print(outcome.logs)
+        return outcome
+
+    return play
 
 
-@pytest.mark.parametrize(("what", "fewest"), [("sound:calm", 0), ("sound:killed", 1)])
-def test_the_keeper_passes(played, what, fewest):
-    """A gateway that ends in calm may have given back all by itself: then nothing is restored."""
-    violations, complete, told, _, restorings = played[what]
-    assert violations == []
-    assert (complete >= 2, told, restorings >= fewest) == (True, 0, True)
+@pytest.mark.parametrize(("schedule", "fewest"), [(CALM, 0), (KILLED, 1)], ids=["calm", "killed"])
+def test_the_keeper_passes(played, schedule, fewest):
+    """A gateway that ends in calm may have restored everything itself: then the keeper restores nothing."""
+    outcome = played(schedule)
+    assert outcome.violations == ()
+    assert (outcome.complete >= 2, outcome.errors, len(outcome.restorings_s) >= fewest) == (True, 0, True)
 
 
-def test_a_keeper_without_a_journal_is_found_out(played):
-    violations = played["no_journal:killed"][0]
-    assert any("was locked when the keeper died" in text for text in violations)
-    assert any("2 s after it was due" in text for text in violations)
-
-
-def test_a_keeper_that_does_not_mind_who_hangs_up_is_found_out(played):
-    assert any("2 s after it was due" in text for text in played["no_end:calm"][0])
-
-
-def test_a_keeper_that_restores_a_lock_that_no_option_states_is_found_out(played):
-    assert any("is locked (855, 855)" in text for text in played["infers:calm"][0])
-
-
-def test_a_keeper_that_leaves_half_a_group_is_found_out(played):
-    assert any("a set failed on one GPU" in text for text in played["no_undo:calm"][0])
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_keeper_that_answers_everybody_is_found_out(played):
-    assert any("user 65534 was answered" in text for text in played["all_users:stranger"][0])
+@pytest.mark.parametrize(
+    ("sabotage", "schedule", "words"),
+    [
+        ("no_journal", KILLED, ("was locked when the keeper died", "2 s after it was due")),
+        ("no_end", CALM, ("2 s after it was due",)),
+        ("no_undo", CALM, ("a set failed on one GPU",)),
+        ("infers", CALM, ("is locked (855, 855)",)),
+        pytest.param(
+            *("all_users", OTHER_USER, ("user 65534 was answered",)),
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user"),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_broken_keeper_is_found_out(played, sabotage, schedule, words):
+    violations = played(schedule, sabotage).violations
+    for each in words:
+        assert any(each in text for text in violations), violations

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator
 
 from tools.nvml.layout import WRITES
 from tools.nvml.machine import Op, Write
-from tools.soak.evidence import Evidence, Loss, ParsedRequest
+from tools.soak.evidence import Ask, Evidence, Loss
+from tools.soak.faults import KINDS
+from tools.soak.faults.kind import Hurts
 from tools.soak.group import torn_groups
-from tools.soak.kind import Hurts
-from tools.soak.kinds import KINDS
 from tools.soak.locks import downs, fits, logged, moments
 from tools.soak.schedule import Stop
 
+ACCEPTED_S = 0.5
+"""A gateway that runs has accepted a request by then."""
 WITHIN_S = 2.0
 """So soon everything is restored: after the lease is lost, the keeper is back, the obstacle is gone."""
 
@@ -119,7 +121,7 @@ def _keepers(evidence: Evidence) -> Iterator[str]:
     kinds = [KINDS[kind] for kind in evidence.schedule.kinds]
     changed = {other.gpu for other in evidence.others}
     for death in evidence.deaths:
-        if not death.told and not any(kind.ends_keeper for kind in kinds):
+        if not death.by_us and not any(kind.ends_keeper for kind in kinds):
             yield f"the keeper ended by itself at {death.at_s - evidence.began_s:.3f} s"
         for gpu in set(death.unnoted) - changed:
             yield f"GPU {gpu} was locked when the keeper died at {death.at_s - evidence.began_s:.3f} s, and not noted"
@@ -131,7 +133,7 @@ def _keepers(evidence: Evidence) -> Iterator[str]:
 def _gateways(evidence: Evidence) -> Iterator[str]:
     kinds = [KINDS[kind] for kind in evidence.schedule.kinds]
     for death in evidence.gateways:
-        if not death.told and not any(kind.ends_gateway for kind in kinds):
+        if not death.by_us and not any(kind.ends_gateway for kind in kinds):
             yield f"the gateway ended by itself at {death.at_s - evidence.began_s:.3f} s"
 
 
@@ -144,15 +146,21 @@ def _requests(evidence: Evidence) -> Iterator[str]:
             yield f"request {number} never ended"
         elif ask.how == "cut" and not memory and not at_end and Hurts.GATEWAY not in hurt:
             yield f"request {number} was cut off by the end of a gateway that nothing had happened to"
-        elif ask.how == "cut" and at_end and evidence.schedule.stop is Stop.TERM and Hurts.GATEWAY not in hurt:
+        elif ask.how == "cut" and at_end and _accepted(evidence, ask) and Hurts.GATEWAY not in hurt:
             yield f"request {number} was cut off by a gateway that was asked to end"
-        elif ask.how == "told" and not at_end and not hurt & {Hurts.GATEWAY, Hurts.ENGINE}:
+        elif ask.how == "error" and not at_end and not hurt & {Hurts.GATEWAY, Hurts.ENGINE}:
             yield f"request {number} was refused, though nothing touched gateway or engine: {ask.why}"
         elif ask.how == "broken" and not memory:
             yield f"request {number} broke: {ask.why}"
 
 
-def _at_the_end(evidence: Evidence, ask: ParsedRequest) -> bool:
+def _at_the_end(evidence: Evidence, ask: Ask) -> bool:
     """It was open when the gateway was ended, and may well have been."""
     waited_for = evidence.schedule.lift_s < 0 and not ask.at_the_end
     return not waited_for and (ask.ended_s is None or ask.ended_s >= evidence.stopped_s)
+
+
+def _accepted(evidence: Evidence, ask: Ask) -> bool:
+    """The gateway was told to end and had the request: one that only just connects is refused or reset."""
+    early = ask.asked_s < evidence.stopped_s - ACCEPTED_S
+    return evidence.schedule.stop is Stop.TERM and (ask.begun or early)

@@ -1,12 +1,16 @@
-"""A schedule from a seed: the same seed, the same schedule. Knows the kinds, and what of them cannot go together."""
+"""A schedule from a seed: the same seed, the same schedule; and the smallest part of one that still fails.
+
+Knows the kinds of faults, and which of them cannot go together.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
-from tools.soak.kind import Journal, Kind
-from tools.soak.kinds import KINDS
+from tools.soak.faults import KINDS
+from tools.soak.faults.kind import Journal, Kind
 from tools.soak.schedule import Fault, GpuPlan, Lock, Schedule, Stop
 
 BETWEEN_MHZ = (645, 735, 855, 960, 1080, 1155, 1260, 1365)
@@ -61,9 +65,9 @@ def _together(kind: Kind, others: Sequence[Kind]) -> bool:
 
 
 def _gpus(draw: random.Random, kinds: Sequence[Kind]) -> tuple[GpuPlan, ...]:
-    held = draw.randint(1, 4)
+    held = draw.choice((1, 2, 4))  # as many as the model can be spread over
     spare = 1 if any(kind.spare for kind in kinds) or draw.random() < 0.2 else 0
-    uses = ["held"] * held + ["spare"] * spare + ["stranger"] * draw.randint(1, 6 - held - spare)
+    uses = ["held"] * held + ["spare"] * spare + ["unlisted"] * draw.randint(1, 6 - held - spare)
     draw.shuffle(uses)
     return tuple(_gpu(draw, use) for use in uses)
 
@@ -77,8 +81,8 @@ def _gpu(draw: random.Random, use: str) -> GpuPlan:
             before = (mhz := draw.choice(BETWEEN_MHZ), mhz)
         case "declared":
             low, high = sorted(draw.sample(BETWEEN_MHZ, 2))
-            before, declared = (low, high), use != "stranger"
-    return GpuPlan(allowed=None if use == "stranger" else allowed, held=use == "held", before=before, declared=declared)
+            before, declared = (low, high), use != "unlisted"
+    return GpuPlan(allowed=None if use == "unlisted" else allowed, held=use == "held", before=before, declared=declared)
 
 
 def _fault(draw: random.Random, kind: Kind, gpus: Sequence[GpuPlan], span_s: float, copy: int) -> Fault:
@@ -93,3 +97,19 @@ def _fault(draw: random.Random, kind: Kind, gpus: Sequence[GpuPlan], span_s: flo
         which=draw.choice(kind.which),
         count=draw.randint(*kind.counts),
     )
+
+
+async def smallest(schedule: Schedule, fails: Callable[[Schedule], Awaitable[bool]]) -> Schedule:
+    """With the fewest faults that still fail: one after the other is left out, and stays out if it fails anyway.
+
+    `fails` plays a schedule, more than once where chance has a part. The schedule itself is known to fail.
+    """
+    smaller = True
+    while smaller:
+        smaller = False
+        for fault in schedule.faults:
+            without = replace(schedule, faults=tuple(other for other in schedule.faults if other is not fault))
+            if await fails(without):
+                schedule, smaller = without, True
+                break
+    return schedule

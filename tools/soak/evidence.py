@@ -9,8 +9,10 @@ from tools.soak.schedule import Lock, Schedule
 
 
 @dataclass(slots=True)
-class ParsedRequest:
-    """A request to the gateway. `how` it ended: complete, told (an error), cut (its connection), broken; None: not."""
+class Ask:
+    """A request to the gateway. `how` it ended: complete, error (in OpenAI's shape), cut (its
+    connection), broken; None: not. `begun`: its answer had begun.
+    """
 
     gateway: int
     asked_s: float
@@ -18,6 +20,7 @@ class ParsedRequest:
     why: str = ""
     ended_s: float | None = None
     at_the_end: bool = False
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +53,18 @@ class Other:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Death:
-    """A process's end. `told`: by us. `unnoted`: GPUs that it, a keeper, had locked and that no journal copy names."""
+    """A process's end. `by_us`: by a signal of the soak. `unnoted`: GPUs that it, a keeper, had
+    locked and that no journal copy names.
+    """
 
     at_s: float
-    told: bool
+    by_us: bool
     unnoted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """The lane itself did not run for so long."""
+    """The soak itself did not run for so long."""
 
     at_s: float
     lasted_s: float
@@ -70,9 +75,9 @@ class Evidence:
     """One play; the gateway was ended at `stopped_s`. Per GPU: `attempted` writes, `effective` writes, `left` (its lock
     when time was up), `last` (its lock when all was over). `base_s`: from when on the last restoring counts;
     `restored_s`: when all was restored (None: never). `forgot`: both copies of the journal were destroyed and a keeper
-    began without them. `strangers` came as far as the socket. `idle` kinds never had an effect. `must_say`:
+    began without them. `other_users` could connect to the socket. `idle` kinds never had an effect. `must_say`:
     what has to be in the keeper's log.
-    `troubles` are violations seen on the spot. `waited_s`: so long the lane was ready to run and had no core, from the
+    `troubles` are violations seen on the spot. `waited_s`: so long the soak was ready to run and had no core, from the
     gateway's end on; `gaps`: when it did not run for long.
     """
 
@@ -88,7 +93,7 @@ class Evidence:
     base_s: float = 0.0
     restored_s: float | None = None
     forgot: bool = False
-    asks: dict[int, ParsedRequest] = field(default_factory=dict)
+    asks: dict[int, Ask] = field(default_factory=dict)
     losses: list[Loss] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)
     others: list[Other] = field(default_factory=list)
@@ -97,7 +102,7 @@ class Evidence:
     gateways: list[Death] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     waited_s: float = 0.0
-    strangers: int = 0
+    other_users: int = 0
     idle: list[str] = field(default_factory=list)
     must_say: list[str] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
@@ -112,7 +117,7 @@ class Outcome:
     violations: tuple[str, ...]
     restorings_s: tuple[float, ...]
     complete: int
-    told: int
+    errors: int
     cut: int
     wall_s: float
     idle: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ import numpy as np
 
 from tools.soak.check import WITHIN_S
 from tools.soak.evidence import Outcome
-from tools.soak.kinds import KINDS
+from tools.soak.faults import KINDS
 from tools.soak.schedule import Schedule
 from tools.testbed.report import Section, Table
 
@@ -65,12 +65,12 @@ class Tally:
     def lines(self) -> list[str]:
         """What is no table: requests, the slowest, repetitions."""
         slowest = max(self.outcomes, key=lambda one: max(one.restorings_s, default=0.0))
-        asked = sum(one.complete + one.told + one.cut for one in self.outcomes)
-        sums = {how: sum(getattr(one, how) for one in self.outcomes) for how in ("complete", "told", "cut")}
+        asked = sum(one.complete + one.errors + one.cut for one in self.outcomes)
+        sums = {how: sum(getattr(one, how) for one in self.outcomes) for how in ("complete", "errors", "cut")}
         slowest_ms = max(slowest.restorings_s, default=0.0) * 1e3
         return [
-            f"Requests: {asked} asked, {sums['complete']} complete, {sums['told']} told an error, {sums['cut']} cut "
-            "off by the end of their gateway.",
+            f"Requests: {asked} asked, {sums['complete']} complete, {sums['errors']} ended with an error, "
+            f"{sums['cut']} cut off by the end of their gateway.",
             f"The slowest restoring took {slowest_ms:.0f} ms, in the schedule of seed {slowest.schedule.seed}.",
             f"Repeated, since the machine was starved: {len(self.repeated)}{self._seeds()}.",
         ]
@@ -78,10 +78,10 @@ class Tally:
     def _seeds(self) -> str:
         return f" (seeds {', '.join(map(str, self.repeated))})" if self.repeated else ""
 
-    def section(self, *, seed: int, wall_s: float, lanes: int) -> Section:
+    def section(self, *, seed: int, wall_s: float, workers: int) -> Section:
         """For the document."""
         when = f"in {wall_s / 60:.1f} minutes on {time.strftime('%Y-%m-%d')}"
-        what = f"{len(self.outcomes)} schedules from seed {seed} on, {lanes} side by side"
+        what = f"{len(self.outcomes)} schedules from seed {seed} on, {workers} side by side"
         ran = f"{what}, {when}: {len(self.failed)} failed."
         text = "\n\n".join([TEXT.strip(), ran, *self.lines()])
         return Section(title="Soak of the keeper of clocks", text=text, tables=(self.table(),), results={})

@@ -10,9 +10,9 @@ import asyncio
 import time
 
 from throttllem.gpu.keeper_client import KeeperClient, KeeperError
+from tools.soak.bed import SoakBed
 from tools.soak.check import WITHIN_S
 from tools.soak.draw import COMMON_MHZ
-from tools.soak.house import House
 
 OTHER_MHZ = 945
 """Allowed by every keeper, too."""
@@ -23,56 +23,54 @@ _SET, _UNKNOWN = "nvmlDeviceSetGpuLockedClocks", 999
 _SOON_S, _SWITCHED_S = 1.0, 0.04
 
 
-def _time_is_up(house: House, since_s: float) -> bool:
+def _time_is_up(bed: SoakBed, since_s: float) -> bool:
     """A keeper that is started anew has its time again, but not for ever."""
     now_s = time.monotonic()
-    return now_s > max(since_s, house.evidence.starts_s[-1]) + WITHIN_S or now_s > since_s + MOST_S
+    return now_s > max(since_s, bed.evidence.starts_s[-1]) + WITHIN_S or now_s > since_s + MOST_S
 
 
-async def nothing_is_held(house: House) -> None:
+async def nothing_is_held(bed: SoakBed) -> None:
     """The keeper says so."""
     since_s, status = time.monotonic(), None
-    while not _time_is_up(house, since_s):
-        status = await house.answers(LOOK_S * 10)
+    while not _time_is_up(bed, since_s):
+        status = await bed.answers(LOOK_S * 10)
         if status is not None and not status["held"] and not status["returning"]:
             return
         await asyncio.sleep(LOOK_S)
-    house.evidence.troubles.append(f"a keeper that is stuck: {WITHIN_S:g} s later its status is {status}")
+    bed.evidence.troubles.append(f"a keeper that is stuck: {WITHIN_S:g} s later its status is {status}")
 
 
-async def fresh_lease(house: House) -> None:
+async def fresh_lease(bed: SoakBed) -> None:
     """All of it, in time."""
-    evidence, plans = house.evidence, house.schedule.gpus
-    expected = [
-        plan.baseline if plan.allowed else gpu.lock for gpu, plan in zip(house.machine.gpus, plans, strict=True)
-    ]
+    evidence, plans = bed.evidence, bed.schedule.gpus
+    expected = [plan.baseline if plan.allowed else gpu.lock for gpu, plan in zip(bed.machine.gpus, plans, strict=True)]
     refusals, since_s = list[str](), time.monotonic()
-    leased = asyncio.create_task(_leased_once(house, refusals))
-    while not leased.done() and not _time_is_up(house, since_s):
+    leased = asyncio.create_task(_leased_once(bed, refusals))
+    while not leased.done() and not _time_is_up(bed, since_s):
         await asyncio.wait({leased}, timeout=LOOK_S)
     if not leased.done() or leased.exception():
         leased.cancel()
         await asyncio.wait({leased})
         evidence.troubles.append(f"a fresh client has no lease within {WITHIN_S:g} s: {refusals[-1:]}")
     until_s = time.monotonic() + WITHIN_S
-    while time.monotonic() < until_s and [gpu.lock for gpu in house.machine.gpus] != expected:
+    while time.monotonic() < until_s and [gpu.lock for gpu in bed.machine.gpus] != expected:
         await asyncio.sleep(LOOK_S)
-    evidence.last = tuple(gpu.lock for gpu in house.machine.gpus)
+    evidence.last = tuple(gpu.lock for gpu in bed.machine.gpus)
     if list(evidence.last) != expected:
         evidence.troubles.append(f"after a fresh client's lease the locks are {evidence.last}, expected {expected}")
 
 
-async def _leased_once(house: House, refusals: list[str]) -> None:
+async def _leased_once(bed: SoakBed, refusals: list[str]) -> None:
     """Until it worked, as a client does it: a keeper may be about to start, or die once more."""
     while True:
-        client = KeeperClient(house.socket, tuple(house.uuids(house.opted)), TTL_S)
+        client = KeeperClient(bed.socket, tuple(bed.uuids(bed.opted)), TTL_S)
         try:
             await client.set(COMMON_MHZ)
-            locks = {house.machine.gpus[index].lock for index in house.opted}
+            locks = {bed.machine.gpus[index].lock for index in bed.opted}
             await asyncio.sleep(_SWITCHED_S)
             await client.restore()
             await client.set(COMMON_MHZ)  # at once: clocks still switch
-            await _all_or_none(house, client)
+            await _all_or_none(bed, client)
             await client.restore()
             break
         except KeeperError as error:
@@ -81,31 +79,31 @@ async def _leased_once(house: House, refusals: list[str]) -> None:
         finally:
             client.close()
     if locks != {(COMMON_MHZ, COMMON_MHZ)}:
-        house.evidence.troubles.append(f"a fresh client set {COMMON_MHZ} MHz, and the locks are {locks}")
+        bed.evidence.troubles.append(f"a fresh client set {COMMON_MHZ} MHz, and the locks are {locks}")
 
 
-async def _all_or_none(house: House, client: KeeperClient) -> None:
+async def _all_or_none(bed: SoakBed, client: KeeperClient) -> None:
     """A set that one GPU does not follow: soon all are as they were, or restored. Raises KeeperError: no keeper."""
-    fault = house.nvml_fault(_SET, error=_UNKNOWN, times=1, gpu=house.opted[-1])
+    fault = bed.nvml_fault(_SET, error=_UNKNOWN, times=1, gpu=bed.opted[-1])
     try:
         await client.set(OTHER_MHZ)
-        house.evidence.troubles.append("a set that failed on one GPU was answered with yes")
+        bed.evidence.troubles.append("a set that failed on one GPU was answered with yes")
     except KeeperError as error:
         if error.code != "gpu":
             raise
     finally:
-        house.nvml_again(fault)
+        bed.nvml_again(fault)
     until_s = time.monotonic() + _SOON_S
-    while not _whole(house):
+    while not _whole(bed):
         if time.monotonic() > until_s:
-            locks = [house.machine.gpus[index].lock for index in house.opted]
-            house.evidence.troubles.append(f"a set failed on one GPU, and {_SOON_S:g} s later the locks are {locks}")
+            locks = [bed.machine.gpus[index].lock for index in bed.opted]
+            bed.evidence.troubles.append(f"a set failed on one GPU, and {_SOON_S:g} s later the locks are {locks}")
             return
         await asyncio.sleep(LOOK_S)
 
 
-def _whole(house: House) -> bool:
+def _whole(bed: SoakBed) -> bool:
     """All as the first set left them, or all restored."""
-    locks = {index: house.machine.gpus[index].lock for index in house.opted}
-    restored = all(lock == house.schedule.gpus[index].baseline for index, lock in locks.items())
+    locks = {index: bed.machine.gpus[index].lock for index in bed.opted}
+    restored = all(lock == bed.schedule.gpus[index].baseline for index, lock in locks.items())
     return restored or set(locks.values()) == {(COMMON_MHZ, COMMON_MHZ)}

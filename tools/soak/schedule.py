@@ -1,6 +1,6 @@
-"""What is played: the GPUs, what the keeper may do with them, who holds them, and what goes wrong when.
+"""What is played: the GPUs, what the keeper may do with them, which are the gateway's, and what goes wrong when.
 
-Values only; `draw` makes them from a seed, `shrink` takes faults away. Seconds count from the beginning (`early`).
+Values only. Seconds count from the beginning (`early`).
 """
 
 from __future__ import annotations

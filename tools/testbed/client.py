@@ -60,6 +60,11 @@ class Answer:
         return None
 
     @property
+    def refused(self) -> bool:
+        """Nothing listens there."""
+        return self.status is None and self.broken is not None and "ConnectorError" in self.broken
+
+    @property
     def served(self) -> bool:
         """The whole answer came."""
         if self.status != 200 or self.broken or self.error is not None:
@@ -144,8 +149,9 @@ class Client:
         path: str = COMPLETIONS,
         headers: Mapping[str, str] | None = None,
         hang_s: float = HANG_S,
+        url: str | None = None,
     ) -> Answer:
-        """Any body, to the answer's end."""
+        """Any body, to the answer's end. `url` is another gateway's."""
         assert self._session is not None
         began = time.monotonic()
         status: int | None = None
@@ -153,7 +159,10 @@ class Client:
         parts: list[bytes] = []
         try:
             told = {"content-type": "application/json", **(headers or {})}
-            async with asyncio.timeout(hang_s), self._session.post(self.url + path, data=body, headers=told) as got:
+            async with (
+                asyncio.timeout(hang_s),
+                self._session.post((url or self.url) + path, data=body, headers=told) as got,
+            ):
                 status, kind = got.status, got.headers.get("content-type", "")
                 async for chunk in got.content.iter_any():
                     parts.append(chunk)

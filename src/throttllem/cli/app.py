@@ -1,6 +1,6 @@
-"""The command line: one module a command. A user's error is one sentence on stderr with what to do, exit code 2.
+"""The command line; each command is a module of `commands`. A user's error is one sentence on stderr, exit code 2.
 
-Every module here is light, so that `throttllem --help` is quick: what computes is imported by the command that runs.
+Every module is light, so that `throttllem --help` is quick: what computes is imported by the command that runs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Events in, commands out: one controller over all engines of one model (the shape of aioquic's connection).
 
-`handle` updates what is known and lets requests in; the clocks are planned by the next `Timer`, which is due at once
-after an event that calls for a plan. So a request is on its way before the clocks are planned, and events that come
-together share one plan. Time is an argument, and `next_deadline` says when a `Timer` is wanted. Knows nothing of
-clocks on the wall, sockets or GPUs.
+`handle` updates the state and admits requests; clocks are planned at the next `Timer`, which is needed at once after an
+event that calls for a plan (`next_deadline`). So a request is on its way before clocks are planned, and events that
+come together share one plan. Time is an argument. Knows nothing of wall clocks, sockets or GPUs.
 """
 
 from __future__ import annotations
@@ -75,8 +74,8 @@ class Controller:
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """Take in one event; the commands that follow from it, in order. `now_s` never goes back.
 
-        Engines that this leaves without a plan make `next_deadline` due: the driver hands in a `Timer` then. Raises
-        PlanningError at a `Timer` if what is known of an engine makes no sense.
+        If it leaves an engine without a plan, `next_deadline` is `now_s`: the driver must pass a `Timer` next, or after
+        other events of the same moment. Raises PlanningError at a `Timer` if the state of an engine makes no sense.
         """
         commands: list[Command] = []
         match event:
@@ -119,6 +118,10 @@ class Controller:
     def serving(self) -> int | None:
         """The engine that takes new requests."""
         return self._engines.serving.engine if self._engines.serving else None
+
+    def waiting(self) -> int:
+        """Requests in the queue. O(1)."""
+        return len(self._queue.waiting)
 
     def kv_blocks(self, engine: int) -> int:
         """KV blocks that the scoreboard expects in the engine's last iteration; 0 for an engine that is unknown."""

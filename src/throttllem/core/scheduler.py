@@ -39,7 +39,7 @@ def refused_by_all(request: Request, specs: Iterable[EngineSpec]) -> Reason | No
 class AdmissionQueue:
     """The queue of one controller, its only writer.
 
-    `waiting` holds the requests by id, in order of arrival; `head` says why the first of them waits (None: nothing
+    `waiting` holds the requests by id, in order of arrival; `head` is why the first of them waits (None: nothing
     does); `next_expiry_s` is when the next of them has waited too long (inf: none will).
     """
 

@@ -28,8 +28,8 @@ Renew = Callable[[Request, int], float | None]
 class Limits(NamedTuple):
     """What the SLOs of one sequence demand; inf where nothing binds, as for one that is lost.
 
-    `deadline_s`: when the last token is due, by E2E, and by the mean time between tokens once the first is out.
-    `first_token_deadline_s`: when the first token is due, inf once it is out. `tbt_s`: the SLO on time between tokens.
+    `deadline_s`: the deadline of the last token, by E2E, and by the mean time between tokens once the first is out.
+    `first_token_deadline_s`: that of the first token, inf once it is out. `tbt_s`: the SLO on time between tokens.
     `reserve_s`: the most that a reserve may take from the deadline, a tenth of what a TBT SLO allows. `e2e_s`: the E2E
     SLO itself, 0 where there is none.
     """
@@ -194,7 +194,7 @@ class Scoreboard:
 
     @property
     def deadline_s(self) -> Floats:
-        """When the last token is due, inf where nothing binds."""
+        """Deadline of the last token, inf where nothing binds."""
         return self._limits[0, : len(self._slots)]
 
     @property
@@ -244,7 +244,7 @@ class Scoreboard:
         self._enter(sequence)
 
     def correct(self, request_id: int, tokens: int, iteration: int, now_s: float) -> None:
-        """A request (each of its sequences) has `tokens` tokens out when `iteration` is over, whatever its start says.
+        """A request (each of its sequences) has `tokens` tokens out when `iteration` is over, unlike its start implies.
 
         Its KV then is its prompt and those tokens less one, and its predicted end moves along; a pending one begins.
         """

@@ -45,7 +45,7 @@ class EngineView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The whole controller. `head` says why the first request in the queue waits, None if none does.
+    """The whole controller. `head` is why the first request in the queue waits, None if none does.
 
     `lengths`: how the predictions of finished requests came out.
     """

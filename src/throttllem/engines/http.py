@@ -230,7 +230,8 @@ class Connection(asyncio.Protocol):
             if self._head_bytes > HEADER_BYTES:
                 self._failed(ProtocolError("a head without end"))
                 return
-        self._held += len(data)
+        if self._parts:  # what holds no part of a body (a head, trailers) is not waiting to be read
+            self._held += len(data)
         if self._held > _HELD_BYTES and not self._paused and self.is_open:
             assert self._transport is not None
             self._paused = True

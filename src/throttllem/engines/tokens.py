@@ -44,21 +44,13 @@ class TokenizerFile:
     """Counts by a tokenizer.json, or estimates without one (`path` None). Loading takes up to a second."""
 
     def __init__(self, path: Path | None) -> None:
-        self._path = None if path is None else path.expanduser()
-
-    @property
-    def path(self) -> Path | None:
-        """The file."""
-        return self._path
-
-    @property
-    def exact(self) -> bool:
+        self.path = None if path is None else path.expanduser()
+        self.exact = path is not None
         """Whether counts are the model's own."""
-        return self._path is not None
 
     async def load(self) -> None:
         """Read the file now, in a thread. Raises EngineError if it cannot be used."""
-        if self._path is not None:
+        if self.path is not None:
             await asyncio.to_thread(lambda: self._tokenizer)
 
     async def count(self, text: str, *, special: bool = True, exact: bool | None = None) -> PromptCount:
@@ -69,12 +61,12 @@ class TokenizerFile:
             tokens = await asyncio.to_thread(self.tokens, text, special=special)
         else:
             tokens = self.tokens(text, special=special)
-        by = f"an estimate of {BYTES_PER_TOKEN} bytes per token" if self._path is None else str(self._path)
+        by = f"an estimate of {BYTES_PER_TOKEN} bytes per token" if self.path is None else str(self.path)
         return PromptCount(tokens=tokens, by=by, exact=self.exact if exact is None else exact)
 
     def tokens(self, text: str, *, special: bool = True) -> int:
         """Tokens of a text, counted at once."""
-        if self._path is None:
+        if self.path is None:
             return max(1, -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN))
         return max(1, len(self._tokenizer.encode(text, add_special_tokens=special).ids))
 
@@ -84,14 +76,14 @@ class TokenizerFile:
             from tokenizers import Tokenizer  # noqa: PLC0415
         except ImportError as error:
             raise EngineError(
-                f"{self._path}: needs the package tokenizers: pip install throttllem[tokenizers]"
+                f"{self.path}: needs the package tokenizers: pip install throttllem[tokenizers]"
             ) from error
-        if self._path is None or not self._path.is_file():
-            raise EngineError(f"{self._path}: there is no such file; engines.tokenizer names a tokenizer.json")
+        if self.path is None or not self.path.is_file():
+            raise EngineError(f"{self.path}: there is no such file; engines.tokenizer names a tokenizer.json")
         try:
-            return Tokenizer.from_file(str(self._path))
+            return Tokenizer.from_file(str(self.path))
         except Exception as error:  # The package raises plain Exception.
-            raise EngineError(f"{self._path}: not a tokenizer.json: {error}") from error
+            raise EngineError(f"{self.path}: not a tokenizer.json: {error}") from error
 
 
 class TokenCounter:
@@ -101,7 +93,8 @@ class TokenCounter:
         self._upstream = upstream
         self._file = TokenizerFile(tokenizer)
         self._has_endpoint = False
-        self._file_agrees = True
+        self._file_counts = self._file.exact
+        """Whether the file counts texts as the engine does, as far as is known."""
         self._known: OrderedDict[bytes, int] = OrderedDict()
 
     async def begin(self, model: str) -> tuple[str, ...]:
@@ -110,11 +103,11 @@ class TokenCounter:
         await self._file.load()
         body = to_json({"model": model, "prompt": _PROBE})
         status, answer = await self._upstream.post("/tokenize", body, timeout_s=5.0)
-        self._has_endpoint = status == 200
+        self._has_endpoint, self._file_counts = status == 200, self._file.exact
         if not self._has_endpoint:
             return (_NO_TEMPLATE if self._file.exact else _ESTIMATED,)
-        self._file_agrees = not self._file.exact or _count_in(answer) == self._file.tokens(_PROBE)
-        if self._file_agrees:
+        self._file_counts = self._file.exact and _count_in(answer) == self._file.tokens(_PROBE)
+        if self._file_counts or not self._file.exact:
             return ()
         return (f"{self._file.path} does not count as the engine does: every prompt is sent to the engine's /tokenize",)
 
@@ -129,14 +122,13 @@ class TokenCounter:
     async def _prompt(self, request: ParsedRequest, prompt: str | tuple[int, ...]) -> PromptCount:
         if not isinstance(prompt, str):
             return PromptCount(tokens=len(prompt), by="its token ids", exact=True)
-        file_counts = self._file.exact and self._file_agrees
-        if not file_counts:
+        if not self._file_counts:
             fields = {name: request.fields[name] for name in _ADDED_FIELDS if name in request.fields}
             tokens = await self._endpoint({"model": request.model, "prompt": prompt, **fields})
             if tokens is not None:
                 return PromptCount(tokens=tokens, by="the engine", exact=True)
         special = request.fields.get("add_special_tokens") is not False
-        return await self._file.count(prompt, special=special, exact=file_counts)
+        return await self._file.count(prompt, special=special, exact=self._file_counts)
 
     async def _chat(self, request: ParsedRequest) -> PromptCount:
         fields = {name: request.fields[name] for name in (*_CHAT_FIELDS, *_ADDED_FIELDS) if name in request.fields}

@@ -20,7 +20,7 @@ from throttllem.gpu.clock_limit import OTHER_CONTROLLER, LimitDetector, follows
 from throttllem.gpu.device import Reading, Work
 from throttllem.gpu.nvml import Nvml, NvmlError, NvmlGpu
 from throttllem.gpu.sampler import Sampler
-from throttllem.gpu.setters import ClockSetter
+from throttllem.gpu.setters import ClockClient
 
 log = logging.getLogger("throttllem.gpu")
 
@@ -56,7 +56,7 @@ class HardwareGpu:
     """The GPUs of one engine, by UUID or by number. An async context manager, which restores their clocks.
 
     `clocks_mhz`, ascending: every clock that will be decided. The last one must be the highest that the GPUs support;
-    it counts as the decision while there is none. `setter` makes the clock setter once the GPUs are found.
+    it counts as the decision while there is none. `setter` makes the client that sets them, once they are found.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class HardwareGpu:
         names: tuple[str, ...],
         *,
         mode: Mode,
-        setter: Callable[[tuple[NvmlGpu, ...]], ClockSetter],
+        setter: Callable[[tuple[NvmlGpu, ...]], ClockClient],
         clocks_mhz: tuple[int, ...],
     ) -> None:
         self.names, self._make_setter = names, setter
@@ -74,7 +74,7 @@ class HardwareGpu:
         """The clocks that they can be locked to, ascending; known once the context is open, unless the mode is off."""
         self._stack = AsyncExitStack()
         self._sampler: Sampler | None = None
-        self._setter: ClockSetter | None = None
+        self._setter: ClockClient | None = None
         self._one_command = asyncio.Lock()
         self._decided_mhz: int | None = None
         self._set_mhz: int | None = None

@@ -11,8 +11,8 @@ from throttllem.gpu.nvml import NvmlGpu
 from throttllem.gpu.zeusd import ZeusdClient
 
 
-class ClockSetter(Protocol):
-    """Sets the clocks of a group of GPUs: of all of them, or of none."""
+class ClockClient(Protocol):
+    """Client of a process that may set clocks. Sets those of a group of GPUs: of all of them, or of none."""
 
     async def set(self, mhz: int, sent: Callable[[], None] | None = None) -> int:
         """Lock them to a clock; `sent` is called when the command is on its way. Returns the clock that they are set
@@ -25,9 +25,9 @@ class ClockSetter(Protocol):
 
 def clock_setter(
     *, keeper: Path, zeusd: Path | None = None, ttl_s: float = TTL_S
-) -> Callable[[tuple[NvmlGpu, ...]], ClockSetter]:
-    """Makes the setter of a group of GPUs, once they are found: through the socket of zeusd if one is given, else of
-    the keeper. Connects to neither yet.
+) -> Callable[[tuple[NvmlGpu, ...]], ClockClient]:
+    """Makes the client for a group of GPUs, once they are found: of zeusd if its socket is given, else of the keeper.
+    Connects to neither yet.
     """
     if zeusd is not None:
         return lambda gpus: ZeusdClient(zeusd, gpus)

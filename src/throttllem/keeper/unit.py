@@ -1,7 +1,7 @@
-"""The keeper's command line and its systemd unit, checked before a root process starts with them.
+"""The keeper's systemd unit and the checks of its options, made before a root process starts. Not loaded by it.
 
-The unit gives away what the keeper does not need. What it cannot give away: user root with CAP_SYS_ADMIN, the one thing
-that NVIDIA's driver asks of whoever sets a clock (`NV_IS_SUSER` of its kernel module), and the driver's device files.
+The unit drops every right that the keeper does not need. It needs user root with CAP_SYS_ADMIN, which NVIDIA's driver
+requires of a process that sets a clock (`NV_IS_SUSER` of its kernel module), and the driver's device files.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import throttllem
 from throttllem.keeper.options import parse_gpu
 
 PROGRAM = ("-I", "-m", "throttllem.keeper")
-"""Isolated: neither the environment nor the folder that it is started in says what a root process imports."""
+"""Isolated: neither the environment nor the current folder decides what a root process imports."""
 STATE = Path("/var/lib/throttllem")
 RUN, LIB = Path("/run"), Path("/var/lib")
 HOMES = (Path("/home"), Path("/root"), RUN / "user")
 
 _CLOCKS = "UUID=LOWEST-HIGHEST"
 _UUID = re.compile(r"GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-"""As NVML writes it: what is written otherwise names no GPU."""
+"""As NVML writes it; no GPU is found by any other spelling."""
 
 _UNIT = """\
-# throttllem's keeper of clocks: /etc/systemd/system/throttllem-keeper.service
-# Made by `throttllem keeper --unit`; docs/keeper.md says what for.
+# throttllem's keeper: /etc/systemd/system/throttllem-keeper.service
+# Made by `throttllem keeper --unit`; see docs/keeper.md.
 {warnings}[Unit]
 Description=throttllem's keeper: leases GPU clocks and restores them
 After=systemd-modules-load.service nvidia-persistenced.service
@@ -40,7 +40,7 @@ StartLimitIntervalSec=0
 Type=notify
 NotifyAccess=main
 ExecStart={command}
-# Whatever ends it, the next one restores what it left locked: within 2 s of its death or its silence.
+# Whatever ends the keeper, or stops its reports to the watchdog: the next one restores the GPUs within 2 s.
 Restart=always
 RestartSec=100ms
 WatchdogSec=750ms
@@ -48,13 +48,13 @@ TimeoutStopSec=8s
 OOMScoreAdjust=-900
 CPUWeight=1000
 
-# What it may write, and `throttllem doctor` may read.
+# The folders that it may write to, and `throttllem doctor` may read.
 {folders}UMask=0022
 ProtectSystem=strict
 ProtectHome={home}
 PrivateTmp=yes
 
-# NVIDIA's driver asks for CAP_SYS_ADMIN, not for user 0, when a clock is set. Nothing else of root is left.
+# NVIDIA's driver requires CAP_SYS_ADMIN, not user 0, to set a clock. Every other right of root is dropped.
 CapabilityBoundingSet=CAP_SYS_ADMIN
 AmbientCapabilities=
 NoNewPrivileges=yes
@@ -64,12 +64,12 @@ DeviceAllow=char-nvidia rw
 DeviceAllow=char-nvidiactl rw
 DeviceAllow=char-nvidia-frontend rw
 
-# It talks to one Unix socket of its own, and to systemd.
+# It uses one Unix socket, and that of systemd.
 PrivateNetwork=yes
 RestrictAddressFamilies=AF_UNIX
 IPAddressDeny=any
 
-# A process of its own that makes no other and leaves the host alone. ProcSubset is not pid: NVML reads /proc/driver.
+# It starts no other process and changes nothing on the host. ProcSubset is not pid: NVML reads /proc/driver.
 SystemCallFilter=@system-service
 SystemCallFilter=~@resources @privileged
 SystemCallErrorNumber=EPERM
@@ -100,58 +100,58 @@ WantedBy=multi-user.target
 
 
 def user_id(name: str) -> str:
-    """Its number: the keeper looks nobody up, and the network, where users may be listed, is kept from it."""
+    """The number of a user: the keeper itself looks up no names, which may need the network. Raises ValueError."""
     try:
         return name if name.isdecimal() else str(pwd.getpwnam(name).pw_uid)
     except KeyError as error:
-        raise ValueError(f"--user {name}: there is no such user here; make it first, or give a number") from error
+        raise ValueError(f"--user {name}: there is no such user here; create it first, or give a number") from error
 
 
 def unit_text(command: Sequence[str], socket: Path, state: Path, warnings: Sequence[str] = ()) -> str:
-    """The unit of a keeper that is started so. Raises ValueError where it could not be kept to two folders."""
+    """The unit of a keeper with this command. Raises ValueError where it could not be confined to its two folders."""
     folders = f"RuntimeDirectory={_below(RUN, socket.parent, '--socket', socket)}\nRuntimeDirectoryPreserve=yes\n"
     folders += f"StateDirectory={_below(LIB, state, '--state', state)}\n"
-    homely = any(path.is_relative_to(home) for path in _imported() for home in HOMES)
+    in_home = any(path.is_relative_to(home) for path in _program_paths() for home in HOMES)
     return _UNIT.format(
         command=" ".join(map(_quoted, command)),
         folders=folders,
-        home="read-only" if homely else "yes",
+        home="read-only" if in_home else "yes",
         warnings="".join(f"# !! {warning}\n" for warning in warnings),
     )
 
 
-def not_roots(paths: Sequence[Path] | None = None) -> Iterator[str]:
-    """Where somebody else than root could change what the keeper runs, in words."""
-    for place in _of_others(paths or _imported()):
-        yield f"{place} is not root's alone: who may write there becomes root; install into a folder of root's"
+def program_warnings(paths: Sequence[Path] | None = None) -> Iterator[str]:
+    """One for each file or folder where another user than root could change what the keeper runs."""
+    for path in _writable_by_others(paths or _program_paths()):
+        yield f"{path} can be changed by other users than root, who so become root; install where only root can write"
 
 
-def loose(*folders: Path) -> Iterator[str]:
-    """Where somebody else than root could take away what the keeper writes, in words; they may not be there yet."""
-    there = [
-        next(place for place in (folder, *folder.parents) if place.exists()) for folder in map(Path.absolute, folders)
+def folder_warnings(*folders: Path) -> Iterator[str]:
+    """One for each folder where another user than root could remove what the keeper writes. They need not exist yet."""
+    existing = [
+        next(path for path in (folder, *folder.parents) if path.exists()) for folder in map(Path.absolute, folders)
     ]
-    for place in _of_others(there):
-        yield f"{place} is not root's alone: who may write there can take journal and socket away; choose other folders"
+    for path in _writable_by_others(existing):
+        yield f"{path} can be changed by other users than root, who can remove journal and socket; use other folders"
 
 
-def _of_others(paths: Sequence[Path]) -> Iterator[Path]:
-    """Of these and what is above them, what others than root may write to."""
-    for place in dict.fromkeys(place for path in paths for place in (path, *path.parents)):
-        found = place.stat()
+def _writable_by_others(paths: Sequence[Path]) -> Iterator[Path]:
+    """Of these paths and their parents, those that another user than root may write to."""
+    for each in dict.fromkeys(each for path in paths for each in (path, *path.parents)):
+        found = each.stat()
         open_to_all = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
         if found.st_uid or open_to_all:
-            yield place
+            yield each
 
 
-def _imported() -> tuple[Path, ...]:
-    """What a root process will run: the interpreter, its environment, this package, NVML's bindings."""
+def _program_paths() -> tuple[Path, ...]:
+    """What the root process will run: the interpreter, its environment, this package, NVML's bindings."""
     files = (sys.executable, sys.prefix, *throttllem.__path__, pynvml.__file__)
     return tuple({form for file in files for form in (Path(file), Path(file).resolve())})
 
 
 def check_options(options: Sequence[tuple[str, str]]) -> None:
-    """A mistake shows here, not when the service is started. Raises ValueError."""
+    """Raises ValueError for a mistake, which so shows before the service is started."""
     named: dict[str, set[str]] = {"--gpu": set(), "--normally": set()}
     for option, text in options:
         if option in named:
@@ -159,31 +159,31 @@ def check_options(options: Sequence[tuple[str, str]]) -> None:
             if uuid in named[option]:
                 raise ValueError(f"{option} {text}: {uuid} has a range already; give each GPU one {option}")
             named[option].add(uuid)
-    if strays := sorted(named["--normally"] - named["--gpu"]):
+    if unknown := sorted(named["--normally"] - named["--gpu"]):
         raise ValueError(
-            f"--normally {strays[0]}=...: the keeper may not set that GPU; name it by --gpu, too, or not here"
+            f"--normally {unknown[0]}=...: the keeper may not set that GPU; name it by --gpu, too, or not here"
         )
 
 
 def _uuid(option: str, text: str) -> str:
-    """The GPU of an option. Raises ValueError where it is none, or has no range."""
+    """The GPU of an option. Raises ValueError if it is no UUID, or has no range."""
     try:
         uuid, _ = parse_gpu(text)
     except ValueError as error:
         raise ValueError(f"{option} {text}: must be {_CLOCKS} in MHz, as in GPU-...=600-1410") from error
     if not _UUID.fullmatch(uuid):
         raise ValueError(
-            f"{option} {text}: {uuid!r} is no UUID of a GPU (GPU-, then 8-4-4-4-12 of 0-9 and a-f); "
-            "`throttllem doctor` shows those that are here"
+            f"{option} {text}: {uuid!r} is not the UUID of a GPU (GPU-, then 8-4-4-4-12 of 0-9 and a-f); "
+            "`throttllem doctor` shows the UUIDs of this host"
         )
     return uuid
 
 
 def _below(root: Path, folder: Path, option: str, value: Path) -> str:
-    """The folder as systemd wants it, which makes it as root's."""
+    """The folder relative to `root`, as systemd takes it, which creates it. Raises ValueError."""
     if folder == root or not folder.is_relative_to(root) or ".." in folder.parts or not _plain(folder):
         raise ValueError(
-            f"{option} {value}: in a unit it must be in a folder of its own under {root}: systemd makes it"
+            f"{option} {value}: in a unit it must be in its own folder under {root}, which systemd creates"
         )
     return str(folder.relative_to(root))
 
@@ -193,8 +193,8 @@ def _plain(path: Path) -> bool:
 
 
 def _quoted(word: str) -> str:
-    """For ExecStart=, whose % and $ mean something and whose words end at a space."""
+    """A word of ExecStart=, where %, $, quotes and spaces have a meaning. Raises ValueError."""
     if any(ord(letter) < 32 for letter in word):
-        raise ValueError(f"{word!r}: no control characters in a unit")
+        raise ValueError(f"{word!r}: control characters are not allowed in a unit")
     word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{word}"' if not word or any(letter in word for letter in " '\"\\;") else word

@@ -44,8 +44,9 @@ class ParsedRequest:
     """A request under control. `fields` are its JSON fields without the gateway's own, `body` the bytes for the engine.
 
     `prompts` are texts or token ids (none for a chat, whose messages are in `fields`). `max_tokens` None: the client
-    named no limit. `choices`: answers per prompt. `include_usage`: the stream ends with a usage chunk. `caller`: a name
-    of the API key, or the client's `user`, "" if neither. `metrics`: the answer shall carry the gateway's metrics.
+    named no limit. `choices`: answers per prompt. `native`: by one of Triton's native paths. `include_usage`: the
+    stream ends with a usage chunk. `caller`: a name of the API key, or the client's `user`, "" if neither. `metrics`:
+    the answer shall carry the gateway's metrics.
     """
 
     path: str
@@ -54,6 +55,7 @@ class ParsedRequest:
     body: bytes = field(repr=False)
     prompts: Prompts = ()
     chat: bool = False
+    native: bool = False
     max_tokens: int | None = None
     choices: int = 1
     stream: bool = False
@@ -69,12 +71,7 @@ class ParsedRequest:
 
 def is_controlled(path: str) -> bool:
     """Whether a POST to this path goes through the control core."""
-    return path in (COMPLETIONS, CHAT) or is_native(path)
-
-
-def is_native(path: str) -> bool:
-    """Whether this is one of Triton's native paths."""
-    return NATIVE.fullmatch(path) is not None
+    return path in (COMPLETIONS, CHAT) or NATIVE.fullmatch(path) is not None
 
 
 def parse_request(path: str, body: bytes, *, key_name: str | None = None, metrics: bool = False) -> ParsedRequest:
@@ -187,6 +184,7 @@ def _native_request(path: str, fields: dict[str, Any], body: bytes, caller: str,
         fields=fields,
         body=body,
         prompts=tuple(texts),
+        native=True,
         max_tokens=limit,
         stream=streams and bool(stream),
         caller=caller,

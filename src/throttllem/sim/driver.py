@@ -1,6 +1,6 @@
-"""The virtual-time driver: feeds a trace to the controller and carries its commands out on simulated engines.
+"""The virtual-time driver: feeds a trace to the controller and carries out its commands on simulated engines.
 
-It owns the clock of the simulation and nothing else: no policy is here. Events of equal time are taken in the order in
+It owns the clock of the simulation; policies are the controller's. Events of equal time are handled in the order in
 which they were scheduled, so the same inputs give the same run.
 """
 
@@ -38,7 +38,7 @@ _END_OF_ITERATION, _CLOCK, _READY = range(3)
 
 
 class Watch(Protocol):
-    """Sees every event that goes into the core and the commands that come out (flight recorder, tests)."""
+    """Observes every event that the core handles, and the commands that follow (flight recorder, tests)."""
 
     def __call__(self, now_s: float, event: Event, commands: list[Command]) -> None:
         """One call of `Controller.handle`."""
@@ -46,7 +46,7 @@ class Watch(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What the simulation can start: spec and physics by engine size, and how GPUs behave when they are switched.
+    """What the simulation can start: spec and physics by engine size, and how long a switch of clocks takes.
 
     `startup_w` and `freed_w` are watts of one GPU: while its engine starts, and while it belongs to none (None: freed
     GPUs are not counted) out of `gpus`.
@@ -63,7 +63,7 @@ class Machine:
 
 @dataclass(slots=True)
 class Running:
-    """A simulated engine that is up, and since when it has idled (None: an iteration is under way)."""
+    """A simulated engine that is up, and since when it has been idle (None: an iteration is in progress)."""
 
     engine: SimulatedEngine
     tp: int
@@ -72,7 +72,7 @@ class Running:
 
 
 class Simulation:
-    """One run: a controller, a machine, requests in order of arrival. `run` is to be called once.
+    """One run: a controller, a machine, requests in order of arrival. Call `run` once.
 
     Afterwards `energy_j` is what all GPUs that count used, `idle_energy_j` the part of it with no request running
     (starting engines and counted freed GPUs included), `preemptions` those of all engines.
@@ -107,21 +107,21 @@ class Simulation:
             arrival_s = request.arrival_s if request else math.inf
             agenda_s = self._agenda[0][0] if self._agenda else math.inf
             timer_s = self._controller.next_deadline()
-            due_s = min(arrival_s, agenda_s, math.inf if timer_s is None else timer_s)
-            assert due_s < math.inf, "requests are open and nothing is to come"
-            self.now_s = max(self.now_s, due_s)
+            next_s = min(arrival_s, agenda_s, math.inf if timer_s is None else timer_s)
+            assert next_s < math.inf, "requests are open and no event is to come"
+            self.now_s = max(self.now_s, next_s)
             if agenda_s <= self.now_s:
                 self._take_from_agenda()
             elif request is not None and arrival_s <= self.now_s:
                 self._open += 1
                 self._recorder.lives[request.id] = Life(request)
-                self._tell(Arrived(request=request))
+                self._handle(Arrived(request=request))
                 request = next(upcoming, None)
                 arrived += 1
                 if arrived % 64 == 0:
                     progress(arrived / len(requests))
             else:
-                self._tell(Timer())
+                self._handle(Timer())
         self._shut_down()
         progress(1.0)
 
@@ -141,17 +141,17 @@ class Simulation:
             self._bring_up(key, tp)
         elif key in self._engines:
             self._engines[key].engine.clock_mhz = value
-            self._tell(ClockRead(engine=key, mhz=value))
+            self._handle(ClockRead(engine=key, mhz=value))
 
-    def _tell(self, event: Event) -> None:
-        """Hand an event to the core, and the timer that it makes due at once; carry the commands out, and set idle
-        engines going that have work now.
+    def _handle(self, event: Event) -> None:
+        """Let the core handle an event, and the timer that it makes due at once; carry out the commands, and begin an
+        iteration on idle engines that have work now.
         """
         before = perf_counter()
-        commands = self._handle(event)
+        commands = self._commands(event)
         deadline_s = self._controller.next_deadline()
         if deadline_s is not None and deadline_s <= self.now_s:
-            commands = [*commands, *self._handle(Timer())]
+            commands = [*commands, *self._commands(Timer())]
         if commands or not isinstance(event, Stepped) or event.started or event.finished:
             self._recorder.decisions_s.append(perf_counter() - before)
         for command in commands:
@@ -162,9 +162,9 @@ class Simulation:
                 self._begin_iteration(key, up)
         if commands or isinstance(event, Arrived):
             gpus = sum(up.tp for up in self._engines.values()) + sum(tp for tp, _ in self._starting.values())
-            self._recorder.state(self.now_s, self._controller.snapshot().queue, gpus)
+            self._recorder.state(self.now_s, self._controller.waiting(), gpus)
 
-    def _handle(self, event: Event) -> list[Command]:
+    def _commands(self, event: Event) -> list[Command]:
         commands = self._controller.handle(event, self.now_s)
         if self._watch:
             self._watch(self.now_s, event, commands)
@@ -195,7 +195,7 @@ class Simulation:
                 self._count_freed()
                 self._take_down(self._engines.pop(key))
             case _:
-                raise AssertionError(f"no simulated engine is ever lost and no client hangs up, yet {command}")
+                raise AssertionError(f"no simulated engine is lost and no client disconnects, yet {command}")
 
     # ---- engines ---------------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class Simulation:
         )
         self._engines[key] = Running(engine=engine, tp=tp, idle_w=physics.idle_w(), idle_since_s=self.now_s)
         self._recorder.sizes.append((self.now_s, tp))
-        self._tell(EngineReady(engine=key, spec=spec))
+        self._handle(EngineReady(engine=key, spec=spec))
 
     def _begin_iteration(self, key: int, up: Running) -> None:
         step = up.engine.step()
@@ -231,7 +231,7 @@ class Simulation:
             life = self._recorder.lives[request_id]
             life.ended_s, life.energy_j = self.now_s, energy_j
             self._open -= 1
-        self._tell(
+        self._handle(
             Stepped(
                 engine=key,
                 iteration=outcome.index,
@@ -264,7 +264,7 @@ class Simulation:
         self._recorder.idle(since_s, self.now_s, watts)
 
     def _count_freed(self) -> None:
-        """Book the GPUs that belonged to no engine since the last change, if they count."""
+        """Count the energy of GPUs that belonged to no engine since the last change, if they count."""
         if self._machine.freed_w is not None:
             taken = sum(up.tp for up in self._engines.values()) + sum(tp for tp, _ in self._starting.values())
             self._idle_energy(self._freed_since_s, self._machine.freed_w * max(0, self._machine.gpus - taken))

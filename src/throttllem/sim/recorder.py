@@ -1,4 +1,4 @@
-"""Books what happens during a run, and makes the result of it. Knows nothing of why it happened."""
+"""Measures one run, and makes its result. Knows nothing of policies."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Recorder:
     _gpus: int | None = None
     _bins: list[Bin] = field(default_factory=list)
     _gaps_s: list[float] = field(default_factory=list)
-    _gap_rows: list[int] = field(default_factory=list)
+    _gap_sequences: list[int] = field(default_factory=list)
     _busy_s: dict[int, float] = field(default_factory=dict)
     _projected: int = 0
     _batch_error: float = 0.0
@@ -69,7 +69,7 @@ class Recorder:
     def iteration(
         self, at_s: float, iteration: Iteration, seconds: float, joules: float, clock_mhz: int, serving: bool
     ) -> Bin:
-        """One iteration of one engine; its bin, so that a projection can be booked beside it."""
+        """One iteration of one engine; returns its bin, for the projection of the same iteration."""
         here = self._bin(int(at_s / self.bin_s))
         here.joules += joules
         if serving:
@@ -80,7 +80,7 @@ class Recorder:
         self._busy_s[clock_mhz] = self._busy_s.get(clock_mhz, 0.0) + seconds
         if iteration.decode_sequences:
             self._gaps_s.append(seconds)
-            self._gap_rows.append(iteration.decode_sequences)
+            self._gap_sequences.append(iteration.decode_sequences)
         for request_id in iteration.preempted:
             self.lives[request_id].paused_s = at_s
         for request_id, _ in iteration.prefills:
@@ -96,11 +96,11 @@ class Recorder:
             life.first_token_s = at_s
         elif life.paused_s is not None:
             self._gaps_s.append(at_s - life.paused_s)
-            self._gap_rows.append(1)
+            self._gap_sequences.append(1)
         life.paused_s = None
 
     def projected(self, here: Bin, iteration: Iteration, seconds: float, projection: Projection, serving: bool) -> None:
-        """What was projected for this iteration against what it is; a projection that ended too early says 0."""
+        """Compare this iteration with its projection; one that ended too early projects 0."""
         offset = iteration.index - projection.first
         inside = 0 <= offset < projection.batch.size
         batch = int(projection.batch[offset]) if inside else 0
@@ -138,11 +138,11 @@ class Recorder:
         lost: int,
         preemptions: int,
     ) -> RunResult:
-        """Everything that was booked, as the contract has it."""
+        """All measurements of the run."""
         done = [life for life in self.lives.values() if life.ended_s is not None]
         generated = sum(life.request.output_tokens or 0 for life in done)
         e2e, ttft, tpot, queue = (_times(done, kind) for kind in ("e2e", "ttft", "tpot", "queue"))
-        gaps, rows = np.asarray(self._gaps_s), np.asarray(self._gap_rows)
+        gaps, sequences = np.asarray(self._gaps_s), np.asarray(self._gap_sequences)
         busy_s = sum(self._busy_s.values())
         return RunResult(
             policy=policy,
@@ -161,7 +161,7 @@ class Recorder:
             clock_switches=self.switches,
             preemptions=preemptions,
             ttft_s=quantiles(ttft),
-            tbt_s=quantiles(gaps, rows),
+            tbt_s=quantiles(gaps, sequences),
             tpot_s=quantiles(tpot),
             e2e_s=quantiles(e2e),
             queue_s=quantiles(queue),
@@ -175,7 +175,7 @@ class Recorder:
                 e2e_s=e2e.tolist(),
                 tpot_s=tpot.tolist(),
                 tbt_edges_s=_GAP_EDGES_S[:-1].tolist(),
-                tbt_counts=np.histogram(gaps, _GAP_EDGES_S, weights=rows)[0][:-1].astype(int).tolist(),
+                tbt_counts=np.histogram(gaps, _GAP_EDGES_S, weights=sequences)[0][:-1].astype(int).tolist(),
             ),
         )
 
@@ -217,7 +217,7 @@ def quantiles(values: Floats, weights: npt.NDArray[np.int64] | None = None) -> Q
 
 
 def _times(done: list[Life], kind: str) -> Floats:
-    """One duration of every completed request, seconds; `tpot` leaves one-token answers out."""
+    """One duration of every completed request, seconds; `tpot` leaves one-token outputs out."""
     values = []
     for life in done:
         assert life.begun_s is not None and life.first_token_s is not None and life.ended_s is not None
@@ -237,15 +237,15 @@ def _times(done: list[Life], kind: str) -> Floats:
 
 
 def _outcome(lives: list[Life], slo: Slo) -> SloOutcome:
-    kept = [_kept(life) for life in lives]
-    completed = [all(entry) for entry, life in zip(kept, lives, strict=True) if life.ended_s is not None]
+    met = [_met(life) for life in lives]
+    completed = [all(entry) for entry, life in zip(met, lives, strict=True) if life.ended_s is not None]
     total = max(1, len(lives))
-    e2e, tbt, ttft = (sum(entry[i] for entry in kept) / total for i in range(3))
+    e2e, tbt, ttft = (sum(entry[i] for entry in met) / total for i in range(3))
     return SloOutcome(
         e2e_s=slo.e2e_s,
         tbt_s=slo.tbt_s,
         ttft_s=slo.ttft_s,
-        attainment=sum(all(entry) for entry in kept) / total,
+        attainment=sum(all(entry) for entry in met) / total,
         e2e_attainment=e2e,
         tbt_attainment=tbt,
         ttft_attainment=ttft,
@@ -253,8 +253,8 @@ def _outcome(lives: list[Life], slo: Slo) -> SloOutcome:
     )
 
 
-def _kept(life: Life) -> tuple[bool, bool, bool]:
-    """Which of a request's own promises were kept: E2E, time between tokens (its mean), TTFT."""
+def _met(life: Life) -> tuple[bool, bool, bool]:
+    """Which of a request's own SLOs were met: E2E, time between tokens (its mean), TTFT."""
     if life.ended_s is None or life.first_token_s is None:
         return False, False, False
     slo, arrival_s = life.request.slo, life.request.arrival_s

@@ -22,22 +22,22 @@ def controller(policy=ClockPolicy.THROTTLLEM, **changes):
     return ClockController(ThrottleOptions(policy=policy, **plain | changes), LoadEstimator(window_s=60.0))
 
 
-def engine(*rows, table=TICKS, clock_mhz=TOP_MHZ, target_mhz=TOP_MHZ, **changes):
-    """An engine in its iteration 0 from second 0 on, with these rows waiting inside it."""
+def engine(*pending, table=TICKS, clock_mhz=TOP_MHZ, target_mhz=TOP_MHZ, **changes):
+    """An engine in its iteration 0 from second 0 on, with these requests pending."""
     board = Scoreboard(SPEC.block_tokens)
-    for waits in rows:
-        board.dispatch(waits)
+    for one in pending:
+        board.dispatch(one)
     return EngineState(
         engine=3, tp=1, spec=SPEC, table=table, board=board, clock_mhz=clock_mhz, target_mhz=target_mhz, **changes
     )
 
 
-def due_in(ticks, key=1):
-    """32 tokens within so many times 32/1024 s."""
+def within(ticks, key=1):
+    """32 tokens within `ticks` times 32/1024 s."""
     return sequence(key, 4, 32, slo=Slo(e2e_s=ticks * 32 / 1024))
 
 
-def settle(clocks, engine, now_s=0.0, waiting=False):
+def planned(clocks, engine, now_s=0.0, waiting=False):
     """The plan, after checking that a command is given exactly if the target changes."""
     before = engine.target_mhz
     command = clocks.plan(engine, now_s, waiting=waiting)
@@ -55,42 +55,42 @@ def plan(mhz, why, binding=None):
 
 @pytest.mark.parametrize("unknown", [False, True])
 def test_policies_that_fix_the_clock(unknown):
-    busy = engine(due_in(7.5), clock_mhz=None if unknown else 800, target_mhz=None if unknown else 800)
-    assert settle(controller(ClockPolicy.TOP), busy) == plan(TOP_MHZ, Reason.FIXED)
-    assert settle(controller(ClockPolicy.FIXED, fixed_mhz=1000), busy) == plan(1000, Reason.FIXED)
+    busy = engine(within(7.5), clock_mhz=None if unknown else 800, target_mhz=None if unknown else 800)
+    assert planned(controller(ClockPolicy.TOP), busy) == plan(TOP_MHZ, Reason.FIXED)
+    assert planned(controller(ClockPolicy.FIXED, fixed_mhz=1000), busy) == plan(1000, Reason.FIXED)
     assert busy.projection is None
 
 
 @pytest.mark.parametrize("policy", [ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY])
-def test_what_is_not_known_means_the_top_clock(policy):
+def test_what_is_not_known_means_the_maximum_clock(policy):
     relaxed = sequence(1, 4, 32)
     low = {"clock_mhz": 600, "target_mhz": 600}
     clocks = controller(policy)
-    assert settle(clocks, engine(relaxed, clock_mhz=None, target_mhz=None)) == plan(TOP_MHZ, Reason.UNKNOWN_STATE)
-    assert settle(clocks, engine(clock_mhz=None, target_mhz=None)) == plan(TOP_MHZ, Reason.UNKNOWN_STATE)
-    assert settle(clocks, engine(relaxed, table=None, **low)) == plan(TOP_MHZ, Reason.NO_TABLE)
-    assert settle(clocks, engine(relaxed, table=table(SPEC, max_kv_blocks=8), **low)) == plan(
+    assert planned(clocks, engine(relaxed, clock_mhz=None, target_mhz=None)) == plan(TOP_MHZ, Reason.UNKNOWN_STATE)
+    assert planned(clocks, engine(clock_mhz=None, target_mhz=None)) == plan(TOP_MHZ, Reason.UNKNOWN_STATE)
+    assert planned(clocks, engine(relaxed, table=None, **low)) == plan(TOP_MHZ, Reason.NO_TABLE)
+    assert planned(clocks, engine(relaxed, table=table(SPEC, max_kv_blocks=8), **low)) == plan(
         TOP_MHZ, Reason.OUTSIDE_HULL
     )
-    assert settle(clocks, engine(relaxed, table=table(SPEC, max_kv_blocks=9), **low)).why is not Reason.OUTSIDE_HULL
+    assert planned(clocks, engine(relaxed, table=table(SPEC, max_kv_blocks=9), **low)).why is not Reason.OUTSIDE_HULL
 
 
 @pytest.mark.parametrize("policy", [ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY])
-def test_who_cannot_make_it_is_lost_and_runs_at_the_top(policy):
-    late = engine(due_in(6.9), sequence(2, 4, 32), clock_mhz=600, target_mhz=600)
-    assert settle(controller(policy), late) == plan(TOP_MHZ, Reason.LOST_RUNNING)
+def test_an_unmeetable_request_is_lost_and_runs_at_the_maximum_clock(policy):
+    late = engine(within(6.9), sequence(2, 4, 32), clock_mhz=600, target_mhz=600)
+    assert planned(controller(policy), late) == plan(TOP_MHZ, Reason.LOST_RUNNING)
     assert (late.board.lost_requests, late.board.pending[1].lost, late.board.pending[2].lost) == (1, True, False)
     late.board.remove(1)
-    assert settle(controller(policy), late).why is not Reason.LOST_RUNNING
+    assert planned(controller(policy), late).why is not Reason.LOST_RUNNING
 
 
-def test_somebody_waits():
-    assert settle(controller(), engine(sequence(1, 4, 32)), waiting=True) == plan(TOP_MHZ, Reason.WAITING)
+def test_a_waiting_request_means_the_maximum_clock():
+    assert planned(controller(), engine(sequence(1, 4, 32)), waiting=True) == plan(TOP_MHZ, Reason.WAITING)
 
 
 def test_idle_keeps_the_clock():
     idle = engine(clock_mhz=800, target_mhz=800)
-    assert settle(controller(), idle) == plan(800, Reason.IDLE)
+    assert planned(controller(), idle) == plan(800, Reason.IDLE)
     assert idle.replan_s == math.inf
 
 
@@ -105,15 +105,15 @@ def test_idle_keeps_the_clock():
     ],
 )
 def test_the_paper_takes_the_lowest_feasible(ticks, mhz, why):
-    chosen = settle(controller(), engine(due_in(ticks)))
+    chosen = planned(controller(), engine(within(ticks)))
     assert chosen == plan(mhz, why, 1 if why is Reason.LOWEST_FEASIBLE else None)
 
 
-def test_margin_and_reserve_are_margin_in_force():
-    assert settle(controller(margin=0.25), engine(due_in(12))).mhz == 1000
-    assert settle(controller(reserve=0.25), engine(due_in(12))).mhz == 1000
-    # The promise can be kept (7 of 8), but not with a quarter kept back.
-    assert settle(controller(margin=0.25), engine(due_in(8), clock_mhz=600, target_mhz=600)) == plan(
+def test_margin_and_reserve_are_taken_from_deadlines():
+    assert planned(controller(margin=0.25), engine(within(12))).mhz == 1000
+    assert planned(controller(reserve=0.25), engine(within(12))).mhz == 1000
+    # The SLO can be met (7 of 8), but not with a quarter reserved.
+    assert planned(controller(margin=0.25), engine(within(8), clock_mhz=600, target_mhz=600)) == plan(
         TOP_MHZ, Reason.INFEASIBLE, 1
     )
 
@@ -121,15 +121,15 @@ def test_margin_and_reserve_are_margin_in_force():
 def test_a_switch_up_takes_its_latency_out_of_the_deadline():
     # 32 iterations at 1000 MHz: 9/32 s of 10/32; reaching it from 800 MHz takes 1.5/32 s, 1200 MHz would do.
     slow = {"clock_mhz": 800, "target_mhz": 800}
-    assert settle(controller(), engine(due_in(10), **slow)).mhz == 1000
-    assert settle(controller(switch_latency_s=1.5 / 32), engine(due_in(10), **slow)).mhz == 1200
+    assert planned(controller(), engine(within(10), **slow)).mhz == 1000
+    assert planned(controller(switch_latency_s=1.5 / 32), engine(within(10), **slow)).mhz == 1200
     # A clock that is on its way costs what is left of its latency, the one in force nothing.
-    coming = engine(due_in(10), clock_mhz=800, target_mhz=1000, set_at_s=-1 / 32)
-    assert settle(controller(switch_latency_s=1.5 / 32), coming).mhz == 1000
-    there = engine(due_in(10), clock_mhz=1000, target_mhz=1000)
-    assert settle(controller(switch_latency_s=1.5 / 32), there).mhz == 1000
-    # With 4/32 s no higher clock arrives in time: even the top misses it, so the row is lost.
-    assert settle(controller(switch_latency_s=4 / 32), engine(due_in(10), **slow)).why is Reason.LOST_RUNNING
+    coming = engine(within(10), clock_mhz=800, target_mhz=1000, set_at_s=-1 / 32)
+    assert planned(controller(switch_latency_s=1.5 / 32), coming).mhz == 1000
+    there = engine(within(10), clock_mhz=1000, target_mhz=1000)
+    assert planned(controller(switch_latency_s=1.5 / 32), there).mhz == 1000
+    # With 4/32 s no higher clock arrives in time: even the maximum is too late, so the request is lost.
+    assert planned(controller(switch_latency_s=4 / 32), engine(within(10), **slow)).why is Reason.LOST_RUNNING
 
 
 @pytest.mark.parametrize(
@@ -142,60 +142,60 @@ def test_a_switch_up_takes_its_latency_out_of_the_deadline():
         (1400, 800, 0.9, 0.0),
     ],
 )
-def test_the_delay_to_the_top_clock(clock, target, set_at_s, delay_s):
+def test_the_delay_to_the_maximum_clock(clock, target, set_at_s, delay_s):
     state = engine(clock_mhz=clock, target_mhz=target, set_at_s=set_at_s)
     assert state.maximum_clock_delay_s(1.0, 0.2) == pytest.approx(delay_s)
 
 
 def test_down_only_after_the_dwell_and_up_at_once():
     clocks = controller(dwell_s=0.5)
-    busy = engine(due_in(16))
-    assert settle(clocks, busy, 0.0) == plan(600, Reason.LOWEST_CLOCK)
+    busy = engine(within(16))
+    assert planned(clocks, busy, 0.0) == plan(600, Reason.LOWEST_CLOCK)
     busy.clock_mhz = 600
-    busy.board.dispatch(due_in(9, key=2))
-    assert settle(clocks, busy, 0.01).mhz > 600
+    busy.board.dispatch(within(9, key=2))
+    assert planned(clocks, busy, 0.01).mhz > 600
     first = busy.plan.mhz
     busy.clock_mhz = first
     busy.board.remove(2)
-    assert settle(clocks, busy, 0.02) == plan(first, Reason.DWELL, 1)
+    assert planned(clocks, busy, 0.02) == plan(first, Reason.DWELL, 1)
     assert busy.replan_s == pytest.approx(0.01 + 0.5)
-    # By then the deadline is out of reach at the lowest clock; a new one is asked of the same board.
+    # By then the deadline is out of reach at the lowest clock; another request takes its place.
     busy.board.remove(1)
     busy.board.dispatch(sequence(3, 4, 32))
-    assert settle(clocks, busy, 0.509) == plan(first, Reason.DWELL)
-    assert settle(clocks, busy, 0.51) == plan(600, Reason.LOWEST_CLOCK)
+    assert planned(clocks, busy, 0.509) == plan(first, Reason.DWELL)
+    assert planned(clocks, busy, 0.51) == plan(600, Reason.LOWEST_CLOCK)
 
 
-def test_least_energy_looks_for_the_least_watts_or_joules():
+def test_least_energy_takes_the_least_watts_or_joules():
     # The toy's law has its least energy per iteration inside the range, so neither end is taken.
     whole = table(SPEC)
-    chosen = settle(controller(ClockPolicy.LEAST_ENERGY), engine(sequence(1, 4, 32), table=whole))
+    chosen = planned(controller(ClockPolicy.LEAST_ENERGY), engine(sequence(1, 4, 32), table=whole))
     each_j = [(step_w - SPEC.idle_w) * step_s for step_s, step_w in (whole.at(mhz, 1, 5, 0) for mhz in CLOCKS_MHZ)]
     assert chosen == plan(CLOCKS_MHZ[each_j.index(min(each_j))], Reason.LEAST_ENERGY)
 
 
-def test_least_energy_says_when_a_promise_stops_it():
+def test_least_energy_names_the_slo_that_rules_out_a_lower_clock():
     # Constant watts over steps of 16 to 7 ticks: the top clock is the cheapest, so a steep table is made of the law.
     whole = table(SPEC)
     step_s = [whole.at(mhz, 1, 5, 0)[0] for mhz in CLOCKS_MHZ]
-    free = settle(controller(ClockPolicy.LEAST_ENERGY), engine(sequence(1, 4, 32), table=whole)).mhz
+    free = planned(controller(ClockPolicy.LEAST_ENERGY), engine(sequence(1, 4, 32), table=whole)).mhz
     index = CLOCKS_MHZ.index(free)
     tight = sequence(1, 4, 32, slo=Slo(tbt_s=(step_s[index] + step_s[index + 1]) / 2))
-    assert settle(controller(ClockPolicy.LEAST_ENERGY), engine(tight, table=whole)) == plan(
+    assert planned(controller(ClockPolicy.LEAST_ENERGY), engine(tight, table=whole)) == plan(
         CLOCKS_MHZ[index + 1], Reason.LOWEST_FEASIBLE
     )
 
 
-def test_least_energy_switches_down_only_for_a_saving_worth_having():
+def test_least_energy_switches_down_only_for_a_large_enough_saving():
     whole = table(SPEC)
-    best = settle(controller(ClockPolicy.LEAST_ENERGY), engine(sequence(1, 4, 32), table=whole)).mhz
+    best = planned(controller(ClockPolicy.LEAST_ENERGY), engine(sequence(1, 4, 32), table=whole)).mhz
     assert best < TOP_MHZ
-    stingy = settle(controller(ClockPolicy.LEAST_ENERGY, min_saving=0.9), engine(sequence(1, 4, 32), table=whole))
-    assert stingy == plan(TOP_MHZ, Reason.NOT_WORTH)
-    # Upwards nothing is asked but that it is cheaper.
+    dear = planned(controller(ClockPolicy.LEAST_ENERGY, min_saving=0.9), engine(sequence(1, 4, 32), table=whole))
+    assert dear == plan(TOP_MHZ, Reason.NOT_WORTH)
+    # Upwards it only has to be cheaper.
     lower = engine(sequence(1, 4, 32), table=whole, clock_mhz=CLOCKS_MHZ[0], target_mhz=CLOCKS_MHZ[0])
     if best > CLOCKS_MHZ[0]:
-        assert settle(controller(ClockPolicy.LEAST_ENERGY, min_saving=0.9), lower).mhz == best
+        assert planned(controller(ClockPolicy.LEAST_ENERGY, min_saving=0.9), lower).mhz == best
 
 
 def test_a_known_load_prices_the_clocks_by_steady_power():
@@ -204,41 +204,41 @@ def test_a_known_load_prices_the_clocks_by_steady_power():
         load.arrived(n / 4, 16, 16, Slo())
     clocks = ClockController(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY), load)
     busy = engine(sequence(1, 4, 32), table=table(SPEC))
-    settle(clocks, busy, 50.0)
+    planned(clocks, busy, 50.0)
     first = busy.steady
     assert first is not None
-    settle(clocks, busy, 50.5)
+    planned(clocks, busy, 50.5)
     assert busy.steady is first
-    settle(clocks, busy, 51.0)
+    planned(clocks, busy, 51.0)
     assert busy.steady is not first
 
 
 def test_while_requests_run_the_clock_is_planned_again_in_time():
-    busy = engine(due_in(16))
-    settle(controller(replan_s=0.75), busy, 2.0 / 1024)
+    busy = engine(within(16))
+    planned(controller(replan_s=0.75), busy, 2.0 / 1024)
     assert busy.replan_s == pytest.approx(0.75 + 2.0 / 1024)
 
 
-def test_room_is_left_for_the_first_token_of_whoever_comes_next():
-    """Three prompts' iterations of 7 to 16 ticks fit the promise, at the clocks where they do."""
+def test_time_is_left_for_the_first_token_of_the_next_request():
+    """Three prompts' iterations of 7 to 16 ticks must fit the SLO."""
     for ticks, mhz in ((60, CLOCKS_MHZ[0]), (30, CLOCKS_MHZ[2]), (20, TOP_MHZ)):
         clocks = controller()
         for _ in range(2):
             clocks._load.arrived(0.0, 4, 32, Slo(ttft_s=ticks / 1024))
-        assert settle(clocks, engine(sequence(1, 4, 32))).mhz == mhz
+        assert planned(clocks, engine(sequence(1, 4, 32))).mhz == mhz
 
 
-def test_a_first_token_that_no_clock_gives_in_time_binds_nobody():
+def test_a_first_token_that_no_clock_gives_in_time_binds_no_clock():
     clocks = controller()
     for _ in range(2):
         clocks._load.arrived(0.0, 4, 32, Slo(ttft_s=6 / 1024))  # the top clock takes 7 ticks for the prompt alone
-    assert settle(clocks, engine(sequence(1, 4, 32))).mhz == CLOCKS_MHZ[0]
+    assert planned(clocks, engine(sequence(1, 4, 32))).mhz == CLOCKS_MHZ[0]
 
 
-def test_least_energy_uses_its_reserve_before_the_top_clock_and_the_paper_does_not():
-    # 32 iterations within 7.5 ticks each hold at the top clock only; with a tenth kept back they hold nowhere.
+def test_least_energy_uses_its_reserve_before_the_maximum_clock_and_the_paper_does_not():
+    # 32 iterations within 7.5 ticks each hold at the top clock only; with a tenth reserved they hold nowhere.
     for policy, why in ((ClockPolicy.LEAST_ENERGY, Reason.LEAST_ENERGY), (ClockPolicy.THROTTLLEM, Reason.INFEASIBLE)):
-        found = settle(controller(policy, reserve=0.1), engine(due_in(7.5)))
+        found = planned(controller(policy, reserve=0.1), engine(within(7.5)))
         assert found.mhz == TOP_MHZ
         assert (found.why is Reason.INFEASIBLE) == (why is Reason.INFEASIBLE)
 
@@ -258,7 +258,7 @@ def let_switches_end(live):
     live.now_s += 1.0  # no switch is under way
 
 
-def test_a_clock_that_is_held_down_is_not_asked_for_again_and_again():
+def test_a_clock_that_is_held_down_is_not_set_again_and_again():
     live = world(options(ClockPolicy.TOP, aware=False))
     arrive(live, 1)
     let_switches_end(live)
@@ -266,14 +266,14 @@ def test_a_clock_that_is_held_down_is_not_asked_for_again_and_again():
     assert read(live, 810, limit_mhz=810) == []
 
 
-def test_one_that_somebody_set_without_holding_it_is():
+def test_a_clock_set_by_another_program_is_set_again():
     live = world(options(ClockPolicy.TOP, aware=False))
     arrive(live, 1)
     let_switches_end(live)
     assert [command.plan.mhz for command in read(live, 800)] == [TOP_MHZ]
 
 
-def test_held_down_a_promise_that_no_clock_keeps_any_more_is_known_to_be_lost():
+def test_a_request_that_no_clock_saves_under_a_limit_is_lost():
     live = world(options(ClockPolicy.THROTTLLEM))
     arrive(live, 1, 4, 40, slo=Slo(e2e_s=0.85))
     assert (current(live).mhz, current(live).why) == (1000, Reason.LOWEST_FEASIBLE)
@@ -282,7 +282,7 @@ def test_held_down_a_promise_that_no_clock_keeps_any_more_is_known_to_be_lost():
 
 
 @pytest.mark.parametrize(("limit_mhz", "lost"), [(None, 0), (600, 1)])
-def test_admission_knows_that_the_top_clock_is_not_to_be_had(limit_mhz, lost):
+def test_admission_knows_that_the_maximum_clock_is_out_of_reach(limit_mhz, lost):
     live = world(options(ClockPolicy.THROTTLLEM))
     let_switches_end(live)
     read(live, limit_mhz or TOP_MHZ, limit_mhz)
@@ -290,7 +290,7 @@ def test_admission_knows_that_the_top_clock_is_not_to_be_had(limit_mhz, lost):
     assert live.controller.snapshot().engines[0].lost_requests == lost
 
 
-def test_when_nothing_holds_it_any_more_it_is_planned_anew():
+def test_without_the_limit_the_whole_table_is_used_again():
     live = world(options(ClockPolicy.LEAST_ENERGY))
     arrive(live, 1, 4, 40, slo=Slo(e2e_s=2.0))
     let_switches_end(live)
@@ -301,7 +301,7 @@ def test_when_nothing_holds_it_any_more_it_is_planned_anew():
     assert live.controller._engines.by_id[0].table is table.base is live.controller.options.tables[1]
 
 
-def test_a_limit_of_an_engine_without_a_table_is_no_fault():
+def test_a_limit_of_an_engine_without_a_table_changes_nothing():
     live = world(options(ClockPolicy.TOP, aware=False, tables={}))
     arrive(live, 1)
     let_switches_end(live)

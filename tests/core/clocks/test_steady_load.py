@@ -19,10 +19,10 @@ arrivals = st.lists(st.tuples(st.floats(0.0, 30.0), st.integers(1, 500), st.inte
 @given(arrivals, st.floats(5.0, 60.0), st.floats(1.0, 100.0))
 def test_equals_the_direct_sum(gaps, later_s, window_s):
     estimator, now_s, seen = LoadEstimator(window_s=window_s), 100.0, []
-    for gap_s, prompt, answer in gaps:
+    for gap_s, prompt, output in gaps:
         now_s += gap_s
-        estimator.arrived(now_s, prompt, answer, Slo())
-        seen.append((now_s, prompt, answer))
+        estimator.arrived(now_s, prompt, output, Slo())
+        seen.append((now_s, prompt, output))
     now_s += later_s
     load = estimator.load(now_s)
     first_s = seen[0][0]
@@ -50,7 +50,7 @@ def test_several_sequences_are_as_many_requests():
     assert found.output_tokens == pytest.approx(expected.output_tokens)
 
 
-def test_nothing_is_said_before_half_a_window():
+def test_no_load_is_known_before_half_a_window():
     estimator = LoadEstimator(window_s=60.0)
     assert estimator.load(1000.0) is None
     estimator.arrived(1000.0, 10, 10, Slo())
@@ -71,15 +71,15 @@ def test_a_steady_rate_is_found_and_forgotten():
     assert estimator.load(110.0).requests_per_s == pytest.approx(found.requests_per_s / math.e, rel=1e-3)
 
 
-def test_long_answers_tight_promises_and_bursts():
+def test_long_outputs_tight_slos_and_bursts():
     estimator = LoadEstimator(window_s=10.0)
     for n in range(400):
         estimator.arrived(n / 4, 30, 100 if n % 40 == 0 else 10, Slo(e2e_s=[None, 9.0, 4.0][n % 3]))
     found = estimator.load(100.0)
-    # One answer in forty is long: below the longest hundredth.
+    # One output in forty is long: below the longest hundredth.
     assert (found.long_output_tokens, found.e2e_s) == (100.0, 4.0)
     lengths = np.array([100.0] + [10.0] * 39)
-    # Inflow over one promise (4 s): the count is Poisson, so variance over squared mean is (1 + CV^2) / n.
+    # Inflow over one SLO (4 s): the count is Poisson, so variance over squared mean is (1 + CV^2) / n.
     expected = 1 + 2 * math.sqrt((1 + lengths.var() / lengths.mean() ** 2) / (found.requests_per_s * 4.0))
     assert found.burst == pytest.approx(expected, rel=1e-6)
 
@@ -96,7 +96,7 @@ def power_w(load, spec=SPEC, reserve=0.0):
 def test_no_load_costs_idle_power():
     idle_w = power_w(load(1e-6))
     top_w = TABLE.watts.max()
-    # The grid of mean rows begins at 0.02: idle 98 % of the time.
+    # The grid of means begins at 0.02: idle 98 % of the time.
     assert np.all(idle_w >= SPEC.idle_w)
     assert np.all(idle_w - SPEC.idle_w < 0.02 * top_w)
 
@@ -124,8 +124,8 @@ def test_more_load_never_costs_less(rate, factor):
     assert np.all(more >= less * 0.97), "but for the steps of the grid"
 
 
-def test_by_hand_at_a_load_of_one_row():
-    # 0.005 + 0.0092 s at the top clock for one row with 6 to 8 blocks in the table's steps of 4, prompts of 16 tokens.
+def test_by_hand_at_a_load_of_one_sequence():
+    # 0.005 + 0.0092 s at the maximum clock for a sequence with 6 to 8 blocks (steps of 4), prompts of 16 tokens.
     step_s, step_w = TABLE.at(1400, 1, 6, 0)
     mixed_s, mixed_w = TABLE.at(1400, 1, 6, 16)
     rate = 0.5
@@ -155,7 +155,7 @@ def test_prompts_to_come_stretch_every_iteration():
 
 
 def test_a_long_answer_must_come_in_time():
-    # A row gets a token every 14 to 28 ms: 50 of them within a second only at high clocks.
+    # A sequence gets a token every 14 to 28 ms: 50 of them within a second only at high clocks.
     held = np.isfinite(power_w(load(0.5, long_output_tokens=50, e2e_s=1.0)))
     assert held.any() and not held.all() and held.tolist() == sorted(held.tolist())
     stricter = np.isfinite(power_w(load(0.5, long_output_tokens=50, e2e_s=1.0), reserve=0.2))

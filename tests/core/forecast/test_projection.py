@@ -1,4 +1,4 @@
-"""The projection against a naive loop over rows and iterations, and against what the batcher then does."""
+"""The projection against a naive loop over sequences and iterations, and against what the batcher then does."""
 
 import numpy as np
 import pytest
@@ -29,10 +29,10 @@ def naive_packing(left, decode_sequences, spec, slots):
 
 
 def naive(board, spec, pending):
-    """(batch, KV blocks, prompt tokens) of every coming iteration, row by row, prompt by prompt."""
+    """(batch, KV blocks, prompt tokens) of every coming iteration, sequence by sequence, prompt by prompt."""
     lives = [
         [FIRST, r.start, r.prefill_tokens, max(r.start + r.remaining_tokens, FIRST + 1), r.sequences]
-        for r in board_rows(board)
+        for r in running(board)
     ]
     prompts = [r for r in pending for _ in range(r.sequences)]
     decoding = sum(life[4] for life in lives) + max(0, board.external.batch)
@@ -50,7 +50,7 @@ def naive(board, spec, pending):
         prefill.append(sum(taken))
         k += 1
     starts = []
-    for r in pending:  # a row begins with its first prompt and starts with its last
+    for r in pending:  # a request begins with its first prompt and starts with its last
         mine, placed = placed[: r.sequences], placed[r.sequences :]
         starts.append(mine[-1][1])
         lives.append([mine[0][0], starts[-1], r.prefill_tokens, starts[-1] + r.remaining_tokens, r.sequences])
@@ -68,7 +68,7 @@ def naive(board, spec, pending):
     return out, [life[3] - FIRST for life in lives], [start - FIRST for start in starts]
 
 
-def board_rows(board):
+def running(board):
     return [board.at(slot) for slot in range(len(board.running))]
 
 
@@ -94,34 +94,34 @@ def boards(draw):
     waiting = draw(
         st.lists(st.tuples(st.integers(1, 90), st.integers(1, 40), st.integers(0, 20), st.integers(0, 3)), max_size=5)
     )
-    rows = []
-    for key, (prompt, answer, done, later) in enumerate(waiting, start=100):
+    pending = []
+    for key, (prompt, output, done, later) in enumerate(waiting, start=100):
         earliest += later
-        rows.append(sequence(key, prompt, answer, earliest=FIRST + earliest - 1, sequences=draw(widths)))
-        rows[-1].done_tokens = min(done, answer + 1)
-    extra = rows.pop() if rows and draw(st.booleans()) else None
-    for waits in rows:
+        pending.append(sequence(key, prompt, output, earliest=FIRST + earliest - 1, sequences=draw(widths)))
+        pending[-1].done_tokens = min(done, output + 1)
+    extra = pending.pop() if pending and draw(st.booleans()) else None
+    for waits in pending:
         board.dispatch(waits)
     if draw(st.booleans()):
         board.external = ExternalLoad(batch=draw(st.integers(-5, 5)), kv_blocks=draw(st.integers(-20, 20)))
-    return board, engine, rows, extra
+    return board, engine, pending, extra
 
 
 @settings(max_examples=max(150, settings().max_examples))
 @given(boards())
 def test_equals_the_naive_loop(case):
-    board, engine, rows, extra = case
+    board, engine, pending, extra = case
     projection = project(board, engine, first=FIRST, extra=extra)
-    expected, ends, starts = naive(board, engine, rows + ([extra] if extra else []))
+    expected, ends, starts = naive(board, engine, pending + ([extra] if extra else []))
     np.testing.assert_array_equal([projection.batch, projection.kv_blocks, projection.prefill_tokens], expected)
     assert projection.ends.tolist() == ends
     assert projection.starts.tolist() == starts
     assert (projection.first, projection.horizon) == (FIRST, expected.shape[1])
-    assert len(board.pending) == len(rows), "the extra row joins virtually only"
+    assert len(board.pending) == len(pending), "the extra request joins virtually only"
 
 
 def test_a_request_of_several_sequences_is_as_many_requests():
-    """With whole prompts in one iteration, three answers of one request are three requests of one answer."""
+    """With whole prompts in one iteration, three sequences of one request are three requests of one sequence."""
 
     def board(widths):
         made = Scoreboard(4)
@@ -140,10 +140,10 @@ def test_the_empty_engine_has_no_future():
     assert (projection.horizon, projection.ends.size, projection.starts.size) == (0, 0, 0)
 
 
-def test_rows_that_should_be_gone_count_for_one_more_iteration():
+def test_sequences_that_should_be_gone_count_for_one_more_iteration():
     board = Scoreboard(4)
-    for key, answer in enumerate((3, 9)):
-        board.dispatch(sequence(key, 4, answer))
+    for key, output in enumerate((3, 9)):
+        board.dispatch(sequence(key, 4, output))
         board.begin(key, FIRST - 7, 0.0)
     projection = project(board, spec(), first=FIRST)
     # Both hold 4 + 7 tokens now, and the second one 12 in its last iteration.
@@ -158,23 +158,23 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(30, 60)), min_size=
 
 
 @given(lengths, lengths, st.integers(0, 20), st.integers(1, 17), st.booleans())
-def test_foresees_what_the_batcher_does(before, after, age, block, chunked):
-    """With exact lengths, and answers too long for anybody to leave while the prompts are placed, to the block."""
+def test_projects_what_the_batcher_does(before, after, age, block, chunked):
+    """With exact lengths, and outputs too long for any to leave while the prompts are placed, to the block."""
     engine = spec(block_tokens=block, kv_blocks=2000, max_batch=64, prefill_budget_tokens=64, chunked=chunked)
     batcher, board = Batcher(engine), Scoreboard(block)
 
-    def admit(key, prompt, answer):
-        batcher.add(key, prompt_tokens=prompt, output_tokens=answer, max_tokens=answer)
-        board.dispatch(sequence(key, prompt, answer, earliest=batcher.iteration))
+    def admit(key, prompt, output):
+        batcher.add(key, prompt_tokens=prompt, output_tokens=output, max_tokens=output)
+        board.dispatch(sequence(key, prompt, output, earliest=batcher.iteration))
 
-    for key, (prompt, answer) in enumerate(before):
-        admit(key, prompt, answer)
+    for key, (prompt, output) in enumerate(before):
+        admit(key, prompt, output)
     while board.pending or batcher.iteration < age:
         assert batcher.begin()
         for key in (outcome := batcher.end()).started:
             board.begin(key, outcome.index, 0.0)
-    for key, (prompt, answer) in enumerate(after, start=100):
-        admit(key, prompt, answer)
+    for key, (prompt, output) in enumerate(after, start=100):
+        admit(key, prompt, output)
     projection = project(board, engine, first=batcher.iteration)
     done = []
     while (iteration := batcher.begin()) is not None:
@@ -200,8 +200,8 @@ def test_replenished_never_falls_below_now(case):
 
 def test_replenished_never_falls_below_what_is_now():
     board = Scoreboard(4)
-    for key, answer in enumerate((3, 9, 30)):
-        board.dispatch(sequence(key, 8, answer))
+    for key, output in enumerate((3, 9, 30)):
+        board.dispatch(sequence(key, 8, output))
         board.begin(key, 0, 0.0)
     plain = project(board, SPEC, first=1)
     full = plain.replenished()

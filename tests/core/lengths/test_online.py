@@ -65,12 +65,12 @@ def test_it_is_careful_at_first() -> None:
     assert early[0.25] / (20 * 120) < 0.1 < early[1.0] / (20 * 120)
 
 
-def short_first(asked: list[Request]) -> list[Request]:
+def short_first(requests: list[Request]) -> list[Request]:
     """The shorter of each 30 come, and so end, before the longer."""
     return [
         one
-        for at in range(0, len(asked), 30)
-        for one in sorted(asked[at : at + 30], key=lambda r: r.output_tokens or 0)
+        for at in range(0, len(requests), 30)
+        for one in sorted(requests[at : at + 30], key=lambda r: r.output_tokens or 0)
     ]
 
 
@@ -137,7 +137,7 @@ def test_prompts_and_limits_distinguish_lengths() -> None:
     predictor = OnlineLengthPredictor()
     kinds = [(100, 4096, 30), (3000, 4096, 900), (100, 256, 120)]
     groups = [outputs(300, m, 11 + i, prompt=p, limit=limit) for i, (p, limit, m) in enumerate(kinds)]
-    serve(predictor, [one for row in zip(*groups, strict=True) for one in row])
+    serve(predictor, [one for kind in zip(*groups, strict=True) for one in kind])
     for prompt, limit, middle in kinds:
         assert median(predictor, request(0, prompt=prompt, limit=limit)) == pytest.approx(middle, rel=0.25)
 
@@ -174,9 +174,9 @@ def test_nothing_is_above_max_tokens_or_below_one() -> None:
 
 
 def test_a_renewed_bound_is_above_what_was_generated_and_rarely_exceeded() -> None:
-    predictor, asked = OnlineLengthPredictor(), outputs(3000, 200, 24)
+    predictor, requests = OnlineLengthPredictor(), outputs(3000, 200, 24)
     outgrown, again = 0, 0
-    for one in asked:
+    for one in requests:
         limit, truth = bound(predictor, one), one.output_tokens or 0
         if limit is not None and truth > limit:
             renewed = predictor.renew(one, int(limit))

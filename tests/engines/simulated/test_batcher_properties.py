@@ -1,4 +1,4 @@
-"""What must hold in every iteration, whatever comes in: against a recount that keeps every row by itself."""
+"""What must hold in every iteration, whatever comes in: against a recount that keeps every sequence by itself."""
 
 from core.toy import spec
 from hypothesis import given
@@ -12,29 +12,29 @@ class Recount:
 
     def __init__(self, spec):
         self.spec = spec
-        self.rows = {}
+        self.sequences = {}
         self.holding = {}
         self.running = {}
         self.started, self.ended = [], []
 
     def add(self, key, prompt, answer):
-        self.rows[key] = [prompt, answer, 0, 0]
+        self.sequences[key] = [prompt, answer, 0, 0]
 
     def begin(self, iteration):
         k = iteration.index
         for key in iteration.preempted:
-            row = self.rows[key]
+            sequence = self.sequences[key]
             order = list(self.holding)
             assert order[-1] == key, "the last to come in is the first to go"
             del self.holding[key]
             if (start := self.running.pop(key, None)) is not None:
-                row[0] += k - start
-            row[3] = 0
+                sequence[0] += k - start
+            sequence[3] = 0
         for key, tokens in iteration.prefills:
             self.holding.setdefault(key, None)
-            self.rows[key][3] += tokens
-            assert key not in self.running and self.rows[key][3] <= self.rows[key][0]
-        tokens = {key: self.rows[key][0] + k - self.running.get(key, k) for key in self.holding}
+            self.sequences[key][3] += tokens
+            assert key not in self.running and self.sequences[key][3] <= self.sequences[key][0]
+        tokens = {key: self.sequences[key][0] + k - self.running.get(key, k) for key in self.holding}
         assert iteration.kv_blocks == sum(-(-held // self.spec.block_tokens) for held in tokens.values())
         assert iteration.kv_blocks <= self.spec.kv_blocks
         assert iteration.kv_tokens == sum(tokens[key] for key in self.running)
@@ -44,20 +44,20 @@ class Recount:
         self.budget(iteration)
 
     def budget(self, iteration):
-        """Only decode rows alone, or one whole prompt, may go over it."""
+        """Only decode sequences alone, or one whole prompt, may go over it."""
         over = iteration.decode_sequences + iteration.prefill_tokens > self.spec.prefill_budget_tokens
         assert not over or len(iteration.prefills) == (0 if self.spec.chunked else 1) or not iteration.prefills
 
     def end(self, outcome):
         for key in self.running:
-            self.rows[key][2] += 1
+            self.sequences[key][2] += 1
         for key in outcome.started:
-            prompt, _, _, prefilled = self.rows[key]
+            prompt, _, _, prefilled = self.sequences[key]
             assert prefilled == prompt
             self.running[key] = outcome.index
-            self.rows[key][2] += 1
+            self.sequences[key][2] += 1
             self.started.append(key)
-        done = {key for key in self.running if self.rows[key][2] == self.rows[key][1]}
+        done = {key for key in self.running if self.sequences[key][2] == self.sequences[key][1]}
         assert set(outcome.finished) == done and len(outcome.finished) == len(done)
         for key in outcome.finished:
             del self.running[key], self.holding[key]
@@ -66,7 +66,7 @@ class Recount:
     def cancel(self, key):
         self.running.pop(key, None)
         self.holding.pop(key, None)
-        del self.rows[key]
+        del self.sequences[key]
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""The simulated engine's noise: each figure gets its own scatter."""
+"""The simulated engine's noise, on time and on power."""
 
 import math
 import statistics

@@ -52,7 +52,7 @@ class Time:
     def __call__(self):
         return self.now_s
 
-    def told(self, report):
+    def take(self, report):
         self.ends_s.append(self.now_s)
         if self.late_s:
             self.now_s += self.late_s.pop(0)
@@ -63,7 +63,7 @@ def paced(monkeypatch, late_s):
 
     async def run():
         subject = engine(seconds=0.5, now=time)
-        watching = asyncio.ensure_future(subject.watch(time.told))
+        watching = asyncio.ensure_future(subject.watch(time.take))
         await asyncio.sleep(0)
         await answer(subject, asked(max_tokens=8, ignore_eos=True))
         watching.cancel()
@@ -114,10 +114,10 @@ def test_a_request_that_leaves_within_an_iteration_is_out_at_its_end():
 
     reports = []
     subject = engine(seconds=0.005)
-    told, left = watched(run, subject, reports)
-    assert told[0].running == 2
-    assert {report.running for report in told[left:-1]} == {1}
-    assert (told[-1].running, told[-1].waiting, told[-1].kv_blocks) == (0, 0, 0)
+    seen, left = watched(run, subject, reports)
+    assert seen[0].running == 2
+    assert {report.running for report in seen[left:-1]} == {1}
+    assert (seen[-1].running, seen[-1].waiting, seen[-1].kv_blocks) == (0, 0, 0)
     assert subject._engine.ledger.open_j() == 0
 
 

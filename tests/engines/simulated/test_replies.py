@@ -1,4 +1,4 @@
-"""What the simulated engine answers: words, lengths, usage, and refusals that say why."""
+"""The simulated engine's answers: texts, lengths, usage, and errors that name the field."""
 
 import json
 
@@ -92,7 +92,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "param"), REFUSED, ids=str)
-def test_what_it_cannot_do_it_says(change, param):
+def test_what_it_cannot_do_is_an_error_that_names_the_field(change, param):
     ((status, data),) = answers(call(**({"prompt": "Hello", "max_tokens": 4} | change)))
     assert status == 400
     assert json.loads(data)["error"]["param"] == param

@@ -1,4 +1,4 @@
-"""The words of the simulated engine: counted as they are made, and harmless inside JSON."""
+"""The texts of the simulated engine: counted as they are made, and harmless inside JSON."""
 
 import json
 import random

@@ -55,7 +55,7 @@ def test_a_broken_configuration_is_named(tmp_path):
         chat_template(tmp_path / "tokenizer.json")
 
 
-def test_a_template_without_jinja_says_what_to_install(tmp_path, monkeypatch):
+def test_a_template_without_jinja_names_the_package_to_install(tmp_path, monkeypatch):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(TemplateError, match="pip install jinja2"):

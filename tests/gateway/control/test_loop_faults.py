@@ -241,6 +241,30 @@ def test_a_failure_at_an_engines_event_stops_service_for_moments(kind, times, ha
     assert (count, last, health.up, health.degraded, engines) == (times, "served", 1, False, 1)
 
 
+def test_an_engine_whose_clock_cannot_be_planned_is_built_again_and_requests_are_served(caplog):
+    """The core fails at a timer, not at an event of the engine."""
+
+    async def run():
+        async with rig() as it:
+            await it.up()
+            plan = it.loop.controller._clocks.plan
+
+            def planned(state, now_s, *, waiting):
+                if state.engine == 0:
+                    raise OverflowError("no clock makes sense")
+                return plan(state, now_s, waiting=waiting)
+
+            it.loop.controller._clocks.plan = planned
+            first = await outcome(it.request(tokens=20))
+            await asyncio.sleep(3.0)
+            return first, await outcome(it.request()), it.backend.key, it.models.health().degraded
+
+    first, second, key, degraded = virtually(run())
+    assert first in ("served", "engine_lost")
+    assert (second, key, degraded) == ("served", 1, False)
+    assert "the control core failed at Timer" in caplog.text
+
+
 def test_an_engine_is_connected_again_if_the_core_fails_at_several_arrivals():
     async def run():
         async with rig() as it:

@@ -16,7 +16,7 @@ def test_slos_by_class_and_by_header():
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "1e400", "1_0", "", "ten", "1e-323"])
-@pytest.mark.parametrize("header", ["x-slo-ttft-ms", "x-slo-tpot-ms", "x-slo-e2e-ms"])
+@pytest.mark.parametrize("header", ["x-slo-ttft-ms", "x-slo-tpot-ms", "x-slo-tbt-ms", "x-slo-e2e-ms"])
 def test_targets_are_positive_numbers(header, text):
     with pytest.raises(ApiError, match=header) as caught:
         read_slo({header: text}, Slo(), {})
@@ -30,7 +30,15 @@ def test_unknown_class_names_the_known_ones():
         read_slo({"x-slo-class": "slow"}, Slo(), {})
 
 
-@pytest.mark.parametrize(("header", "near"), [("x-slo-tbt-ms", "x-slo-tpot-ms"), ("x-slo-e2e", "x-slo-e2e-ms")])
+@pytest.mark.parametrize(("header", "near"), [("x-slo-tb-ms", "x-slo-tbt-ms"), ("x-slo-e2e", "x-slo-e2e-ms")])
 def test_an_unknown_header_is_an_error_with_the_nearest_known(header, near):
     with pytest.raises(ApiError, match=near):
         read_slo({header: "5", "content-type": "application/json"}, Slo(), {})
+
+
+def test_two_names_of_one_target():
+    assert (
+        read_slo({"x-slo-tbt-ms": "200"}, Slo(), {}) == read_slo({"x-slo-tpot-ms": "200"}, Slo(), {}) == Slo(tbt_s=0.2)
+    )
+    with pytest.raises(ApiError, match="the same target; send one of them"):
+        read_slo({"x-slo-tbt-ms": "200", "x-slo-tpot-ms": "200"}, Slo(), {})

@@ -82,7 +82,7 @@ def close_to(frame):
         (["--sizes", "1,2"], "one engine has one size; give --tp"),
         (["--points", "0"], "must be at least 1"),
         (["--resume"], "to continue"),
-        (["--url", "http://me:pw@127.0.0.1"], "--url: must hold no user and password"),
+        (["--url", "http://me:pw@127.0.0.1"], "--url: engines.0.url: must hold no user and password"),
         (TOLD[:1], "does not report kv_blocks"),
     ],
 )

@@ -167,7 +167,7 @@ def _constants_table(calibration: Calibration) -> Table:
     for path, value, fitted in calibration.constants():
         if fitted is None:
             lacks = absent(calibration.gpu, path)
-            said = f"no, 0 in {calibration.like}" if lacks else f"no, kept from {calibration.like}"
+            said = f"no, 0 in {calibration.like}" if lacks else f"no, that of {calibration.like}"
             table.add_row(path, f"{value:.4g}", "", said)
         else:
             said = "yes" if fitted.determined else "with others only"

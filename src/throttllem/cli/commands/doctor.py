@@ -1,4 +1,4 @@
-"""`throttllem doctor`: what may I do here, what is locked and by whom; `--restore` resets it. Output alone."""
+"""`throttllem doctor`: which clocks may be set here, and which are locked; `--restore` restores them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def doctor(
     ] = False,
     gpu: Annotated[
         list[str] | None,
-        typer.Option("--gpu", metavar="UUID", help="With --restore: reset only this GPU, no matter what locked it."),
+        typer.Option("--gpu", metavar="UUID", help="With --restore: reset only this GPU, whatever locked it."),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Watch the energy counters for a few seconds.")
@@ -34,7 +34,7 @@ def doctor(
     socket: Socket = None,
     state: State = None,
 ) -> None:
-    """May I set clocks here, what is locked and by whom, and how to mend it. Exit code 1 where something is wrong."""
+    """Show whether this user may set clocks here, what is locked, and remedies. Exit code 1 if there is a fault."""
     if gpu and not put_back:
         raise ValueError("--gpu: only with --restore, which resets that GPU")
     from throttllem.doctor.examine import examine

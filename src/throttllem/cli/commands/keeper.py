@@ -29,7 +29,7 @@ def keeper(
         ),
     ] = None,
     user: Annotated[
-        list[str] | None, typer.Option("--user", metavar="NAME", help="Who may ask, besides root. Repeat.")
+        list[str] | None, typer.Option("--user", metavar="NAME", help="A user that may connect, beside root. Repeat.")
     ] = None,
     socket: Socket = None,
     state: State = None,
@@ -43,21 +43,31 @@ def keeper(
 
     from throttllem.doctor.rights import sets_clocks
     from throttllem.gpu.keeper_client import SOCKET
-    from throttllem.keeper.unit import PROGRAM, STATE, check_options, loose, not_roots, unit_text, user_id
+    from throttllem.keeper.unit import (
+        PROGRAM,
+        STATE,
+        check_options,
+        folder_warnings,
+        program_warnings,
+        unit_text,
+        user_id,
+    )
 
     socket, state = socket or SOCKET, state or STATE
     options = [("--gpu", text) for text in gpu]
     options += [("--normally", text) for text in normally or ()]
     options += [("--user", user_id(name)) for name in user or ()]
     options += [("--socket", str(socket)), ("--state", str(state))]
-    command = [sys.executable, *PROGRAM, *(word for pair in options for word in pair)]
+    command = [sys.executable, *PROGRAM, *(text for pair in options for text in pair)]
     check_options(options)
     if not unit and not sets_clocks():
         raise PermissionError(
             "the keeper sets clocks, which needs root (CAP_SYS_ADMIN): run this with sudo, or install the service that "
-            "`throttllem keeper --unit` prints; whoever may only look uses `throttllem doctor`"
+            "`throttllem keeper --unit` prints; `throttllem doctor` needs no rights"
         )
-    warnings = (*not_roots(), *(() if unit else loose(socket.parent, state)))  # a unit's folders systemd makes
+    warnings = [*program_warnings()]
+    if not unit:  # systemd makes the folders of a unit
+        warnings += folder_warnings(socket.parent, state)
     for warning in warnings:
         typer.echo(f"!! {warning}", err=True)
     if unit:

@@ -40,7 +40,7 @@ def serve(
     clocks: Annotated[str | None, typer.Option("--clocks", help="With --gpus: on, dry-run (default) or off.")] = None,
     slo_e2e: Annotated[
         str | None,
-        typer.Option("--slo-e2e", metavar="DURATION", help="E2E SLO of a request that has none of its own, as in 20s."),
+        typer.Option("--slo-e2e", metavar="DURATION", help="E2E SLO of a request that sets none, as in 20s."),
     ] = None,
     slo_tbt: Annotated[
         str | None,

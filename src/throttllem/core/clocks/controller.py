@@ -1,8 +1,8 @@
 """The clock of each engine: plans it, and decides when a planned clock is worth a switch.
 
 A higher clock is set at once; a lower one only after the minimum dwell and, where energy is the aim, only for a saving
-that is large enough. Whatever is not known (clock, table, hull) means the maximum clock, and the plan says why. Knows
-nothing of the queue but that a request waits.
+that is large enough. What is not known (clock, table, hull) means the maximum clock, and the plan gives the reason.
+Knows nothing of the queue but that a request waits.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class ClockController:
         least = self.options.policy is ClockPolicy.LEAST_ENERGY
         steady = self._steady(engine, spec, table, now_s) if least else None
         delay_s = self._delays(engine, spec, now_s)
-        # What is kept back for requests yet to come may be used when nothing else will do.
+        # The reserve for requests yet to come may be used when nothing else will do.
         tries = [(self.options.reserve, 1.0 if steady is None else steady.stretch), *([(0.0, 1.0)] if least else [])]
         for reserve, stretch in tries:
             holds, run = feasible(

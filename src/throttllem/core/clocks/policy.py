@@ -1,7 +1,7 @@
 """Which clock? (the paper's throttling controller, part 5 of its system, and our least energy in its place)
 
-`feasible` says at which clocks every SLO holds over the whole horizon; a policy picks one of them. The paper takes the
-lowest by binary search; here all clocks are compared side by side, so a policy may also take the cheapest. Knows
+`feasible` finds the clocks at which every SLO holds over the whole horizon; a policy picks one of them. The paper takes
+the lowest by binary search; here all clocks are compared side by side, so a policy may also take the cheapest. Knows
 nothing of switching: dwell and latency belong to the clock controller.
 """
 

@@ -2,7 +2,7 @@
 
 About every 10 s the measured request rate picks the smallest size whose characterised maximum load covers it. Upsizing
 is allowed at once; downsizing only when the grace period after a change is over, and to a size that would have carried
-the busiest moment of it. Knows nothing of engines: it answers with a size, the controller does the shadow instancing.
+the busiest moment of it. Knows nothing of engines: it returns a size, the controller does the shadow instancing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much work comes in, and what serving it for good would cost at each clock.
 
-The requests at hand say which clocks meet their SLOs; they cannot say which is cheapest, because more requests will
+The requests at hand show which clocks meet their SLOs; they cannot show which is cheapest, because more requests will
 come. So the cost of a clock is the mean power at which the engine, fed at the measured rate, settles. Knows nothing of
 deadlines.
 """
@@ -64,7 +64,7 @@ class LoadEstimator:
     """Exponentially weighted arrivals with time constant `window_s`; unbiased from the first second on.
 
     Long outputs and tight SLOs are looked for among the last `_RECENT` requests. Predictions are inflated on purpose;
-    what finished requests say of that is taken out again, or a safe prediction would look like a high load.
+    the inflation that finished requests show is taken out again, or a safe prediction would look like a high load.
     `first_s`, `last_s`: the first and the last arrival. `sums`: weighted requests, prompt tokens, output tokens.
     `recent` requests: output tokens, E2E SLO, prompt tokens, TTFT SLO. `first_token`: the tightest TTFT SLO among them,
     seconds (inf: none), and their long prompts, tokens.

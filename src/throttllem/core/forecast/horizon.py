@@ -68,11 +68,11 @@ class Horizon:
     def slack_s(self, reserve: float = 0.0) -> Floats:
         """The tightest deadline that each run's end must meet, seconds after `base_s`, shape (S,).
 
-        `reserve` is the fraction of a request's E2E SLO that is kept back from its deadline, whichever SLO made it.
+        `reserve` is the fraction of a request's E2E SLO that is taken from its deadline, whichever SLO made it.
         """
         slack = np.full(self.cells.size, math.inf)
-        kept_back = np.minimum(reserve * self.e2e_s, self.reserve_s)
-        np.minimum.at(slack, self.finish_run, self.deadline_s - kept_back)
+        reserved_s = np.minimum(reserve * self.e2e_s, self.reserve_s)
+        np.minimum.at(slack, self.finish_run, self.deadline_s - reserved_s)
         np.minimum.at(slack, self.first_token_run, self.first_token_deadline_s)
         return slack - self.base_s
 

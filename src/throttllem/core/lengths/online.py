@@ -1,7 +1,7 @@
 """Output lengths learned from the requests that have finished: the length predictor of a live engine.
 
-It gives a median, and a bound that as small a fraction of outputs exceeds as the options say. Knows nothing of clocks
-and files: the same calls in the same order give the same answers.
+It predicts a median, and a bound that only a fraction `exceed` of outputs exceeds. Knows nothing of clocks and files:
+the same calls in the same order give the same predictions.
 """
 
 # Three ideas.

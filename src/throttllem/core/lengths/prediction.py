@@ -1,6 +1,6 @@
 """How long will the output be? (the paper's length predictor, part 1 of its system)
 
-A predictor answers for one request with tokens, or None where it does not know; then max_tokens stands in. The shape
+A predictor returns tokens for one request, or None where it does not know; then max_tokens stands in. The shape
 of the error and the inflation are open in the paper: both are parameters here. Knows nothing of engines.
 """
 

@@ -256,6 +256,7 @@ class Backend:
         self.accounting.settle(ending=len(progress.in_flight) == 1)
         flight = progress.left(request_id)
         assert flight is not None
+        self._arm()
         return flight.energy_j if flight.charged_prompt_tokens or flight.charged_output_tokens else None
 
     def estimated(self, by: str) -> None:
@@ -283,6 +284,7 @@ class Backend:
         assert self._emit is not None
         for event in progress.report(report, elapsed_s=elapsed_s):
             self._emit(event)
+        self._arm()
 
     def _arm(self) -> None:
         """Advance iterations by a timer while neither reports nor streams show them."""
@@ -294,8 +296,11 @@ class Backend:
         if self.progress is None or self.key is None:
             return
         assert self._emit is not None
-        for event in self.progress.tick():
-            self._emit(event)
+        try:
+            for event in self.progress.tick():
+                self._emit(event)
+        except Exception:  # the timer must go on after it
+            log.exception("the iterations of engine %s were not advanced this time", self.name)
         self._arm()
 
     def _step_s(self) -> float:

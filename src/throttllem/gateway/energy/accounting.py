@@ -82,6 +82,8 @@ class EnergyAccounting:
     _measured: _Done = field(default_factory=_Done)
     _stepping: bool = False
     """An engine that measures its own steps may be within one: its report will account for the time."""
+    _emptied: bool = True
+    """No request was in the engine at some time since the last settlement or measured step."""
     _last: Reading = _UNREAD
     _unreadable: bool = False
     _dry_runs: bool = False
@@ -92,12 +94,14 @@ class EnergyAccounting:
             if estimate is not None:
                 estimate.spec = spec
         self._progress, self._block_tokens, self._iteration = progress, spec.block_tokens, progress.iteration
-        self._settled_s, self._measured, self._stepping = self.now(), _Done(), False
+        self._settled_s, self._measured = self.now(), _Done()
+        self._stepping, self._emptied = False, True
         self._counted_j = self.reading().energy_j
 
     def end(self) -> None:
         """The engine is lost or stopped: what it drew until now is settled."""
         self.settle(ending=True)
+        self._idle(0.0)  # what a step under way drew
         self._progress = None
 
     def reading(self) -> Reading:
@@ -134,11 +138,11 @@ class EnergyAccounting:
         if self._progress is None:
             return
         now_s, seconds = self.now(), report.seconds or 0.0
-        if not self._stepping:
+        if self._emptied or not self._progress.in_flight:
             self._share(self._progress)
-            self._idle(now_s - seconds - self._settled_s)
+            self._idle(max(0.0, now_s - seconds - self._settled_s))
         self._settled_s = now_s
-        self._stepping = report.running + report.waiting > 0
+        self._stepping, self._emptied = report.running + report.waiting > 0, not self._progress.in_flight
         done, prompt_tokens = self._measured, 0
         for request_id, tokens in report.prefills:
             prompt_tokens += tokens
@@ -166,6 +170,7 @@ class EnergyAccounting:
         shows whose the time was, it stays open; `ending`: nothing will show it later.
         """
         progress = self._progress
+        self._emptied = self._emptied or ending
         if progress is None or self._share(progress) or (progress.in_flight and not ending):
             return
         if not (progress.exact and self._stepping):
@@ -190,7 +195,7 @@ class EnergyAccounting:
         for flight in progress.in_flight.values():
             output = progress.output_tokens(flight)
             if output > 0:
-                flight.processed_prompt_tokens = flight.prompt_tokens
+                flight.processed_prompt_tokens = max(flight.processed_prompt_tokens, flight.prompt_tokens)
             decoded = max(0, output - flight.charged_output_tokens)
             prefilled = flight.processed_prompt_tokens - flight.charged_prompt_tokens
             if decoded or prefilled > 0:
@@ -253,10 +258,9 @@ class EnergyAccounting:
 
     def _idle(self, seconds: float) -> None:
         """Nothing ran for `seconds`; the counter's rise is idle energy."""
-        if seconds <= 0:
-            return
-        self.gpu.idled(seconds)
-        self._settled_s += seconds
+        if seconds > 0:
+            self.gpu.idled(seconds)
+            self._settled_s += seconds
         joules = self._rise(self.reading())
         self.total_j += joules
         self.idle_j += joules

@@ -1,13 +1,12 @@
-"""The flight recorder: every event that a controller was given, its time, and the commands that came of it.
+"""The flight recorder: every event that a controller handled, its time, and the commands that followed.
 
-Files are bounded, and each begins with a checkpoint of the controller, so that each replays on its own
-(docs/replay.md has the format). Recording never stands in the way of serving: what goes wrong is said once, then
-recording is tried again later. Knows nothing of HTTP, and never reads a controller except for its checkpoint.
+Files are bounded, and each begins with a checkpoint of the controller, so that each replays on its own (docs/replay.md
+has the format). Recording never holds up serving: a failure is logged once, and recording is tried again later. Knows
+nothing of HTTP, and reads the controller for its checkpoint only.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import time
@@ -21,7 +20,7 @@ from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.types import Command, Event, Observed, Stepped
 from throttllem.gateway.flight import wire
 from throttllem.gateway.flight.checkpoint import save, table_digest
-from throttllem.gateway.flight.recordings import SCHEMA, Recordings, build, made_with, readable, table_path, write_all
+from throttllem.gateway.flight.recordings import SCHEMA, Recordings, build, made_with, table_path, write_all
 from throttllem.profiling.storage import save_table
 
 _BUFFER_BYTES = 64 * 1024
@@ -42,8 +41,8 @@ class Recorder:
     """Records one controller. The constructor touches no file: `start` does, before the controller's first event.
 
     `files` files of about `file_bytes` each are kept in `folder` per model, those of earlier starts included. `say` is
-    told in words when recording stops, and when it goes on. No method raises. While the next file is being opened
-    beside the serving, what happens waits in memory.
+    called with a message when recording stops, and when it goes on. No method raises. While the next file is being
+    opened in the background, lines wait in memory.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Recorder:
         say: Callable[[str], None],
     ) -> None:
         self.path: Path | None = None
-        """The file that is being written; None while recording stands still."""
+        """The file that is being written; None while recording has stopped."""
         self._folder = folder
         self._controller = controller
         self._model = model
@@ -82,7 +81,7 @@ class Recorder:
         self._closed = False
 
     def start(self, aside: Executor | None = None) -> None:
-        """Open the first file with the controller as it is now. `aside` opens the others; None: they are waited for."""
+        """Open the first file, with the controller as it is now. `aside` opens later ones; None: `record` does."""
         self._guarded(self._rotate)
         self._aside = aside
 
@@ -130,7 +129,7 @@ class Recorder:
     # ---- lines -----------------------------------------------------------------------------------------------
 
     def _packed(self, now_s: float, event: Event) -> bool:
-        """Take a bare step or an observation that nothing came of into the run of such, if it is one."""
+        """Add a bare step or an observation without commands to the current run of them, if it is one."""
         match event:
             case Stepped(started=(), finished=(), preempted=()):
                 if event.engine != self._run_engine or event.iteration != self._run_first + self._run_steps:
@@ -147,7 +146,7 @@ class Recorder:
 
     def _begin_run(self, engine: int, first: int) -> None:
         if engine == self._run_engine and not self._run_steps:
-            self._run_first = first  # observations alone do not say which iteration comes next
+            self._run_first = first  # observations alone do not show which iteration comes next
             return
         self._end_run()
         self._run_engine, self._run_first = engine, first
@@ -164,7 +163,7 @@ class Recorder:
     # ---- files -----------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        """The buffer goes to the file, as whole lines."""
+        """Write the buffer to the file, as whole lines."""
         assert self._handle is not None
         self._end_run()
         if not os.fstat(self._handle).st_nlink:
@@ -175,20 +174,19 @@ class Recorder:
         write_all(self._handle, text)
 
     def _rotate(self) -> None:
-        """End the file that is open, begin the next with a checkpoint, remove what is too much."""
+        """Close the file that is open, begin the next with a checkpoint, remove the oldest above the limit."""
         if self._handle is not None:
             self._write()
         self._shut()
         self._folder.mkdir(parents=True, exist_ok=True)
-        fields, checkpoint = self._header()
+        fields = self._header()
         if self._aside is None:
-            self._begin(self._open(fields, checkpoint))
+            self._begin(self._open(fields))
         else:
-            self._opening = self._aside.submit(self._open, fields, checkpoint)
+            self._opening = self._aside.submit(self._open, fields)
 
-    def _open(self, fields: dict[str, object], checkpoint: bytes) -> _Opened:
-        """A new file with its header; the rest of what is slow, and nothing of it needs the controller."""
-        fields["checkpoint"] = base64.b64encode(checkpoint).decode()
+    def _open(self, fields: dict[str, object]) -> _Opened:
+        """A new file with its header: what is slow and does not need the controller."""
         header = (wire.dumps(fields) + "\n").encode()
         path = self._recordings.next_path()
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE)
@@ -207,7 +205,7 @@ class Recorder:
         self._left = max(self._file_bytes - opened.header_bytes, self._file_bytes // 2)
         if self._troubled:
             self._troubled = False
-            self._tell(f"flight recorder of {self._model}: records again, in {self.path}")
+            self._report(f"flight recorder of {self._model}: records again, in {self.path}")
 
     def _take_opened(self) -> None:
         if self._opening is not None and self._opening.done():
@@ -215,30 +213,28 @@ class Recorder:
             self._begin(opening.result())
 
     def _wait_for_it(self) -> None:
-        """The next file is being opened; memory is bounded all the same."""
+        """Keep what waits for the next file to be opened within bounds."""
         if self._buffered > self._file_bytes:
             raise TimeoutError("the next file could not be opened in time")
 
-    def _header(self) -> tuple[dict[str, object], bytes]:
-        """Everything that a replay needs: what people want to read, and the checkpoint."""
-        options = self._controller.options
-        tables = {str(tp): self._stored(table) for tp, table in options.tables.items()}
+    def _header(self) -> dict[str, object]:
+        """Everything that a replay needs; the controller last, which may be large."""
+        tables = {str(tp): self._stored(table) for tp, table in self._controller.options.tables.items()}
         checkpoint = save(self._controller, self._stored)
         others = {digest for _, digest in self._digests.values()} - set(tables.values())
-        header: dict[str, object] = {
+        return {
             "schema": SCHEMA,
             "build": build(),
             "made_with": made_with(),
             "model": self._model,
             "policy": self._policy,
             "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "options": readable(options),
             "tables": tables | {f"other {digest}": digest for digest in sorted(others)},
+            **checkpoint,
         }
-        return header, checkpoint
 
     def _stored(self, table: PerformanceTable) -> str:
-        """The digest of a table that is on the disk; made once, and the table held so that its id stays its own."""
+        """The digest of a table that is on the disk. Made once; the table is held, so that its id stays its own."""
         if id(table) not in self._digests:
             self._digests[id(table)] = (table, table_digest(table))
         digest = self._digests[id(table)][1]
@@ -257,17 +253,17 @@ class Recorder:
             self._stop(error)
 
     def _stop(self, error: Exception) -> None:
-        """Say it, unless it was said, and forget what could not be written."""
+        """Report it, unless it was reported, and drop what could not be written."""
         self._shut()
         self._lines, self._buffered, self._run = [], 0, []
         self._end_run()
         self._retry_at_s = None
         if not self._troubled:
             self._troubled = True
-            self._tell(f"flight recorder of {self._model}: stopped ({error}); it tries again every {_RETRY_S:.0f} s")
+            self._report(f"flight recorder of {self._model}: stopped ({error}); it tries again every {_RETRY_S:.0f} s")
 
     def _try_again(self, now_s: float) -> None:
-        """A while after it stopped, a new file may go."""
+        """Open a new file, a while after recording stopped."""
         if self._closed:
             return
         if self._retry_at_s is None:
@@ -276,9 +272,9 @@ class Recorder:
             return
         self._guarded(self._rotate)
 
-    def _tell(self, words: str) -> None:
+    def _report(self, message: str) -> None:
         with contextlib.suppress(Exception):
-            self._say(words)
+            self._say(message)
 
     def _shut(self) -> None:
         handle, self._handle, self.path = self._handle, None, None
@@ -291,7 +287,7 @@ class Recorder:
 
 
 def _let_go(opening: Future[_Opened]) -> None:
-    """Nobody waits for this file any more."""
+    """Close a file that is no longer wanted."""
     if not opening.cancelled() and opening.exception() is None:
         os.close(opening.result().handle)
 

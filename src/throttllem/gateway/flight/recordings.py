@@ -1,4 +1,4 @@
-"""The folder that flight records are kept in: names, what a header says of its build, what is removed when.
+"""The folder of flight records: names, the build that a header states, which files are removed when.
 
 Knows nothing of events.
 """
@@ -12,8 +12,6 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +24,7 @@ _SUFFIX = re.compile(r"-(\d{8}T\d{6}Z)-(\d{4,})\.jsonl")
 
 
 class Recordings:
-    """The records of one model in a folder: `files` of them are kept, whichever start they are of."""
+    """The records of one model in a folder: the last `files` of them remain, those of earlier starts included."""
 
     def __init__(self, folder: Path, model: str, files: int) -> None:
         self._folder = folder
@@ -60,7 +58,7 @@ class Recordings:
                 table_path(self._folder, digest).unlink(missing_ok=True)
 
     def _order(self, path: Path) -> tuple[str, int] | None:
-        """Start and number of a file of this model; None: it is another's."""
+        """Start and number of a file of this model; None: it is of another model."""
         match = _SUFFIX.fullmatch(path.name.removeprefix(self._name))
         return (match[1], int(match[2])) if match and path.name.startswith(self._name) else None
 
@@ -74,7 +72,7 @@ def safe_name(model: str) -> str:
 
 
 def table_path(folder: Path, digest: str) -> Path:
-    """Where a performance table is kept beside the records that name it."""
+    """The file of a performance table, beside the records that name it."""
     return folder / f"table-{digest}.npz"
 
 
@@ -88,8 +86,8 @@ def write_all(handle: int, text: bytes) -> None:
 def _tables_of(path: Path) -> set[str]:
     """Digests that the header of a record names; none where it cannot be read."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError), path.open("rb") as file:
-        # The checkpoint comes last and may be megabytes long.
-        front, mark, _ = (line := file.readline()).rpartition(b'"checkpoint":')
+        # What the controller knows comes last and may be megabytes long.
+        front, mark, _ = (line := file.readline()).partition(b'"options":')
         tables = json.loads(front.rstrip(b" ,") + b"}" if mark else line)["tables"]
         return {
             digest for digest in tables.values() if isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{16}", digest)
@@ -100,9 +98,9 @@ def _tables_of(path: Path) -> set[str]:
 @cache
 def build() -> str:
     """The version, and a digest of the core's source files: with the same core the same commands must come."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(throttllem.core.__path__[0]).glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest, core = hashlib.sha256(), Path(throttllem.core.__path__[0])
+    for path in sorted(core.rglob("*.py")):
+        digest.update(str(path.relative_to(core)).encode() + b"\0" + path.read_bytes())
     try:
         number = version("throttllem")
     except PackageNotFoundError:
@@ -113,14 +111,3 @@ def build() -> str:
 def made_with() -> dict[str, str]:
     """What else may move the last bit of a number: Python, numpy and the processor's kind."""
     return {"python": platform.python_version(), "numpy": version("numpy"), "machine": platform.machine()}
-
-
-def readable(value: object) -> object:
-    """Options as JSON, for people; tables are left out, they are named elsewhere."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: readable(getattr(value, item.name)) for item in fields(value) if item.name != "tables"}
-    if isinstance(value, Mapping):
-        return {str(key): readable(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [readable(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__

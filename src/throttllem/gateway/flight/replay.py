@@ -1,13 +1,11 @@
-"""A flight record fed to this build: the same commands, or where they part.
+"""Replay a flight record on this build: the same commands, or the first difference.
 
-The controller is put together from the record's checkpoint and given every event at its recorded time. Knows nothing
-of engines or HTTP: what they did is in the record.
+The controller continues from the record's checkpoint and handles every event at its recorded time. Knows nothing of
+engines or HTTP: what they did is in the record.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import time
 from collections import Counter
@@ -33,8 +31,8 @@ class ReplayError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """The first event that this build answers otherwise. `recorded`, `ours`: commands as JSON; None: `handle` raised,
-    ours with `error`.
+    """The first event at which this build gives other commands. `recorded`, `ours`: commands as JSON; None: `handle`
+    raised, ours with `error`.
     """
 
     line: int
@@ -50,7 +48,7 @@ class ReplayResult:
     """What a replay found. `events` and `commands`: how many of each kind were compared.
 
     `recorded_s` is the time that they span, `seconds` what the replay took. `cut_off`: the file ends within a line,
-    which was left out. `doubts`: what is not as it was when the record was made, in words.
+    which was left out. `doubts`: warnings about what has changed since the record was made.
     """
 
     file: Path
@@ -78,7 +76,7 @@ class Call:
 
 
 def replay(path: Path, *, progress: Callable[[float], None] = lambda share: None) -> ReplayResult:
-    """Replay one file up to the first difference. `progress` is told the share that is done.
+    """Replay one file up to the first difference. `progress` is called with the share that is done.
 
     Raises ReplayError for a file that is no flight record, or damaged elsewhere than at its end.
     """
@@ -123,7 +121,7 @@ def _compare(controller: Controller, entry: Call) -> Difference | None:
     error = None
     try:
         ours = [wire.to_json(command) for command in controller.handle(entry.event, entry.at_s)]
-    except Exception as raised:  # of this build's core: it is what is to be found out
+    except Exception as raised:  # a failure of this build's core is a result of the replay
         error = f"{type(raised).__name__}: {raised}"
     if ours is entry.commands is None or wire.dumps(ours) == wire.dumps(entry.commands):
         return None
@@ -152,8 +150,11 @@ def _header(path: Path, file: BinaryIO) -> dict[str, object]:
             f"{path}:1: recorded with schema {_short(header['schema'])}, this build replays schema {SCHEMA} only: "
             f"replay it with the build that recorded it ({_short(header.get('build'))})"
         )
-    for name in ("build", "model", "policy", "checkpoint"):
+    for name in ("build", "model", "policy"):
         if not isinstance(header.get(name), str):
+            raise ReplayError(f"{path}:1: the header has no {name}")
+    for name in ("options", "predictor", "state"):
+        if not isinstance(header.get(name), dict):
             raise ReplayError(f"{path}:1: the header has no {name}")
     if not line.endswith(b"\n"):
         raise ReplayError(f"{path}:1: was cut off in its header")
@@ -166,17 +167,17 @@ def _short(value: object) -> str:
 
 def _controller(path: Path, header: Mapping[str, object]) -> Controller:
     def table(digest: str) -> PerformanceTable:
-        kept = table_path(path.parent, digest)
-        found = load_table(kept)
+        file = table_path(path.parent, digest)
+        found = load_table(file)
         if table_digest(found) != digest:
-            raise TableFileError(f"{kept}: is not the table that {path.name} was recorded with (its digest differs)")
+            raise TableFileError(f"{file}: is not the table that {path.name} was recorded with (its digest differs)")
         return found
 
     try:
-        return load(base64.b64decode(str(header["checkpoint"]), validate=True), table)
-    except (CheckpointError, binascii.Error) as error:
-        said = "" if header["build"] == build() else f" (recorded by build {header['build']!r}, this is {build()!r})"
-        raise ReplayError(f"{path}:1: {error}{said}") from error
+        return load(header, table)
+    except CheckpointError as error:
+        builds = "" if header["build"] == build() else f" (recorded by build {header['build']!r}, this is {build()!r})"
+        raise ReplayError(f"{path}:1: {error}{builds}") from error
     except TableFileError as error:
         raise ReplayError(f"{error}; a flight record needs the tables that were written beside it") from error
 
@@ -199,7 +200,7 @@ def _doubts(header: Mapping[str, object]) -> tuple[str, ...]:
 
 
 class _Lines:
-    """The lines after the header. `cut_off` is known when they are through."""
+    """The lines after the header. `cut_off` is known once all are read."""
 
     def __init__(self, path: Path, file: BinaryIO, progress: Callable[[float], None]) -> None:
         self.cut_off = False
@@ -232,7 +233,7 @@ def _json(path: Path, number: int, line: bytes) -> object:
 
 
 def calls(number: int, line: object) -> Iterator[Call]:
-    """What one line, read from its JSON, tells of. Raises WireError."""
+    """The calls of `handle` that one line, read from its JSON, stands for. Raises WireError."""
     match line:
         case {"r": int(engine), "i": int(first), "q": list(items)}:
             yield from _run(number, engine, first, items)
@@ -251,7 +252,7 @@ def _commands(commands: object) -> Json | None:
 
 
 def _run(number: int, engine: int, first: int, items: list[object]) -> Iterator[Call]:
-    """Bare steps, a time each, and observations, of which no command came."""
+    """Bare steps, a time each, and observations, all without commands."""
     iteration = first
     for item in items:
         match item:

@@ -34,7 +34,7 @@ from throttllem.gateway.http.pages import MODELS, OPENAPI, MetricsPage, Pages
 from throttllem.gateway.http.protocol import CROWDED
 from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
 from throttllem.openai_api.errors import ApiError, as_api_error
-from throttllem.openai_api.requests import check_sequences, is_controlled, is_native, model_of, parse_request
+from throttllem.openai_api.requests import check_sequences, is_controlled, model_of, parse_request
 
 _log = logging.getLogger("throttllem.gateway")
 _SANE_ID = re.compile(r"[!-~]{1,128}")
@@ -215,7 +215,7 @@ class Gateway:
                     exchange,
                     reply,
                     session,
-                    native=is_native(path),
+                    native=parsed.native,
                     metrics=parsed.metrics,
                     held_bytes=self._limits.body_bytes,
                 )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from throttllem.core.types import Slo
+from throttllem.did_you_mean import did_you_mean
 from throttllem.openai_api.errors import invalid
 
 CLASS_HEADER = "x-slo-class"
-TARGETS = {"x-slo-ttft-ms": "ttft_s", "x-slo-tpot-ms": "tbt_s", "x-slo-e2e-ms": "e2e_s"}
-"""Headers of single targets, and the field of Slo that each sets."""
+TARGETS = {"x-slo-ttft-ms": "ttft_s", "x-slo-tbt-ms": "tbt_s", "x-slo-tpot-ms": "tbt_s", "x-slo-e2e-ms": "e2e_s"}
+"""Headers of single targets, and the field of Slo that each sets. TPOT is the field's other name for the mean TBT."""
 _HEADERS = (*TARGETS, CLASS_HEADER)
 METRICS_HEADER = "x-throttllem-metrics"
 
@@ -28,15 +28,10 @@ def read_slo(headers: Mapping[str, str], default: Slo, classes: Mapping[str, Slo
         raise invalid(f"{CLASS_HEADER}: {name!r} is not known here; known classes: {known}", CLASS_HEADER)
     slo = default if name is None else classes[name]
     if unknown := next((header for header in named if header not in TARGETS), None):
-        raise invalid(f"{unknown[:80]} is not a known SLO header; {_hint(unknown)}", unknown[:80])
+        raise invalid(f"{unknown[:80]} is not a known SLO header; {did_you_mean(unknown, _HEADERS)}", unknown[:80])
+    if {"x-slo-tbt-ms", "x-slo-tpot-ms"} <= named.keys():
+        raise invalid("x-slo-tbt-ms and x-slo-tpot-ms are the same target; send one of them", "x-slo-tpot-ms")
     return replace(slo, **{TARGETS[header]: _seconds(header, text) for header, text in named.items()})
-
-
-def _hint(unknown: str) -> str:
-    # "tbt" and "itl" are other names of the time per output token.
-    meant = unknown.replace("tbt", "tpot").replace("itl", "tpot")
-    near = difflib.get_close_matches(meant, _HEADERS, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(_HEADERS)}"
 
 
 def _seconds(header: str, text: str) -> float:

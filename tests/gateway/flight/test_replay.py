@@ -1,8 +1,6 @@
-"""A flight record replayed: the same commands from any file of it, or the first line that differs, or an error."""
+"""Replay of a flight record: the same commands from any of its files, or the first difference, or what is wrong."""
 
-import base64
 import json
-import pickle
 from dataclasses import replace
 
 import pytest
@@ -10,14 +8,14 @@ from core.toy import table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.flights import OPTIONS, SPECS, busy, deeds, fly, recorded_world
+from gateway.flight.flights import OPTIONS, SPECS, busy, deeds, fly, recorded_world
 from throttllem.core.types import Arrived, Request, Slo, Timer
 from throttllem.gateway.flight.recordings import build
 from throttllem.gateway.flight.replay import ReplayError, replay
 
 
 def flown(folder, rounds=150, **changes):
-    """The files of one recorded flight, in order, and the world that it was of."""
+    """One recorded world, and its files in order."""
     world, recorder = recorded_world(folder, **changes)
     busy(world, rounds)
     recorder.close()
@@ -81,7 +79,7 @@ def test_progress_rises_to_the_end(tmp_path):
 
 def test_a_call_that_raised_is_recorded_and_raises_again(tmp_path, monkeypatch):
     def broken(*_):
-        raise ZeroDivisionError("in the field")
+        raise ZeroDivisionError("a fault in the field")
 
     world, recorder = recorded_world(tmp_path)
     request = Request(id=1, arrival_s=0.0, prompt_tokens=5, max_tokens=4, slo=Slo())
@@ -97,7 +95,7 @@ def test_a_call_that_raised_is_recorded_and_raises_again(tmp_path, monkeypatch):
     assert (found.line, found.recorded, found.ours) == (2, None, [])
 
 
-# ---- different ----------------------------------------------------------------------------------------------------
+# ---- differences ----------------------------------------------------------------------------------------------------
 
 
 def test_a_command_that_was_changed_is_found(tmp_path):
@@ -139,7 +137,7 @@ def test_an_error_of_this_build_is_a_difference(tmp_path, monkeypatch):
     assert (found.line, found.ours, found.error) == (number, None, "ZeroDivisionError: of this build")
 
 
-def test_another_build_is_warned_of_and_replayed(tmp_path):
+def test_another_build_is_reported_and_replayed(tmp_path):
     _, (path,) = flown(tmp_path)
     edit(path, 1, lambda line: line.update(build="0.0.1+core.000000000000", made_with={"numpy": "1.0"}))
     result = replay(path)
@@ -192,14 +190,14 @@ def test_a_file_cut_off_anywhere_is_cut_off_or_no_record(tmp_path):
         (b'{"schema": 2, "build": "x", "model": "m"}\n', ":1: the header has no policy"),
     ],
 )
-def test_a_file_that_is_no_record_is_an_error(tmp_path, text, message):
+def test_what_is_no_record_is_refused(tmp_path, text, message):
     path = tmp_path / "some.jsonl"
     path.write_bytes(text)
     with pytest.raises(ReplayError, match=f"some.jsonl:?.*{message}"):
         replay(path)
 
 
-def test_a_missing_file_is_an_error(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(ReplayError, match=r"none.jsonl: cannot be read: No such file"):
         replay(tmp_path / "none.jsonl")
 
@@ -230,7 +228,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         replay(path)
 
 
-def test_a_table_that_is_missing_or_another_is_an_error(tmp_path):
+def test_a_table_that_is_missing_or_another_is_reported(tmp_path):
     _, (path,) = flown(tmp_path)
     tables = sorted(tmp_path.glob("table-*.npz"))
     tables[0].write_bytes(tables[1].read_bytes())
@@ -242,21 +240,16 @@ def test_a_table_that_is_missing_or_another_is_an_error(tmp_path):
         replay(path)
 
 
-class Owned:
-    """A checkpoint that would run code."""
-
-    def __reduce__(self):
-        return exec, ("raise SystemExit('owned')",)
-
-
-def test_a_checkpoint_that_would_run_code_is_an_error(tmp_path):
+def test_a_state_that_is_damaged_is_refused(tmp_path):
     _, (path,) = flown(tmp_path)
-    bad = base64.b64encode(pickle.dumps(Owned(), protocol=4)).decode()
-    edit(path, 1, lambda line: line.update(checkpoint=bad))
-    with pytest.raises(ReplayError, match=r":1: .*names builtins.exec, which is not allowed: refused"):
+    edit(path, 1, lambda line: line["state"].update(serving=77))
+    with pytest.raises(ReplayError, match=r":1: the checkpoint is damaged, or of another build: KeyError.77.$"):
         replay(path)
-    edit(path, 1, lambda line: line.update(checkpoint="%%%", build="other"))
-    with pytest.raises(ReplayError, match=r":1: .*recorded by build 'other'"):
+    edit(path, 1, lambda line: line.update(predictor={"k": "exec"}, build="other"))
+    with pytest.raises(ReplayError, match=r":1: .*'exec' is no predictor .*recorded by build 'other'"):
+        replay(path)
+    edit(path, 1, lambda line: line.update(state=[]))
+    with pytest.raises(ReplayError, match=":1: the header has no state"):
         replay(path)
 
 

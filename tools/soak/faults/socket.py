@@ -10,12 +10,12 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from throttllem.keeper.leases import SETS_AT_ONCE, SETS_PER_S
+from tools.soak.bed import SoakBed
+from tools.soak.connection import Talk, talk_to
 from tools.soak.evidence import Loss
-from tools.soak.house import House
-from tools.soak.kind import Kind, lasting
+from tools.soak.faults.kind import Kind, lasting
+from tools.soak.other_user import NOBODY
 from tools.soak.schedule import Fault
-from tools.soak.stranger_process import NOBODY
-from tools.soak.talk import Talk, talk_to
 
 _RUBBISH = (
     b"\n",
@@ -33,83 +33,83 @@ _RUBBISH = (
     b'{"op": "release"}\n',
 )
 _OVERSIZED_BYTES = (4_097, 20_000, 200_000)
-_STRANGER_S = 3.0
+_OTHER_USER_S = 3.0
 
 
-async def _socket_gone(house: House, fault: Fault) -> None:
-    house.socket.unlink(missing_ok=True)
+async def _socket_gone(bed: SoakBed, fault: Fault) -> None:
+    bed.socket.unlink(missing_ok=True)
 
 
-async def _rubbish(house: House, fault: Fault) -> None:
+async def _rubbish(bed: SoakBed, fault: Fault) -> None:
     for _ in range(fault.count):
-        async with talk_to(house.socket) as talk:
+        async with talk_to(bed.socket) as talk:
             if talk is not None:
-                some = house.draw.choice((*_RUBBISH, house.draw.randbytes(300) + b"\n"))
+                some = bed.draw.choice((*_RUBBISH, bed.draw.randbytes(300) + b"\n"))
                 await talk.say(some)
                 await asyncio.sleep(0.01)
 
 
-async def _oversized(house: House, fault: Fault) -> None:
-    async with talk_to(house.socket) as talk:
+async def _oversized(bed: SoakBed, fault: Fault) -> None:
+    async with talk_to(bed.socket) as talk:
         if talk is not None:
-            await talk.say(b'{"op": "' + b"x" * house.draw.choice(_OVERSIZED_BYTES) + b'"}\n')
+            await talk.say(b'{"op": "' + b"x" * bed.draw.choice(_OVERSIZED_BYTES) + b'"}\n')
             await asyncio.sleep(0.02)
 
 
-async def _half_line(house: House, fault: Fault) -> None:
-    async with talk_to(house.socket) as talk:
+async def _half_line(bed: SoakBed, fault: Fault) -> None:
+    async with talk_to(bed.socket) as talk:
         if talk is not None:
             await talk.say(b'{"op": "stat')
-            await lasting(house, fault)
+            await lasting(bed, fault)
 
 
-async def _many(house: House, fault: Fault) -> None:
+async def _many(bed: SoakBed, fault: Fault) -> None:
     """More connections than the keeper takes."""
     async with AsyncExitStack() as stack:
         for _ in range(fault.count):
-            await stack.enter_async_context(talk_to(house.socket))
-        await lasting(house, fault)
+            await stack.enter_async_context(talk_to(bed.socket))
+        await lasting(bed, fault)
 
 
-async def _stranger(house: House, fault: Fault) -> None:
+async def _other_user(bed: SoakBed, fault: Fault) -> None:
     """Another user's process."""
     if os.geteuid() != 0:
         return
     heard: list[dict[str, Any]] = []
-    stranger = house.start("stranger", on_word=heard.append, socket=str(house.socket), gpus=house.uuids(house.opted))
-    await asyncio.wait_for(stranger.dead.wait(), _STRANGER_S)
+    other = bed.start("other user", on_line=heard.append, socket=str(bed.socket), gpus=bed.uuids(bed.opted))
+    await asyncio.wait_for(other.dead.wait(), _OTHER_USER_S)
     for word in heard:
-        house.evidence.strangers += bool(word["came_in"])
+        bed.evidence.other_users += bool(word["came_in"])
         if word["answers"]:
-            house.evidence.troubles.append(f"user {NOBODY} was answered: {word['answers']}")
+            bed.evidence.troubles.append(f"user {NOBODY} was answered: {word['answers']}")
 
 
-async def _outside_range(house: House, fault: Fault) -> None:
+async def _outside_range(bed: SoakBed, fault: Fault) -> None:
     """By who has the lease."""
-    async with talk_to(house.socket) as talk:
-        if talk is not None and await _leased(house, talk, fault.gpu):
-            low, high = house.schedule.gpus[fault.gpu].allowed or (1, 1)
+    async with talk_to(bed.socket) as talk:
+        if talk is not None and await _leased(bed, talk, fault.gpu):
+            low, high = bed.schedule.gpus[fault.gpu].allowed or (1, 1)
             for mhz in (low - 15, high + 15, 0, -1, 10**9):
                 answer = await talk.ask(op="set", mhz=mhz)
                 if answer is not None and answer["ok"]:
-                    house.evidence.troubles.append(f"GPU {fault.gpu}: {mhz} MHz were set, allowed are {low} to {high}")
+                    bed.evidence.troubles.append(f"GPU {fault.gpu}: {mhz} MHz were set, allowed are {low} to {high}")
 
 
-async def _outside_list(house: House, fault: Fault) -> None:
-    not_ours = [index for index, gpu in enumerate(house.schedule.gpus) if gpu.allowed is None]
-    for gpus in ([*house.uuids(tuple(not_ours))], ["GPU-0"], [*house.uuids(house.opted[-1:] + tuple(not_ours[:1]))]):
-        async with talk_to(house.socket) as talk:
+async def _outside_list(bed: SoakBed, fault: Fault) -> None:
+    not_ours = [index for index, gpu in enumerate(bed.schedule.gpus) if gpu.allowed is None]
+    for gpus in ([*bed.uuids(tuple(not_ours))], ["GPU-0"], [*bed.uuids(bed.opted[-1:] + tuple(not_ours[:1]))]):
+        async with talk_to(bed.socket) as talk:
             if talk is not None:
                 answer = await talk.ask(op="lease", gpus=gpus, ttl_s=1.0)
                 if answer is not None and answer["ok"]:
-                    house.evidence.troubles.append(f"a lease on {gpus}, which are not opted in")
+                    bed.evidence.troubles.append(f"a lease on {gpus}, which are not opted in")
                 await talk.ask(op="set", mhz=1005)
 
 
-async def _beats(house: House, fault: Fault) -> None:
-    async with talk_to(house.socket) as talk:
+async def _beats(bed: SoakBed, fault: Fault) -> None:
+    async with talk_to(bed.socket) as talk:
         if talk is not None:
-            leased = await _leased(house, talk, fault.gpu)
+            leased = await _leased(bed, talk, fault.gpu)
             line = json.dumps({"op": "beat" if leased else "status"}).encode() + b"\n"
             await talk.say(line * fault.count)
             for _ in range(fault.count):
@@ -117,31 +117,31 @@ async def _beats(house: House, fault: Fault) -> None:
                     break
 
 
-async def _sets(house: House, fault: Fault) -> None:
+async def _sets(bed: SoakBed, fault: Fault) -> None:
     """Far more than may be set; then it is silent, or hangs up."""
-    async with talk_to(house.socket) as talk:
-        if talk is None or not await _leased(house, talk, fault.gpu):
+    async with talk_to(bed.socket) as talk:
+        if talk is None or not await _leased(bed, talk, fault.gpu):
             return
-        low, high = house.schedule.gpus[fault.gpu].allowed or (1, 1)
+        low, high = bed.schedule.gpus[fault.gpu].allowed or (1, 1)
         began_s = time.monotonic()
-        asks = [{"op": "set", "mhz": house.draw.randrange(low, high + 1)} for _ in range(fault.count)]
+        asks = [{"op": "set", "mhz": bed.draw.randrange(low, high + 1)} for _ in range(fault.count)]
         await talk.say(b"".join(json.dumps(ask).encode() + b"\n" for ask in asks))
         answers = [answer for _ in asks if (answer := await talk.hear()) is not None]
     now_s = time.monotonic()
     done, most = sum(bool(answer["ok"]) for answer in answers), SETS_AT_ONCE + SETS_PER_S * (now_s - began_s) + 1
     if done > most:
-        house.evidence.troubles.append(f"{done} sets in {now_s - began_s:.2f} s, {most:.0f} are allowed")
-    house.evidence.losses.append(Loss(at_s=now_s, from_s=now_s, why=fault.kind, gpus=(fault.gpu,)))
+        bed.evidence.troubles.append(f"{done} sets in {now_s - began_s:.2f} s, {most:.0f} are allowed")
+    bed.evidence.losses.append(Loss(at_s=now_s, from_s=now_s, why=fault.kind, gpus=(fault.gpu,)))
 
 
-async def _gateway_sets(house: House, fault: Fault) -> None:
-    low, high = house.schedule.gpus[house.held[0]].allowed or (1, 1)
-    house.gateway.say(do="flood", mhz=[house.draw.randrange(low, high + 1) for _ in range(fault.count)])
+async def _gateway_sets(bed: SoakBed, fault: Fault) -> None:
+    low, high = bed.schedule.gpus[bed.held[0]].allowed or (1, 1)
+    bed.gateway.say(do="flood", mhz=[bed.draw.randrange(low, high + 1) for _ in range(fault.count)])
 
 
-async def _leased(house: House, talk: Talk, gpu: int) -> bool:
+async def _leased(bed: SoakBed, talk: Talk, gpu: int) -> bool:
     """Of a GPU that is not the gateway's, if there is one."""
-    answer = await talk.ask(op="lease", gpus=house.uuids((gpu,)), ttl_s=house.schedule.ttl_s)
+    answer = await talk.ask(op="lease", gpus=bed.uuids((gpu,)), ttl_s=bed.schedule.ttl_s)
     return answer is not None and bool(answer["ok"])
 
 
@@ -151,7 +151,7 @@ KINDS = (
     Kind(name="socket: a line without end", inject=_oversized),
     Kind(name="socket: half a line", inject=_half_line, lasts_s=(0.1, 0.8)),
     Kind(name="socket: many connections", inject=_many, lasts_s=(0.1, 0.6), counts=(30, 60)),
-    Kind(name="socket: another user", inject=_stranger),
+    Kind(name="socket: another user", inject=_other_user),
     Kind(name="asks: clocks outside the range", inject=_outside_range, spare=True),
     Kind(name="asks: GPUs that are not opted in", inject=_outside_list),
     Kind(name="asks: a flood of heartbeats", inject=_beats, counts=(100, 400), spare=True),

@@ -7,102 +7,97 @@ import signal
 import time
 from functools import partial
 
+from tools.soak.bed import SoakBed
 from tools.soak.evidence import Loss
-from tools.soak.house import House
-from tools.soak.kind import Hurts, Kind, becomes, lasting
+from tools.soak.faults.kind import Hurts, Kind, becomes, lasting
 from tools.soak.schedule import Fault, Stop
 
 _SPARE_BYTES = 1 << 18
 _ALIVE_S = 0.5
 
 
-def _silent(house: House, since_s: float, lasts_s: float, why: str) -> None:
+def _silent(bed: SoakBed, since_s: float, lasts_s: float, why: str) -> None:
     """No heartbeat comes for so long: if that is too long, the lease is lost."""
-    if lasts_s > house.schedule.ttl_s and not house.witness.rivals:
-        at_s = since_s + house.schedule.ttl_s
-        house.evidence.losses.append(Loss(at_s=at_s, from_s=since_s, why=why, gpus=house.held))
+    if lasts_s > bed.schedule.ttl_s and not bed.observer.rivals:
+        at_s = since_s + bed.schedule.ttl_s
+        bed.evidence.losses.append(Loss(at_s=at_s, from_s=since_s, why=why, gpus=bed.held))
 
 
-async def _killed(house: House, fault: Fault, number: signal.Signals = signal.SIGKILL) -> None:
-    if await becomes(house, lambda: house.gateway.alive, _ALIVE_S):
-        house.gateway.send(number)
+async def _killed(bed: SoakBed, fault: Fault, number: signal.Signals = signal.SIGKILL) -> None:
+    if await becomes(bed, lambda: bed.gateway.alive, _ALIVE_S):
+        bed.gateway.send(number)
 
 
-async def _storm(house: House, fault: Fault) -> None:
+async def _storm(bed: SoakBed, fault: Fault) -> None:
     for _ in range(fault.count):
-        await _killed(house, fault)
-        await asyncio.sleep(house.draw.uniform(0.1, 0.3))
+        await _killed(bed, fault)
+        await asyncio.sleep(bed.draw.uniform(0.1, 0.3))
 
 
-async def _stopped(house: House, fault: Fault) -> None:
+async def _stopped(bed: SoakBed, fault: Fault) -> None:
     """`which`: shorter or longer than the lease lasts."""
-    gateway, ttl_s, began_s = house.gateway, house.schedule.ttl_s, time.monotonic()
+    gateway, ttl_s, began_s = bed.gateway, bed.schedule.ttl_s, time.monotonic()
     lasts_s = fault.for_s * ttl_s * (0.5 if fault.which == "short" else 1.5)
     gateway.send(signal.SIGSTOP)
     await asyncio.sleep(lasts_s)
-    if not (house.witness.ending and house.schedule.stop is Stop.FREEZE):
+    if not (bed.observer.ending and bed.schedule.stop is Stop.FREEZE):
         gateway.send(signal.SIGCONT)
     if gateway.alive:
-        _silent(house, began_s, time.monotonic() - began_s, fault.kind)
+        _silent(bed, began_s, time.monotonic() - began_s, fault.kind)
 
 
-async def _blocked(house: House, fault: Fault) -> None:
-    """Its loop stands still: no heartbeat, no token."""
-    house.gateway.say(do="block", for_s=fault.for_s)
+async def _blocked(bed: SoakBed, fault: Fault) -> None:
+    """Its event loop stands still: no heartbeat, no token."""
+    bed.gateway.say(do="block", for_s=fault.for_s)
     began_s = time.monotonic()
     await asyncio.sleep(fault.for_s)
-    if house.gateway.alive:
-        _silent(house, began_s + 0.1, fault.for_s - 0.1, fault.kind)
+    if bed.gateway.alive:
+        _silent(bed, began_s + 0.1, fault.for_s - 0.1, fault.kind)
 
 
-async def _out_of_memory(house: House, fault: Fault) -> None:
-    gateway = house.gateway
+async def _out_of_memory(bed: SoakBed, fault: Fault) -> None:
+    gateway = bed.gateway
     gateway.limit_memory(_SPARE_BYTES)
-    gateway.say(do="hoard")
-    await lasting(house, fault)
+    await lasting(bed, fault)
     if fault.which == "killed":
         gateway.send(signal.SIGKILL)
     gateway.limit_memory(None)
 
 
-async def inherited(house: House) -> None:
+async def inherited(bed: SoakBed) -> None:
     """A child of the gateway keeps its sockets open, and the gateway dies."""
-    gateway, heirs = house.gateway, len(house.witness.heirs)
+    gateway, heirs = bed.gateway, len(bed.observer.heirs)
     gateway.say(do="child")
-    await becomes(house, lambda: len(house.witness.heirs) > heirs, _ALIVE_S)
+    await becomes(bed, lambda: len(bed.observer.heirs) > heirs, _ALIVE_S)
     gateway.send(signal.SIGKILL)
 
 
-async def _inherited(house: House, fault: Fault) -> None:
-    await inherited(house)
+async def _inherited(bed: SoakBed, fault: Fault) -> None:
+    await inherited(bed)
 
 
-async def _rival(house: House, fault: Fault) -> None:
-    rival = house.start_gateway(rival=True)
-    await lasting(house, fault)
+async def _rival(bed: SoakBed, fault: Fault) -> None:
+    rival = bed.start_gateway(rival=True)
+    await lasting(bed, fault)
     rival.send(signal.SIGKILL if fault.which == "killed" else signal.SIGTERM)
     await rival.dead.wait()
 
 
-async def _engine_gone(house: House, fault: Fault) -> None:
+async def _engine_gone(bed: SoakBed, fault: Fault) -> None:
     """`which`: killed, or out of memory first."""
     if fault.which == "no memory":
-        house.engine.limit_memory(0)
+        bed.engine.limit_memory(0)
         await asyncio.sleep(0.02)
-    house.engine.send(signal.SIGKILL)
-    house.engine_there = False
-    house.gateway.say(do="engine dies")
-    await lasting(house, fault)
-    house.engine_there = True
-    house.gateway.say(do="engine is back")
-    house.start_engine()
+    bed.engine.send(signal.SIGKILL)
+    await bed.engine.dead.wait()
+    await lasting(bed, fault)
+    bed.start_engine()
 
 
-async def _engine_stopped(house: House, fault: Fault) -> None:
-    engine = house.engine
+async def _engine_stopped(bed: SoakBed, fault: Fault) -> None:
+    engine = bed.engine
     engine.send(signal.SIGSTOP)
-    house.gateway.say(do="engine stalls", for_s=fault.for_s)
-    await lasting(house, fault)
+    await lasting(bed, fault)
     engine.send(signal.SIGCONT)
 
 

@@ -1,9 +1,10 @@
-"""The flight recorder: what is written, how files follow each other, and that nothing stops serving."""
+"""The flight recorder: what is written, how files follow each other, and that a failure never stops serving."""
 
 import json
 import os
 import re
 import stat
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from core.world import World
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.flights import OPTIONS, SPECS, TABLES, busy, recorded_world, recorder_of
-from gateway.test_wire import commands, events
+from gateway.flight.flights import OPTIONS, SPECS, TABLES, busy, recorded_world, recorder_of
+from gateway.flight.test_wire import commands, events
 from throttllem.core.controller import Controller
 from throttllem.core.types import EngineReady, Observed, Reason, Reject, Stepped, Timer
 from throttllem.gateway.flight import wire
@@ -42,7 +43,7 @@ def recorded(path):
 
 
 @given(st.lists(st.one_of(made_up, st.just(None)), max_size=30))
-def test_every_record_is_read_again(tmp_path_factory, sequence):
+def test_whatever_is_recorded_can_be_read(tmp_path_factory, sequence):
     """Packed or not, in order; None: a flush between."""
     recorder = recorder_of(tmp_path_factory.mktemp("records"), Controller(OPTIONS))
     recorder.start()
@@ -51,8 +52,8 @@ def test_every_record_is_read_again(tmp_path_factory, sequence):
         recorder.flush() if item is None else recorder.record([item])
     recorder.close()
     assert recorder.messages == []
-    expected = [item for item in sequence if item is not None]
-    for call, (now_s, event, wanted) in zip(recorded(path), expected, strict=True):
+    given_in = [item for item in sequence if item is not None]
+    for call, (now_s, event, wanted) in zip(recorded(path), given_in, strict=True):
         assert (repr(call.at_s), call.event) == (repr(now_s), event)
         assert call.commands == (None if wanted is None else [wire.to_json(command) for command in wanted])
 
@@ -103,7 +104,7 @@ def test_nothing_is_written_before_a_flush_and_the_buffer_is_bounded(tmp_path):
     recorder.close()
 
 
-def test_the_header_describes_the_record(tmp_path):
+def test_the_header(tmp_path):
     _, recorder = recorded_world(tmp_path)
     header = json.loads(recorder.path.read_text())
     recorder.close()
@@ -252,7 +253,7 @@ def test_a_removed_folder_is_noticed_and_made_again(tmp_path):
     assert len(recorder.messages) == 2
 
 
-def test_a_folder_that_cannot_be_made_is_logged_once(tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported_once(tmp_path):
     (tmp_path / "file").write_text("")
     world, recorder = recorded_world(tmp_path / "file" / "records")
     assert len(recorder.messages) == 1
@@ -267,7 +268,7 @@ def test_a_folder_that_cannot_be_made_is_logged_once(tmp_path):
 def test_what_cannot_be_written_does_not_raise(tmp_path):
     def failing(message):
         messages.append(message)
-        raise RuntimeError("the log is closed")
+        raise RuntimeError("the log failed")
 
     messages = []
     recorder = recorder_of(tmp_path, Controller(OPTIONS), say=failing)
@@ -296,3 +297,92 @@ def test_a_world_that_is_recorded_does_the_same(tmp_path):
     busy(alone, 100)
     recorder.close()
     assert world.log == alone.log
+
+
+# ---- the next file is opened in the background ----------------------------------------------------------------
+
+
+class Later(Executor):
+    """Runs what was submitted when `work` is called."""
+
+    def __init__(self):
+        self.submitted = []
+
+    def submit(self, action, /, *given):
+        future = Future()
+        self.submitted.append((future, action, given))
+        return future
+
+    def work(self):
+        while self.submitted:
+            future, action, given = self.submitted.pop(0)
+            try:
+                future.set_result(action(*given))
+            except OSError as error:
+                future.set_exception(error)
+
+
+def beside(folder, **changes):
+    world, recorder = recorded_world(folder, **changes)
+    later = Later()
+    recorder.start(later)
+    return world, recorder, later
+
+
+def test_while_the_next_file_is_opened_lines_wait_in_memory_and_none_is_lost(tmp_path):
+    world, recorder, later = beside(tmp_path, file_bytes=20_000, files=1000)
+    while not later.submitted:
+        busy(world, 20)
+    recorder.flush()
+    assert (recorder.path, recorder.messages) == (None, [])
+    busy(world, 20)
+    first = files(tmp_path)
+    later.work()
+    busy(world, 20)
+    recorder.flush()
+    assert recorder.path is not None
+    recorder.close()
+    assert recorder.messages == []
+    # The recorder was started twice: the first file is empty.
+    assert len(files(tmp_path)) == len(first) + 1
+    assert sum(sum(replay(path).events.values()) for path in files(tmp_path)) == len(world.log)
+    assert all(replay(path).first_difference is None for path in files(tmp_path))
+
+
+def test_a_next_file_that_does_not_come_is_reported_and_memory_stays_bounded(tmp_path):
+    world, recorder, later = beside(tmp_path, file_bytes=20_000)
+    while not recorder.messages:
+        busy(world, 20)
+    assert "could not be opened in time" in recorder.messages[0]
+    assert not recorder._lines
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else None
+    later.work()  # it comes after all, but is not wanted any more
+    recorder.flush()
+    assert recorder.path is None
+    assert before is None or len(list(Path("/proc/self/fd").iterdir())) == before
+    recorder.close()
+
+
+def test_a_next_file_that_cannot_be_opened_is_reported(tmp_path):
+    folder = tmp_path / "records"
+    world, recorder, later = beside(folder, file_bytes=20_000)
+    while not later.submitted:
+        busy(world, 20)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    later.work()
+    busy(world, 5)
+    assert len(recorder.messages) == 1
+    recorder.close()
+
+
+def test_a_real_executor(tmp_path):
+    world, recorder = recorded_world(tmp_path, file_bytes=20_000, files=1000)
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        recorder._aside = executor
+        busy(world, 1000)
+        recorder.close()
+    assert recorder.messages == []
+    assert len(files(tmp_path)) > 2
+    assert sum(sum(replay(path).events.values()) for path in files(tmp_path)) == len(world.log)

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from tools.nvml.machine import FakeGpu
+from tools.soak.bed import SoakBed
 from tools.soak.evidence import Other
-from tools.soak.house import House
-from tools.soak.kind import Kind, lasting, obstacle
+from tools.soak.faults.kind import Kind, lasting, obstacle
 from tools.soak.schedule import Fault
 
 _SET, _RESET = "nvmlDeviceSetGpuLockedClocks", "nvmlDeviceResetGpuLockedClocks"
@@ -21,69 +21,69 @@ _HANGS_S, _SLOW_S = 1.5, 0.2
 On = Callable[[FakeGpu, bool], None]
 
 
-def _while(on: On, *, hinders: bool = False) -> Callable[[House, Fault], Awaitable[None]]:
+def _while(on: On, *, hinders: bool = False) -> Callable[[SoakBed, Fault], Awaitable[None]]:
     """One GPU is so for some time."""
 
-    async def inject(house: House, fault: Fault) -> None:
-        gpu = house.machine.gpus[fault.gpu]
+    async def inject(bed: SoakBed, fault: Fault) -> None:
+        gpu = bed.machine.gpus[fault.gpu]
         if hinders:
-            with obstacle(house, fault.kind):
-                await held(house, fault, gpu)
+            with obstacle(bed, fault.kind):
+                await held(bed, fault, gpu)
         else:
-            await held(house, fault, gpu)
+            await held(bed, fault, gpu)
 
-    async def held(house: House, fault: Fault, gpu: FakeGpu) -> None:
+    async def held(bed: SoakBed, fault: Fault, gpu: FakeGpu) -> None:
         on(gpu, True)
-        await lasting(house, fault)
+        await lasting(bed, fault)
         on(gpu, False)
 
     return inject
 
 
-def _unlocked(house: House) -> None:
+def _unlocked(bed: SoakBed) -> None:
     """A driver that is loaded anew has forgotten every lock."""
     now_s = time.monotonic()
-    house.evidence.others += [Other(at_s=now_s, gpu=gpu.index, lock=None) for gpu in house.machine.gpus]
+    bed.evidence.others += [Other(at_s=now_s, gpu=gpu.index, lock=None) for gpu in bed.machine.gpus]
 
 
-async def _driver(house: House, fault: Fault) -> None:
-    with obstacle(house, fault.kind):
-        house.machine.driver(False)
-        _unlocked(house)
-        await lasting(house, fault)
-        house.machine.driver(True)
-        _unlocked(house)
+async def _driver(bed: SoakBed, fault: Fault) -> None:
+    with obstacle(bed, fault.kind):
+        bed.machine.driver(False)
+        _unlocked(bed)
+        await lasting(bed, fault)
+        bed.machine.driver(True)
+        _unlocked(bed)
 
 
-async def _other(house: House, fault: Fault) -> None:
+async def _other(bed: SoakBed, fault: Fault) -> None:
     """Somebody else's tool locks it, in the midst of a lease or not."""
     lock = 300 + 15 * fault.count, 300 + 15 * fault.count
-    house.machine.gpus[fault.gpu].lock_by_other(*lock)
-    house.evidence.others.append(Other(at_s=time.monotonic(), gpu=fault.gpu, lock=lock))
+    bed.machine.gpus[fault.gpu].lock_by_other(*lock)
+    bed.evidence.others.append(Other(at_s=time.monotonic(), gpu=fault.gpu, lock=lock))
 
 
-async def _counter(house: House, fault: Fault) -> None:
-    house.machine.gpus[fault.gpu].reset_energy_counter()
+async def _counter(bed: SoakBed, fault: Fault) -> None:
+    bed.machine.gpus[fault.gpu].reset_energy_counter()
 
 
-async def _slow(house: House, fault: Fault, calls: tuple[str, ...], sleep_s: float) -> None:
+async def _slow(bed: SoakBed, fault: Fault, calls: tuple[str, ...], sleep_s: float) -> None:
     """A call that has begun goes on sleeping when the fault is lifted."""
-    with obstacle(house, fault.kind, after_s=sleep_s):
-        await _faulty(house, fault, calls, sleep_s=sleep_s)
+    with obstacle(bed, fault.kind, after_s=sleep_s):
+        await _faulty(bed, fault, calls, sleep_s=sleep_s)
 
 
-async def _fails(house: House, fault: Fault, calls: tuple[str, ...], times: int | None = None) -> None:
+async def _fails(bed: SoakBed, fault: Fault, calls: tuple[str, ...], times: int | None = None) -> None:
     """`which`: on one GPU only, or on any."""
     gpu = fault.gpu if fault.which == "one" else None
-    with obstacle(house, fault.kind):
-        await _faulty(house, fault, calls, error=_UNKNOWN, times=times, nth=fault.count, gpu=gpu)
+    with obstacle(bed, fault.kind):
+        await _faulty(bed, fault, calls, error=_UNKNOWN, times=times, nth=fault.count, gpu=gpu)
 
 
-async def _faulty(house: House, fault: Fault, calls: tuple[str, ...], **how: Any) -> None:
-    faults = [house.nvml_fault(call, **how) for call in calls]
-    await lasting(house, fault)
+async def _faulty(bed: SoakBed, fault: Fault, calls: tuple[str, ...], **how: Any) -> None:
+    faults = [bed.nvml_fault(call, **how) for call in calls]
+    await lasting(bed, fault)
     for one in faults:
-        house.nvml_again(one)
+        bed.nvml_again(one)
 
 
 KINDS = (

@@ -103,6 +103,6 @@ REQUEST = {"id": 1, "arrival_s": 0.5, "prompt_tokens": 3, "max_tokens": 4, "slo"
         ({"k": "Arrived", "request": REQUEST | {"caller": 4}}, "Arrived.request.caller: 4 is not a text"),
     ],
 )
-def test_an_unknown_event_is_named(data, message):
+def test_what_is_no_event_is_named(data, message):
     with pytest.raises(wire.WireError, match=message):
         wire.event_from(data)

@@ -6,8 +6,8 @@ import asyncio
 import signal
 from functools import partial
 
-from tools.soak.house import House
-from tools.soak.kind import Kind, becomes, lasting, obstacle
+from tools.soak.bed import SoakBed
+from tools.soak.faults.kind import Kind, becomes, lasting, obstacle
 from tools.soak.schedule import Fault
 
 _DAY_S = 86_400.0
@@ -16,76 +16,76 @@ _ALIVE_S = 0.5
 _SET, _RESET = "nvmlDeviceSetGpuLockedClocks", "nvmlDeviceResetGpuLockedClocks"
 
 
-async def _killed(house: House, fault: Fault, number: signal.Signals = signal.SIGKILL) -> None:
-    if await becomes(house, lambda: house.keeper.alive, _ALIVE_S):
-        house.keeper.send(number)
+async def _killed(bed: SoakBed, fault: Fault, number: signal.Signals = signal.SIGKILL) -> None:
+    if await becomes(bed, lambda: bed.keeper.alive, _ALIVE_S):
+        bed.keeper.send(number)
 
 
-async def _storm(house: House, fault: Fault) -> None:
+async def _storm(bed: SoakBed, fault: Fault) -> None:
     for _ in range(fault.count):
-        await _killed(house, fault)
-        await asyncio.sleep(house.draw.uniform(0.02, 0.2))
+        await _killed(bed, fault)
+        await asyncio.sleep(bed.draw.uniform(0.02, 0.2))
 
 
-async def _stopped(house: House, fault: Fault) -> None:
-    keeper = house.keeper
-    with obstacle(house, fault.kind):
+async def _stopped(bed: SoakBed, fault: Fault) -> None:
+    keeper = bed.keeper
+    with obstacle(bed, fault.kind):
         keeper.send(signal.SIGSTOP)
-        await lasting(house, fault)
+        await lasting(bed, fault)
         keeper.send(signal.SIGCONT)
 
 
-async def _stopped_in_write(house: House, fault: Fault) -> None:
+async def _stopped_in_write(bed: SoakBed, fault: Fault) -> None:
     """In the midst of the next change that it makes to a GPU."""
-    keeper = house.keeper
-    with obstacle(house, fault.kind):
-        house.machine.stop_inside(keeper.pid)
-        await lasting(house, fault)
+    keeper = bed.keeper
+    with obstacle(bed, fault.kind):
+        bed.machine.stop_inside(keeper.pid)
+        await lasting(bed, fault)
         if fault.which == "killed":
             keeper.send(signal.SIGKILL)
-        house.machine.stop_inside(0)
+        bed.machine.stop_inside(0)
         keeper.send(signal.SIGCONT)
 
 
-async def _out_of_memory(house: House, fault: Fault) -> None:
-    keeper = house.keeper
-    with obstacle(house, fault.kind):
+async def _out_of_memory(bed: SoakBed, fault: Fault) -> None:
+    keeper = bed.keeper
+    with obstacle(bed, fault.kind):
         keeper.limit_memory(_SPARE_BYTES)
-        house.board.hoard = 1
-        await lasting(house, fault)
-        house.board.hoard = 0
+        bed.board.hoard = 1
+        await lasting(bed, fault)
+        bed.board.hoard = 0
         if fault.which == "killed":
             keeper.send(signal.SIGKILL)
         keeper.limit_memory(None)
 
 
-async def _hung(house: House, fault: Fault) -> None:
+async def _hung(bed: SoakBed, fault: Fault) -> None:
     """Its event loop stands still; the threads of its calls go on."""
-    house.board.block_s = fault.for_s
-    with obstacle(house, fault.kind, after_s=fault.for_s):
-        await becomes(house, lambda: house.board.block_s == 0, 1.0)
-        house.board.block_s = 0
+    bed.board.block_s = fault.for_s
+    with obstacle(bed, fault.kind, after_s=fault.for_s):
+        await becomes(bed, lambda: bed.board.block_s == 0, 1.0)
+        bed.board.block_s = 0
 
 
-async def _clock(house: House, fault: Fault) -> None:
+async def _clock(bed: SoakBed, fault: Fault) -> None:
     """The host's clock jumps."""
-    house.board.shift_s = _DAY_S if fault.which == "ahead" else -_DAY_S
-    await lasting(house, fault)
-    house.board.shift_s = 0.0
+    bed.board.shift_s = _DAY_S if fault.which == "ahead" else -_DAY_S
+    await lasting(bed, fault)
+    bed.board.shift_s = 0.0
 
 
-async def _dies_at(house: House, fault: Fault, point: str) -> None:
+async def _dies_at(bed: SoakBed, fault: Fault, point: str) -> None:
     """Whichever keeper passes there for the `count`th time from now on dies."""
-    trap = house.board.arm(point.format(which=fault.which, copy=fault.copy), fault.count)
-    house.waiting.append((fault.kind, lambda: house.board.traps[trap] != 0))
+    trap = bed.board.arm(point.format(which=fault.which, copy=fault.copy), fault.count)
+    bed.waiting.append((fault.kind, lambda: bed.board.traps[trap] != 0))
     if point.startswith("recover"):
-        await _killed(house, fault)
+        await _killed(bed, fault)
 
 
-async def _dies_in_call(house: House, fault: Fault, call: str = _SET) -> None:
+async def _dies_in_call(bed: SoakBed, fault: Fault, call: str = _SET) -> None:
     """In the midst of NVML, before or after the effect."""
-    number = house.nvml_fault(call, kill=fault.which, nth=fault.count, times=1)
-    house.waiting.append((fault.kind, lambda: house.nvml_calls(number) < fault.count))
+    number = bed.nvml_fault(call, kill=fault.which, nth=fault.count, times=1)
+    bed.waiting.append((fault.kind, lambda: bed.nvml_calls(number) < fault.count))
 
 
 _AROUND = ("before", "after")

@@ -1,4 +1,4 @@
-"""What a kind of fault is, and what those that last have in common. The kinds themselves are in `faults_*`."""
+"""What a kind of fault is, and what those that last have in common."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 
+from tools.soak.bed import SoakBed
 from tools.soak.evidence import Obstacle
-from tools.soak.house import House
 from tools.soak.schedule import Fault
 
-Inject = Callable[[House, Fault], Awaitable[None]]
+Inject = Callable[[SoakBed, Fault], Awaitable[None]]
 
 
 class Hurts(Enum):
@@ -53,27 +53,27 @@ class Kind:
     ends_gateway: bool = False
 
 
-async def lasting(house: House, fault: Fault) -> None:
+async def lasting(bed: SoakBed, fault: Fault) -> None:
     """Until its time is over, or everything is lifted."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(house.lifting.wait(), fault.for_s)
+        await asyncio.wait_for(bed.lifting.wait(), fault.for_s)
 
 
 @contextmanager
-def obstacle(house: House, what: str, after_s: float = 0.0) -> Iterator[None]:
+def obstacle(bed: SoakBed, what: str, after_s: float = 0.0) -> Iterator[None]:
     """Nobody can restore a GPU in here, nor for `after_s` after it."""
     began_s = time.monotonic()
     try:
         yield
     finally:
-        house.evidence.obstacles.append(Obstacle(began_s=began_s, ended_s=time.monotonic() + after_s, what=what))
+        bed.evidence.obstacles.append(Obstacle(began_s=began_s, ended_s=time.monotonic() + after_s, what=what))
 
 
-async def becomes(house: House, what: Callable[[], bool], within_s: float) -> bool:
+async def becomes(bed: SoakBed, what: Callable[[], bool], within_s: float) -> bool:
     """Wait for it, so long at most, and not once everything is lifted."""
     until_s = time.monotonic() + within_s
     while not what():
-        if time.monotonic() > until_s or house.lifting.is_set():
+        if time.monotonic() > until_s or bed.lifting.is_set():
             return False
         await asyncio.sleep(0.005)
     return True

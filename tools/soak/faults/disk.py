@@ -10,8 +10,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from tools.soak.house import House
-from tools.soak.kind import Journal, Kind, lasting
+from tools.soak.bed import SoakBed
+from tools.soak.faults.kind import Journal, Kind, lasting
 from tools.soak.schedule import Fault
 
 _ERRORS = {"full": errno.ENOSPC, "full halfway": errno.ENOSPC, "broken": errno.EIO}
@@ -20,48 +20,48 @@ _READ_S = 1.0
 """A keeper that began so short ago may not have read its journal yet."""
 
 
-def _copies(house: House, fault: Fault, both: bool) -> tuple[Path, ...]:
-    return house.copies if both else (house.copies[fault.copy],)
+def _copies(bed: SoakBed, fault: Fault, both: bool) -> tuple[Path, ...]:
+    return bed.copies if both else (bed.copies[fault.copy],)
 
 
-async def _no_space(house: House, fault: Fault, both: bool = False) -> None:
-    board, bits = house.board, 3 if both else 1 << fault.copy
+async def _no_space(bed: SoakBed, fault: Fault, both: bool = False) -> None:
+    board, bits = bed.board, 3 if both else 1 << fault.copy
     board.error, board.short = _ERRORS[fault.which], fault.which == "full halfway"
     board.failing |= bits
-    await lasting(house, fault)
+    await lasting(bed, fault)
     board.failing &= ~bits
 
 
-async def _filled(house: House, fault: Fault) -> None:
+async def _filled(bed: SoakBed, fault: Fault) -> None:
     """The file system of the sockets, really; where there is none that is small enough, as if."""
-    if not house.place.small:
-        await _no_space(house, fault)
+    if not bed.sandbox.small:
+        await _no_space(bed, fault)
         return
-    filler = house.place.run / "filler"
+    filler = bed.sandbox.run / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
-    await lasting(house, fault)
+    await lasting(bed, fault)
     filler.unlink()
 
 
-async def _slow(house: House, fault: Fault) -> None:
-    house.board.slow_s = _SLOW_S
-    await lasting(house, fault)
-    house.board.slow_s = 0.0
+async def _slow(bed: SoakBed, fault: Fault) -> None:
+    bed.board.slow_s = _SLOW_S
+    await lasting(bed, fault)
+    bed.board.slow_s = 0.0
 
 
-async def _torn(house: House, fault: Fault, both: bool = False) -> None:
+async def _torn(bed: SoakBed, fault: Fault, both: bool = False) -> None:
     """While no keeper runs; the next one must say so."""
-    with house.without_keeper():
-        house.keeper.send(signal.SIGKILL)
-        await house.keeper.dead.wait()
-        copies = _copies(house, fault, both)
+    with bed.without_keeper():
+        bed.keeper.send(signal.SIGKILL)
+        await bed.keeper.dead.wait()
+        copies = _copies(bed, fault, both)
         for path in copies:
-            _tear(path, fault.which, house.draw.randbytes(64))
+            _tear(path, fault.which, bed.draw.randbytes(64))
         if both:
-            house.witness.journal_gone = house.evidence.forgot = True
-        house.evidence.must_say += [f"{path} is not used" for path in copies]
+            bed.observer.journal_gone = bed.evidence.forgot = True
+        bed.evidence.must_say += [f"{path} is not used" for path in copies]
 
 
 def _tear(path: Path, how: str, noise: bytes) -> None:
@@ -85,23 +85,23 @@ def _write(path: Path, how: str, noise: bytes) -> None:
             path.write_bytes(noise)
 
 
-async def _deleted(house: House, fault: Fault, both: bool = False) -> None:
-    for path in _copies(house, fault, both):
+async def _deleted(bed: SoakBed, fault: Fault, both: bool = False) -> None:
+    for path in _copies(bed, fault, both):
         path.unlink(missing_ok=True)
     if both:
-        begins = not house.keeper.alive or time.monotonic() - house.keeper.began_s < _READ_S
-        house.witness.journal_gone, house.evidence.forgot = True, house.evidence.forgot or begins
+        begins = not bed.keeper.alive or time.monotonic() - bed.keeper.began_s < _READ_S
+        bed.observer.journal_gone, bed.evidence.forgot = True, bed.evidence.forgot or begins
 
 
-async def _unwritable(house: House, fault: Fault, both: bool = False) -> None:
+async def _unwritable(bed: SoakBed, fault: Fault, both: bool = False) -> None:
     """A folder stands where the new copy is to be written."""
-    parts = [path.with_suffix(".part") for path in _copies(house, fault, both)]
+    parts = [path.with_suffix(".part") for path in _copies(bed, fault, both)]
     for part in parts:
         while not part.is_dir():
             part.unlink(missing_ok=True)
             with suppress(FileExistsError):
                 part.mkdir()
-    await lasting(house, fault)
+    await lasting(bed, fault)
     for part in parts:
         shutil.rmtree(part, ignore_errors=True)
 
