@@ -4,7 +4,7 @@ import json
 
 import pytest
 import typer
-from gateway.test_replay import edit, first_line, flown, is_dispatch
+from gateway.flight.test_replay import edit, first_line, flown, is_dispatch
 from typer.testing import CliRunner
 
 from throttllem.cli.commands.replay import replay

@@ -418,6 +418,9 @@ class Controller:
             try:
                 command = self._clocks.plan(state, now_s, waiting=waiting)
             except Exception as error:
+                if commands:  # not lost for it: the next `Timer` plans this engine again
+                    self._unplanned[state.engine] = state
+                    return
                 raise PlanningError(state.engine) from error
             if command:
                 commands.append(command)

@@ -154,6 +154,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._status, self._headers, self._head_bytes = None, [], 0
         self._whole = self.reusable = False
+        self._held = 0
         if len(body) > _JOINED_BYTES:
             self._transport.writelines([head, body])
         else:

@@ -18,7 +18,7 @@ from throttllem.gateway.http.app import Gateway
 from throttllem.gateway.http.protocol import BoundedProtocol
 from throttllem.gateway.http.server import bind
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_port_0_is_a_free_port():

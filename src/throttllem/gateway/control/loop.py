@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import NamedTuple, Protocol
 
 from throttllem.config import LimitOptions
-from throttllem.core.controller import Controller
+from throttllem.core.controller import Controller, PlanningError
 from throttllem.core.types import (
     Arrived,
     Cancel,
@@ -260,20 +260,21 @@ class ControlLoop:
             while events:
                 event, now_s = events.popleft()
                 began_s = perf_counter()
+                due_s = self.controller.next_deadline() if isinstance(event, Timer) else None
                 try:
                     commands = self.controller.handle(event, now_s)
-                except Exception:
+                except Exception as error:
                     log.exception("the control core failed at %s", type(event).__name__)
                     self._calls.append(Handled(now_s, event, None, perf_counter() - began_s))
-                    self._could_not(event)
+                    self._could_not(event, error)
                     continue
                 self._calls.append(Handled(now_s, event, commands, perf_counter() - began_s))
                 for command in commands:
                     try:
-                        self._carry_out(command, now_s)
-                    except Exception:
+                        self._carry_out(command, now_s if due_s is None else due_s)
+                    except Exception as error:
                         log.exception("%s could not be carried out", type(command).__name__)
-                        self._could_not(command)
+                        self._could_not(command, error)
         finally:
             self._handling = False
         if len(self._calls) > _HELD_RECORDS:
@@ -286,7 +287,7 @@ class ControlLoop:
         if calls:
             self._observer.handled(calls)
 
-    def _carry_out(self, command: Command, now_s: float) -> None:
+    def _carry_out(self, command: Command, since_s: float) -> None:
         match command:
             case Dispatch(engine=key, request_id=request_id):
                 session, backend = self._sessions[request_id], self._by_key(key)
@@ -301,7 +302,7 @@ class ControlLoop:
                 session.dispatched(backend, self.now())
             case SetClock(engine=key, plan=plan):
                 if backend := self._by_key(key):
-                    backend.clock.set(plan, now_s)
+                    backend.clock.set(plan, since_s)
             case Reject(request_id=request_id, why=why) | Fail(request_id=request_id, why=why):
                 self._reject(request_id, why)
             case StartEngine(engine=key, tp=tp):
@@ -348,13 +349,13 @@ class ControlLoop:
 
     # ---- faults ----------------------------------------------------------------------------------------------
 
-    def _could_not(self, what: Event | Command) -> None:
+    def _could_not(self, what: Event | Command, error: Exception) -> None:
         """End the requests that an event or a command was about that could not be handled; the others go on. A failure
         at an engine's event leaves the core's state of that engine in doubt: it counts as lost and is connected again.
         """
         now_s = self.now()
         self._not_before_s = now_s + _AFTER_FAULT_S
-        suspects = self._suspects(what)
+        suspects = self._suspects(what, error)
         if suspects is not None:
             self.doubtful, self._failed_s = True, now_s
         for backend in suspects or ():
@@ -366,7 +367,7 @@ class ControlLoop:
             for request_id in what.finished:  # these have their output, but their places must be freed
                 self.handle(Cancelled(request_id=request_id))
 
-    def _suspects(self, what: Event | Command) -> tuple[Backend, ...] | None:
+    def _suspects(self, what: Event | Command, error: Exception) -> tuple[Backend, ...] | None:
         """Backends whose state in the core is in doubt; None: a failure at `what` puts no state in doubt."""
         match what:
             case Arrived() | Dispatch():
@@ -374,6 +375,8 @@ class ControlLoop:
                 return self.backends if self._faulty_requests >= _FAULTY_REQUESTS else ()
             case Stepped() | Progressed() | Observed() | ClockRead() | EngineReady():
                 return tuple(backend for backend in self.backends if backend.key == what.engine)
+            case Timer() if isinstance(error, PlanningError):
+                return tuple(backend for backend in self.backends if backend.key == error.engine)
             case EngineLost():
                 self._later(_AFTER_FAULT_S, lambda: self.handle(what))
                 self._later(0.0, self._ensure_engine)
