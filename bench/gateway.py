@@ -1,4 +1,4 @@
-"""What the gateway adds to the first token, and tokens per core, in a minute: `make bench`. On one core it says little.
+"""What the gateway adds to the first token, and tokens per core, in a minute: `make bench`. One core shows little.
 
 `python -m tools.evaluation --only cost` is the long form, with LiteLLM's proxy and a real engine.
 """

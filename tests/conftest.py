@@ -1,9 +1,10 @@
-"""Hypothesis profiles: a quick one by default, `HYPOTHESIS_PROFILE=thorough` for a long look."""
+"""Fixtures of the fake NVML; Hypothesis profiles: a quick one, and `HYPOTHESIS_PROFILE=thorough` for a long look."""
 
 import os
 
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["tools.nvml.plugin"]
 settings.register_profile(
     "quick", max_examples=40, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )

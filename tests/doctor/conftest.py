@@ -3,11 +3,11 @@
 import pytest
 
 from tests.doctor.scenes import Ward
-from tests.keeper.rig import folder, keeper, keepers, library, machine, nursery
+from tests.keeper.rig import folder, keeper, keepers, library, machine, processes
 
-__all__ = ["folder", "keeper", "keepers", "library", "machine", "nursery"]
+__all__ = ["folder", "keeper", "keepers", "library", "machine", "processes"]
 
 
 @pytest.fixture
-def ward(nursery, folder):
-    return Ward(nursery, folder)
+def ward(processes, folder):
+    return Ward(processes, folder)

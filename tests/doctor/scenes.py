@@ -9,7 +9,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.keeper.nursery import Nursery
+from tests.keeper.processes import keeper_processes
 from tools.nvml import build
 from tools.nvml.machine import Machine, a100
 
@@ -24,8 +24,8 @@ NAMES = {
 class Ward:
     """A folder with the paths of a keeper, and the doctor that examines them."""
 
-    def __init__(self, nursery, folder):
-        self._nursery, self.folder = nursery, folder
+    def __init__(self, processes, folder):
+        self._processes, self.folder = processes, folder
         self.socket, self.state = folder / "run/keeper.sock", folder / "state"
 
     def doctor(self, *options, machine=None, uid=None):
@@ -33,23 +33,23 @@ class Ward:
         places = ["--socket", str(self.socket), "--state", str(self.state)]
         log = self.folder / "doctor.log"
         log.unlink(missing_ok=True)
-        pid = self._nursery.start(
+        pid = self._processes.start(
             "examine",
             log,
             machine.environment() if machine else {},
             arguments=[*options, *places],
             uid=uid if os.geteuid() == 0 else None,
         )
-        code = self._nursery.wait(pid, 30)
+        code = self._processes.wait(pid, 30)
         output = log.read_text().replace(str(self.socket.parent), "/run/throttllem")
         return code, output.replace(str(self.state), "/var/lib/throttllem")
 
 
-def scene(name, ward, nursery, library):
+def scene(name, ward, processes, library):
     """The doctor's exit code and output, with the default paths instead of those of the test."""
     with ExitStack() as stack:
         if name == "no-gpu":
-            stack.enter_context(nursery.without_driver())
+            stack.enter_context(processes.without_driver())
             return ward.doctor()
         machine = stack.enter_context(Machine.create(ward.folder / "gpus", a100(1), library=library))
         machine.file.chmod(0o666)
@@ -71,11 +71,10 @@ def main():
         folder = Path(made)
         folder.chmod(0o755)
         library = build.library(folder / "library")
-        nursery = Nursery(library)
-        for name, words in NAMES.items():
-            code, output = scene(name, Ward(nursery, folder), nursery, library)
-            print(f"# {words} (exit code {code})\n{output}")
-        nursery.close()
+        with keeper_processes(library) as processes:
+            for name, words in NAMES.items():
+                code, output = scene(name, Ward(processes, folder), processes, library)
+                print(f"# {words} (exit code {code})\n{output}")
 
 
 if __name__ == "__main__":

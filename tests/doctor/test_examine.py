@@ -168,11 +168,13 @@ def test_a_gpu_that_is_allowed_and_not_here(findings, keeper, machine, keepers):
     keeper.stop()
     made = keepers(wait=False, clocks=[(210, 1410)])
     made.kill()
-    pid = made._nursery.start("keep", made.log, made.environment, arguments=[*made.arguments, "--gpu", "GPU-gone=1-2"])
+    pid = made._processes.start(
+        "keep", made.log, made.environment, arguments=[*made.arguments, "--gpu", "GPU-gone=1-2"]
+    )
     until(made.listens)
     assert "!! keeper: may set GPU-gone, which is not here" in findings()[0]
     os.kill(pid, 9)
-    made._nursery.wait(pid)
+    made._processes.wait(pid)
 
 
 def test_shared_gpus(findings, machine):
@@ -230,7 +232,7 @@ def test_energy_counters(findings, machine):
     assert everything["gpus"][1]["energy_refresh_s"] is None
 
 
-def test_zeusd(ward, machine, nursery, folder, findings):
+def test_zeusd(ward, machine, processes, folder, findings):
     assert not [line for line in findings()[0] if "zeusd" in line]
     path = folder / "zeusd.sock"
     with socket.socket(socket.AF_UNIX) as zeusd:
@@ -239,12 +241,12 @@ def test_zeusd(ward, machine, nursery, folder, findings):
         log = folder / "doctor.log"
         log.unlink()
         given = ["--socket", str(ward.socket), "--state", str(ward.state), "--no-measure"]
-        nursery.wait(nursery.start("examine", log, environment, arguments=given))
+        processes.wait(processes.start("examine", log, environment, arguments=given))
     assert f"-- zeusd: there is one at {path}" in log.read_text()
 
 
-def test_no_gpu_at_all(ward, nursery):
-    with nursery.without_driver():
+def test_no_gpu_at_all(ward, processes):
+    with processes.without_driver():
         code, output = ward.doctor()
     assert code == 1
     assert output.startswith("!! driver: no NVIDIA driver here: NVML Shared Library Not Found\n     load the driver")

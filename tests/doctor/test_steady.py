@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 
-from tests.gpu.conftest import library, machine
+from tests.gpu.conftest import machine
 from throttllem.doctor.steady import steady_mhz
 from throttllem.gpu.nvml import Nvml, NvmlGpu
 from tools.nvml.machine import Machine, rtx4090
 
-__all__ = ["library", "machine"]
+__all__ = ["machine"]
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ def test_a_locked_range_shows_the_end_in_force(machine, gpu):
     assert steady_mhz(gpu) == 1200
 
 
-def test_a_boost_clock_below_the_highest_is_steady_without_any_lock(library, tmp_path, monkeypatch):
+def test_a_boost_clock_below_the_highest_is_steady_without_any_lock(nvml_library, tmp_path, monkeypatch):
     """This is why nothing is restored because of a steady clock."""
     monkeypatch.setenv("FAKE_NVML_STATE", str(tmp_path / "cards"))
-    with Machine.create(tmp_path / "cards", rtx4090(switch_ms=(0, 0)), library=library) as cards, Nvml() as nvml:
+    with Machine.create(tmp_path / "cards", rtx4090(switch_ms=(0, 0)), library=nvml_library) as cards, Nvml() as nvml:
         cards.gpus[0].work(0.9, 3600.0)
         assert steady_mhz(NvmlGpu(nvml, cards.gpus[0].uuid)) == 2730
         assert cards.gpus[0].lock is None

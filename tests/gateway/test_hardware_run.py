@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import queue
 import re
@@ -20,21 +19,14 @@ from tests.engines.vllm_peer import VllmPeer
 from throttllem.config import ClockOptions, EngineEntry
 from throttllem.gateway.check import check_configuration
 from throttllem.gateway.run import run_gateway
-from tools.nvml import build
-from tools.nvml.machine import Machine, a100
+from tools.nvml.machine import a100
 
 
 @pytest.fixture
-def machine(tmp_path, tmp_path_factory, monkeypatch):
-    base = tmp_path_factory.getbasetemp()
-    library = build.library((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libnvidia-ml")
-    ctypes.CDLL(str(library / "libnvidia-ml.so.1"))
-    with Machine.create(tmp_path / "gpus", a100(1, switch_ms=(0, 0)), library=library) as made:
-        for name, value in made.environment(library).items():
-            monkeypatch.setenv(name, value)
-        made.gpus[0].root_only(os.geteuid() == 0)
-        made.gpus[0].work(0.5, 3600.0)
-        yield made
+def machine(make_gpus_here):
+    made = make_gpus_here(*a100(1, switch_ms=(0, 0)))
+    made.gpus[0].work(0.5, 3600.0)
+    return made
 
 
 @pytest.fixture

@@ -2,35 +2,22 @@
 
 import asyncio
 import contextlib
-import ctypes
-import os
 
 import pytest
 
 from throttllem.gpu.nvml import Nvml
 from throttllem.keeper.__main__ import keep
 from throttllem.keeper.options import parse_options
-from tools.nvml import build
-from tools.nvml.machine import Machine, a100
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    folder = build.library((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libnvidia-ml")
-    ctypes.CDLL(str(folder / "libnvidia-ml.so.1"))  # pynvml finds it by name from now on
-    return folder
+from tools.nvml.machine import a100
 
 
 @pytest.fixture
-def machine(library, tmp_path, monkeypatch):
+def machine(make_gpus_here):
     """Two A100 that switch at once, each under some load."""
-    with Machine.create(tmp_path / "gpus", a100(2, switch_ms=(0, 0)), library=library) as made:
-        monkeypatch.setenv("FAKE_NVML_STATE", str(tmp_path / "gpus"))
-        for gpu in made.gpus:
-            gpu.root_only(os.geteuid() == 0)
-            gpu.work(0.5, 3600.0)
-        yield made
+    made = make_gpus_here(*a100(2, switch_ms=(0, 0)))
+    for gpu in made.gpus:
+        gpu.work(0.5, 3600.0)
+    return made
 
 
 class Testbed:

@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.keeper.rig import folder, keeper, keepers, library, locks, machine, nursery, until
+from tests.keeper.rig import folder, keeper, keepers, library, locks, machine, processes, until
 from throttllem.gpu.keeper_client import KeeperClient, KeeperError, keeper_status
 
-__all__ = ["folder", "keeper", "keepers", "library", "machine", "nursery"]
+__all__ = ["folder", "keeper", "keepers", "library", "machine", "processes"]
 TTL_S = 0.3
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.keeper.client import Client
-from tests.keeper.nursery import Nursery
+from tests.keeper.processes import keeper_processes
 from throttllem.keeper.journal import Journal, boot_id, journal_paths
-from tools.nvml import build
 from tools.nvml.machine import Machine, a100
 
 BOOT = boot_id()
@@ -43,20 +42,17 @@ def locks(machine):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """Compiled once for all workers, in a folder that other users may read."""
-    base = tmp_path_factory.getbasetemp()
-    built = build.library((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libnvidia-ml")
+def library(nvml_library):
+    """In a folder that other users may read."""
     with tempfile.TemporaryDirectory(prefix="nvml") as made:
         Path(made).chmod(0o755)
-        yield shutil.copytree(built, Path(made) / "library")
+        yield shutil.copytree(nvml_library, Path(made) / "library")
 
 
 @pytest.fixture(scope="session")
-def nursery(library):
-    made = Nursery(library)
-    yield made
-    made.close()
+def processes(library):
+    with keeper_processes(library) as made:
+        yield made
 
 
 @pytest.fixture
@@ -78,12 +74,12 @@ def machine(library, folder):
 
 
 @pytest.fixture
-def keepers(nursery, folder, machine):
+def keepers(processes, folder, machine):
     """Starts keepers; none outlives the test."""
     made = []
 
     def make(*, wait=True, **options):
-        made.append(Keeper(nursery, folder, machine, **options))
+        made.append(Keeper(processes, folder, machine, **options))
         return made[-1].ready() if wait else made[-1]
 
     yield make
@@ -107,7 +103,7 @@ class Keeper:
 
     def __init__(
         self,
-        nursery,
+        processes,
         folder,
         machine,
         *,
@@ -118,7 +114,7 @@ class Keeper:
         what="keep",
         **more,
     ):
-        self._nursery, self.machine = nursery, machine
+        self._processes, self.machine = processes, machine
         self.uuids = [gpu.uuid for gpu in machine.gpus]
         self.run, self.state, self.log = folder / "run", folder / "state", folder / "keeper.log"
         self.socket = self.run / "keeper.sock"
@@ -133,7 +129,7 @@ class Keeper:
             arguments += ["--user", str(user)]
         self.arguments = arguments
         self.environment = machine.environment() | (environment or {})
-        self.pid = nursery.start(what, self.log, self.environment, arguments=arguments, **more)
+        self.pid = processes.start(what, self.log, self.environment, arguments=arguments, **more)
         self.copies = journal_paths(self.state, self.socket)
         self._code, self._clients = None, []
 
@@ -149,7 +145,7 @@ class Keeper:
         return False
 
     def _gone(self):
-        assert self._nursery._order(do="wait", pid=self.pid, within_s=0) is None, self.logged
+        assert self._processes.exit_code(self.pid) is None, self.logged
         return False
 
     @property
@@ -193,7 +189,7 @@ class Keeper:
         return self.wait(within_s)
 
     def wait(self, within_s=4.0):
-        self._code = self._nursery.wait(self.pid, within_s)
+        self._code = self._processes.wait(self.pid, within_s)
         return self._code
 
     def end(self):
@@ -202,18 +198,18 @@ class Keeper:
         if self._code is None:
             with suppress(ProcessLookupError):
                 self.signal(signal.SIGKILL)
-            self._nursery.wait(self.pid)
+            self._processes.wait(self.pid)
 
     def other(self, what, **given):
         """Run another process to its end; what it printed, line by line."""
         log = self.log.with_name(f"{what}-{time.monotonic_ns()}.log")
         log.touch()
         log.chmod(0o666)
-        pid = self._nursery.start(what, log, self.environment, **given)
-        self._nursery.wait(pid)
+        pid = self._processes.start(what, log, self.environment, **given)
+        self._processes.wait(pid)
         return [json.loads(line) for line in log.read_text().splitlines()]
 
     def begun(self, what, **given):
         """Start another process; its id and its log. The test ends it."""
         log = self.log.with_name(f"{what}.log")
-        return self._nursery.start(what, log, self.environment, **given), log
+        return self._processes.start(what, log, self.environment, **given), log

@@ -128,21 +128,21 @@ def test_it_can_hold_a_clock_only_with_heartbeats(keeper, machine):
         until(lambda: locks(machine) == [None, None], TTL_S + 0.5)
 
 
-def test_it_cannot_keep_a_lock_after_its_death(keeper, nursery, machine):
+def test_it_cannot_keep_a_lock_after_its_death(keeper, processes, machine):
     given = {"socket": str(keeper.socket), "gpus": keeper.uuids, "mhz": 900, "ttl_s": LONG_S, "fork": False}
     pid, log = keeper.begun("hold_on", **given)
     until(lambda: log.exists() and "held" in log.read_text())
     assert locks(machine) == [(900, 900)] * 2
     os.kill(pid, signal.SIGKILL)
     until(lambda: locks(machine) == [None, None], 2.0)
-    nursery.wait(pid)
+    processes.wait(pid)
 
 
-def test_it_cannot_leave_a_lock_to_a_child(keeper, nursery, machine):
+def test_it_cannot_leave_a_lock_to_a_child(keeper, processes, machine):
     given = {"socket": str(keeper.socket), "gpus": keeper.uuids, "mhz": 900, "ttl_s": 0.4, "fork": True}
     pid, log = keeper.begun("hold_on", **given)
     until(lambda: log.exists() and "held" in log.read_text())
-    nursery.wait(pid)
+    processes.wait(pid)
     assert locks(machine) == [(900, 900)] * 2, "the child has the connection, and sends nothing"
     until(lambda: locks(machine) == [None, None])
     os.killpg(pid, signal.SIGKILL)

@@ -173,14 +173,14 @@ def test_a_first_check_that_hangs_locks_nothing(keeper, machine):
     assert [machine.writes(), keeper.status()["before"]] == [[], {}]
 
 
-def test_a_client_that_is_stopped_loses_it(keeper, nursery, machine):
+def test_a_client_that_is_stopped_loses_it(keeper, processes, machine):
     given = {"socket": str(keeper.socket), "gpus": keeper.uuids, "mhz": 900, "ttl_s": TTL_S, "fork": False}
     pid, log = keeper.begun("hold_on", **given)
     until(lambda: log.exists() and "held" in log.read_text())
     os.kill(pid, signal.SIGSTOP)
     until(lambda: locks(machine) == [None, None])
     os.kill(pid, signal.SIGKILL)
-    assert nursery.wait(pid) == -signal.SIGKILL
+    assert processes.wait(pid) == -signal.SIGKILL
 
 
 def test_a_keeper_that_stops_gives_no_lease(keeper, machine):

@@ -51,7 +51,7 @@ def answered(sent_s=100.0, *, tokens=50, ttft_s=0.1, e2e_s=1.0, itl_s=0.02):
     return Answered(sent_s=sent_s, prompt_tokens=1000, tokens=tokens, ttft_s=ttft_s, e2e_s=e2e_s, itl_s=itl_s)
 
 
-def run(policy=BASELINE, number=0, *, clocks="on", energy=1.0, advised=None):
+def run(policy=BASELINE, number=0, *, clocks="on", energy=1.0, predicted=None):
     return Run(
         policy=policy,
         clocks=clocks,
@@ -62,13 +62,13 @@ def run(policy=BASELINE, number=0, *, clocks="on", energy=1.0, advised=None):
         figures=replace(FIGURES, energy_j=4000.0 * SAVED[policy] * energy),
         cost=COST,
         trust=TRUST,
-        advised=advised,
+        predicted=predicted,
     )
 
 
 def found():
     runs = [run(policy, number, energy=1 + 0.01 * number) for number in range(3) for policy in PLAN.policies]
-    runs.append(run(OURS, clocks="advise", advised=0.3))
+    runs.append(run(OURS, clocks="dry-run", predicted=0.3))
     simulated = {policy: replace(FIGURES, energy_j=4000.0 * share) for policy, share in SAVED.items()}
     return Found(plan=PLAN, sent=SENT, runs=runs, simulated=simulated, informed=simulated)
 

@@ -33,7 +33,7 @@ def test_differences_are_relative_or_in_their_unit():
     assert (first_token.difference(0.15, 0.1), first_token.difference(0.1, 0.15)) == ("+50", "-50")
 
 
-def test_savings_are_measured_simulated_and_foretold():
+def test_savings_are_measured_simulated_and_predicted():
     rows = saving_table(found()).rows
     assert rows == [("throttllem", "30.0%", "30.0%", ""), ("least-energy", "25.0%", "25.0%", "30.0%")]
 
@@ -50,17 +50,17 @@ def test_what_is_not_known_stays_empty():
 def test_every_run_is_accounted_for():
     rows = trust_table(found()).rows
     assert len(rows) == 10
-    assert rows[-1][0] == "least-energy, advised"
+    assert rows[-1][0] == "least-energy, dry run"
     assert rows[0][2] == "10 of 10"
 
 
 def test_the_document_says_what_is_real_and_what_was_found(tmp_path):
     said = section(found(), {"vLLM": "1"})
     write_document(said, tmp_path / "loop.md", command="make loop")
-    text = (tmp_path / "loop.md").read_text()
+    text = " ".join((tmp_path / "loop.md").read_text().split())
     assert "no saving here is one of real hardware" in text
     assert "`throttllem` took 30.0% less energy than `triton` (simulated 30.0%)" in text
-    assert "foretold 30.0% for `least-energy`; 25.0% came of it" in text
+    assert "predicted 30.0% for `least-energy`; 25.0% was measured" in text
     assert "![The loop closed live, on a modelled GPU](loop.png)" in text
     assert "{" not in text
     json.dumps(dict(said.results))

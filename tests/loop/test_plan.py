@@ -18,7 +18,7 @@ from tools.loop.plan import (
     load,
     words,
 )
-from tools.loop.runs import ADVISE, ON, run_s, turns
+from tools.loop.runs import DRY_RUN, ON, run_s, turns
 from tools.loop.simulated import entry_from
 from tools.testbed.trace import write_mooncake
 
@@ -44,7 +44,7 @@ def test_each_policy_has_each_place_equally_often():
     live = [turn.policy for turn in todo if turn.clocks == ON]
     places = Counter((place % 3, policy) for place, policy in enumerate(live))
     assert set(places.values()) == {1} and len(places) == 9
-    assert [turn.policy for turn in todo if turn.clocks == ADVISE] == [OURS]
+    assert [turn.policy for turn in todo if turn.clocks == DRY_RUN] == [OURS]
     assert len({turn.name for turn in todo}) == 10
 
 
@@ -54,7 +54,7 @@ def test_quick_is_one_run_under_three_minutes():
     assert BASELINE in POLICIES and QUICK.window_s < 40
 
 
-def test_the_window_leaves_the_last_request_its_promise():
+def test_the_window_leaves_the_last_request_its_slo():
     assert replace(Plan(), seconds=50.0, e2e_s=7.0).window_s == 57.0
 
 

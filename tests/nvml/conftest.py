@@ -1,4 +1,4 @@
-"""The library, compiled once for all workers; machines of two A100s; processes that call NVML."""
+"""Machines of two A100s, and processes that call NVML."""
 
 import os
 from contextlib import ExitStack
@@ -6,31 +6,18 @@ from contextlib import ExitStack
 import pytest
 
 from tests.nvml.caller import Caller
-from tools.nvml import build
 from tools.nvml.machine import Machine, a100
 from tools.nvml.part import SWITCH_MS
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    return build.library((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libnvidia-ml")
-
-
-@pytest.fixture
-def machine_of(library, tmp_path):
-    with ExitStack() as stack:
-        yield lambda *parts: stack.enter_context(Machine.create(tmp_path / "gpus", parts, library=library))
-
-
-@pytest.fixture(scope="session")
-def shared(library, tmp_path_factory):
+def shared(nvml_library, tmp_path_factory):
     """One machine whose clocks take their time and one whose clocks switch at once, with a caller each."""
     folder = tmp_path_factory.mktemp("gpus")
     with ExitStack() as stack:
         pairs = []
         for name, switch_ms in (("machine", SWITCH_MS), ("quick", (0, 0))):
-            made = Machine.create(folder / name, a100(2, switch_ms=switch_ms), library=library)
+            made = Machine.create(folder / name, a100(2, switch_ms=switch_ms), library=nvml_library)
             machine = stack.enter_context(made)
             pairs.append((machine, stack.enter_context(Caller(machine))))
         yield pairs

@@ -29,8 +29,8 @@ def test_busy_at_the_top_and_idle_at_the_bottom(quick, quick_caller):
     assert quick.gpus[1].clock_mhz == 210
 
 
-def test_a_context_may_keep_the_clock_up(machine_of):
-    gpu = machine_of(*h100(switch_ms=(0, 0))).gpus[0]
+def test_a_context_may_keep_the_clock_up(make_gpus):
+    gpu = make_gpus(*h100(switch_ms=(0, 0))).gpus[0]
     assert gpu.clock_mhz == 1980
     gpu.context(False)
     assert gpu.clock_mhz == 345

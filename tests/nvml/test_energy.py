@@ -70,16 +70,16 @@ def test_the_counter_moves_every_100_ms(quick, quick_caller):
     assert max(seen) / 1000 <= gpu.energy_j
 
 
-def test_the_period_is_a_parameter(machine_of, caller_of):
-    machine = machine_of(*a100(1, refresh_s=0))
+def test_the_period_is_a_parameter(make_gpus, caller_of):
+    machine = make_gpus(*a100(1, refresh_s=0))
     caller = caller_of(machine)
     first = caller("nvmlDeviceGetTotalEnergyConsumption(gpu)")
     time.sleep(0.01)
     assert first < caller("nvmlDeviceGetTotalEnergyConsumption(gpu)") <= machine.gpus[0].energy_j * 1000
 
 
-def test_a_counter_can_begin_again(machine_of, caller_of):
-    machine = machine_of(*a100(1, refresh_s=0))
+def test_a_counter_can_begin_again(make_gpus, caller_of):
+    machine = make_gpus(*a100(1, refresh_s=0))
     caller, gpu = caller_of(machine), machine.gpus[0]
     gpu.work(1, 10)
     time.sleep(0.05)

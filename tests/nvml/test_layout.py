@@ -22,8 +22,8 @@ def in_c(folder):
     return found
 
 
-def test_sizes_and_offsets_are_those_of_c(library):
-    found = in_c(library)
+def test_sizes_and_offsets_are_those_of_c(nvml_library):
+    found = in_c(nvml_library)
     assert (found.pop("magic"), found.pop("version")) == (MAGIC, VERSION)
     assert len(found) > 30
     for name, value in found.items():
@@ -38,14 +38,15 @@ def symbols(library):
     return {line.split()[-1] for line in listed.splitlines()}
 
 
-def test_every_symbol_is_one_that_nvidia_ml_py_knows(library):
+def test_every_symbol_is_one_that_nvidia_ml_py_knows(nvml_library):
     known = set(re.findall(r'_nvmlGetFunctionPointer\("(\w+)"\)', Path(pynvml.__file__).read_text()))
-    ours = {name for name in symbols(library) if not name.startswith("fake_nvml_")}
+    ours = {name for name in symbols(nvml_library) if not name.startswith("fake_nvml_")}
     assert ours - known == {"nvmlInit_v2"}  # it initialises with flags
     assert not [name for name in ours if re.search(r"Get\w*Locked|MemoryLocked|ApplicationsClock", name)]
 
 
-def test_the_second_build_is_the_first(library, tmp_path):
+def test_the_second_build_is_the_first(nvml_library, tmp_path):
+    library = nvml_library
     before = (library / build.NAME).stat().st_mtime_ns
     assert build.library(library) == library
     assert (library / build.NAME).stat().st_mtime_ns == before
@@ -107,7 +108,7 @@ def test_parts_are_those_of_the_catalogue():
     assert ampere.idle_w < ampere.busy_w[0] < ampere.busy_w[-1] <= 400
 
 
-def test_at_most_sixteen(library, tmp_path):
+def test_at_most_sixteen(nvml_library, tmp_path):
     for count in (0, 17):
         with pytest.raises(MachineError, match="1 to 16"):
-            Machine.create(tmp_path / "gpus", a100(1) * count, library=library)
+            Machine.create(tmp_path / "gpus", a100(1) * count, library=nvml_library)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tools.nvml import build
 from tools.nvml.machine import Machine, Op, a100
 from tools.testbed.engines.vllm import ENVIRONMENT as OFFLINE
 from tools.testbed.known_clients import REPOSITORY, tokenizer_cache
@@ -77,15 +76,9 @@ def python():
     return found
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return build.library(tmp_path_factory.mktemp("libnvidia-ml"))
-
-
 @pytest.fixture
-def machine(library, tmp_path):
-    with Machine.create(tmp_path / "gpus", a100(2), library=library) as machine:
-        yield machine
+def machine(make_gpus):
+    return make_gpus(*a100(2))
 
 
 def test_zeus_measures_and_sets(python, machine):

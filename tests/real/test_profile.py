@@ -10,7 +10,7 @@ from tools.testbed.engines.vllm import FLAGS, vllm
 from tools.testbed.gateway import throttllem
 
 pytestmark = pytest.mark.real
-SECONDS = "90"
+SECONDS = "120"
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def test_a_write_to_a_unlisted_that_was_only_tried():
 )
 def test_a_write_that_nobody_allowed_also_one_that_was_refused(bad):
     back = [] if bad.result else [write(0.7, 0, 1110)]
-    assert "a write that nobody allowed" in only(violations(evidence((*GOOD[:4], bad, *back, *GOOD[4:]))))
+    assert "a write that is not allowed" in only(violations(evidence((*GOOD[:4], bad, *back, *GOOD[4:]))))
     assert violations(evidence((*GOOD[:4], write(0.6, 0, 1200), write(0.6, 1, 1200), *GOOD[4:]))) == []
 
 
@@ -195,7 +195,7 @@ def test_a_lock_that_the_journal_did_not_know_of():
 
 def test_a_torn_journal_that_nobody_spoke_of():
     told = {"must_say": ["keeper.journal is not used"]}
-    assert only(violations(evidence(**told))) == "the keeper never said: keeper.journal is not used"
+    assert only(violations(evidence(**told))) == "the keeper never logged: keeper.journal is not used"
     assert violations(evidence(**told, logs="ERROR journal /x/keeper.journal is not used: it is torn")) == []
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from tools.nvml import build
 from tools.soak.draw import drawn
 from tools.soak.pool import WorkerPool
 from tools.soak.sandbox import sandboxes
@@ -33,16 +32,12 @@ KILLED = replace(CALM, faults=(Fault(kind="keeper: SIGKILL", at_s=0.2),))
 OTHER_USER = replace(CALM, faults=(Fault(kind="socket: another user", at_s=0.1),))
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    return build.library((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libnvidia-ml")
-
-
 @pytest.fixture
-def played(library):
+def played(nvml_library):
     def play(schedule, sabotage="sound"):
-        with sandboxes(1, roles="tests.soak.sabotaged", library=library, mounts=False, SABOTAGE=sabotage) as places:
+        with sandboxes(
+            1, roles="tests.soak.sabotaged", library=nvml_library, mounts=False, SABOTAGE=sabotage
+        ) as places:
             (outcome,) = asyncio.run(WorkerPool(places).played([schedule]))
         print(outcome.logs)
         return outcome

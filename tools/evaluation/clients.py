@@ -19,7 +19,7 @@ CONCURRENCY = 8
 SLO = ("--slo-e2e", "30", "--slo-tbt", "0.5")
 TEXT = """\
 The same load goes to vLLM {vllm} (CPU, a tiny random model) directly and through `throttllem serve` (plug-in on,
-promises set, flight recorder on), in turn, {cheap} rounds of `openai`, {rounds} of the others. Figures are medians over
+SLOs set, flight recorder on), in turn, {cheap} rounds of `openai`, {rounds} of the others. Figures are medians over
 the rounds, with the least and the most in brackets; requests and errors are of all rounds together. TTFT is over
 requests, ITL over the gaps between chunks as they reach the client (vLLM's server puts tokens together when it falls
 behind), TPOT over requests' means. An answer with another number of tokens than was asked for counts as an error.

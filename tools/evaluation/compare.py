@@ -32,7 +32,7 @@ HEAD = ("", "direct", "direct again", "through the gateway", "ratio", "beyond no
 DIRECT, AGAIN, THROUGH = "direct", "direct again", "through the gateway"
 WAYS = (DIRECT, AGAIN, THROUGH)
 BUSY = 4.0
-"""Waiting processes per core above which a run says nothing of latencies."""
+"""Waiting processes per core above which latencies of a run mean nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

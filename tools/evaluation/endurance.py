@@ -26,7 +26,7 @@ PACE = {"step_s": 0.002, "first_s": 0.002, "together": True, "fail_every": 50}
 CLIENTS = 48
 SAMPLES = 100
 WARM = 0.5
-"""The fraction of the run that fills caches and pools; what is learned of callers is kept up to a bound."""
+"""The fraction of the run that fills caches and pools; what is learned of callers stays, up to a bound."""
 CALLERS = 3000
 """More than the length predictor remembers."""
 
@@ -35,14 +35,14 @@ CALLERS = 3000
 class Endured:
     """`samples` over the run, each what the gateway held after `done` requests; `answers` counts what clients saw.
 
-    `kept`: the Python objects that a garbage collection left, early and at the end.
+    `left`: the Python objects that a garbage collection left, early and at the end.
     """
 
     requests: int
     seconds: float
     samples: tuple[dict[str, Any], ...]
     answers: dict[str, int]
-    kept: tuple[int, ...]
+    left: tuple[int, ...]
 
     def decile(self, name: str, which: int) -> float:
         """The median of a figure over the first (0) or the last (-1) tenth of the run after its warm-up."""
@@ -64,7 +64,7 @@ class Endured:
 
 
 async def endure(folder: Path, requests: int, report: Callable[[str], None] = lambda _: None) -> Endured:
-    """Send so many requests after a warm-up of as many, and sample what the gateway holds meanwhile.
+    """Send this number of requests after a warm-up of as many, and sample what the gateway holds meanwhile.
 
     At the end it must hold nothing.
     """
@@ -86,14 +86,14 @@ async def _endured(gateway: Inspected, requests: int, report: Callable[[str], No
     began_s = time.monotonic()
     samples: list[dict[str, Any]] = []
     answers: Counter[str] = Counter()
-    kept: list[int] = []
+    left: list[int] = []
     numbers = iter(range(requests))
 
     async def work() -> None:
         for number in numbers:
             answers[await _one(gateway, number)] += 1
             if number in (int(requests * WARM), requests - 1):
-                kept.append((await gateway.inside())["objects"])
+                left.append((await gateway.inside())["objects"])
             if number % (requests // SAMPLES) == 0:
                 samples.append({"done": number, **await gateway.inside()})
                 report(f"{number} requests after {time.monotonic() - began_s:.0f} s: {_figures(samples[-1])}")
@@ -105,7 +105,7 @@ async def _endured(gateway: Inspected, requests: int, report: Callable[[str], No
         seconds=time.monotonic() - began_s,
         samples=tuple(samples),
         answers=dict(answers),
-        kept=tuple(kept),
+        left=tuple(left),
     )
 
 

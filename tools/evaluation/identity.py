@@ -24,12 +24,12 @@ TEXT = """\
 Each request goes to vLLM directly and through the gateway, one after the other at temperature 0.
 
 *bytes*: every byte that the client got through the gateway is what the engine sent for that very request, in that
-order, ids and times included (a tap sits between gateway and engine). *words*: the answer says what the direct answer
-says, ids and times set aside: status, content type, texts, tokens, logprobs, usage. Events are joined first, as vLLM's
-server cuts streams differently from run to run, whoever asks. *chance*: drawn anew each time, so there is nothing to
+order, ids and times included (a tap sits between gateway and engine). *words*: the answer has the content of the direct
+one, ids and times set aside: status, content type, texts, tokens, logprobs, usage. Events are joined first, as vLLM's
+server cuts streams differently from run to run, for any client. *chance*: drawn again each time, so there is nothing to
 compare with.
 
-*its own* marks errors that the gateway finds before vLLM hears of the request: the status and the fields of the error
+*its own* marks errors that the gateway finds before vLLM gets the request: the status and the fields of the error
 agree, the words and the `type` (`invalid_request_error`, as OpenAI's) are its own. Paths outside `/v1` (and Triton's
 `/v2`) are not passed on at all: `/tokenize`, `/metrics` and the like of the engine stay private.
 """
@@ -93,7 +93,7 @@ class Compared:
 
     @property
     def same_words(self) -> bool | None:
-        """Whether the answer says what the direct one says, ids and times set aside; None where that is chance."""
+        """Whether the answer has the content of the direct one, ids and times set aside; None where that is chance."""
         if (self.direct.status, self.direct.kind) != (self.through.status, self.through.kind):
             return False
         if self.case.chance:
@@ -119,7 +119,7 @@ class Compared:
 async def compare(
     session: aiohttp.ClientSession, case: Case, direct: str, through: str, sent: Callable[[str], bytes | None]
 ) -> Compared:
-    """Send it both ways; `sent` tells what the engine answered last at a path."""
+    """Send it both ways; `sent` is the last answer of the engine at a path."""
     first, second = await _send(session, direct, case), await _send(session, through, case)
     return Compared(case=case, direct=first, through=second, sent=sent(case.path))
 
@@ -267,13 +267,13 @@ def table_of(found: Sequence[Compared], caption: str) -> Table:
             " and ".join(dict.fromkeys((str(each.direct.status), str(each.through.status)))),
             f"{len(each.through.events):,}",
             f"{len(each.through.raw):,}",
-            _told(each.same_bytes, "its own"),
-            _told(each.same_words, "chance"),
+            _words(each.same_bytes, "its own"),
+            _words(each.same_words, "chance"),
         )
         for each in found
     ]
     return Table(caption=caption, head=("request", "status", "events", "size", "bytes", "words"), rows=rows)
 
 
-def _told(same: bool | None, otherwise: str) -> str:
+def _words(same: bool | None, otherwise: str) -> str:
     return otherwise if same is None else "same" if same else "**differ**"

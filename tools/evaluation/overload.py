@@ -1,6 +1,6 @@
 """SLOs at work: twice the engine's capacity, vLLM alone, vLLM behind its best limit, and the gateway.
 
-Rules written before the runs decide what capacity is, which SLOs hold, how the limit is tuned, who is judged.
+Rules written before the runs decide what capacity is, which SLOs hold, how the limit is tuned, and what is judged.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _TEXT = """\
 random prompts. Clients ask for `max_tokens` 512 and do not know how long the answer will be: the random model is made
 to end each answer at the trace's length by `min_tokens` and `logit_bias` in the request, which the gateway passes on
 unread. So its length predictor knows no more than that of a service would; like the limit, it was tuned on a run of
-another seed (it keeps what it learned). The client is a process of its own; all systems are judged by its clock.
+another seed (it keeps what it learned). The client is a separate process; all systems are judged by its clock.
 
 **Rules.** *Capacity*: requests/s of a burst that never lets the engine idle ({capacity:.2f}/s). *SLOs*: E2E twice
 the p99 at half that rate ({e2e:.2f} s), mean TBT 1.5 times the median at capacity ({tbt:.1f} ms). *Limit*: the
@@ -213,8 +213,8 @@ def _measured(systems: Systems) -> Found:
         report(f"capacity {capacity:.2f}/s, E2E {slo.e2e_s:.2f} s, TBT {slo.tbt_s * 1e3:.1f} ms")
         systems.learn(server)
         with systems.gateway(server) as url:
-            said = systems.run(url, rate=2 * capacity, seed=plan.tuning_seed, slo=slo)
-            report(f"gateway, learning: {said.goodput_rps:.2f}/s")
+            learning = systems.run(url, rate=2 * capacity, seed=plan.tuning_seed, slo=slo)
+            report(f"gateway, learning: {learning.goodput_rps:.2f}/s")
     tuning = {limit: _limited(systems, limit, plan.tuning_seed, capacity, slo) for limit in plan.limits}
     limit = max(tuning, key=lambda tried: tuning[tried].goodput_rps)
     outcomes: dict[str, list[Outcome]] = {ALONE: [], LIMITED: [], GATEWAY: []}
@@ -315,13 +315,13 @@ def _edge(found: Found) -> str:
 
 
 def _table(caption: str, found: Found, seeds: Sequence[int]) -> Table:
-    said = f"E2E {found.slo.e2e_s:.2f} s, TBT {found.slo.tbt_s * 1e3:.1f} ms, {2 * found.capacity_rps:.1f}/s"
+    offered = f"E2E {found.slo.e2e_s:.2f} s, TBT {found.slo.tbt_s * 1e3:.1f} ms, {2 * found.capacity_rps:.1f}/s"
     rows = [
         (name, str(seed), *_cells(outcome))
         for name, outcomes in found.outcomes.items()
         for seed, outcome in zip(seeds, outcomes, strict=True)
     ]
-    return Table(caption=f"{caption} ({said} offered)", head=HEAD, rows=rows)
+    return Table(caption=f"{caption} ({offered} offered)", head=HEAD, rows=rows)
 
 
 def _tuning(found: Found) -> Table:

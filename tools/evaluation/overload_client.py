@@ -1,8 +1,8 @@
-"""A client of an open loop, as a process of its own: sends each request at its time, whatever became of the others.
+"""A client of an open loop, as a separate process: sends each request at its time, no matter how the others end.
 
 `python -m tools.evaluation.overload_client URL JOBS RESULTS E2E_S TBT_S`: one JSON line per request in both files. An
 answer ends of itself after `output_tokens`: end-of-text is forbidden until then and certain afterwards, which only the
-engine knows of; `max_tokens` is the generous limit of somebody who does not know.
+engine knows of; `max_tokens` is a generous limit, as of a client that does not know.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ async def main(url: str, jobs: Path, results: Path, e2e_s: float, tbt_s: float) 
     slos = {"x-slo-e2e-ms": f"{e2e_s * 1e3:.3f}", "x-slo-tpot-ms": f"{tbt_s * 1e3:.3f}"} if e2e_s else {}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=slos) as session:
         began = time.monotonic() + 0.5
-        # Who has waited so long has long been failed: the backlog of an engine without a limit is not waited for.
+        # Its SLO was violated long before: the backlog of an engine without a limit is not waited for.
         until = began + waiting[-1]["at_s"] + (1.5 * e2e_s or LONGEST_S)
         tasks = [asyncio.create_task(_ask(session, url, job, began, until)) for job in waiting]
         ended = await asyncio.gather(*tasks)

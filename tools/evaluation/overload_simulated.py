@@ -1,6 +1,6 @@
 """The overload test on simulated hardware, in virtual time: an A100 engine that batches as vLLM does, and nothing else.
 
-The limit stands for `--max-num-queued-reqs`: so many requests in the engine, running or waiting, others are refused.
+The limit stands for `--max-num-queued-reqs`: with that many requests in the engine, others are refused.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _run(fleet: Fleet, controller: Controller, requests: Sequence[Request], seed
 
 
 def _results(lives: Sequence[Life]) -> list[dict[str, object]]:
-    """As the client of a real run tells it."""
+    """As the client of a real run records it."""
     found: list[dict[str, object]] = []
     for life in lives:
         request = life.request

@@ -26,16 +26,16 @@ gateway in front of vLLM with {blocks} KV blocks of 128 tokens and its prefix ca
 of the engine (from its stat logger; {with_steps:,} and {without_steps:,} steps with requests in it) are held against
 those of the gateway's core at that time; both clocks are the machine's monotonic one.
 
-*with the plug-in*: the gateway hears of each step after its numbers were taken down. *without*: it counts tokens in
+*with the plug-in*: the gateway gets each step after its numbers were taken down. *without*: it counts tokens in
 streams, knows nothing of answers that are not streamed until they end, and looks at `/metrics` twice a second.
-*estimate*: the scoreboard's own. *corrected*: plus the offset on which the engine's last three words agree, which the
+*estimate*: the scoreboard's own. *corrected*: plus the offset on which the engine's last three reports agree, which the
 core's projections use. *before the next step*: what the gateway knew of a step when the next one had ended. *at once*:
-what it knew in the moment in which the step ended, before anybody could have told it.
+what it knew in the moment in which the step ended, before any report could arrive.
 
 *in the engine*: running and waiting requests, against those that the gateway has sent there; those on their way through
 vLLM's API server are the difference. *running*: the engine counts a prompt under way, the gateway only requests that
 have a token, as far as it can see (without the plug-in, none that is not streamed). *KV*: blocks, in % of the capacity,
-likewise. The offset does not tell apart what runs and what waits, so *running* has no corrected error.
+likewise. The offset does not separate what runs from what waits, so *running* has no corrected error.
 *KV unexplained*: the part of it that those requests, whose blocks the projections count as well, cannot explain.
 
 A difference counts once three looks in a row show it. A single look may catch engine and gateway at different moments;
@@ -91,8 +91,8 @@ def section(workspace: Workspace) -> Section:
 def errors_of(samples: Sequence[Mapping[str, Any]], *, later: bool) -> dict[str, dict[str, float]]:
     """Absolute errors: sequences and % of the KV capacity, by name, mean and p95, over steps with requests."""
     pairs = list(zip(samples, samples[1:] if later else samples, strict=False))
-    pairs = [(told, known) for told, known in pairs if told["engine"]["running"] + told["engine"]["waiting"]]
-    engine, own = [told["engine"] for told, _ in pairs], [known["gateway"] for _, known in pairs]
+    pairs = [(one, known) for one, known in pairs if one["engine"]["running"] + one["engine"]["waiting"]]
+    engine, own = [one["engine"] for one, _ in pairs], [known["gateway"] for _, known in pairs]
     scale = 100 / samples[0]["capacity"]
     offsets = np.array([(known["others"]["batch"], known["others"]["kv_blocks"]) for _, known in pairs])
     inside = np.array(

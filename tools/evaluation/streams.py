@@ -1,4 +1,4 @@
-"""A client that costs next to nothing: so many streams at once, each with a new request soon after one ends.
+"""A client that costs next to nothing: many streams at once, each with a new request soon after one ends.
 
 Times the first token by its mark and counts the rest; every prompt is another, so that nothing is answered from memory.
 """

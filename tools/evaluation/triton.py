@@ -147,7 +147,7 @@ class _Seen:
 
 
 async def run_native(url: str, path: str, *, requests: int, concurrency: int) -> Figures:
-    """Figures of so many streams of `TOKENS` tokens."""
+    """Figures of `requests` streams of `TOKENS` tokens."""
     seen, left, began = _Seen(), iter(range(requests)), time.perf_counter()
 
     async def one_after_another(session: aiohttp.ClientSession) -> None:

@@ -106,20 +106,20 @@ def _run(given: argparse.Namespace, workspace: Workspace, console: Console) -> N
 
 def _write(found: Found, made: list[Recorded], given: argparse.Namespace, console: Console) -> None:
     versions = {name: version_of(given.engines / where, package) for name, where, package in VERSIONS}
-    said = section(found, versions)
-    write_results(said, given.out / "loop.json")
+    found_section = section(found, versions)
+    write_results(found_section, given.out / "loop.json")
     # Of each policy the last run: by then everything is warm.
     shown = {one.run.policy: one for one in made if one.run.clocks == ON}
     shown = {policy: shown[policy] for policy in found.plan.policies}
     draw(found, shown, (given.out if given.quick else DOCUMENTS) / PICTURE)
     if not given.quick:
-        write_document(said, DOCUMENTS / "loop.md", command="make loop")
-    _print(said, console)
+        write_document(found_section, DOCUMENTS / "loop.md", command="make loop")
+    _print(found_section, console)
 
 
-def _print(said: Section, console: Console) -> None:
+def _print(section_: Section, console: Console) -> None:
     """The smaller tables, turned: they fit a terminal."""
-    for table in said.tables:
+    for table in section_.tables:
         if len(table.rows) <= COLUMNS_SHOWN:
             head, *rows = zip(table.head, *table.rows, strict=True)
             print_table(Table(caption=table.caption.partition(":")[0], head=head, rows=rows), console)

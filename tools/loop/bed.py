@@ -46,7 +46,7 @@ FREE_S = 2.0
 
 
 class LoopError(Exception):
-    """The chain does not do what it is for; the message says where."""
+    """The chain does not work; the message says where."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,7 @@ class LoopBed:
 
     @contextmanager
     def gateway(self, policy: str, clocks: str, folder: Path) -> Iterator[Gateway]:
-        """`throttllem serve` in front of the engine; clocks "on" or "advise"."""
+        """`throttllem serve` in front of the engine; clocks "on" or "dry-run"."""
         plan = self.plan
         settings = {
             "clocks.keeper": self.keeper.socket,

@@ -31,23 +31,23 @@ PICTURE = "loop.png"
 WIDTH = 120
 _TEXT = """\
 **What is real.** vLLM (scheduler, batching, KV cache, API server), the gateway, the keeper, the client (`aiperf`) and
-NVML's callers, each in a process of its own. **What is not:** the GPU. `libnvidia-ml.so.1` is a fake one whose clock
+NVML's callers, each a separate process. **What is not:** the GPU. `libnvidia-ml.so.1` is a fake one whose clock
 and energy are a file (`tools/nvml`), and a plug-in in vLLM (`vllm_pace`) makes each step last as long as
-[the physics](../physics.md) says that its batch takes on {kind} with {model} at the clock that the fake GPU has in that
-moment, and tells it the watts. vLLM's own model is the least there is: what it computes means nothing, and is over long
+[the physics](../physics.md) computes for its batch on {kind} with {model} at the clock that the fake GPU has in that
+moment, and sets its watts. vLLM's own model is the least there is: what it computes means nothing, and is over long
 before the step is. So this measures the loop (engine, telemetry, decisions, clock commands, switches), **not a GPU:
 seconds and watts are those of the simulation, and no saving here is one of real hardware.**
 
 **Load.** {load}; `azure-conv-like`, seed {seed}, requests of more than {longest:,} tokens left out; {share} of what the
 engine bears (`throttllem characterize`: {capacity}/s). Answers are as long as their `max_tokens` (`ignore_eos`), which
-the gateway takes as their length. No prefix caching. Promises: E2E {e2e:g} s (the p99 there, rounded up), {tbt:g} ms
+the gateway takes as their length. No prefix caching. SLOs: E2E {e2e:g} s (the p99 there, rounded up), {tbt:g} ms
 mean between tokens. Energy is NVML's counter, read through pynvml, over the {window:.0f} s after the first request: the
 same window for all, the idle end in it.
 
 **Engine.** Batch {batch}, {budget:,} tokens a step, {blocks:,} blocks of {block} tokens (what the modelled GPU has room
 for), chunked prompts; the simulated one likewise. Clocks {lowest} to {highest} MHz, the keeper allows no others. The
 gateway's table comes from `throttllem profile --gpus` at {clocks} clocks on this very set-up ({profile:.0f} s) and
-`train`; that of the simulation from its own simulated profile. Switches take 1.6 to 13 ms; both are told {switch:g} ms.
+`train`; that of the simulation from its own simulated profile. Switches take 1.6 to 13 ms; both assume {switch:g} ms.
 
 **Found** on {date}. {found}
 
@@ -124,9 +124,9 @@ def _found(found: Found) -> str:
     sentences = [f"{'; '.join(words)}."] if words else []
     if found.simulated:
         sentences.append(f"Energy is at most {_farthest(found, found.simulated):.1%} from the simulation's.")
-    if (advice := found.advice()) is not None and words:
+    if (dry_run := found.the_dry_run()) is not None and words:
         live = saving(found.middle(OURS), found.middle(BASELINE))
-        sentences.append(f"A run that only advised foretold {advice.advised:.1%} for `{OURS}`; {live:.1%} came of it.")
+        sentences.append(f"A dry run predicted {dry_run.predicted:.1%} for `{OURS}`; {live:.1%} was measured.")
     freed_ms = math.ceil(max(run.trust.freed_s for run in found.runs) * 1e3)
     sentences.append(f"After each of {len(found.runs)} runs the GPU was free {freed_ms} ms after its gateway at most.")
     return " ".join(sentences)
@@ -179,7 +179,7 @@ COLUMNS = (
     Column("ITL mean, ms", lambda one: one.itl_mean_s, 1e3, "{:.1f}"),
     Column("E2E p50, s", lambda one: one.e2e_p50_s, 1, "{:.2f}"),
     Column("E2E p99, s", lambda one: one.e2e_p99_s, 1, "{:.2f}"),
-    Column("kept both, %", lambda one: one.attainment, 1e2, "{:.1f}", relative=False),
+    Column("both SLOs met, %", lambda one: one.attainment, 1e2, "{:.1f}", relative=False),
     Column("clock, MHz", lambda one: one.clock_mhz, 1, "{:,.0f}", relative=False),
 )
 HEAD = tuple(column.title for column in COLUMNS)
@@ -191,7 +191,7 @@ def measured_table(found: Found) -> Table:
     for policy in found.plan.policies:
         runs = found.of(policy)
         rows.append((policy, *(_ranged(column, [column.read(run.figures) for run in runs]) for column in COLUMNS)))
-    caption = f"Measured: medians of {found.plan.rounds} rounds (least to most); latencies and promises by the client"
+    caption = f"Measured: medians of {found.plan.rounds} rounds (least to most); latencies and SLOs by the client"
     return Table(caption=caption, head=("policy", *HEAD), rows=rows)
 
 
@@ -211,17 +211,17 @@ def compared_table(found: Found) -> Table:
 
 
 def saving_table(found: Found) -> Table:
-    """What each policy saves against the top clock: measured, simulated, and what `advise` foretold."""
+    """What each policy saves against the top clock: measured, simulated, and what a dry run predicted."""
     rows = []
     for policy in found.plan.policies:
         if policy == BASELINE or BASELINE not in found.plan.policies:
             continue
         live = saving(found.middle(policy), found.middle(BASELINE))
         virtual = saving(found.simulated[policy], found.simulated[BASELINE]) if found.simulated else None
-        advice = found.advice() if policy == OURS else None
-        foretold = "" if advice is None else f"{advice.advised:.1%}"
-        rows.append((policy, f"{live:.1%}", "" if virtual is None else f"{virtual:.1%}", foretold))
-    head = ("policy", "measured", "simulated", "foretold by a run that only advised")
+        dry_run = found.the_dry_run() if policy == OURS else None
+        predicted = "" if dry_run is None else f"{dry_run.predicted:.1%}"
+        rows.append((policy, f"{live:.1%}", "" if virtual is None else f"{virtual:.1%}", predicted))
+    head = ("policy", "measured", "simulated", "predicted by a dry run")
     return Table(caption=f"Energy saved against `{BASELINE}`", head=head, rows=rows)
 
 
@@ -255,7 +255,7 @@ def trust_table(found: Found) -> Table:
     """What the runs rest on, each on its own."""
     rows = [
         (
-            f"{run.policy}{'' if run.clocks == 'on' else ', advised'}",
+            f"{run.policy}{'' if run.clocks == 'on' else ', dry run'}",
             str(run.round + 1),
             f"{run.answered} of {run.requests}",
             f"{run.trust.steps:,}",

@@ -49,8 +49,8 @@ class Cost:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trust:
     """What a run rests on: steps, the share of them that the engine could not compute in time, what the engine computed
-    and its host did of a step (mean shares); joules of the hook's own sum and by aiperf (None: it told none); `quiet`:
-    all of it ran before whatever else the machine did, whose `load` average was this before.
+    and its host did of a step (mean shares); joules by the sum of the steps, and by aiperf (None: none read); `quiet`:
+    all of it ran before other work of the machine, whose `load` average was this before.
     """
 
     steps: int
@@ -66,7 +66,7 @@ class Trust:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One replay through the gateway. `clocks`: "on" or "advise"; `advised`: the saving that it foretold."""
+    """One replay through the gateway. `clocks`: "on" or "dry-run"; `predicted`: the saving that it predicted."""
 
     policy: str
     clocks: str
@@ -77,7 +77,7 @@ class Run:
     figures: Figures
     cost: Cost
     trust: Trust
-    advised: float | None
+    predicted: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -194,6 +194,6 @@ class Found(NamedTuple):
         """Their medians."""
         return middle([run.figures for run in self.of(policy)])
 
-    def advice(self) -> Run | None:
-        """The run that only advised."""
-        return next((run for run in self.runs if run.advised is not None), None)
+    def the_dry_run(self) -> Run | None:
+        """The run that set no clock."""
+        return next((run for run in self.runs if run.predicted is not None), None)

@@ -1,4 +1,4 @@
-"""What is run, fixed before it: GPU, model, engine, load, promises, clocks. The load as requests. Starts nothing."""
+"""What is run, fixed before it: GPU, model, engine, load, SLOs, clocks. The load as requests. Starts nothing."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Plan:
     profile_s: float = 480.0
     rounds: int = 3
     policies: tuple[str, ...] = POLICIES
-    advise: bool = True
+    dry_run: bool = True
 
     @property
     def window_s(self) -> float:
-        """The same for every run: the last request may take as long as it was promised."""
+        """The same for every run: the last request may take as long as its SLO allows."""
         return self.seconds + self.e2e_s
 
     @property
@@ -56,7 +56,7 @@ class Plan:
 
 
 QUICK = Plan(
-    seconds=20.0, e2e_s=12.0, clocks_mhz=(1410, 990, 570), profile_s=40.0, rounds=1, policies=(OURS,), advise=False
+    seconds=20.0, e2e_s=12.0, clocks_mhz=(1410, 990, 570), profile_s=40.0, rounds=1, policies=(OURS,), dry_run=False
 )
 
 
@@ -64,9 +64,9 @@ def load(plan: Plan) -> list[Sent]:
     """The requests: a generator's, without those that the context has no room for."""
     made = load_trace(f"azure-conv-like:seconds={plan.seconds:g},rate={plan.rate_rps:g},seed={plan.seed}")
     rows = zip(made.arrival_s.tolist(), made.prompt_tokens.tolist(), made.output_tokens.tolist(), strict=True)
-    kept = [row for row in rows if row[1] + row[2] <= LONGEST_TOKENS]
-    first_s = kept[0][0]
-    return [Sent(at_s=at_s - first_s, prompt_tokens=prompt, output_tokens=answer) for at_s, prompt, answer in kept]
+    fitting = [row for row in rows if row[1] + row[2] <= LONGEST_TOKENS]
+    first_s = fitting[0][0]
+    return [Sent(at_s=at_s - first_s, prompt_tokens=prompt, output_tokens=answer) for at_s, prompt, answer in fitting]
 
 
 def words(sent: Sequence[Sent]) -> str:

@@ -15,7 +15,7 @@ from tools.loop.plan import BASELINE, OURS, Plan, physics
 from tools.loop.readings import Meter, Steps, replay
 from tools.testbed.trace import Sent
 
-ON, ADVISE = "on", "advise"
+ON, DRY_RUN = "on", "dry-run"
 CLIENT_S, GATEWAY_S, ENGINE_S, TRAIN_S, SIMULATE_S = 25.0, 8.0, 60.0, 10.0, 60.0
 """About how long each takes to start, or in all."""
 TOLERANCE = 0.05
@@ -37,7 +37,7 @@ class Turn:
 
     def words(self) -> str:
         """In words."""
-        return f"round {self.round + 1}, {self.policy}{'' if self.clocks == ON else ', only advised'}"
+        return f"round {self.round + 1}, {self.policy}{'' if self.clocks == ON else ', dry run'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +50,14 @@ class Recorded:
 
 
 def turns(plan: Plan) -> list[Turn]:
-    """All runs in order; each policy is first, second and third equally often. Advice comes in the middle."""
+    """All runs in order; each policy is first, second and third equally often. The dry run comes in the middle."""
     found = []
     for number in range(plan.rounds):
         first = number % len(plan.policies)
         order = (*plan.policies[first:], *plan.policies[:first])
         found += [Turn(policy=policy, clocks=ON, round=number) for policy in order]
-    if plan.advise:
-        found.insert(len(found) // 2, Turn(policy=OURS, clocks=ADVISE, round=0))
+    if plan.dry_run:
+        found.insert(len(found) // 2, Turn(policy=OURS, clocks=DRY_RUN, round=0))
     return found
 
 
@@ -105,7 +105,7 @@ def one(bed: LoopBed, sent: Sequence[Sent], turn: Turn) -> Recorded:
         figures=outcome.measured(replayed, meter, steps, plan, len(sent)),
         cost=outcome.cost(before, after, meter, from_s, to_s),
         trust=outcome.trust(steps, replayed, freed_s=freed_s, load=load, quiet=quiet),
-        advised=readings.gauge(after, "throttllem_advised_saving_ratio") if turn.clocks == ADVISE else None,
+        predicted=readings.gauge(after, "throttllem_dry_run_saving_ratio") if turn.clocks == DRY_RUN else None,
     )
     return Recorded(run=run, meter=meter, steps=steps)
 
@@ -130,6 +130,6 @@ def _found(run: Run) -> str:
     found = run.figures
     return (
         f"  {found.energy_j / 1e3:.1f} kJ, {found.tokens_per_j:.2f} tokens/J, {found.clock_mhz:.0f} MHz, "
-        f"{found.attainment:.1%} kept, E2E p99 {found.e2e_p99_s:.1f} s, overruns {run.trust.overruns:.1%}, "
+        f"SLOs met {found.attainment:.1%}, E2E p99 {found.e2e_p99_s:.1f} s, overruns {run.trust.overruns:.1%}, "
         f"GPU free after {run.trust.freed_s * 1e3:.0f} ms"
     )

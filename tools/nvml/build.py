@@ -17,7 +17,7 @@ FLAGS = ("-shared", "-fPIC", "-O2", *WARNINGS, "-pthread", "-fvisibility=hidden"
 
 
 class BuildError(Exception):
-    """The compiler is missing or refused the sources; with what it said."""
+    """The compiler is missing or refused the sources; with its output."""
 
 
 def library(folder: Path) -> Path:

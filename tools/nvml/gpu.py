@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from tools.nvml.layout import BY_OTHER, PIDS, Control, Op, Truth
-from tools.nvml.state import MachineError, State
+from .layout import BY_OTHER, PIDS, Control, Op, Truth
+from .state import MachineError, State
 
 
 class FakeGpu:
@@ -19,12 +19,12 @@ class FakeGpu:
 
     @property
     def uuid(self) -> str:
-        """As NVML tells it."""
+        """As NVML reports it."""
         return str(self._state.layout.gpus[self.index].part.uuid.decode())
 
     @property
     def lock(self) -> tuple[int, int] | None:
-        """The range that the clocks are locked to, in MHz, from the moment of the write on. NVML cannot tell it."""
+        """The range that the clocks are locked to, in MHz, from the moment of the write on. NVML has no call for it."""
         truth = self.truth
         return (truth.low_mhz, truth.high_mhz) if truth.locked else None
 
@@ -61,15 +61,15 @@ class FakeGpu:
     # ---- what happens to it ----
 
     def lock_by_other(self, low_mhz: int, high_mhz: int) -> None:
-        """Somebody else's tool locks the clocks: neither logged nor counted."""
+        """Another controller locks the clocks: neither logged nor counted."""
         self.change(Op.LOCK | BY_OTHER, low_mhz, high_mhz)
 
     def unlock_by_other(self) -> None:
-        """Somebody else's tool unlocks them."""
+        """Another controller unlocks them."""
         self.change(Op.UNLOCK | BY_OTHER)
 
     def work(self, util: float, valid_s: float) -> None:
-        """Busy by 0 to 1.5 for so long, as `fake_nvml_work` does."""
+        """Busy by 0 to 1.5 for `valid_s`, as `fake_nvml_work` does."""
         self.change(Op.WORK, util, valid_s)
 
     def limit_w(self, watts: float | None) -> None:
@@ -93,7 +93,7 @@ class FakeGpu:
         self.control.permission_denied = not granted
 
     def root_only(self, only: bool) -> None:
-        """Whether writes need root; they do unless told otherwise."""
+        """Whether writes need root; they do unless set otherwise."""
         self.control.root_only = only
 
     def lost(self, lost: bool) -> None:
@@ -110,7 +110,7 @@ class FakeGpu:
         control.mps_count = _put(control.mps_pids, pids)
 
     def processes(self, pids: Sequence[int]) -> None:
-        """Who computes on it."""
+        """The processes that compute on it."""
         control = self.control
         control.process_count = _put(control.process_pids, pids)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from tools.nvml import build
-from tools.nvml.gpu import FakeGpu
-from tools.nvml.layout import FAULTS, GPUS, MAGIC, VERSION, WRITES, MachineLayout, Op
-from tools.nvml.part import Part, PartError, a100, h100, rtx4090
-from tools.nvml.state import SIZE, MachineError, State
+from . import build
+from .gpu import FakeGpu
+from .layout import FAULTS, GPUS, MAGIC, VERSION, WRITES, MachineLayout, Op
+from .part import Part, PartError, a100, h100, rtx4090
+from .state import SIZE, MachineError, State
 
 __all__ = ["FakeGpu", "Machine", "MachineError", "Op", "Part", "PartError", "Write", "a100", "h100", "rtx4090"]
 STATE = "FAKE_NVML_STATE"
@@ -59,12 +59,12 @@ class Machine:
         _describe(state.layout, parts)
         machine = cls(state)
         machine.reset()
-        state.layout.magic = MAGIC  # last: from here on it is a machine for everybody
+        state.layout.magic = MAGIC  # last: from here on every process can open it
         return machine
 
     @classmethod
     def open(cls, file: Path, *, library: Path | None = None) -> Self:
-        """A machine that somebody else made. Raises MachineError for a file that is none."""
+        """A machine that exists. Raises MachineError for a file that is none."""
         if not file.is_file() or file.stat().st_size != SIZE:
             raise MachineError(f"{file}: not a state file of {SIZE} bytes; Machine.create makes one")
         state = State(file, library or build.library(file.parent))
@@ -91,7 +91,7 @@ class Machine:
         return {STATE: str(self.file.resolve()), "LD_LIBRARY_PATH": f"{folder}:{before}" if before else folder}
 
     def reset(self) -> None:
-        """As new, but for the driver's generation: who had initialised NVML before still has."""
+        """As new, but for the driver's generation: a process that had initialised NVML before still has."""
         layout = self._state.layout
         self.clear_faults()
         layout.stop_inside_pid = 0
@@ -105,7 +105,7 @@ class Machine:
         layout.driver |= 1
 
     def driver(self, loaded: bool) -> None:
-        """Takes the driver away, or brings it back: without locks, and unknown to who had initialised NVML before."""
+        """Takes the driver away, or brings it back: without locks, and unknown to earlier users of NVML."""
         layout = self._state.layout
         if not loaded:
             layout.driver = (layout.driver >> 1) + 1 << 1

@@ -11,9 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from throttllem.physics.catalogue import Catalogue
-from throttllem.physics.engine import EnginePhysics
-
 SWITCH_MS = (4.5, 13.0)
 BATCH = 32
 CONTEXT_TOKENS = 1000
@@ -96,7 +93,10 @@ def uuid_of(index: int) -> str:
 
 
 def catalogue_parts(gpu: str, n: int, *, model: str = "llama-3-8b", tp: int = 1, **fields: Any) -> tuple[Part, ...]:
-    """`n` GPUs of the catalogue; busy watts are those of the model at the reference load, of one of `tp` GPUs."""
+    """`n` GPUs of throttllem's catalogue; busy watts are those of a model at the reference load on `tp` GPUs."""
+    from throttllem.physics.catalogue import Catalogue  # noqa: PLC0415 - nothing else of the package needs throttllem
+    from throttllem.physics.engine import EnginePhysics  # noqa: PLC0415
+
     catalogue = Catalogue.load()
     kind = catalogue.gpu(gpu)
     physics = EnginePhysics(kind, catalogue.model(model), tp)

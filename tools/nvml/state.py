@@ -6,14 +6,14 @@ import ctypes
 import mmap
 from pathlib import Path
 
-from tools.nvml import build
-from tools.nvml.layout import MachineLayout, Truth
+from . import build
+from .layout import MachineLayout, Truth
 
 SIZE = ctypes.sizeof(MachineLayout)
 
 
 class MachineError(Exception):
-    """A state file that cannot be used, or a change that no GPU can make; the message says which."""
+    """A state file that cannot be used, or a change that no GPU can make; the message names it."""
 
 
 class State:

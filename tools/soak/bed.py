@@ -63,7 +63,7 @@ class SoakBed:
         self._asking: set[asyncio.Task[None]] = set()
         self.held = tuple(index for index, gpu in enumerate(schedule.gpus) if gpu.held)
         self.opted = tuple(index for index, gpu in enumerate(schedule.gpus) if gpu.allowed)
-        self._gateways, self._url = 0, ""
+        self._gateways, self._served = 0, (0, "")
 
     async def __aenter__(self) -> Self:
         self.sandbox.clear()
@@ -184,7 +184,7 @@ class SoakBed:
             every_s=self.schedule.clock_every_s,
         )
         if not rival:
-            self.gateway, self._url = process, f"http://127.0.0.1:{port}"
+            self.gateway, self._served = process, (number, f"http://127.0.0.1:{port}")
         return process
 
     async def answers(self, within_s: float = START_S) -> dict[str, Any] | None:
@@ -199,7 +199,7 @@ class SoakBed:
     def ask(self, number: int, tokens: int) -> None:
         """A request to the gateway that runs now, if one does."""
         if self.gateway.alive:
-            task = asyncio.create_task(self._ask(number, tokens, self._url, self._gateways))
+            task = asyncio.create_task(self._ask(number, tokens, *self._served))
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
 
@@ -207,7 +207,7 @@ class SoakBed:
         """A request has not ended."""
         return bool(self._asking) and any(ask.how is None for ask in self.evidence.asks.values())
 
-    async def _ask(self, number: int, tokens: int, url: str, gateway: int) -> None:
+    async def _ask(self, number: int, tokens: int, gateway: int, url: str) -> None:
         """One that nobody takes, as a gateway is only about to listen, was not asked."""
         self.observer.asked(number, gateway)
         body = json.dumps(self.client.fields(tokens=tokens, min_tokens=tokens)).encode()

@@ -69,7 +69,7 @@ def _losses(evidence: Evidence) -> Iterator[tuple[str, float | None]]:
 
 
 def _seconds(evidence: Evidence, loss: Loss, gpu: int) -> float | None:
-    """How long one GPU took; None: there was nothing to be done, or the log does not tell."""
+    """How long one GPU took; None: there was nothing to be done, or the log does not show it."""
     if not logged(evidence, gpu):
         return None
     found = moments(evidence, gpu)
@@ -93,12 +93,12 @@ def _possible_s(evidence: Evidence, at_s: float) -> float:
 
 def _writes(evidence: Evidence) -> Iterator[str]:
     if evidence.write_count > WRITES:
-        yield f"{evidence.write_count} writes: the log holds {WRITES}, and nobody can say what the others were"
+        yield f"{evidence.write_count} writes: the log holds {WRITES}, and the others are unknown"
     for write in evidence.writes:
         if evidence.schedule.gpus[write.gpu].allowed is None:
             yield f"GPU {write.gpu} is not opted in, and was written to: {write}"
         elif not _permitted(evidence, write):
-            yield f"GPU {write.gpu}: a write that nobody allowed: {write}"
+            yield f"GPU {write.gpu}: a write that is not allowed: {write}"
     for gpu, plan in enumerate(evidence.schedule.gpus):
         if plan.allowed is None and evidence.attempted and evidence.attempted[gpu]:
             yield f"GPU {gpu} is not opted in, and {evidence.attempted[gpu]} writes to it were tried"
@@ -127,7 +127,7 @@ def _keepers(evidence: Evidence) -> Iterator[str]:
             yield f"GPU {gpu} was locked when the keeper died at {death.at_s - evidence.began_s:.3f} s, and not noted"
     for text in evidence.must_say:
         if text not in evidence.logs and not any("deleted" in kind for kind in evidence.schedule.kinds):
-            yield f"the keeper never said: {text}"
+            yield f"the keeper never logged: {text}"
 
 
 def _gateways(evidence: Evidence) -> Iterator[str]:
@@ -161,6 +161,6 @@ def _at_the_end(evidence: Evidence, ask: Ask) -> bool:
 
 
 def _accepted(evidence: Evidence, ask: Ask) -> bool:
-    """The gateway was told to end and had the request: one that only just connects is refused or reset."""
+    """The gateway was asked to end and had the request: one that only just connects is refused or reset."""
     early = ask.asked_s < evidence.stopped_s - ACCEPTED_S
     return evidence.schedule.stop is Stop.TERM and (ask.begun or early)

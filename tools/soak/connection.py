@@ -1,4 +1,4 @@
-"""One connection to the keeper's socket by which anything can be said: requests, rubbish, floods."""
+"""One connection to the keeper's socket by which anything can be sent: requests, rubbish, floods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WAIT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Talk:
+class Connection:
     """An open connection."""
 
     reader: asyncio.StreamReader
@@ -22,17 +22,17 @@ class Talk:
 
     async def ask(self, **what: object) -> dict[str, Any] | None:
         """The answer; None if none comes."""
-        await self.say(json.dumps(what).encode() + b"\n")
-        return await self.hear()
+        await self.send(json.dumps(what).encode() + b"\n")
+        return await self.receive()
 
-    async def say(self, raw: bytes) -> None:
+    async def send(self, raw: bytes) -> None:
         """Bytes, as they are."""
         with suppress(OSError, TimeoutError):
             self.writer.write(raw)
             async with asyncio.timeout(_WAIT_S):
                 await self.writer.drain()
 
-    async def hear(self) -> dict[str, Any] | None:
+    async def receive(self) -> dict[str, Any] | None:
         """One answer; None if none comes."""
         with suppress(OSError, ValueError, TimeoutError):
             async with asyncio.timeout(_WAIT_S):
@@ -42,14 +42,14 @@ class Talk:
 
 
 @asynccontextmanager
-async def talk_to(path: Path) -> AsyncIterator[Talk | None]:
-    """A connection; None if there is nobody."""
-    talk: Talk | None = None
+async def connected(path: Path) -> AsyncIterator[Connection | None]:
+    """A connection; None if nothing listens."""
+    connection: Connection | None = None
     with suppress(OSError, TimeoutError):
         async with asyncio.timeout(_WAIT_S):
-            talk = Talk(*await asyncio.open_unix_connection(path))
+            connection = Connection(*await asyncio.open_unix_connection(path))
     try:
-        yield talk
+        yield connection
     finally:
-        if talk is not None:
-            talk.writer.close()
+        if connection is not None:
+            connection.writer.close()

@@ -22,11 +22,11 @@ MOST_FAULTS = 4
 SPAN_S = (0.5, 0.9)
 EARLY = 0.25
 PATIENT, LONG_TTL_S = 0.25, 4.0
-"""Some leases last so long that who waits for their end is too late: a closed connection must end them at once."""
+"""Some leases last so long that their expiry comes too late: a closed connection must end them at once."""
 
 
 def drawn(seed: int) -> Schedule:
-    """The schedule of a seed. Its first kind goes round, so that so many seeds have every kind."""
+    """The schedule of a seed. Its first kind goes round, so that as many seeds have every kind."""
     draw = random.Random(f"soak {seed}")
     kinds = _kinds(draw, seed)
     span_s = draw.uniform(*SPAN_S)
@@ -59,7 +59,7 @@ def _kinds(draw: random.Random, seed: int) -> list[Kind]:
 
 
 def _together(kind: Kind, others: Sequence[Kind]) -> bool:
-    """A journal that lost both copies says nothing about the other faults; nothing else is demanded then."""
+    """A journal that lost both copies shows nothing of the other faults; nothing else is demanded then."""
     hits = [one.journal for one in (kind, *others) if one.journal is not Journal.NOTHING]
     return Journal.BOTH not in hits or len(hits) == 1
 

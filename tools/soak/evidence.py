@@ -35,7 +35,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Obstacle:
-    """While it lasts nobody can restore a GPU."""
+    """While it lasts no keeper can restore a GPU."""
 
     began_s: float
     ended_s: float
@@ -44,7 +44,7 @@ class Obstacle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Other:
-    """What somebody else did to a lock: set it, or took it away (None, a driver that was loaded anew)."""
+    """What another controller did to a lock: set it, or removed it (None, also a driver that was reloaded)."""
 
     at_s: float
     gpu: int
@@ -64,7 +64,7 @@ class Death:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """The soak itself did not run for so long."""
+    """The soak itself did not run for `lasted_s`."""
 
     at_s: float
     lasted_s: float
@@ -77,7 +77,7 @@ class Evidence:
     `restored_s`: when all was restored (None: never). `forgot`: both copies of the journal were destroyed and a keeper
     began without them. `other_users` could connect to the socket. `idle` kinds never had an effect. `must_say`:
     what has to be in the keeper's log.
-    `troubles` are violations seen on the spot. `waited_s`: so long the soak was ready to run and had no core, from the
+    `troubles` are violations seen on the spot. `waited_s`: how long the soak was ready to run and had no core, from the
     gateway's end on; `gaps`: when it did not run for long.
     """
 

@@ -38,7 +38,7 @@ class Tally:
     repeated: list[int] = field(default_factory=list)
 
     def add(self, outcome: Outcome) -> None:
-        """One more; its logs are kept only if it failed."""
+        """One more; its logs stay only if it failed."""
         self.outcomes.append(outcome if outcome.violations else replace(outcome, logs=""))
 
     def starved(self) -> list[Schedule]:

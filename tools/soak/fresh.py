@@ -24,13 +24,13 @@ _SOON_S, _SWITCHED_S = 1.0, 0.04
 
 
 def _time_is_up(bed: SoakBed, since_s: float) -> bool:
-    """A keeper that is started anew has its time again, but not for ever."""
+    """A keeper that is started again has its time again, but not for ever."""
     now_s = time.monotonic()
     return now_s > max(since_s, bed.evidence.starts_s[-1]) + WITHIN_S or now_s > since_s + MOST_S
 
 
 async def nothing_is_held(bed: SoakBed) -> None:
-    """The keeper says so."""
+    """By its own status."""
     since_s, status = time.monotonic(), None
     while not _time_is_up(bed, since_s):
         status = await bed.answers(LOOK_S * 10)

@@ -9,7 +9,7 @@ from tools.soak.locks import downs, fits, logged, moments
 from tools.soak.schedule import Lock
 
 QUIET_S = 0.4
-"""So long no GPU of the group was written to: whatever was under way is over."""
+"""After this time without a write to the group, commands under way are over."""
 
 
 def torn_groups(evidence: Evidence) -> Iterator[str]:
@@ -32,7 +32,7 @@ def torn_groups(evidence: Evidence) -> Iterator[str]:
 
 
 def _hindered(evidence: Evidence, at_s: float) -> bool:
-    """Something kept the keeper from going on, or the machine did."""
+    """An obstacle held the keeper up, or the machine did."""
     away = [(one.began_s, one.ended_s) for one in (*evidence.obstacles, *downs(evidence))]
     away += [(gap.at_s, gap.at_s + gap.lasted_s) for gap in evidence.gaps]
     return any(began_s < at_s + QUIET_S and ended_s > at_s - QUIET_S for began_s, ended_s in away)

@@ -42,8 +42,8 @@ class Board(ctypes.Structure):
     """`traps`: each 1 + the number of a point, where the keeper dies as it passes for the `passes`th time; 0: nowhere.
 
     `failing` has bit n set while writing journal copy n fails with `error`; `short`: half of it is written first.
-    `block_s`: the keeper's event loop is to stand still for so long, once. `shift_s`: what the host's clock is off by.
-    `hoard`: all memory that can be had is to be taken. `slow_s`: so long writing a copy takes.
+    `block_s`: for how long the keeper's event loop is to stand still, once. `shift_s`: what the host's clock is off by.
+    `hoard`: all memory that can be had is to be taken. `slow_s`: how long writing a copy takes.
     """
 
     traps: ctypes.Array[ctypes.c_int32]
@@ -113,7 +113,7 @@ class _Traps:
         self.board, self.parts = board, [copy.with_suffix(".part") for copy in copies]
 
     def __call__(self, point: str) -> None:
-        """Die here if that is what the board says."""
+        """Die here if the board demands it."""
         board = self.board
         for index, trap in enumerate(board.traps):
             if trap and POINTS[trap - 1] == point:
@@ -127,7 +127,7 @@ class _Traps:
         return self.parts.index(path) if path in self.parts else None
 
     def fails(self, copy: int) -> OSError | None:
-        """What the disk says."""
+        """The error of the disk."""
         if not self.board.failing >> copy & 1:
             return None
         return OSError(self.board.error, os.strerror(self.board.error))
@@ -216,12 +216,12 @@ def _around_gpus(traps: _Traps) -> None:
 
 
 def _around_answers(traps: _Traps) -> None:
-    writer = asyncio.StreamWriter  # nobody but the door has one in this process
+    writer = asyncio.StreamWriter  # only the server has one in this process
     writer.write = _between(traps, "reply", writer.write)  # type: ignore[method-assign]
 
 
 def _around_loop(board: Board) -> None:
-    """The keeper tells systemd several times a second that it lives: there its loop is caught."""
+    """The keeper notifies systemd several times a second: there its event loop is caught."""
     blocks: list[object] = [None] * 20_000
     real = systemd.notify
 

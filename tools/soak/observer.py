@@ -1,4 +1,4 @@
-"""Notes how requests and processes of a schedule end, and what the journal says then. Starts and stops nothing."""
+"""Notes how requests and processes of a schedule end, and what the journal holds then. Starts and stops nothing."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Observer:
         self.evidence.losses.append(Loss(at_s=now_s, from_s=now_s, why="the keeper died", gpus=opted))
 
     def _unnoted(self, uuids: frozenset[str]) -> tuple[int, ...]:
-        """GPUs that a keeper has locked, and nobody since, and that the journal does not name."""
+        """GPUs that a keeper has locked, and no other controller since, and that the journal does not name."""
         last = {write.gpu: (write.low, write.high) for write in self.machine.writes() if write.result == 0}
         plans = self.evidence.schedule.gpus
         return tuple(

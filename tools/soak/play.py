@@ -1,6 +1,6 @@
 """Plays one schedule, from the start of the keeper to a fresh client's lease after everything is over.
 
-Waits as long as may be waited, and notes what it saw; what that is worth `check` says.
+Waits as long as the rules allow, and notes what it saw; `check` judges it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tools.soak.sandbox import Sandbox, waited_s
 from tools.soak.schedule import Fault, Schedule, Stop
 
 ENDS_S = 6.0
-"""So long requests may take, and faults to be over, after everything was lifted."""
+"""How long requests and faults may take to end after everything was lifted."""
 LOOK_S = 0.01
 
 
@@ -37,7 +37,7 @@ async def play(schedule: Schedule, sandbox: Sandbox) -> Evidence:
             await _live(bed)
             await _settle(bed)
         if bed.evidence.restored_s is None or bed.evidence.troubles:
-            await _say_where_they_are(bed)
+            await _log_stacks(bed)
         _look_back(bed)
     return bed.evidence
 
@@ -148,8 +148,8 @@ def _restored(bed: SoakBed) -> bool:
     return bed.keeper.alive and all(fits(bed.evidence, index, bed.machine.gpus[index].lock) for index in bed.opted)
 
 
-async def _say_where_they_are(bed: SoakBed) -> None:
-    """Something is wrong: every process tells the log what it is doing."""
+async def _log_stacks(bed: SoakBed) -> None:
+    """Something is wrong: every process logs its stacks."""
     for child in bed.children:
         if child.alive:
             child.send(signal.SIGUSR1)
@@ -157,11 +157,11 @@ async def _say_where_they_are(bed: SoakBed) -> None:
     await asyncio.sleep(0.1)
     with (bed.sandbox.folder / "keeper.log").open("a") as log:
         alive = [f"{child.role} {child.pid}" for child in bed.children if child.alive]
-        log.write(f"{bed.now():.3f} s: alive are {alive}; the keeper says {status}\n")
+        log.write(f"{bed.now():.3f} s: alive are {alive}; the keeper's status is {status}\n")
 
 
 def _look_back(bed: SoakBed) -> None:
-    """What the machine and the logs say of it all."""
+    """What the GPUs and the logs show at the end."""
     evidence, machine, folder = bed.evidence, bed.machine, bed.sandbox.folder
     evidence.writes = tuple(machine.writes())
     evidence.write_count = int(machine._state.layout.write_count)

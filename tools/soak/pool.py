@@ -1,4 +1,4 @@
-"""Workers that play schedules side by side, each in a sandbox of its own; outcomes come in any order."""
+"""Workers that play schedules side by side, each in its sandbox; outcomes come in any order."""
 
 from __future__ import annotations
 

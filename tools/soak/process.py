@@ -65,7 +65,7 @@ class SoakProcess:
         await self.dead.wait()
 
     def limit_memory(self, more_bytes: int | None) -> None:
-        """Not more than it has now and so many bytes (None: no limit)."""
+        """What it has now and `more_bytes` at most (None: no limit)."""
         with suppress(OSError, ValueError):
             pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[0])
             limit = RLIM_INFINITY if more_bytes is None else pages * PAGE_BYTES + more_bytes

@@ -100,7 +100,7 @@ class ClockStorm:
 
 
 def _obey(control: socket.socket, storm: ClockStorm) -> None:
-    """Carry out what the soak says, line by line, in the gateway's event loop."""
+    """Carry out the orders of the soak, line by line, in the gateway's event loop."""
     for line in control.makefile("rb"):
         order, loop = json.loads(line), storm.loop
         if loop is None:

@@ -25,7 +25,7 @@ from tools.testbed.processes import free_port
 
 MOST_GPUS = 6
 SWITCH_MS = (9.0, 26.0)
-"""Twice what was measured: nobody must believe a clock that is still switching."""
+"""Twice what was measured: no reader may trust a clock that is still switching."""
 MEMORY = Path("/dev/shm")
 """A disk that is never slow, but where a fault makes it so."""
 PULSE_S, GAP_S = 0.02, 0.1
@@ -72,8 +72,7 @@ class Sandbox:
 def sandboxes(
     count: int, *, roles: str = "tools.soak.roles", library: Path | None = None, mounts: bool = True, **environment: str
 ) -> Iterator[list[Sandbox]]:
-    """So many, with one fork server of these roles. `library` is where the fake NVML is compiled (None: anywhere).
-
+    """`count` of them, with one fork server. `library`: where the fake NVML is compiled (None: anywhere);
     `mounts`: this thread may have its own, for ever.
     """
     with ExitStack() as stack:
@@ -130,13 +129,13 @@ def _mounted(folder: Path, stack: ExitStack) -> bool:
 
 
 def waited_s() -> float:
-    """So long the threads of this process have been ready to run, and had no core."""
+    """How long the threads of this process have been ready to run, and had no core."""
     tasks = Path("/proc/self/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[1]) for task in tasks) / 1e9
 
 
 class Pulse:
-    """A task that only sleeps, and notices when it slept too long: then nobody here could act."""
+    """A task that only sleeps, and notices when it slept too long: then nothing here could act."""
 
     def __init__(self) -> None:
         self._gaps = deque[Gap](maxlen=1000)

@@ -1,6 +1,6 @@
-"""A client that may trust nobody: it waits for a bounded time, and says what it saw of every answer.
+"""A client that trusts nothing: it waits for a bounded time, and describes what it saw of every answer.
 
-`Answer.check` is the promise under faults: an answer ends once, with all its tokens or with a clear error.
+`Answer.check` is what holds under faults: an answer ends once, with all its tokens or with a clear error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import aiohttp
 
 COMPLETIONS = "/v1/completions"
 HANG_S = 90.0
-"""Longer than any bound that a fault's gateway was given: who waits so long hangs."""
+"""Longer than any bound that a fault's gateway was given: an answer that takes longer hangs."""
 _DATA = re.compile(rb"(?m)^data: ?(.*)$")
 
 
@@ -97,14 +97,14 @@ class Answer:
         assert set(error) >= {"message", "type", "param", "code"}, f"not OpenAI's shape: {error}"
         assert self.status is not None and (self.status >= 400 or self.events), f"an error with status {self.status}"
         ends = [event for event in self.events if event == b"[DONE]" or b'"error"' in event]
-        # vLLM itself says [DONE] after an error.
+        # vLLM itself sends [DONE] after an error.
         assert not self.events or (b'"error"' in ends[0] and ends[1:] in ([], [b"[DONE]"])), f"several ends: {ends}"
 
 
 def tallied(answers: Iterable[Answer]) -> str:
     """Answers in words, equal ones counted."""
     counts = Counter(answer.said for answer in answers)
-    return "; ".join(f"{count} x {said}" for said, count in sorted(counts.items()))
+    return "; ".join(f"{count} x {words}" for words, count in sorted(counts.items()))
 
 
 class Client:
@@ -158,10 +158,10 @@ class Client:
         kind, broken, hung = "", None, False
         parts: list[bytes] = []
         try:
-            told = {"content-type": "application/json", **(headers or {})}
+            sent = {"content-type": "application/json", **(headers or {})}
             async with (
                 asyncio.timeout(hang_s),
-                self._session.post((url or self.url) + path, data=body, headers=told) as got,
+                self._session.post((url or self.url) + path, data=body, headers=sent) as got,
             ):
                 status, kind = got.status, got.headers.get("content-type", "")
                 async for chunk in got.content.iter_any():

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Milliseconds, and generated tokens per second of the whole run. None: this client does not tell.
+    """Milliseconds, and generated tokens per second of the whole run. None: this client does not report it.
 
     TTFT is over requests, ITL over gaps between chunks, TPOT over requests' means of all gaps after the first token.
     """

@@ -78,7 +78,7 @@ def fork_server(module: str, *, environment: Mapping[str, str] | None = None) ->
         with its:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tools.testbed.fork_server", module, str(its.fileno())],
-                # Nobody forks a process with threads.
+                # A process with threads must not fork.
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1"} | dict(environment or {}),
                 cwd=ROOT,
                 pass_fds=(its.fileno(),),
@@ -156,7 +156,7 @@ def _become(roles: Roles, order: Order, control: socket.socket) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         print("" if end.code is None or isinstance(end.code, int) else end.code, end="")
-    except BaseException:  # nobody else would show it
+    except BaseException:  # nothing else would show it
         traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):

@@ -36,7 +36,7 @@ SLACK = {"tasks": 0, "descriptors": 3}
 LAST = 1
 """The variable of a loop keeps the last object that went through it."""
 OPEN = ("throttllem_queue_requests", "throttllem_running_requests", "throttllem_pending_requests")
-"""Samples that are 0 while nobody asks."""
+"""Samples that are 0 while no request is open."""
 SETTLE_S, QUIET_S = 20.0, 2.5
 _SAMPLE = re.compile(r"(?m)^(throttllem_\w+)(?:\{[^\n]*\})? (\S+)$")
 
@@ -63,7 +63,7 @@ def _answer(listening: socket.socket) -> None:
 
 
 def main() -> None:
-    """Open the window, then do what the rest of the command line says."""
+    """Open the window, then run the rest of the command line."""
     from throttllem.cli.app import main as throttllem  # noqa: PLC0415 - callers of this module need no gateway
 
     path, sys.argv = sys.argv[1], ["throttllem", *sys.argv[2:]]
@@ -113,12 +113,12 @@ class Inspected:
         return totals
 
     async def runs(self, count: int) -> bool:
-        """Whether so many requests are in engines."""
+        """Whether at least `count` requests are in engines."""
         metrics = await self.metrics()
         return metrics["throttllem_running_requests"] + metrics["throttllem_pending_requests"] >= count
 
     async def queued(self, count: int) -> bool:
-        """Whether so many requests wait."""
+        """Whether at least `count` requests wait."""
         return (await self.metrics())["throttllem_queue_requests"] >= count
 
     async def ready(self, within_s: float = 60.0) -> None:

@@ -22,7 +22,8 @@ COMMIT = "0" * 40
 def run_openai(clients: Path, url: str, jobs: Path, *, concurrency: int, model: str = MODEL) -> Mapping[str, Any]:
     """The `openai` package: what `openai_client.py` prints."""
     script = Path(__file__).with_name("openai_client.py")
-    command = [str(clients / "bin/python"), str(script), url, model, str(jobs), str(concurrency)]
+    # -P: the modules beside the script are not its own.
+    command = [str(clients / "bin/python"), "-P", str(script), url, model, str(jobs), str(concurrency)]
     found: Mapping[str, Any] = json.loads(_run(command))
     return found
 

@@ -57,7 +57,7 @@ async def one(client, model, job, places, began, number):
 
 
 def fields(model, job, number):
-    """The request of a job: prompts of its own, an answer of exactly the length that was asked for."""
+    """The request of a job: its own prompt, an answer of exactly the length that was asked for."""
     draw = random.Random(number)
     common = {"model": model, "max_tokens": job["output_tokens"], "temperature": 0.0, "stream": job["stream"]}
     if job["stream"]:

@@ -1,4 +1,4 @@
-"""Processes of a testbed: each leads a group of its own, is ready before it is handed out, and ends with its block.
+"""Processes of a testbed: each leads its own group, is ready before it is handed out, and ends with its block.
 
 Every wait is bounded; a failure names the command and shows the end of its log. Knows nothing of what is started.
 """

@@ -26,7 +26,7 @@ DATA = ROOT / ".." / "shared" / "data"
 
 
 class MissingError(Exception):
-    """This machine lacks something that a measurement needs; the text says what, and how to get it."""
+    """This machine lacks something that a measurement needs; the text names it, and how to get it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

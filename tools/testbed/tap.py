@@ -1,6 +1,6 @@
-"""A tap on the wire between the gateway and its engine: bytes pass, and the last answer to a path is kept as it came.
+"""A tap on the wire between the gateway and its engine: bytes pass, and the last answer to a path is stored as it came.
 
-It runs in a thread of its own. Knows HTTP/1.1 just well enough to take the chunks of an answer apart.
+It runs in its own thread. Knows HTTP/1.1 just well enough to take the chunks of an answer apart.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def section(workspace: Workspace) -> Section:
         ),
         results={
             "faults": rows,
-            "endurance": {"answers": endured.answers, "samples": endured.samples, "kept": endured.kept},
+            "endurance": {"answers": endured.answers, "samples": endured.samples, "left": endured.left},
         },
         versions={"vllm": version_of(environment, "vllm")},
     )
@@ -88,14 +88,14 @@ def _endurance(endured: Endured) -> Table:
     for name, key, unit in figures:
         first, last, slope = endured.decile(key, 0) / unit, endured.decile(key, -1) / unit, endured.slope(key) / unit
         rows.append((name, f"{first:,.1f}", f"{last:,.1f}", f"{slope * 10_000:+,.2f}"))
-    early, late = endured.kept
+    early, late = endured.left
     grown = (late - early) / ((1 - WARM) * endured.requests) * 10_000
     rows.append(("Python objects that a collection leaves", f"{early:,}", f"{late:,}", f"{grown:+,.0f}"))
-    answers = ", ".join(f"{count:,} x {said}" for said, count in sorted(endured.answers.items()))
+    answers = ", ".join(f"{count:,} x {outcome}" for outcome, count in sorted(endured.answers.items()))
     return Table(
         caption=(
             f"{endured.requests:,} short requests in {endured.seconds:.0f} s on a small engine: {answers}. "
-            "The first half of them is warm-up (what is learned of callers is kept up to a bound). Over the other half:"
+            "The first half of them is warm-up (what is learned of callers stays, up to a bound). Over the other half:"
         ),
         head=("held by the gateway", "first tenth", "last tenth", "growth per 10,000 requests"),
         rows=rows,

@@ -37,9 +37,12 @@ class Found:
 
 
 class Engine(Protocol):
-    """A kind of engine on a port. `full`: it refuses the third request, `wide`: its answers are large."""
+    """A kind of engine on a port. `full`: it refuses the third request, `wide`: its answers are large (where they would
+    not be anyway: `can_be_wide`).
+    """
 
     model: str
+    can_be_wide: bool
 
     async def start(self, port: int, *, full: bool, wide: bool) -> tuple[AbstractContextManager[Any], Process]:
         """A running engine, and what ends it. Raises ProcessError."""
@@ -63,9 +66,10 @@ class RealEngine:
     folder: Path
     report: Callable[[str], None]
     model: str = real.MODEL
+    can_be_wide: bool = False
 
     async def start(self, port: int, *, full: bool, wide: bool) -> tuple[AbstractContextManager[Any], Process]:
-        """As the protocol says; tried twice."""
+        """See `Engine`; tried twice."""
         flags = ("--max-num-seqs", "2", "--max-num-queued-reqs", "1") if full else ()
         for last in (False, True):
             manager = real.vllm(
@@ -105,9 +109,10 @@ class SmallEngine:
 
     folder: Path
     model: str = small.MODEL
+    can_be_wide: bool = True
 
     async def start(self, port: int, *, full: bool, wide: bool) -> tuple[AbstractContextManager[Any], Process]:
-        """As the protocol says."""
+        """See `Engine`."""
         manager = small.openai_engine(self.folder / "engine.log", port=port)
         url, process = await asyncio.to_thread(manager.__enter__)
         pace = {"step_s": 0.002, "most": 2 if full else 10**9, "pad": 4000 if wide else 0}
@@ -144,10 +149,11 @@ class Bed:
 
     async def engine(self, *, full: bool = False, wide: bool = False) -> None:
         """Have an engine with these traits up; the one that runs, if it has them."""
-        if self.process is not None and self._traits == (full, wide) and await self.answers():
+        traits = (full, wide and self.kind.can_be_wide)
+        if self.process is not None and self._traits == traits and await self.answers():
             return
         await self.stop()
-        self._traits = (full, wide)
+        self._traits = traits
         self._manager, self.process = await self.kind.start(self.port, full=full, wide=wide)
 
     async def stop(self) -> None:
@@ -182,7 +188,7 @@ class Bed:
         return int((total(page, "vllm:num_requests_running") or 0) + (total(page, "vllm:num_requests_waiting") or 0))
 
     async def runs(self, count: int) -> bool:
-        """Whether the engine holds so many requests."""
+        """Whether the engine holds at least `count` requests."""
         return await self.running() >= count
 
     @contextlib.asynccontextmanager

@@ -38,7 +38,7 @@ async def gone(bed: Bed) -> list[Found]:
     return [
         Found(
             fault=f"client gone: {', '.join(stages)} ({TIMES} each)",
-            client="nothing (it left); who came after it was served",
+            client="nothing (it left); requests after it were served",
             left=left,
         )
     ]
@@ -145,12 +145,12 @@ async def malformed(bed: Bed) -> list[Found]:
         garbage = [await _no_http(gateway, random.Random(number)) for number in range(100)]
         left = await gateway.left(bed.running)
     statuses = Counter(answer.status for answer in answers)
-    told = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items(), key=str))
+    counts = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items(), key=str))
     noise = ", ".join(f"{count} x {status}" for status, count in sorted(Counter(garbage).items(), key=str))
     return [
         Found(
             fault=f"{MALFORMED} malformed bodies and headers, 100 times bytes that are no HTTP",
-            client=f"{told}, every error in OpenAI's shape; no HTTP: {noise}",
+            client=f"{counts}, every error in OpenAI's shape; no HTTP: {noise}",
             left=left,
         )
     ]

@@ -83,10 +83,7 @@ async def shared(bed: Bed) -> list[Found]:
 
 
 async def _external(gateway: Inspected) -> bool:
-    metrics = await gateway.metrics()
-    return any(
-        value >= 1 for name, value in metrics.items() if name.endswith(("foreign_sequences", "external_sequences"))
-    )
+    return (await gateway.metrics()).get("throttllem_external_sequences", 0.0) >= 1
 
 
 async def killed(bed: Bed) -> list[Found]:
@@ -121,7 +118,7 @@ async def killed(bed: Bed) -> list[Found]:
 
 
 async def crashed(bed: Bed) -> list[Found]:
-    """The engine's worker dies, its API server does not yet: it ends the streams with errors of its own."""
+    """The engine's worker dies, its API server does not yet: it ends the streams with its own errors."""
     await bed.engine()
     async with bed.gateway("limits.engine_wait_s=4") as gateway:
         asked = _asked(gateway, 6, tokens=3000)

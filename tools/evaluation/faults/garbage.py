@@ -1,4 +1,4 @@
-"""Engines that answer garbage: to completions, and in the pages that tell what they are."""
+"""Engines that answer garbage: to completions, and in the pages that describe them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ async def answers(bed: Bed) -> list[Found]:
         await gateway.ready()
         for name, answer in ({**ANSWERS, "endless headers": None}).items():
             engine.answer = answer
-            told = [await gateway.client.ask(stream=stream, hang_s=20) for stream in (True, False)]
-            for one in told:
+            answers = [await gateway.client.ask(stream=stream, hang_s=20) for stream in (True, False)]
+            for one in answers:
                 _cleared(one)
             engine.answer = GOOD
             left = await gateway.left()
-            found.append(Found(fault=f"engine answers garbage: {name}", client=tallied(told), left=left))
+            found.append(Found(fault=f"engine answers garbage: {name}", client=tallied(answers), left=left))
     return found
 
 
@@ -57,8 +57,8 @@ async def pages(bed: Bed) -> list[Found]:
             engine.pages.clear()
             await _recovers(gateway)
             left = await gateway.left()
-        told = f"from the start: {early.said}; later: {later.said}"
-        found.append(Found(fault=f"engine answers garbage: {name}", client=told, left=left))
+        seen = f"from the start: {early.said}; later: {later.said}"
+        found.append(Found(fault=f"engine answers garbage: {name}", client=seen, left=left))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Faults of the gateway and of what it stands on: killed, told to stop under load, no port, no disk, no clock."""
+"""Faults of the gateway and of what it stands on: killed, stopped under load, no port, no disk, no clock."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def killed(bed: Bed) -> list[Found]:
         Found(
             fault="gateway SIGKILLed under load, started again on the same port and folder",
             client=f"{tallied(answers)} (its connections are gone); afterwards served",
-            left=f"engine empty after {aborted_s:.1f} s; {learned} learned lengths kept; {records}; {left}",
+            left=f"engine empty after {aborted_s:.1f} s; {learned} learned lengths survive; {records}; {left}",
         )
     ]
 
@@ -83,7 +83,7 @@ async def drained(bed: Bed) -> list[Found]:
         asked = [asyncio.create_task(gateway.client.ask(tokens=1500, stream=n % 2 > 0)) for n in range(8)]
         await eventually(partial(bed.runs, 4), 20, "four requests run")
         gateway.kill(signal.SIGTERM)
-        await eventually(lambda: "stopping" in gateway.log, 5, "it says that it stops")
+        await eventually(lambda: "stopping" in gateway.log, 5, "it logs that it stops")
         late = await gateway.client.ask(tokens=5)
         assert late.status == 503 and late.error and late.error["code"] == "draining", late.said
         patient = await asyncio.gather(*asked)
@@ -133,8 +133,8 @@ async def no_port(bed: Bed) -> list[Found]:
         assert done.returncode == 2 and f"server.port = {port}" in done.stderr, done
         assert "Traceback" not in done.stderr, done.stderr
         left = await gateway.left()
-    said = " ".join(done.stderr.split())
-    return [Found(fault="port taken", client=f"exit code 2: `{said.replace(port, '8000')}`", left=left)]
+    error = " ".join(done.stderr.split())
+    return [Found(fault="port taken", client=f"exit code 2: `{error.replace(port, '8000')}`", left=left)]
 
 
 async def no_disk(bed: Bed) -> list[Found]:
@@ -143,16 +143,16 @@ async def no_disk(bed: Bed) -> list[Found]:
         limits = resource.prlimit(gateway.process.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(gateway.process.pid, resource.RLIMIT_FSIZE, (4096, limits[1]))
         answers = await asyncio.gather(*(gateway.client.ask(tokens=40, stream=n % 2 > 0) for n in range(20)))
-        await eventually(lambda: "flight recorder" in gateway.log, 20, "it is said that recording stopped")
+        await eventually(lambda: "flight recorder" in gateway.log, 20, "the log reports that recording stopped")
         answers += await asyncio.gather(*(gateway.client.ask(tokens=40) for n in range(20)))
         assert all(answer.served for answer in answers), tallied(answers)
-        assert gateway.log.count("flight recorder") == 1, "said once"
+        assert gateway.log.count("flight recorder") == 1, "logged once"
         left = await gateway.left()
         assert await gateway.stopped(20) == 0
     return [
         Found(
             fault="disk full under recorder and learned lengths",
-            client=f"{tallied(answers)}; said once: the flight recorder stopped, and tries again every 60 s",
+            client=f"{tallied(answers)}; logged once: the flight recorder stopped, and tries again every 60 s",
             left=left,
         )
     ]

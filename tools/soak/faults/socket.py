@@ -11,7 +11,7 @@ from typing import Any
 
 from throttllem.keeper.leases import SETS_AT_ONCE, SETS_PER_S
 from tools.soak.bed import SoakBed
-from tools.soak.connection import Talk, talk_to
+from tools.soak.connection import Connection, connected
 from tools.soak.evidence import Loss
 from tools.soak.faults.kind import Kind, lasting
 from tools.soak.other_user import NOBODY
@@ -42,24 +42,24 @@ async def _socket_gone(bed: SoakBed, fault: Fault) -> None:
 
 async def _rubbish(bed: SoakBed, fault: Fault) -> None:
     for _ in range(fault.count):
-        async with talk_to(bed.socket) as talk:
-            if talk is not None:
-                some = bed.draw.choice((*_RUBBISH, bed.draw.randbytes(300) + b"\n"))
-                await talk.say(some)
+        async with connected(bed.socket) as connection:
+            if connection is not None:
+                data = bed.draw.choice((*_RUBBISH, bed.draw.randbytes(300) + b"\n"))
+                await connection.send(data)
                 await asyncio.sleep(0.01)
 
 
 async def _oversized(bed: SoakBed, fault: Fault) -> None:
-    async with talk_to(bed.socket) as talk:
-        if talk is not None:
-            await talk.say(b'{"op": "' + b"x" * bed.draw.choice(_OVERSIZED_BYTES) + b'"}\n')
+    async with connected(bed.socket) as connection:
+        if connection is not None:
+            await connection.send(b'{"op": "' + b"x" * bed.draw.choice(_OVERSIZED_BYTES) + b'"}\n')
             await asyncio.sleep(0.02)
 
 
 async def _half_line(bed: SoakBed, fault: Fault) -> None:
-    async with talk_to(bed.socket) as talk:
-        if talk is not None:
-            await talk.say(b'{"op": "stat')
+    async with connected(bed.socket) as connection:
+        if connection is not None:
+            await connection.send(b'{"op": "stat')
             await lasting(bed, fault)
 
 
@@ -67,7 +67,7 @@ async def _many(bed: SoakBed, fault: Fault) -> None:
     """More connections than the keeper takes."""
     async with AsyncExitStack() as stack:
         for _ in range(fault.count):
-            await stack.enter_async_context(talk_to(bed.socket))
+            await stack.enter_async_context(connected(bed.socket))
         await lasting(bed, fault)
 
 
@@ -75,22 +75,22 @@ async def _other_user(bed: SoakBed, fault: Fault) -> None:
     """Another user's process."""
     if os.geteuid() != 0:
         return
-    heard: list[dict[str, Any]] = []
-    other = bed.start("other user", on_line=heard.append, socket=str(bed.socket), gpus=bed.uuids(bed.opted))
+    received: list[dict[str, Any]] = []
+    other = bed.start("other user", on_line=received.append, socket=str(bed.socket), gpus=bed.uuids(bed.opted))
     await asyncio.wait_for(other.dead.wait(), _OTHER_USER_S)
-    for word in heard:
-        bed.evidence.other_users += bool(word["came_in"])
-        if word["answers"]:
-            bed.evidence.troubles.append(f"user {NOBODY} was answered: {word['answers']}")
+    for line in received:
+        bed.evidence.other_users += bool(line["came_in"])
+        if line["answers"]:
+            bed.evidence.troubles.append(f"user {NOBODY} was answered: {line['answers']}")
 
 
 async def _outside_range(bed: SoakBed, fault: Fault) -> None:
-    """By who has the lease."""
-    async with talk_to(bed.socket) as talk:
-        if talk is not None and await _leased(bed, talk, fault.gpu):
+    """By the holder of the lease."""
+    async with connected(bed.socket) as connection:
+        if connection is not None and await _leased(bed, connection, fault.gpu):
             low, high = bed.schedule.gpus[fault.gpu].allowed or (1, 1)
             for mhz in (low - 15, high + 15, 0, -1, 10**9):
-                answer = await talk.ask(op="set", mhz=mhz)
+                answer = await connection.ask(op="set", mhz=mhz)
                 if answer is not None and answer["ok"]:
                     bed.evidence.troubles.append(f"GPU {fault.gpu}: {mhz} MHz were set, allowed are {low} to {high}")
 
@@ -98,35 +98,35 @@ async def _outside_range(bed: SoakBed, fault: Fault) -> None:
 async def _outside_list(bed: SoakBed, fault: Fault) -> None:
     not_ours = [index for index, gpu in enumerate(bed.schedule.gpus) if gpu.allowed is None]
     for gpus in ([*bed.uuids(tuple(not_ours))], ["GPU-0"], [*bed.uuids(bed.opted[-1:] + tuple(not_ours[:1]))]):
-        async with talk_to(bed.socket) as talk:
-            if talk is not None:
-                answer = await talk.ask(op="lease", gpus=gpus, ttl_s=1.0)
+        async with connected(bed.socket) as connection:
+            if connection is not None:
+                answer = await connection.ask(op="lease", gpus=gpus, ttl_s=1.0)
                 if answer is not None and answer["ok"]:
                     bed.evidence.troubles.append(f"a lease on {gpus}, which are not opted in")
-                await talk.ask(op="set", mhz=1005)
+                await connection.ask(op="set", mhz=1005)
 
 
 async def _beats(bed: SoakBed, fault: Fault) -> None:
-    async with talk_to(bed.socket) as talk:
-        if talk is not None:
-            leased = await _leased(bed, talk, fault.gpu)
+    async with connected(bed.socket) as connection:
+        if connection is not None:
+            leased = await _leased(bed, connection, fault.gpu)
             line = json.dumps({"op": "beat" if leased else "status"}).encode() + b"\n"
-            await talk.say(line * fault.count)
+            await connection.send(line * fault.count)
             for _ in range(fault.count):
-                if await talk.hear() is None:
+                if await connection.receive() is None:
                     break
 
 
 async def _sets(bed: SoakBed, fault: Fault) -> None:
     """Far more than may be set; then it is silent, or hangs up."""
-    async with talk_to(bed.socket) as talk:
-        if talk is None or not await _leased(bed, talk, fault.gpu):
+    async with connected(bed.socket) as connection:
+        if connection is None or not await _leased(bed, connection, fault.gpu):
             return
         low, high = bed.schedule.gpus[fault.gpu].allowed or (1, 1)
         began_s = time.monotonic()
         asks = [{"op": "set", "mhz": bed.draw.randrange(low, high + 1)} for _ in range(fault.count)]
-        await talk.say(b"".join(json.dumps(ask).encode() + b"\n" for ask in asks))
-        answers = [answer for _ in asks if (answer := await talk.hear()) is not None]
+        await connection.send(b"".join(json.dumps(ask).encode() + b"\n" for ask in asks))
+        answers = [answer for _ in asks if (answer := await connection.receive()) is not None]
     now_s = time.monotonic()
     done, most = sum(bool(answer["ok"]) for answer in answers), SETS_AT_ONCE + SETS_PER_S * (now_s - began_s) + 1
     if done > most:
@@ -139,9 +139,9 @@ async def _gateway_sets(bed: SoakBed, fault: Fault) -> None:
     bed.gateway.say(do="flood", mhz=[bed.draw.randrange(low, high + 1) for _ in range(fault.count)])
 
 
-async def _leased(bed: SoakBed, talk: Talk, gpu: int) -> bool:
+async def _leased(bed: SoakBed, connection: Connection, gpu: int) -> bool:
     """Of a GPU that is not the gateway's, if there is one."""
-    answer = await talk.ask(op="lease", gpus=bed.uuids((gpu,)), ttl_s=bed.schedule.ttl_s)
+    answer = await connection.ask(op="lease", gpus=bed.uuids((gpu,)), ttl_s=bed.schedule.ttl_s)
     return answer is not None and bool(answer["ok"])
 
 

@@ -1,4 +1,4 @@
-"""A server on loopback that calls itself vLLM and answers garbage: what kind, `play` says, and tests change it."""
+"""A server on loopback that calls itself vLLM and answers garbage, of a kind that tests choose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One virtual environment per engine, with pinned versions, beside the project's own. A stamp says that it is done."""
+"""One virtual environment per engine, with pinned versions, beside the project's own. A stamp marks a complete one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class InstallError(Exception):
 
 
 def install(name: str, into: Path) -> Path:
-    """The environment `into/name`, made if its stamp does not say that it is there as pinned. Raises InstallError."""
+    """The environment `into/name`, made if its stamp does not match the pins. Raises InstallError."""
     folder, requirements = into.resolve() / name, HERE / f"{name}.txt"
     stamp, wanted = (
         folder / STAMP,

@@ -2,7 +2,7 @@
 
 In-flight batching is real (requests join and leave between iterations, prompts go whole, the KV cache is reserved
 ahead, cancelled requests leave), text and speed are made up: words that follow from the prompt, one per iteration,
-`step_s` + `row_s` x batch seconds each. Metrics bear TensorRT-LLM's names. A prompt that says "fail after N" fails.
+`step_s` + `row_s` x batch seconds each. Metrics bear TensorRT-LLM's names. A prompt with "fail after N" fails.
 """
 
 # Imported by Triton, not by the project: its types are not at hand here.
@@ -27,7 +27,7 @@ GAUGES = {
 
 
 class SequenceState:
-    """One request: its words to come, and what it has said."""
+    """One request: its words to come, and its text so far."""
 
     def __init__(self, request, block_tokens):
         def value(name, default):

@@ -57,7 +57,8 @@ def tiny_model(venv: Path, folder: Path, *options: str) -> Path:
     """The folder of the tiny model, made by the engine's environment where it is missing; `--least`: a smaller one."""
     if not (folder / "config.json").is_file():
         script = Path(__file__).with_name("tiny_model.py")
-        completed([venv / "bin/python", script, folder, *options], environment=ENVIRONMENT)
+        # -P: the modules beside the script are not its own.
+        completed([venv / "bin/python", "-P", script, folder, *options], environment=ENVIRONMENT)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Gives a real vLLM the speed of an engine on a GPU: each step lasts as long as a law says of its batch.
+"""Gives a real vLLM the speed of an engine on a GPU: each step lasts as long as a law computes for its batch.
 
 A plug-in of vLLM (`vllm.general_plugins`); batching, KV cache and API stay vLLM's own. The law is the physics of a
 catalogue's GPU at the clock that a fake NVML has just then, which is given the load and watts of the step; or a line
@@ -21,7 +21,7 @@ VARIABLE = "VLLM_PACE"
 SLICE_S = 0.002
 """How often a step looks at the clock."""
 GRACE_S = 0.1
-"""The GPU stays as busy as it was for so long while the engine has requests: the host's work between two steps, which
+"""The GPU stays as busy as it was for this time while the engine has requests: the host's work between two steps, which
 the physics counts into them."""
 NAP_S = 0.0002
 BELOW = 1.0 - 1e-9
@@ -81,7 +81,7 @@ class Gpu(Protocol):
         """As it is now."""
 
     def work(self, util: float, valid_s: float) -> None:
-        """So busy from now on, for so long unless more is said."""
+        """Load from now on, for `valid_s` unless it is set again."""
 
 
 Law = Callable[[int, int, int, int, float], tuple[float, float]]
@@ -203,7 +203,7 @@ class Pacer:
         return left_s
 
     def _look(self) -> None:
-        """Take the clock of now, and tell the GPU how busy it is at it."""
+        """Read the clock, and set how busy the GPU is at it."""
         mhz = self._gpu.clock_mhz()
         if mhz == self._mhz:
             return
