@@ -19,7 +19,8 @@ from tools.fidelity.a100_fit import (
 )
 from tools.fidelity.a100_serving import FEW, SXM, section
 from tools.fidelity.kernel_law import KernelRow
-from tools.fidelity.section import DATA, Section
+from tools.fidelity.section import Section
+from tools.testbed.report import DATA
 
 pytestmark = pytest.mark.slow
 

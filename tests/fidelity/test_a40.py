@@ -7,7 +7,8 @@ from throttllem.calibrate.fit import with_constants
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 from tools.fidelity.a40 import GPU, MODEL, Cell, Edges, errors, refit, section, spans, watts
-from tools.fidelity.section import DATA, Section
+from tools.fidelity.section import Section
+from tools.testbed.report import DATA
 
 pytestmark = pytest.mark.slow
 

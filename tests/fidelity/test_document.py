@@ -1,10 +1,9 @@
 from pathlib import Path
 
-import pytest
 from matplotlib.figure import Figure
 
 from throttllem.calibrate.errors import Errors
-from tools.fidelity.document import BEGIN, END, draw, markdown, put
+from tools.fidelity.document import draw, markdown
 from tools.fidelity.section import ErrorRow, Plot, Section, Target
 
 
@@ -38,19 +37,3 @@ def test_the_same_figures_draw_the_same_file(tmp_path: Path) -> None:
     draw(SECTION, tmp_path)
     assert (tmp_path / "part.png").read_bytes() == first
     assert first.startswith(b"\x89PNG")
-
-
-def test_only_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
-    document = tmp_path / "a.md"
-    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    put(document, "new\n")
-    put(document, "newer\n")
-    assert document.read_text() == f"before\n{BEGIN}\n\nnewer\n\n{END}\nafter\n"
-
-
-def test_a_document_without_marks_is_refused(tmp_path: Path) -> None:
-    document = tmp_path / "a.md"
-    document.write_text("nothing here\n")
-    with pytest.raises(ValueError, match="marks"):
-        put(document, "new\n")
-    assert document.read_text() == "nothing here\n"

@@ -11,7 +11,7 @@ from throttllem.physics.engine import EnginePhysics
 from tools.fidelity.h100_load import left_out
 from tools.fidelity.load_fit import fit_load, with_gpu
 from tools.fidelity.load_runs import GPU, MODEL, LoadPoint, mean_power_w, read_points, settle, simulate
-from tools.fidelity.section import DATA
+from tools.testbed.report import DATA
 
 pytestmark = pytest.mark.slow
 

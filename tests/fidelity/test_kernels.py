@@ -10,7 +10,8 @@ from throttllem.physics.clock import clock_scale
 from tools.fidelity.a100_fit import GPU
 from tools.fidelity.kernel_law import COMPUTE, MEMORY, Kernel, KernelRow, describe, freest, predict, unheld
 from tools.fidelity.kernels import section
-from tools.fidelity.section import DATA, Section
+from tools.fidelity.section import Section
+from tools.testbed.report import DATA
 
 pytestmark = pytest.mark.slow
 

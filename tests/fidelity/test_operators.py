@@ -11,7 +11,8 @@ from throttllem.physics.catalogue import Catalogue, Gpu, Model
 from tools.fidelity.operator_laws import ALLREDUCE, DECODE, GEMM, OPERATORS, PREFILL, Operator
 from tools.fidelity.operator_tables import CONTEXTS, Iteration, OperatorTables, Table, compose
 from tools.fidelity.operators import bare, physics_s, refit, section
-from tools.fidelity.section import DATA, Section
+from tools.fidelity.section import Section
+from tools.testbed.report import DATA
 
 pytestmark = pytest.mark.slow
 

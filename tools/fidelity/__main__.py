@@ -19,9 +19,10 @@ from rich.console import Console
 
 from throttllem.option_sources import load_options
 from throttllem.physics.catalogue import Catalogue
-from tools.fidelity.document import draw, markdown, put
-from tools.fidelity.section import DATA, Section, Target
+from tools.fidelity.document import BEGIN, END, draw, markdown
+from tools.fidelity.section import Section, Target
 from tools.fidelity.terminal import print_section, print_verdict
+from tools.testbed.report import DATA, replace_between
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, PICTURES = ROOT / "docs" / "physics.md", ROOT / "docs" / "fidelity"
@@ -85,7 +86,7 @@ def main() -> int:
             sections.append(future.result())
             print_section(console, sections[-1], constants=asked.constants)
     if asked.only is None:
-        put(DOCUMENT, markdown(sections, PICTURES.name))
+        replace_between(DOCUMENT, BEGIN, END, markdown(sections, PICTURES.name))
     print_verdict(console, sections)
     return 0
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from throttllem.files import write_aside
 from tools.fidelity.section import ErrorRow, Section, Target
+from tools.testbed.report import markdown_rows
 
 BEGIN, END = "<!-- fidelity: written by `make fidelity` -->", "<!-- /fidelity -->"
 STYLE: dict[Any, Any] = {
@@ -35,17 +36,6 @@ def draw(section: Section, folder: Path) -> None:
                 figure.savefig(aside, format="png", dpi=110, metadata={"Software": None})
 
 
-def put(document: Path, text: str) -> None:
-    """Replace what stands between the marks. Raises ValueError where the document lacks them."""
-    whole = document.read_text()
-    before, begin, rest = whole.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{document}: the marks {BEGIN} and {END} are not there; put them where the tables belong")
-    with write_aside(document) as aside:
-        aside.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
-
-
 def markdown(sections: Sequence[Section], folder: str) -> str:
     """All sections, one below the other; pictures by links into `folder`."""
     return "\n".join(_section(section, folder) for section in sections)
@@ -54,17 +44,12 @@ def markdown(sections: Sequence[Section], folder: str) -> str:
 def _section(section: Section, folder: str) -> str:
     parts = [f"### {section.title}", section.text.strip()]
     if section.targets:
-        parts.append(_table(("target", "limit", "found", ""), [_target(target) for target in section.targets]))
+        parts.append(markdown_rows(("target", "limit", "found", ""), [_target(target) for target in section.targets]))
     if section.rows:
         head = ("error of", "held out", "points", "mean", "median", "p90", "worst")
-        parts.append(_table(head, [_row(row) for row in section.rows]))
+        parts.append(markdown_rows(head, [_row(row) for row in section.rows]))
     parts += [f"![{plot.caption}]({folder}/{plot.name}.png)\n\n*{plot.caption}*" for plot in section.plots]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _target(target: Target) -> tuple[str, ...]:

@@ -2,14 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from throttllem.calibrate.errors import Errors
-
-DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
-"""The reference data lies beside the checkout, and is never part of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,9 @@ from rich.table import Table as Printed
 
 from throttllem.option_sources import load_options
 from tools.lengths.cost import costs
-from tools.lengths.document import COST_HEAD, HEAD, Line, Table, cells, cost_cells, draw, markdown, put
+from tools.lengths.document import BEGIN, COST_HEAD, END, HEAD, Line, Table, cells, cost_cells, draw, markdown
 from tools.lengths.replay import replay
-from tools.lengths.sets import DATA, Set, sets
+from tools.lengths.sets import Set, sets
 from tools.lengths.yardsticks import (
     INFLATION,
     Bucket,
@@ -32,6 +32,7 @@ from tools.lengths.yardsticks import (
     by_bucket,
     by_prompt,
 )
+from tools.testbed.report import DATA, replace_between
 
 DOCS = Path(__file__).parents[2] / "docs"
 DOCUMENT, PICTURE = DOCS / "lengths.md", DOCS / "lengths.png"
@@ -86,7 +87,7 @@ def main() -> int:
     cost = costs(chosen[0].asked)
     _print(console, "costs", COST_HEAD, [cost_cells(one) for one in cost])
     draw(next(table for table in tables if table.title == DRAWN), PICTURE)
-    put(DOCUMENT, markdown(tables, cost, PICTURE.name))
+    replace_between(DOCUMENT, BEGIN, END, markdown(tables, cost, PICTURE.name))
     return 0
 
 

@@ -14,6 +14,7 @@ from throttllem.files import write_aside
 from tools.fidelity.document import STYLE
 from tools.lengths.cost import Cost
 from tools.lengths.replay import WINDOW, Score
+from tools.testbed.report import markdown_rows
 
 BEGIN, END = "<!-- lengths: written by `make lengths` -->", "<!-- /lengths -->"
 HEAD = (
@@ -92,19 +93,9 @@ def markdown(tables: Sequence[Table], costs: Sequence[Cost], picture: str) -> st
     """All tables, one below the other."""
     parts = [f"![Exceeded bounds over the Azure chat trace, and what calibration costs]({picture})"]
     for table in tables:
-        parts += [f"### {table.title}", f"{table.about}.", _rows(HEAD, [cells(line) for line in table.lines])]
-    parts += ["### Costs", _rows(COST_HEAD, [cost_cells(cost) for cost in costs])]
+        parts += [f"### {table.title}", f"{table.about}.", markdown_rows(HEAD, [cells(line) for line in table.lines])]
+    parts += ["### Costs", markdown_rows(COST_HEAD, [cost_cells(cost) for cost in costs])]
     return "\n\n".join(parts) + "\n"
-
-
-def put(document: Path, text: str) -> None:
-    """Replace what stands between the marks. Raises ValueError where the document lacks them."""
-    before, begin, rest = document.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{document}: the marks {BEGIN} and {END} are not there; put them where the tables belong")
-    with write_aside(document) as aside:
-        aside.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
 def draw(table: Table, path: Path) -> None:
@@ -129,8 +120,3 @@ def draw(table: Table, path: Path) -> None:
         # No date inside: the same figures make the same file.
         with write_aside(path) as aside:
             figure.savefig(aside, format="png", dpi=110, metadata={"Software": None})
-
-
-def _rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -10,8 +10,6 @@ import polars as pl
 
 from throttllem.core.types import Request, Slo
 
-DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
-"""The reference data lies beside the checkout, and is never part of it."""
 EDGES = (41, 140, 293, 502, 511)
 """The longest answer of each published bucket (multi_cls_thresholds of the published predictor's preparation)."""
 _EVERY_S = 0.2

@@ -109,9 +109,22 @@ def version_of(environment: Path, package: str) -> str:
     return done.stdout.strip()
 
 
+def markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+
+
+def replace_between(document: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks. Raises ValueError where the document lacks them."""
+    before, found_begin, rest = document.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"{document}: the marks {begin} and {end} are missing; put them where the tables belong")
+    _write(document, f"{before}{begin}\n\n{text}\n{end}{after}")
+
+
 def _markdown(table: Table) -> str:
-    lines = [table.head, ["---"] * len(table.head), *table.rows]
-    return f"{table.caption}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table.caption}\n\n{markdown_rows(table.head, table.rows)}"
 
 
 def _write(file: Path, text: str) -> None:
