@@ -19,7 +19,7 @@ from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions, parse_po
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.options import ControllerOptions
-from throttllem.core.types import Arrived, Cancelled, EngineReady, EngineSpec, Request, Slo, Stepped
+from throttllem.core.types import Arrived, Cancelled, EngineReady, EngineSpec, Event, Request, Slo, Stepped, Timer
 from throttllem.engines.simulated.fleet import build_fleet
 from throttllem.option_sources import load_options
 from throttllem.physics.catalogue import Catalogue
@@ -40,7 +40,7 @@ def main() -> None:
     arguments.add_argument("--json", type=Path)
     arguments.add_argument("--seconds", type=float, default=3600.0, help="virtual seconds of the chat trace")
     chosen = arguments.parse_args()
-    # Two rows more than are measured: a full batch would turn the newcomer away without a look at its future.
+    # Two more than are measured: a full batch would hold the newcomer back without a look at its future.
     batching = BatchingOptions(max_batch=max(SIZES) + 2)
     fleet = build_fleet(Catalogue.load(), "a100-40gb-sxm", "llama-2-13b", (4,), batching)
     cache = load_options().options.cache_dir.expanduser()
@@ -49,8 +49,8 @@ def main() -> None:
     results: dict[str, object] = {"clocks": len(fleet.clocks_mhz)}
     print(f"one decision: admission and clock, {len(fleet.clocks_mhz)} clocks, horizon to the last finish")
     for policy in (ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY):
-        for rows in SIZES:
-            results[f"{policy.value}-{rows}"] = report(policy, rows, decisions(fleet.specs[4], table, policy, rows))
+        for count in SIZES:
+            results[f"{policy.value}-{count}"] = report(policy, count, decisions(fleet.specs[4], table, policy, count))
     results["trees-128"] = trees(trained, 128)
     results["estimates"] = estimates()
     results["simulation"] = simulation(chosen.seconds, cache)
@@ -58,32 +58,39 @@ def main() -> None:
         chosen.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def decisions(spec: EngineSpec, table: PerformanceTable, policy: ClockPolicy, rows: int) -> tuple[list[float], int]:
-    """Seconds of `handle(Arrived)` with `rows` requests running, and the iterations to the last finish."""
+def decisions(spec: EngineSpec, table: PerformanceTable, policy: ClockPolicy, count: int) -> tuple[list[float], int]:
+    """Seconds from an arrival to the plan of the clock, `count` requests running; iterations to the last finish."""
     controller = Controller(
         ControllerOptions(throttle=ThrottleOptions(policy=policy), specs={spec.tp: spec}, tables={spec.tp: table})
     )
-    controller.handle(EngineReady(engine=0, spec=spec), 0.0)
+    handle(controller, EngineReady(engine=0, spec=spec), 0.0)
     rng = np.random.default_rng(0)
-    lengths = [(int(rng.integers(50, 400)), int(rng.integers(100, 1000))) for _ in range(rows + ROUNDS)]
+    lengths = [(int(rng.integers(50, 400)), int(rng.integers(100, 1000))) for _ in range(count + ROUNDS)]
     now_s = 0.0
-    for index in range(rows):
-        controller.handle(Arrived(request=request(index, now_s, *lengths[index])), now_s)
+    for index in range(count):
+        handle(controller, Arrived(request=request(index, now_s, *lengths[index])), now_s)
         now_s += 0.05
-        controller.handle(Stepped(engine=0, iteration=index, started=(index,)), now_s)
+        handle(controller, Stepped(engine=0, iteration=index, started=(index,)), now_s)
     running = controller.snapshot().engines[0].running
-    assert running == rows, f"{running} of {rows} requests were admitted"
+    assert running == count, f"{running} of {count} requests were admitted"
     taken: list[float] = []
-    for index in range(rows, rows + ROUNDS):
+    for index in range(count, count + ROUNDS):
         newcomer = Arrived(request=request(index, now_s, *lengths[index]))
         begin = time.perf_counter()
-        controller.handle(newcomer, now_s)
+        handle(controller, newcomer, now_s)
         taken.append(time.perf_counter() - begin)
-        controller.handle(Cancelled(request_id=index), now_s)
+        handle(controller, Cancelled(request_id=index), now_s)
         now_s += 0.01  # a plan of the load is due now and then, as in a real run
     projection = controller.projection(0)
     assert projection is not None
     return taken, projection.horizon
+
+
+def handle(controller: Controller, event: Event, now_s: float) -> None:
+    """One event, and the timer that is needed at once after it: admission, then the clock."""
+    controller.handle(event, now_s)
+    if controller.next_deadline() == now_s:
+        controller.handle(Timer(), now_s)
 
 
 def request(index: int, now_s: float, prompt: int, answer: int) -> Request:

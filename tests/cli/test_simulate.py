@@ -30,7 +30,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, cache_dir: Path, tmp_path: Path
 
 BAD = [
     (["--trace", "nowhere.csv"], ["nowhere.csv", "no such file"]),
-    (["--trace", "azure-conv-lik"], ["did you mean azure-conv-like?"]),
+    (["--trace", "azure-conv-lik"], ["did you mean azure-conv-like"]),
     (["--gpu", "a100-40gb-sx"], ["unknown GPU", "a100-40gb-sxm"]),
     (["--model", "llama-2-13"], ["unknown model", "llama-2-13b"]),
     (["--model", "llama-3-70b", "--tp", "2"], ["GiB", "smallest tp that fits is 4"]),

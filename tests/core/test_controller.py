@@ -2,17 +2,20 @@
 
 import pytest
 
-from core.effort import lines_executed
+from core.effort import calls_executed, lines_executed
 from core.stories import SIZES, arrive, names, options, world
 from core.toy import CLOCKS_MHZ, SPEC, TOP_MHZ, handle, request, spec
 from core.world import World
 from throttllem.core.admission import AdmissionOptions
+from throttllem.core.clocks.controller import ClockController
 from throttllem.core.clocks.policy import ClockPolicy
-from throttllem.core.controller import Controller
+from throttllem.core.controller import Controller, PlanningError
+from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.types import (
     Arrived,
     Cancel,
     Cancelled,
+    ClockRead,
     Dispatch,
     EngineLost,
     EngineReady,
@@ -184,6 +187,68 @@ def test_an_unchanged_iteration_is_o1():
         return lines_executed(lambda: handle(controller, Stepped(engine=0, iteration=1), 0.2))
 
     assert lines(300) == lines(3)
+
+
+def test_the_way_of_an_event_is_short():
+    """Without a performance table, and with a predictor that learns: what a live gateway has at first."""
+    controller = Controller(
+        options(ClockPolicy.LEAST_ENERGY, tables={}, predictor=OnlineLengthPredictor(OnlineLengthOptions()))
+    )
+    handle(controller, EngineReady(engine=0, spec=SIZES[1]), 0.0)
+
+    def calls(event, now_s):
+        """Calls and files of the event, and calls of the timer after it."""
+        entered = calls_executed(lambda: controller.handle(event, now_s))
+        needs_timer = controller.next_deadline() == now_s
+        planned = calls_executed(lambda: controller.handle(Timer(), now_s)) if needs_timer else []
+        return len(entered), len(set(entered)), len(planned)
+
+    for key in range(3):
+        arrived = calls(Arrived(request=request(key, 4, 8)), 1.0 + key)
+        started = calls(Stepped(engine=0, iteration=2 * key, started=(key,)), 1.1 + key)
+        bare = calls(Stepped(engine=0, iteration=2 * key + 1), 1.2 + key)
+        assert all(had <= most for had, most in zip(arrived, (22, 8, 4), strict=True)), arrived
+        assert all(had <= most for had, most in zip(started, (12, 2, 4), strict=True)), started
+        assert all(had <= most for had, most in zip(bare, (3, 2, 0), strict=True)), bare
+
+
+def test_a_plan_that_fails_names_its_engine_and_the_others_keep_their_turn(monkeypatch):
+    live = world()
+    arrive(live, 1)
+    live.ready(1, SIZES[2])
+    plan, controller = ClockController.plan, live.controller
+
+    def failing(clocks, engine, now_s, *, waiting):
+        if engine.engine == 0:
+            raise OverflowError("numbers that make no sense")
+        return plan(clocks, engine, now_s, waiting=waiting)
+
+    monkeypatch.setattr(ClockController, "plan", failing)
+    for key in (0, 1):
+        assert controller.handle(ClockRead(engine=key, mhz=None), live.now_s) == []
+    with pytest.raises(PlanningError, match="engine 0") as raised:
+        controller.handle(Timer(), live.now_s)
+    assert raised.value.engine == 0
+    assert controller.next_deadline() == live.now_s
+    (command,) = controller.handle(Timer(), live.now_s)
+    assert (command.engine, command.plan.why) == (1, Reason.UNKNOWN_STATE)
+    assert controller.next_deadline() > live.now_s, "the plan that failed is not tried again at once"
+    for key in (1, 0):
+        controller.handle(ClockRead(engine=key, mhz=None), live.now_s)
+    (command,) = controller.handle(Timer(), live.now_s)
+    assert command.engine == 1, "commands of the others are not lost"
+    with pytest.raises(PlanningError, match="engine 0"):
+        controller.handle(Timer(), live.now_s)
+
+
+def test_what_the_gateway_reads_at_every_step():
+    live = world()
+    assert (live.controller.kv_blocks(0), live.controller.kv_blocks(7), live.controller.waiting()) == (0, 0, 0)
+    arrive(live, 1, 60, 40)
+    arrive(live, 2, 60, 40)
+    live.end_iteration(0)
+    snapshot = live.controller.snapshot()
+    assert (live.controller.kv_blocks(0), live.controller.waiting()) == (snapshot.engines[0].kv_blocks, 1) == (15, 1)
 
 
 def test_a_cancelled_batch_leaves_no_iteration_in_progress():

@@ -1,12 +1,9 @@
 """Several engines under one controller: shadow instancing, grace, going back, losses."""
 
-import pytest
-
 from core.stories import SIZES, arrive, names, options, scaling, world
 from core.world import World
-from throttllem.core.controller import PlanningError
 from throttllem.core.engine_state import Phase
-from throttllem.core.types import Dispatch, EngineReady, Reason, Reject, StopEngine, Timer
+from throttllem.core.types import Dispatch, Reason, Reject, StopEngine
 
 
 def loaded(found=None):
@@ -36,25 +33,6 @@ def test_shadow_instancing():
     assert live.log[-1][2] == [StopEngine(engine=0)]
     live.run_out(SIZES.get)
     live.check_end()
-
-
-@pytest.mark.parametrize("last", [True, False])
-def test_an_engine_that_cannot_be_planned_holds_up_no_command_for_another(last, monkeypatch):
-    def no_plan(*_, **__):
-        raise ZeroDivisionError
-
-    live = world(scaling())
-    controller = live.controller
-    monkeypatch.setattr(controller._clocks, "plan", no_plan)
-    controller.handle(EngineReady(engine=1, spec=SIZES[2]), live.now_s)
-    controller._unplanned = dict(sorted(controller._unplanned.items(), reverse=not last))
-    commands, failed = [], []
-    while controller.next_deadline() == live.now_s:
-        try:
-            commands += controller.handle(Timer(), live.now_s)
-        except PlanningError as error:
-            failed.append(error.engine)
-    assert (commands, failed) == ([StopEngine(engine=0)], [1])
 
 
 def test_smaller_only_after_the_grace_period_and_never_for_a_head_that_needs_more():

@@ -120,3 +120,26 @@ def test_what_is_no_http_is_said(answer):
 def test_a_head_that_never_comes_is_a_broken_connection():
     with pytest.raises(ConnectionError):
         answered(b"HTTP/1.1 200 OK\r\n", stays=False)
+
+
+def test_a_head_of_the_most_bytes_is_read_on_a_reused_connection():
+    class Transport:
+        paused = False
+
+        def write(self, data):
+            pass
+
+        def pause_reading(self):
+            self.paused = True
+
+    async def run():
+        connection, transport = Connection(), Transport()
+        connection.connection_made(transport)
+        connection.send(ASK, b"")
+        connection.data_received(b"HTTP/1.1 204 No Content\r\nx: y\r\n\r\n")
+        assert (await connection.head())[0] == 204 and await connection.read() == b"" and connection.let_go()
+        connection.send(ASK, b"")
+        connection.data_received((b"HTTP/1.1 200 OK\r\nx: " + b"a" * HEADER_BYTES)[:HEADER_BYTES])
+        return transport.paused
+
+    assert asyncio.run(run()) is False

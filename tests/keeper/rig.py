@@ -170,9 +170,14 @@ class Keeper:
     def holds(self, *numbers, mhz=None, ttl_s=LONG_S):
         """A connection with a lease on these GPUs, set to a clock if one is given."""
         client = self.client()
-        client.ok("lease", gpus=[self.uuids[number] for number in numbers or range(len(self.uuids))], ttl_s=ttl_s)
+        requests = [{"op": "lease", "gpus": [self.uuids[n] for n in numbers or range(len(self.uuids))], "ttl_s": ttl_s}]
         if mhz is not None:
-            client.ok("set", mhz=mhz)
+            requests.append({"op": "set", "mhz": mhz})
+        client.send(
+            b"".join(json.dumps(request).encode() + b"\n" for request in requests)
+        )  # at once: the lease is short
+        for answer in [client.receive() for _ in requests]:
+            assert answer["ok"], answer
         return client
 
     def signal(self, number):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.keeper.rig import TTL_S, locks, until
+from tests.keeper.rig import locks, until
 
 WATCHDOG_S = 0.75
 """WatchdogSec of the unit (tests/test_cli_keeper.py)."""
@@ -86,6 +86,6 @@ def test_a_systemd_that_does_not_read_delays_nothing(keepers, machine, folder, s
             systemd.bind(str(folder / "notify"))
         keeper = keepers(environment={"NOTIFY_SOCKET": str(folder / "notify")})
         time.sleep(0.6 if silent else 0.1)  # more than a queue of datagrams holds
-        with keeper.holds(mhz=900, ttl_s=TTL_S):
+        with keeper.holds(mhz=900, ttl_s=1.0):
             until(lambda: locks(machine) == [None, None])
         assert keeper.stop() == 0

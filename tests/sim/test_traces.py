@@ -242,7 +242,7 @@ def test_no_such_file_names_the_nearest_generator(tmp_path):
         load_trace(str(tmp_path))
     with pytest.raises(TraceError, match=r"nope\.csv: no such file, nor a generator; known: azure-conv-like"):
         load_trace(str(tmp_path / "nope.csv"))
-    with pytest.raises(TraceError, match=r"no such file, nor a generator; did you mean azure-code-like"):
+    with pytest.raises(TraceError, match=r"no such file, nor a generator; did you mean azure-code-like\?"):
         load_trace("azure-cod-like:seconds=3")
 
 

@@ -102,7 +102,7 @@ class Controller:
         return commands
 
     def next_deadline(self) -> float | None:
-        """When the controller wants a `Timer` at the latest; None: only events matter. O(1)."""
+        """When the controller needs a `Timer` at the latest; None: only events matter. O(1)."""
         if self._unplanned:
             return self._unplanned_since_s
         deadline_s, serving = min(self._replan_s, self._resize_s), self._engines.serving
@@ -129,7 +129,7 @@ class Controller:
         return state.board.kv_blocks(state.iteration - 1) if state else 0
 
     def snapshot(self) -> Snapshot:
-        """All that others may know, frozen. O(engines)."""
+        """What telemetry may know, frozen. O(engines)."""
         return Snapshot(
             queue=len(self._queue.waiting),
             head=self._queue.head,
@@ -137,22 +137,6 @@ class Controller:
             counts=Counts(**self._counts),
             lengths=self._lengths.score,
         )
-
-    def _take_in(self, event: Event, now_s: float, commands: list[Command]) -> None:
-        """Events that are rare beside the iterations."""
-        match event:
-            case Arrived(request=request):
-                self._arrived(request, now_s, commands)
-            case Cancelled(request_id=request_id):
-                self._cancelled(request_id, commands)
-            case EngineReady(engine=key, spec=spec):
-                self._ready(key, spec, now_s)
-            case EngineLost(engine=key):
-                self._engine_lost(key, now_s, commands)
-            case ClockRead():
-                self._clock_read(event, now_s)
-            case Timer() if now_s >= self._replan_s:
-                self._mark_due(now_s)
 
     def state(self) -> ControllerState:
         """All that it knows besides its options; its own parts, to be read before the next event."""
@@ -175,19 +159,34 @@ class Controller:
     def from_state(cls, options: ControllerOptions, state: ControllerState) -> Controller:
         """A controller that continues from `state`, and takes its parts over."""
         made = cls(options)
-        engines = made._engines.by_id
-        engines.update((engine.engine, engine) for engine in state.engines)
-        made._engines.serving = None if state.serving is None else engines[state.serving]
-        made._engines.next_id = state.next_engine
+        made._engines.restore(state.engines, state.serving, state.next_engine)
         made._queue.restore(state.waiting, state.head)
         made._load, made._autoscaler = state.load, state.autoscaler
         made._clocks = ClockController(options.throttle, state.load)
         made._counts = asdict(state.counts)
         made._lengths.score = state.lengths
-        made._unplanned.update((key, engines[key]) for key in state.unplanned)
+        made._unplanned.update((key, made._engines.by_id[key]) for key in state.unplanned)
         made._unplanned_since_s, made._resize_s = state.unplanned_since_s, state.resize_s
         made._find_replan()
         return made
+
+    # ---- events ----------------------------------------------------------------------------------------------
+
+    def _take_in(self, event: Event, now_s: float, commands: list[Command]) -> None:
+        """Update the state by an event that is not of an engine's iterations."""
+        match event:
+            case Arrived(request=request):
+                self._arrived(request, now_s, commands)
+            case Cancelled(request_id=request_id):
+                self._cancelled(request_id, commands)
+            case EngineReady(engine=key, spec=spec):
+                self._ready(key, spec, now_s)
+            case EngineLost(engine=key):
+                self._engine_lost(key, now_s, commands)
+            case ClockRead():
+                self._clock_read(event, now_s)
+            case Timer() if now_s >= self._replan_s:
+                self._mark_due(now_s)
 
     # ---- engines report --------------------------------------------------------------------------------------
 
@@ -280,7 +279,7 @@ class Controller:
 
     def _arrived(self, request: Request, now_s: float, commands: list[Command]) -> None:
         self._counts["arrived"] += 1
-        why = refused_by_all(request, self._engines.specs())
+        why = refused_by_all(request, self._engines.specs)
         if why is None and len(self._queue.waiting) >= self.options.admission.queue_limit:
             why = Reason.QUEUE_FULL
         if self._autoscaler:
@@ -327,7 +326,7 @@ class Controller:
             if verdict.kind is VerdictKind.REJECT:
                 self._drop(sequence, verdict.why, commands)
                 continue
-            assert serving is not None, "a request is only ever let in to an engine"
+            assert serving is not None, "a request is admitted to an engine only"
             self._counts["dispatched"] += 1
             commands.append(Dispatch(engine=serving.engine, request_id=sequence.request.id))
 
@@ -396,7 +395,7 @@ class Controller:
     # ---- clocks ----------------------------------------------------------------------------------------------
 
     def _mark_due(self, now_s: float) -> None:
-        """Engines whose plan has grown old need another."""
+        """Engines whose plan is old need a new one."""
         for state in self._engines.by_id.values():
             if state.replan_s <= now_s:
                 state.replan_s = math.inf
@@ -418,10 +417,10 @@ class Controller:
             try:
                 command = self._clocks.plan(state, now_s, waiting=waiting)
             except Exception as error:
-                if commands:  # not lost for it: the next `Timer` plans this engine again
-                    self._unplanned[state.engine] = state
-                    return
-                raise PlanningError(state.engine) from error
+                if not commands:
+                    raise PlanningError(state.engine) from error
+                self._unplanned[state.engine] = state  # again at the next timer: these commands must not be lost
+                break
             if command:
                 commands.append(command)
         self._find_replan()

@@ -7,7 +7,7 @@ instancing). Knows nothing of clocks or queues.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -70,7 +70,8 @@ class EngineState:
 
 
 class Engines:
-    """The engines, `by_id`; `serving` takes new requests.
+    """The engines, `by_id`; `serving` takes new requests. `specs` are those that a request may end up on: the engine
+    that serves, and the sizes that could be started.
 
     `sizes` are the specs of engines that could be started, `tables` performance tables, by tensor parallel degree.
     """
@@ -79,15 +80,9 @@ class Engines:
         self.by_id: dict[int, EngineState] = {}
         self.serving: EngineState | None = None
         self.next_id = 0
+        self.specs = list(sizes.values())
         self._sizes = sizes
         self._tables = tables
-
-    def specs(self) -> list[EngineSpec]:
-        """Engines that a request may end up on: the one that serves, and the sizes that could be started."""
-        specs = list(self._sizes.values())
-        if self.serving is not None and self.serving.spec is not None:
-            specs.insert(0, self.serving.spec)
-        return specs
 
     def draining(self) -> EngineState | None:
         """The largest engine that drains, if one does."""
@@ -116,15 +111,26 @@ class Engines:
         if before is not None:
             before.phase = Phase.DRAINING
         engine.phase = Phase.SERVING
-        self.serving = engine
+        self._set_serving(engine)
         return before
 
     def remove(self, engine: int) -> EngineState | None:
         """An engine is gone; None if it was not known."""
         state = self.by_id.pop(engine, None)
         if state is not None and state is self.serving:
-            self.serving = None
+            self._set_serving(None)
         return state
+
+    def restore(self, engines: Iterable[EngineState], serving: int | None, next_id: int) -> None:
+        """Continue with the engines of another controller."""
+        self.by_id.update((state.engine, state) for state in engines)
+        self.next_id = next_id
+        self._set_serving(None if serving is None else self.by_id[serving])
+
+    def _set_serving(self, engine: EngineState | None) -> None:
+        self.serving = engine
+        first = [engine.spec] if engine is not None and engine.spec is not None else []
+        self.specs = [*first, *self._sizes.values()]
 
     def _add(self, engine: int, tp: int) -> EngineState:
         self.next_id = max(self.next_id, engine + 1)

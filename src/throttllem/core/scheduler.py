@@ -151,7 +151,8 @@ class AdmissionQueue:
         if not self._options.slo_aware:
             return ADMIT
         if engine.table is None:
-            full = len(engine.board) > 0 and batch_full(engine.board, spec, sequence)
+            busy = engine.board.running or engine.board.pending
+            full = busy and batch_full(engine.board, spec, sequence)
             return Verdict(kind=VerdictKind.WAIT, why=Reason.BATCH) if full else ADMIT
         return admit(
             engine.board,

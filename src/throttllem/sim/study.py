@@ -83,13 +83,14 @@ class Study:
         # Last, as training takes longest; only SLO-aware policies need predictions.
         trained = any(policy.slo_aware for policy in policies)
         tables = performance_tables(fleet, cache_dir, seed=self.seed, progress=progress) if trained else {}
+        length = replace(self.options.length, predictor=self.options.length.predictor or "oracle")
         scenario = Scenario(
             fleet=fleet,
             trace=trace,
             tables=tables,
             capacities=found,
             slo=replace(slo, e2e_s=slo.e2e_s or largest.e2e_p99_s),
-            options=self.options,
+            options=self.options.model_copy(update={"length": length}),
             seed=self.seed,
             count_freed_gpus=self.count_freed_gpus,
         )

@@ -163,7 +163,8 @@ def _read_file(path: Path) -> Arrays:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise TraceError(_unknown(path)) from None
+        hint = did_you_mean(str(path).partition(":")[0], generators.NAMES)
+        raise TraceError(f"{path}: no such file, nor a generator; {hint}") from None
     except IsADirectoryError:
         raise TraceError(f"{path}: is a directory; name the trace file in it") from None
     except UnicodeDecodeError as error:
@@ -181,12 +182,6 @@ def _read_file(path: Path) -> Arrays:
         wanted = f"a CSV with {','.join(_AZURE_COLUMNS)} or a JSONL with {', '.join(_MOONCAKE_FIELDS)}"
         raise TraceError(f"{path}:1: {header[:80]!r} is not the first line of a known trace; give {wanted}")
     return _azure(path, text, columns)
-
-
-def _unknown(path: Path) -> str:
-    """The message for a spec that is neither a file nor a generator."""
-    name = str(path).partition(":")[0]
-    return f"{path}: no such file, nor a generator; {did_you_mean(name, generators.NAMES)}"
 
 
 def _azure(path: Path, text: str, columns: list[str]) -> Arrays:

@@ -43,12 +43,6 @@ def test_cells_do_not_change_what_they_are_given(dtype: type) -> None:
     assert first.tolist() == table().cells(batch, kv, prefill).tolist()
 
 
-def test_looking_up_twice_leaves_the_table_as_it_was() -> None:
-    same = table()
-    point = (np.array([3]), np.array([4]), np.array([5]))
-    assert same.cells(*point).tolist() == same.cells(*point).tolist() == [11]
-
-
 def test_single_point() -> None:
     assert table().at(210, 2, 3, 0) == (4.0, 40.0)
     assert table().at(1410, 2, 3, 0) == (pytest.approx(0.4), 400.0)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.toy import SPEC, sequence, spec
+from core.toy import sequence, spec
 from throttllem.core.external_load import ExternalLoad
 from throttllem.core.forecast.projection import pack, project
 from throttllem.core.scoreboard import Scoreboard
@@ -196,19 +196,6 @@ def test_replenished_never_falls_below_now(case):
         projection.prefill_tokens.tolist(),
         projection.ends.tolist(),
     )
-
-
-def test_replenished_never_falls_below_what_is_now():
-    board = Scoreboard(4)
-    for key, output in enumerate((3, 9, 30)):
-        board.dispatch(sequence(key, 8, output))
-        board.begin(key, 0, 0.0)
-    plain = project(board, SPEC, first=1)
-    full = plain.replenished()
-    assert plain.batch.min() == 1
-    assert full.batch.tolist() == [3] * plain.horizon
-    assert (full.kv_blocks == [max(blocks, int(plain.kv_blocks[0])) for blocks in plain.kv_blocks]).all()
-    assert (full.ends == plain.ends).all()
 
 
 # ---- packing -----------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from gateway.flight.flights import OPTIONS, SPECS, TABLES, busy, deeds, fly
 from throttllem.core.admission import AdmissionOptions, Unmeetable
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
-from throttllem.core.lengths.online import OnlineLengthPredictor
+from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import MaxTokens, Noisy, Oracle
 from throttllem.core.types import ClockRead, Request, Slo, Timer
 from throttllem.gateway.flight import wire
@@ -31,9 +32,20 @@ def copied(controller):
     return load(saved(controller), DIGESTS.__getitem__)
 
 
-@given(deeds, deeds)
-def test_a_copy_goes_on_as_the_original_does(before, after):
-    world = World(OPTIONS)
+VARIANTS = (
+    OPTIONS,
+    replace(
+        OPTIONS,
+        throttle=ThrottleOptions(policy=ClockPolicy.THROTTLLEM),
+        predictor=OnlineLengthPredictor(OnlineLengthOptions(exceed=0.5, prior_answers=1.0)),
+    ),
+    replace(OPTIONS, admission=AdmissionOptions(unmeetable=Unmeetable.REJECT), autoscale=None, specs={}),
+)
+
+
+@given(deeds, deeds, st.sampled_from(VARIANTS))
+def test_a_copy_goes_on_as_the_original_does(before, after, options):
+    world = World(options)
     fly(world, before)
     again = copied(world.controller)
     assert again.snapshot() == world.controller.snapshot()
