@@ -194,7 +194,7 @@ def test_a_lock_that_the_journal_did_not_know_of():
 
 
 def test_a_torn_journal_that_nobody_spoke_of():
-    told = {"must_say": ["keeper.journal is not used"]}
+    told = {"must_log": ["keeper.journal is not used"]}
     assert only(violations(evidence(**told))) == "the keeper never logged: keeper.journal is not used"
     assert violations(evidence(**told, logs="ERROR journal /x/keeper.journal is not used: it is torn")) == []
 

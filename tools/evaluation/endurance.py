@@ -130,7 +130,7 @@ async def _one(gateway: Inspected, number: int) -> str:
     headers = {"x-slo-e2e-ms": "2000", "x-slo-tpot-ms": "100"} if dice.random() < 0.5 else None
     answer = await client.send(body, headers=headers)
     answer.check()
-    return answer.said
+    return answer.outcome
 
 
 async def _hang_up(url: str, body: bytes, *, begun: bool, wait_s: float) -> None:

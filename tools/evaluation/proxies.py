@@ -1,4 +1,4 @@
-"""What can stand between a client and an engine, on a core of its own: nginx, LiteLLM's proxy, this gateway.
+"""What can stand between a client and an engine, each on its own core: nginx, LiteLLM's proxy, this gateway.
 
 Each has one worker, keeps its connections to the engine, and writes no access log.
 """

@@ -38,7 +38,7 @@ class Load:
 
 
 @dataclass(slots=True, kw_only=True)
-class Heard:
+class Streamed:
     """Seconds to the first token of each request that ended, tokens and processor time of the measured seconds, what
     failed.
     """
@@ -51,8 +51,8 @@ class Heard:
 
 
 class _Stream(asyncio.Protocol):
-    def __init__(self, load: Load, heard: Heard, pause_s: float) -> None:
-        self._load, self._heard, self._pause_s = load, heard, pause_s
+    def __init__(self, load: Load, streamed: Streamed, pause_s: float) -> None:
+        self._load, self._streamed, self._pause_s = load, streamed, pause_s
         self._transport: Any = None
         self._sent_s = 0.0
         self._first_s: float | None = None
@@ -68,7 +68,7 @@ class _Stream(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.over.done():
             if not self.stopping:
-                self._heard.failed.append(f"connection lost: {exc or 'closed'}")
+                self._streamed.failed.append(f"connection lost: {exc or 'closed'}")
             self.over.set_result(None)
 
     def _ask(self) -> None:
@@ -102,10 +102,10 @@ class _Stream(asyncio.Protocol):
         if not self._tail.endswith(_LAST_CHUNK):
             return
         if self._first_s is None:
-            self._heard.failed.append(data[:300].decode(errors="replace"))
+            self._streamed.failed.append(data[:300].decode(errors="replace"))
             self._end()
             return
-        self._heard.first_s.append(self._first_s)
+        self._streamed.first_s.append(self._first_s)
         asyncio.get_running_loop().call_later(self._load.pause_s, self._ask)
 
     def stop(self) -> None:
@@ -121,20 +121,20 @@ class _Stream(asyncio.Protocol):
 
 async def run(
     load: Load, *, warm_s: float, seconds: float, spread_s: float, cpu_s: Callable[[], float] = lambda: 0.0
-) -> Heard:
+) -> Streamed:
     """Set the load going over `spread_s`, measure for `seconds` after `warm_s`, end it. `cpu_s` is asked twice."""
-    heard = Heard()
-    streams = await _opened(load, heard, spread_s)
+    streamed = Streamed()
+    streams = await _opened(load, streamed, spread_s)
     await asyncio.sleep(warm_s)
-    heard.first_s.clear()
+    streamed.first_s.clear()
     tokens, used_s, began_s = sum(stream.count for stream in streams), cpu_s(), time.perf_counter()
     await asyncio.sleep(seconds)
-    measured = Heard(
-        first_s=list(heard.first_s),
+    measured = Streamed(
+        first_s=list(streamed.first_s),
         tokens=sum(stream.count for stream in streams) - tokens,
         seconds=time.perf_counter() - began_s,
         cpu_s=cpu_s() - used_s,
-        failed=list(heard.failed),
+        failed=list(streamed.failed),
     )
     for stream in streams:
         stream.stop()
@@ -142,11 +142,11 @@ async def run(
     return measured
 
 
-async def _opened(load: Load, heard: Heard, spread_s: float) -> list[_Stream]:
+async def _opened(load: Load, streamed: Streamed, spread_s: float) -> list[_Stream]:
     at, loop = urlsplit(load.url), asyncio.get_running_loop()
     streams: list[_Stream] = []
     for number in range(load.streams):
-        stream = _Stream(load, heard, spread_s * number / load.streams)
+        stream = _Stream(load, streamed, spread_s * number / load.streams)
         await loop.create_connection(lambda stream=stream: stream, at.hostname or "", at.port or 80)  # type: ignore[misc]
         streams.append(stream)
     return streams

@@ -161,8 +161,8 @@ class Steps:
 
     def between(self, from_s: float, to_s: float) -> Steps:
         """Those that ended in that time."""
-        kept = (self.ended_s >= from_s) & (self.ended_s <= to_s)
-        return Steps(**{name: getattr(self, name)[kept] for name in self.__slots__})
+        inside = (self.ended_s >= from_s) & (self.ended_s <= to_s)
+        return Steps(**{name: getattr(self, name)[inside] for name in self.__slots__})
 
     @property
     def seconds(self) -> Floats:

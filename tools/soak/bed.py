@@ -219,9 +219,9 @@ class SoakBed:
         elif answer.error is not None:
             self.observer.ended(number, "error", str(answer.error))
         elif answer.status is None or answer.broken:
-            self.observer.ended(number, "cut", answer.said, begun=answer.status is not None)
+            self.observer.ended(number, "cut", answer.outcome, begun=answer.status is not None)
         else:
-            self.observer.ended(number, "broken", f"{answer.said}, {answer.tokens} of {tokens} tokens")
+            self.observer.ended(number, "broken", f"{answer.outcome}, {answer.tokens} of {tokens} tokens")
 
     def nvml_fault(self, call: str, **how: Any) -> int:
         """Calls of NVML go wrong from now on (`Machine.fault`); the fault's number."""
@@ -234,7 +234,7 @@ class SoakBed:
         return int(self._faults[fault].seen)
 
     def nvml_again(self, fault: int) -> None:
-        """It is over. Its place is not used again: somebody may still sleep in it."""
+        """It is over. Its place is not used again: a call may still sleep in it."""
         self._faults[fault].times = 0
 
     @property
@@ -246,7 +246,7 @@ class SoakBed:
 
     @contextmanager
     def without_keeper(self) -> Iterator[None]:
-        """Nobody starts it anew in here; right afterwards somebody does."""
+        """It is not restarted in here, but right afterwards."""
         self._keeper_held += 1
         try:
             yield

@@ -125,7 +125,7 @@ def _keepers(evidence: Evidence) -> Iterator[str]:
             yield f"the keeper ended by itself at {death.at_s - evidence.began_s:.3f} s"
         for gpu in set(death.unnoted) - changed:
             yield f"GPU {gpu} was locked when the keeper died at {death.at_s - evidence.began_s:.3f} s, and not noted"
-    for text in evidence.must_say:
+    for text in evidence.must_log:
         if text not in evidence.logs and not any("deleted" in kind for kind in evidence.schedule.kinds):
             yield f"the keeper never logged: {text}"
 

@@ -75,7 +75,7 @@ class Evidence:
     """One play; the gateway was ended at `stopped_s`. Per GPU: `attempted` writes, `effective` writes, `left` (its lock
     when time was up), `last` (its lock when all was over). `base_s`: from when on the last restoring counts;
     `restored_s`: when all was restored (None: never). `forgot`: both copies of the journal were destroyed and a keeper
-    began without them. `other_users` could connect to the socket. `idle` kinds never had an effect. `must_say`:
+    began without them. `other_users` could connect to the socket. `idle` kinds never had an effect. `must_log`:
     what has to be in the keeper's log.
     `troubles` are violations seen on the spot. `waited_s`: how long the soak was ready to run and had no core, from the
     gateway's end on; `gaps`: when it did not run for long.
@@ -104,7 +104,7 @@ class Evidence:
     waited_s: float = 0.0
     other_users: int = 0
     idle: list[str] = field(default_factory=list)
-    must_say: list[str] = field(default_factory=list)
+    must_log: list[str] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
     logs: str = ""
 

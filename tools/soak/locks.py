@@ -23,7 +23,7 @@ def fits(evidence: Evidence, gpu: int, lock: Lock | None, at_s: float = math.inf
 
 def _accepted(evidence: Evidence, gpu: int, at_s: float) -> set[Lock | None]:
     """Its baseline. Without a lease since, also what it was at first, and what others have made of it. A driver that
-    was loaded anew may have unlocked it at any time.
+    was reloaded may have unlocked it at any time.
     """
     plan = evidence.schedule.gpus[gpu]
     leases_s = [one.at_s for one in _effective(evidence, gpu, at_s) if locked(one) not in (None, plan.baseline)]
@@ -44,7 +44,7 @@ def _effective(evidence: Evidence, gpu: int, until_s: float) -> list[Write]:
 
 
 def _leased(evidence: Evidence, gpu: int, at_s: float) -> bool:
-    """Whether the last that a keeper did to it was to lock it for somebody."""
+    """Whether the last write of a keeper was to lock it for a client."""
     last = _effective(evidence, gpu, at_s)
     return bool(last) and locked(last[-1]) not in (None, evidence.schedule.gpus[gpu].baseline)
 

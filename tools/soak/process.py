@@ -54,7 +54,7 @@ class SoakProcess:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._handle, number)
 
-    def say(self, **fields: object) -> None:
+    def send_line(self, **fields: object) -> None:
         """A line; lost if the process does not read."""
         with suppress(OSError):
             self._control.send(json.dumps(fields).encode() + b"\n")

@@ -72,7 +72,7 @@ class Answer:
         return self.events[-1] == b"[DONE]" if self.events else b'"choices"' in self.body
 
     @property
-    def said(self) -> str:
+    def outcome(self) -> str:
         """In a few words."""
         if self.hung:
             return "HANGS"
@@ -103,7 +103,7 @@ class Answer:
 
 def tallied(answers: Iterable[Answer]) -> str:
     """Answers in words, equal ones counted."""
-    counts = Counter(answer.said for answer in answers)
+    counts = Counter(answer.outcome for answer in answers)
     return "; ".join(f"{count} x {words}" for words, count in sorted(counts.items()))
 
 

@@ -137,7 +137,7 @@ class Inspected:
     async def fresh(self) -> Answer:
         """A new request must be served."""
         answer = await self.client.ask(tokens=5)
-        assert answer.served, f"a fresh request: {answer.said} {answer.body[-300:]!r}"
+        assert answer.served, f"a fresh request: {answer.outcome} {answer.body[-300:]!r}"
         return answer
 
     async def left(self, engine_running: Callable[[], Any] | None = None) -> str:

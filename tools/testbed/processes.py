@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 POLL_S = 0.05
+KILLED_S = 2.0
+"""Within this time the kernel has ended what was killed."""
 _LOG_LINES = 25
 _TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
 
@@ -134,6 +136,9 @@ def end(handle: subprocess.Popen[bytes], patience_s: float = 8.0) -> None:
     with suppress(ProcessLookupError):
         os.killpg(handle.pid, signal.SIGKILL)
     handle.wait()
+    until_s = time.monotonic() + KILLED_S
+    while group(handle.pid) and time.monotonic() < until_s:
+        time.sleep(POLL_S / 10)
 
 
 # ---- readiness -----------------------------------------------------------------------------------------------

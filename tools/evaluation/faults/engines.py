@@ -132,7 +132,7 @@ async def crashed(bed: Bed) -> list[Found]:
         assert not any(answer.served for answer in answers), tallied(answers)
         await eventually(partial(_down, gateway), 30, "the gateway notices that the engine is gone")
         after = await gateway.client.ask(tokens=8)
-        assert after.status in (502, 503) and after.error, after.said
+        assert after.status in (502, 503) and after.error, after.outcome
         await bed.stop()
         await bed.engine()
         await eventually(gateway.is_up, 30, "the engine is found again")
@@ -140,7 +140,7 @@ async def crashed(bed: Bed) -> list[Found]:
     return [
         Found(
             fault="engine's worker dies in mid-stream, limits.engine_wait_s = 4",
-            client=f"{tallied(answers)}; meanwhile: {after.said}",
+            client=f"{tallied(answers)}; meanwhile: {after.outcome}",
             left=left,
         )
     ]
@@ -160,7 +160,7 @@ async def full(bed: Bed) -> list[Found]:
         answers = [await gateway.client.ask(tokens=8, stream=number % 2 > 0) for number in range(3)]
         assert any(answer.status == 503 for answer in answers), tallied(answers)
         for answer in answers:
-            assert not answer.hung and answer.body, answer.said
+            assert not answer.hung and answer.body, answer.outcome
         await asyncio.gather(*others)
         left = await gateway.left(bed.running)
     return [

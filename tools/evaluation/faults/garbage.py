@@ -57,7 +57,7 @@ async def pages(bed: Bed) -> list[Found]:
             engine.pages.clear()
             await _recovers(gateway)
             left = await gateway.left()
-        seen = f"from the start: {early.said}; later: {later.said}"
+        seen = f"from the start: {early.outcome}; later: {later.outcome}"
         found.append(Found(fault=f"engine answers garbage: {name}", client=seen, left=left))
     return found
 

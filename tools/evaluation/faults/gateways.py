@@ -85,7 +85,7 @@ async def drained(bed: Bed) -> list[Found]:
         gateway.kill(signal.SIGTERM)
         await eventually(lambda: "stopping" in gateway.log, 5, "it logs that it stops")
         late = await gateway.client.ask(tokens=5)
-        assert late.status == 503 and late.error and late.error["code"] == "draining", late.said
+        assert late.status == 503 and late.error and late.error["code"] == "draining", late.outcome
         patient = await asyncio.gather(*asked)
         assert all(answer.served for answer in patient), tallied(patient)
         assert await gateway.ended(10) == 0
@@ -96,7 +96,7 @@ async def drained(bed: Bed) -> list[Found]:
         Found(
             fault="SIGTERM under load (4 running, 4 queued)",
             client=(
-                f"limits.drain_s = 60: {tallied(patient)}; new ones: {late.said}; "
+                f"limits.drain_s = 60: {tallied(patient)}; new ones: {late.outcome}; "
                 f"limits.drain_s = 2: {tallied(cut)}, over after {cut_s:.1f} s; "
                 f"second signal: {tallied(hurried)}, over after {hurried_s:.1f} s"
             ),

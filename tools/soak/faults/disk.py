@@ -52,7 +52,7 @@ async def _slow(bed: SoakBed, fault: Fault) -> None:
 
 
 async def _torn(bed: SoakBed, fault: Fault, both: bool = False) -> None:
-    """While no keeper runs; the next one must say so."""
+    """While no keeper runs; the next one must log it."""
     with bed.without_keeper():
         bed.keeper.send(signal.SIGKILL)
         await bed.keeper.dead.wait()
@@ -61,7 +61,7 @@ async def _torn(bed: SoakBed, fault: Fault, both: bool = False) -> None:
             _tear(path, fault.which, bed.draw.randbytes(64))
         if both:
             bed.observer.journal_gone = bed.evidence.forgot = True
-        bed.evidence.must_say += [f"{path} is not used" for path in copies]
+        bed.evidence.must_log += [f"{path} is not used" for path in copies]
 
 
 def _tear(path: Path, how: str, noise: bytes) -> None:

@@ -48,7 +48,7 @@ async def _stopped(bed: SoakBed, fault: Fault) -> None:
 
 async def _blocked(bed: SoakBed, fault: Fault) -> None:
     """Its event loop stands still: no heartbeat, no token."""
-    bed.gateway.say(do="block", for_s=fault.for_s)
+    bed.gateway.send_line(do="block", for_s=fault.for_s)
     began_s = time.monotonic()
     await asyncio.sleep(fault.for_s)
     if bed.gateway.alive:
@@ -67,7 +67,7 @@ async def _out_of_memory(bed: SoakBed, fault: Fault) -> None:
 async def inherited(bed: SoakBed) -> None:
     """A child of the gateway keeps its sockets open, and the gateway dies."""
     gateway, heirs = bed.gateway, len(bed.observer.heirs)
-    gateway.say(do="child")
+    gateway.send_line(do="child")
     await becomes(bed, lambda: len(bed.observer.heirs) > heirs, _ALIVE_S)
     gateway.send(signal.SIGKILL)
 

@@ -41,7 +41,7 @@ def _while(on: On, *, hinders: bool = False) -> Callable[[SoakBed, Fault], Await
 
 
 def _unlocked(bed: SoakBed) -> None:
-    """A driver that is loaded anew has forgotten every lock."""
+    """A driver that is reloaded has forgotten every lock."""
     now_s = time.monotonic()
     bed.evidence.others += [Other(at_s=now_s, gpu=gpu.index, lock=None) for gpu in bed.machine.gpus]
 
@@ -56,7 +56,7 @@ async def _driver(bed: SoakBed, fault: Fault) -> None:
 
 
 async def _other(bed: SoakBed, fault: Fault) -> None:
-    """Somebody else's tool locks it, in the midst of a lease or not."""
+    """Another controller locks it, during a lease or not."""
     lock = 300 + 15 * fault.count, 300 + 15 * fault.count
     bed.machine.gpus[fault.gpu].lock_by_other(*lock)
     bed.evidence.others.append(Other(at_s=time.monotonic(), gpu=fault.gpu, lock=lock))
@@ -87,7 +87,7 @@ async def _faulty(bed: SoakBed, fault: Fault, calls: tuple[str, ...], **how: Any
 
 
 KINDS = (
-    Kind(name="GPU: driver loaded anew", inject=_driver, ends_gateway=True, lasts_s=(0.02, 0.4), ends_keeper=True),
+    Kind(name="GPU: driver reloaded", inject=_driver, ends_gateway=True, lasts_s=(0.02, 0.4), ends_keeper=True),
     Kind(name="GPU: lost and back", inject=_while(FakeGpu.lost, hinders=True), ends_gateway=True, lasts_s=(0.05, 0.8)),
     Kind(
         name="GPU: permission withdrawn",
@@ -112,7 +112,7 @@ KINDS = (
         ends_gateway=True,
         lasts_s=(0.1, 0.8),
     ),
-    Kind(name="GPU: energy counter begins anew", inject=_counter),
+    Kind(name="GPU: energy counter reset", inject=_counter),
     Kind(
         name="NVML: sets are slow",
         inject=partial(_slow, calls=(_SET, _RESET), sleep_s=_SLOW_S),

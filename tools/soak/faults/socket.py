@@ -136,7 +136,7 @@ async def _sets(bed: SoakBed, fault: Fault) -> None:
 
 async def _gateway_sets(bed: SoakBed, fault: Fault) -> None:
     low, high = bed.schedule.gpus[bed.held[0]].allowed or (1, 1)
-    bed.gateway.say(do="flood", mhz=[bed.draw.randrange(low, high + 1) for _ in range(fault.count)])
+    bed.gateway.send_line(do="flood", mhz=[bed.draw.randrange(low, high + 1) for _ in range(fault.count)])
 
 
 async def _leased(bed: SoakBed, connection: Connection, gpu: int) -> bool:
