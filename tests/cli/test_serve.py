@@ -151,6 +151,7 @@ def test_check_says_where_every_value_came_from_and_touches_nothing(
     file = tmp_path / "t.toml"
     file.write_text("policy = 'throttllem'\n[slo]\ntbt_s = 0.1\n")
     monkeypatch.setenv("THROTTLLEM_LIMITS__DRAIN_S", "3")
+    monkeypatch.delenv("THROTTLLEM_CACHE_DIR", raising=False)
     result = tried("--config", str(file), "--check", "--slo-e2e", "4")
     assert result.code == 0, result
     values = dict(re.findall(r"^ok (\S+) = .*   \((.*)\)$", result.out, re.MULTILINE))
