@@ -12,16 +12,32 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from throttllem.core.types import Request
+from throttllem.core.types import Event, Request
 from throttllem.engines.base import EngineError
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.slo_attainment import Latencies
 from throttllem.openai_api.errors import ApiError
 
-if TYPE_CHECKING:
-    from throttllem.gateway.control.loop import ControlLoop
+
+class Loop(Protocol):
+    """What a session calls: the control loop (gateway/control/loop.py), on whose time line all seconds are."""
+
+    def now(self) -> float:
+        """Seconds."""
+
+    def arrive(self, session: Session) -> None:
+        """A request came in."""
+
+    def finish(self, session: Session, tokens: int | None) -> None:
+        """It has its whole output."""
+
+    def leave(self, session: Session, error: BaseException | None) -> None:
+        """It ends unfinished."""
+
+    def handle(self, event: Event) -> None:
+        """An event for the core."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +59,7 @@ class Receipt:
 class Session:
     """Seconds on the control loop's time line; None: not yet. `failure` is what the control loop ended it with."""
 
-    loop: ControlLoop
+    loop: Loop
     request: Request
     streams: bool
     chat: bool = False
