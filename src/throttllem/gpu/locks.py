@@ -1,4 +1,4 @@
-"""Locks and resets GPU clocks. Only the keeper and the doctor import this: no other code can set a clock."""
+"""Locks and resets GPU clocks, for the keeper and the doctor. Besides them only zeusd can set clocks."""
 
 from __future__ import annotations
 
