@@ -9,8 +9,9 @@ from throttllem.calibrate.calibration import errors
 from throttllem.calibrate.fit import with_constants
 from throttllem.calibrate.points import Point
 from throttllem.calibrate.prior import around, priors
-from throttllem.physics.catalogue import Catalogue, Gpu, Model
+from throttllem.physics.catalogue import Catalogue, Gpu
 from throttllem.physics.engine import EnginePhysics
+from throttllem.physics.model import Model
 
 CATALOGUE = Catalogue.load()
 # The shipped A100's constants move with every fit of it; these stay.

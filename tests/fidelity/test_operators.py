@@ -7,7 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from throttllem.calibrate.fit import with_constants
-from throttllem.physics.catalogue import Catalogue, Gpu, Model
+from throttllem.physics.catalogue import Catalogue, Gpu
+from throttllem.physics.model import Model
 from tools.fidelity.operator_laws import ALLREDUCE, DECODE, GEMM, OPERATORS, PREFILL, Operator
 from tools.fidelity.operator_tables import CONTEXTS, Iteration, OperatorTables, Table, compose
 from tools.fidelity.operators import bare, physics_s, refit, section

@@ -77,6 +77,9 @@ def test_extra_file_adds_and_replaces(extra: Path) -> None:
         (TINY.replace("layers = 2", "layers = 0"), "model.tiny.layers: .*greater than 0"),
         (TINY.replace("kv_heads = 2", "kv_heads = 3"), "model.tiny: .*multiple of kv_heads"),
         (TINY + 'name = "x"', "model.tiny.name: leave it out"),
+        (TINY + 'weights = "fp7"', "model.tiny.weights: .*'bf16', 'fp8', 'int8', 'int4', 'mxfp4' or 'nvfp4'"),
+        (TINY + "experts = {count = 4, active = 8, intermediate = 8}", "model.tiny: .*experts.active"),
+        (TINY + "window = {tokens = 128, layers = 3}", "model.tiny: .*window.layers"),
     ],
 )
 def test_bad_extra_file_names_file_key_and_fix(extra: Path, text: str, message: str) -> None:

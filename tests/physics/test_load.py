@@ -1,7 +1,8 @@
 import pytest
 
-from throttllem.physics.catalogue import Catalogue, Gpu, Model
+from throttllem.physics.catalogue import Catalogue, Gpu
 from throttllem.physics.load import LARGE_ALLREDUCE_BYTES, kv_bytes_per_token, load
+from throttllem.physics.model import Model
 
 CATALOGUE = Catalogue.load()
 PLAIN = CATALOGUE.gpu("a100-40gb-sxm")

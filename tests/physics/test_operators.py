@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from throttllem.calibrate.fit import with_constants
-from throttllem.physics.catalogue import Catalogue, Gpu, Model
+from throttllem.physics.catalogue import Catalogue, Gpu
 from throttllem.physics.engine import EnginePhysics
 from throttllem.physics.load import load
+from throttllem.physics.model import Model
 
 CATALOGUE = Catalogue.load()
 A100, H100 = (

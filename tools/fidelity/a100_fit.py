@@ -17,8 +17,9 @@ from scipy.optimize import least_squares
 
 from throttllem.calibrate.fit import Constant, Fit, fit, with_constants
 from throttllem.calibrate.prior import CLOCK_POWER, CLOCK_TIME, around
-from throttllem.physics.catalogue import Gpu, Model
+from throttllem.physics.catalogue import Gpu
 from throttllem.physics.engine import EnginePhysics
+from throttllem.physics.model import Model
 from tools.fidelity.kernel_law import COMPUTE, MEMORY, KernelRow, describe, freest, predict, unheld
 
 FILE = Path("measured") / "a100_40gb_llama3_8b_clock_batch.csv"

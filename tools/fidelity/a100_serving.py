@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from throttllem.calibrate.errors import Errors
-from throttllem.physics.catalogue import Catalogue, Gpu, Model
+from throttllem.physics.catalogue import Catalogue, Gpu
+from throttllem.physics.model import Model
 from tools.fidelity.a100_fit import (
     GPU,
     MODEL,

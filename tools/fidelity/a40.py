@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from throttllem.calibrate.errors import Errors, held_out
 from throttllem.calibrate.fit import Fit, fit, with_constants
 from throttllem.calibrate.prior import CLOCK_POWER, around
-from throttllem.physics.catalogue import Catalogue, Gpu, Model
+from throttllem.physics.catalogue import Catalogue, Gpu
 from throttllem.physics.engine import EnginePhysics
+from throttllem.physics.model import Model
 from tools.fidelity.a100_plots import COLOURS
 from tools.fidelity.section import ErrorRow, Plot, Section, Target
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from throttllem.calibrate.errors import Errors
 from throttllem.calibrate.fit import Constant, fit, with_constants
-from throttllem.physics.catalogue import Catalogue, Gpu, Model
+from throttllem.physics.catalogue import Catalogue, Gpu
 from throttllem.physics.engine import EnginePhysics
+from throttllem.physics.model import Model
 from throttllem.reproduce.experiments import BASELINE, GPU, MAIN_MODEL, SECONDS, TRACE
 from throttllem.reproduce.probes import KV_TP, clock_sweep
 from throttllem.sim.result import RunResult

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from throttllem.calibrate.fit import Constant, Fit, Fitted, fit, with_constants
 from throttllem.calibrate.prior import CLOCK_POWER, CLOCK_TIME, around
-from throttllem.physics.catalogue import Catalogue, Gpu, Model
+from throttllem.physics.catalogue import Catalogue, Gpu
 from throttllem.physics.engine import EnginePhysics
+from throttllem.physics.model import Model
 from tools.fidelity.load_runs import GPU, MODEL, LoadPoint, Served, mean_power_w, settle, simulate
 
 TIME = ("time.host_s", "time.host_request_s", *CLOCK_TIME)

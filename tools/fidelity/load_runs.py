@@ -18,8 +18,9 @@ from throttllem.config import Options
 from throttllem.core.clocks.policy import parse_policy
 from throttllem.core.types import Slo
 from throttllem.engines.simulated.fleet import Fleet, build_fleet
-from throttllem.physics.catalogue import Catalogue, Gpu, Model
+from throttllem.physics.catalogue import Catalogue, Gpu
 from throttllem.physics.engine import EnginePhysics
+from throttllem.physics.model import Model
 from throttllem.sim.result import RunResult
 from throttllem.sim.study import Scenario
 from throttllem.sim.traces import load_trace

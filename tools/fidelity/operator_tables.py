@@ -16,7 +16,7 @@ from typing import Self
 
 import polars as pl
 
-from throttllem.physics.catalogue import Model
+from throttllem.physics.model import Model
 
 Table = Mapping[tuple[int, ...], float]
 TPS = (1, 2, 4, 8)

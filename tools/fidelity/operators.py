@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from throttllem.calibrate.errors import Errors
 from throttllem.calibrate.fit import with_constants
-from throttllem.physics.catalogue import Catalogue, Gpu, Model
+from throttllem.physics.catalogue import Catalogue, Gpu
 from throttllem.physics.engine import EnginePhysics, ModelDoesNotFit
 from throttllem.physics.load import load
+from throttllem.physics.model import Model
 from tools.fidelity.operator_laws import ALLREDUCE, DECODE, GEMM, OPERATORS, PREFILL, Operator
 from tools.fidelity.operator_plots import plots
 from tools.fidelity.operator_tables import BATCHES, CONTEXTS, TPS, Iteration, OperatorTables, compose

@@ -43,8 +43,9 @@ from throttllem.calibrate.validation import (
     far_from_prior,
     watts_of_one_gpu,
 )
-from throttllem.physics.catalogue import Gpu, Model
+from throttllem.physics.catalogue import Gpu
 from throttllem.physics.engine import EnginePhysics
+from throttllem.physics.model import Model
 from throttllem.profiling.profile import ProfileError
 
 Progress = Callable[[int, int], None]

@@ -19,8 +19,9 @@ from throttllem.calibrate.points import Point
 from throttllem.calibrate.prior import around, priors
 from throttllem.calibrate.validation import percent
 from throttllem.files import write_aside
-from throttllem.physics.catalogue import Gpu, Model
+from throttllem.physics.catalogue import Gpu
 from throttllem.physics.laws import Basis
+from throttllem.physics.model import Model
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _AT_EDGE = 1e-3
@@ -156,9 +157,18 @@ def _tables(gpu: Gpu, calibration: Calibration) -> Iterator[str]:
 def _model(model: Model | None) -> Iterator[str]:
     if model is None:
         return
-    yield f"\n[model.{model.name if _NAME.fullmatch(model.name) else json.dumps(model.name)}]"
-    for key, value in model.model_dump(exclude={"name"}).items():
-        yield _line(key, value, "")
+    table = f"model.{model.name if _NAME.fullmatch(model.name) else json.dumps(model.name)}"
+    yield f"\n[{table}]"
+    parts: dict[str, Mapping[str, object]] = {}
+    for key, value in model.model_dump(mode="json", exclude={"name"}, exclude_defaults=True).items():
+        if isinstance(value, Mapping):
+            parts[key] = value
+        else:
+            yield _line(key, value, "")
+    for part, values in parts.items():
+        yield f"\n[{table}.{part}]"
+        for key, value in values.items():
+            yield _line(key, value, "")
 
 
 def _line(key: str, value: object, comment: str, *, rounded: bool = False) -> str:
@@ -168,6 +178,8 @@ def _line(key: str, value: object, comment: str, *, rounded: bool = False) -> st
 
 def _toml(value: object, rounded: bool) -> str:
     match value:
+        case bool():
+            return str(value).lower()
         case float():
             return f"{value:.5g}" if rounded else repr(value)
         case str():

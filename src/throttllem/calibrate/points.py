@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from throttllem.physics.catalogue import Model
+from throttllem.physics.model import Model
 from throttllem.profiling.profile import ProfileError, place
 
 

@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 
 from throttllem.calibrate.fit import Fitted
 from throttllem.calibrate.points import Point, bands, reject_rows
-from throttllem.physics.catalogue import Gpu, Model
+from throttllem.physics.catalogue import Gpu
 from throttllem.physics.engine import EnginePhysics, ModelDoesNotFit
 from throttllem.physics.load import kv_bytes_per_token
+from throttllem.physics.model import Model
 from throttllem.profiling.profile import ProfileError, place
 
 Logs = NDArray[np.float64]

@@ -14,6 +14,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationErr
 
 from throttllem.did_you_mean import did_you_mean
 from throttllem.physics.laws import Basis, Fraction, Frozen, PowerLaw, TimeLaw
+from throttllem.physics.model import Model
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Frozen)
@@ -61,45 +62,6 @@ class Gpu(Frozen):
     def clocks_mhz(self) -> tuple[int, ...]:
         """Every clock that can be set, ascending."""
         return tuple(range(self.clock_min_mhz, self.clock_max_mhz + 1, self.clock_step_mhz))
-
-
-class Model(Frozen):
-    """One decoder-only transformer with gated feed-forward layers and untied embeddings."""
-
-    name: str
-    layers: PositiveInt
-    hidden: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    intermediate: PositiveInt
-    vocabulary: PositiveInt
-    max_context_tokens: PositiveInt
-    bytes_per_value: PositiveFloat = 2.0
-    """Of weights, activations and KV cache alike; 2 for bfloat16."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.heads % self.kv_heads:
-            raise ValueError("heads must be a multiple of kv_heads")
-        return self
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of the matrices of one layer: qkv, output, gate, up, down."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate
-
-    @property
-    def weight_bytes(self) -> float:
-        """All layers, embedding and head (norms are left out: under 0.01 %)."""
-        parameters = self.layers * self.layer_parameters + 2 * self.vocabulary * self.hidden
-        return parameters * self.bytes_per_value
-
-    @property
-    def kv_bytes_per_token(self) -> float:
-        """Keys and values of one token over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_value
 
 
 class Catalogue(Frozen):

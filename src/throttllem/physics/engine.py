@@ -24,9 +24,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import NamedTuple
 
-from throttllem.physics.catalogue import Gpu, Model
+from throttllem.physics.catalogue import Gpu
 from throttllem.physics.clock import ClockScale, clock_scale
 from throttllem.physics.load import kv_bytes_per_token, load
+from throttllem.physics.model import Model
 
 _GIB = 2.0**30
 _LARGEST_TP = 8

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from throttllem.physics.catalogue import Gpu, Model
+from throttllem.physics.catalogue import Gpu
 from throttllem.physics.laws import TimeLaw
+from throttllem.physics.model import Model
 
 GEMMS_PER_LAYER = 4
 """qkv, output, gate with up, down."""
@@ -78,16 +79,16 @@ class _AllReduce(NamedTuple):
 
 def load(gpu: Gpu, model: Model, tp: int) -> Load:
     """Costs of `model` sharded over `tp` GPUs."""
-    law, value = gpu.time, model.bytes_per_value
+    law, value = gpu.time, model.activation_bytes
     gemm_bandwidth = gpu.bandwidth_bytes_per_s * law.gemm_bandwidth_fraction
     gemm_peak = gpu.peak_flop_per_s * law.gemm_peak_fraction
     head = model.vocabulary * model.hidden / tp
-    parameters = model.layers * model.layer_parameters / tp
+    parameters = model.layers * (model.attention_parameters + model.dense_parameters) / tp
     query_width = model.heads * model.head_dim
     grouped = model.heads > model.kv_heads
     attention_io = 2 * (model.heads + _kv_heads(model, tp) * tp) / tp * model.head_dim * value
     return Load(
-        weights_s=(parameters + head) * value / gemm_bandwidth,
+        weights_s=(parameters * model.weights.bytes_per_parameter + head * value) / gemm_bandwidth,
         token_gemm_memory_s=model.layers * _gemm_io(model, tp) * value / gemm_bandwidth,
         token_gemm_compute_s=2 * parameters / gemm_peak,
         head_token_compute_s=2 * head / gemm_peak,
@@ -109,7 +110,7 @@ def _allreduce(law: TimeLaw, model: Model, tp: int) -> _AllReduce:
     """All all-reduces of one iteration. Two GPUs read as much in one step as in two."""
     if tp == 1:
         return _AllReduce()
-    count, token_bytes = ALLREDUCES_PER_LAYER * model.layers, model.hidden * model.bytes_per_value
+    count, token_bytes = ALLREDUCES_PER_LAYER * model.layers, model.hidden * model.activation_bytes
     message_s = count * token_bytes / law.allreduce_bytes_per_s
     one_step_token_s, two_step_token_s = (tp - 1) * message_s, 2 * (tp - 1) / tp * message_s
     step_s = count * law.allreduce_step_s if tp > 2 else 0.0

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from throttllem.calibrate.calibration import Calibration
-    from throttllem.physics.catalogue import Catalogue, Gpu, Model
+    from throttllem.physics.catalogue import Catalogue, Gpu
+    from throttllem.physics.model import Model
 
 
 def calibrate(

@@ -1,0 +1,206 @@
+"""A decoder-only transformer as figures of its `config.json`, and the bytes and parameters that follow from them.
+
+Knows nothing of GPUs, nor of how an engine shards it.
+"""
+
+# Dense layers, mixtures of experts, latent attention (MLA), sliding windows and quantised weights are parts of one
+# model, each optional: a part that is None is not there. What a checkpoint quantises differs: FP8 and 4-bit integers
+# cover all matrices of the layers (`weights`), MXFP4 those of the experts alone (`experts.weights`). Embedding, head
+# and router stay at the width of the activations.
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from throttllem.physics.laws import Frozen
+
+
+class Weights(StrEnum):
+    """The number format of stored weights; the value is its name in TOML."""
+
+    BF16 = "bf16"
+    FP8 = "fp8"
+    """Activations are quantised too, and the products run on FP8 tensor cores where a GPU has them."""
+    INT8 = "int8"
+    INT4 = "int4"
+    """AWQ and GPTQ: unpacked to bfloat16 in the kernel."""
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """With scales: of 128 values (INT4: float16 and a zero point), 32 (MXFP4: one byte), 16 (NVFP4: one byte)."""
+        return {
+            Weights.BF16: 2.0,
+            Weights.FP8: 1.0,
+            Weights.INT8: 1.0,
+            Weights.INT4: 0.5 + 2.5 / 128,
+            Weights.MXFP4: 0.5 + 1 / 32,
+            Weights.NVFP4: 0.5 + 1 / 16,
+        }[self]
+
+
+class Experts(Frozen):
+    """Mixture of experts: in every layer that has them a token is sent to `active` of `count` experts."""
+
+    count: PositiveInt
+    """Routed experts of a layer."""
+    active: PositiveInt
+    """Of them, those of one token."""
+    intermediate: PositiveInt
+    """Of one expert."""
+    shared_intermediate: NonNegativeInt = 0
+    """Of all shared experts of a layer together: every token uses them."""
+    dense_layers: NonNegativeInt = 0
+    """Layers without experts, wherever they are; their width is `Model.intermediate`."""
+    weights: Weights | None = None
+    """Format of the experts' matrices, shared ones included; None: the model's."""
+
+
+class Latent(Frozen):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one compressed vector per token, for all heads."""
+
+    kv_rank: PositiveInt
+    """Width of the compressed keys and values (`kv_lora_rank`)."""
+    rotary: PositiveInt
+    """Width of the shared rotary key beside it, and of each query's rotary part (`qk_rope_head_dim`)."""
+    key: PositiveInt
+    """Width of a head's key without its rotary part (`qk_nope_head_dim`)."""
+    value: PositiveInt
+    """Width of a head's value (`v_head_dim`)."""
+    query_rank: PositiveInt | None = None
+    """Width of the compressed queries (`q_lora_rank`); None: queries are not compressed."""
+
+
+class Window(Frozen):
+    """Sliding-window attention: in `layers` of the layers a token attends to the last `tokens` alone."""
+
+    tokens: PositiveInt
+    layers: PositiveInt
+
+
+class Model(Frozen):
+    """One decoder-only transformer with gated feed-forward layers."""
+
+    name: str
+    layers: PositiveInt
+    hidden: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    """With `latent`: as many as `heads`."""
+    head_dim: PositiveInt
+    """With `latent`: `key` plus `rotary`."""
+    intermediate: PositiveInt
+    """Of a layer without experts."""
+    vocabulary: PositiveInt
+    max_context_tokens: PositiveInt
+    weights: Weights = Weights.BF16
+    """Format of the matrices of the layers."""
+    activation_bytes: PositiveFloat = 2.0
+    """Per value of activations, embedding and head; 2 for bfloat16."""
+    kv_bytes: PositiveFloat = 2.0
+    """Per value of the KV cache; 1 for FP8."""
+    tied_embeddings: bool = False
+    """The head is the embedding: stored once."""
+    experts: Experts | None = None
+    latent: Latent | None = None
+    window: Window | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError("heads must be a multiple of kv_heads")
+        if self.window and self.window.layers > self.layers:
+            raise ValueError("window.layers must be at most layers")
+        if self.experts and self.experts.active > self.experts.count:
+            raise ValueError("experts.active must be at most experts.count")
+        if self.experts and self.experts.dense_layers >= self.layers:
+            raise ValueError("experts.dense_layers must be below layers")
+        return self
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers with experts."""
+        return self.layers - self.experts.dense_layers if self.experts else 0
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers without experts."""
+        return self.layers - self.expert_layers
+
+    @property
+    def expert_weights(self) -> Weights:
+        """Format of the experts' matrices."""
+        return (self.experts.weights if self.experts else None) or self.weights
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of the matrices of one layer's attention: queries, keys, values and output."""
+        if (latent := self.latent) is None:
+            return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        query = self.heads * (latent.key + latent.rotary)
+        queries = latent.query_rank * (self.hidden + query) if latent.query_rank else self.hidden * query
+        compressed = self.hidden * (latent.kv_rank + latent.rotary)
+        expanded = latent.kv_rank * self.heads * (latent.key + latent.value)
+        return queries + compressed + expanded + self.heads * latent.value * self.hidden
+
+    @property
+    def dense_parameters(self) -> int:
+        """Of the feed-forward matrices of one layer without experts: gate, up, down."""
+        return 3 * self.hidden * self.intermediate
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of the feed-forward matrices of one routed expert."""
+        return 3 * self.hidden * self.experts.intermediate if self.experts else 0
+
+    @property
+    def shared_parameters(self) -> int:
+        """Of the feed-forward matrices of one layer's shared experts."""
+        return 3 * self.hidden * self.experts.shared_intermediate if self.experts else 0
+
+    @property
+    def parameters(self) -> int:
+        """All layers, embedding and head (norms, biases and routers are left out: under 0.1 %)."""
+        return self._parameters(self.experts.count if self.experts else 0)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that one token passes through; of the embedding one row, which is left out unless it is the head."""
+        active = self._parameters(self.experts.active if self.experts else 0)
+        return active - (0 if self.tied_embeddings else self.vocabulary * self.hidden)
+
+    def _parameters(self, experts: int) -> int:
+        attention = self.layers * self.attention_parameters + self.dense_layers * self.dense_parameters
+        routed = self.expert_layers * (experts * self.expert_parameters + self.shared_parameters)
+        return attention + routed + self._embeddings
+
+    @property
+    def _embeddings(self) -> int:
+        return (1 if self.tied_embeddings else 2) * self.vocabulary * self.hidden
+
+    @property
+    def weight_bytes(self) -> float:
+        """All parameters as they are stored."""
+        experts = self.experts.count * self.expert_parameters + self.shared_parameters if self.experts else 0
+        attention = self.layers * self.attention_parameters + self.dense_layers * self.dense_parameters
+        return (
+            attention * self.weights.bytes_per_parameter
+            + self.expert_layers * experts * self.expert_weights.bytes_per_parameter
+            + self._embeddings * self.activation_bytes
+        )
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Values of the KV cache that one layer holds of a token."""
+        if self.latent:
+            return self.latent.kv_rank + self.latent.rotary
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """Keys and values of one token over all layers. Layers with a window count whole: engines may not free them."""
+        return self.layers * self.kv_values_per_token * self.kv_bytes
