@@ -39,7 +39,11 @@ def test_every_shipped_gpu_comes_back_as_it_was(tmp_path):
         alone = Calibration(gpu=gpu, like=name, fitted=(), scores=(), rows=1, rows_fitted=1)
         write_entry(entry(alone, "mine", covered), tmp_path / "mine.toml")
         found = Catalogue.load(tmp_path / "mine.toml").gpu("mine")
-        assert found == gpu.model_copy(update={"name": "mine", "time_basis": covered, "power_basis": covered})
+        own = {"name": "mine", "like": None, "origin": found.origin, "time_basis": covered, "power_basis": covered}
+        assert found == gpu.model_copy(update=own)
+        if gpu.like is None:
+            assert found.origin_of("time.gemm_norm") == f"{gpu.time_basis.kind} (from {name})"
+        assert found.origin_of("power.limit_w") == "datasheet"
 
 
 def test_the_comment_names_the_origin_of_a_constant():

@@ -1,6 +1,6 @@
 """The data sheet of a GPU that the catalogue lacks: a few figures in the entry of a similar GPU.
 
-First guesses scale with them: watts with the power limit, knees with the top clock. Knows nothing of measurements.
+Inherited constants scale with them (`physics/inheritance.py`). Knows nothing of measurements.
 """
 
 from __future__ import annotations
@@ -11,20 +11,9 @@ from pydantic import ValidationError
 
 from throttllem.did_you_mean import did_you_mean
 from throttllem.physics.catalogue import Gpu
+from throttllem.physics.inheritance import FACTS, POWER_FACTS, inherited
 
-KEYS = (
-    "clock_min_mhz",
-    "clock_max_mhz",
-    "clock_step_mhz",
-    "memory_bytes",
-    "bandwidth_bytes_per_s",
-    "peak_flop_per_s",
-    "limit_w",
-    "idle_w",
-    "bare_idle_w",
-)
-"""Figures of a data sheet, or of an idle GPU; the last three are the power law's."""
-_WITH_LIMIT = ("idle_w", "bare_idle_w", "static_w", "memory_w", "core_w", "compute_w")
+KEYS = (*FACTS, *POWER_FACTS)
 
 
 def with_datasheet(like: Gpu, settings: Iterable[str]) -> Gpu:
@@ -32,18 +21,9 @@ def with_datasheet(like: Gpu, settings: Iterable[str]) -> Gpu:
     sheet = dict(_parsed(setting) for setting in settings)
     if not sheet:
         return like
-    tree = like.model_dump()
-    power, time = tree["power"], tree["time"]
-    power_ratio = sheet.get("limit_w", like.power.limit_w) / like.power.limit_w
-    clock_ratio = sheet.get("clock_max_mhz", like.clock_max_mhz) / like.clock_max_mhz
-    power |= {name: power[name] * power_ratio for name in _WITH_LIMIT} | {"knee_mhz": power["knee_mhz"] * clock_ratio}
-    time["memory_knee_mhz"] *= clock_ratio
-    if time["compute_knee_mhz"] is not None:
-        time["compute_knee_mhz"] *= clock_ratio
-    for key, value in sheet.items():
-        (power if key.endswith("_w") else tree)[key] = value
+    bases = {"time_basis": like.time_basis, "power_basis": like.power_basis}
     try:
-        return Gpu.model_validate(tree)
+        return Gpu.model_validate({"name": like.name, **inherited(like, sheet | bases)})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

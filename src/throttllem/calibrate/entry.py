@@ -62,7 +62,8 @@ def entry(calibration: Calibration, name: str, covered: Basis, model: Model | No
         if "clock" in score.held_out:
             found = {"time_basis": score.seconds.median, "power_basis": score.watts.median}
             bases = {key: covered.model_copy(update={"median_error": round(off, 3)}) for key, off in found.items()}
-    gpu = calibration.gpu.model_copy(update={"name": name} | bases)
+    own = {"name": name, "like": None, "origin": _origin(calibration)}
+    gpu = calibration.gpu.model_copy(update=own | bases)
     text = "\n".join([*_heading(calibration, covered), "", *_tables(gpu, calibration), *_model(model)]) + "\n"
     try:
         Gpu.model_validate({"name": name, **tomllib.loads(text)["gpu"][name]})
@@ -131,6 +132,20 @@ def _three(score: Score, what: str) -> str:
     return ", ".join(percent(each) for each in (errors.median, errors.p90, errors.worst))
 
 
+def _origin(calibration: Calibration) -> dict[str, tuple[str, ...]]:
+    """The basis of the constants of a law that were not fitted."""
+    gpu, fitted = calibration.gpu, {one.constant.path for one in calibration.fitted}
+    found = dict[str, tuple[str, ...]]()
+    for law in ("time", "power"):
+        for key in type(getattr(gpu, law)).model_fields:
+            path = f"{law}.{key}"
+            basis = gpu.origin_of(path)
+            if path not in fitted and basis != "datasheet":
+                basis = basis if " (" in basis else f"{basis} (from {calibration.like})"
+                found[basis] = (*found.get(basis, ()), path)
+    return found
+
+
 def _tables(gpu: Gpu, calibration: Calibration) -> Iterator[str]:
     """The GPU's own keys, then a table for each group of them."""
     fitted = {one.constant.path: one for one in calibration.fitted}
@@ -138,7 +153,7 @@ def _tables(gpu: Gpu, calibration: Calibration) -> Iterator[str]:
     tables = {key: value for key, value in entries.items() if isinstance(value, Mapping)}
     yield f"[gpu.{gpu.name}]"
     for key, value in entries.items():
-        if key not in tables:
+        if key not in tables and value != ():
             yield _line(key, value, origin(gpu, key, calibration.like))
     for table, values in tables.items():
         yield f"\n[gpu.{gpu.name}.{table}]"
@@ -147,7 +162,7 @@ def _tables(gpu: Gpu, calibration: Calibration) -> Iterator[str]:
                 continue
             path = f"{table}.{key}"
             one = fitted.get(path)
-            if table in ("time_basis", "power_basis"):
+            if table in ("time_basis", "power_basis", "origin"):
                 comment = ""
             else:
                 comment = verdict(one, calibration.like) if one else origin(gpu, path, calibration.like)
@@ -172,7 +187,7 @@ def _model(model: Model | None) -> Iterator[str]:
 
 
 def _line(key: str, value: object, comment: str, *, rounded: bool = False) -> str:
-    text = f"{key} = {_toml(value, rounded)}"
+    text = f"{key if _NAME.fullmatch(key) else json.dumps(key)} = {_toml(value, rounded)}"
     return f"{text:{_COMMENT_COLUMN}}# {comment}" if comment else text
 
 

@@ -10,9 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from throttllem.did_you_mean import did_you_mean
+from throttllem.physics.inheritance import FACTS, inherited
 from throttllem.physics.laws import Basis, Fraction, Frozen, PowerLaw, TimeLaw
 from throttllem.physics.model import Model
 
@@ -32,6 +33,11 @@ class Gpu(Frozen):
     """One kind of GPU. SI units unless the name has another unit."""
 
     name: str
+    like: str | None = None
+    """The GPU that lends the constants that this entry does not have; None: it has all of them."""
+    nvml_names: tuple[str, ...] = ()
+    """Its names as drivers report them, by which it is recognised."""
+    compute_capability: str | None = Field(default=None, pattern=r"^[0-9]+\.[0-9]$")
     clock_min_mhz: PositiveInt
     clock_max_mhz: PositiveInt
     clock_step_mhz: PositiveInt
@@ -40,12 +46,18 @@ class Gpu(Frozen):
     activation_bytes: NonNegativeFloat
     bandwidth_bytes_per_s: PositiveFloat
     peak_flop_per_s: PositiveFloat
+    """Of bfloat16, dense (float16 on a GPU without it)."""
+    peak_fp8_flop_per_s: PositiveFloat | None = None
+    """Of 8-bit floats, dense; None: the GPU has none."""
+    multiprocessors: PositiveInt | None = None
     startup_s: PositiveFloat
     startup_w: PositiveFloat
     time: TimeLaw
     power: PowerLaw
     time_basis: Basis
     power_basis: Basis
+    origin: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """By basis, the constants that do not have that of their law: "measured", "modelled (inherited from ...)"."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -57,6 +69,18 @@ class Gpu(Frozen):
         if self.power.idle_w + self.power.static_w >= self.power.limit_w:
             raise ValueError("power.idle_w + power.static_w must be below power.limit_w")
         return self
+
+    def origin_of(self, constant: str) -> str:
+        """The basis of a constant, such as "memory_bytes" or "power.idle_w": "datasheet", "measured", "calibrated",
+        "modelled" or "modelled (inherited from NAME)".
+        """
+        for basis, constants in self.origin.items():
+            if constant in constants:
+                return basis
+        if constant in FACTS or constant == "power.limit_w":
+            return "datasheet"
+        law = constant.partition(".")[0]
+        return self.time_basis.kind if law == "time" else self.power_basis.kind if law == "power" else "modelled"
 
     @property
     def clocks_mhz(self) -> tuple[int, ...]:
@@ -77,9 +101,9 @@ class Catalogue(Frozen):
         Raises CatalogueError (file, key, fix) for a file that is missing, is not TOML, or has an invalid entry.
         """
         shipped = resources.files("throttllem.physics").joinpath("catalogue.toml").read_text(encoding="utf-8")
-        gpus, models = _parse(shipped, "catalogue.toml")
+        gpus, models = _parse(shipped, "catalogue.toml", {})
         if extra is not None:
-            more_gpus, more_models = _parse(_read(extra), str(extra))
+            more_gpus, more_models = _parse(_read(extra), str(extra), gpus)
             gpus, models = gpus | more_gpus, models | more_models
         return cls(gpus=gpus, models=models)
 
@@ -105,7 +129,8 @@ def _read(path: Path) -> str:
         raise CatalogueError(f"{path}: cannot be read ({error}); give a UTF-8 TOML file") from error
 
 
-def _parse(text: str, file: str) -> tuple[dict[str, Gpu], dict[str, Model]]:
+def _parse(text: str, file: str, known: dict[str, Gpu]) -> tuple[dict[str, Gpu], dict[str, Model]]:
+    """The entries of a file; those of GPUs may be like those in `known`."""
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -113,14 +138,60 @@ def _parse(text: str, file: str) -> tuple[dict[str, Gpu], dict[str, Model]]:
     strange = sorted(set(tree) - {"gpu", "model"})
     if strange:
         raise CatalogueError(f"{file}: unknown key {strange[0]!r}: write tables [gpu.NAME] and [model.NAME]")
-    return _entries(tree, "gpu", Gpu, file), _entries(tree, "model", Model, file)
+    gpus = dict[str, Gpu]()
+    own = _tables(tree, "gpu", file)
+    for name in own:
+        _resolve(name, own, gpus, known, file)
+    models = {
+        name: _entry(entry, f"model.{name}", name, Model, file) for name, entry in _tables(tree, "model", file).items()
+    }
+    return {name: gpus[name] for name in own}, models
 
 
-def _entries(tree: dict[str, Any], key: str, kind: type[E], file: str) -> dict[str, E]:
+def _tables(tree: dict[str, Any], key: str, file: str) -> dict[str, dict[str, Any]]:
     table = tree.get(key, {})
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
         raise CatalogueError(f"{file}: {key}: must hold tables, each written as [{key}.NAME]")
-    return {name: _entry(entry, f"{key}.{name}", name, kind, file) for name, entry in table.items()}
+    return table
+
+
+def _resolve(
+    name: str,
+    own: dict[str, dict[str, Any]],
+    done: dict[str, Gpu],
+    known: dict[str, Gpu],
+    file: str,
+    by: tuple[str, ...] = (),
+) -> Gpu:
+    """The GPU of an entry, after the one that it is like: of the same file, or one in `known`."""
+    if name in done:
+        return done[name]
+    entry, key = own[name], f"gpu.{name}"
+    if "like" in entry:
+        like = str(entry["like"])
+        if like in own and like not in (*by, name):
+            lender = _resolve(like, own, done, known, file, (*by, name))
+        elif like in known:
+            lender = known[like]
+        else:
+            near = did_you_mean(like, sorted({*own, *known} - {*by, name}), most=3)
+            problem = "is like this entry itself" if like in (*by, name) else "no GPU has that name"
+            raise CatalogueError(f"{file}: {key}.like: {like!r}: {problem}; {near}")
+        entry = _inherited(lender, entry, key, file)
+    done[name] = _entry(entry, key, name, Gpu, file)
+    return done[name]
+
+
+def _inherited(like: Gpu, entry: dict[str, Any], key: str, file: str) -> dict[str, Any]:
+    """Raises CatalogueError for facts by which nothing can be scaled."""
+    for table in ("time", "power", "origin"):
+        if not isinstance(entry.get(table, {}), dict):
+            raise CatalogueError(f"{file}: {key}.{table}: must be a table")
+    facts = entry | entry.get("power", {})
+    for fact in (*FACTS, "limit_w"):
+        if fact in facts and not (isinstance(facts[fact], int | float) and facts[fact] > 0):
+            raise CatalogueError(f"{file}: {key}.{fact}: must be a number above 0")
+    return inherited(like, entry)
 
 
 def _entry(values: dict[str, Any], key: str, name: str, kind: type[E], file: str) -> E:
@@ -136,7 +207,9 @@ def _entry(values: dict[str, Any], key: str, name: str, kind: type[E], file: str
 
 def _fix(kind: str, message: str) -> str:
     if kind == "missing":
-        return "missing; add it (the shipped catalogue.toml shows every key)"
+        return (
+            'missing; add it (the shipped catalogue.toml shows every key), or take it from another GPU: like = "NAME"'
+        )
     if kind == "extra_forbidden":
         return "unknown key; remove it or correct its spelling"
     return message
