@@ -12,7 +12,8 @@ from sim.toy_runs import simulate, specs_of
 from throttllem.core.forecast.projection import Projection
 from throttllem.core.types import Slo
 from throttllem.engines.simulated.batcher import Iteration
-from throttllem.sim.recorder import Life, Recorder, quantiles
+from throttllem.sim.recorder import Life, Recorder
+from throttllem.sim.samples import quantiles
 
 
 def iteration(index=0, decode_sequences=1, kv_blocks=10, prefills=()):
@@ -40,7 +41,11 @@ def life(key, begun_s, first_token_s, ended_s, answer=3, **slo):
 
 def book(*lives):
     recorder = Recorder(bin_s=1.0)
-    recorder.lives = {one.request.id: one for one in lives}
+    for one in lives:
+        recorder.arrived(one.request)
+        recorder.lives[one.request.id] = one
+        if one.ended_s is not None:
+            recorder.ended(one.request.id, one.ended_s, 0.0)
     return recorder
 
 
@@ -72,7 +77,7 @@ def test_nothing_at_all():
 
 
 def test_gaps_count_once_for_each_row_that_decodes():
-    recorder = book(life(1, None, 1.0, 2.0))
+    recorder = book(life(1, None, 1.0, None))
     recorder.iteration(0.0, iteration(decode_sequences=0, prefills=((1, 4),)), 9.0, 1.0, 1000, serving=True)
     recorder.iteration(1.0, iteration(decode_sequences=9), 0.01, 1.0, 1000, serving=True)
     recorder.iteration(2.0, iteration(decode_sequences=1), 0.05, 1.0, 1000, serving=True)
@@ -157,5 +162,5 @@ def test_the_wait_of_a_preempted_request_is_a_gap_like_any_other():
     result = run.result()
     assert result.preemptions > 0
     gaps = sum(r.output_tokens - 1 for r in requests)
-    assert sum(run.recorder._gap_sequences) == gaps
+    assert sum(result.distributions.tbt_counts) == gaps
     assert result.tbt_s.mean == pytest.approx(result.tpot_s.mean, rel=1e-6)

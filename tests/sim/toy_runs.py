@@ -103,7 +103,7 @@ def simulate(
         noise=noise,
     )
     log = []
-    recorder = Recorder(bin_s=0.5)
+    recorder = Recorder(bin_s=0.5, keep_lives=True)
     simulation = Simulation(
         controller, machine, recorder, seed=seed, watch=lambda now_s, event, out: log.append((now_s, event, out))
     )

@@ -140,7 +140,7 @@ def _run(fleet: Fleet, controller: Controller, requests: Sequence[Request], seed
     machine = Machine(
         specs=fleet.specs, physics=fleet.physics, switch_latency_s=0.2, startup_w=0.0, gpus=TP, noise=Noise()
     )
-    recorder = Recorder(bin_s=1.0)
+    recorder = Recorder(bin_s=1.0, keep_lives=True)
     simulation = Simulation(controller, machine, recorder, seed=seed)
     simulation.run(list(requests), TP)
     return list(recorder.lives.values()), simulation.now_s

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
@@ -32,7 +32,7 @@ from throttllem.core.types import (
     Timer,
 )
 from throttllem.engines.simulated.engine import Physics, SimulatedEngine
-from throttllem.sim.recorder import Life, Recorder
+from throttllem.sim.recorder import Recorder
 
 _END_OF_ITERATION, _CLOCK, _READY = range(3)
 
@@ -97,8 +97,8 @@ class Simulation:
         self._open = 0
         self._freed_since_s = 0.0
 
-    def run(self, requests: list[Request], tp: int, progress: Callable[[float], None] = lambda _: None) -> None:
-        """Serve all requests, beginning with one engine of size `tp` that is up; `progress` gets the share arrived."""
+    def run(self, requests: Iterable[Request], tp: int, progress: Callable[[int], None] = lambda _: None) -> None:
+        """Serve all requests, beginning with one engine of size `tp` that is up; `progress` gets how many arrived."""
         self._bring_up(0, tp)
         upcoming = iter(requests)
         request = next(upcoming, None)
@@ -114,16 +114,15 @@ class Simulation:
                 self._take_from_agenda()
             elif request is not None and arrival_s <= self.now_s:
                 self._open += 1
-                self._recorder.lives[request.id] = Life(request)
+                self._recorder.arrived(request)
                 self._handle(Arrived(request=request))
                 request = next(upcoming, None)
                 arrived += 1
                 if arrived % 64 == 0:
-                    progress(arrived / len(requests))
+                    progress(arrived)
             else:
                 self._handle(Timer())
         self._shut_down()
-        progress(1.0)
 
     # ---- events ----------------------------------------------------------------------------------------------
 
@@ -153,7 +152,7 @@ class Simulation:
         if deadline_s is not None and deadline_s <= self.now_s:
             commands = [*commands, *self._commands(Timer())]
         if commands or not isinstance(event, Stepped) or event.started or event.finished:
-            self._recorder.decisions_s.append(perf_counter() - before)
+            self._recorder.decisions_s.add(perf_counter() - before)
         for command in commands:
             self._do(command)
         for key, up in self._engines.items():
@@ -184,9 +183,9 @@ class Simulation:
             case SetClock(engine=key, plan=plan):
                 self._recorder.switches += 1
                 self._schedule(self.now_s + self._machine.switch_latency_s, _CLOCK, key, plan.mhz)
-            case Reject(why=why):
+            case Reject(request_id=request_id, why=why):
                 self._open -= 1
-                self._recorder.rejections[why] = self._recorder.rejections.get(why, 0) + 1
+                self._recorder.rejected(request_id, why)
             case StartEngine(engine=key, tp=tp):
                 self._count_freed()
                 self._starting[key] = (tp, self.now_s)
@@ -228,8 +227,7 @@ class Simulation:
         for request_id in outcome.started:
             self._recorder.token(request_id, self.now_s)
         for request_id, energy_j in energies.items():
-            life = self._recorder.lives[request_id]
-            life.ended_s, life.energy_j = self.now_s, energy_j
+            self._recorder.ended(request_id, self.now_s, energy_j)
             self._open -= 1
         self._handle(
             Stepped(

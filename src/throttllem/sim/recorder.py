@@ -1,4 +1,4 @@
-"""Measures one run, and makes its result. Knows nothing of policies."""
+"""Measures one run, and makes its result, in memory that does not grow with the run. Knows nothing of policies."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from throttllem.core.forecast.projection import Projection
 from throttllem.core.types import Request, Slo
 from throttllem.engines.simulated.batcher import Iteration
-from throttllem.sim.result import Distributions, ProjectionError, Quantiles, RunResult, Series, SloOutcome
-
-Floats = npt.NDArray[np.float64]
+from throttllem.sim.result import Distributions, ProjectionError, RunResult, Series, SloOutcome
+from throttllem.sim.samples import Samples
 
 _GAP_EDGES_S = np.concatenate([[0.0], np.geomspace(1e-3, 10.0, 161), [math.inf]])
 
@@ -48,23 +46,99 @@ class Bin:
 
 
 @dataclass(slots=True)
+class Requests:
+    """Sums and samples over all requests; the attainments count requests that met their own SLOs."""
+
+    arrived: int = 0
+    completed: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    met: int = 0
+    met_e2e: int = 0
+    met_tbt: int = 0
+    met_ttft: int = 0
+    e2e_s: Samples = field(default_factory=Samples)
+    ttft_s: Samples = field(default_factory=Samples)
+    tpot_s: Samples = field(default_factory=Samples)
+    """Of outputs of two tokens or more."""
+    queue_s: Samples = field(default_factory=Samples)
+
+    def completes(self, life: Life) -> None:
+        """Count a request that ended."""
+        assert life.begun_s is not None and life.first_token_s is not None and life.ended_s is not None
+        arrival_s, tokens, slo = life.request.arrival_s, life.request.output_tokens or 0, life.request.slo
+        e2e_s, ttft_s = life.ended_s - arrival_s, life.first_token_s - arrival_s
+        tpot_s = (life.ended_s - life.first_token_s) / max(1, tokens - 1)
+        self.completed += 1
+        self.prompt_tokens += life.request.prompt_tokens
+        self.generated_tokens += tokens
+        self.e2e_s.add(e2e_s)
+        self.ttft_s.add(ttft_s)
+        self.queue_s.add(life.begun_s - arrival_s)
+        if tokens > 1:
+            self.tpot_s.add(tpot_s)
+        met_e2e = slo.e2e_s is None or e2e_s <= slo.e2e_s
+        met_tbt = slo.tbt_s is None or tpot_s <= slo.tbt_s
+        met_ttft = slo.ttft_s is None or ttft_s <= slo.ttft_s
+        self.met_e2e += met_e2e
+        self.met_tbt += met_tbt
+        self.met_ttft += met_ttft
+        self.met += met_e2e and met_tbt and met_ttft
+
+    def outcome(self, slo: Slo) -> SloOutcome:
+        """Fractions that met the SLOs; a rejected request meets none."""
+        total = max(1, self.arrived)
+        return SloOutcome(
+            e2e_s=slo.e2e_s,
+            tbt_s=slo.tbt_s,
+            ttft_s=slo.ttft_s,
+            attainment=self.met / total,
+            e2e_attainment=self.met_e2e / total,
+            tbt_attainment=self.met_tbt / total,
+            ttft_attainment=self.met_ttft / total,
+            completed_attainment=self.met / max(1, self.completed),
+        )
+
+
+@dataclass(slots=True)
 class Recorder:
-    """Everything measured in one run; `bin_s` is the width of the bins of its series."""
+    """Everything measured in one run; `bin_s` is the width of the bins of its series.
+
+    `lives` holds the requests that are open, and with `keep_lives` those that have ended too.
+    """
 
     bin_s: float
+    keep_lives: bool = False
     lives: dict[int, Life] = field(default_factory=dict)
     rejections: dict[str, int] = field(default_factory=dict)
     sizes: list[tuple[float, int]] = field(default_factory=list)
-    decisions_s: list[float] = field(default_factory=list)
+    decisions_s: Samples = field(default_factory=Samples)
     switches: int = 0
     _gpus: int | None = None
     _bins: list[Bin] = field(default_factory=list)
-    _gaps_s: list[float] = field(default_factory=list)
-    _gap_sequences: list[int] = field(default_factory=list)
+    _requests: Requests = field(default_factory=Requests)
+    _gaps_s: Samples = field(default_factory=Samples)
     _busy_s: dict[int, float] = field(default_factory=dict)
     _projected: int = 0
     _batch_error: float = 0.0
     _kv_error: float = 0.0
+
+    def arrived(self, request: Request) -> None:
+        """A request arrived."""
+        self._requests.arrived += 1
+        self.lives[request.id] = Life(request)
+
+    def rejected(self, request_id: int, why: str) -> None:
+        """A request ended without being dispatched."""
+        self.rejections[why] = self.rejections.get(why, 0) + 1
+        if not self.keep_lives:
+            del self.lives[request_id]
+
+    def ended(self, request_id: int, at_s: float, energy_j: float) -> None:
+        """A request gave its last token."""
+        life = self.lives[request_id] if self.keep_lives else self.lives.pop(request_id)
+        life.ended_s, life.energy_j = at_s, energy_j
+        self._requests.completes(life)
 
     def iteration(
         self, at_s: float, iteration: Iteration, seconds: float, joules: float, clock_mhz: int, serving: bool
@@ -79,8 +153,7 @@ class Recorder:
             here.kv += iteration.kv_blocks * seconds
         self._busy_s[clock_mhz] = self._busy_s.get(clock_mhz, 0.0) + seconds
         if iteration.decode_sequences:
-            self._gaps_s.append(seconds)
-            self._gap_sequences.append(iteration.decode_sequences)
+            self._gaps_s.add(seconds, iteration.decode_sequences)
         for request_id in iteration.preempted:
             self.lives[request_id].paused_s = at_s
         for request_id, _ in iteration.prefills:
@@ -95,8 +168,7 @@ class Recorder:
         if life.first_token_s is None:
             life.first_token_s = at_s
         elif life.paused_s is not None:
-            self._gaps_s.append(at_s - life.paused_s)
-            self._gap_sequences.append(1)
+            self._gaps_s.add(at_s - life.paused_s)
         life.paused_s = None
 
     def projected(self, here: Bin, iteration: Iteration, seconds: float, projection: Projection, serving: bool) -> None:
@@ -139,41 +211,39 @@ class Recorder:
         preemptions: int,
     ) -> RunResult:
         """All measurements of the run."""
-        done = [life for life in self.lives.values() if life.ended_s is not None]
-        generated = sum(life.request.output_tokens or 0 for life in done)
-        e2e, ttft, tpot, queue = (_times(done, kind) for kind in ("e2e", "ttft", "tpot", "queue"))
-        gaps, sequences = np.asarray(self._gaps_s), np.asarray(self._gap_sequences)
+        of = self._requests
+        gaps, sequences = self._gaps_s.points()
         busy_s = sum(self._busy_s.values())
         return RunResult(
             policy=policy,
-            requests=len(self.lives),
-            completed=len(done),
-            rejected=len(self.lives) - len(done),
+            requests=of.arrived,
+            completed=of.completed,
+            rejected=of.arrived - of.completed,
             lost=lost,
-            prompt_tokens=sum(life.request.prompt_tokens for life in done),
-            generated_tokens=generated,
+            prompt_tokens=of.prompt_tokens,
+            generated_tokens=of.generated_tokens,
             duration_s=duration_s,
             energy_j=energy_j,
             idle_energy_j=idle_energy_j,
-            tokens_per_joule=generated / energy_j if energy_j else 0.0,
+            tokens_per_joule=of.generated_tokens / energy_j if energy_j else 0.0,
             mean_clock_mhz=sum(mhz * s for mhz, s in self._busy_s.items()) / busy_s if busy_s else 0.0,
             busy_s_by_mhz=dict(sorted(self._busy_s.items())),
             clock_switches=self.switches,
             preemptions=preemptions,
-            ttft_s=quantiles(ttft),
-            tbt_s=quantiles(gaps, sequences),
-            tpot_s=quantiles(tpot),
-            e2e_s=quantiles(e2e),
-            queue_s=quantiles(queue),
-            slo=_outcome(list(self.lives.values()), slo),
+            ttft_s=of.ttft_s.quantiles(),
+            tbt_s=self._gaps_s.quantiles(),
+            tpot_s=of.tpot_s.quantiles(),
+            e2e_s=of.e2e_s.quantiles(),
+            queue_s=of.queue_s.quantiles(),
+            slo=of.outcome(slo),
             projection_error=self._projection_error(),
-            decision_s=quantiles(np.asarray(self.decisions_s)),
+            decision_s=self.decisions_s.quantiles(),
             sizes=self.sizes,
             rejections=self.rejections,
             series=self._series(),
             distributions=Distributions(
-                e2e_s=e2e.tolist(),
-                tpot_s=tpot.tolist(),
+                e2e_s=of.e2e_s.spread(),
+                tpot_s=of.tpot_s.spread(),
                 tbt_edges_s=_GAP_EDGES_S[:-1].tolist(),
                 tbt_counts=np.histogram(gaps, _GAP_EDGES_S, weights=sequences)[0][:-1].astype(int).tolist(),
             ),
@@ -202,65 +272,3 @@ class Recorder:
             queue=[b.queue for b in bins],
             tp=[b.tp for b in bins],
         )
-
-
-def quantiles(values: Floats, weights: npt.NDArray[np.int64] | None = None) -> Quantiles:
-    """Mean and percentiles (nearest rank), weighted where single values stand for several."""
-    if not values.size:
-        return Quantiles(mean=None, p50=None, p90=None, p99=None)
-    order = np.argsort(values, kind="stable")
-    ranks = np.cumsum(np.ones(values.size) if weights is None else weights[order])
-    p50, p90, p99 = (
-        float(values[order[min(int(np.searchsorted(ranks, q * ranks[-1])), values.size - 1)]]) for q in (0.5, 0.9, 0.99)
-    )
-    return Quantiles(mean=float(np.average(values, weights=weights)), p50=p50, p90=p90, p99=p99)
-
-
-def _times(done: list[Life], kind: str) -> Floats:
-    """One duration of every completed request, seconds; `tpot` leaves one-token outputs out."""
-    values = []
-    for life in done:
-        assert life.begun_s is not None and life.first_token_s is not None and life.ended_s is not None
-        arrival_s = life.request.arrival_s
-        match kind:
-            case "e2e":
-                values.append(life.ended_s - arrival_s)
-            case "ttft":
-                values.append(life.first_token_s - arrival_s)
-            case "queue":
-                values.append(life.begun_s - arrival_s)
-            case _:
-                tokens = life.request.output_tokens or 0
-                if tokens > 1:
-                    values.append((life.ended_s - life.first_token_s) / (tokens - 1))
-    return np.asarray(values, dtype=np.float64)
-
-
-def _outcome(lives: list[Life], slo: Slo) -> SloOutcome:
-    met = [_met(life) for life in lives]
-    completed = [all(entry) for entry, life in zip(met, lives, strict=True) if life.ended_s is not None]
-    total = max(1, len(lives))
-    e2e, tbt, ttft = (sum(entry[i] for entry in met) / total for i in range(3))
-    return SloOutcome(
-        e2e_s=slo.e2e_s,
-        tbt_s=slo.tbt_s,
-        ttft_s=slo.ttft_s,
-        attainment=sum(all(entry) for entry in met) / total,
-        e2e_attainment=e2e,
-        tbt_attainment=tbt,
-        ttft_attainment=ttft,
-        completed_attainment=sum(completed) / max(1, len(completed)),
-    )
-
-
-def _met(life: Life) -> tuple[bool, bool, bool]:
-    """Which of a request's own SLOs were met: E2E, time between tokens (its mean), TTFT."""
-    if life.ended_s is None or life.first_token_s is None:
-        return False, False, False
-    slo, arrival_s = life.request.slo, life.request.arrival_s
-    mean_gap_s = (life.ended_s - life.first_token_s) / max(1, (life.request.output_tokens or 1) - 1)
-    return (
-        slo.e2e_s is None or life.ended_s - arrival_s <= slo.e2e_s,
-        slo.tbt_s is None or mean_gap_s <= slo.tbt_s,
-        slo.ttft_s is None or life.first_token_s - arrival_s <= slo.ttft_s,
-    )

@@ -65,9 +65,9 @@ class Distributions:
     """The samples that the report draws as distributions."""
 
     e2e_s: list[float]
-    """One per completed request."""
+    """One per completed request; of a long run evenly ranked ones."""
     tpot_s: list[float]
-    """One per completed request of two tokens or more."""
+    """One per completed request of two tokens or more; of a long run evenly ranked ones."""
     tbt_edges_s: list[float]
     """Edges of the histogram of single gaps; one longer than the counts."""
     tbt_counts: list[int]

@@ -125,7 +125,7 @@ class Scenario:
         controller = self.controller(policy)
         recorder = Recorder(bin_s=max(1.0, self.trace.duration_s / _BINS))
         simulation = Simulation(controller, self.machine(), recorder, seed=self.seed, watch=watch)
-        simulation.run(self.requests(), self.largest, progress)
+        simulation.run(self.requests(), self.largest, lambda arrived: progress(arrived / self.trace.requests))
         return recorder.result(
             policy=policy.name,
             slo=self.slo,
