@@ -16,9 +16,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from throttllem.core.admission import AdmissionOptions
 from throttllem.core.clocks.policy import ThrottleOptions
 from throttllem.core.clocks.sizing import AutoscaleOptions
+from throttllem.core.options import AdmissionOptions
 from throttllem.core.types import OptionError, Slo, check
 
 

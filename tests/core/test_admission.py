@@ -17,14 +17,13 @@ from core.toy import request, sequence, spec, table
 from throttllem.core.admission import (
     ADMIT,
     LOST,
-    AdmissionOptions,
-    Unmeetable,
     admit,
     expiry_s,
     never_fits,
     surely_fits,
 )
 from throttllem.core.external_load import ExternalLoad
+from throttllem.core.options import AdmissionOptions, Unmeetable
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import Reason, Slo, Verdict, VerdictKind
 

@@ -7,12 +7,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from core.toy import CLOCKS_MHZ, spec, table
 from core.world import World
-from throttllem.core.admission import AdmissionOptions, Unmeetable
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import MaxTokens, Noisy, Oracle
-from throttllem.core.options import ControllerOptions
+from throttllem.core.options import AdmissionOptions, ControllerOptions, Unmeetable
 from throttllem.core.types import Cancelled, Observed, Progressed, Request, Slo
 
 SIZES = (1, 2, 4)

@@ -4,12 +4,11 @@ from dataclasses import dataclass, field, replace
 
 from core.toy import ToyPhysics, spec, table
 
-from throttllem.core.admission import AdmissionOptions
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.lengths.prediction import Oracle
-from throttllem.core.options import ControllerOptions
+from throttllem.core.options import AdmissionOptions, ControllerOptions
 from throttllem.core.types import Request, Slo
 from throttllem.engines.simulated.engine import Noise
 from throttllem.sim.driver import Machine, Simulation

@@ -13,13 +13,12 @@ from typing import Protocol
 import numpy as np
 
 from throttllem.config import BatchingOptions, Noise
-from throttllem.core.admission import AdmissionOptions, Unmeetable
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.lengths.online import OnlineLengthPredictor
 from throttllem.core.lengths.prediction import LengthPredictor
-from throttllem.core.options import ControllerOptions
+from throttllem.core.options import AdmissionOptions, ControllerOptions, Unmeetable
 from throttllem.core.types import Arrived, Command, Event, Reason, Reject, Request, Slo, Stepped
 from throttllem.engines.simulated.fleet import Fleet, build_fleet
 from throttllem.physics.catalogue import Catalogue

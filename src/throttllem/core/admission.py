@@ -1,90 +1,208 @@
-"""May this request join without violating an SLO? (the paper's admission control, part 4 of its system)
+"""Which waiting requests may join the engine that serves, first come first served (the paper's admission control).
+A request never overtakes another, except where those that cannot meet their SLO are rejected.
 
 The request joins the scoreboard virtually; then three checks at the maximum clock, in the paper's order: the KV cache
 never overflows, the time between tokens holds, and every request meets its deadlines, not only the newcomer. Most
-requests pass a bound that needs no projection. Knows nothing of queues or of the clock in force.
+requests pass a bound that needs no projection. Knows nothing of how clocks are chosen or engines started.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import StrEnum
+from itertools import islice
 
 import numpy as np
 
+from throttllem.core.engine_state import EngineState
 from throttllem.core.forecast.horizon import Horizon, look_ahead
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import project
+from throttllem.core.options import ControllerOptions
 from throttllem.core.scoreboard import Scoreboard, SequenceState
-from throttllem.core.types import EngineSpec, OptionError, Reason, Request, Verdict, VerdictKind, check
+from throttllem.core.types import EngineSpec, Reason, Request, Verdict, VerdictKind
 
 ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
 LOST = Verdict(kind=VerdictKind.LOST, why=Reason.OWN_DEADLINE)
 _MAXIMUM_CLOCK = slice(-1, None)
 _ROUNDING = 1 + 1e-6
 """The projection adds up and compares in other orders and in single precision than the bound."""
+_MOST_WAIT_VERDICTS = 8
+"""Verdicts to wait in one pass at most: each costs a projection."""
+_MOST_EXAMINED = 64
+"""Waiting requests that one pass looks at, however long the queue is."""
+_SLACK = 64
 
 
-class Unmeetable(StrEnum):
-    """What becomes of a request whose own SLO cannot be met: served as lost, or rejected."""
+class AdmissionQueue:
+    """The queue of one controller, its only writer. It decides, and keeps the engine's scoreboard.
 
-    SERVE = "serve"
-    REJECT = "reject"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdmissionOptions:
-    """Which requests are admitted, where the paper leaves it open. A rejection costs little, while a violated SLO has
-    cost its tokens, and time in the queue is taken from the engine (docs/decisions.md has the measurements).
+    `waiting` holds the requests by id, in order of arrival; `head` is why the first of them waits (None: nothing
+    does); `next_expiry_s` is when the next of them has waited too long (inf: none will).
     """
 
-    margin: float = 0.05
-    """Fraction of every remaining time budget that is reserved for the performance model's error (0: the paper)."""
-    patience: float = 0.2
-    """Fraction of its E2E SLO (of its TTFT SLO, if that is shorter) for which a request may wait for the SLOs of
-    others; then it joins as soon as KV and batch allow, or a long queue would never drain (infinite: the paper)."""
-    queue_limit: int = 10_000
-    """Requests that may wait before more are rejected."""
-    unmeetable: Unmeetable = Unmeetable.SERVE
-    """What happens to a request that cannot meet its own SLO when it could be admitted, or while it waits: `serve` (the
-    paper) or `reject`. A request that was admitted in time is always served. With `reject` no request joins at the cost
-    of others: one that has waited for its whole patience is rejected too, and those behind it do not wait for it."""
-    reject_margin: float = 0.2
-    """`margin` with `unmeetable = "reject"`."""
-    reject_patience: float = 0.1
-    """`patience` with `unmeetable = "reject"`."""
+    def __init__(self, options: ControllerOptions) -> None:
+        self.waiting: OrderedDict[int, SequenceState] = OrderedDict()
+        self.head: Verdict | None = None
+        self.next_expiry_s = math.inf
+        self._options = options
+        self._rejects = options.slo_aware and options.admission.rejects
+        self._expiries: list[tuple[float, int]] = []
 
-    def __post_init__(self) -> None:
-        check("admission", margin=(self.margin, 0, 0.9), patience=(self.patience, 0, math.inf))
-        check("admission", reject_margin=(self.reject_margin, 0, 0.9))
-        check("admission", reject_patience=(self.reject_patience, 0, math.inf))
-        check("admission", queue_limit=(self.queue_limit, 1, math.inf))
-        if self.unmeetable not in list(Unmeetable):
-            known = " or ".join(repr(kind.value) for kind in Unmeetable)
-            raise OptionError("admission", "unmeetable", repr(self.unmeetable), f"must be {known}")
+    def push(self, sequence: SequenceState) -> None:
+        """A request joins at the end. Where requests are rejected it expires: when it can no longer meet its own SLO
+        even alone, or when its patience ends.
+        """
+        self.waiting[sequence.request.id] = sequence
+        if not self._rejects:
+            return
+        patient_until_s = self._options.admission.patient_until_s(sequence.request)
+        sequence.expires_s = min(expiry_s(sequence, self._options.tables.values()), patient_until_s)
+        self._note_expiry(sequence)
 
-    def is_patient(self, request: Request, now_s: float) -> bool:
-        """Whether this request may still be held back for others."""
-        return self.rejects or now_s < self.patient_until_s(request)
+    def restore(self, waiting: Iterable[SequenceState], head: Verdict | None) -> None:
+        """Continue, in a new queue, from what another one held."""
+        self.head = head
+        for sequence in waiting:
+            self.waiting[sequence.request.id] = sequence
+            self._note_expiry(sequence)
 
-    def patient_until_s(self, request: Request) -> float:
-        """Until when this request may be held back for others; inf: without end."""
-        slo = request.slo
-        shortest_s = min(slo.e2e_s or math.inf, slo.ttft_s or math.inf)
-        patience = self.reject_patience if self.rejects else self.patience
-        return math.inf if shortest_s == math.inf else request.arrival_s + patience * shortest_s
+    def take(self, request_id: int) -> SequenceState | None:
+        """A request leaves, from anywhere in the queue; None if it is not in it. O(log n) amortised."""
+        sequence = self.waiting.pop(request_id, None)
+        if sequence is not None and self._expiries:
+            self._forget_expiries()
+        return sequence
 
-    @property
-    def margin_in_force(self) -> float:
-        """The margin for what `unmeetable` is."""
-        return self.reject_margin if self.rejects else self.margin
+    def expire(self, now_s: float) -> list[tuple[SequenceState, Reason]]:
+        """Requests that have waited too long, with the reason; they leave. O(1) when there are none."""
+        expired = []
+        while self.next_expiry_s <= now_s:
+            sequence = self.take(self._expiries[0][1])
+            assert sequence is not None, "the first expiry is always of a request that waits"
+            held_back = now_s >= self._options.admission.patient_until_s(sequence.request)
+            expired.append((sequence, Reason.HELD_BACK if held_back else Reason.OWN_DEADLINE))
+        return expired
 
-    @property
-    def rejects(self) -> bool:
-        """Whether a request is rejected rather than served late."""
-        return self.unmeetable == Unmeetable.REJECT
+    def least_size(self) -> int:
+        """The smallest engine size that the first request fits on, so that it cannot starve; 0: any will do."""
+        if not self.waiting:
+            return 0
+        request = next(iter(self.waiting.values())).request
+        fitting = [tp for tp, spec in self._options.specs.items() if never_fits(request, spec) is None]
+        return min(fitting, default=0)
+
+    def admit(self, engine: EngineState | None, now_s: float) -> list[tuple[SequenceState, Verdict]]:
+        """Decide on the first request while it may join; where requests are rejected, on all in order.
+
+        Those that leave the queue are returned: rejected ones (REJECT), and the others, which are on the engine's
+        scoreboard already.
+        """
+        self.head = None
+        if engine is None or engine.spec is None:
+            self.head = Verdict(kind=VerdictKind.WAIT, why=Reason.NO_ENGINE)
+            return []
+        left: list[tuple[SequenceState, Verdict]] = []
+        held: list[SequenceState] = []
+        for sequence in islice(self.waiting.values(), _MOST_EXAMINED if self._rejects else None):
+            if held and any(_is_no_lighter(sequence, other) for other in held):
+                if not self._may_be_passed(sequence):
+                    break
+                continue
+            sequence.earliest = engine.iteration + (engine.began_s is not None)
+            verdict = self._verdict(engine, engine.spec, sequence, now_s, crowded=len(self.waiting) - len(left) > 1)
+            if verdict.kind is not VerdictKind.WAIT:
+                left.append((sequence, self._join(engine, sequence, verdict)))
+                continue
+            self.head = self.head or verdict
+            held.append(sequence)
+            if len(held) == _MOST_WAIT_VERDICTS or not self._may_be_passed(sequence):
+                break
+        for sequence, _ in left:
+            del self.waiting[sequence.request.id]
+        if self._expiries:
+            self._forget_expiries()
+        return left
+
+    def _may_be_passed(self, sequence: SequenceState) -> bool:
+        """A request that expires soon anyway holds up no other; one that waits without end would starve."""
+        return self._rejects and self._options.admission.patient_until_s(sequence.request) < math.inf
+
+    def _join(self, engine: EngineState, sequence: SequenceState, verdict: Verdict) -> Verdict:
+        """A request goes to the engine unless it is rejected; what became of it."""
+        lost = verdict.kind is VerdictKind.LOST
+        if lost and self._rejects:
+            return Verdict(kind=VerdictKind.REJECT, why=verdict.why)
+        if verdict.kind is not VerdictKind.REJECT:
+            sequence.lost = lost
+            engine.board.dispatch(sequence)
+        return verdict
+
+    def _verdict(
+        self, engine: EngineState, spec: EngineSpec, sequence: SequenceState, now_s: float, *, crowded: bool
+    ) -> Verdict:
+        why = never_fits(sequence.request, spec)
+        if why is not None:  # on this engine; if a larger one can hold it, the autoscaler will bring that up
+            sizes = self._options.specs.values() if self._options.autoscale else ()
+            larger = any(never_fits(sequence.request, other) is None for other in sizes)
+            return Verdict(kind=VerdictKind.WAIT if larger else VerdictKind.REJECT, why=why)
+        if not self._options.slo_aware:
+            return ADMIT
+        if engine.table is None:
+            busy = engine.board.running or engine.board.pending
+            full = busy and batch_full(engine.board, spec, sequence)
+            return Verdict(kind=VerdictKind.WAIT, why=Reason.BATCH) if full else ADMIT
+        return admit(
+            engine.board,
+            spec,
+            engine.table,
+            sequence,
+            first=engine.iteration,
+            base_s=now_s if engine.began_s is None else engine.began_s,
+            delay_s=engine.maximum_clock_delay_s(now_s, self._options.throttle.switch_latency_s),
+            margin=self._options.admission.margin_in_force,
+            patient=self._options.admission.is_patient(sequence.request, now_s),
+            crowded=crowded,
+        )
+
+    def _note_expiry(self, sequence: SequenceState) -> None:
+        if sequence.expires_s < math.inf:
+            heapq.heappush(self._expiries, (sequence.expires_s, sequence.request.id))
+            self.next_expiry_s = self._expiries[0][0]
+
+    def _forget_expiries(self) -> None:
+        """Drop the expiries of requests that have left: those at the front, and all once they are many."""
+        if len(self._expiries) > 2 * len(self.waiting) + _SLACK:
+            self._expiries = [entry for entry in self._expiries if entry[1] in self.waiting]
+            heapq.heapify(self._expiries)
+        while self._expiries and self._expiries[0][1] not in self.waiting:
+            heapq.heappop(self._expiries)
+        self.next_expiry_s = self._expiries[0][0] if self._expiries else math.inf
+
+
+# ---- one request -----------------------------------------------------------------------------------------------------
+
+
+def refused_by_all(request: Request, specs: Iterable[EngineSpec]) -> Reason | None:
+    """Why none of these engines could hold the request even alone; None if one could, or if there are none."""
+    why = None
+    for spec in specs:
+        why = never_fits(request, spec)
+        if why is None:
+            return None
+    return why
+
+
+def _is_no_lighter(sequence: SequenceState, other: SequenceState) -> bool:
+    """Whether a request is in the way as much as the other, at least; then it must wait where the other had to."""
+    return (
+        sequence.request.prompt_tokens >= other.request.prompt_tokens
+        and sequence.output_tokens >= other.output_tokens
+        and sequence.sequences >= other.sequences
+        and sequence.limits().tbt_s <= other.limits().tbt_s
+    )
 
 
 def expiry_s(sequence: SequenceState, tables: Iterable[PerformanceTable]) -> float:

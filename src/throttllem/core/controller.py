@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
+from throttllem.core.admission import AdmissionQueue, refused_by_all
 from throttllem.core.clocks.controller import ClockController
 from throttllem.core.clocks.sizing import Autoscaler
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import Engines, EngineState, Phase
 from throttllem.core.forecast.projection import Projection
-from throttllem.core.lengths.prediction import LengthPrediction
+from throttllem.core.lengths.prediction import LengthScore
 from throttllem.core.options import ControllerOptions
-from throttllem.core.scheduler import AdmissionQueue, refused_by_all
 from throttllem.core.scoreboard import SequenceState
 from throttllem.core.snapshot import Counts, Snapshot, view
 from throttllem.core.state import ControllerState
@@ -45,6 +45,9 @@ from throttllem.core.types import (
     VerdictKind,
 )
 
+_WHATEVER_THE_LOAD = (Reason.FIXED, Reason.NO_TABLE)
+"""Plans that requests which come and go do not change."""
+
 
 class PlanningError(Exception):
     """No clock could be planned for `engine`: what the core knows of it is in doubt. Others keep their turn."""
@@ -61,7 +64,8 @@ class Controller:
         self.options = options
         self._engines = Engines(options.specs if options.autoscale else {}, options.tables)
         self._load = LoadEstimator(window_s=options.load_window_s)
-        self._lengths = LengthPrediction(options.predictor, options.inflation)
+        self._predictor = options.predictor
+        self._length_score = LengthScore()
         self._queue = AdmissionQueue(options)
         self._clocks = ClockController(options.throttle, self._load)
         self._autoscaler = Autoscaler(options=options.autoscale) if options.autoscale else None
@@ -78,6 +82,7 @@ class Controller:
         other events of the same moment. Raises PlanningError at a `Timer` if the state of an engine makes no sense.
         """
         commands: list[Command] = []
+        changed = True
         match event:
             case Stepped():
                 changed = self._stepped(event, now_s)
@@ -88,14 +93,23 @@ class Controller:
             case Timer() if self._unplanned:
                 self._plan(now_s, commands)
                 changed = False
-            case _:
-                self._take_in(event, now_s, commands)
-                changed = True
+            case Timer() if now_s >= self._replan_s:
+                self._mark_due(now_s)
+            case Arrived(request=request):
+                self._arrived(request, now_s, commands)
+            case Cancelled(request_id=request_id):
+                self._cancelled(request_id, commands)
+            case EngineReady(engine=key, spec=spec):
+                self._ready(key, spec, now_s)
+            case EngineLost(engine=key):
+                self._engine_lost(key, now_s, commands)
+            case ClockRead():
+                self._clock_read(event, now_s)
         if changed:
             if now_s >= self._resize_s:
                 self._resize(now_s, commands)
             self._admit(now_s, commands)
-            for state in self._unplanned.values():
+            for state in self._engines.by_id.values():
                 if state.began_s is None and (state.board.running or state.board.pending):
                     state.began_s = now_s
             self._unplanned_since_s = now_s
@@ -135,7 +149,7 @@ class Controller:
             head=self._queue.head,
             engines=tuple(view(state) for state in self._engines.by_id.values()),
             counts=Counts(**self._counts),
-            lengths=self._lengths.score,
+            lengths=self._length_score,
         )
 
     def state(self) -> ControllerState:
@@ -149,7 +163,7 @@ class Controller:
             load=self._load,
             autoscaler=self._autoscaler,
             counts=Counts(**self._counts),
-            lengths=self._lengths.score,
+            lengths=self._length_score,
             unplanned=tuple(self._unplanned),
             unplanned_since_s=self._unplanned_since_s,
             resize_s=self._resize_s,
@@ -164,29 +178,11 @@ class Controller:
         made._load, made._autoscaler = state.load, state.autoscaler
         made._clocks = ClockController(options.throttle, state.load)
         made._counts = asdict(state.counts)
-        made._lengths.score = state.lengths
+        made._length_score = state.lengths
         made._unplanned.update((key, made._engines.by_id[key]) for key in state.unplanned)
         made._unplanned_since_s, made._resize_s = state.unplanned_since_s, state.resize_s
         made._find_replan()
         return made
-
-    # ---- events ----------------------------------------------------------------------------------------------
-
-    def _take_in(self, event: Event, now_s: float, commands: list[Command]) -> None:
-        """Update the state by an event that is not of an engine's iterations."""
-        match event:
-            case Arrived(request=request):
-                self._arrived(request, now_s, commands)
-            case Cancelled(request_id=request_id):
-                self._cancelled(request_id, commands)
-            case EngineReady(engine=key, spec=spec):
-                self._ready(key, spec, now_s)
-            case EngineLost(engine=key):
-                self._engine_lost(key, now_s, commands)
-            case ClockRead():
-                self._clock_read(event, now_s)
-            case Timer() if now_s >= self._replan_s:
-                self._mark_due(now_s)
 
     # ---- engines report --------------------------------------------------------------------------------------
 
@@ -200,13 +196,13 @@ class Controller:
         changed = state.stale or bool(event.started or event.finished or event.preempted)
         if changed:
             self._apply(state, event, now_s)
-        if board.next_end <= iteration and board.outgrown(iteration, self._lengths.renew):
+        if board.next_end <= iteration and board.outgrown(iteration, self._predictor.renew):
             changed = True
         if not changed:
             state.began_s = now_s if board.running or board.pending else None
             return False
         state.began_s, state.stale = None, False
-        self._unplanned[state.engine] = state
+        self._load_changed(state)
         return True
 
     def _apply(self, state: EngineState, event: Stepped, now_s: float) -> None:
@@ -225,7 +221,18 @@ class Controller:
                 self._counts["finished"] += 1
                 self._counts["lost"] += sequence.lost
                 self._load.finished(sequence.predicted_tokens, tokens)
-                self._lengths.finished(sequence, tokens)
+                self._learn(sequence, tokens)
+
+    def _learn(self, sequence: SequenceState, tokens: int) -> None:
+        """An output ended with `tokens`; from one of which none were reported there is nothing to learn."""
+        if tokens < 1:
+            self._predictor.forget(sequence.request)
+            return
+        predicted, expected = sequence.predicted_tokens, sequence.expected_tokens
+        self._length_score = self._length_score.with_output(
+            tokens, predicted_tokens=predicted, expected_tokens=predicted if expected is None else expected
+        )
+        self._predictor.learn(sequence.request, tokens)
 
     def _progressed(self, event: Progressed, now_s: float) -> bool:
         """Correct one sequence. True if it began; if it only moved, the next iteration is soon enough to plan."""
@@ -239,7 +246,7 @@ class Controller:
         board.correct(event.request_id, tokens, state.iteration - 1, now_s)
         state.drift.corrections += 1
         if begins:
-            self._unplanned[state.engine] = state
+            self._load_changed(state)
         else:
             state.stale = True
         return begins
@@ -254,7 +261,8 @@ class Controller:
         if not board.external.moved(state.planned_external, state.spec.kv_blocks):
             return False
         state.drift.corrections += 1
-        self._unplanned[state.engine] = state
+        state.planned_external = board.external
+        self._load_changed(state)
         return True
 
     def _clock_read(self, read: ClockRead, now_s: float) -> None:
@@ -289,7 +297,7 @@ class Controller:
         if why is not None:
             self._reject(request.id, why, commands)
             return
-        sequence = self._lengths.sequence(request)
+        sequence = SequenceState.planned(request, self._predictor.predict(request), self.options.inflation)
         self._queue.push(sequence)
         self._load.arrived(now_s, request.prompt_tokens, sequence.predicted_tokens, request.slo, request.sequences)
 
@@ -300,12 +308,12 @@ class Controller:
             return
         for state in self._engines.by_id.values():
             if request_id in state.board:
-                self._lengths.dropped(state.board.remove(request_id))
+                self._predictor.forget(state.board.remove(request_id).request)
                 if not len(state.board):
                     state.began_s = None
                 self._counts["failed"] += 1
                 commands.append(Cancel(engine=state.engine, request_id=request_id))
-                self._unplanned[state.engine] = state
+                self._load_changed(state)
                 return
 
     def _admit(self, now_s: float, commands: list[Command]) -> None:
@@ -315,13 +323,13 @@ class Controller:
             for sequence, why in self._queue.expire(now_s):
                 self._drop(sequence, why, commands)
             if serving:
-                self._unplanned[serving.engine] = serving
+                self._load_changed(serving)
         if not self._queue.waiting:
             self._queue.head = None
             return
         decided = self._queue.admit(serving, now_s)
         if serving and serving.spec:
-            self._unplanned[serving.engine] = serving
+            self._load_changed(serving)
         for sequence, verdict in decided:
             if verdict.kind is VerdictKind.REJECT:
                 self._drop(sequence, verdict.why, commands)
@@ -331,7 +339,7 @@ class Controller:
             commands.append(Dispatch(engine=serving.engine, request_id=sequence.request.id))
 
     def _drop(self, sequence: SequenceState, why: Reason, commands: list[Command]) -> None:
-        self._lengths.dropped(sequence)
+        self._predictor.forget(sequence.request)
         self._reject(sequence.request.id, why, commands)
 
     def _reject(self, request_id: int, why: Reason, commands: list[Command]) -> None:
@@ -351,7 +359,7 @@ class Controller:
         if state is None:
             return
         for sequence in state.board.sequences():
-            self._lengths.dropped(sequence)
+            self._predictor.forget(sequence.request)
             self._counts["failed"] += 1
             commands.append(Fail(request_id=sequence.request.id, why=Reason.ENGINE_LOST))
         if self._engines.serving is None and (draining := self._engines.draining()):
@@ -393,6 +401,11 @@ class Controller:
         return state
 
     # ---- clocks ----------------------------------------------------------------------------------------------
+
+    def _load_changed(self, state: EngineState) -> None:
+        """Plan its clock at the next Timer; a clock that does not depend on the load stays as it was planned."""
+        if state.phase is Phase.DRAINING or state.plan is None or state.plan.why not in _WHATEVER_THE_LOAD:
+            self._unplanned[state.engine] = state
 
     def _mark_due(self, now_s: float) -> None:
         """Engines whose plan is old need a new one."""

@@ -2,15 +2,76 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
-from throttllem.core.admission import AdmissionOptions
 from throttllem.core.clocks.policy import ThrottleOptions
 from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.lengths.prediction import LengthPredictor, Oracle
-from throttllem.core.types import EngineSpec
+from throttllem.core.types import EngineSpec, OptionError, Request, check
+
+
+class Unmeetable(StrEnum):
+    """What becomes of a request whose own SLO cannot be met: served as lost, or rejected."""
+
+    SERVE = "serve"
+    REJECT = "reject"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionOptions:
+    """Which requests are admitted, where the paper leaves it open. A rejection costs little, while a violated SLO has
+    cost its tokens, and time in the queue is taken from the engine (docs/decisions.md has the measurements).
+    """
+
+    margin: float = 0.05
+    """Fraction of every remaining time budget that is reserved for the performance model's error (0: the paper)."""
+    patience: float = 0.2
+    """Fraction of its E2E SLO (of its TTFT SLO, if that is shorter) for which a request may wait for the SLOs of
+    others; then it joins as soon as KV and batch allow, or a long queue would never drain (infinite: the paper)."""
+    queue_limit: int = 10_000
+    """Requests that may wait before more are rejected."""
+    unmeetable: Unmeetable = Unmeetable.SERVE
+    """What happens to a request that cannot meet its own SLO when it could be admitted, or while it waits: `serve` (the
+    paper) or `reject`. A request that was admitted in time is always served. With `reject` no request joins at the cost
+    of others: one that has waited for its whole patience is rejected too, and those behind it do not wait for it."""
+    reject_margin: float = 0.2
+    """`margin` with `unmeetable = "reject"`."""
+    reject_patience: float = 0.1
+    """`patience` with `unmeetable = "reject"`."""
+
+    def __post_init__(self) -> None:
+        check("admission", margin=(self.margin, 0, 0.9), patience=(self.patience, 0, math.inf))
+        check("admission", reject_margin=(self.reject_margin, 0, 0.9))
+        check("admission", reject_patience=(self.reject_patience, 0, math.inf))
+        check("admission", queue_limit=(self.queue_limit, 1, math.inf))
+        if self.unmeetable not in list(Unmeetable):
+            known = " or ".join(repr(kind.value) for kind in Unmeetable)
+            raise OptionError("admission", "unmeetable", repr(self.unmeetable), f"must be {known}")
+
+    def is_patient(self, request: Request, now_s: float) -> bool:
+        """Whether this request may still be held back for others."""
+        return self.rejects or now_s < self.patient_until_s(request)
+
+    def patient_until_s(self, request: Request) -> float:
+        """Until when this request may be held back for others; inf: without end."""
+        slo = request.slo
+        shortest_s = min(slo.e2e_s or math.inf, slo.ttft_s or math.inf)
+        patience = self.reject_patience if self.rejects else self.patience
+        return math.inf if shortest_s == math.inf else request.arrival_s + patience * shortest_s
+
+    @property
+    def margin_in_force(self) -> float:
+        """The margin for what `unmeetable` is."""
+        return self.reject_margin if self.rejects else self.margin
+
+    @property
+    def rejects(self) -> bool:
+        """Whether a request is rejected rather than served late."""
+        return self.unmeetable == Unmeetable.REJECT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from throttllem.core.external_load import ExternalLoad, OwnLoad
+from throttllem.core.lengths.prediction import Prediction
 from throttllem.core.types import Request
 
 Ints = npt.NDArray[np.int64]
@@ -66,6 +67,22 @@ class SequenceState:
     slot: int = -1
     expires_s: float = math.inf
 
+    @classmethod
+    def planned(cls, request: Request, prediction: Prediction | None, inflation: float) -> SequenceState:
+        """A request that has just arrived, with 1 to max_tokens predicted: the bound of a predictor that gives one,
+        else its prediction times `inflation`; max_tokens without a prediction.
+        """
+        most = request.max_tokens
+        if prediction is None:
+            predicted = expected = most
+        elif prediction.bound_tokens is None:
+            predicted = _clipped(prediction.expected_tokens * inflation, most)
+            expected = math.ceil(predicted / max(1.0, inflation))
+        else:
+            predicted = _clipped(prediction.bound_tokens, most)
+            expected = _clipped(prediction.expected_tokens, predicted)
+        return cls(request=request, predicted_tokens=predicted, output_tokens=predicted, expected_tokens=expected)
+
     @property
     def sequences(self) -> int:
         """Sequences that are generated side by side for the request."""
@@ -107,6 +124,11 @@ class SequenceState:
         if self.first_token_s is not None:
             deadline_s = min(deadline_s, self.first_token_s + slo.tbt_s * gaps)
         return Limits(deadline_s, first_token_deadline_s, slo.tbt_s, 0.1 * slo.tbt_s * gaps, e2e_s)
+
+
+def _clipped(tokens: float, most: int) -> int:
+    """Whole tokens from 1 to `most`; `most` for what is no number."""
+    return max(1, min(most, math.ceil(tokens))) if math.isfinite(tokens) else most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from core.stories import SIZES, arrive, options, world
 from core.toy import request
+from throttllem.core.controller import Controller
 from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import (
-    LengthPrediction,
     LengthPredictor,
     LengthScore,
     MaxTokens,
@@ -19,6 +19,8 @@ from throttllem.core.lengths.prediction import (
     Oracle,
     Prediction,
 )
+from throttllem.core.scoreboard import SequenceState
+from throttllem.core.types import Arrived, EngineReady, Stepped
 
 OUTPUT = 1_000_000
 
@@ -86,7 +88,8 @@ def bounded(renewed=None):
 
 def used(predictor, inflation=1.0, **changes):
     """What the controller plans with: predicted and expected tokens."""
-    found = LengthPrediction(predictor, inflation).sequence(request(1, 10, 5, **{"max_tokens": 100} | changes))
+    asked = request(1, 10, 5, **{"max_tokens": 100} | changes)
+    found = SequenceState.planned(asked, predictor.predict(asked), inflation)
     assert found.output_tokens == found.predicted_tokens
     return found.predicted_tokens, found.expected_tokens
 
@@ -137,28 +140,26 @@ def test_what_inflation_added_is_not_expected():
 
 @given(st.integers(0, 2**63), st.integers(0, 2**63))
 def test_every_id_and_seed_gives_a_usable_prediction(seed, key):
-    noisy = LengthPrediction(Noisy(p95_error=0.99, seed=seed), 1.0)
-    assert 1 <= noisy.sequence(request(key, 10, 50, max_tokens=60)).predicted_tokens <= 60
+    asked = request(key, 10, 50, max_tokens=60)
+    prediction = Noisy(p95_error=0.99, seed=seed).predict(asked)
+    assert 1 <= SequenceState.planned(asked, prediction, 1.0).predicted_tokens <= 60
 
 
 def test_the_score():
-    predictor = bounded()
-    prediction = LengthPrediction(predictor, 1.0)
-    for key, tokens in enumerate((6, 9, 10, 2, 0)):
-        prediction.finished(prediction.sequence(request(key, 4, 20)), tokens)
-    assert prediction.score == LengthScore(seen=4, exceeded=1, error_tokens=0 + 3 + 4 + 4)
-    assert predictor.learned == [(0, 6), (1, 9), (2, 10), (3, 2)]
-    assert predictor.forgotten == [4], "no token was reported: nothing is known of this output"
+    score = LengthScore()
+    for tokens in (6, 9, 10, 2):
+        score = score.with_output(tokens, predicted_tokens=9, expected_tokens=6)
+    assert score == LengthScore(seen=4, exceeded=1, error_tokens=0 + 3 + 4 + 4)
 
 
 @pytest.mark.parametrize("predictor", [Oracle(), MaxTokens()])
 def test_predictors_that_never_learn(predictor):
-    prediction = LengthPrediction(predictor, 1.0)
-    made = prediction.sequence(request(1, 4, 7))
-    prediction.finished(made, 9)
-    prediction.dropped(made)
-    assert prediction.renew(made.request, 9) is None
-    assert prediction.score == LengthScore(seen=1, exceeded=1, error_tokens=2)
+    asked = request(1, 4, 7)
+    before = predictor.predict(asked)
+    predictor.learn(asked, 9)
+    predictor.forget(asked)
+    assert predictor.renew(asked, 9) is None
+    assert predictor.predict(asked) == before
 
 
 # ---- through the controller ----------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def test_predictors_that_never_learn(predictor):
 def world_with(predictor, **changes):
     made = world(options(**changes))
     # The world gives each controller a copy; here the test wants to read along.
-    made.controller._lengths._predictor = predictor
+    made.controller._predictor = predictor
     return made
 
 
@@ -219,3 +220,13 @@ def test_the_online_predictor_through_the_controller():
     score = live.controller.snapshot().lengths
     assert (score.seen, score.exceeded) == (100, 0)
     assert score.error_tokens < 100 * 10, "only the first few were predicted at 60"
+
+
+def test_an_output_without_tokens_teaches_nothing():
+    predictor = bounded()
+    controller = Controller(options(predictor=predictor))
+    controller.handle(EngineReady(engine=0, spec=SIZES[1]), 0.0)
+    controller.handle(Arrived(request=request(1, 4, 8)), 0.0)
+    controller.handle(Stepped(engine=0, iteration=0, finished=(1,)), 0.1)
+    assert (predictor.learned, predictor.forgotten) == ([], [1])
+    assert controller.snapshot().lengths == LengthScore()

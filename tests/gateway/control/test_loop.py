@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from gateway.rig import outcome, rig, virtually
 from throttllem.config import LimitOptions
-from throttllem.core.admission import AdmissionOptions
 from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.options import AdmissionOptions
 from throttllem.core.types import Cancelled, EngineReady, Reject, Slo
 from throttllem.engines.base import EngineError
 from throttllem.gateway.telemetry.status import gateway_status

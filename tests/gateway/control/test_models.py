@@ -7,7 +7,7 @@ import pytest
 
 from gateway.rig import parsed, rig, virtually
 from throttllem.config import LimitOptions
-from throttllem.core.admission import AdmissionOptions
+from throttllem.core.options import AdmissionOptions
 from throttllem.core.types import Slo
 from throttllem.engines.base import EngineError, PromptCount
 from throttllem.gateway.control.models import ServedModel

@@ -8,11 +8,10 @@ from core.toy import CLOCKS_MHZ, spec, table
 from core.world import World
 from hypothesis import strategies as st
 
-from throttllem.core.admission import AdmissionOptions
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.lengths.prediction import Noisy
-from throttllem.core.options import ControllerOptions
+from throttllem.core.options import AdmissionOptions, ControllerOptions
 from throttllem.core.types import Observed, Progressed, Request, Slo
 from throttllem.gateway.flight.recorder import Recorder
 

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.flight.flights import OPTIONS, SPECS, TABLES, busy, deeds, fly
-from throttllem.core.admission import AdmissionOptions, Unmeetable
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller
 from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import MaxTokens, Noisy, Oracle
+from throttllem.core.options import AdmissionOptions, Unmeetable
 from throttllem.core.types import ClockRead, Request, Slo, Timer
 from throttllem.gateway.flight import wire
 from throttllem.gateway.flight.checkpoint import CheckpointError, load, save, table_digest

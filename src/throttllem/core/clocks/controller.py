@@ -51,11 +51,11 @@ class ClockController:
             plan = FrequencyPlan(mhz=self.options.fixed_mhz or maximum, why=Reason.FIXED)
         elif engine.clock_mhz is None:
             plan = FrequencyPlan(mhz=maximum, why=Reason.UNKNOWN_STATE)
+        elif engine.table is None:
+            plan = FrequencyPlan(mhz=maximum, why=Reason.NO_TABLE)
         elif not engine.board.running and not engine.board.pending:
             engine.projection = None
             plan = FrequencyPlan(mhz=engine.target_mhz or maximum, why=Reason.IDLE)
-        elif engine.table is None:
-            plan = FrequencyPlan(mhz=maximum, why=Reason.NO_TABLE)
         else:
             plan = self._plan_busy(engine, spec, engine.table, now_s, waiting)
         engine.plan = plan

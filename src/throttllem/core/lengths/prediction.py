@@ -6,12 +6,10 @@ of the error and the inflation are open in the paper: both are parameters here. 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple, Protocol
 
-from throttllem.core.scoreboard import SequenceState
 from throttllem.core.types import Request
 
 _NORMAL = NormalDist()
@@ -99,59 +97,13 @@ class LengthScore:
     exceeded: int = 0
     error_tokens: int = 0
 
-
-class LengthPrediction:
-    """The controller's use of a predictor: inflates and clips predictions, reports what came out, keeps the score.
-
-    The predictor belongs to it alone.
-    """
-
-    def __init__(self, predictor: LengthPredictor, inflation: float) -> None:
-        self.score = LengthScore()
-        self._predictor = predictor
-        self._inflation = inflation
-
-    def sequence(self, request: Request) -> SequenceState:
-        """The state of a request that has just arrived, with 1 to max_tokens predicted."""
-        most, found = request.max_tokens, self._predictor.predict(request)
-        if found is None:
-            predicted = expected = most
-        elif found.bound_tokens is None:
-            predicted = _clipped(found.expected_tokens * self._inflation, most)
-            expected = math.ceil(predicted / max(1.0, self._inflation))
-        else:
-            predicted = _clipped(found.bound_tokens, most)
-            expected = _clipped(found.expected_tokens, predicted)
-        return SequenceState(
-            request=request, predicted_tokens=predicted, output_tokens=predicted, expected_tokens=expected
+    def with_output(self, tokens: int, *, predicted_tokens: int, expected_tokens: int) -> LengthScore:
+        """The score with one more output, of `tokens`."""
+        return LengthScore(
+            seen=self.seen + 1,
+            exceeded=self.exceeded + (tokens > predicted_tokens),
+            error_tokens=self.error_tokens + abs(tokens - expected_tokens),
         )
-
-    def renew(self, request: Request, generated_tokens: int) -> float | None:
-        """A new bound for an output that has outgrown the one before; None: max_tokens."""
-        return self._predictor.renew(request, generated_tokens)
-
-    def finished(self, sequence: SequenceState, tokens: int) -> None:
-        """An output ended with `tokens`; from one of which none were reported there is nothing to learn."""
-        if tokens < 1:
-            self._predictor.forget(sequence.request)
-            return
-        expected = sequence.predicted_tokens if sequence.expected_tokens is None else sequence.expected_tokens
-        score = self.score
-        self.score = LengthScore(
-            seen=score.seen + 1,
-            exceeded=score.exceeded + (tokens > sequence.predicted_tokens),
-            error_tokens=score.error_tokens + abs(tokens - expected),
-        )
-        self._predictor.learn(sequence.request, tokens)
-
-    def dropped(self, sequence: SequenceState) -> None:
-        """A request ended before its output did."""
-        self._predictor.forget(sequence.request)
-
-
-def _clipped(tokens: float, most: int) -> int:
-    """Whole tokens from 1 to `most`; `most` for what is no number."""
-    return max(1, min(most, math.ceil(tokens))) if math.isfinite(tokens) else most
 
 
 def _uniform(seed: int, key: int) -> float:

@@ -11,10 +11,9 @@ from core.effort import lines_executed
 from core.stories import SIZES, TABLES, arrive, names, options, world
 from core.toy import TOP_MHZ, sequence
 from core.world import World
-from throttllem.core.admission import AdmissionOptions, Unmeetable
+from throttllem.core.admission import AdmissionQueue
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
-from throttllem.core.options import ControllerOptions
-from throttllem.core.scheduler import AdmissionQueue
+from throttllem.core.options import AdmissionOptions, ControllerOptions, Unmeetable
 from throttllem.core.types import EngineLost, Reason, Reject, Slo, Timer, VerdictKind
 
 # ---- the queue alone ---------------------------------------------------------------------------------------
