@@ -224,19 +224,19 @@ class RecorderOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchingOptions:
-    """How the simulated engine batches. The defaults are TensorRT-LLM's; `chunked` with `block_tokens = 16` is vLLM's
-    way.
-    """
+    """How the simulated engine batches: as `engine` does when it is started without options, but for what is set."""
 
-    block_tokens: int = 64
+    engine: Literal["vllm", "tensorrt-llm", "sglang"] = "vllm"
+    """The engine whose defaults hold."""
+    block_tokens: int | None = None
     """Tokens in a KV block."""
-    max_batch: int = 256
+    max_batch: int | None = None
     """Most sequences in one iteration."""
-    prefill_budget_tokens: int = 8192
+    prefill_budget_tokens: int | None = None
     """Most tokens, prompts and decoding together, in one iteration."""
-    chunked: bool = False
+    chunked: bool | None = None
     """Whether prompts are split over iterations."""
-    no_evict: bool = False
+    no_evict: bool | None = None
     """Whether KV blocks for prompt + max_tokens are reserved before a request starts (TensorRT-LLM's
     GUARANTEED_NO_EVICT); otherwise requests are preempted when blocks run out (its MAX_UTILIZATION)."""
     max_tokens: int | None = None
@@ -244,9 +244,15 @@ class BatchingOptions:
     of two."""
 
     def __post_init__(self) -> None:
-        check("batching", block_tokens=(self.block_tokens, 1, 1024), max_batch=(self.max_batch, 1, 4096))
-        check("batching", prefill_budget_tokens=(self.prefill_budget_tokens, 16, 1 << 20))
-        check("batching", max_tokens=(1 if self.max_tokens is None else self.max_tokens, 1, 1 << 20))
+        bounds = {
+            "block_tokens": (1, 1024),
+            "max_batch": (1, 4096),
+            "prefill_budget_tokens": (16, 1 << 20),
+            "max_tokens": (1, 1 << 20),
+        }
+        for name, (least, most) in bounds.items():
+            if (value := getattr(self, name)) is not None:
+                check("batching", **{name: (value, least, most)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

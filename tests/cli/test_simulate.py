@@ -35,6 +35,7 @@ BAD = [
     (["--model", "llama-2-13"], ["unknown model", "llama-2-13b"]),
     (["--model", "llama-3-70b", "--tp", "2"], ["GiB", "smallest tp that fits is 4"]),
     (["--tp", "3"], ["40 heads", "3 GPUs"]),
+    (["--engine", "vlm"], ["--engine: batching.engine = 'vlm'", "'vllm', 'tensorrt-llm' or 'sglang'"]),
     (["--sizes", "1,x"], ["--sizes 1,x", "1,2,4"]),
     (["--sizes", "1,2", "--tp", "4"], ["--tp and --sizes"]),
     (["--policy", "throttlem"], ["unknown policy", "'throttllem'"]),

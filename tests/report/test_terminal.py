@@ -27,7 +27,7 @@ CALIBRATED = {"kind": "calibrated", "why": "", "clocks_mhz": [840, 1410], "below
     ],
 )
 def test_the_basis_of_the_simulated_gpu(reach: dict[str, object], said: str) -> None:
-    scenario = {"engines": [{"tp": 2, "physics": {"seconds": CALIBRATED, "watts": reach}}]}
+    scenario = {"batching": "an engine", "engines": [{"tp": 2, "physics": {"seconds": CALIBRATED, "watts": reach}}]}
     console = Console(file=io.StringIO(), width=400)
     top, lower = (
         replace(make_run(policy), busy_s_by_mhz=busy_s)
@@ -35,7 +35,7 @@ def test_the_basis_of_the_simulated_gpu(reach: dict[str, object], said: str) -> 
     )
     show_results(scenario, [top, lower], console)
     beginning = "Simulated GPU, TP 2: seconds calibrated from 840 to 1410 MHz; "
-    assert console.file.getvalue().rstrip().endswith(beginning + said)
+    assert console.file.getvalue().rstrip().endswith(f"batches as an engine.\n{beginning}{said}")
 
 
 def show(width: int, runs: list) -> list[str]:

@@ -23,7 +23,8 @@ def test_the_command_repeats_the_comparison() -> None:
     assert each.command == (
         "throttllem simulate --gpu a100-40gb-sxm --model llama-2-13b --sizes 1,2,4 --trace poisson:rate=2 "
         "--peak-rps max --seconds 60 --seed 3 --length-error 0.3 "
-        "--policy triton,throttllem+autoscale,least-energy+autoscale"
+        "--set batching.engine=tensorrt-llm --set batching.block_tokens=64 --set batching.max_batch=256 "
+        "--set batching.no_evict=false --policy triton,throttllem+autoscale,least-energy+autoscale"
     )
     assert each.basis.endswith("# 2,000 requests")
     alone = comparison(engine_studies("poisson", length_error=0.0, **PARTS)[1])

@@ -29,6 +29,7 @@ FILE = Path("measured") / "h100_llama70b_load.csv"
 GPU, MODEL = "h100-80gb-sxm", "llama-3-70b"
 PROMPT_TOKENS, ANSWER_TOKENS = 1023, 99
 _MEAN_CONTEXT = PROMPT_TOKENS + ANSWER_TOKENS // 2
+_MOST_ROWS = 256
 _LEAST_SHARE = 0.02
 """Of the time that prompts leave to tokens: below it an engine is overloaded, and a fit must not meet infinity."""
 _HALVINGS = 22
@@ -106,7 +107,7 @@ def settle(engine: EnginePhysics, point: LoadPoint) -> tuple[float, float]:
 
     The batch is the fixed point of Little's law; a prompt stretches every row's answer by one prefill.
     """
-    low, high = 0.05, float(Options().batching.max_batch)
+    low, high = 0.05, float(_MOST_ROWS)
     for _ in range(_HALVINGS):
         batch = math.sqrt(low * high)
         rows = max(1, round(batch))

@@ -19,6 +19,10 @@ Gpu = Annotated[str, typer.Option("--gpu", help="GPU of the catalogue.")]
 Model = Annotated[str, typer.Option("--model", help="Model of the catalogue.")]
 Tp = Annotated[int | None, typer.Option("--tp", help="GPUs of the engine (tensor parallel degree); 4 by default.")]
 Sizes = Annotated[str | None, typer.Option("--sizes", help="Engine sizes instead of --tp, as in 1,2,4.")]
+Engine = Annotated[
+    str | None,
+    typer.Option("--engine", help="Whose batching is simulated: vllm (default), tensorrt-llm or sglang."),
+]
 TraceName = Annotated[
     str,
     typer.Option(

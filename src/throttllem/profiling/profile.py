@@ -104,17 +104,22 @@ def write_profile(profile: pl.DataFrame, path: Path) -> None:
 
 
 def spec_of(profile: pl.DataFrame, spec: EngineSpec) -> EngineSpec:
-    """`spec` with the profile's capacities of this size, if any, and its measured clocks alone: between two of them the
-    trees only repeat one of the two.
+    """`spec` with the profile's blocks, its capacities of this size, if any, and its measured clocks alone: between two
+    of them the trees only repeat one of the two.
     """
     rows = profile.filter(pl.col("tp") == spec.tp)
-    spec = replace(spec, clocks_mhz=tuple(sorted(set(rows["clock_mhz"].to_list()))))
+    block_tokens = int(rows["block_tokens"][0])
+    spec = replace(
+        spec,
+        clocks_mhz=tuple(sorted(set(rows["clock_mhz"].to_list()))),
+        block_tokens=block_tokens,
+        kv_blocks=spec.kv_blocks * spec.block_tokens // block_tokens,
+    )
     if not set(CAPACITIES) <= set(profile.columns):
         return spec
     row = rows.row(0, named=True)
     return replace(
         spec,
-        block_tokens=row["block_tokens"],
         max_batch=row["max_batch"],
         kv_blocks=row["kv_capacity_blocks"],
         prefill_budget_tokens=row["prefill_budget_tokens"],

@@ -28,14 +28,15 @@ def results_json(scenario: Mapping[str, object], runs: Sequence[RunResult]) -> d
 
 
 def show_results(scenario: Mapping[str, Any], runs: Sequence[RunResult], console: Console | None = None) -> None:
-    """Print the table, a sentence for each policy, the reasons of rejections, and the basis of the simulated GPU."""
+    """Print the table, a sentence for each policy, the reasons of rejections, and what the simulation rests on."""
     console = console or Console()
     console.print(results_table(runs, width=console.width))
     baseline = baseline_of(runs)
     for run in runs:
         if run is not baseline:
             console.print(verdict(run, baseline), highlight=False)
-    for line in (*_rejections(runs), _basis(scenario, runs)):
+    batching = f"Simulated engine: batches as {scenario['batching']}."
+    for line in (*_rejections(runs), batching, _basis(scenario, runs)):
         console.print(line, highlight=False)
 
 

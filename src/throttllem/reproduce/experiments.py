@@ -6,10 +6,10 @@ Every comparison carries the `throttllem simulate` line that repeats it. Knows n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from throttllem.config import LengthOptions, Options
+from throttllem.config import BatchingOptions, LengthOptions, Options
 from throttllem.core.clocks.policy import Policy
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.tables import Progress
@@ -33,6 +33,12 @@ SECONDS = 1800.0
 HALF_RPS = 4.0
 """Busiest minute of a lighter load, about half of TP 4's maximum: there an autoscaler has a choice."""
 BASELINE = "triton"
+BATCHING = BatchingOptions(engine="tensorrt-llm", block_tokens=64, max_batch=256, no_evict=False)
+"""TensorRT-LLM as of the paper: blocks of 64 tokens, MAX_UTILIZATION."""
+BATCHING_SETTINGS = " ".join(
+    f"--set batching.{name}={str(value).lower()}" for name, value in asdict(BATCHING).items() if value is not None
+)
+"""The same on the command line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +81,7 @@ class Comparison:
         return (
             f"throttllem simulate --gpu {study.gpu} --model {study.model} {sizes} --trace {study.trace} "
             f"--peak-rps {study.peak_rps} --seconds {study.seconds:g} --seed {study.seed}{error} "
-            f"--policy {','.join(study.policies)}"
+            f"{BATCHING_SETTINGS} --policy {','.join(study.policies)}"
         )
 
     @property
@@ -115,7 +121,7 @@ def _study(
         peak_rps=MAXIMUM,
         seconds=seconds,
         seed=seed,
-        options=Options(length=LengthOptions(p95_error=error)),
+        options=Options(length=LengthOptions(p95_error=error), batching=BATCHING),
     )
 
 

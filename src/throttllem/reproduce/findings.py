@@ -24,7 +24,7 @@ from throttllem.reproduce.evidence import (
     time_by_size,
     violations,
 )
-from throttllem.reproduce.experiments import GPU, MAIN_MODEL, Comparison
+from throttllem.reproduce.experiments import BATCHING_SETTINGS, GPU, MAIN_MODEL, Comparison
 from throttllem.reproduce.probes import LOW_MHZ
 
 _FITTED = (
@@ -55,7 +55,7 @@ def _model(evidence: Evidence) -> list[Outcome]:
     basis = tuple(
         f"throttllem profile profile.parquet --gpu {card.gpu} --model {card.model} "
         f"--sizes {','.join(str(score.tp) for score in card.scores if score.tp and score.split == HELD_OUT)} "
-        f"--seed {evidence.sizes.study.seed} "
+        f"--seed {evidence.sizes.study.seed} {BATCHING_SETTINGS} "
         f"&& throttllem train profile.parquet --out model  # {card.rows:,} rows, 10 % held out"
         for card in evidence.cards
     )

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from throttllem.config import Options
+from throttllem.config import Noise
 from throttllem.engines.simulated.engine import SimulatedEngine
 from throttllem.engines.simulated.fleet import build_fleet
+from throttllem.engines.simulated.presets import batching
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 from throttllem.profiling.measure import ProfilePlan
 from throttllem.profiling.score import ScoreCard, score_profile
 from throttllem.profiling.tables import profile_fleet
-from throttllem.reproduce.experiments import ENGINES, GPU, MAIN_MODEL, SIZES
+from throttllem.reproduce.experiments import BATCHING, ENGINES, GPU, MAIN_MODEL, SIZES
 from throttllem.sim.traces import load_trace
 
 KV_TP = 4
@@ -58,13 +59,12 @@ class ClockSweep:
 
 def kv_correlation(catalogue: Catalogue, *, seed: int) -> KvCorrelation:
     """Let batches grow on a noisy engine at the top clock, from one block each to the context or the cache's end."""
-    options = Options()
-    fleet = build_fleet(catalogue, GPU, MAIN_MODEL, (KV_TP,), options.batching)
+    fleet = build_fleet(catalogue, GPU, MAIN_MODEL, (KV_TP,), BATCHING)
     spec = fleet.specs[KV_TP]
     tbt, throughput, iterations = [], [], 0
     for batch in KV_BATCHES:
         engine = SimulatedEngine(
-            spec, fleet.physics[KV_TP], clock_mhz=spec.clocks_mhz[-1], seed=(seed, batch), noise=options.noise
+            spec, fleet.physics[KV_TP], clock_mhz=spec.clocks_mhz[-1], seed=(seed, batch), noise=Noise()
         )
         prompt = spec.block_tokens // 2
         answer = min(spec.max_context_tokens, spec.kv_blocks // batch * spec.block_tokens) - prompt
@@ -89,9 +89,10 @@ def clock_sweep(catalogue: Catalogue, trace: str, *, seed: int, tp: int = KV_TP)
     Raises ValueError where not even one of them fits.
     """
     physics = EnginePhysics(catalogue.gpu(GPU), catalogue.model(MAIN_MODEL), tp)
+    most = batching(BATCHING, physics.gpu).max_batch
     lengths = load_trace(trace, seed=seed)
     context = lengths.mean_context_tokens
-    batch = min(Options().batching.max_batch, physics.kv_capacity_tokens() // context)
+    batch = min(most, physics.kv_capacity_tokens() // context)
     if batch < 1:
         raise ValueError(
             f"{trace}: a typical request of {context} tokens does not fit {MAIN_MODEL} at TP {tp} on {GPU}"
@@ -113,5 +114,5 @@ def clock_sweep(catalogue: Catalogue, trace: str, *, seed: int, tp: int = KV_TP)
 
 def score_card(catalogue: Catalogue, model: str, sizes: tuple[int, ...], *, seed: int) -> ScoreCard:
     """The score card of one model's noisy profile; `seed` is that of the profile, as in `throttllem profile`."""
-    fleet = build_fleet(catalogue, GPU, model, sizes, Options().batching)
+    fleet = build_fleet(catalogue, GPU, model, sizes, BATCHING)
     return score_profile(profile_fleet(fleet, ProfilePlan(seed=seed)))

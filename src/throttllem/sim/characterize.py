@@ -138,9 +138,8 @@ def sample_requests(
     """(prompt, output, max_tokens) of `REQUESTS` requests drawn from those of the trace that fit the engine, and the
     fraction that does not fit.
     """
-    limits = output_limits(trace, fleet, options)
-    blocks = -(-(trace.prompt_tokens + limits) // options.batching.block_tokens)
-    spec = fleet.specs[tp]
+    limits, spec = output_limits(trace, fleet, options), fleet.specs[tp]
+    blocks = -(-(trace.prompt_tokens + limits) // spec.block_tokens)
     fits = np.flatnonzero((trace.prompt_tokens + limits <= spec.max_context_tokens) & (blocks <= spec.kv_blocks))
     if not fits.size:
         raise ValueError(f"no request of {trace.name} fits {fleet.model} at TP {tp} on {fleet.gpu}")

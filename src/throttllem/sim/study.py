@@ -19,6 +19,7 @@ from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens, Noisy
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import Request, Slo
 from throttllem.engines.simulated.fleet import Fleet, build_fleet
+from throttllem.engines.simulated.presets import batching
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.estimate import reach
 from throttllem.profiling.tables import Progress, performance_tables
@@ -186,6 +187,7 @@ class Scenario:
         return {
             "gpu": self.fleet.gpu,
             "model": self.fleet.model,
+            "batching": batching(self.options.batching, self.fleet.physics[self.largest].gpu).described,
             "sizes": list(self.fleet.sizes),
             "trace": {
                 "name": self.trace.name,

@@ -9,6 +9,7 @@ import typer
 
 from throttllem.cli.arguments import (
     Config,
+    Engine,
     Extra,
     Gpu,
     Json,
@@ -32,6 +33,7 @@ def characterize(
     model: Model = "llama-2-13b",
     tp: Tp = None,
     sizes: Sizes = None,
+    engine: Engine = None,
     trace: TraceName = "azure-conv-like",
     slo_e2e: Annotated[
         str | None, typer.Option("--slo-e2e", metavar="DURATION", help="Bound on p99 of E2E, as in 20s.")
@@ -52,6 +54,7 @@ def characterize(
         {
             "slo.e2e_s": ("--slo-e2e", slo_e2e),
             "slo.tbt_s": ("--slo-tbt", slo_tbt),
+            "batching.engine": ("--engine", engine),
             "catalogue": ("--catalogue", catalogue),
         },
     ).options
@@ -60,13 +63,16 @@ def characterize(
 
     from throttllem.core.types import Slo
     from throttllem.engines.simulated.fleet import build_fleet
+    from throttllem.engines.simulated.presets import batching
     from throttllem.physics.catalogue import Catalogue
     from throttllem.sim.characterize import capacities
     from throttllem.sim.traces import load_trace
 
     if json_file:
         check_target(json_file)
-    fleet = build_fleet(Catalogue.load(options.catalogue), gpu, model, parsed_sizes(tp, sizes), options.batching)
+    known = Catalogue.load(options.catalogue)
+    fleet = build_fleet(known, gpu, model, parsed_sizes(tp, sizes), options.batching)
+    rules = batching(options.batching, known.gpu(gpu)).described
     tbt_s = SLO_TBT_S if options.slo.tbt_s is None else options.slo.tbt_s
     with progress("characterising") as report:
         found = capacities(
@@ -88,6 +94,9 @@ def characterize(
             f"{capacity.tokens_per_joule:.3f}",
             f"{capacity.rejected:.1%}",
         )
+    table.caption = f"Simulated engine: batches as {rules}."
     Console().print(table)
     if json_file:
-        write_json(json_file, {"schema": 1, "capacities": [asdict(capacity) for capacity in found.values()]})
+        write_json(
+            json_file, {"schema": 1, "batching": rules, "capacities": [asdict(capacity) for capacity in found.values()]}
+        )

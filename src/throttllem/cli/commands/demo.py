@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
-from throttllem.cli.arguments import Setting, load
+from throttllem.cli.arguments import Engine, Setting, load
 from throttllem.cli.commands.simulate import run_study
 
 
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for report.html.")] = Path("out/demo"),
+    engine: Engine = None,
     setting: Setting = None,
 ) -> None:
     """The main use in a minute: 25 minutes of chat on four simulated A100, three policies, a report."""
-    loaded = load(setting)
+    loaded = load(setting, flags={"batching.engine": ("--engine", engine)})
     from throttllem.sim.study import MAXIMUM, Study
 
     study = Study(

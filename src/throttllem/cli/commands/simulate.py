@@ -9,6 +9,7 @@ import typer
 
 from throttllem.cli.arguments import (
     Config,
+    Engine,
     Extra,
     Gpu,
     Json,
@@ -40,6 +41,7 @@ def simulate(
     model: Model = "llama-2-13b",
     tp: Tp = None,
     sizes: Sizes = None,
+    engine: Engine = None,
     trace: TraceName = "azure-conv-like",
     policy: Annotated[
         str, typer.Option("--policy", help="triton, throttllem, least-energy, fixed:<MHz>; each also with +autoscale.")
@@ -86,6 +88,7 @@ def simulate(
             "slo.e2e_s": ("--slo-e2e", slo_e2e),
             "slo.tbt_s": ("--slo-tbt", slo_tbt),
             "slo.ttft_s": ("--slo-ttft", slo_ttft),
+            "batching.engine": ("--engine", engine),
             "catalogue": ("--catalogue", catalogue),
         },
     )

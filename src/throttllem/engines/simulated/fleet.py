@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from throttllem.config import BatchingOptions
 from throttllem.core.types import EngineSpec
+from throttllem.engines.simulated.presets import batching
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 
@@ -48,19 +49,19 @@ def build_fleet(catalogue: Catalogue, gpu: str, model: str, sizes: tuple[int, ..
     """Engines of these sizes. Raises ValueError for unknown names, bad sizes, and a model that does not fit."""
     the_gpu, the_model = catalogue.gpu(gpu), catalogue.model(model)
     physics = {tp: EnginePhysics(the_gpu, the_model, tp) for tp in sorted(set(sizes))}
-    specs = {}
+    rules, specs = batching(options, the_gpu), {}
     for tp, engine in physics.items():
         specs[tp] = EngineSpec(
             gpu=gpu,
             model=model,
             tp=tp,
-            kv_blocks=engine.kv_capacity_tokens() // options.block_tokens,
-            block_tokens=options.block_tokens,
-            max_batch=options.max_batch,
+            kv_blocks=engine.kv_capacity_tokens() // rules.block_tokens,
+            block_tokens=rules.block_tokens,
+            max_batch=rules.max_batch,
             max_context_tokens=the_model.max_context_tokens,
-            prefill_budget_tokens=options.prefill_budget_tokens,
-            chunked=options.chunked,
-            no_evict=options.no_evict,
+            prefill_budget_tokens=rules.prefill_budget_tokens,
+            chunked=rules.chunked,
+            no_evict=rules.no_evict,
             clocks_mhz=the_gpu.clocks_mhz,
             idle_w=engine.idle_w(),
             startup_s=the_gpu.startup_s,
