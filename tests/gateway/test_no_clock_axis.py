@@ -1,7 +1,9 @@
 """A table whose clock axis was not measured: no clock of real GPUs is chosen with it, and none below the maximum."""
 
 import dataclasses
+import shlex
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,11 +18,14 @@ from throttllem.config import ClockOptions, EngineEntry, Options
 from throttllem.core.types import Slo
 from throttllem.gateway.build import build_gateway
 from throttllem.gpu.device import Reading
+from throttllem.physics.catalogue import Catalogue
+from throttllem.physics.engine import EnginePhysics
 from throttllem.profiling.live.plan import LivePlan
 from throttllem.profiling.live.run import profile_live
 from throttllem.profiling.storage import load_table, save_table
 
 URL = "http://127.0.0.1:9"
+REPOSITORY = Path(__file__).parents[2]
 
 
 def without_axis(folder, clocks=A100):
@@ -84,25 +89,42 @@ def test_check_shows_that_the_clock_stays_at_its_maximum(tmp_path):
     assert "-- engine simulated-llama-3-8b-tp1: the clock axis of its table was not measured" in text_of(findings)
 
 
+def commands_of(page):
+    """The `throttllem` commands of a page's section on a live engine, in the page's own order, as lists of words."""
+    section = (REPOSITORY / page).read_text(encoding="utf-8").partition("## Five minutes with vLLM")[2]
+    lines = section.partition("\n## ")[0].splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("throttllem ")]
+
+
 def test_the_commands_in_the_order_of_the_readme(tmp_path, monkeypatch, capsys, machine):  # noqa: F811
-    """`profile` without --gpus, `train`, `serve --gpus 0`: an error, and the GPU is left as it is."""
+    """The README's own lines, then its guide's `--gpus 0`: an error, and the GPU is left as it is."""
+    (profile, out, *options), train, serve = commands_of("README.md")
+    assert (profile, train[0], serve[0]) == ("profile", "train", "serve")
+    assert "--gpus" not in options
+    law = EnginePhysics(Catalogue.load(None).gpu("a100-40gb-sxm"), Catalogue.load(None).model("llama-3-8b"), 1)
 
     async def profiled():
-        engine, gpu = engine_and_gpu(gpu="a100-40gb-sxm", model="llama-3-8b")
-        device = modelled(gpu, (210, 705, 1410))
-        return await profile_live(engine, device, LivePlan(points=24, steps=6, bursts=4), tmp_path / "engine.parquet")
+        engine, gpu = engine_and_gpu(law, gpu="a100-40gb-sxm", model="llama-3-8b")
+        plan = LivePlan(points=20, steps=6, bursts=4)
+        return await profile_live(engine, modelled(gpu, (210, 1410), law), plan, tmp_path / out)
 
     virtually(profiled())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("THROTTLLEM_STATE_DIR", str(tmp_path / "state"))
-    assert run(monkeypatch, "train", "engine.parquet", "--out", "engine") == 0
-    assert "clock axis was not measured" in " ".join(capsys.readouterr().out.split())
-    serve = ["serve", "--engine", URL, "--tables", "engine", "--port", "0"]
+    assert run(monkeypatch, *train) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "clock axis was not measured" in said
+    assert "verdict, tp 1: sound" in said
+    nowhere = [URL if word.startswith("http://") else word for word in serve]
     for more in (["--gpus", "0"], ["--gpus", "0", "--clocks", "on"]):
-        assert run(monkeypatch, *serve, *more, "--check") == 2
-        assert "!! engine/table-tp1.npz: the clock axis of this table was not measured" in capsys.readouterr().out
-        assert run(monkeypatch, *serve, *more) == 2
+        assert run(monkeypatch, *nowhere, "--port", "0", *more, "--check") == 2
+        table = f"{train[-1]}/table-tp1.npz"
+        assert f"!! {table}: the clock axis of this table was not measured" in capsys.readouterr().out
+        assert run(monkeypatch, *nowhere, "--port", "0", *more) == 2
         assert "clock axis of this table was not measured" in " ".join(capsys.readouterr().err.split())
-    assert run(monkeypatch, *serve, "--gpus", "0", "--clocks", "off", "--check") == 1  # no engine is there
-    assert run(monkeypatch, *serve, "--check") == 1
+    assert (
+        run(monkeypatch, *nowhere, "--port", "0", "--gpus", "0", "--clocks", "off", "--check") == 1
+    )  # no engine is there
+    assert run(monkeypatch, *nowhere, "--port", "0", "--check") == 1
+    assert "would choose" not in capsys.readouterr().out
     assert (machine.gpus[0].lock, machine.gpus[0].attempted) == (None, 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.forecast.performance_table import PerformanceTable, TableVerdict
 from throttllem.profiling.storage import ARRAYS, TableFileError, load_table, save_table
 
 
@@ -31,11 +31,23 @@ def test_the_mark_of_a_measured_clock_axis_is_stored(
     assert load_table(path).clocks_measured is mark
 
 
+@pytest.mark.parametrize(
+    "verdict", [None, TableVerdict(faults=("a", "b"), accepted=True, seconds_error=0.1), TableVerdict(watts_error=0.2)]
+)
+def test_the_verdict_is_stored(
+    tmp_path: Path, tables: dict[int, PerformanceTable], verdict: TableVerdict | None
+) -> None:
+    path = tmp_path / "table.npz"
+    save_table(replace(tables[1], verdict=verdict), path)
+    assert load_table(path).verdict == verdict
+
+
 def as_version_2(path: Path) -> None:
     """The file as builds before version 3 wrote it, without the mark."""
     with np.load(path) as file:
         parts = dict(file)
     parts.pop("clocks_measured")
+    parts.pop("verdict")
     np.savez(path, **(parts | {"version": np.array(2)}))
 
 
@@ -88,12 +100,14 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("version", np.array(99), "table version 99, this is version 3"),
+        ("version", np.array(99), "table version 99, this is version 4"),
         ("hull", np.array([1, 2]), "damaged"),
         ("watts", np.ones((3, 17), dtype=np.float32), "watts has the shape"),
         ("seconds", np.ones((3, 17)), "seconds holds float64, not float32"),
         ("clocks_mhz", None, "damaged"),
         ("clocks_measured", None, "damaged"),
+        ("verdict", None, "damaged"),
+        ("verdict", np.array('{"faults": [], "wings": 2}'), "damaged"),
     ],
 )
 def test_parts_that_are_wrong(saved: Path, part: str, value: np.ndarray | None, message: str) -> None:

@@ -201,6 +201,7 @@ class _Part:
         if unknown := sorted(set(table.clocks_mhz) - set(gpu.clocks_mhz)):
             raise ValueError(f"{file}: was learned at {unknown[-1]} MHz, which {entry.gpu} does not have")
         if table.clocks_measured:
+            self._judged(entry, file, table)
             return table
         if entry.gpus is not None and (mode := self.options.clocks.mode) != "off":
             gpus = ",".join(entry.gpus)
@@ -212,6 +213,18 @@ class _Part:
             )
         log.warning("%s: the clock axis of this table was not measured: the clock stays at its maximum", file)
         return table.only_at(gpu.clocks_mhz[-1])
+
+    def _judged(self, entry: EngineEntry, file: Path, table: PerformanceTable) -> None:
+        """Refuse to set clocks by a table that `train` found wanting; warn of it where none is set."""
+        if table.verdict is None or table.verdict.sound:
+            return
+        faults = f"{file}: `train` found that no clock may be set by this table: {'; '.join(table.verdict.faults)}"
+        if entry.gpus is not None and self.options.clocks.mode == "on":
+            raise ValueError(
+                f"{faults}. Mend the profile and train again, or overrule the verdict, `throttllem train PROFILE --out "
+                f"{file.parent} --accept`; until then leave clocks alone, --clocks dry-run or off"
+            )
+        log.warning("%s", faults)
 
     def _predictor(self, first: EngineEntry) -> tuple[LengthPredictor, Path]:
         file = self.options.state_dir.expanduser() / f"lengths-{safe_name(called(first))}.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from throttllem.config import Options, ServerOptions
 from throttllem.core.clocks.policy import ClockPolicy
-from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.forecast.performance_table import PerformanceTable, TableVerdict
 from throttllem.core.options import ControllerOptions
 from throttllem.engines.base import Connected, EngineError
 from throttllem.files import WriteError, writable_dir
@@ -157,6 +157,8 @@ async def _engines(gateway: Gateway, options: Options, origins: dict[str, str]) 
             table = model.loop.controller.options.tables.get(backend.tp)
             if table is not None and not table.clocks_measured:
                 findings.append(_no_clock_axis(backend))
+            elif table is not None and backend.kind != "simulated":
+                findings.append(_judged(backend, table.verdict))
     try:
         check_apart(gateway.hardware)
     except ValueError as error:
@@ -274,6 +276,23 @@ def _no_clock_axis(backend: Backend) -> Finding:
         "of one clock): the clock stays at its maximum, and no saving is estimated; profile again with --gpus and "
         "--clocks",
     )
+
+
+def _judged(backend: Backend, verdict: TableVerdict | None) -> Finding:
+    """What `train` found of the engine's table."""
+    if verdict is None:
+        text = (
+            "its table was not judged (an earlier version trained it): `throttllem train` again says what it is worth"
+        )
+        return Finding(mark="--", text=f"engine {backend.name}: {text}")
+    errors = (("seconds", verdict.seconds_error), ("watts", verdict.watts_error))
+    known = [f"{name} {error:.1%} off" for name, error in errors if error is not None]
+    if not verdict.faults:
+        return Finding(mark="ok", text=f"engine {backend.name}: its table is sound: held-out {', '.join(known)}")
+    text = f"engine {backend.name}: of its table `train` found: {'; '.join(verdict.faults)}"
+    if verdict.accepted:
+        return Finding(mark="--", text=f"{text}; accepted with --accept")
+    return Finding(mark="!!", text=f"{text}; --clocks on refuses it")
 
 
 def _no_table(backend: Backend) -> Finding:

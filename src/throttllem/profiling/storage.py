@@ -5,6 +5,7 @@ Knows nothing of how a table is made, nor of where tables are stored.
 
 from __future__ import annotations
 
+import json
 import zipfile
 import zlib
 from dataclasses import asdict, fields
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from throttllem.core.forecast.performance_table import Hull, PerformanceTable
+from throttllem.core.forecast.performance_table import Hull, PerformanceTable, TableVerdict
 from throttllem.files import write_aside
 
 MARK = "throttllem performance table"
-VERSION = 3
+VERSION = 4
+UNJUDGED = 3
+"""The version before, without the verdict of `train`."""
 UNMARKED = 2
-"""The version before, which does not record whether the clock axis was measured."""
+"""The version before that, which does not record whether the clock axis was measured."""
 ARRAYS = {
     "batch_bin": np.int32,
     "kv_bin": np.int32,
@@ -45,6 +48,7 @@ def save_table(table: PerformanceTable, path: Path) -> None:
             clocks_mhz=clocks,
             clocks_measured=np.array(table.clocks_measured),
             hull=hull,
+            verdict=np.array(json.dumps(None if table.verdict is None else asdict(table.verdict))),
             **arrays,
         )
 
@@ -69,7 +73,7 @@ def _table(path: Path, parts: dict[str, np.ndarray]) -> PerformanceTable:
     if str(parts.get("mark")) != MARK:
         raise TableFileError(f"{path}: not a performance table of throttllem")
     version = int(parts["version"])
-    if version not in (UNMARKED, VERSION):
+    if version not in (UNMARKED, UNJUDGED, VERSION):
         raise TableFileError(f"{path}: table version {version}, this is version {VERSION}; bake it again")
     for name, dtype in ARRAYS.items():
         if parts[name].dtype != dtype:
@@ -79,8 +83,14 @@ def _table(path: Path, parts: dict[str, np.ndarray]) -> PerformanceTable:
         clocks_mhz=tuple(int(clock) for clock in parts["clocks_mhz"]),
         hull=Hull(**{name: int(value) for name, value in zip(names, parts["hull"], strict=True)}),
         clocks_measured=_depend_on_clock(parts["seconds"]) if version == UNMARKED else bool(parts["clocks_measured"]),
+        verdict=_verdict(parts["verdict"]) if version == VERSION else None,
         **{name: parts[name] for name in ARRAYS},
     )
+
+
+def _verdict(text: np.ndarray) -> TableVerdict | None:
+    found = json.loads(str(text))
+    return None if found is None else TableVerdict(**(found | {"faults": tuple(found["faults"])}))
 
 
 def _depend_on_clock(seconds: np.ndarray) -> bool:

@@ -78,9 +78,9 @@ def _now():
     return asyncio.get_running_loop().time()
 
 
-def modelled(gpu, clocks=CLOCKS):
+def modelled(gpu, clocks=CLOCKS, law=None):
     """A device whose watts are modelled."""
-    law = Law()
+    law = law or Law()
     return Device(
         gpu=gpu,
         clocks_mhz=clocks,

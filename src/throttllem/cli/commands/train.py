@@ -1,25 +1,39 @@
-"""`throttllem train`: performance tables from a profile."""
+"""`throttllem train`: performance tables from a profile, and a verdict on them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from throttllem.cli.arguments import Config, Extra, Setting, load
 from throttllem.cli.progress import progress
 
+if TYPE_CHECKING:
+    from throttllem.core.forecast.performance_table import TableVerdict
+
+BELOW = 1
+"""Exit code of tables that no clock may be set by."""
+
 
 def train(
     profile_file: Annotated[Path, typer.Argument(metavar="PROFILE", help="What `profile` wrote, or a real engine's.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the tables and score_card.json.")],
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Overrule the verdict: clocks may be set by these tables all the same.")
+    ] = False,
     catalogue: Extra = None,
     config: Config = None,
     setting: Setting = None,
 ) -> None:
-    """Train the performance model on a profile: a table for each engine size, and a score card."""
+    """Train the performance model on a profile: a table for each engine size, a score card and a verdict.
+
+    Exit code 1: no clock may be set by a table (docs/profile-format.md); it is written all the same.
+    """
     options = load(setting, config, {"catalogue": ("--catalogue", catalogue)}).options
+    from dataclasses import replace
+
     from rich.console import Console
 
     from throttllem.engines.simulated.fleet import build_fleet
@@ -30,6 +44,7 @@ def train(
     from throttllem.profiling.score import score_profile, score_table, write_score_card
     from throttllem.profiling.storage import save_table
     from throttllem.profiling.train import train as train_trees
+    from throttllem.profiling.verdict import judge
 
     frame = read_profile(profile_file)
     ensure_writable_dir(out)
@@ -39,10 +54,12 @@ def train(
     with progress("training") as report:
         trained = train_trees(frame)
         report("training", 0.2)
-        for tp in fleet.sizes:
-            save_table(bake(trained, spec_of(frame, fleet.specs[tp])), out / f"table-tp{tp}.npz")
+        tables = {tp: bake(trained, spec_of(frame, fleet.specs[tp])) for tp in fleet.sizes}
         report("scoring", 0.3)
         card = score_profile(frame, on_progress=lambda done, total: report("scoring", 0.3 + 0.7 * done / total))
+    verdicts = {tp: judge(frame, card, fleet.physics[tp], accept=accept) for tp in fleet.sizes}
+    for tp, verdict in verdicts.items():
+        save_table(replace(tables[tp], verdict=verdict), out / f"table-tp{tp}.npz")
     write_score_card(card, out / "score_card.json")
     Console().print(score_table(card) if card.scores else "too few rows to hold any out: there are no scores")
     Console().print(f"tables and score_card.json in {out}")
@@ -52,3 +69,20 @@ def train(
             "with this table `serve` stays at the maximum clock, and refuses to set clocks of GPUs, also in a dry run; "
             "for that, profile again with --gpus and --clocks"
         )
+    for tp, verdict in verdicts.items():
+        _say(tp, verdict)
+    if not all(verdict.sound for verdict in verdicts.values()):
+        raise typer.Exit(BELOW)
+
+
+def _say(tp: int, verdict: TableVerdict) -> None:
+    """The verdict in words."""
+    if not verdict.faults:
+        typer.echo(f"verdict, tp {tp}: sound")
+        return
+    ending = "accepted with --accept: clocks may be set by it all the same"
+    if not verdict.accepted:
+        ending = "`serve --clocks on` refuses this table: mend the profile, or overrule the verdict with --accept"
+    for fault in verdict.faults:
+        typer.echo(f"verdict, tp {tp}: {fault}")
+    typer.echo(f"verdict, tp {tp}: {ending}")

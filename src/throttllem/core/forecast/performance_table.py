@@ -35,6 +35,23 @@ class Hull:
     max_prefill_tokens: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableVerdict:
+    """What `train` found of a table. `faults` are the reasons why no clock of a GPU may be set by it, `accepted`: the
+    user overruled them. The errors are mean relative ones of held-out rows (0.05 = 5 %; None: none could be held out).
+    """
+
+    faults: tuple[str, ...] = ()
+    accepted: bool = False
+    seconds_error: float | None = None
+    watts_error: float | None = None
+
+    @property
+    def sound(self) -> bool:
+        """Whether clocks may be set by the table."""
+        return self.accepted or not self.faults
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PerformanceTable:
     """What one engine size needs per iteration: one row per cell, one column per clock; C clocks, ascending.
@@ -43,8 +60,9 @@ class PerformanceTable:
     in the iteration, 0 to the budget) give the bin of each value: from 0, rising by at most one. `seconds` and `watts`
     (of all GPUs of the engine) have the shape (cells, C), cell = (prefill bin * batch bins + batch bin) * KV bins + KV
     bin. Batch counts decoding sequences and prompts being prefilled. `clocks_measured` False: the clock axis was not
-    measured, so no clock may be chosen by it. `limit_mhz`: the GPUs are held down to that clock; `base` is the table
-    without it. Raises ValueError where the parts do not fit together.
+    measured, so no clock may be chosen by it. `verdict`: what `train` found of it (None: it was not judged).
+    `limit_mhz`: the GPUs are held down to that clock; `base` is the table without it. Raises ValueError where the
+    parts do not fit together.
     """
 
     clocks_mhz: tuple[int, ...]
@@ -55,6 +73,7 @@ class PerformanceTable:
     watts: Steps
     hull: Hull
     clocks_measured: bool = True
+    verdict: TableVerdict | None = None
     limit_mhz: int | None = field(default=None, init=False)
     base: PerformanceTable | None = field(default=None, init=False, repr=False)
     _slowest: Steps = field(init=False, repr=False)

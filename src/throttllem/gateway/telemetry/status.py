@@ -170,6 +170,10 @@ def assumptions(loop: ControlLoop, backend: Backend) -> tuple[str, ...]:
             "no performance table: GPUs stay at the maximum clock, and requests are admitted without checking SLOs "
             "(throttllem profile, train, --tables)"
         )
+    table = options.tables.get(backend.tp)
+    if table is not None and table.verdict is not None and table.verdict.faults:
+        overruled = "accepted with --accept" if table.verdict.accepted else "--clocks on refuses it"
+        notes.append(f"of the performance table `train` found: {'; '.join(table.verdict.faults)} ({overruled})")
     return tuple(notes)
 
 

@@ -1,0 +1,72 @@
+"""A table that `train` found wanting: `on` refuses it unless it was accepted, a dry run warns, `--check` shows it."""
+
+import dataclasses
+import logging
+import time
+
+import pytest
+
+from gateway.test_build import trained
+from gateway.test_check import found, text_of
+from throttllem.config import ClockOptions, EngineEntry, Options
+from throttllem.core.forecast.performance_table import TableVerdict
+from throttllem.gateway.build import build_gateway
+from throttllem.gateway.telemetry.status import assumptions
+from throttllem.profiling.storage import load_table, save_table
+
+FAULT = "column watts looks like milliwatts"
+BELOW, ACCEPTED = TableVerdict(faults=(FAULT,)), TableVerdict(faults=(FAULT,), accepted=True)
+SOUND = TableVerdict(seconds_error=0.04, watts_error=0.02)
+
+
+def entry(tmp_path, verdict):
+    file = trained(tmp_path) / "table-tp1.npz"
+    save_table(dataclasses.replace(load_table(file), verdict=verdict), file)
+    return EngineEntry(kind="openai", url="http://127.0.0.1:9", gpus=("0",), tables=tmp_path)
+
+
+def built(tmp_path, verdict, mode):
+    options = Options(engines=(entry(tmp_path, verdict),), clocks=ClockOptions(mode=mode), state_dir=tmp_path / "state")
+    return build_gateway(options, tmp_path / "cache", version="1", now=time.monotonic, learn=False)
+
+
+def test_on_refuses_it_and_says_how_to_overrule(tmp_path):
+    with pytest.raises(ValueError, match=f"no clock may be set by this table: {FAULT}") as raised:
+        built(tmp_path, BELOW, "on")
+    for part in (str(tmp_path / "table-tp1.npz"), "--accept", "--clocks dry-run"):
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "mode", "warned"),
+    [
+        (BELOW, "dry-run", True),
+        (BELOW, "off", True),
+        (ACCEPTED, "on", False),
+        (SOUND, "on", False),
+        (None, "on", False),
+    ],
+)
+def test_what_is_served_and_what_is_warned_of(tmp_path, caplog, verdict, mode, warned):
+    with caplog.at_level(logging.WARNING):
+        (served,) = built(tmp_path, verdict, mode).models.served
+    assert (FAULT in caplog.text) == warned
+    noted = any(FAULT in note for note in assumptions(served.loop, served.loop.backends[0]))
+    assert noted == (verdict in (BELOW, ACCEPTED))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "mode", "line"),
+    [
+        (BELOW, "on", "!! "),
+        (BELOW, "dry-run", "!! engine openai-llama-3-8b-tp1: of its table `train` found: column watts"),
+        (ACCEPTED, "on", "accepted with --accept"),
+        (SOUND, "on", "ok engine openai-llama-3-8b-tp1: its table is sound: held-out seconds 4.0% off, watts 2.0% off"),
+        (None, "on", "-- engine openai-llama-3-8b-tp1: its table was not judged"),
+    ],
+)
+def test_check_shows_it(tmp_path, verdict, mode, line):
+    findings = found(tmp_path, engines=(entry(tmp_path, verdict),), clocks=ClockOptions(mode=mode))
+    assert line in text_of(findings)
+    refused = any(each.fatal and FAULT in each.text for each in findings)
+    assert refused == (verdict is BELOW and mode == "on")
