@@ -53,11 +53,13 @@ class Peer:
     """An HTTP server that answers as a Triton did, to `generate_stream` with `script`.
 
     A float in the script is a pause, None breaks off the connection. Requests are recorded in `asked`.
+    The first pages of metrics are those of `early_pages`.
     """
 
     def __init__(self):
         self.script = [event(text_output=text) for text in (" one", " two", " three")]
         self.status, self.ready, self.config = 200, 200, CONFIG
+        self.early_pages = []
         self.asked = []
         self.gone = asyncio.Event()
 
@@ -88,7 +90,7 @@ class Peer:
             case "/v2":
                 return web.json_response({"name": "triton", "version": "2.51.0"})
             case "/metrics":
-                return web.Response(body=PAGE)
+                return web.Response(body=self.early_pages.pop(0) if self.early_pages else PAGE)
         return web.json_response({"error": "Not Found"}, status=404)
 
 

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from engines.triton_peer import SPEC, answer, call, triton
+from engines.triton_peer import PAGE, SPEC, answer, call, triton
 from throttllem.engines.base import EngineError
 from throttllem.openai_api.requests import CHAT, COMPLETIONS, ParsedRequest
 
@@ -19,6 +19,16 @@ def test_connect_reads_the_model():
     assert (spec.kv_blocks, spec.block_tokens, spec.max_batch) == (6239, 32, 512)
     assert (spec.max_context_tokens, spec.no_evict, spec.clocks_mhz) == (4096, True, SPEC.clocks_mhz)
     assert len(connected.notes) == 2  # template, tokenizer
+
+
+@pytest.mark.parametrize("early", [b"", PAGE.replace(b" 6239", b" 0")])
+def test_connect_waits_for_the_first_numbers_of_a_model_that_is_ready(early):
+    async def run():
+        async with triton(measured=True) as (peer, engine):
+            peer.early_pages = [early]
+            return await engine.connect()
+
+    assert asyncio.run(run()).spec.kv_blocks == 6239
 
 
 def test_connect_without_configuration_or_metrics_notes_what_it_assumes():

@@ -49,6 +49,7 @@ SCHEDULER_MODEL = "tensorrt_llm"
 FAILURES = 3
 """Checks in a row that must fail before the engine counts as gone."""
 CHECK_S = 2.0
+CAPACITIES_S = 2.0
 _PASSED_HEADERS = frozenset({"authorization", "x-request-id", "traceparent", "tracestate"})
 
 
@@ -84,7 +85,7 @@ class TritonEngine:
         config = await self._object(f"{self._base}/config")
         scheduler = await self._object(f"/v2/models/{SCHEDULER_MODEL}/config")
         self._facts = model_facts(config or {})
-        measured = await self._scrape()
+        measured = await self._capacities()
         batching = model_facts(scheduler or config or {})
         spec, notes = engine_spec(self._spec, self._options, batching, measured or Metrics())
         if config is None:
@@ -160,6 +161,18 @@ class TritonEngine:
             found = from_json(body) if status == 200 else None
             return found if isinstance(found, dict) else None
         return None
+
+    async def _capacities(self) -> Metrics | None:
+        """The metrics once they state the KV cache; what there is after CAPACITIES_S. None as for `_scrape`.
+
+        A model is ready before its first numbers are on the page of metrics.
+        """
+        end_s = time.monotonic() + CAPACITIES_S
+        measured = await self._scrape()
+        while self._metrics is not None and not (measured and measured.kv_blocks) and time.monotonic() < end_s:
+            await asyncio.sleep(0.1)
+            measured = await self._scrape()
+        return measured
 
     async def _scrape(self) -> Metrics | None:
         """The metrics; None where none are configured, or they cannot be read now."""
