@@ -182,27 +182,40 @@ class ClockOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthOptions:
-    """How output lengths are predicted: a gateway learns them, a simulation knows them from its trace."""
+    """How output lengths are predicted: online, as requests finish, in a gateway and in a simulation alike."""
 
     predictor: Literal["online", "oracle", "max-tokens"] | None = None
-    """`online` learns from finished requests (the default of `serve`), `oracle` reads the trace (the default of
-    `simulate`), `max-tokens` takes the request's limit."""
+    """`online` learns from finished requests (the default), `max-tokens` takes the request's limit, and `oracle`, which
+    only a simulation has, reads them from the trace."""
     exceed: float = 0.1
     """Fraction of outputs that may be longer than `online` predicts."""
-    p95_error: float = 0.0
-    """Relative error of `oracle` at p95."""
+    p95_error: float | None = None
+    """Relative error of `oracle` at p95, 0 without; a simulation that is given one takes `oracle`."""
     inflation: float | None = None
-    """Factor on every prediction in a simulation. Without it 1 + `p95_error`: the paper inflates, and leaves open by
-    how much."""
+    """Factor on the predictions of `oracle`. Without it 1 + `p95_error`: the paper inflates, and leaves open by how
+    much."""
 
     def __post_init__(self) -> None:
-        check("length", exceed=(self.exceed, 0.001, 0.5), p95_error=(self.p95_error, 0, 0.99))
+        check("length", exceed=(self.exceed, 0.001, 0.5), p95_error=(self.error, 0, 0.99))
         check("length", inflation=(self.factor, 0.1, 100))
+        if self.p95_error is not None and self.predictor not in (None, "oracle"):
+            problem = f"only the oracle has such an error; leave it out, or length.predictor = {self.predictor}"
+            raise OptionError("length", "p95_error", f"{self.p95_error:g}", problem)
+
+    @property
+    def simulated(self) -> Literal["online", "oracle", "max-tokens"]:
+        """The predictor of a simulation."""
+        return self.predictor or ("online" if self.p95_error is None else "oracle")
+
+    @property
+    def error(self) -> float:
+        """Relative error of the oracle at p95."""
+        return self.p95_error or 0.0
 
     @property
     def factor(self) -> float:
-        """Factor on every prediction in a simulation."""
-        return 1.0 + self.p95_error if self.inflation is None else self.inflation
+        """Factor on the oracle's predictions."""
+        return 1.0 + self.error if self.inflation is None else self.inflation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,6 +283,21 @@ class Noise:
         check("noise", time=(self.time, 0, 1), power=(self.power, 0, 1))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostOptions:
+    """What energy comes to in reports: CO2 and money of a kWh."""
+
+    co2_g_per_kwh: float = 445.0
+    """Grams of CO2 of a kWh. The default is the world average of 2024 (IEA, Electricity 2025)."""
+    price_per_kwh: float = 0.08
+    """Price of a kWh in `currency`. The default is what U.S. industry paid in 2023 on average (EIA: 8.06 cents)."""
+    currency: str = "USD"
+    """Name of the currency."""
+
+    def __post_init__(self) -> None:
+        check("cost", co2_g_per_kwh=(self.co2_g_per_kwh, 0, 5000), price_per_kwh=(self.price_per_kwh, 0, 1e6))
+
+
 class Options(BaseSettings):
     """Options that belong to no section."""
 
@@ -298,6 +326,7 @@ class Options(BaseSettings):
     recorder: RecorderOptions = RecorderOptions()
     batching: BatchingOptions = BatchingOptions()
     noise: Noise = Noise()
+    cost: CostOptions = CostOptions()
     state_dir: Path = Path("~/.local/state/throttllem")
     """Folder for what survives a restart of the gateway: learned output lengths, and the flight recorder's files."""
     cache_dir: Path = Path("~/.cache/throttllem")

@@ -55,7 +55,8 @@ BAD = [
     (["--set", "throttle.dwell_s=soon"], ["--set: throttle.dwell_s = 'soon'", "number"]),
     (["--set", "throttle.policy=triton"], ["throttle.policy follows from policy"]),
     (["--set", "throttle.margin"], ["section.name=value"]),
-    (["--set", "length.predictor=online"], ["--set: length.predictor = online", "use oracle"]),
+    (["--lengths", "orakle"], ["--lengths: length.predictor = 'orakle'", "online"]),
+    (["--lengths", "online", "--length-error", "0.3"], ["length.p95_error = 0.3", "only the oracle"]),
     (["--set", "throttle.replan_s=0"], ["throttle.replan_s = 0", "between 0.01"]),
     (["--set", "throttle.margin=5"], ["throttle.margin = 5"]),
     (["--set", "admission.patience=-1"], ["admission.patience = -1"]),
@@ -101,11 +102,14 @@ def test_json_follows_the_contract_and_the_seed(monkeypatch, capsys):
         assert entry["completed"] + entry["rejected"] == entry["requests"] > 20
         assert entry["tokens_per_joule"] == pytest.approx(entry["generated_tokens"] / entry["energy_j"])
         assert 0 < entry["idle_energy_j"] < entry["energy_j"]
-        assert set(entry["e2e_s"]) == {"mean", "p50", "p90", "p99"}
+        assert set(entry["e2e_s"]) == {"mean", "p50", "p90", "p95", "p99"}
         assert entry["slo"]["tbt_s"] == 0.2
         assert entry["sizes"] == [[0.0, 4]]
     assert content["runs"][3]["mean_clock_mhz"] == pytest.approx(1050, abs=60)
-    assert "less energy than triton" in capsys.readouterr().out
+    assert content["runs"][0]["cost"]["kwh"] == pytest.approx(content["runs"][0]["energy_j"] / 3.6e6)
+    assert content["basis"]["lengths"] == "online"
+    first = capsys.readouterr().out.lstrip()
+    assert first.startswith("Simulated") and "predicted online" in " ".join(first.split())[:200]
 
 
 @pytest.mark.slow
@@ -173,7 +177,7 @@ def test_one_configuration_for_every_command(monkeypatch):
     scenario = json.loads(Path("a.json").read_text())["scenario"]
     assert scenario["slo"] == {"e2e_s": 7.0, "tbt_s": 0.2, "ttft_s": None}
     options = scenario["options"]
-    assert set(options) == {"throttle", "admission", "autoscale", "length", "batching", "noise"}
+    assert set(options) == {"throttle", "admission", "autoscale", "length", "batching", "noise", "cost"}
     assert (options["batching"]["max_batch"], options["noise"]["time"], options["throttle"]["margin"]) == (8, 0, 0.1)
 
 

@@ -85,7 +85,13 @@ def test_the_reach_of_a_whole_simulation() -> None:
     four, eight = (reach(EnginePhysics(gpu, model, tp), 1200) for tp in (4, 8))
     assert four["seconds"]["kind"] == four["watts"]["kind"] == "calibrated"
     assert four["seconds"]["below_top"] == "the clock's effect at tp 4 (fitted at 1)"
-    assert four["watts"] == {"kind": "calibrated", "why": "", "clocks_mhz": [990, 1410], "below_top": ""}
+    assert four["watts"] == {
+        "kind": "calibrated",
+        "why": "",
+        "clocks_mhz": [990, 1410],
+        "below_top": "",
+        "error": None,
+    }
     assert eight["watts"]["kind"] == "modelled"
     assert eight["watts"]["why"] == "tp 8 is not among 4"
     assert "context 3000 (fitted up to 1300)" in str(reach(EnginePhysics(gpu, model, 4), 3000)["seconds"]["below_top"])

@@ -19,7 +19,7 @@ BINS = 240
 
 
 def quantiles(mean: float) -> Quantiles:
-    return Quantiles(mean=mean, p50=0.9 * mean, p90=1.6 * mean, p99=2.4 * mean)
+    return Quantiles(mean=mean, p50=0.9 * mean, p90=1.6 * mean, p95=1.9 * mean, p99=2.4 * mean)
 
 
 def slo(attainment: float) -> SloOutcome:

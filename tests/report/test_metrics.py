@@ -12,15 +12,16 @@ TRITON = make_run("triton", attainment=0.989)
 def test_a_saving_is_stated_with_the_factor() -> None:
     run = make_run("throttllem", energy=0.688, attainment=0.987)
     assert verdict(run, TRITON) == (
-        "throttllem: 31.2 % less energy than triton, 1.45x tokens per joule, attainment 98.7 % (triton 98.9 %)"
+        "throttllem: simulated energy 31.2 % (±1.4) below triton's, 1.45x tokens per joule, attainment 98.7 % "
+        "(triton 98.9 %)"
     )
 
 
 def test_a_worse_run_is_stated_in_every_respect() -> None:
     run = make_run("fixed:600", energy=1.04, attainment=0.912, rejected=41)
     assert verdict(run, TRITON) == (
-        "fixed:600: 4.0 % more energy than triton, 0.94x tokens per joule, attainment 91.2 % (triton 98.9 %); "
-        "but meets fewer SLOs (7.7 points below triton) and completed 41 requests fewer"
+        "fixed:600: simulated energy 4.0 % (±0.2) above triton's, 0.94x tokens per joule, attainment 91.2 % "
+        "(triton 98.9 %); but meets fewer SLOs (7.7 points below triton) and completed 41 requests fewer"
     )
 
 
@@ -31,12 +32,14 @@ def test_a_saving_names_the_requests_that_were_not_completed() -> None:
 @pytest.mark.parametrize("energy", [1.0, 1.0004, 0.9996])
 def test_equal_is_neither_less_nor_more(energy: float) -> None:
     sentence = verdict(make_run("throttllem", energy=energy), TRITON)
-    assert "the same energy as triton, 1.00x" in sentence
+    assert "the same simulated energy as triton, 1.00x" in sentence
     assert "but" not in sentence
 
 
 def test_the_baseline_is_not_compared_with_itself() -> None:
-    assert verdict(TRITON, TRITON) == ("triton: the baseline, 612.0 kJ, 0.690 tokens per joule, attainment 98.9 %")
+    assert verdict(TRITON, TRITON) == (
+        "triton: the baseline, 612.0 kJ simulated, 0.690 tokens per joule, attainment 98.9 %"
+    )
 
 
 def test_half_a_point_is_the_slack_and_no_more() -> None:
@@ -49,7 +52,7 @@ def test_a_baseline_without_energy_is_not_divided_by() -> None:
     run = make_run("throttllem", energy=0.5)
     assert saved(run, nothing) is None
     assert gain(run, nothing) is None
-    assert verdict(run, nothing).startswith("throttllem: 306.0 kJ (triton used none), attainment")
+    assert verdict(run, nothing).startswith("throttllem: 306.0 kJ simulated (triton used none), attainment")
 
 
 def test_which_run_is_the_baseline() -> None:

@@ -82,6 +82,9 @@ def test_it_holds_every_policy_plotly_once_and_stays_small(tmp_path: Path, monke
     assert "azure-conv-like:seconds=1800" in text
     assert "versions.numpy" in text
     assert "41 because the queue is full" in text
+    above = text.split("Plots")[0]
+    assert "simulated" in above and "Nothing: no request was served, and no clock was set." in above
+    assert "less energy" not in text
 
 
 def test_the_same_runs_make_the_same_bytes(tmp_path: Path) -> None:

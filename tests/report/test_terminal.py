@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from throttllem.report.terminal import results_table, show_results
+from throttllem.config import CostOptions
+from throttllem.report.terminal import results_tables, show_results
 
 from .factory import make_run, make_runs
 
@@ -40,7 +41,8 @@ def test_the_basis_of_the_simulated_gpu(reach: dict[str, object], said: str) -> 
 
 def show(width: int, runs: list) -> list[str]:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    console.print(results_table(runs, width=width))
+    for table in results_tables(runs, CostOptions(), width=width):
+        console.print(table)
     return console.file.getvalue().splitlines()
 
 
@@ -65,7 +67,7 @@ def test_the_saving_and_the_loss_are_signed() -> None:
 
 def test_omitted_figures_are_named_and_a_wide_terminal_omits_none() -> None:
     narrow, wide = (" ".join(" ".join(show(width, make_runs())).split()) for width in (80, 200))
-    assert "No room for: idle kJ" in narrow
+    assert "No room for: of it with no request running, kJ" in narrow
     assert "No room for" not in wide
 
 
@@ -74,9 +76,9 @@ def test_markup_in_a_name_is_only_text() -> None:
 
 
 def test_violated_slos_and_rejections_are_marked() -> None:
-    table = results_table(make_runs(), width=200)
     marked = [
         cell.plain
+        for table in results_tables(make_runs(), CostOptions(), width=200)
         for column in table.columns
         for cell in list(column.cells)
         if not isinstance(cell, str) and "red" in str(cell.style)

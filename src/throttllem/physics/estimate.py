@@ -49,7 +49,8 @@ def reach(physics: EnginePhysics, context_tokens: int) -> dict[str, dict[str, ob
     """The basis of a simulation of this engine, of "seconds" and "watts", for requests of about `context_tokens`.
 
     `kind` of the law at the top clock, `why` if it is modelled; `clocks_mhz` [from, to] of its range; `below_top`: the
-    part of the clock's effect that is modelled within that range.
+    part of the clock's effect that is modelled within that range. `error`: held out of the fit, at clocks below the top
+    where those were fitted apart (median, relative; None: not known).
     """
     bases = {"seconds": physics.gpu.time_basis, "watts": physics.gpu.power_basis}
     return {figure: _reach(basis, physics, context_tokens) for figure, basis in bases.items()}
@@ -63,6 +64,7 @@ def _reach(basis: Basis, physics: EnginePhysics, context_tokens: int) -> dict[st
         "why": "; ".join(at_top),
         "clocks_mhz": [basis.clock_min_mhz, basis.clock_max_mhz],
         "below_top": "; ".join(below),
+        "error": None if at_top else (basis.below_top or basis).median_error,
     }
 
 

@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from throttllem.config import CostOptions
+from throttllem.report.certainty import saving_interval
+from throttllem.report.cost import Cost, cost
 from throttllem.sim.result import ProjectionError, RunResult, SloOutcome
 
 ABSENT = "–"
@@ -44,6 +47,13 @@ def milliseconds(value_s: float | None) -> str:
 def percent(fraction: float | None, *, decimals: int = 1) -> str:
     """A fraction in per cent, without the sign."""
     return ABSENT if fraction is None else f"{fraction * 100:.{decimals}f}"
+
+
+def amount(value: float | None) -> str:
+    """A positive quantity with three significant digits."""
+    if value is None:
+        return ABSENT
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}" if value else "0"
 
 
 def change(fraction_saved: float | None) -> str:
@@ -94,20 +104,25 @@ def slo_met(run: RunResult, baseline: RunResult) -> bool:
 
 
 def verdict(run: RunResult, baseline: RunResult) -> str:
-    """One sentence: energy, tokens per joule and attainment against the baseline, and what the saving cost."""
+    """One sentence: energy, tokens per joule and attainment against the baseline, and what the saving cost. A
+    simulation saves nothing, so it says how the simulated energies differ.
+    """
     attainment = f"attainment {percent(run.slo.attainment)} %"
     if run is baseline:
         return (
-            f"{run.policy}: the baseline, {run.energy_j / 1e3:,.1f} kJ, "
+            f"{run.policy}: the baseline, {run.energy_j / 1e3:,.1f} kJ simulated, "
             f"{run.tokens_per_joule:.3f} tokens per joule, {attainment}"
         )
     fraction, ratio = saved(run, baseline), gain(run, baseline)
     if fraction is None:
-        energy = f"{run.energy_j / 1e3:,.1f} kJ ({baseline.policy} used none)"
+        energy = f"{run.energy_j / 1e3:,.1f} kJ simulated ({baseline.policy} used none)"
     elif abs(fraction) < _SAME_ENERGY:
-        energy = f"the same energy as {baseline.policy}"
+        energy = f"the same simulated energy as {baseline.policy}"
     else:
-        energy = f"{percent(abs(fraction))} % {'less' if fraction > 0 else 'more'} energy than {baseline.policy}"
+        side = "below" if fraction > 0 else "above"
+        interval = saving_interval(run, baseline)
+        chance = f" (±{interval[0] * 100:.1f})" if interval else ""
+        energy = f"simulated energy {percent(abs(fraction))} %{chance} {side} {baseline.policy}'s"
     parts = [
         f"{run.policy}: {energy}",
         *([] if ratio is None else [f"{ratio:.2f}x tokens per joule"]),
@@ -137,7 +152,7 @@ class Tone(StrEnum):
 class Metric:
     """One figure of a run. `header` is the terminal's (two lines), `title` the page's.
 
-    The terminal always shows rank 0, and omits the highest ranks first.
+    The terminal always shows rank 0, and omits the highest ranks first. It has a table for each of `TABLES`.
     """
 
     group: str
@@ -160,18 +175,30 @@ def _gain_text(run: RunResult, baseline: RunResult) -> str:
     return ABSENT if run is baseline or ratio is None else f"{ratio:.2f}x"
 
 
-def _e2e_tone(run: RunResult, _: RunResult) -> Tone:
-    if run.slo.e2e_s is None or run.e2e_s.p99 is None:
-        return Tone.PLAIN
-    return Tone.BAD if run.e2e_s.p99 > run.slo.e2e_s else Tone.GOOD
+def _late(found: str, slo: str) -> Callable[[RunResult, RunResult], Tone]:
+    """Whether the p99 of a quantity is within its SLO."""
+
+    def tone(run: RunResult, _: RunResult) -> Tone:
+        p99_s, limit_s = getattr(run, found).p99, getattr(run.slo, slo)
+        if limit_s is None or p99_s is None:
+            return Tone.PLAIN
+        return Tone.BAD if p99_s > limit_s else Tone.GOOD
+
+    return tone
 
 
 def _energy(title: str, header: str, rank: int, text: Callable[[RunResult], str]) -> Metric:
     return Metric(group="Energy", title=title, header=header, rank=rank, text=lambda run, _: text(run))
 
 
-def _latency(title: str, header: str, rank: int, text: Callable[[RunResult], str]) -> Metric:
-    return Metric(group="Latency", title=title, header=header, rank=rank, text=lambda run, _: text(run))
+def _latency(
+    title: str,
+    header: str,
+    rank: int,
+    text: Callable[[RunResult], str],
+    tone: Callable[[RunResult, RunResult], Tone] = lambda *_: Tone.PLAIN,
+) -> Metric:
+    return Metric(group="Latency", title=title, header=header, rank=rank, text=lambda run, _: text(run), tone=tone)
 
 
 def _count(title: str, header: str, rank: int, count: Callable[[RunResult], int], *, bad: bool = False) -> Metric:
@@ -195,7 +222,9 @@ def _projection(what: str, rank: int, of: Callable[[ProjectionError], float]) ->
     )
 
 
-GROUPS = ("Energy", "SLOs", "Latency", "Requests", "Controller")
+GROUPS = ("Energy", "SLOs", "Latency", "Cost", "Requests", "Controller")
+TABLES = (("Energy", "SLOs", "Requests", "Controller"), ("Latency",), ("Cost",))
+"""Groups that share one table of the terminal."""
 METRICS: tuple[Metric, ...] = (
     _energy("Energy, kJ", "energy\nkJ", 0, lambda run: kilojoules(run.energy_j)),
     Metric(
@@ -226,18 +255,16 @@ METRICS: tuple[Metric, ...] = (
         text=lambda run, _: percent(run.slo.attainment),
         tone=lambda run, baseline: Tone.PLAIN if slo_met(run, baseline) else Tone.BAD,
     ),
-    Metric(
-        group="Latency",
-        title="E2E p99, s",
-        header="E2E\np99 s",
-        rank=0,
-        text=lambda run, _: seconds(run.e2e_s.p99),
-        tone=_e2e_tone,
-    ),
-    _latency("TPOT, mean, ms", "TPOT\nms", 3, lambda run: milliseconds(run.tpot_s.mean)),
+    _latency("TTFT p50, s", "TTFT s\np50", 0, lambda run: seconds(run.ttft_s.p50)),
+    _latency("TTFT p95, s", "\np95", 0, lambda run: seconds(run.ttft_s.p95)),
+    _latency("TTFT p99, s", "\np99", 0, lambda run: seconds(run.ttft_s.p99), _late("ttft_s", "ttft_s")),
+    _latency("TPOT p50, ms", "TPOT ms\np50", 0, lambda run: milliseconds(run.tpot_s.p50)),
+    _latency("TPOT p95, ms", "\np95", 0, lambda run: milliseconds(run.tpot_s.p95)),
+    _latency("TPOT p99, ms", "\np99", 0, lambda run: milliseconds(run.tpot_s.p99), _late("tpot_s", "tbt_s")),
+    _latency("E2E p50, s", "E2E s\np50", 0, lambda run: seconds(run.e2e_s.p50)),
+    _latency("E2E p95, s", "\np95", 0, lambda run: seconds(run.e2e_s.p95)),
+    _latency("E2E p99, s", "\np99", 0, lambda run: seconds(run.e2e_s.p99), _late("e2e_s", "e2e_s")),
     _latency("TBT (single gaps) p99, ms", "TBT99\nms", 5, lambda run: milliseconds(run.tbt_s.p99)),
-    _latency("TTFT p50, s", "TTFT\np50 s", 9, lambda run: seconds(run.ttft_s.p50)),
-    _latency("TTFT p99, s", "TTFT\np99 s", 6, lambda run: seconds(run.ttft_s.p99)),
     _latency("Queue p99, s", "queue\np99 s", 12, lambda run: seconds(run.queue_s.p99)),
     _count("Completed", "\ndone", 7, lambda run: run.completed),
     _count("Rejected", "re-\nject", 2, lambda run: run.rejected, bad=True),
@@ -253,3 +280,30 @@ METRICS: tuple[Metric, ...] = (
         text=lambda run, _: ABSENT if run.decision_s.p99 is None else f"{run.decision_s.p99 * 1e3:.2f}",
     ),
 )
+
+
+def metrics(options: CostOptions) -> tuple[Metric, ...]:
+    """Every metric, with the cost by these factors."""
+
+    def of(title: str, header: str, rank: int, value: Callable[[Cost], float | None]) -> Metric:
+        return Metric(
+            group="Cost",
+            title=title,
+            header=header,
+            rank=rank,
+            text=lambda run, _: amount(value(cost(run, options))),
+        )
+
+    money = options.currency
+    costs = (
+        of("Energy, kWh", "\nkWh", 0, lambda of: of.kwh),
+        of("CO2, kg", "CO2\nkg", 0, lambda of: of.co2_kg),
+        of(f"Cost, {money}", f"cost\n{money}", 0, lambda of: of.price),
+        of("kWh per million generated tokens", "kWh\n/M tok", 0, lambda of: of.kwh_per_million_tokens),
+        of("g CO2 per million generated tokens", "g CO2\n/M tok", 3, lambda of: of.co2_g_per_million_tokens),
+        of(f"{money} per million generated tokens", f"{money}\n/M tok", 0, lambda of: of.price_per_million_tokens),
+        of("kWh per year of this load", "kWh\n/year", 0, lambda of: of.kwh_per_year),
+        of("kg CO2 per year of this load", "kg CO2\n/year", 0, lambda of: of.co2_kg_per_year),
+        of(f"{money} per year of this load", f"{money}\n/year", 0, lambda of: of.price_per_year),
+    )
+    return (*METRICS, *costs)

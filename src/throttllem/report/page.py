@@ -13,24 +13,15 @@ from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from plotly.offline import get_plotlyjs
 
 from throttllem.files import ensure_writable_dir, write_aside
+from throttllem.report.basis import certainty, lengths, physics
+from throttllem.report.cost import cost_options, factors
 from throttllem.report.figure import Plot, dash
-from throttllem.report.metrics import (
-    ABSENT,
-    GROUPS,
-    METRICS,
-    Metric,
-    baseline_of,
-    change,
-    percent,
-    saved,
-    slo_met,
-    slos,
-    verdict,
-)
+from throttllem.report.metrics import ABSENT, GROUPS, Metric, baseline_of, metrics, percent, slo_met, slos, verdict
 from throttllem.report.palette import dark_colours, policy_inks
 from throttllem.report.plots import all_plots
 from throttllem.sim.result import RunResult
@@ -38,7 +29,7 @@ from throttllem.sim.result import RunResult
 REPORT_NAME = "report.html"
 
 
-def write_report(out_dir: Path, scenario: Mapping[str, object], runs: Sequence[RunResult]) -> Path:
+def write_report(out_dir: Path, scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> Path:
     """Write `report.html` into `out_dir` (created if absent); returns its path.
 
     The file appears whole or not at all. Raises ValueError if there are no runs, WriteError if the folder cannot be
@@ -51,9 +42,9 @@ def write_report(out_dir: Path, scenario: Mapping[str, object], runs: Sequence[R
     return path
 
 
-def render(scenario: Mapping[str, object], runs: Sequence[RunResult]) -> str:
+def render(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> str:
     """The page as text. Raises ValueError if there are no runs."""
-    baseline = baseline_of(runs)
+    baseline, options = baseline_of(runs), cost_options(scenario)
     plots = all_plots(runs)
     template = Template(files("throttllem.report").joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
@@ -61,9 +52,13 @@ def render(scenario: Mapping[str, object], runs: Sequence[RunResult]) -> str:
             " on ".join(str(scenario[name]) for name in ("model", "gpu") if scenario.get(name)) or "simulation"
         ),
         lead=escape(_lead(scenario, baseline)),
+        basis="\n".join(
+            f"<div><dt>{name}</dt><dd>{escape(text)}</dd></div>" for name, text in _rests_on(scenario, runs)
+        ),
+        factors=escape(factors(options)),
         swatches=_swatches(runs),
         cards="\n".join(_card(index, run, baseline) for index, run in enumerate(runs)),
-        table=_table(runs, baseline),
+        table=_table(runs, baseline, metrics(options)),
         plots="\n".join(_figure(plot, runs) for plot in plots),
         rejections=_rejections(runs),
         scenario="\n".join(
@@ -76,7 +71,24 @@ def render(scenario: Mapping[str, object], runs: Sequence[RunResult]) -> str:
     )
 
 
-def _lead(scenario: Mapping[str, object], baseline: RunResult) -> str:
+def _rests_on(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> Iterator[tuple[str, str]]:
+    """What is measured, modelled and simulated, for the top of the page."""
+    yield "Measured", "Nothing: no request was served, and no clock was set."
+    yield (
+        "Simulated",
+        "Requests, batches, queues, clocks and SLOs: the gateway's control core over a trace, in virtual time.",
+    )
+    laws = physics(scenario, runs) or ["seconds and watts of the simulated GPU"]
+    yield "Modelled", f"By the physics: {'; '.join(laws)}. Energy, CO2 and cost follow from them."
+    yield "Output lengths", f"{_capital(lengths(scenario))}."
+    yield "Certainty", _capital(certainty(scenario, runs).removeprefix("Certainty: "))
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _lead(scenario: Mapping[str, Any], baseline: RunResult) -> str:
     trace = scenario.get("trace")
     of_trace = f" of {trace}" if isinstance(trace, str) else ""
     size = f"{baseline.requests:,} requests{of_trace}, {baseline.duration_s / 60:,.1f} minutes"
@@ -98,9 +110,8 @@ def _swatches(runs: Sequence[RunResult]) -> str:
 
 def _card(index: int, run: RunResult, baseline: RunResult) -> str:
     if run is baseline:
-        big, unit, chip = f"{run.energy_j / 1e3:,.0f}", "kJ", '<span class="chip">baseline</span>'
+        chip = '<span class="chip">baseline</span>'
     else:
-        big, unit = change(saved(run, baseline)), "% energy"
         points = percent(baseline.slo.attainment - run.slo.attainment)
         chip = (
             '<span class="chip good">✓ SLOs met</span>'
@@ -112,19 +123,19 @@ def _card(index: int, run: RunResult, baseline: RunResult) -> str:
     sentence = sentence.replace(" %", "&nbsp;%").replace(" kJ", "&nbsp;kJ")
     return (
         f'<li class="card" style="--mark:var(--policy{index})"><h3>{escape(run.policy)}</h3>{chip}'
-        f'<p class="big">{big}<small> {unit}</small></p><p>{sentence}.</p></li>'
+        f'<p class="big">{run.energy_j / 1e3:,.0f}<small> kJ simulated</small></p><p>{sentence}.</p></li>'
     )
 
 
-def _table(runs: Sequence[RunResult], baseline: RunResult) -> str:
+def _table(runs: Sequence[RunResult], baseline: RunResult, every: Sequence[Metric]) -> str:
     names = "".join(
         f'<th scope="col"><span class="swatch" style="background:var(--policy{index})" aria-hidden="true"></span>'
         f"{escape(run.policy).replace('+', '<wbr>+')}</th>"
         for index, run in enumerate(runs)
     )
     body = []
-    for group, metrics in groupby(sorted(METRICS, key=_place), lambda metric: metric.group):
-        rows = "".join(_row(metric, runs, baseline) for metric in metrics)
+    for group, rows_of in groupby(sorted(every, key=_place), lambda metric: metric.group):
+        rows = "".join(_row(metric, runs, baseline) for metric in rows_of)
         heading = f'<tr class="group"><th scope="rowgroup" colspan="{len(runs) + 1}">{escape(group)}</th></tr>'
         body.append(f"<tbody>{heading}{rows}</tbody>")
     return f"<table><thead><tr><td></td>{names}</tr></thead>{''.join(body)}</table>"

@@ -1,9 +1,10 @@
-"""The output of a simulation on a terminal (a table and sentences), and its JSON contract."""
+"""The output of a simulation on a terminal (tables and sentences), and its JSON contract."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -13,47 +14,86 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from throttllem.report.metrics import METRICS, Metric, Tone, baseline_of, slos, verdict
+from throttllem.config import CostOptions
+from throttllem.report.basis import certainty, headline, lengths, physics
+from throttllem.report.certainty import saving_interval
+from throttllem.report.cost import cost, cost_options, factors
+from throttllem.report.metrics import TABLES, Metric, Tone, baseline_of, metrics, saved, slos, verdict
 from throttllem.sim.result import RunResult
 
 _STYLE = {Tone.PLAIN: "", Tone.GOOD: "green", Tone.BAD: "bold red"}
-_NOTEWORTHY = 0.005
 _VERSIONS = ("throttllem", "numpy", "lightgbm")
 
 
-def results_json(scenario: Mapping[str, object], runs: Sequence[RunResult]) -> dict[str, object]:
-    """Schema 1 of the contract: every input, resolved, and the runs in order."""
+def results_json(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> dict[str, object]:
+    """Schema 1 of the contract: what the figures rest on, every input, resolved, and the runs in order."""
     versions = {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()}
-    return {"schema": 1, "scenario": {**scenario, "versions": versions}, "runs": [run.to_json() for run in runs]}
+    options = cost_options(scenario)
+    baseline = baseline_of(runs)
+    return {
+        "schema": 1,
+        "basis": {
+            "figures": "simulated",
+            "statement": headline(scenario),
+            "lengths": scenario["options"]["length"]["predictor"],
+            "physics": physics(scenario, runs),
+            "certainty": certainty(scenario, runs),
+        },
+        "scenario": {**scenario, "versions": versions},
+        "runs": [run.to_json() | _compared(run, baseline) | {"cost": asdict(cost(run, options))} for run in runs],
+    }
+
+
+def _compared(run: RunResult, baseline: RunResult) -> dict[str, object]:
+    """The saving against the baseline as a fraction, and half of its 95 % interval."""
+    if run is baseline:
+        return {"saved": None, "saved_interval": None}
+    interval = saving_interval(run, baseline)
+    return {"saved": saved(run, baseline), "saved_interval": interval[0] if interval else None}
 
 
 def show_results(scenario: Mapping[str, Any], runs: Sequence[RunResult], console: Console | None = None) -> None:
-    """Print the table, a sentence for each policy, the reasons of rejections, and what the simulation rests on."""
+    """Print what the figures rest on, the tables, a sentence for each policy, how certain that is, the reasons of
+    rejections, and the basis of the simulated GPU.
+    """
     console = console or Console()
-    console.print(results_table(runs, width=console.width))
+    console.print(headline(scenario), style="bold", highlight=False)
+    options = cost_options(scenario)
+    for table in results_tables(runs, options, width=console.width):
+        console.print(table)
     baseline = baseline_of(runs)
     for run in runs:
         if run is not baseline:
             console.print(verdict(run, baseline), highlight=False)
     batching = f"Simulated engine: batches as {scenario['batching']}."
-    for line in (*_rejections(runs), batching, _basis(scenario, runs)):
+    for line in (certainty(scenario, runs), factors(options), *_rejections(runs), batching, *_basis(scenario, runs)):
         console.print(line, highlight=False)
 
 
-def results_table(runs: Sequence[RunResult], *, width: int = 100) -> Table:
-    """One row per policy, as many figures as fit `width` columns; the caption names those omitted."""
-    baseline = baseline_of(runs)
-    shown = [metric for metric in METRICS if metric.rank == 0]
-    for metric in sorted((metric for metric in METRICS if metric.rank > 0), key=lambda metric: metric.rank):
-        wider = [other for other in METRICS if other in shown or other is metric]
-        if _width(_table(runs, baseline, wider, width)) > width:
-            break
-        shown = wider
-    table = _table(runs, baseline, shown, width)
-    omitted = [each.header.replace("-\n", "").replace("\n", " ").strip() for each in METRICS if each not in shown]
+def beside(scenario: Mapping[str, Any], run: RunResult, runs: Sequence[RunResult]) -> str:
+    """One line for a run under another prediction of output lengths, compared with the same baseline."""
+    return f"Output lengths {lengths(scenario)}: {verdict(run, baseline_of(runs))}"
+
+
+def results_tables(runs: Sequence[RunResult], options: CostOptions, *, width: int = 100) -> list[Table]:
+    """Energy, latency and cost: one row per policy, as many figures as fit `width` columns; the last caption names
+    those omitted.
+    """
+    baseline, every = baseline_of(runs), metrics(options)
+    tables, omitted = [], []
+    for groups in TABLES:
+        here = [metric for metric in every if metric.group in groups]
+        shown = [metric for metric in here if metric.rank == 0]
+        for metric in sorted((metric for metric in here if metric.rank > 0), key=lambda metric: metric.rank):
+            wider = [other for other in here if other in shown or other is metric]
+            if _width(_table(runs, baseline, wider, width)) > width:
+                break
+            shown = wider
+        tables.append(_table(runs, baseline, shown, width))
+        omitted += [each.title for each in here if each not in shown]
     note = f"SLO: {slos(baseline.slo)}. Energy includes idle."
-    table.caption = Text(note + (f" No room for: {', '.join(omitted)}." if omitted else ""), style="dim")
-    return table
+    tables[-1].caption = Text(note + (f" No room for: {', '.join(omitted)}." if omitted else ""), style="dim")
+    return tables
 
 
 def _width(table: Table) -> int:
@@ -82,30 +122,6 @@ def _rejections(runs: Sequence[RunResult]) -> Iterator[str]:
         yield f"{max(counts.values())} of {runs[0].requests} requests were rejected: {reason}{each}"
 
 
-def _basis(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> str:
-    """Whether the largest engine's seconds and watts are measured, calibrated or modelled, and for how much of the
-    time each run was outside the range in which that holds.
-    """
-    engine = scenario["engines"][-1]
-    parts = []
-    for figure, reach in engine["physics"].items():
-        low, high = reach["clocks_mhz"]
-        outside = {run.policy: _share_outside(run, low, high) for run in runs}
-        ran = ", ".join(f"{share:.0%} of {policy}'s time" for policy, share in outside.items() if share >= _NOTEWORTHY)
-        limits = [
-            *([f"modelled for {ran}"] if ran else []),
-            *([f"below the top clock modelled: {reach['below_top']}"] if reach["below_top"] else []),
-        ]
-        if reach["why"]:
-            parts.append(f"{figure} modelled, not measured ({reach['why']})")
-        else:
-            note = f" ({'; '.join(limits)})" if limits else ""
-            parts.append(f"{figure} {reach['kind']} from {low} to {high} MHz{note}")
-    return f"Simulated GPU, TP {engine['tp']}: {'; '.join(parts)}."
-
-
-def _share_outside(run: RunResult, low_mhz: int, high_mhz: int) -> float:
-    """Fraction of the time of a run's iterations at clocks outside that range."""
-    busy_s = sum(run.busy_s_by_mhz.values())
-    outside_s = sum(seconds for mhz, seconds in run.busy_s_by_mhz.items() if not low_mhz <= mhz <= high_mhz)
-    return outside_s / busy_s if busy_s else 0.0
+def _basis(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> Iterator[str]:
+    if parts := physics(scenario, runs):
+        yield f"Simulated GPU, TP {scenario['engines'][-1]['tp']}: {'; '.join(parts)}."

@@ -57,7 +57,7 @@ class Comparison:
     @property
     def length_error(self) -> float:
         """Of the length predictions, at p95."""
-        return self.study.options.length.p95_error
+        return self.study.options.length.error
 
     @property
     def baseline(self) -> RunResult:

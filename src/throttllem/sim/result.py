@@ -15,6 +15,7 @@ class Quantiles:
     mean: float | None
     p50: float | None
     p90: float | None
+    p95: float | None
     p99: float | None
 
 

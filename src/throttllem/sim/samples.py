@@ -6,7 +6,7 @@ Exact up to `MOST_VALUES` values; above, counts in buckets of equal ratio. Knows
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +69,7 @@ class Samples:
         found = quantiles(*self.points())
         if self._counts is None:
             return found
-        return Quantiles(mean=self._sum_s / int(self._counts.sum()), p50=found.p50, p90=found.p90, p99=found.p99)
+        return replace(found, mean=self._sum_s / int(self._counts.sum()))
 
     def _fold(self) -> None:
         values, times = np.array(self._values), np.array(self._times)
@@ -83,10 +83,11 @@ class Samples:
 def quantiles(values: Floats, weights: Counts | None = None) -> Quantiles:
     """Mean and percentiles (nearest rank), weighted where single values stand for several."""
     if not values.size:
-        return Quantiles(mean=None, p50=None, p90=None, p99=None)
+        return Quantiles(mean=None, p50=None, p90=None, p95=None, p99=None)
     order = np.argsort(values, kind="stable")
     ranks = np.cumsum(np.ones(values.size) if weights is None else weights[order])
-    p50, p90, p99 = (
-        float(values[order[min(int(np.searchsorted(ranks, q * ranks[-1])), values.size - 1)]]) for q in (0.5, 0.9, 0.99)
+    p50, p90, p95, p99 = (
+        float(values[order[min(int(np.searchsorted(ranks, q * ranks[-1])), values.size - 1)]])
+        for q in (0.5, 0.9, 0.95, 0.99)
     )
-    return Quantiles(mean=float(np.average(values, weights=weights)), p50=p50, p90=p90, p99=p99)
+    return Quantiles(mean=float(np.average(values, weights=weights)), p50=p50, p90=p90, p95=p95, p99=p99)

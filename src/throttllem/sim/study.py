@@ -10,11 +10,13 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
-from throttllem.config import Options
+from throttllem.config import LengthOptions, Options
 from throttllem.core.clocks.policy import Policy, parse_policy
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens, Noisy, Oracle
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import Request, Slo
@@ -32,8 +34,8 @@ from throttllem.sim.traces import Trace, load_trace
 
 MAXIMUM = "max"
 _BINS = 500
-_SECTIONS = ("throttle", "admission", "autoscale", "length", "batching", "noise")
-"""Of the options, those that a simulation depends on."""
+_SECTIONS = ("throttle", "admission", "autoscale", "length", "batching", "noise", "cost")
+"""Of the options, those that a simulation and its report depend on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,7 @@ class Study:
         # Last, as training takes longest; only SLO-aware policies need predictions.
         trained = any(policy.slo_aware for policy in policies)
         tables = performance_tables(fleet, cache_dir, seed=self.seed, progress=progress) if trained else {}
-        length = replace(self.options.length, predictor=self.options.length.predictor or "oracle")
+        length = replace(self.options.length, predictor=self.options.length.simulated)
         scenario = Scenario(
             fleet=fleet,
             trace=trace,
@@ -113,6 +115,11 @@ class Scenario:
     options: Options
     seed: int
     count_freed_gpus: bool = False
+
+    def with_lengths(self, predictor: Literal["online", "oracle", "max-tokens"]) -> Scenario:
+        """The same scenario with another prediction of output lengths."""
+        length = LengthOptions(predictor=predictor, exceed=self.options.length.exceed)
+        return replace(self, options=self.options.model_copy(update={"length": length}))
 
     @property
     def largest(self) -> int:
@@ -165,9 +172,13 @@ class Scenario:
 
     def _predictor(self) -> LengthPredictor:
         length = self.options.length
-        if length.predictor == "max-tokens":
-            return MaxTokens()
-        return Noisy(p95_error=length.p95_error, seed=self.seed) if length.p95_error else Oracle()
+        match length.predictor:
+            case "online":
+                return OnlineLengthPredictor(OnlineLengthOptions(exceed=length.exceed))
+            case "max-tokens":
+                return MaxTokens()
+            case _:
+                return Noisy(p95_error=length.error, seed=self.seed) if length.error else Oracle()
 
     def machine(self) -> Machine:
         """The simulated GPUs."""

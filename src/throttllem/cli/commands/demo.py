@@ -29,4 +29,4 @@ def demo(
         peak_rps=MAXIMUM,
         options=loaded.options,
     )
-    run_study(study, loaded, None, out)
+    run_study(study, loaded, None, out, with_oracle=True)

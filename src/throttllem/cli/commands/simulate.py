@@ -46,8 +46,15 @@ def simulate(
     policy: Annotated[
         str, typer.Option("--policy", help="triton, throttllem, least-energy, fixed:<MHz>; each also with +autoscale.")
     ] = "triton,throttllem,least-energy",
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            "--lengths",
+            help="How output lengths are predicted: online (default: as the gateway does), oracle or max-tokens.",
+        ),
+    ] = None,
     length_error: Annotated[
-        float | None, typer.Option("--length-error", help="Error of length predictions at p95; default 0.")
+        float | None, typer.Option("--length-error", help="An oracle with this error at p95, as in the paper (0.3).")
     ] = None,
     slo_e2e: Annotated[
         str | None,
@@ -73,6 +80,12 @@ def simulate(
     ] = None,
     seed: Seed = 0,
     count_freed_gpus: Annotated[bool, typer.Option("--count-freed-gpus", help="Count GPUs of no engine too.")] = False,
+    co2_g_per_kwh: Annotated[
+        float | None, typer.Option("--co2-g-per-kwh", help="Grams of CO2 of a kWh; default 445, the world's average.")
+    ] = None,
+    price_per_kwh: Annotated[
+        float | None, typer.Option("--price-per-kwh", help="Price of a kWh; default 0.08 USD (cost.currency).")
+    ] = None,
     catalogue: Extra = None,
     config: Config = None,
     setting: Setting = None,
@@ -84,11 +97,14 @@ def simulate(
         setting,
         config,
         {
+            "length.predictor": ("--lengths", lengths),
             "length.p95_error": ("--length-error", length_error),
             "slo.e2e_s": ("--slo-e2e", slo_e2e),
             "slo.tbt_s": ("--slo-tbt", slo_tbt),
             "slo.ttft_s": ("--slo-ttft", slo_ttft),
             "batching.engine": ("--engine", engine),
+            "cost.co2_g_per_kwh": ("--co2-g-per-kwh", co2_g_per_kwh),
+            "cost.price_per_kwh": ("--price-per-kwh", price_per_kwh),
             "catalogue": ("--catalogue", catalogue),
         },
     )
@@ -113,18 +129,19 @@ def simulate(
     run_study(study, loaded, json_file, out)
 
 
-def run_study(study: Study, loaded: Loaded, json_file: Path | None, out: Path | None) -> None:
-    """Simulate, print the table, and write what was wanted."""
+def run_study(
+    study: Study, loaded: Loaded, json_file: Path | None, out: Path | None, *, with_oracle: bool = False
+) -> None:
+    """Simulate, print the tables, and write what was wanted. `with_oracle`: also print what the last policy would take
+    if output lengths were known.
+    """
     from throttllem.files import ensure_writable_dir
     from throttllem.physics.catalogue import Catalogue
     from throttllem.report.page import write_report
-    from throttllem.report.terminal import results_json, show_results
+    from throttllem.report.terminal import beside, results_json, show_results
     from throttllem.sim.study import run_all
 
     options = loaded.options
-    if options.length.predictor == "online":
-        where = loaded.origins["length.predictor"]
-        raise ValueError(f"{where}: length.predictor = online: a simulation reads lengths from its trace; use oracle")
     known = Catalogue.load(options.catalogue)
     if out:
         ensure_writable_dir(out)
@@ -133,13 +150,19 @@ def run_study(study: Study, loaded: Loaded, json_file: Path | None, out: Path | 
     with progress("preparing") as report:
         scenario, policies = study.prepare(known, options.cache_dir.expanduser(), report)
         report("prepared", 1.0)
-        runs = run_all(
-            [(scenario, policy) for policy in policies],
-            workers=options.workers,
-            progress=lambda index, share: report(policies[index].name, share, policies[index].name),
+        jobs = [(scenario, policy) for policy in policies]
+        names = [policy.name for policy in policies]
+        if with_oracle:
+            jobs.append((scenario.with_lengths("oracle"), policies[-1]))
+            names.append(f"{policies[-1].name}, lengths known")
+        every = run_all(
+            jobs, workers=options.workers, progress=lambda index, share: report(names[index], share, names[index])
         )
+    runs = every[: len(policies)]
     described = scenario.described()
     show_results(described, runs)
+    for other, run in zip(jobs[len(runs) :], every[len(runs) :], strict=True):
+        typer.echo(beside(other[0].described(), run, runs))
     if json_file:
         write_json(json_file, results_json(described, runs))
     if out:
