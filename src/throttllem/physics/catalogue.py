@@ -1,10 +1,11 @@
-"""The known GPUs and models: frozen constants, each with its source beside it in `catalogue.toml`.
+"""The known GPUs and models: frozen constants, each with its source beside it in `catalogue.toml` and `models.toml`.
 
 A user's TOML file adds entries or replaces whole entries by name. Knows nothing of how the constants are used.
 """
 
 from __future__ import annotations
 
+import logging
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -13,9 +14,13 @@ from typing import Any, Self, TypeVar
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from throttllem.did_you_mean import did_you_mean
+from throttllem.physics.checkpoints import recognised
+from throttllem.physics.huggingface import cached, read_model
 from throttllem.physics.inheritance import FACTS, inherited
 from throttllem.physics.laws import Basis, Fraction, Frozen, PowerLaw, TimeLaw
 from throttllem.physics.model import Model
+
+log = logging.getLogger("throttllem.physics")
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Frozen)
@@ -100,8 +105,8 @@ class Catalogue(Frozen):
 
         Raises CatalogueError (file, key, fix) for a file that is missing, is not TOML, or has an invalid entry.
         """
-        shipped = resources.files("throttllem.physics").joinpath("catalogue.toml").read_text(encoding="utf-8")
-        gpus, models = _parse(shipped, "catalogue.toml", {})
+        gpus, _ = _parse(_shipped("catalogue.toml"), "catalogue.toml", {})
+        _, models = _parse(_shipped("models.toml"), "models.toml", {})
         if extra is not None:
             more_gpus, more_models = _parse(_read(extra), str(extra), gpus)
             gpus, models = gpus | more_gpus, models | more_models
@@ -112,8 +117,41 @@ class Catalogue(Frozen):
         return _lookup(self.gpus, name, "GPU")
 
     def model(self, name: str) -> Model:
-        """The model of that name; UnknownName otherwise."""
-        return _lookup(self.models, name, "model")
+        """The model of a catalogue name, of a checkpoint's name (`OWNER/NAME`) whose figures are known here or in the
+        hub's cache on this machine, or of a `config.json` (the file or its folder).
+
+        Raises UnknownName, and ConfigError (file, key, way out) for a file that cannot be read as a model.
+        """
+        found = self.models.get(name) or self.checkpoint(name)
+        if found is not None:
+            return found
+        path = Path(name).expanduser()
+        if not path.exists():
+            hint = did_you_mean(name, sorted(self.models), most=3)
+            raise UnknownName(f"unknown model {name!r}: {hint} (a config.json, the file or its folder, will do too)")
+        return self._read(path, name)
+
+    def checkpoint(self, name: str) -> Model | None:
+        """The model of a checkpoint's name; None: it is not known. Raises ConfigError for a file that is broken."""
+        found = recognised(name, self.models.values())
+        if found is None and (file := cached(name)) is not None:
+            return self._read(file, name)
+        return found
+
+    def _read(self, path: Path, name: str) -> Model:
+        """The model of a file; under the catalogue's name where it has one of the same figures."""
+        model, notes = read_model(path, name)
+        for note in notes:
+            log.warning("%s", note)
+        free = {"name": "", "huggingface": (), "max_context_tokens": 1}
+        for known in self.models.values():
+            if known.model_copy(update=free) == model.model_copy(update=free):
+                return model.model_copy(update={"name": known.name})
+        return model
+
+
+def _shipped(file: str) -> str:
+    return resources.files("throttllem.physics").joinpath(file).read_text(encoding="utf-8")
 
 
 def _lookup(entries: dict[str, T], name: str, what: str) -> T:
@@ -139,20 +177,32 @@ def _parse(text: str, file: str, known: dict[str, Gpu]) -> tuple[dict[str, Gpu],
     if strange:
         raise CatalogueError(f"{file}: unknown key {strange[0]!r}: write tables [gpu.NAME] and [model.NAME]")
     gpus = dict[str, Gpu]()
-    own = _tables(tree, "gpu", file)
+    own = _tables(tree, "gpu", Gpu, file)
     for name in own:
         _resolve(name, own, gpus, known, file)
     models = {
-        name: _entry(entry, f"model.{name}", name, Model, file) for name, entry in _tables(tree, "model", file).items()
+        name: _entry(entry, f"model.{name}", name, Model, file)
+        for name, entry in _tables(tree, "model", Model, file).items()
     }
     return {name: gpus[name] for name in own}, models
 
 
-def _tables(tree: dict[str, Any], key: str, file: str) -> dict[str, dict[str, Any]]:
+def _tables(tree: dict[str, Any], key: str, kind: type[Frozen], file: str) -> dict[str, dict[str, Any]]:
     table = tree.get(key, {})
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
         raise CatalogueError(f"{file}: {key}: must hold tables, each written as [{key}.NAME]")
+    for name, entry in table.items():
+        if (whole := _cut_by_dots(name, entry, kind)) != name:
+            raise CatalogueError(f'{file}: [{key}.{whole}]: a name with a dot needs quotes: write [{key}."{whole}"]')
     return table
+
+
+def _cut_by_dots(name: str, entry: dict[str, Any], kind: type[Frozen]) -> str:
+    """The name that was meant: TOML makes tables within tables of a name with dots."""
+    for part, inner in entry.items():
+        if isinstance(inner, dict) and part not in kind.model_fields:
+            return _cut_by_dots(f"{name}.{part}", inner, kind)
+    return name
 
 
 def _resolve(

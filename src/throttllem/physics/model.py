@@ -83,9 +83,11 @@ class Window(Frozen):
 
 
 class Model(Frozen):
-    """One decoder-only transformer with gated feed-forward layers."""
+    """One decoder-only transformer."""
 
     name: str
+    huggingface: tuple[str, ...] = ()
+    """Checkpoints with these figures, as OWNER/NAME."""
     layers: PositiveInt
     hidden: PositiveInt
     heads: PositiveInt
@@ -103,6 +105,8 @@ class Model(Frozen):
     """Per value of activations, embedding and head; 2 for bfloat16."""
     kv_bytes: PositiveFloat = 2.0
     """Per value of the KV cache; 1 for FP8."""
+    gated: bool = True
+    """A feed-forward part has gate, up and down; else up and down alone (Falcon, GPT-NeoX)."""
     tied_embeddings: bool = False
     """The head is the embedding: stored once."""
     experts: Experts | None = None
@@ -149,8 +153,8 @@ class Model(Frozen):
 
     @property
     def dense_parameters(self) -> int:
-        """Of the feed-forward matrices of one layer without experts: gate, up, down."""
-        return 3 * self.hidden * self.intermediate
+        """Of the feed-forward matrices of one layer without experts."""
+        return (3 if self.gated else 2) * self.hidden * self.intermediate
 
     @property
     def expert_parameters(self) -> int:
