@@ -17,7 +17,7 @@ BELOW = {
     "physics": {"core"},
     "gpu": {"core", "physics"},
     "keeper": {"gpu"},
-    "doctor": {"gpu", "keeper"},
+    "doctor": {"gpu", "keeper", "physics"},
     "engines": {"core", "physics", "gpu", "openai_api"},
     "profiling": {"core", "physics", "gpu", "openai_api", "engines"},
     "calibrate": {"core", "physics", "profiling"},

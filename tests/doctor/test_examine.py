@@ -5,12 +5,14 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
 
 from tests.keeper.rig import NOBODY, is_root, needs_root, until
 from throttllem.doctor.rights import sets_clocks, this_user
+from tools.nvml.machine import Machine, a100
 
 
 @pytest.fixture
@@ -34,7 +36,8 @@ def test_a_machine_without_faults(findings, keeper):
     assert report[1].startswith(
         f"ok GPU 0: {keeper.uuids[0]}, NVIDIA A100-SXM4-40GB: 81 clocks from 210 to 1410 MHz, now "
     )
-    assert report[2:4] == [
+    assert report[2:5] == [
+        "ok GPU 0: its kind is a100-40gb-sxm: seconds calibrated, watts calibrated",
         "ok GPU 0: energy counter",
         "ok GPU 0: no sign of a lock (NVML does not report locks; one that limits no clock now has no sign)",
     ]
@@ -230,6 +233,41 @@ def test_energy_counters(findings, machine):
     assert [line for line in report if line.startswith("-- GPU 1: no energy counter")]
     assert 0.05 < everything["gpus"][0]["energy_refresh_s"] < 0.2
     assert everything["gpus"][1]["energy_refresh_s"] is None
+
+
+def test_a_counter_that_contradicts_the_watts(findings, machine):
+    machine.gpus[0].counter_of_module(200.0)
+    machine.gpus[1].counter_stands(True)
+    report, _ = findings(measure=True)
+    assert any("GPU 0: its energy counter grows" in line and "covers more than the GPU" in line for line in report)
+    assert "-- GPU 1: its energy counter stands still: power is integrated instead" in report
+
+
+def test_an_unlisted_gpu_prints_its_entry(ward, library, folder):
+    part = a100(1, name="NVIDIA A100-SXM-64GB", memory_bytes=64 * 2**30, cores=124 * 64, limit_w=500.0)
+    with Machine.create(folder / "custom", part, library=library) as machine:
+        _, output = ward.doctor(machine=machine)
+        assert "-- GPU 0: NVIDIA A100-SXM-64GB (68.7 GB, up to 1410 MHz" in output and "modelled after" in output
+        entry = textwrap.dedent(output[output.index("     [gpu.") :].split("limit_w = 500")[0] + "limit_w = 500")
+        (folder / "mine.toml").write_text(entry)
+        _, output = ward.doctor("--catalogue", str(folder / "mine.toml"), machine=machine)
+    assert "ok GPU 0: its kind is a100-sxm-64gb-69gb: seconds modelled, watts modelled" in output
+
+
+def test_an_old_driver_hides_no_gpu(findings, machine):
+    for call in ("nvmlSystemGetNVMLVersion", "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetMigMode"):
+        machine.fault(call, error=13)
+    machine.fault("nvmlDeviceGetEnforcedPowerLimit", error=3)
+    report, everything = findings()
+    assert len(everything["gpus"]) == 2 and everything["gpus"][0]["kind"] == "a100-40gb-sxm"
+    assert report[0] == "-- driver: it does not report its version"
+
+
+def test_a_library_that_does_not_fit_the_driver(findings, machine):
+    machine.fault("nvmlInitWithFlags", error=18)
+    _, everything = findings()
+    fault = next(one for one in everything["findings"] if one["subject"] == "driver")
+    assert "mismatch" in fault["text"] and "reboot" in fault["remedy"]
 
 
 def test_zeusd(ward, machine, processes, folder, findings):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from throttllem.gpu.clock_limit import OTHER_CONTROLLER, SWITCH_S, Limit, LimitDetector, follows
+from throttllem.gpu.clock_limit import NOT_REACHED, OTHER_CONTROLLER, SWITCH_S, Limit, LimitDetector, follows
 from throttllem.gpu.nvml import Sample, ThrottleReason
 
 
@@ -42,6 +42,29 @@ def test_the_slowest_gpu_has_the_reason(throttle, reason):
     samples = [sample(1200), sample(1395, throttle), sample(1380, throttle)]
     limits.update(samples, 1200, 5.0, set_s=5.0, switched=True)
     assert limits.limit == Limit(mhz=1380, reason=reason)
+
+
+def test_one_step_beside_the_clock_is_followed():
+    limits = LimitDetector()
+    limits.update([sample(1395), sample(1425)], 1410, 5.0, set_s=5.0, switched=True)
+    assert limits.limit is None and not follows(sample(1380), 1410)
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_boost_that_ends_below_the_clock_is_no_other_controller(locked):
+    """A card that was never locked stands at 2,730 of 3,105 MHz, and NVML reports no reason."""
+    limits = LimitDetector()
+    limits.was_set(3105)
+    limits.update([sample(2730)], 3105, 5.0, locked=locked, set_s=5.0, switched=True)
+    assert limits.limit == Limit(mhz=2730, reason=NOT_REACHED)
+
+
+def test_a_clock_that_was_reached_and_left_is_another_controllers():
+    limits = LimitDetector()
+    limits.was_set(1200)
+    limits.update([sample(1200)], 1200, 5.0, set_s=5.0)
+    limits.update([sample(510)], 1200, 6.0, set_s=5.0, switched=True)
+    assert limits.limit == Limit(mhz=510, reason=OTHER_CONTROLLER)
 
 
 def test_a_lower_clock_lifts_the_limit_and_a_higher_one_does_not():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from throttllem.gpu.counter import MOST_AHEAD_S, EnergyCounter
+from throttllem.gpu.counter import COMPARED_S, MOST_AHEAD_S, EnergyCounter
 
 
 def test_between_two_refreshes_it_integrates_power():
@@ -68,3 +68,43 @@ def test_it_never_falls(steps):
         counter.sample(at_s, watts, raw_j)
         reported += [counter.joules(at_s), counter.joules(at_s + seconds / 2)]
     assert reported == sorted(reported)
+
+
+def run(counter, seconds, *, watts=200.0, counter_w=200.0, from_s=0.0):
+    """Sample every 50 ms; the counter is refreshed every 100 ms."""
+    for tick in range(round(seconds / 0.05) + 1):
+        at_s = from_s + tick * 0.05
+        counter.sample(at_s, watts, None if counter_w is None else counter_w * (tick // 2 * 0.1))
+        counter.joules(at_s)
+
+
+@pytest.mark.parametrize(("counter_w", "why"), [(360.0, "1.8 times"), (0.0, "stands still"), (100.0, "0.5 times")])
+def test_a_counter_that_contradicts_the_watts_is_given_up(counter_w, why):
+    counter = EnergyCounter()
+    run(counter, 60.0, counter_w=counter_w)
+    assert why in counter.trouble and "integrated" in counter.trouble
+    assert counter.joules(60.0) == pytest.approx(200.0 * 60.0, rel=0.01)
+
+
+@pytest.mark.parametrize("counter_w", [170.0, 240.0])
+def test_a_counter_that_differs_as_readings_do_is_kept(counter_w):
+    counter = EnergyCounter()
+    run(counter, 60.0, counter_w=counter_w)
+    assert counter.trouble is None
+    assert counter.joules(60.0) == pytest.approx(counter_w * 60.0, rel=0.01)
+
+
+def test_one_odd_comparison_is_not_enough():
+    counter = EnergyCounter()
+    run(counter, COMPARED_S, counter_w=400.0)
+    run(counter, 2 * COMPARED_S, from_s=COMPARED_S + 0.05)
+    assert counter.trouble is None
+
+
+def test_without_a_power_reading_watts_are_the_slope_of_the_counter():
+    counter = EnergyCounter()
+    counter.sample(0.0, None, 5000.0)
+    assert counter.watts is None
+    run(counter, 2.0, watts=None, counter_w=150.0, from_s=0.1)
+    assert counter.watts == pytest.approx(150.0)
+    assert counter.joules(2.1) == pytest.approx(300.0, abs=16.0)

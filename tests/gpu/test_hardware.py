@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from throttllem.gpu.clock_limit import NOT_REACHED
 from throttllem.gpu.device import Gpu
 from throttllem.gpu.hardware import RETRY_S, HardwareGpu, Mode, check_apart
 from throttllem.gpu.setters import clock_setter
+from tools.nvml.machine import Op, rtx4090
 
 CLOCKS = (600, 900, 1200, 1410)
 
@@ -282,3 +284,59 @@ def test_two_engines_have_no_gpu_in_common(testbed):
 
     with pytest.raises(ValueError, match=r"named for two engines"):
         asyncio.run(run())
+
+
+def test_a_boost_that_ends_below_the_clock_is_no_lock(make_gpus_here, tmp_path):
+    """A GeForce that was never locked and reaches 2,730 of 3,105 MHz: planned with, and nobody else is blamed."""
+    machine = make_gpus_here(*rtx4090(1, switch_ms=(0, 0)))
+    machine.gpus[0].work(0.5, 3600.0)
+
+    async def run():
+        bed = SimpleNamespace(socket=tmp_path / "none")
+        async with hardware(bed, Mode.DRY_RUN, names=("0",), clocks=(2100, 3105)) as gpu:
+            await gpu.set_clock(3105)
+            return await until(lambda: gpu.read() if gpu.read().held else None)
+
+    held = asyncio.run(run())
+    assert (held.limit_mhz, held.held) == (2730, NOT_REACHED)
+    assert machine.writes() == []
+
+
+def test_another_controller_is_fought_less_and_less(testbed):
+    """It locks again whenever we do; the time between two of our sets doubles."""
+
+    async def run():
+        async with testbed.keeper(), hardware(testbed) as gpu:
+            await gpu.set_clock(1200)
+            end_s = time.monotonic() + 3.6 * RETRY_S
+            while time.monotonic() < end_s:
+                if testbed.machine.gpus[0].lock == (1200, 1200) and gpu.read().clock_mhz == 1200:
+                    await asyncio.sleep(0.12)
+                    testbed.machine.gpus[0].lock_by_other(510, 510)
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    ours = [write for write in testbed.machine.writes() if write.gpu == 0 and write.op is Op.LOCK]
+    assert len(ours) == 3  # at 0, after 1 s, after 2 s more
+
+
+def test_watts_without_a_power_reading(testbed):
+    testbed.machine.gpus[1].power_reading(False)
+
+    async def run():
+        async with hardware(testbed, Mode.OFF) as gpu:
+            return gpu.read().watts
+
+    assert asyncio.run(run()) == pytest.approx(sum(gpu.watts for gpu in testbed.machine.gpus), rel=0.05)
+
+
+def test_the_counter_of_a_module_is_replaced_by_power(testbed, monkeypatch):
+    monkeypatch.setattr("throttllem.gpu.counter.COMPARED_S", 0.3)
+    testbed.machine.gpus[0].counter_of_module(300.0)
+
+    async def run():
+        async with hardware(testbed, Mode.OFF) as gpu:
+            return await until(lambda: gpu.read().counter_trouble)
+
+    trouble = asyncio.run(run())
+    assert testbed.machine.gpus[0].uuid in trouble and "covers more than the GPU" in trouble

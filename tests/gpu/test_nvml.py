@@ -2,12 +2,17 @@
 
 import time
 
+import pynvml
 import pytest
 
+from throttllem.gpu.boards.facts import read_board
 from throttllem.gpu.clock_range import ClockRange
 from throttllem.gpu.hardware import found_gpu
 from throttllem.gpu.locks import LockableGpu
 from throttllem.gpu.nvml import Nvml, NvmlError, NvmlGpu, Sharing, ThrottleReason, Trouble
+from throttllem.physics.catalogue import Catalogue
+from throttllem.physics.recognition import recognise
+from tools.nvml.machine import a100, h100, rtx4090
 
 
 @pytest.fixture
@@ -114,3 +119,71 @@ def test_a_lost_gpu_keeps_its_number(machine, gpu):
     assert found_gpu(gpu.nvml, "1").uuid == machine.gpus[1].uuid
     with pytest.raises(ValueError, match=r"0 is not here; here are 1 = GPU-.*; GPU 0: GPU is lost"):
         found_gpu(gpu.nvml, "0")
+
+
+MISSING = pynvml.NVML_ERROR_FUNCTION_NOT_FOUND
+OPTIONAL = (
+    "nvmlDeviceGetCurrentClocksEventReasons",
+    "nvmlDeviceGetCurrentClocksThrottleReasons",
+    "nvmlDeviceGetTotalEnergyConsumption",
+    "nvmlDeviceGetEnforcedPowerLimit",
+    "nvmlDeviceGetPowerManagementLimit",
+    "nvmlDeviceGetPowerManagementDefaultLimit",
+    "nvmlDeviceGetMigMode",
+    "nvmlDeviceGetMPSComputeRunningProcesses_v3",
+    "nvmlDeviceGetComputeRunningProcesses_v3",
+    "nvmlDeviceGetMemoryInfo",
+    "nvmlDeviceGetCudaComputeCapability",
+    "nvmlDeviceGetNumGpuCores",
+    "nvmlDeviceGetMemoryBusWidth",
+)
+
+
+def test_a_driver_before_r535_has_the_older_name_of_the_reasons(machine, gpu):
+    machine.fault("nvmlDeviceGetCurrentClocksEventReasons", error=MISSING)
+    machine.gpus[0].thermal(705)
+    assert gpu.throttle() == ThrottleReason.THERMAL and gpu.sample().clock_mhz == 705
+
+
+@pytest.mark.parametrize("error", [MISSING, pynvml.NVML_ERROR_NOT_SUPPORTED])
+def test_calls_that_a_driver_lacks_hide_no_gpu(machine, gpu, error):
+    for call in OPTIONAL:
+        machine.fault(call, error=error)
+    assert gpu.nvml.gpus() == {number: one.uuid for number, one in enumerate(machine.gpus)}
+    sample = gpu.sample()
+    assert (sample.clock_mhz, sample.energy_j, sample.throttle) == (1410, None, ThrottleReason.NONE)
+    assert sample.watts == pytest.approx(machine.gpus[0].watts, rel=0.01)
+    assert (gpu.limit_w(), gpu.sharing(), gpu.processes()) == (None, None, None)
+    board = read_board(gpu)
+    assert (board.name, board.memory_bytes, board.limit_w) == ("NVIDIA A100-SXM4-40GB", None, None)
+    assert recognise(board, Catalogue.load()).gpu.name == "a100-40gb-sxm"
+
+
+def test_the_limit_that_is_set_stands_in_for_the_enforced_one(machine, gpu):
+    machine.fault("nvmlDeviceGetEnforcedPowerLimit", error=pynvml.NVML_ERROR_NOT_SUPPORTED)
+    assert gpu.limit_w() == 400.0
+
+
+def test_without_power_reading_and_counter_it_says_so(machine, gpu):
+    machine.gpus[0].energy_counter(False)
+    machine.gpus[0].power_reading(False)
+    with pytest.raises(NvmlError, match="neither a power reading nor a counter"):
+        gpu.sample()
+
+
+def test_a_library_that_does_not_fit_the_driver_has_its_own_remedy(machine):
+    machine.fault("nvmlInitWithFlags", error=pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+    with pytest.raises(NvmlError, match="old kernel module stays loaded: reboot") as caught, Nvml():
+        pass
+    assert caught.value.trouble is Trouble.MISMATCH
+
+
+@pytest.mark.parametrize("part", [a100, h100, rtx4090])
+def test_facts_of_a_board_are_read(make_gpus_here, part):
+    (made,) = make_gpus_here(*part(1)).gpus
+    with Nvml() as nvml:
+        board = read_board(NvmlGpu(nvml, made.uuid))
+    found = recognise(board, Catalogue.load())
+    assert found.listed and board.multiprocessors == found.gpu.multiprocessors
+    assert board.bandwidth_bytes_per_s == pytest.approx(found.gpu.bandwidth_bytes_per_s, rel=0.01)
+    assert board.limit_w == found.gpu.power.limit_w

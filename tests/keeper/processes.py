@@ -19,6 +19,7 @@ import throttllem.keeper.unit
 from tests.keeper.client import Client
 from throttllem.cli.commands.doctor import doctor
 from throttllem.keeper import __main__ as keeper
+from throttllem.physics.catalogue import Catalogue
 from tools.nvml import build
 from tools.testbed.fork_server import fork_server
 
@@ -78,6 +79,7 @@ def examine(order):
     """`throttllem doctor`, of a user; the command line is read, with all that is imported for it, before."""
     app = typer.Typer(add_completion=False)
     app.command()(doctor)
+    Catalogue.load()
     version("throttllem")  # what it imports may not be ours to read soon
     command = typer.main.get_command(app)
     with command.make_context("doctor", order["arguments"]) as context:

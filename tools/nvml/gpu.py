@@ -118,6 +118,14 @@ class FakeGpu:
         """Whether NVML has one."""
         self.control.no_energy = not there
 
+    def counter_of_module(self, watts: float) -> None:
+        """The energy counter counts so much beside the GPU, as that of a GH200 does; 0: it counts the GPU alone."""
+        self.control.module_mw = round(watts * 1000)
+
+    def counter_stands(self, stands: bool) -> None:
+        """Whether the energy counter stands still."""
+        self.control.counter_stands_mj = round(self.energy_j * 1000) + 1 if stands else 0
+
     def power_reading(self, there: bool) -> None:
         """Whether NVML has one."""
         self.control.no_power = not there

@@ -7,7 +7,7 @@ from ctypes import c_char, c_double, c_int32, c_int64, c_uint32, c_uint64
 from enum import IntEnum
 
 MAGIC = 0x4C4D564E454B4146
-VERSION = 2
+VERSION = 3
 GPUS = 16
 CLOCKS = 256
 PIDS = 16
@@ -90,6 +90,8 @@ class PartLayout(ctypes.Structure):
         ("limit_max_mw", c_uint32),
         ("context", c_uint32),
         ("boost_clock", c_uint32),
+        ("cores", c_uint32),
+        ("memory_bus_bits", c_uint32),
         ("memory_bytes", c_uint64),
         ("refresh_ns", c_int64),
         ("idle_w", c_double),
@@ -105,6 +107,7 @@ class Control(ctypes.Structure):
     _fields_ = (
         ("attempted", c_uint64),
         ("memory_used_bytes", c_uint64),
+        ("counter_stands_mj", c_uint64),
         ("permission_denied", c_uint32),
         ("root_only", c_uint32),
         ("lost", c_uint32),
@@ -116,7 +119,7 @@ class Control(ctypes.Structure):
         ("mps_count", c_uint32),
         ("process_pids", c_uint32 * PIDS),
         ("mps_pids", c_uint32 * PIDS),
-        ("unused", c_uint32),
+        ("module_mw", c_uint32),
     )
 
 

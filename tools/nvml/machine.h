@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define MAGIC 0x4c4d564e454b4146ull /* "FAKENVML", little endian */
-#define VERSION 2
+#define VERSION 3
 #define GPUS 16
 #define CLOCKS 256
 #define PIDS 16
@@ -83,6 +83,8 @@ struct part {
     uint32_t limit_max_mw;
     uint32_t context;
     uint32_t boost_clock; /* what a busy GPU reaches without a lock */
+    uint32_t cores;
+    uint32_t memory_bus_bits;
     uint64_t memory_bytes;
     int64_t refresh_ns;
     double idle_w;
@@ -95,6 +97,7 @@ struct part {
 struct control {
     _Atomic uint64_t attempted;
     uint64_t memory_used_bytes;
+    uint64_t counter_stands_mj; /* what a counter that stands still shows, plus 1; 0: it moves */
     uint32_t permission_denied;
     uint32_t root_only;
     uint32_t lost;
@@ -106,7 +109,7 @@ struct control {
     uint32_t mps_count;
     uint32_t process_pids[PIDS];
     uint32_t mps_pids[PIDS];
-    uint32_t unused;
+    uint32_t module_mw; /* what the counter counts beside the GPU: the rest of a module */
 };
 
 struct gpu {

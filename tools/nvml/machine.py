@@ -183,6 +183,7 @@ def _fill(layout: MachineLayout, index: int, part: Part) -> None:
     into.uuid, into.name, into.serial = part.uuid.encode(), part.name.encode(), f"13208210{index:05d}".encode()
     into.bus_id = f"00000000:{index + 1:02X}:00.0".encode()
     into.pci_device_id, into.memory_mhz, into.memory_bytes = part.pci_device_id, part.memory_mhz, part.memory_bytes
+    into.cores, into.memory_bus_bits = part.cores or 0, part.memory_bus_bits or 0
     into.architecture, (into.capability_major, into.capability_minor) = part.architecture, part.capability
     into.limit_mw, (low_w, high_w) = round(part.limit_w * 1000), part.limits_w
     into.limit_min_mw, into.limit_max_mw = round(low_w * 1000), round(high_w * 1000)

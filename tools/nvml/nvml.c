@@ -274,6 +274,8 @@ READ_TEXT(nvmlDeviceGetName, PART.name)
 READ_TEXT(nvmlDeviceGetSerial, PART.serial)
 READ(nvmlDeviceGetBrand, unsigned, 14) /* NVML_BRAND_NVIDIA */
 READ(nvmlDeviceGetArchitecture, unsigned, PART.architecture)
+READ_IF(nvmlDeviceGetNumGpuCores, unsigned, PART.cores, PART.cores)
+READ_IF(nvmlDeviceGetMemoryBusWidth, unsigned, PART.memory_bus_bits, PART.memory_bus_bits)
 READ(nvmlDeviceGetComputeMode, unsigned, 0)
 READ(nvmlDeviceGetPerformanceState, unsigned, 0)
 READ(nvmlDeviceGetPowerState, unsigned, 0)
@@ -370,13 +372,18 @@ EXPORT int nvmlDeviceGetViolationStatus(device_t device, unsigned policy, struct
 
 /* ---- power and energy ----------------------------------------------------------------------------------------- */
 
-static uint64_t counter_mj(const struct moment *moment) {
-    return (uint64_t)(moment->published_mj - moment->counter_base_mj);
+/* The counter of a module counts what is beside the GPU, too; it is refreshed with the rest. */
+static uint64_t counter_mj(const struct gpu *gpu, const struct moment *moment) {
+    if (gpu->control.counter_stands_mj) return gpu->control.counter_stands_mj - 1;
+    int64_t lasts_ns = moment->at_ns - moment->origin_ns;
+    if (gpu->part.refresh_ns) lasts_ns -= lasts_ns % gpu->part.refresh_ns;
+    double beside_mj = (double)gpu->control.module_mw * lasts_ns * 1e-9;
+    return (uint64_t)(moment->published_mj - moment->counter_base_mj + beside_mj);
 }
 
 static uint32_t milli(double watts) { return (uint32_t)(watts * 1000 + 0.5); }
 
-READ_IF(nvmlDeviceGetTotalEnergyConsumption, unsigned long long, !CONTROL.no_energy, counter_mj(&NOW))
+READ_IF(nvmlDeviceGetTotalEnergyConsumption, unsigned long long, !CONTROL.no_energy, counter_mj(call.gpu, &NOW))
 READ_IF(nvmlDeviceGetPowerUsage, unsigned, !CONTROL.no_power, milli(call.now.watts))
 READ(nvmlDeviceGetEnforcedPowerLimit, unsigned, call.now.enforced_mw)
 READ(nvmlDeviceGetPowerManagementLimit, unsigned, NOW.limit_mw)
@@ -392,7 +399,7 @@ static int read_field(const struct call *call, struct field *field) {
     const struct control *control = &call->gpu->control;
     if (field->scope) return NOT_SUPPORTED; /* of memory or of a module: no such parts here */
     if (field->id == FIELD_ENERGY && !control->no_energy) {
-        field->type = VALUE_UNSIGNED_LONG_LONG, field->value.large = counter_mj(&call->now.moment);
+        field->type = VALUE_UNSIGNED_LONG_LONG, field->value.large = counter_mj(call->gpu, &call->now.moment);
         return OK;
     }
     if ((field->id != FIELD_POWER_AVERAGE && field->id != FIELD_POWER_INSTANT) || control->no_power)

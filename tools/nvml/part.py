@@ -46,6 +46,9 @@ class Part:
     """How often the energy counter moves; 0: always."""
     memory_mhz: int = 1215
     memory_bytes: int = 40 * 2**30
+    memory_bus_bits: int | None = None
+    cores: int | None = None
+    """CUDA cores. These two None: the driver does not report them."""
     pci_device_id: int = 0x20B010DE
     capability: tuple[int, int] = (8, 0)
     architecture: int = 7
@@ -114,7 +117,12 @@ def catalogue_parts(gpu: str, n: int, *, model: str = "llama-3-8b", tp: int = 1,
 
 def a100(n: int = 1, **fields: Any) -> tuple[Part, ...]:
     """A100-SXM4-40GB; `fields` replace those of Part, or choose `model` and `tp`."""
-    own: dict[str, Any] = {"name": "NVIDIA A100-SXM4-40GB", "limit_min_w": 100.0}
+    own: dict[str, Any] = {
+        "name": "NVIDIA A100-SXM4-40GB",
+        "limit_min_w": 100.0,
+        "memory_bus_bits": 5120,
+        "cores": 6912,
+    }
     return catalogue_parts("a100-40gb-sxm", n, **(own | fields))
 
 
@@ -129,6 +137,8 @@ def rtx4090(n: int = 1, **fields: Any) -> tuple[Part, ...]:
         "busy_w": tuple(60.0 + 340.0 * (clock / clocks[-1]) ** 2 for clock in clocks),
         "limit_w": 450.0,
         "memory_mhz": 10501,
+        "memory_bus_bits": 384,
+        "cores": 16384,
         "memory_bytes": 24 * 2**30,
         "pci_device_id": 0x268410DE,
         "capability": (8, 9),
@@ -144,6 +154,8 @@ def h100(n: int = 1, **fields: Any) -> tuple[Part, ...]:
         "limit_min_w": 200.0,
         "context_keeps_clock": True,
         "memory_mhz": 2619,
+        "memory_bus_bits": 5120,
+        "cores": 16896,
         "pci_device_id": 0x233010DE,
         "capability": (9, 0),
         "architecture": 9,

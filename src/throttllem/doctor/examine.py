@@ -13,6 +13,7 @@ from throttllem.doctor.keeper_state import KeeperState, keeper_findings, left_lo
 from throttllem.doctor.rights import missing_right, this_user
 from throttllem.doctor.timeouts import call_within
 from throttllem.gpu.nvml import Nvml, NvmlError
+from throttllem.physics.catalogue import Catalogue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,7 @@ class Examined:
     keeper: KeeperState
 
 
-def examine(state: Path, socket: Path, zeusd: Path, measure_s: float | None) -> Examined:
+def examine(state: Path, socket: Path, zeusd: Path, measure_s: float | None, catalogue: Catalogue) -> Examined:
     """Takes about 0.2 s and `measure_s` for the energy counters. Raises nothing for what it finds."""
     keeper, gpus, findings = read_keeper_state(state, socket), list[Gpu](), list[Finding]()
     try:
@@ -38,7 +39,7 @@ def examine(state: Path, socket: Path, zeusd: Path, measure_s: float | None) -> 
         faults = [no_driver_finding(error)]
     here = {gpu.uuid: gpu.subject for gpu in gpus}
     for gpu in gpus:
-        findings += [*gpu_findings(gpu), *lock_findings(gpu, keeper)]
+        findings += [*gpu_findings(gpu, catalogue), *lock_findings(gpu, keeper)]
     findings += faults
     findings += keeper_findings(keeper, here if gpus and not faults else None, this_user())
     findings += left_locked(keeper, here)

@@ -17,7 +17,11 @@ import pynvml
 from throttllem.doctor.finding import Finding, note, ok, trouble
 from throttllem.doctor.steady import steady_mhz
 from throttllem.doctor.timeouts import call_all, call_within
-from throttllem.gpu.nvml import Nvml, NvmlError, NvmlGpu, Sharing, ThrottleReason, Trouble
+from throttllem.gpu.boards.facts import read_board
+from throttllem.gpu.counter import STANDS_S, odd_counter
+from throttllem.gpu.nvml import REMEDY, Nvml, NvmlError, NvmlGpu, Sample, Sharing, ThrottleReason, Trouble
+from throttllem.physics.catalogue import Catalogue
+from throttllem.physics.recognition import Board, recognise
 
 MEASURE_S = 0.5
 HANG_S = 3.0
@@ -34,23 +38,33 @@ _NEEDS_A_REMEDY = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Counter:
+    """An energy counter. `refresh_s`: its period. `times_watts`: its slope over the power that was read meanwhile, 0 if
+    it stood still. None: not measured.
+    """
+
+    refresh_s: float | None = None
+    times_watts: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One GPU as it is now. `refresh_s`: the period at which its energy counter is refreshed; None: not measured.
-    `steady_mhz`: its clock, if it stands still for no reason that NVML reports.
+    """One GPU as it is now. `counter`: what was seen of its energy counter; None: it has none. `watts`, `limit_w`
+    None: not reported. `pids` None: NVML does not list them. `steady_mhz`: its clock, if it stands still for no reason
+    that NVML reports.
     """
 
     number: int
     uuid: str
-    name: str
+    board: Board
     clocks_mhz: tuple[int, ...]
     clock_mhz: int
-    watts: float
-    limit_w: float
-    has_counter: bool
-    refresh_s: float | None
+    watts: float | None
+    limit_w: float | None
+    counter: Counter | None
     throttle: ThrottleReason
     sharing: Sharing | None
-    pids: tuple[int, ...]
+    pids: tuple[int, ...] | None
     steady_mhz: int | None
 
     @property
@@ -61,14 +75,21 @@ class Gpu:
 
 def driver_finding(nvml: Nvml) -> Finding:
     """The versions of driver and NVML. Raises NvmlError."""
-    library = nvml.call("NVML's version", pynvml.nvmlSystemGetNVMLVersion)
-    return ok("driver", f"NVIDIA {nvml.driver()}, NVML {library}")
+    try:
+        library = nvml.call("NVML's version", pynvml.nvmlSystemGetNVMLVersion)
+        return ok("driver", f"NVIDIA {nvml.driver()}, NVML {library}")
+    except NvmlError as error:
+        if error.trouble is not Trouble.UNSUPPORTED:
+            raise
+        return note("driver", "it does not report its version")
 
 
 def no_driver_finding(error: OSError) -> Finding:
     """Why no GPU can be read at all."""
     if isinstance(error, TimeoutError):
         return trouble("driver", f"it hangs: {error}", "see `dmesg`; a reboot helps")
+    if isinstance(error, NvmlError) and error.trouble is Trouble.MISMATCH:
+        return trouble("driver", f"it cannot be used: {error.__cause__ or error}", REMEDY[Trouble.MISMATCH])
     return trouble(
         "driver",
         f"no NVIDIA driver here: {error.__cause__ or error}",
@@ -101,17 +122,14 @@ def read_gpus(nvml: Nvml, measure_s: float | None) -> tuple[list[Gpu], list[Find
     )
 
 
-def gpu_findings(gpu: Gpu, proc: Path = Path("/proc")) -> list[Finding]:
+def gpu_findings(gpu: Gpu, catalogue: Catalogue, proc: Path = Path("/proc")) -> list[Finding]:
     """Everything about it except its lock."""
     subject, clocks = gpu.subject, gpu.clocks_mhz
     facts = f"{len(clocks)} clocks from {clocks[0]} to {clocks[-1]} MHz, now {gpu.clock_mhz} MHz"
-    findings = [ok(subject, f"{gpu.uuid}, {gpu.name}: {facts}, {gpu.watts:.0f} of {gpu.limit_w:.0f} W")]
-    if not gpu.has_counter:
-        findings.append(note(subject, "no energy counter: power is integrated, a few percent less exact"))
-    elif gpu.refresh_s is not None:
-        findings.append(ok(subject, f"energy counter, refreshed every {_rounded(gpu.refresh_s)}"))
-    else:
-        findings.append(ok(subject, "energy counter"))
+    watts = "unknown" if gpu.watts is None else f"{gpu.watts:.0f}"
+    limit = "" if gpu.limit_w is None else f" of {gpu.limit_w:.0f}"
+    findings = [ok(subject, f"{gpu.uuid}, {gpu.board.name}: {facts}, {watts}{limit} W")]
+    findings += [_kind(gpu, catalogue), _energy(gpu)]
     if gpu.throttle & _NEEDS_A_REMEDY:
         remedy = "cooling, power supply or another tool: `nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER`"
         findings.append(trouble(subject, f"slowed down by {gpu.throttle.text}", remedy))
@@ -119,25 +137,54 @@ def gpu_findings(gpu: Gpu, proc: Path = Path("/proc")) -> list[Finding]:
         findings.append(note(subject, f"slowed down by {reasons.text}"))
     if gpu.sharing is not None:
         findings.append(trouble(subject, f"its clock is not to be set: {gpu.sharing.value}", "leave it out of `gpus`"))
-    if gpu.pids:
+    if gpu.pids is None:
+        findings.append(note(subject, "NVML does not list the processes that compute on it"))
+    elif gpu.pids:
         findings.append(note(subject, f"computing on it: {', '.join(_process(pid, proc) for pid in gpu.pids)}"))
     return findings
 
 
+def _kind(gpu: Gpu, catalogue: Catalogue) -> Finding:
+    """Its kind, or how to add it."""
+    found = recognise(gpu.board, catalogue)
+    if found.listed:
+        kind = found.gpu
+        said = f"its kind is {kind.name}: seconds {kind.time_basis.kind}, watts {kind.power_basis.kind}"
+        return ok(gpu.subject, said)
+    remedy = (
+        "until then it is used as modelled; to add it, paste this into a file for --catalogue, correct what is "
+        f"guessed, then `throttllem calibrate`:\n{found.entry()}"
+    )
+    return note(gpu.subject, f"{gpu.board.text} {found.why}", remedy)
+
+
+def _energy(gpu: Gpu) -> Finding:
+    """What is to be known of its energy counter and its power reading."""
+    counter = gpu.counter
+    if counter is None:
+        return note(gpu.subject, "no energy counter: power is integrated, a few percent less exact")
+    if counter.times_watts is not None and (odd := odd_counter(counter.times_watts)):
+        return note(gpu.subject, f"{odd}: power is integrated instead")
+    if gpu.watts is None:
+        return note(gpu.subject, "no power reading: watts are the slope of its energy counter")
+    if counter.refresh_s is not None:
+        return ok(gpu.subject, f"energy counter, refreshed every {_rounded(counter.refresh_s)}")
+    return ok(gpu.subject, "energy counter")
+
+
 def _read(number: int, gpu: NvmlGpu, measure_s: float | None) -> Gpu:
     steady = steady_mhz(gpu)
-    refresh_s = _refresh_s(gpu, measure_s) if measure_s else None
+    counter = _counter(gpu, measure_s or 0.0)
     sample = gpu.sample()
     return Gpu(
         number=number,
         uuid=gpu.uuid,
-        name=gpu.name(),
+        board=read_board(gpu),
         clocks_mhz=gpu.clocks_mhz(),
         clock_mhz=sample.clock_mhz,
         watts=sample.watts,
         limit_w=gpu.limit_w(),
-        has_counter=sample.energy_j is not None,
-        refresh_s=refresh_s,
+        counter=counter,
         throttle=sample.throttle,
         sharing=gpu.sharing(),
         pids=gpu.processes(),
@@ -154,17 +201,29 @@ def _unreadable(number: int, error: OSError) -> Finding:
     return trouble(f"GPU {number}", str(error).split("; ", maxsplit=1)[0], remedy)
 
 
-def _refresh_s(gpu: NvmlGpu, measure_s: float) -> float | None:
-    """The period at which its energy counter is refreshed; None: it was refreshed less than twice."""
-    moved_s, last_j, end_s = list[float](), gpu.sample().energy_j, time.monotonic() + measure_s
-    while time.monotonic() < end_s and last_j is not None:
+def _counter(gpu: NvmlGpu, measure_s: float) -> Counter | None:
+    """Its energy counter, watched for that long; None: it has none."""
+    first, end_s = gpu.sample(), time.monotonic() + measure_s
+    if first.energy_j is None:
+        return None
+    moves, watts = list[Sample](), list[float]()
+    last_j: float | None = first.energy_j
+    while time.monotonic() < end_s:
         time.sleep(_POLL_S)
         sample = gpu.sample()
+        if sample.watts is not None:
+            watts.append(sample.watts)
         if sample.energy_j != last_j:
-            moved_s.append(sample.at_s)
+            moves.append(sample)
             last_j = sample.energy_j
-    gaps = [after - before for before, after in itertools.pairwise(moved_s)]
-    return statistics.median(gaps) if gaps else None
+    if len(moves) < 2:
+        return Counter(times_watts=0.0 if not moves and watts and measure_s >= STANDS_S else None)
+    lasted_s, counted_j = moves[-1].at_s - moves[0].at_s, (moves[-1].energy_j or 0.0) - (moves[0].energy_j or 0.0)
+    mean_w = statistics.fmean(watts) if watts else 0.0
+    return Counter(
+        refresh_s=statistics.median(after.at_s - before.at_s for before, after in itertools.pairwise(moves)),
+        times_watts=counted_j / lasted_s / mean_w if mean_w else None,
+    )
 
 
 def _rounded(seconds: float) -> str:

@@ -41,7 +41,8 @@ WATCH_S = 0.1
 FOLLOW_S = 0.3
 POLL_S = 0.004
 RETRY_S = 1.0
-"""The time between a set that failed and the next one."""
+"""The time between a set that failed, or that another controller undid, and the next one; doubled each time."""
+MOST_RETRY_S = 60.0
 
 
 class Mode(StrEnum):
@@ -82,6 +83,7 @@ class HardwareGpu:
         """The highest clock that the keeper may set, where more was decided."""
         self._trouble: str | None = None
         self._set_s = self._failed_s = -math.inf
+        self._retry_s = RETRY_S
         self._limits = LimitDetector()
 
     # ---- finding the GPUs, and leaving them as they were ---------------------------------------------------------
@@ -162,13 +164,14 @@ class HardwareGpu:
             limit_mhz, held = limit.mhz, limit.reason
         return Reading(
             clock_mhz=set_mhz if followed else min(sample.clock_mhz for sample in samples),
-            watts=sum(sample.watts for sample in samples),
+            watts=sampler.watts(),
             energy_j=sampler.joules(),
             dry_run_mhz=dry_run_mhz,
             stands_for_mhz=decided_mhz if below_allowed else None,
             limit_mhz=limit_mhz,
             held=held,
             trouble=self._trouble,
+            counter_trouble=sampler.trouble(),
         )
 
     def worked(self, work: Work) -> None:
@@ -206,6 +209,7 @@ class HardwareGpu:
         sampler = self._running_sampler()
         while self._decided_mhz == decided_mhz:
             if sampler.newer_than(self._set_s) and all(follows(sample, set_mhz) for sample in sampler.last()):
+                self._detect_limit()
                 return
             if time.monotonic() - self._set_s > FOLLOW_S:
                 self._detect_limit(switched=True)
@@ -232,9 +236,14 @@ class HardwareGpu:
             await asyncio.sleep(WATCH_S)
             try:
                 limit = self._limits.limit
-                retry = self._trouble is not None or (limit is not None and limit.reason == OTHER_CONTROLLER)
+                taken = limit is not None and limit.reason == OTHER_CONTROLLER
                 since_s = time.monotonic() - max(self._failed_s, self._set_s)
-                if retry and since_s > RETRY_S and self._decided_mhz is not None and self.mode is Mode.ON:
+                if limit is None and since_s > self._retry_s:
+                    self._retry_s = RETRY_S
+                if self._decided_mhz is None or self.mode is not Mode.ON:
+                    pass
+                elif (self._trouble is not None and since_s > RETRY_S) or (taken and since_s > self._retry_s):
+                    self._retry_s = min(2 * self._retry_s, MOST_RETRY_S) if taken else RETRY_S
                     await self.set_clock(self._decided_mhz)
                 self._detect_limit()
             except OSError:

@@ -24,6 +24,7 @@ class Trouble(StrEnum):
     LOST = "GPU lost"
     UNSUPPORTED = "not supported"
     UNKNOWN_GPU = "no such GPU"
+    MISMATCH = "driver and library differ"
     OTHER = "failed"
 
 
@@ -65,21 +66,25 @@ class Sharing(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One GPU at one moment (`at_s` of the monotonic clock). `energy_j`: since the driver was loaded; None: the GPU has
-    no counter.
+    no counter. `watts` None: it has no power reading; it has one of the two.
     """
 
     at_s: float
     clock_mhz: int
-    watts: float
+    watts: float | None
     energy_j: float | None
     throttle: ThrottleReason
 
 
-_REMEDY = {
+REMEDY = {
     Trouble.NO_DRIVER: "load the NVIDIA driver (`nvidia-smi` must work), or serve without [engines] gpus",
     Trouble.DENIED: "setting clocks needs root: run `throttllem keeper` as a service, or mode = 'dry-run'",
     Trouble.LOST: "it fell off the bus: see `dmesg`; reset or reboot it, the other GPUs go on without it",
     Trouble.UNKNOWN_GPU: "`throttllem doctor` lists the GPUs that are here",
+    Trouble.MISMATCH: (
+        "the driver was updated while its old kernel module stays loaded: reboot, or stop all users of the GPUs and "
+        "reload the modules (`rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia; modprobe nvidia`); restart containers"
+    ),
 }
 _TROUBLE = {
     pynvml.NVML_ERROR_UNINITIALIZED: Trouble.NO_DRIVER,
@@ -90,6 +95,7 @@ _TROUBLE = {
     pynvml.NVML_ERROR_NOT_SUPPORTED: Trouble.UNSUPPORTED,
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND: Trouble.UNSUPPORTED,
     pynvml.NVML_ERROR_NOT_FOUND: Trouble.UNKNOWN_GPU,
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: Trouble.MISMATCH,
 }
 _UNLOADED = (pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 """The driver was unloaded: the library must be opened again, and every handle looked up again."""
@@ -189,7 +195,7 @@ class Nvml:
 
 def _mapped(what: str, error: pynvml.NVMLError) -> NvmlError:
     trouble = _TROUBLE.get(error.value, Trouble.OTHER)
-    remedy = _REMEDY.get(trouble)
+    remedy = REMEDY.get(trouble)
     return NvmlError(f"{what}: {error}{f'; {remedy}' if remedy else ''}", trouble)
 
 
@@ -217,52 +223,58 @@ class NvmlGpu:
         """The SM clock now."""
         return int(self._call("clock", pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM))
 
-    def limit_w(self) -> float:
-        """The enforced power limit."""
-        return float(self._call("power limit", pynvml.nvmlDeviceGetEnforcedPowerLimit)) / 1e3
+    def limit_w(self) -> float | None:
+        """The power limit: the enforced one, else the one that is set; None: it reports neither."""
+        calls = (pynvml.nvmlDeviceGetEnforcedPowerLimit, pynvml.nvmlDeviceGetPowerManagementLimit)
+        limit_mw = self.optional("power limit", *calls)
+        return None if limit_mw is None else float(limit_mw) / 1e3
 
     def throttle(self) -> ThrottleReason:
-        """What limits its clock now."""
-        bits = int(self._call("clock event reasons", pynvml.nvmlDeviceGetCurrentClocksEventReasons))
+        """What limits its clock now; none where it does not report that. Drivers before R535 have the older name."""
+        calls = (pynvml.nvmlDeviceGetCurrentClocksEventReasons, pynvml.nvmlDeviceGetCurrentClocksThrottleReasons)
+        bits = int(self.optional("clock event reasons", *calls) or 0)
         return ThrottleReason(bits & sum(reason.value for reason in ThrottleReason))
 
     def sample(self) -> Sample:
         """Everything that is read periodically, in some tens of microseconds."""
-        try:
-            energy_j = float(self._call("energy", pynvml.nvmlDeviceGetTotalEnergyConsumption)) / 1e3
-        except NvmlError as error:
-            if error.trouble is not Trouble.UNSUPPORTED:
-                raise
-            energy_j = None
+        energy_mj = self.optional("energy", pynvml.nvmlDeviceGetTotalEnergyConsumption)
+        power_mw = self.optional("power", pynvml.nvmlDeviceGetPowerUsage)
+        if energy_mj is None and power_mw is None:
+            raise NvmlError(f"power of {self.uuid}: it has neither a power reading nor a counter", Trouble.UNSUPPORTED)
         return Sample(
             at_s=time.monotonic(),
             clock_mhz=self.clock_mhz(),
-            watts=float(self._call("power", pynvml.nvmlDeviceGetPowerUsage)) / 1e3,
-            energy_j=energy_j,
+            watts=None if power_mw is None else float(power_mw) / 1e3,
+            energy_j=None if energy_mj is None else float(energy_mj) / 1e3,
             throttle=self.throttle(),
         )
 
     def sharing(self) -> Sharing | None:
         """How other clients share it, which forbids setting its clock; None: it is not shared."""
-        if self._optional("MIG mode", pynvml.nvmlDeviceGetMigMode, default=(0, 0))[0]:
+        if (self.optional("MIG mode", pynvml.nvmlDeviceGetMigMode) or (0, 0))[0]:
             return Sharing.MIG
-        if self._optional("MPS clients", pynvml.nvmlDeviceGetMPSComputeRunningProcesses, default=()):
+        calls = (pynvml.nvmlDeviceGetMPSComputeRunningProcesses_v3, pynvml.nvmlDeviceGetMPSComputeRunningProcesses_v2)
+        if self.optional("MPS clients", *calls):
             return Sharing.MPS
         return None
 
-    def processes(self) -> tuple[int, ...]:
-        """Ids of the processes that compute on it."""
-        found = self._optional("processes", pynvml.nvmlDeviceGetComputeRunningProcesses, default=())
-        return tuple(int(process.pid) for process in found)
+    def processes(self) -> tuple[int, ...] | None:
+        """Ids of the processes that compute on it; None: it does not list them."""
+        calls = (pynvml.nvmlDeviceGetComputeRunningProcesses_v3, pynvml.nvmlDeviceGetComputeRunningProcesses_v2)
+        found = self.optional("processes", *calls)
+        return None if found is None else tuple(int(process.pid) for process in found)
 
-    def _optional(self, what: str, function: Callable[..., Any], default: Any) -> Any:
-        """A call that older GPUs do not support."""
-        try:
-            return self._call(what, function)
-        except NvmlError as error:
-            if error.trouble is not Trouble.UNSUPPORTED:
-                raise
-            return default
+    def optional(self, what: str, *functions: Callable[..., Any], arguments: tuple[Any, ...] = ()) -> Any:
+        """A call that not every GPU supports, under the names that drivers of some age have, newest first; None: it is
+        not supported.
+        """
+        for function in functions:
+            try:
+                return self._call(what, function, *arguments)
+            except NvmlError as error:
+                if error.trouble is not Trouble.UNSUPPORTED:
+                    raise
+        return None
 
     def _call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         return self.nvml.call_gpu(self.uuid, what, function, *arguments)

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from throttllem.gpu.counter import EnergyCounter
-from throttllem.gpu.nvml import NvmlGpu, Sample
+from throttllem.gpu.nvml import NvmlError, NvmlGpu, Sample, Trouble
 
 log = logging.getLogger("throttllem.gpu")
 
@@ -45,6 +45,13 @@ class Sampler:
     async def __aenter__(self) -> Self:
         """Raises NvmlError if the GPUs cannot be read now."""
         self.read()
+        end_s = time.monotonic() + STALE_S
+        while any(counter.watts is None for counter in self._counters):  # watts are the slope of the counter
+            if time.monotonic() > end_s:
+                text = f"{self.gpus[0].uuid}: no power reading, and its energy counter stands still: no watts are known"
+                raise NvmlError(text, Trouble.UNSUPPORTED)
+            await asyncio.sleep(self._period_s)
+            self.read()
         self._thread.start()
         return self
 
@@ -91,6 +98,16 @@ class Sampler:
         now_s = time.monotonic()
         with self._gate:
             return sum(counter.joules(now_s) for counter in self._counters)
+
+    def watts(self) -> float:
+        """Power of all GPUs at the last reading."""
+        with self._gate:
+            return sum(counter.watts or 0.0 for counter in self._counters)
+
+    def trouble(self) -> str | None:
+        """Why an energy counter is not used although there is one."""
+        pairs = zip(self.gpus, self._counters, strict=True)
+        return next((f"{gpu.uuid}: {counter.trouble}" for gpu, counter in pairs if counter.trouble), None)
 
     def _run(self) -> None:
         while not self._stop:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import tomllib
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -105,8 +106,7 @@ class Catalogue(Frozen):
 
         Raises CatalogueError (file, key, fix) for a file that is missing, is not TOML, or has an invalid entry.
         """
-        gpus, _ = _parse(_shipped("catalogue.toml"), "catalogue.toml", {})
-        _, models = _parse(_shipped("models.toml"), "models.toml", {})
+        gpus, models = _shipped()
         if extra is not None:
             more_gpus, more_models = _parse(_read(extra), str(extra), gpus)
             gpus, models = gpus | more_gpus, models | more_models
@@ -150,8 +150,14 @@ class Catalogue(Frozen):
         return model
 
 
-def _shipped(file: str) -> str:
-    return resources.files("throttllem.physics").joinpath(file).read_text(encoding="utf-8")
+@cache
+def _shipped() -> tuple[dict[str, Gpu], dict[str, Model]]:
+    """The entries that ship; not to be changed."""
+    folder = resources.files("throttllem.physics")
+    read = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("catalogue.toml", "models.toml")}
+    gpus, _ = _parse(read["catalogue.toml"], "catalogue.toml", {})
+    _, models = _parse(read["models.toml"], "models.toml", {})
+    return gpus, models
 
 
 def _lookup(entries: dict[str, T], name: str, what: str) -> T:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from throttllem.cli.arguments import Extra
 from throttllem.cli.commands.keeper import Socket, State
 
 if TYPE_CHECKING:
     from throttllem.doctor.examine import Examined
     from throttllem.doctor.finding import Finding
     from throttllem.doctor.gpus import Gpu
+    from throttllem.physics.catalogue import Catalogue
 
 
 def doctor(
@@ -33,6 +36,7 @@ def doctor(
     ] = Path("/var/run/zeusd.sock"),
     socket: Socket = None,
     state: State = None,
+    catalogue: Extra = None,
 ) -> None:
     """Show whether this user may set clocks here, what is locked, and remedies. Exit code 1 if there is a fault."""
     if gpu and not put_back:
@@ -43,8 +47,10 @@ def doctor(
     from throttllem.doctor.restore import restore
     from throttllem.gpu.keeper_client import SOCKET
     from throttllem.keeper.unit import STATE
+    from throttllem.physics.catalogue import Catalogue
 
     socket, state = socket or SOCKET, state or STATE
+    known = Catalogue.load(catalogue)
     found: list[Finding] = []
 
     def report(finding: Finding) -> None:
@@ -55,12 +61,12 @@ def doctor(
     if put_back:
         for finding in restore(state, socket, gpu or ()):
             report(finding)
-    examined = examine(state, socket, zeusd, MEASURE_S if measure else None)
+    examined = examine(state, socket, zeusd, MEASURE_S if measure else None, known)
     for finding in examined.findings:
         report(finding)
     wrong = sum(finding.mark is Mark.TROUBLE for finding in found)
     if as_json:
-        typer.echo(json.dumps(_as_json(found, examined), indent=1))
+        typer.echo(json.dumps(_as_json(found, examined, known), indent=1))
     else:
         typer.echo(f"{wrong} to mend" if wrong else "nothing to mend")
     raise typer.Exit(code=1 if wrong else 0)
@@ -69,10 +75,10 @@ def doctor(
 def _print(finding: Finding) -> None:
     typer.echo(f"{finding.mark} {finding.subject}: {finding.text}")
     if finding.remedy:
-        typer.echo(f"     {finding.remedy}")
+        typer.echo(indent(finding.remedy, "     "))
 
 
-def _as_json(found: list[Finding], examined: Examined) -> dict[str, Any]:
+def _as_json(found: list[Finding], examined: Examined, known: Catalogue) -> dict[str, Any]:
     from importlib.metadata import version
 
     return {
@@ -81,7 +87,7 @@ def _as_json(found: list[Finding], examined: Examined) -> dict[str, Any]:
         "findings": [
             {"mark": str(one.mark), "subject": one.subject, "text": one.text, "remedy": one.remedy} for one in found
         ],
-        "gpus": [_gpu_json(gpu) for gpu in examined.gpus],
+        "gpus": [_gpu_json(gpu, known) for gpu in examined.gpus],
         "keeper": {
             "socket": str(examined.keeper.path),
             "runs": examined.keeper.runs,
@@ -93,17 +99,22 @@ def _as_json(found: list[Finding], examined: Examined) -> dict[str, Any]:
     }
 
 
-def _gpu_json(gpu: Gpu) -> dict[str, Any]:
+def _gpu_json(gpu: Gpu, known: Catalogue) -> dict[str, Any]:
+    from throttllem.physics.recognition import recognise
+
+    kind = recognise(gpu.board, known)
     return {
         "number": gpu.number,
         "uuid": gpu.uuid,
-        "name": gpu.name,
+        "name": gpu.board.name,
+        "kind": kind.gpu.name if kind.listed else None,
+        "like": None if kind.listed else kind.gpu.like,
         "clocks_mhz": gpu.clocks_mhz,
         "clock_mhz": gpu.clock_mhz,
         "watts": gpu.watts,
         "limit_w": gpu.limit_w,
-        "energy_counter": gpu.has_counter,
-        "energy_refresh_s": gpu.refresh_s,
+        "energy_counter": gpu.counter is not None,
+        "energy_refresh_s": gpu.counter and gpu.counter.refresh_s,
         "brake": gpu.throttle.text,
         "shared": gpu.sharing and gpu.sharing.name,
         "processes": gpu.pids,

@@ -221,6 +221,8 @@ def _clock_notes(reading: Reading) -> Iterator[str]:
         yield f"dry run, as clocks cannot be set: {reading.trouble}"
     if reading.held:
         yield f"clocks are held at {reading.limit_mhz} MHz: {reading.held}; planned with that"
+    if reading.counter_trouble:
+        yield f"joules: {reading.counter_trouble}"
 
 
 def _ahead(loop: ControlLoop, backend: Backend, view: EngineView | None) -> Ahead:

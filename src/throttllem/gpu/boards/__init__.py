@@ -1,0 +1,1 @@
+"""The boards behind `gpus`: which kind each of them is, and which processes use it."""
