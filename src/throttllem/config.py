@@ -252,6 +252,8 @@ class BatchingOptions:
     no_evict: bool | None = None
     """Whether KV blocks for prompt + max_tokens are reserved before a request starts (TensorRT-LLM's
     GUARANTEED_NO_EVICT); otherwise requests are preempted when blocks run out (its MAX_UTILIZATION)."""
+    kv_cache_dtype: Literal["auto", "bfloat16", "fp8"] = "auto"
+    """Type of the KV cache's values; `auto`: what the model's checkpoint says, else that of its activations."""
     max_tokens: int | None = None
     """`max_tokens` of the requests of a simulation. Without it the longest output of the trace, rounded up to a power
     of two."""

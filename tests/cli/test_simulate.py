@@ -134,6 +134,18 @@ def test_a_request_longer_than_the_context_is_rejected_with_the_reason(monkeypat
     )
 
 
+def test_estimate_of_a_config_json(monkeypatch, capsys, tmp_path):
+    config = {"model_type": "new", "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config |= {"intermediate_size": 4096, "vocab_size": 32000, "max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = ["estimate", "--model", str(tmp_path), "--tp", "1", "--clock", "1050", "--batch", "8", "--context", "500"]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, *asked, "--kv-cache-dtype", "fp8") == 0
+    assert "0.1998 billion parameters, 0.4 GB, 16.4 kB of KV cache a token" in capsys.readouterr().out
+    assert run(monkeypatch, *asked, "--kv-cache-dtype", "int3") == 2
+    assert "--kv-cache-dtype: batching.kv_cache_dtype = 'int3'" in capsys.readouterr().err
+
+
 def test_estimate_answers_for_one_point(monkeypatch, capsys):
     assert run(monkeypatch, "estimate", "--clock", "1050", "--batch", "8", "--context", "500", "--json") == 0
     point = json.loads(capsys.readouterr().out)

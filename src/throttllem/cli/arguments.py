@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from throttllem.option_sources import Loaded
 
 Gpu = Annotated[str, typer.Option("--gpu", help="GPU of the catalogue.")]
-Model = Annotated[str, typer.Option("--model", help="Model of the catalogue.")]
+MODEL_HELP = "Model of the catalogue, checkpoint (OWNER/NAME), or a config.json (the file or its folder)."
+Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
+KvCache = Annotated[
+    str | None,
+    typer.Option("--kv-cache-dtype", help="auto (the checkpoint's, default), bfloat16 or fp8."),
+]
 Tp = Annotated[int | None, typer.Option("--tp", help="GPUs of the engine (tensor parallel degree); 4 by default.")]
 Sizes = Annotated[str | None, typer.Option("--sizes", help="Engine sizes instead of --tp, as in 1,2,4.")]
 Engine = Annotated[

@@ -126,6 +126,8 @@ class Catalogue(Frozen):
         if found is not None:
             return found
         path = Path(name).expanduser()
+        if not path.exists() and (name.startswith(("/", ".", "~")) or name.endswith(".json")):
+            raise UnknownName(f"model {name!r}: no such file or folder; give a config.json, or the folder that has it")
         if not path.exists():
             hint = did_you_mean(name, sorted(self.models), most=3)
             raise UnknownName(f"unknown model {name!r}: {hint} (a config.json, the file or its folder, will do too)")

@@ -126,6 +126,18 @@ class Model(Frozen):
         return self
 
     @property
+    def described(self) -> str:
+        """Its size, to compare with what is published of it."""
+        active = f" ({self.active_parameters / 1e9:.3g} active)" if self.experts else ""
+        size = f"{self.parameters / 1e9:.4g} billion parameters{active}, {self.weight_bytes / 1e9:.3g} GB"
+        return f"{size}, {self.kv_bytes_per_token / 1e3:.3g} kB of KV cache a token"
+
+    def with_cache(self, dtype: str) -> Model:
+        """The model served with a KV cache of this type: "bfloat16", "fp8", or "auto" for its own."""
+        own = {"auto": self.kv_bytes, "bfloat16": 2.0, "fp8": 1.0}
+        return self.model_copy(update={"kv_bytes": own[dtype]})
+
+    @property
     def expert_layers(self) -> int:
         """Layers with experts."""
         return self.layers - self.experts.dense_layers if self.experts else 0

@@ -13,6 +13,7 @@ from throttllem.cli.arguments import (
     Extra,
     Gpu,
     Json,
+    KvCache,
     Model,
     Seed,
     Setting,
@@ -34,6 +35,7 @@ def characterize(
     tp: Tp = None,
     sizes: Sizes = None,
     engine: Engine = None,
+    kv_cache_dtype: KvCache = None,
     trace: TraceName = "azure-conv-like",
     slo_e2e: Annotated[
         str | None, typer.Option("--slo-e2e", metavar="DURATION", help="Bound on p99 of E2E, as in 20s.")
@@ -55,6 +57,7 @@ def characterize(
             "slo.e2e_s": ("--slo-e2e", slo_e2e),
             "slo.tbt_s": ("--slo-tbt", slo_tbt),
             "batching.engine": ("--engine", engine),
+            "batching.kv_cache_dtype": ("--kv-cache-dtype", kv_cache_dtype),
             "catalogue": ("--catalogue", catalogue),
         },
     ).options

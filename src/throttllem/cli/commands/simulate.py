@@ -13,6 +13,7 @@ from throttllem.cli.arguments import (
     Extra,
     Gpu,
     Json,
+    KvCache,
     Model,
     Out,
     Seed,
@@ -42,6 +43,7 @@ def simulate(
     tp: Tp = None,
     sizes: Sizes = None,
     engine: Engine = None,
+    kv_cache_dtype: KvCache = None,
     trace: TraceName = "azure-conv-like",
     policy: Annotated[
         str, typer.Option("--policy", help="triton, throttllem, least-energy, fixed:<MHz>; each also with +autoscale.")
@@ -103,6 +105,7 @@ def simulate(
             "slo.tbt_s": ("--slo-tbt", slo_tbt),
             "slo.ttft_s": ("--slo-ttft", slo_ttft),
             "batching.engine": ("--engine", engine),
+            "batching.kv_cache_dtype": ("--kv-cache-dtype", kv_cache_dtype),
             "cost.co2_g_per_kwh": ("--co2-g-per-kwh", co2_g_per_kwh),
             "cost.price_per_kwh": ("--price-per-kwh", price_per_kwh),
             "catalogue": ("--catalogue", catalogue),

@@ -47,7 +47,7 @@ class Fleet:
 
 def build_fleet(catalogue: Catalogue, gpu: str, model: str, sizes: tuple[int, ...], options: BatchingOptions) -> Fleet:
     """Engines of these sizes. Raises ValueError for unknown names, bad sizes, and a model that does not fit."""
-    the_gpu, the_model = catalogue.gpu(gpu), catalogue.model(model)
+    the_gpu, the_model = catalogue.gpu(gpu), catalogue.model(model).with_cache(options.kv_cache_dtype)
     physics = {tp: EnginePhysics(the_gpu, the_model, tp) for tp in sorted(set(sizes))}
     rules, specs = batching(options, the_gpu), {}
     for tp, engine in physics.items():
