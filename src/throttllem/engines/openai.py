@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, ExitStack
+from contextlib import ExitStack
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Call, Connected, EngineError, PromptCount, RemoteOptions, Reply, Report
+from throttllem.engines.base import Connected, EngineError, RemoteOptions, Report
 from throttllem.engines.capacity import ReportedCapacities, engine_spec, metrics_page, read_capacities, total
 from throttllem.engines.http import Upstream
 from throttllem.engines.step_reports import StepReceiver, check_address
 from throttllem.engines.tokens import TokenCounter
-from throttllem.openai_api.requests import COMPLETION_TOKENS, ParsedRequest
+from throttllem.openai_api.requests import COMPLETION_TOKENS
 
 SCRAPE_LIMIT_S = 2.0
 FAILURES = 3
@@ -36,6 +36,10 @@ class OpenaiEngine:
         self._spec = spec
         self._upstream = Upstream(options.url, api_key=options.api_key)
         self._tokens = TokenCounter(self._upstream, options.tokenizer)
+        self.count = self._tokens.count
+        self.open = self._upstream.open
+        """Leaving the block closes the connection, upon which the engine aborts the request."""
+        self.close = self._upstream.close
         self._reported = ReportedCapacities()
         self._has_steps = False
         self.steps: StepReceiver | None = None
@@ -67,18 +71,6 @@ class OpenaiEngine:
         if status >= 500:
             url = self._upstream.url
             raise EngineError(f"the engine at {url} is not healthy (/health answers {status})", status=503)
-
-    async def count(self, request: ParsedRequest) -> PromptCount:
-        """Tokens of a prompt, mean if they are several. Raises EngineError if the engine stopped answering."""
-        return await self._tokens.count(request)
-
-    def open(self, call: Call) -> AbstractAsyncContextManager[Reply]:
-        """Send a request; leaving the block closes the connection, upon which the engine aborts the request."""
-        return self._upstream.open(call)
-
-    async def close(self) -> None:
-        """Close every connection."""
-        await self._upstream.close()
 
     async def watch(self, report: Callable[[Report], None]) -> None:
         """Report steps and scrapes until cancelled. Raises EngineError when the engine is gone or was restarted."""

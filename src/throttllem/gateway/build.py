@@ -52,8 +52,6 @@ class Gateway:
         """Hand to recorders and histograms what the control loops did."""
         for model in self.models.served:
             model.loop.flush()
-        for recorder in self.recorders:
-            recorder.flush()
 
 
 def build_gateway(

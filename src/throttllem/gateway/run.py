@@ -40,7 +40,6 @@ log = logging.getLogger("throttllem.gateway")
 
 Say = Callable[[str], None]
 _SAVE_EVERY_S = 30.0
-_FLUSH_EVERY_S = 0.5
 _YOUNG_OBJECTS = 5_000
 """A collection after this many new objects takes about 2 ms."""
 _M_MMAP_THRESHOLD = -3
@@ -94,7 +93,7 @@ class Prepared:
         for recorder in gateway.recorders:
             recorder.start(aside)
         await models.start()
-        beside = [asyncio.create_task(work) for work in (history.run(models), self._flushes(), self._saves())]
+        beside = [asyncio.create_task(work) for work in (history.run(models), self._saves())]
         for task in beside:
             task.add_done_callback(_failed)
         try:
@@ -139,11 +138,6 @@ class Prepared:
     def _metrics_page(self, status: GatewayStatus) -> tuple[str, bytes]:
         self.gateway.flush()
         return metrics_page(status, self.gateway.histograms)
-
-    async def _flushes(self) -> None:
-        while True:
-            await asyncio.sleep(_FLUSH_EVERY_S)
-            self.gateway.flush()
 
     async def _saves(self) -> None:
         while True:

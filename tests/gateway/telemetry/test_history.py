@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
+
+import pytest
 
 from gateway.statuses import STATUS, Still, status_of_still  # noqa: F401 (a fixture)
 from throttllem.gateway.telemetry.history import History
@@ -59,3 +62,19 @@ def test_it_runs_until_it_is_cancelled() -> None:
         return len(history.since())
 
     assert asyncio.run(run()) >= 3
+
+
+def test_a_gateway_without_requests_is_looked_at_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            raise asyncio.CancelledError
+        models.gateway = replace(STATUS, models=())
+
+    models = Still()
+    monkeypatch.setattr("throttllem.gateway.telemetry.history.asyncio.sleep", pause)
+    with suppress(asyncio.CancelledError):
+        asyncio.run(History(period_s=1.0).run(models))
+    assert pauses == [1.0, 5.0]

@@ -19,6 +19,9 @@ class Recorder:
     def record(self, calls):
         self.calls += calls
 
+    def flush(self):
+        self.flushed = len(self.calls)
+
 
 def values(histograms, name):
     """The samples of a metric by the values of their labels."""
@@ -46,6 +49,7 @@ def test_every_call_is_recorded_and_bare_steps_are_no_decisions():
     ]
     made.handled(calls)
     assert recorder.calls == [(call.now_s, call.event, call.commands) for call in calls]
+    assert recorder.flushed == 4
     assert values(made.histograms, "throttllem_decision_seconds_count") == {(): 3.0}
     assert abs(values(made.histograms, "throttllem_decision_seconds_sum")[()] - 0.009) < 1e-9
 

@@ -49,7 +49,10 @@ from throttllem.openai_api.errors import ApiError, internal_error
 log = logging.getLogger("throttllem.gateway")
 
 _SWEEP_S = 0.25
+"""Limits are enforced this often while requests are open."""
 _SETTLE_S = 1.0
+_FLUSH_S = 0.5
+"""What the core did is handed to the observer at most this much later."""
 _EXTERNAL_S = 1.0
 """External load must last this long before it is logged: for a moment, counts may be of different times."""
 _AFTER_FAULT_S = 1.0
@@ -74,7 +77,9 @@ class Observer(Protocol):
     """Keeps what happened: the flight recorder and the histograms of `/metrics`."""
 
     def handled(self, calls: list[Handled]) -> None:
-        """Calls of the core since the last time, in order; the core has handled nothing since."""
+        """Calls of the core since the last time, in order; the core has handled nothing since. None of them: write out
+        what is held back.
+        """
 
     def ended(self, session: Session, met: bool | None) -> None:
         """A request ended; `met`: all its SLOs, None if it had none or its client disconnected."""
@@ -112,7 +117,10 @@ class ControlLoop:
         self._timer: asyncio.Handle | None = None
         self._timer_s = math.inf
         self._retry = RetryEstimator()
-        self._sweeping: asyncio.Task[None] | None = None
+        self._flushing: asyncio.TimerHandle | None = None
+        self._sweeping: asyncio.TimerHandle | None = None
+        self._up_s = self._settled_s = -math.inf
+        self._without_external_s: dict[int, float] = {}
         self._stopped = False
         self._not_before_s = -math.inf
         self._failed_s = -math.inf
@@ -124,18 +132,17 @@ class ControlLoop:
     async def start(self) -> None:
         """Bring up the largest engine; the core starts others as it needs them."""
         self._ensure_engine()
-        self._sweeping = asyncio.get_running_loop().create_task(self._sweep())
+        self._up_s = self._settled_s = self.now()
+        self._sweep_in(_SWEEP_S)
 
     async def stop(self) -> None:
         """Disconnect from the engines; requests that still run end with an error."""
         self._stopped = True
         for session in list(self._sessions.values()):
             self.fail(session, rejections.draining())
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-            await asyncio.gather(self._sweeping, return_exceptions=True)
+        for timer in (self._timer, self._flushing, self._sweeping):
+            if timer is not None:
+                timer.cancel()
         for backend in self.backends:
             await backend.stop()
         self.flush()
@@ -159,6 +166,8 @@ class ControlLoop:
 
     def arrive(self, session: Session) -> None:
         """A request came in."""
+        if not self._sessions:
+            self._sweep_in(_SWEEP_S)
         self._sessions[session.request.id] = session
         self.handle(Arrived(request=session.request))
 
@@ -279,6 +288,8 @@ class ControlLoop:
             self._handling = False
         if len(self._calls) > _HELD_RECORDS:
             self.flush()
+        elif self._flushing is None and not self._stopped:
+            self._flushing = asyncio.get_running_loop().call_later(_FLUSH_S, self._flush)
         self._arm()
 
     def flush(self) -> None:
@@ -286,6 +297,14 @@ class ControlLoop:
         calls, self._calls = self._calls, []
         if calls:
             self._observer.handled(calls)
+
+    def _flush(self) -> None:
+        self._flushing = None
+        if self._calls:
+            self._flushing = asyncio.get_running_loop().call_later(_FLUSH_S, self._flush)
+            self.flush()
+        else:  # it may not have been able to write the last of them
+            self._observer.handled([])
 
     def _carry_out(self, command: Command, since_s: float) -> None:
         match command:
@@ -427,29 +446,33 @@ class ControlLoop:
 
     # ---- limits ----------------------------------------------------------------------------------------------
 
-    async def _sweep(self) -> None:
-        """A few times a second: end requests that wait too long, settle energy, look at clocks and external load."""
-        up_s = settled_s = self.now()
-        without_external_s: dict[int, float] = {}
-        while True:
-            await asyncio.sleep(_SWEEP_S)
-            try:
-                now_s = self.now()
-                if self.controller.serving() is not None:
-                    up_s = now_s
-                for session in self.open() if self._sessions else ():
-                    if failure := self.overdue(session, up_s, now_s):
-                        self.fail(session, failure)
-                slow = now_s - settled_s >= _SETTLE_S
-                settled_s = now_s if slow else settled_s
-                for backend in self.backends:
-                    if slow or backend.in_flight:
-                        backend.accounting.settle()
-                    backend.clock.look()
-                if slow and any(backend.report is not None for backend in self.backends):
-                    without_external_s = self._external_load(without_external_s)
-            except Exception:  # the limits must hold after it too
-                log.exception("limits were not enforced this time")
+    def _sweep_in(self, seconds: float) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        self._sweeping = asyncio.get_running_loop().call_later(seconds, self._sweep)
+
+    def _sweep(self) -> None:
+        """A few times a second while requests are open, else once: end requests that wait too long, settle energy, look
+        at clocks and external load.
+        """
+        try:
+            now_s = self.now()
+            if self.controller.serving() is not None:
+                self._up_s = now_s
+            for session in self.open() if self._sessions else ():
+                if failure := self.overdue(session, self._up_s, now_s):
+                    self.fail(session, failure)
+            slow = not self._sessions or now_s - self._settled_s >= _SETTLE_S
+            self._settled_s = now_s if slow else self._settled_s
+            for backend in self.backends:
+                if slow or backend.in_flight:
+                    backend.accounting.settle()
+                backend.clock.look()
+            if slow and any(backend.report is not None for backend in self.backends):
+                self._without_external_s = self._external_load(self._without_external_s)
+        except Exception:  # the limits must hold after it too
+            log.exception("limits were not enforced this time")
+        self._sweep_in(_SWEEP_S if self._sessions else _SETTLE_S)
 
     def overdue(self, session: Session, up_s: float, now_s: float) -> ApiError | None:
         """What ends a request now, None if nothing does. `up_s`: when an engine was up last.

@@ -11,7 +11,6 @@ import logging
 import math
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from urllib.parse import unquote
 
@@ -37,7 +36,6 @@ from throttllem.openai_api.errors import ApiError, as_api_error
 from throttllem.openai_api.requests import check_sequences, is_controlled, model_of, parse_request
 
 _log = logging.getLogger("throttllem.gateway")
-_SANE_ID = re.compile(r"[!-~]{1,128}")
 _NATIVE_MODEL = re.compile(r"/v2/models/([^/]+)(?:/.*)?")
 _CROWDED_RETRY_S = 1
 _ODD = re.compile("[\\\\?#\ufffd]")
@@ -103,11 +101,11 @@ class Gateway:
         """One exchange from its head to its end, whatever happens in between."""
         if scope["type"] != "http":
             return
-        exchange = Exchange(scope, receive, send, _request_id(scope))
+        exchange = Exchange(scope, receive, send)
         self._open.add(exchange)
         try:
             try:
-                self._check_head(scope)
+                self._check_head(exchange)
                 await route(exchange)
             except (GoneError, asyncio.CancelledError):
                 raise
@@ -145,11 +143,9 @@ class Gateway:
             case Cause.DRAINED:
                 await exchange.fail(self._drained())
 
-    def _check_head(self, scope: Scope) -> None:
-        size = len(scope["raw_path"]) + len(scope["query_string"])
-        for name, value in scope["headers"]:
-            size += len(name) + len(value) + 4
-        if size > self._limits.header_bytes:
+    def _check_head(self, exchange: Exchange) -> None:
+        scope = exchange.scope
+        if exchange.head_bytes > self._limits.header_bytes:
             raise headers_too_large(self._limits.header_bytes)
         if CROWDED in scope.get("extensions", {}) and scope["path"] != "/health":
             raise unavailable("too many connections", code="too_many_connections", retry_after_s=_CROWDED_RETRY_S)
@@ -191,9 +187,11 @@ class Gateway:
         """A request under control: read, counted, admitted by the core, sent to its engine, the reply relayed."""
         if self.draining:
             raise self._drained()
-        slo = read_slo(exchange.headers, self._options.slo, self._options.classes)
+        slo, metrics = self._options.slo, False
+        if exchange.own:
+            slo = read_slo(exchange.own, slo, self._options.classes)
+            metrics = exchange.own.get(METRICS_HEADER, "").strip() == "1"
         body = await exchange.read(self._limits.body_bytes)
-        metrics = exchange.headers.get(METRICS_HEADER, "").strip() == "1"
         parsed = parse_request(path, body, key_name=key_name, metrics=metrics)
         check_sequences(parsed, self._models.max_sequences())
         exchange.attend()
@@ -265,14 +263,6 @@ def build_app(
 def build_private_app(gateway: Gateway) -> ASGIApp:
     """Health, metrics and the further routes of a gateway, for a port of their own."""
     return gateway.private
-
-
-def _request_id(scope: Scope) -> str:
-    """The client's own if it is sane, else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _SANE_ID.fullmatch(value.decode("latin-1")):
-            return str(value.decode("latin-1"))
-    return uuid.uuid4().hex
 
 
 def _path(exchange: Exchange) -> str:

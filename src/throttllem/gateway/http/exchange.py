@@ -6,11 +6,14 @@ Knows ASGI, nothing of engines or SLOs. An exchange belongs to the task that ser
 from __future__ import annotations
 
 import asyncio
+import re
+import uuid
 from email.utils import formatdate
 from enum import StrEnum
 
 from starlette.types import Message, Receive, Scope, Send
 
+from throttllem.engines.http import OURS
 from throttllem.gateway.http.errors import too_large
 from throttllem.openai_api.errors import ApiError, ByteHeaders
 
@@ -18,6 +21,7 @@ ABORT = "throttllem.abort"
 """The scope's extension that ends a connection without waiting for what its client has not taken."""
 DISCARD_S = 1.0
 """How long an unwanted body is read on, so that its sender gets to see the response."""
+_SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
 class Cause(StrEnum):
@@ -35,16 +39,29 @@ class GoneError(Exception):
 class Exchange:
     """`blocked`: the client is waited for; `moves` counts what it took or gave: together they show a slow client.
 
-    `fields` are the request's header fields in order. `started`: the response has begun; `finished`: its last byte was
-    handed over; `events`: it is an event stream that can still take an event; `last`: the last bytes written to it.
+    `fields` are the request's header fields in order, `own` those meant for the gateway (`x-slo-...`), `head_bytes` the
+    size of its head without the request line's words. `request_id` is the client's if it is sane, else a new one.
+    `started`: the response has begun; `finished`: its last byte was handed over; `events`: it is an event stream that
+    can still take an event; `last`: the last bytes written to it.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
-        self.request_id = request_id
         self.method: str = scope["method"]
-        self.fields = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        self.fields: list[tuple[str, str]] = []
+        self.own: dict[str, str] = {}
+        self.head_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+        request_id: str | None = None
+        for raw_name, raw_value in scope["headers"]:
+            name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+            self.fields.append((name, value))
+            self.head_bytes += len(name) + len(value) + 4
+            if name.startswith(OURS):
+                self.own[name] = value
+            elif name == "x-request-id" and request_id is None and _SANE_ID.fullmatch(value):
+                request_id = value
         self.headers = dict(self.fields)
+        self.request_id = request_id or uuid.uuid4().hex
         self.started = self.finished = self.events = self.blocked = False
         self.moves = 0
         self.status: int | None = None

@@ -1,5 +1,5 @@
-"""A short memory of a gateway: what it looked like once a second over the last five minutes, so that a page that is
-opened now has a past. Knows nothing of pages.
+"""A short memory of a gateway: what it looked like once a second over the last five minutes (less often while it had no
+requests), so that a page that is opened now has a past. Knows nothing of pages.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from throttllem.gateway.telemetry.status import EngineStatus, GatewayStatus, Mod
 
 KEPT_S = 300.0
 PERIOD_S = 1.0
+_IDLE_PERIODS = 5
+"""A gateway without requests is looked at this much less often: it looks the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +59,11 @@ class History:
         self._samples: deque[Sample] = deque()
 
     async def run(self, models: Models) -> None:
-        """Take a sample every period, until cancelled."""
+        """Take a sample every period, until cancelled; fewer while there are no requests."""
         while True:
-            self.note(gateway_status(models))
-            await asyncio.sleep(self._period_s)
+            status = gateway_status(models)
+            self.note(status)
+            await asyncio.sleep(self._period_s * (1 if _busy(status) else _IDLE_PERIODS))
 
     def note(self, status: GatewayStatus) -> None:
         """Remember this status, unless the last one is less than half a period old."""
@@ -82,6 +85,14 @@ def sample(status: GatewayStatus) -> Sample:
         at_s=status.now_s,
         engines={engine.name: _engine(engine) for model in status.models for engine in model.engines},
         models={model.title: _model(model) for model in status.models},
+    )
+
+
+def _busy(status: GatewayStatus) -> bool:
+    """Whether a request waits or runs."""
+    return any(
+        model.queue or any(engine.view and (engine.view.running or engine.view.pending) for engine in model.engines)
+        for model in status.models
     )
 
 

@@ -24,6 +24,7 @@ class RecordingObserver:
         """Calls of the core since the last time, in order."""
         if self.recorder is not None:
             self.recorder.record([(call.now_s, call.event, call.commands) for call in calls])
+            self.recorder.flush()
         for call in calls:
             event = call.event
             if call.commands or not isinstance(event, Stepped) or event.started or event.finished:
