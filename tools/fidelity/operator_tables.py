@@ -162,7 +162,7 @@ def _attention(folder: Path, kind: str, length: str) -> Table:
     frame = pl.scan_parquet(folder / f"{kind}_attention_perf.parquet")
     frame = frame.filter((pl.col("head_dim") == _HEAD_DIM) & (pl.col("kv_cache_dtype") == "bfloat16"))
     if "window_size" in frame.collect_schema().names():
-        frame = frame.filter((pl.col("window_size") == 0) & (pl.col("kernel_source") == "vllm_flash_attn_fa3"))
+        frame = frame.filter(pl.col("window_size") == 0)
     return _table(frame, "num_heads", "num_key_value_heads", "batch_size", length)
 
 

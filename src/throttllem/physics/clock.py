@@ -31,12 +31,13 @@ class ClockScale(NamedTuple):
 def clock_scale(time: TimeLaw, power: PowerLaw, clock_mhz: float, top_mhz: float) -> ClockScale:
     """The factors at `clock_mhz`."""
     slower = top_mhz / clock_mhz
+    ceiling = min(power.ceiling_mhz or top_mhz, top_mhz)
     computes = max(1.0, min(time.compute_knee_mhz or top_mhz, top_mhz) / clock_mhz)
     return ClockScale(
         compute=1 + time.compute_clock_share * (computes - 1),
         memory=_memory(time, clock_mhz) / _memory(time, top_mhz),
         latency=1 + time.latency_clock_share * (slower - 1),
-        switching=_voltage_squared(power, clock_mhz, top_mhz) / (1 + power.voltage_rise) / slower,
+        switching=_switching(power, min(clock_mhz, ceiling), ceiling),
     )
 
 
@@ -46,7 +47,8 @@ def _memory(time: TimeLaw, clock_mhz: float) -> float:
     return float((1 + (time.memory_knee_mhz / clock_mhz) ** sharpness) ** (1 / sharpness))
 
 
-def _voltage_squared(power: PowerLaw, clock_mhz: float, top_mhz: float) -> float:
-    """1 below the knee, 1 + voltage_rise at the top clock."""
+def _switching(power: PowerLaw, clock_mhz: float, top_mhz: float) -> float:
+    """f V^2, 1 at `top_mhz`: V^2 is 1 below the knee, 1 + voltage_rise at the top."""
     above = max(0.0, clock_mhz - power.knee_mhz) / (top_mhz - power.knee_mhz)
-    return float(1 + power.voltage_rise * above**power.voltage_exponent)
+    squared = 1 + power.voltage_rise * above**power.voltage_exponent
+    return float(squared / (1 + power.voltage_rise) * clock_mhz / top_mhz)

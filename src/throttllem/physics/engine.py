@@ -6,13 +6,14 @@ An engine is a model on `tp` GPUs of one kind. Knows nothing of requests, batchi
 # The law (docs/physics.md derives it).
 #
 #   seconds = busy + waiting
-#   busy    = (memory^p + arithmetic^p)^(1/p) of the matrix products + streamed + KV read + prefill attention
+#   busy    = (memory^p + arithmetic^p)^(1/p) of the matrix products + memory + arithmetic of the experts' products
+#             + streamed + KV read + prefill attention
 #   waiting = fixed kernel times + all-reduce + host + what is left of the decode attention's walk after the KV read
-#   watts   = base + (traffic + core x busy + compute x arithmetic) / seconds
+#   watts   = base + (traffic + core x busy + compute x arithmetic + attention x KV read) / seconds
 #
 # Each term is a cost of `load.py` times a factor of the clock (`clock.py`): memory, arithmetic, latency; the host does
-# not depend on it. `traffic` is the energy of memory traffic; `core` and `compute` are watts, multiplied by the
-# switching power f V(f)^2. Watts of a GPU with a running engine never fall below `base`.
+# not depend on it. `traffic` is the energy of memory traffic; `core`, `compute` and `attention` are watts, times
+# the switching power f V(f)^2. Watts of a GPU with a running engine never fall below `base`.
 #
 # Power limit. Above the limit the GPU's governor lowers the clock. The iteration then takes the time at the clock where
 # the power just meets the limit, whatever higher clock is set.
@@ -26,7 +27,7 @@ from typing import NamedTuple
 
 from throttllem.physics.catalogue import Gpu
 from throttllem.physics.clock import ClockScale, clock_scale
-from throttllem.physics.load import kv_bytes_per_token, load
+from throttllem.physics.load import grouped_products, kv_bytes_per_token, load, products
 from throttllem.physics.model import Model
 
 _GIB = 2.0**30
@@ -48,11 +49,20 @@ class _Coefficients(NamedTuple):
     token_gemm_memory: float
     token_gemm_compute: float
     head_token_compute: float
+    experts: float
+    expert_missed: float
+    token_expert_memory: float
+    token_expert_compute: float
+    experts_tile: float
+    experts_kernel: float
     token_streamed: float
     kv_token: float
+    window_kv_token: float
+    window_tokens: float
     kv_sequence: float
     walk_token: float
     pair: float
+    window_pair: float
     prefill_token: float
     prefill_walk_token: float
     fixed: float
@@ -69,10 +79,14 @@ class _Coefficients(NamedTuple):
     host_request: float
     base_w: float
     gemm_traffic_w: float
+    expert_traffic_w: float
     kv_traffic_w: float
     prompt_traffic_w: float
     core_w: float
     compute_w: float
+    attention_w: float
+    gemm_unpack_w: float
+    expert_unpack_w: float
 
 
 class EnginePhysics:
@@ -161,16 +175,28 @@ class EnginePhysics:
     def _at(self, scale: ClockScale) -> _Coefficients:
         compute, memory, latency, switching = scale
         work, law, power, tp = self._load, self.gpu.time, self.gpu.power, self.tp
+        layer = products(self.gpu, self.model.weights, self.model.activation_bytes)
+        grouped = grouped_products(self.gpu, self.model.expert_weights, self.model.activation_bytes)
+        full_w = power.memory_w * tp / memory
         return _Coefficients(
             weights=work.weights_s * memory,
             token_gemm_memory=work.token_gemm_memory_s * memory,
             token_gemm_compute=work.token_gemm_compute_s * compute,
             head_token_compute=work.head_token_compute_s * compute,
+            experts=work.experts_s * memory,
+            expert_missed=work.expert_missed,
+            token_expert_memory=work.token_expert_memory_s * memory,
+            token_expert_compute=work.token_expert_compute_s * compute,
+            experts_tile=work.experts_tile_s * compute,
+            experts_kernel=work.experts_kernel_s * latency,
             token_streamed=work.token_elementwise_s * memory,
             kv_token=work.kv_token_s * memory,
+            window_kv_token=work.window_kv_token_s * memory,
+            window_tokens=work.window_tokens,
             kv_sequence=work.kv_sequence_s * memory,
             walk_token=work.walk_token_s * latency,
             pair=work.pair_s * compute,
+            window_pair=work.window_pair_s * compute,
             prefill_token=work.prefill_token_s * memory,
             prefill_walk_token=work.prefill_walk_token_s * compute,
             fixed=(work.layers_kernel_s + work.allreduce_s) * latency + law.host_s,
@@ -182,15 +208,19 @@ class EnginePhysics:
             two_step=work.two_step_s * latency,
             large_tokens=work.large_tokens,
             large=work.large_s * latency,
-            norm=law.gemm_norm,
-            inverse_norm=1 / law.gemm_norm,
+            norm=layer.norm,
+            inverse_norm=1 / layer.norm,
             host_request=law.host_request_s,
             base_w=self._base_w,
-            gemm_traffic_w=power.memory_w * law.gemm_bandwidth_fraction * tp / memory,
-            kv_traffic_w=power.memory_w * law.decode_bandwidth_fraction * tp / memory,
-            prompt_traffic_w=power.memory_w * law.prefill_bandwidth_fraction * tp / memory,
+            gemm_traffic_w=full_w * layer.bytes_per_s / self.gpu.bandwidth_bytes_per_s,
+            expert_traffic_w=full_w * grouped.bytes_per_s / self.gpu.bandwidth_bytes_per_s,
+            kv_traffic_w=full_w * law.decode_bandwidth_fraction,
+            prompt_traffic_w=full_w * law.prefill_bandwidth_fraction,
             core_w=switching * power.core_w * tp,
             compute_w=switching * power.compute_w * tp,
+            attention_w=switching * power.attention_w * tp,
+            gemm_unpack_w=switching * power.unpack_w * tp if self.model.weights.unpacked else 0.0,
+            expert_unpack_w=switching * power.unpack_w * tp if self.model.expert_weights.unpacked else 0.0,
         )
 
 
@@ -199,21 +229,27 @@ def _iteration(
 ) -> tuple[float, float]:
     """Seconds and watts of one iteration by the law, without the power limit."""
     (
-        weights_s, token_gemm_memory_s, token_gemm_compute_s, head_token_compute_s, token_streamed_s, kv_token_s,
-        kv_sequence_s, walk_token_s, pair_s, prefill_token_s, prefill_walk_token_s, waiting_s, decode_fixed_s,
-        prefill_fixed_s, one_step_tokens, token_message_s, two_step_token_s, two_step_s, large_tokens, large_s, norm,
-        inverse_norm, host_request_s, base_w, gemm_traffic_w, kv_traffic_w, prompt_traffic_w, core_w, compute_w,
+        weights_s, token_gemm_memory_s, token_gemm_compute_s, head_token_compute_s, experts_s, expert_missed,
+        token_expert_memory_s, token_expert_compute_s, experts_tile_s, experts_kernel_s, token_streamed_s, kv_token_s, window_kv_token_s, window_tokens,
+        kv_sequence_s, walk_token_s, pair_s, window_pair_s, prefill_token_s, prefill_walk_token_s, waiting_s,
+        decode_fixed_s, prefill_fixed_s, one_step_tokens, token_message_s, two_step_token_s, two_step_s, large_tokens,
+        large_s, norm, inverse_norm, host_request_s, base_w, gemm_traffic_w, expert_traffic_w, kv_traffic_w,
+        prompt_traffic_w, core_w, compute_w, attention_w, gemm_unpack_w, expert_unpack_w,
     ) = at  # fmt: skip
     tokens = decode_batch + prefill_tokens
     gemm_memory_s = weights_s + token_gemm_memory_s * tokens
     gemm_compute_s = token_gemm_compute_s * tokens + head_token_compute_s * decode_batch
     streamed_s, read_s = token_streamed_s * tokens, kv_token_s * kv_tokens + kv_sequence_s * decode_batch
     attention_s = tensor_s = prompt_s = 0.0
+    if window_tokens:
+        read_s += window_kv_token_s * min(kv_tokens, window_tokens * decode_batch)
     if prefill_tokens:
         waiting_s += prefill_fixed_s
         gemm_compute_s += head_token_compute_s
         prompt_s = prefill_token_s * prefill_tokens
         tensor_s = pair_s * prefill_pairs
+        if window_tokens:
+            tensor_s += window_pair_s * min(prefill_pairs, window_tokens * prefill_tokens)
         attention_s = tensor_s + prompt_s + prefill_walk_token_s * prefill_tokens
     if tokens >= one_step_tokens:
         token_message_s = two_step_token_s
@@ -226,9 +262,19 @@ def _iteration(
             if walk_s > 0:
                 waiting_s += walk_s
     busy_s = (gemm_memory_s**norm + gemm_compute_s**norm) ** inverse_norm + streamed_s + read_s + attention_s
-    time_s = busy_s + waiting_s
+    unpacked = gemm_unpack_w * gemm_memory_s
     traffic = gemm_traffic_w * (gemm_memory_s + streamed_s) + kv_traffic_w * read_s + prompt_traffic_w * prompt_s
-    return time_s, base_w + (traffic + core_w * busy_s + compute_w * (gemm_compute_s + tensor_s)) / time_s
+    if experts_s:
+        reached = 1 - expert_missed**tokens
+        expert_memory_s = experts_s * reached + token_expert_memory_s * tokens
+        expert_compute_s = experts_tile_s * reached + token_expert_compute_s * tokens
+        busy_s += expert_memory_s + expert_compute_s + experts_kernel_s
+        tensor_s += expert_compute_s
+        traffic += expert_traffic_w * expert_memory_s
+        unpacked += expert_unpack_w * expert_memory_s
+    time_s = busy_s + waiting_s
+    switched = core_w * busy_s + compute_w * (gemm_compute_s + tensor_s) + attention_w * read_s + unpacked
+    return time_s, base_w + (traffic + switched) / time_s
 
 
 def _free_bytes(gpu: Gpu, model: Model, tp: int) -> float:

@@ -26,6 +26,27 @@ class TimeLaw(Frozen):
     gemm_norm: float = Field(ge=1)
     """Exponent of the smooth maximum of memory and compute time: 1 adds them, infinity takes the larger."""
     gemm_kernel_s: NonNegativeFloat
+    fp8_bandwidth_fraction: float = Field(default=0.8, gt=0, le=1)
+    """Of the bandwidth, by products of FP8 or 8-bit weights; the defaults of these three lie between H100 and L40S."""
+    fp8_peak_fraction: float = Field(default=0.55, gt=0, le=1)
+    """Of the FP8 peak."""
+    fp8_norm: float = Field(default=1.5, ge=1)
+    fp8_kernel_s: NonNegativeFloat = 6e-6
+    """With the quantisation of the activations."""
+    int4_bandwidth_fraction: float = Field(default=0.7, gt=0, le=1)
+    """Of the bandwidth, by weights of 4 bits, which the kernel unpacks."""
+    int4_peak_fraction: float = Field(default=0.35, gt=0, le=1)
+    """Of the bfloat16 peak, by grouped products of experts with weights of 4 bits."""
+    expert_bandwidth_fraction: float = Field(default=0.95, gt=0, le=1)
+    """Of the bandwidth, by grouped products of experts."""
+    expert_peak_fraction: float = Field(default=0.5, gt=0, le=1)
+    expert_fp8_peak_fraction: float = Field(default=0.3, gt=0, le=1)
+    expert_kernel_s: NonNegativeFloat = 30e-6
+    """Of one layer's experts: router, sorting the tokens by expert, two grouped products, sum."""
+    fp8_expert_kernel_s: NonNegativeFloat = 90e-6
+    """The same of FP8 experts: tokens are quantised and laid out in tiles too."""
+    fp8_tile_rows: NonNegativeFloat = 64.0
+    """Rows that each FP8 expert computes beside its tokens: tiles of 128 rows are padded."""
     decode_bandwidth_fraction: float = Fraction
     decode_kernel_s: NonNegativeFloat
     decode_row_s: NonNegativeFloat
@@ -78,6 +99,12 @@ class PowerLaw(Frozen):
     """At the top clock while the GPU is busy (not while it waits)."""
     compute_w: NonNegativeFloat
     """Added at the top clock while the tensor cores are busy."""
+    attention_w: NonNegativeFloat = 0.0
+    """Added at the top clock while decode attention reads the KV cache: it computes for every byte that it reads."""
+    unpack_w: NonNegativeFloat = 0.0
+    """Added at the top clock while weights of 4 bits are read and unpacked."""
+    ceiling_mhz: PositiveFloat | None = None
+    """Watts rise no further above it: a chip under load does not hold its highest clocks. None: the top."""
     knee_mhz: PositiveFloat
     voltage_rise: NonNegativeFloat
     """Squared voltage at the top clock over that below the knee, less one."""

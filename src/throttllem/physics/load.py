@@ -11,8 +11,14 @@ Knows nothing of clocks, watts or iterations.
 # both. All products of a layer see the same tokens, so the power mean of the sums equals the sum of the power means,
 # and only the sums are needed here.
 #
+# Experts. Of `count` experts, n tokens that choose `active` each reach count x (1 - (1 - active / count)^n) on the
+# mean; their weights are read, and nothing of the others. Sharding whole experts over GPUs (EP) or columns of all of
+# them (TP) reads as much per GPU on the mean. Grouped products overlap memory and arithmetic badly: their times add up.
+#
 # Decode attention reads the KV cache. On an A100, the kernel of ungrouped heads has one thread block read a head's
 # whole context, which sets a floor per token of the mean context (`walk_token_s`); that of grouped heads splits it.
+# Layers with a window read that much at most. Latent attention reads one vector for all heads, which every GPU holds
+# whole, and computes with it for each head of that GPU: the slower of the two counts.
 #
 # An all-reduce takes one step (every GPU reads the messages of all others) or two (reduce, then gather: fewer bytes,
 # one latency more); vLLM takes the cheaper by size. NCCL takes over from LARGE_ALLREDUCE_BYTES on.
@@ -23,10 +29,12 @@ from typing import NamedTuple
 
 from throttllem.physics.catalogue import Gpu
 from throttllem.physics.laws import TimeLaw
-from throttllem.physics.model import Model
+from throttllem.physics.model import Model, Weights
 
 GEMMS_PER_LAYER = 4
 """qkv, output, gate with up, down."""
+_LATENT_GEMMS = 3
+"""More of them with latent attention: queries expanded, and keys and values absorbed into queries and output."""
 ALLREDUCES_PER_LAYER = 2
 """After attention and after the feed-forward part (Megatron-LM, arXiv 1909.08053)."""
 LARGE_ALLREDUCE_BYTES = 2.0**23
@@ -43,12 +51,26 @@ class Load(NamedTuple):
     token_gemm_compute_s: float
     head_token_compute_s: float
     """Tokens whose successor is sampled go through the head too."""
+    experts_s: float
+    """To read all experts; an iteration of n tokens reads 1 - `expert_missed`^n of them."""
+    expert_missed: float
+    token_expert_memory_s: float
+    token_expert_compute_s: float
+    experts_tile_s: float
+    """Arithmetic of one tile of rows in each expert that is read, for padded ones are computed too."""
+    experts_kernel_s: float
+    """Routing, sorting and quantising of the tokens: the GPU is busy."""
     token_elementwise_s: float
     kv_token_s: float
+    """In layers without a window."""
+    window_kv_token_s: float
+    """In layers with one: of min(context, `window_tokens`)."""
+    window_tokens: float
     kv_sequence_s: float
     walk_token_s: float
     """Decode attention lasts at least this per token of the mean context."""
     pair_s: float
+    window_pair_s: float
     prefill_token_s: float
     prefill_walk_token_s: float
     layers_kernel_s: float
@@ -63,6 +85,17 @@ class Load(NamedTuple):
     large_tokens: float
     large_s: float
     """Added to `allreduce_s` from `large_tokens` on, in place of `two_step_s`."""
+
+
+class Products(NamedTuple):
+    """What a weight format makes of matrix products: bytes and operations a second that they reach, and their norm."""
+
+    bytes_per_s: float
+    flop_per_s: float
+    operand_bytes: float
+    """Of a value that they read of the activations."""
+    norm: float
+    kernel_s: float
 
 
 class _AllReduce(NamedTuple):
@@ -80,30 +113,137 @@ class _AllReduce(NamedTuple):
 def load(gpu: Gpu, model: Model, tp: int) -> Load:
     """Costs of `model` sharded over `tp` GPUs."""
     law, value = gpu.time, model.activation_bytes
-    gemm_bandwidth = gpu.bandwidth_bytes_per_s * law.gemm_bandwidth_fraction
-    gemm_peak = gpu.peak_flop_per_s * law.gemm_peak_fraction
+    plain, layer = products(gpu, Weights.BF16, value), products(gpu, model.weights, value)
     head = model.vocabulary * model.hidden / tp
-    parameters = model.layers * (model.attention_parameters + model.dense_parameters) / tp
-    query_width = model.heads * model.head_dim
+    parameters = layer_parameters(model, tp)
+    windowed = model.window.layers if model.window else 0
+    whole = model.layers - windowed
+    kv_token_s = _kv_token_s(gpu, model, tp)
+    pair_s = _pair_flop(model) / tp / (gpu.peak_flop_per_s * law.prefill_peak_fraction)
     grouped = model.heads > model.kv_heads
     attention_io = 2 * (model.heads + _kv_heads(model, tp) * tp) / tp * model.head_dim * value
     return Load(
-        weights_s=(parameters * model.weights.bytes_per_parameter + head * value) / gemm_bandwidth,
-        token_gemm_memory_s=model.layers * _gemm_io(model, tp) * value / gemm_bandwidth,
-        token_gemm_compute_s=2 * parameters / gemm_peak,
-        head_token_compute_s=2 * head / gemm_peak,
-        token_elementwise_s=model.layers * _elementwise(model, tp) * value / gemm_bandwidth,
-        kv_token_s=kv_bytes_per_token(model, tp) / (gpu.bandwidth_bytes_per_s * law.decode_bandwidth_fraction),
+        weights_s=parameters * model.weights.bytes_per_parameter / layer.bytes_per_s + head * value / plain.bytes_per_s,
+        token_gemm_memory_s=_gemm_io(model, tp, layer.operand_bytes) / layer.bytes_per_s,
+        token_gemm_compute_s=2 * parameters / layer.flop_per_s,
+        head_token_compute_s=2 * head / plain.flop_per_s,
+        **_experts(gpu, model, tp),
+        token_elementwise_s=_elementwise(model, tp) * value / plain.bytes_per_s,
+        kv_token_s=whole * kv_token_s,
+        window_kv_token_s=windowed * kv_token_s,
+        window_tokens=model.window.tokens if model.window else 0,
         kv_sequence_s=model.layers * _kv_heads(model, tp) * law.decode_row_s,
-        walk_token_s=0.0 if grouped else model.layers * law.decode_walk_token_s,
-        pair_s=4 * query_width * model.layers / tp / (gpu.peak_flop_per_s * law.prefill_peak_fraction),
+        walk_token_s=0.0 if grouped or model.latent else whole * law.decode_walk_token_s,
+        pair_s=whole * pair_s,
+        window_pair_s=windowed * pair_s,
         prefill_token_s=model.layers * attention_io / (gpu.bandwidth_bytes_per_s * law.prefill_bandwidth_fraction),
         prefill_walk_token_s=model.layers * law.prefill_walk_token_s,
-        layers_kernel_s=(GEMMS_PER_LAYER * model.layers + 1) * law.gemm_kernel_s + model.layers * law.layer_kernel_s,
+        layers_kernel_s=_kernels_s(gpu, model, layer.kernel_s, plain.kernel_s),
         decode_kernel_s=model.layers * (law.decode_kernel_s + (law.decode_split_s if grouped else 0.0)),
         prefill_kernel_s=model.layers * law.prefill_kernel_s,
         **_allreduce(law, model, tp)._asdict(),
     )
+
+
+def products(gpu: Gpu, weights: Weights, activation_bytes: float) -> Products:
+    """What products with weights of that format reach on that GPU.
+
+    8-bit weights without their tensor cores, and 4-bit weights, are unpacked: the bytes are fewer, the arithmetic is that
+    of bfloat16.
+    """
+    law, bandwidth = gpu.time, gpu.bandwidth_bytes_per_s
+    peak = gpu.peak_flop_per_s * law.gemm_peak_fraction
+    match weights:
+        case Weights.BF16:
+            return Products(
+                bandwidth * law.gemm_bandwidth_fraction, peak, activation_bytes, law.gemm_norm, law.gemm_kernel_s
+            )
+        case Weights.FP8 if gpu.peak_fp8_flop_per_s:
+            return Products(
+                bandwidth * law.fp8_bandwidth_fraction,
+                gpu.peak_fp8_flop_per_s * law.fp8_peak_fraction,
+                1.0,
+                law.fp8_norm,
+                law.fp8_kernel_s,
+            )
+        case Weights.FP8 | Weights.INT8:
+            fraction = law.fp8_bandwidth_fraction
+        case Weights.INT4 | Weights.MXFP4 | Weights.NVFP4:
+            fraction = law.int4_bandwidth_fraction
+    return Products(bandwidth * fraction, peak, activation_bytes, law.gemm_norm, law.gemm_kernel_s)
+
+
+def grouped_products(gpu: Gpu, weights: Weights, activation_bytes: float) -> Products:
+    """The same of the grouped products of experts; they add their times (norm 1)."""
+    law = gpu.time
+    bandwidth, peak = gpu.bandwidth_bytes_per_s, gpu.peak_flop_per_s * law.expert_peak_fraction
+    fraction, operand = law.expert_bandwidth_fraction, activation_bytes
+    match weights:
+        case Weights.FP8 if gpu.peak_fp8_flop_per_s:
+            peak, operand = gpu.peak_fp8_flop_per_s * law.expert_fp8_peak_fraction, 1.0
+        case Weights.INT4 | Weights.MXFP4 | Weights.NVFP4:
+            fraction, peak = law.int4_bandwidth_fraction, gpu.peak_flop_per_s * law.int4_peak_fraction
+        case _:
+            pass
+    kernel_s = law.fp8_expert_kernel_s if weights is Weights.FP8 else law.expert_kernel_s
+    return Products(bandwidth * fraction, peak, operand, 1.0, kernel_s)
+
+
+def layer_parameters(model: Model, tp: int) -> float:
+    """Parameters that one GPU holds of all matrices that every token passes: attention, dense and shared layers.
+
+    Compressed queries, keys and values are made on every GPU, so those matrices are not sharded.
+    """
+    attention = model.attention_parameters / tp
+    if model.latent:
+        copied = model.hidden * (model.latent.kv_rank + model.latent.rotary + (model.latent.query_rank or 0))
+        attention += copied * (tp - 1) / tp
+    feed_forward = model.dense_layers * model.dense_parameters + model.expert_layers * model.shared_parameters
+    return model.layers * attention + feed_forward / tp
+
+
+def _experts(gpu: Gpu, model: Model, tp: int) -> dict[str, float]:
+    """The expert part of a Load."""
+    if (experts := model.experts) is None:
+        return {"experts_s": 0.0, "expert_missed": 1.0, "token_expert_memory_s": 0.0, "token_expert_compute_s": 0.0, "experts_tile_s": 0.0,"experts_kernel_s":0.0}
+    law = grouped_products(gpu, model.expert_weights, model.activation_bytes)
+    layers, one = model.expert_layers, model.expert_parameters / tp
+    tile = gpu.time.fp8_tile_rows if model.expert_weights is Weights.FP8 else 0.0
+    io_bytes = (model.hidden + experts.intermediate / tp) * law.operand_bytes
+    io_bytes += (model.hidden + 2 * experts.intermediate / tp) * model.activation_bytes
+    return {
+        "experts_s": layers * experts.count * one * model.expert_weights.bytes_per_parameter / law.bytes_per_s,
+        "expert_missed": 1 - experts.active / experts.count,
+        "token_expert_memory_s": layers * experts.active * io_bytes / law.bytes_per_s,
+        "token_expert_compute_s": layers * experts.active * 2 * one / law.flop_per_s,
+        "experts_kernel_s": layers * law.kernel_s,
+        "experts_tile_s": layers * experts.count * 2 * one * tile / law.flop_per_s,
+    }
+
+
+def _kernels_s(gpu: Gpu, model: Model, kernel_s: float, head_kernel_s: float) -> float:
+    """Fixed times of the matrix products and small kernels of all layers; a product of the head, one of each router."""
+    law = gpu.time
+    dense = model.layers * (GEMMS_PER_LAYER // 2 + (_LATENT_GEMMS if model.latent else 0))
+    shared = model.experts is not None and model.experts.shared_intermediate > 0
+    dense += GEMMS_PER_LAYER // 2 * (model.layers if shared else model.dense_layers)
+    return dense * kernel_s + head_kernel_s + model.layers * law.layer_kernel_s
+
+
+def _kv_token_s(gpu: Gpu, model: Model, tp: int) -> float:
+    """Of one layer: to read a cached token, or to compute with it where that takes longer."""
+    law = gpu.time
+    read_s = kv_bytes_per_token(model, tp) / model.layers / (gpu.bandwidth_bytes_per_s * law.decode_bandwidth_fraction)
+    if (latent := model.latent) is None:
+        return read_s
+    flop = 2 * model.heads / tp * (2 * latent.kv_rank + latent.rotary)
+    return max(read_s, flop / (gpu.peak_flop_per_s * law.prefill_peak_fraction))
+
+
+def _pair_flop(model: Model) -> float:
+    """Operations of a query-key pair in one layer."""
+    value = model.latent.value if model.latent else model.head_dim
+    return 2 * model.heads * (model.head_dim + value)
 
 
 def _allreduce(law: TimeLaw, model: Model, tp: int) -> _AllReduce:
@@ -126,21 +266,39 @@ def _allreduce(law: TimeLaw, model: Model, tp: int) -> _AllReduce:
 
 
 def kv_bytes_per_token(model: Model, tp: int) -> float:
-    """On the GPU with most. With more GPUs than KV heads, each head is stored on several GPUs."""
+    """On the GPU with most. With more GPUs than KV heads, each head is stored on several GPUs; a latent vector on all."""
+    if model.latent:
+        return model.kv_bytes_per_token
     return model.kv_bytes_per_token * _kv_heads(model, tp) / model.kv_heads
 
 
 def _kv_heads(model: Model, tp: int) -> int:
-    return -(-model.kv_heads // tp)
+    return 1 if model.latent else -(-model.kv_heads // tp)
 
 
-def _gemm_io(model: Model, tp: int) -> float:
-    """Values that the matrix products of one layer read and write per token."""
-    attention = model.head_dim * (2 * model.heads / tp + 2 * _kv_heads(model, tp))
-    return 4 * model.hidden + attention + 3 * model.intermediate / tp
+def _gemm_io(model: Model, tp: int, operand_bytes: float) -> float:
+    """Bytes that the matrix products of all layers but the experts' read (`operand_bytes` a value) and write per token."""
+    if (latent := model.latent) is None:
+        query, compressed = model.head_dim * model.heads / tp, model.head_dim * 2 * _kv_heads(model, tp)
+        attention_in, attention_out = model.hidden + query, query + compressed + model.hidden
+    else:
+        query, out = model.heads * model.head_dim / tp, model.heads * latent.value / tp
+        ranks = latent.kv_rank + (latent.query_rank or 0)
+        attention_in = model.hidden + ranks + out
+        attention_out = ranks + latent.rotary + query + model.heads * latent.key / tp + model.hidden
+    wide = model.dense_layers * model.intermediate
+    wide += model.expert_layers * model.experts.shared_intermediate if model.experts else 0
+    feed_forward = model.layers if model.experts is None or model.experts.shared_intermediate else model.dense_layers
+    read = model.layers * attention_in + feed_forward * model.hidden + wide / tp
+    written = model.layers * attention_out + feed_forward * model.hidden + 2 * wide / tp
+    return read * operand_bytes + written * model.activation_bytes
 
 
 def _elementwise(model: Model, tp: int) -> float:
-    """Values that norms, rotary embedding and activation function of one layer read and write per token."""
+    """Values that norms, rotary embedding and activation functions of all layers read and write per token."""
     rotary = 2 * model.head_dim * (model.heads / tp + _kv_heads(model, tp))
-    return _TOKEN_ELEMENTWISE * model.hidden + rotary + 3 * model.intermediate / tp
+    wide = model.dense_layers * model.intermediate
+    if model.experts:
+        used = model.experts.active * model.experts.intermediate + model.experts.shared_intermediate
+        wide += model.expert_layers * used
+    return model.layers * (_TOKEN_ELEMENTWISE * model.hidden + rotary) + 3 * wide / tp

@@ -31,6 +31,11 @@ class Weights(StrEnum):
     NVFP4 = "nvfp4"
 
     @property
+    def unpacked(self) -> bool:
+        """Whether kernels unpack them to bfloat16 for the tensor cores."""
+        return self in (Weights.INT4, Weights.MXFP4, Weights.NVFP4)
+
+    @property
     def bytes_per_parameter(self) -> float:
         """With scales: of 128 values (INT4: float16 and a zero point), 32 (MXFP4: one byte), 16 (NVFP4: one byte)."""
         return {
