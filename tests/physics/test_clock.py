@@ -30,6 +30,13 @@ def test_by_hand() -> None:
     assert clock_scale(SIMPLE_TIME, SIMPLE_POWER, 1500, 2000).switching == pytest.approx(0.75 * 1.5 / 2)
 
 
+def test_watts_rise_no_further_above_the_ceiling() -> None:
+    law = SIMPLE_POWER.model_copy(update={"ceiling_mhz": 1600.0})
+    found = [clock_scale(SIMPLE_TIME, law, clock, 2000).switching for clock in (800, 1600, 1700, 2000)]
+    assert found == pytest.approx([0.25, 1, 1, 1])  # half the ceiling, half of the squared voltage there
+    assert clock_scale(SIMPLE_TIME, law, 1600, 2000).compute == 1.25  # the time still follows the clock
+
+
 def test_the_share_of_compute_that_ignores_the_clock_stays() -> None:
     law = SIMPLE_TIME.model_copy(update={"compute_clock_share": 0.9, "latency_clock_share": 0.0})
     scale = clock_scale(law, SIMPLE_POWER, 1000, 2000)

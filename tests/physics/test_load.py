@@ -1,8 +1,9 @@
 import pytest
 
 from throttllem.physics.catalogue import Catalogue, Gpu
+from throttllem.physics.engine import EnginePhysics
 from throttllem.physics.load import LARGE_ALLREDUCE_BYTES, kv_bytes_per_token, load
-from throttllem.physics.model import Model
+from throttllem.physics.model import Experts, Latent, Model, Weights, Window
 
 CATALOGUE = Catalogue.load()
 PLAIN = CATALOGUE.gpu("a100-40gb-sxm")
@@ -19,6 +20,13 @@ ROUND_LAW = {
     "prefill_bandwidth_fraction": 0.25,
     "prefill_walk_token_s": 1e-8,
     "layer_kernel_s": 3e-6,
+    "fp8_bandwidth_fraction": 0.25,
+    "fp8_peak_fraction": 0.5,
+    "fp8_kernel_s": 9e-6,
+    "int4_bandwidth_fraction": 0.125,
+    "expert_bandwidth_fraction": 1.0,
+    "expert_peak_fraction": 0.125,
+    "expert_kernel_s": 8e-6,
     "allreduce_s": 4e-6,
     "allreduce_gpu_s": 1e-6,
     "allreduce_step_s": 6e-6,
@@ -103,3 +111,62 @@ def test_kv_heads_are_stored_twice_if_there_are_too_few() -> None:
     whole = TINY.kv_bytes_per_token
     assert kv_bytes_per_token(TINY, 2) == whole / 2
     assert kv_bytes_per_token(TINY, 4) == whole / 2
+
+
+MOE = TINY.model_copy(update={"experts": Experts(count=8, active=2, intermediate=4, dense_layers=1)})
+
+
+def test_experts_are_read_by_the_share_that_a_batch_reaches() -> None:
+    costs, one = load(ROUND_GPU, MOE, 1), 3 * 8 * 4
+    assert costs.experts_s == pytest.approx(8 * one * 2 / 2e6)  # of the one layer that has them
+    assert costs.expert_missed == pytest.approx(6 / 8)
+    assert costs.token_expert_compute_s == pytest.approx(2 * one * 2 / 0.5e6)
+    assert costs.experts_kernel_s == pytest.approx(8e-6)
+    dense = load(ROUND_GPU, TINY, 1)
+    assert costs.weights_s == pytest.approx(dense.weights_s - 3 * 8 * 16 * 2 / 1e6)
+    assert costs.layers_kernel_s == pytest.approx(dense.layers_kernel_s - 2 * 1e-6)
+    assert dense.experts_s == dense.token_expert_memory_s == 0
+    shared = MOE.model_copy(update={"experts": MOE.experts.model_copy(update={"shared_intermediate": 5})})
+    assert load(ROUND_GPU, shared, 1).weights_s - costs.weights_s == pytest.approx(3 * 8 * 5 * 2 / 1e6)
+    assert load(ROUND_GPU, MOE, 2).experts_s == pytest.approx(costs.experts_s / 2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "fp8", "layer_s", "compute_s", "kernel_s"),
+    [
+        (Weights.FP8, 8e6, 2 * LAYER / 0.5e6, 2 * 2 * LAYER / 4e6, 9e-6),
+        (Weights.FP8, None, 2 * LAYER / 0.5e6, 2 * 2 * LAYER / 2e6, 1e-6),  # unpacked: no FP8 tensor cores
+        (Weights.INT4, 8e6, 2 * LAYER * Weights.INT4.bytes_per_parameter / 0.25e6, 2 * 2 * LAYER / 2e6, 1e-6),
+    ],
+)
+def test_quantised_weights_are_fewer_bytes_and_perhaps_faster_arithmetic(
+    weights: Weights, fp8: float | None, layer_s: float, compute_s: float, kernel_s: float
+) -> None:
+    gpu, model = ROUND_GPU.model_copy(update={"peak_fp8_flop_per_s": fp8}), TINY.model_copy(update={"weights": weights})
+    costs = load(gpu, model, 1)
+    assert costs.weights_s == pytest.approx(layer_s + 800 * 2 / 1e6)  # the head is not quantised
+    assert costs.token_gemm_compute_s == pytest.approx(compute_s)
+    assert costs.layers_kernel_s == pytest.approx(4 * 2 * kernel_s + 1e-6 + 2 * 3e-6)
+
+
+def test_a_window_bounds_what_its_layers_read() -> None:
+    model = TINY.model_copy(update={"window": Window(tokens=8, layers=1)})
+    engine, plain = EnginePhysics(PLAIN, model, 1), EnginePhysics(PLAIN, TINY, 1)
+    assert engine.iteration(1410, 4, 4 * 8, 0, 0.0) == pytest.approx(plain.iteration(1410, 4, 4 * 8, 0, 0.0))
+    grown, whole = (each.iteration(1410, 4, 10**12, 0, 0.0)[0] for each in (engine, plain))
+    assert grown == pytest.approx(whole / 2, rel=0.01)
+    assert engine.iteration(1410, 0, 0, 10**4, 1e14)[0] == pytest.approx(
+        plain.iteration(1410, 0, 0, 10**4, 1e14)[0] / 2, rel=0.01
+    )
+
+
+def test_a_latent_vector_is_read_whole_by_every_gpu() -> None:
+    latent = Latent(kv_rank=6, rotary=2, key=4, value=4)
+    model = TINY.model_copy(update={"kv_heads": 4, "head_dim": 6, "latent": latent})
+    assert kv_bytes_per_token(model, 1) == kv_bytes_per_token(model, 4) == 2 * (6 + 2) * 2
+    cheap = ROUND_GPU.model_copy(update={"peak_flop_per_s": 1e12})
+    read_s = 2 * 8 * 2 / 1e6
+    assert load(cheap, model, 1).kv_token_s == load(cheap, model, 2).kv_token_s == pytest.approx(read_s)
+    computed_s = 2 * 2 * 4 * (2 * 6 + 2) / 1e6
+    assert load(ROUND_GPU, model, 1).kv_token_s == pytest.approx(computed_s)
+    assert load(cheap, model, 1).walk_token_s == 0

@@ -1,54 +1,27 @@
 import pytest
 
-from throttllem.physics.model import Experts, Latent, Model, Weights, Window
+from throttllem.physics.catalogue import Catalogue
 
-MIXTRAL = Model(
-    name="mixtral-8x7b",
-    layers=32,
-    hidden=4096,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    intermediate=14336,
-    vocabulary=32000,
-    max_context_tokens=32768,
-    experts=Experts(count=8, active=2, intermediate=14336),
-)
-DEEPSEEK = Model(
-    name="deepseek-v3",
-    layers=61,
-    hidden=7168,
-    heads=128,
-    kv_heads=128,
-    head_dim=192,
-    intermediate=18432,
-    vocabulary=129280,
-    max_context_tokens=163840,
-    weights=Weights.FP8,
-    experts=Experts(count=256, active=8, intermediate=2048, shared_intermediate=2048, dense_layers=3),
-    latent=Latent(kv_rank=512, rotary=64, key=128, value=128, query_rank=1536),
-)
-GPT_OSS = Model(
-    name="gpt-oss-120b",
-    layers=36,
-    hidden=2880,
-    heads=64,
-    kv_heads=8,
-    head_dim=64,
-    intermediate=2880,
-    vocabulary=201088,
-    max_context_tokens=131072,
-    experts=Experts(count=128, active=4, intermediate=2880, weights=Weights.MXFP4),
-    window=Window(tokens=128, layers=18),
-)
+CATALOGUE = Catalogue.load()
+MIXTRAL, DEEPSEEK, GPT_OSS = (CATALOGUE.model(name) for name in ("mixtral-8x7b", "deepseek-v3", "gpt-oss-120b"))
 
 
 @pytest.mark.parametrize(
-    ("model", "billions", "active_billions"),
-    [(MIXTRAL, 46.7, 12.9), (DEEPSEEK, 671.0, 37.0), (GPT_OSS, 116.8, 5.1)],
-    ids=lambda value: getattr(value, "name", None),
+    ("name", "billions", "active_billions"),
+    [
+        ("mixtral-8x7b", 46.7, 12.9),
+        ("deepseek-v3", 671.0, 37.0),
+        ("gpt-oss-20b", 20.9, 3.6),
+        ("gpt-oss-120b", 116.8, 5.1),
+        ("qwen3-8b", 8.19, 7.57),
+        ("qwen3-14b", 14.8, 14.0),
+        ("qwen3-32b", 32.8, 32.0),
+        ("qwen3-30b-a3b", 30.5, 3.04),
+        ("qwen3-235b-a22b", 235.0, 21.5),
+    ],
 )
-def test_parameters_are_the_published_ones(model: Model, billions: float, active_billions: float) -> None:
+def test_parameters_are_the_published_ones(name: str, billions: float, active_billions: float) -> None:
+    model = CATALOGUE.model(name)
     assert model.parameters / 1e9 == pytest.approx(billions, rel=0.003)
     assert model.active_parameters / 1e9 == pytest.approx(active_billions, rel=0.03)
 

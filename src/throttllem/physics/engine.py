@@ -9,11 +9,12 @@ An engine is a model on `tp` GPUs of one kind. Knows nothing of requests, batchi
 #   busy    = (memory^p + arithmetic^p)^(1/p) of the matrix products + memory + arithmetic of the experts' products
 #             + streamed + KV read + prefill attention
 #   waiting = fixed kernel times + all-reduce + host + what is left of the decode attention's walk after the KV read
-#   watts   = base + (traffic + core x busy + compute x arithmetic + attention x KV read) / seconds
+#   watts   = base + (traffic + core x busy + compute x arithmetic + attention x KV read
+#             + unpack x weights of 4 bits) / seconds
 #
 # Each term is a cost of `load.py` times a factor of the clock (`clock.py`): memory, arithmetic, latency; the host does
-# not depend on it. `traffic` is the energy of memory traffic; `core`, `compute` and `attention` are watts, times
-# the switching power f V(f)^2. Watts of a GPU with a running engine never fall below `base`.
+# not depend on it. `traffic` is the energy of memory traffic; `core`, `compute`, `attention` and `unpack` are watts,
+# times the switching power f V(f)^2. A GPU with a running engine never draws less than `base`.
 #
 # Power limit. Above the limit the GPU's governor lowers the clock. The iteration then takes the time at the clock where
 # the power just meets the limit, whatever higher clock is set.
@@ -53,7 +54,6 @@ class _Coefficients(NamedTuple):
     expert_missed: float
     token_expert_memory: float
     token_expert_compute: float
-    experts_tile: float
     experts_kernel: float
     token_streamed: float
     kv_token: float
@@ -98,10 +98,8 @@ class EnginePhysics:
         self._load = load(gpu, model, tp)
         self._limit_w, self._base_w = gpu.power.limit_w * tp, (gpu.power.idle_w + gpu.power.static_w) * tp
         self._clocks = gpu.clocks_mhz
-        scales = [self._scale(clock) for clock in self._clocks]
-        self._ladder = tuple(self._at(scale) for scale in scales)
-        self._switching = tuple(scale.switching for scale in scales)
-        self._coefficients: dict[float, _Coefficients] = dict(zip(self._clocks, self._ladder, strict=True))
+        self._switching = tuple(self._scale(clock).switching for clock in self._clocks)
+        self._coefficients: dict[float, _Coefficients] = {}
 
     def kv_capacity_tokens(self) -> int:
         """Tokens of KV cache that weights and activations leave room for, on the GPU with most."""
@@ -129,7 +127,7 @@ class EnginePhysics:
         `kv_tokens` are read by the decoding sequences; `prefill_tokens` new prompt tokens have `prefill_pairs`
         query-key pairs (half the square of a whole prompt). Raises ValueError for a clock outside the GPU's range.
         """
-        at = self._coefficients.get(clock_mhz) or self._new_clock(clock_mhz)
+        at = self._coefficients.get(clock_mhz) or self._clock(clock_mhz)
         found = _iteration(at, decode_batch, kv_tokens, prefill_tokens, prefill_pairs)
         if found[1] <= self._limit_w:
             return found
@@ -143,16 +141,16 @@ class EnginePhysics:
         Power is nearly linear in the switching factor: false position finds the two neighbouring clocks around the
         limit, the same for every `clock_mhz`, and linear interpolation the rest.
         """
-        limit_w, ladder, switching = self._limit_w, self._ladder, self._switching
-        high, above = bisect_left(self._clocks, clock_mhz), uncapped
-        if self._clocks[high] != clock_mhz:
-            above = _iteration(ladder[high], *batch)
+        limit_w, clocks, switching = self._limit_w, self._clocks, self._switching
+        high, above = bisect_left(clocks, clock_mhz), uncapped
+        if clocks[high] != clock_mhz:
+            above = _iteration(self._clock(clocks[high]), *batch)
         low, below_s, below_w, low_switching = -1, 0.0, self._base_w, 0.0
         while high - low > 1:
             share = (limit_w - below_w) / (above[1] - below_w)
             guess = bisect_left(switching, low_switching + share * (switching[high] - low_switching))
             middle = min(max(guess, low + 1), high - 1)
-            at = _iteration(ladder[middle], *batch)
+            at = _iteration(self._clock(clocks[middle]), *batch)
             if at[1] <= limit_w:
                 low, (below_s, below_w), low_switching = middle, at, switching[middle]
             else:
@@ -162,7 +160,9 @@ class EnginePhysics:
         share = (limit_w - below_w) / (above[1] - below_w)
         return below_s + share * (above[0] - below_s), limit_w
 
-    def _new_clock(self, clock_mhz: float) -> _Coefficients:
+    def _clock(self, clock_mhz: float) -> _Coefficients:
+        if at := self._coefficients.get(clock_mhz):
+            return at
         low, high = self.gpu.clock_min_mhz, self.gpu.clock_max_mhz
         if not low <= clock_mhz <= high:
             raise ValueError(f"clock {clock_mhz} MHz: {self.gpu.name} runs at {low} to {high} MHz")
@@ -175,8 +175,7 @@ class EnginePhysics:
     def _at(self, scale: ClockScale) -> _Coefficients:
         compute, memory, latency, switching = scale
         work, law, power, tp = self._load, self.gpu.time, self.gpu.power, self.tp
-        layer = products(self.gpu, self.model.weights, self.model.activation_bytes)
-        grouped = grouped_products(self.gpu, self.model.expert_weights, self.model.activation_bytes)
+        layer, grouped = products(self.gpu, self.model), grouped_products(self.gpu, self.model)
         full_w = power.memory_w * tp / memory
         return _Coefficients(
             weights=work.weights_s * memory,
@@ -187,7 +186,6 @@ class EnginePhysics:
             expert_missed=work.expert_missed,
             token_expert_memory=work.token_expert_memory_s * memory,
             token_expert_compute=work.token_expert_compute_s * compute,
-            experts_tile=work.experts_tile_s * compute,
             experts_kernel=work.experts_kernel_s * latency,
             token_streamed=work.token_elementwise_s * memory,
             kv_token=work.kv_token_s * memory,
@@ -230,11 +228,12 @@ def _iteration(
     """Seconds and watts of one iteration by the law, without the power limit."""
     (
         weights_s, token_gemm_memory_s, token_gemm_compute_s, head_token_compute_s, experts_s, expert_missed,
-        token_expert_memory_s, token_expert_compute_s, experts_tile_s, experts_kernel_s, token_streamed_s, kv_token_s, window_kv_token_s, window_tokens,
-        kv_sequence_s, walk_token_s, pair_s, window_pair_s, prefill_token_s, prefill_walk_token_s, waiting_s,
-        decode_fixed_s, prefill_fixed_s, one_step_tokens, token_message_s, two_step_token_s, two_step_s, large_tokens,
-        large_s, norm, inverse_norm, host_request_s, base_w, gemm_traffic_w, expert_traffic_w, kv_traffic_w,
-        prompt_traffic_w, core_w, compute_w, attention_w, gemm_unpack_w, expert_unpack_w,
+        token_expert_memory_s, token_expert_compute_s, experts_kernel_s, token_streamed_s, kv_token_s,
+        window_kv_token_s, window_tokens, kv_sequence_s, walk_token_s, pair_s, window_pair_s, prefill_token_s,
+        prefill_walk_token_s, waiting_s, decode_fixed_s, prefill_fixed_s, one_step_tokens, token_message_s,
+        two_step_token_s, two_step_s, large_tokens, large_s, norm, inverse_norm, host_request_s, base_w,
+        gemm_traffic_w, expert_traffic_w, kv_traffic_w, prompt_traffic_w, core_w, compute_w, attention_w,
+        gemm_unpack_w, expert_unpack_w,
     ) = at  # fmt: skip
     tokens = decode_batch + prefill_tokens
     gemm_memory_s = weights_s + token_gemm_memory_s * tokens
@@ -265,9 +264,8 @@ def _iteration(
     unpacked = gemm_unpack_w * gemm_memory_s
     traffic = gemm_traffic_w * (gemm_memory_s + streamed_s) + kv_traffic_w * read_s + prompt_traffic_w * prompt_s
     if experts_s:
-        reached = 1 - expert_missed**tokens
-        expert_memory_s = experts_s * reached + token_expert_memory_s * tokens
-        expert_compute_s = experts_tile_s * reached + token_expert_compute_s * tokens
+        expert_memory_s = experts_s * (1 - expert_missed**tokens) + token_expert_memory_s * tokens
+        expert_compute_s = token_expert_compute_s * tokens
         busy_s += expert_memory_s + expert_compute_s + experts_kernel_s
         tensor_s += expert_compute_s
         traffic += expert_traffic_w * expert_memory_s

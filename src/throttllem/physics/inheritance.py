@@ -8,7 +8,8 @@ Knows nothing of files and of measurements.
 # - fractions of the peak bandwidth and of the peak FLOP/s stay: the peaks themselves are facts of the data sheet;
 # - fixed times (kernels, all-reduce, host) and shares of them that follow the clock stay;
 # - watts go with the power limit, except those that are given;
-# - the voltage's knee, and the clock above which compute-bound work is no faster, go with the top clock;
+# - the voltage's knee, and the clocks above which compute-bound work is no faster and watts rise no further, go with
+#   the top clock;
 # - below the memory's knee the multiprocessors cannot issue requests fast enough for the bandwidth: it goes with the
 #   bandwidth per multiprocessor, or with the top clock where their number is not known, and is at most the top clock.
 
@@ -33,7 +34,7 @@ FACTS = (
 """Of a data sheet; fields of a GPU."""
 POWER_FACTS = ("limit_w", "idle_w", "bare_idle_w")
 """Of a data sheet, or of an idle GPU; fields of the power law."""
-_WITH_LIMIT = ("idle_w", "bare_idle_w", "static_w", "memory_w", "core_w", "compute_w")
+_WITH_LIMIT = ("idle_w", "bare_idle_w", "static_w", "memory_w", "core_w", "compute_w", "attention_w", "unpack_w")
 _LAWS = ("time", "power")
 _OWN = ("name", "like", "nvml_names", "compute_capability", "peak_fp8_flop_per_s", "multiprocessors", "origin")
 """Never those of another GPU."""
@@ -81,6 +82,8 @@ def _scaled(like: Gpu, tree: Mapping[str, Any], limit_w: float | None) -> tuple[
         memory_ratio = bandwidth_ratio * like.multiprocessors / multiprocessors
     power |= {name: power[name] * power_ratio for name in _WITH_LIMIT} | {"knee_mhz": power["knee_mhz"] * clock_ratio}
     time["memory_knee_mhz"] = min(time["memory_knee_mhz"] * memory_ratio, tree["clock_max_mhz"])
+    if power["ceiling_mhz"] is not None:
+        power["ceiling_mhz"] *= clock_ratio
     if time["compute_knee_mhz"] is not None:
         time["compute_knee_mhz"] *= clock_ratio
     return time, power

@@ -43,10 +43,8 @@ class TimeLaw(Frozen):
     expert_fp8_peak_fraction: float = Field(default=0.3, gt=0, le=1)
     expert_kernel_s: NonNegativeFloat = 30e-6
     """Of one layer's experts: router, sorting the tokens by expert, two grouped products, sum."""
-    fp8_expert_kernel_s: NonNegativeFloat = 90e-6
-    """The same of FP8 experts: tokens are quantised and laid out in tiles too."""
-    fp8_tile_rows: NonNegativeFloat = 64.0
-    """Rows that each FP8 expert computes beside its tokens: tiles of 128 rows are padded."""
+    fp8_expert_kernel_s: NonNegativeFloat = 140e-6
+    """The same of FP8 experts: tokens are quantised, and laid out in tiles of 128 rows that are mostly empty, too."""
     decode_bandwidth_fraction: float = Fraction
     decode_kernel_s: NonNegativeFloat
     decode_row_s: NonNegativeFloat

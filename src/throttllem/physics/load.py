@@ -56,8 +56,6 @@ class Load(NamedTuple):
     expert_missed: float
     token_expert_memory_s: float
     token_expert_compute_s: float
-    experts_tile_s: float
-    """Arithmetic of one tile of rows in each expert that is read, for padded ones are computed too."""
     experts_kernel_s: float
     """Routing, sorting and quantising of the tokens: the GPU is busy."""
     token_elementwise_s: float
@@ -98,6 +96,16 @@ class Products(NamedTuple):
     kernel_s: float
 
 
+class _Experts(NamedTuple):
+    """The expert part of a Load."""
+
+    experts_s: float = 0.0
+    expert_missed: float = 1.0
+    token_expert_memory_s: float = 0.0
+    token_expert_compute_s: float = 0.0
+    experts_kernel_s: float = 0.0
+
+
 class _AllReduce(NamedTuple):
     """The all-reduce part of a Load."""
 
@@ -113,7 +121,8 @@ class _AllReduce(NamedTuple):
 def load(gpu: Gpu, model: Model, tp: int) -> Load:
     """Costs of `model` sharded over `tp` GPUs."""
     law, value = gpu.time, model.activation_bytes
-    plain, layer = products(gpu, Weights.BF16, value), products(gpu, model.weights, value)
+    layer = products(gpu, model)
+    head_bytes_per_s = gpu.bandwidth_bytes_per_s * law.gemm_bandwidth_fraction
     head = model.vocabulary * model.hidden / tp
     parameters = layer_parameters(model, tp)
     windowed = model.window.layers if model.window else 0
@@ -123,12 +132,12 @@ def load(gpu: Gpu, model: Model, tp: int) -> Load:
     grouped = model.heads > model.kv_heads
     attention_io = 2 * (model.heads + _kv_heads(model, tp) * tp) / tp * model.head_dim * value
     return Load(
-        weights_s=parameters * model.weights.bytes_per_parameter / layer.bytes_per_s + head * value / plain.bytes_per_s,
+        weights_s=parameters * model.weights.bytes_per_parameter / layer.bytes_per_s + head * value / head_bytes_per_s,
         token_gemm_memory_s=_gemm_io(model, tp, layer.operand_bytes) / layer.bytes_per_s,
         token_gemm_compute_s=2 * parameters / layer.flop_per_s,
-        head_token_compute_s=2 * head / plain.flop_per_s,
-        **_experts(gpu, model, tp),
-        token_elementwise_s=_elementwise(model, tp) * value / plain.bytes_per_s,
+        head_token_compute_s=2 * head / (gpu.peak_flop_per_s * law.gemm_peak_fraction),
+        **_experts(gpu, model, tp)._asdict(),
+        token_elementwise_s=_elementwise(model, tp) * value / head_bytes_per_s,
         kv_token_s=whole * kv_token_s,
         window_kv_token_s=windowed * kv_token_s,
         window_tokens=model.window.tokens if model.window else 0,
@@ -138,55 +147,50 @@ def load(gpu: Gpu, model: Model, tp: int) -> Load:
         window_pair_s=windowed * pair_s,
         prefill_token_s=model.layers * attention_io / (gpu.bandwidth_bytes_per_s * law.prefill_bandwidth_fraction),
         prefill_walk_token_s=model.layers * law.prefill_walk_token_s,
-        layers_kernel_s=_kernels_s(gpu, model, layer.kernel_s, plain.kernel_s),
+        layers_kernel_s=_kernels_s(law, model, layer.kernel_s),
         decode_kernel_s=model.layers * (law.decode_kernel_s + (law.decode_split_s if grouped else 0.0)),
         prefill_kernel_s=model.layers * law.prefill_kernel_s,
         **_allreduce(law, model, tp)._asdict(),
     )
 
 
-def products(gpu: Gpu, weights: Weights, activation_bytes: float) -> Products:
-    """What products with weights of that format reach on that GPU.
+def products(gpu: Gpu, model: Model) -> Products:
+    """What the products of the model's layers reach on that GPU, those of experts apart.
 
-    8-bit weights without their tensor cores, and 4-bit weights, are unpacked: the bytes are fewer, the arithmetic is that
-    of bfloat16.
+    8-bit weights without their tensor cores, and 4-bit weights, are unpacked: fewer bytes, arithmetic in bfloat16.
     """
     law, bandwidth = gpu.time, gpu.bandwidth_bytes_per_s
-    peak = gpu.peak_flop_per_s * law.gemm_peak_fraction
-    match weights:
+    if model.weights is Weights.FP8 and gpu.peak_fp8_flop_per_s:
+        bytes_per_s, flop_per_s = (
+            bandwidth * law.fp8_bandwidth_fraction,
+            gpu.peak_fp8_flop_per_s * law.fp8_peak_fraction,
+        )
+        return Products(bytes_per_s, flop_per_s, 1.0, law.fp8_norm, law.fp8_kernel_s)
+    match model.weights:
         case Weights.BF16:
-            return Products(
-                bandwidth * law.gemm_bandwidth_fraction, peak, activation_bytes, law.gemm_norm, law.gemm_kernel_s
-            )
-        case Weights.FP8 if gpu.peak_fp8_flop_per_s:
-            return Products(
-                bandwidth * law.fp8_bandwidth_fraction,
-                gpu.peak_fp8_flop_per_s * law.fp8_peak_fraction,
-                1.0,
-                law.fp8_norm,
-                law.fp8_kernel_s,
-            )
+            fraction = law.gemm_bandwidth_fraction
         case Weights.FP8 | Weights.INT8:
             fraction = law.fp8_bandwidth_fraction
         case Weights.INT4 | Weights.MXFP4 | Weights.NVFP4:
             fraction = law.int4_bandwidth_fraction
-    return Products(bandwidth * fraction, peak, activation_bytes, law.gemm_norm, law.gemm_kernel_s)
+    flop_per_s = gpu.peak_flop_per_s * law.gemm_peak_fraction
+    return Products(bandwidth * fraction, flop_per_s, model.activation_bytes, law.gemm_norm, law.gemm_kernel_s)
 
 
-def grouped_products(gpu: Gpu, weights: Weights, activation_bytes: float) -> Products:
-    """The same of the grouped products of experts; they add their times (norm 1)."""
-    law = gpu.time
-    bandwidth, peak = gpu.bandwidth_bytes_per_s, gpu.peak_flop_per_s * law.expert_peak_fraction
-    fraction, operand = law.expert_bandwidth_fraction, activation_bytes
-    match weights:
+def grouped_products(gpu: Gpu, model: Model) -> Products:
+    """The same of the grouped products of its experts; `kernel_s` is of a whole layer of them."""
+    law, bandwidth, peak = gpu.time, gpu.bandwidth_bytes_per_s, gpu.peak_flop_per_s
+    bytes_per_s, flop_per_s = bandwidth * law.expert_bandwidth_fraction, peak * law.expert_peak_fraction
+    operand_bytes, kernel_s = model.activation_bytes, law.expert_kernel_s
+    match model.expert_weights:
         case Weights.FP8 if gpu.peak_fp8_flop_per_s:
-            peak, operand = gpu.peak_fp8_flop_per_s * law.expert_fp8_peak_fraction, 1.0
+            flop_per_s, operand_bytes = gpu.peak_fp8_flop_per_s * law.expert_fp8_peak_fraction, 1.0
+            kernel_s = law.fp8_expert_kernel_s
         case Weights.INT4 | Weights.MXFP4 | Weights.NVFP4:
-            fraction, peak = law.int4_bandwidth_fraction, gpu.peak_flop_per_s * law.int4_peak_fraction
+            bytes_per_s, flop_per_s = bandwidth * law.int4_bandwidth_fraction, peak * law.int4_peak_fraction
         case _:
             pass
-    kernel_s = law.fp8_expert_kernel_s if weights is Weights.FP8 else law.expert_kernel_s
-    return Products(bandwidth * fraction, peak, operand, 1.0, kernel_s)
+    return Products(bytes_per_s, flop_per_s, operand_bytes, 1.0, kernel_s)
 
 
 def layer_parameters(model: Model, tp: int) -> float:
@@ -202,32 +206,33 @@ def layer_parameters(model: Model, tp: int) -> float:
     return model.layers * attention + feed_forward / tp
 
 
-def _experts(gpu: Gpu, model: Model, tp: int) -> dict[str, float]:
-    """The expert part of a Load."""
+def _experts(gpu: Gpu, model: Model, tp: int) -> _Experts:
+    """The experts of all layers; nothing for a model without."""
     if (experts := model.experts) is None:
-        return {"experts_s": 0.0, "expert_missed": 1.0, "token_expert_memory_s": 0.0, "token_expert_compute_s": 0.0, "experts_tile_s": 0.0,"experts_kernel_s":0.0}
-    law = grouped_products(gpu, model.expert_weights, model.activation_bytes)
-    layers, one = model.expert_layers, model.expert_parameters / tp
-    tile = gpu.time.fp8_tile_rows if model.expert_weights is Weights.FP8 else 0.0
-    io_bytes = (model.hidden + experts.intermediate / tp) * law.operand_bytes
-    io_bytes += (model.hidden + 2 * experts.intermediate / tp) * model.activation_bytes
-    return {
-        "experts_s": layers * experts.count * one * model.expert_weights.bytes_per_parameter / law.bytes_per_s,
-        "expert_missed": 1 - experts.active / experts.count,
-        "token_expert_memory_s": layers * experts.active * io_bytes / law.bytes_per_s,
-        "token_expert_compute_s": layers * experts.active * 2 * one / law.flop_per_s,
-        "experts_kernel_s": layers * law.kernel_s,
-        "experts_tile_s": layers * experts.count * 2 * one * tile / law.flop_per_s,
-    }
+        return _Experts()
+    law, weights, layers = grouped_products(gpu, model), model.expert_weights, model.expert_layers
+    one, wide = model.expert_parameters / tp, experts.intermediate / tp
+    io_bytes = (model.hidden + wide) * law.operand_bytes + (model.hidden + 2 * wide) * model.activation_bytes
+    return _Experts(
+        experts_s=layers * experts.count * one * weights.bytes_per_parameter / law.bytes_per_s,
+        expert_missed=1 - experts.active / experts.count,
+        token_expert_memory_s=layers * experts.active * io_bytes / law.bytes_per_s,
+        token_expert_compute_s=layers * experts.active * 2 * one / law.flop_per_s,
+        experts_kernel_s=layers * law.kernel_s,
+    )
 
 
-def _kernels_s(gpu: Gpu, model: Model, kernel_s: float, head_kernel_s: float) -> float:
-    """Fixed times of the matrix products and small kernels of all layers; a product of the head, one of each router."""
-    law = gpu.time
-    dense = model.layers * (GEMMS_PER_LAYER // 2 + (_LATENT_GEMMS if model.latent else 0))
-    shared = model.experts is not None and model.experts.shared_intermediate > 0
-    dense += GEMMS_PER_LAYER // 2 * (model.layers if shared else model.dense_layers)
-    return dense * kernel_s + head_kernel_s + model.layers * law.layer_kernel_s
+def _kernels_s(law: TimeLaw, model: Model, kernel_s: float) -> float:
+    """Fixed times of the matrix products and of the small kernels of all layers, and of the head."""
+    feed_forward = model.layers if _every_layer_is_dense(model) else model.dense_layers
+    count = model.layers * (GEMMS_PER_LAYER // 2 + (_LATENT_GEMMS if model.latent else 0))
+    count += feed_forward * GEMMS_PER_LAYER // 2
+    return count * kernel_s + law.gemm_kernel_s + model.layers * law.layer_kernel_s
+
+
+def _every_layer_is_dense(model: Model) -> bool:
+    """Whether all layers have feed-forward products besides those of routed experts."""
+    return model.experts is None or model.experts.shared_intermediate > 0
 
 
 def _kv_token_s(gpu: Gpu, model: Model, tp: int) -> float:
@@ -266,7 +271,7 @@ def _allreduce(law: TimeLaw, model: Model, tp: int) -> _AllReduce:
 
 
 def kv_bytes_per_token(model: Model, tp: int) -> float:
-    """On the GPU with most. With more GPUs than KV heads, each head is stored on several GPUs; a latent vector on all."""
+    """On the GPU with most: with more GPUs than KV heads each is stored on several, a latent vector on all of them."""
     if model.latent:
         return model.kv_bytes_per_token
     return model.kv_bytes_per_token * _kv_heads(model, tp) / model.kv_heads
@@ -277,7 +282,7 @@ def _kv_heads(model: Model, tp: int) -> int:
 
 
 def _gemm_io(model: Model, tp: int, operand_bytes: float) -> float:
-    """Bytes that the matrix products of all layers but the experts' read (`operand_bytes` a value) and write per token."""
+    """Bytes of a token that the matrix products, the experts' apart, read (`operand_bytes` a value) and write."""
     if (latent := model.latent) is None:
         query, compressed = model.head_dim * model.heads / tp, model.head_dim * 2 * _kv_heads(model, tp)
         attention_in, attention_out = model.hidden + query, query + compressed + model.hidden
@@ -288,7 +293,7 @@ def _gemm_io(model: Model, tp: int, operand_bytes: float) -> float:
         attention_out = ranks + latent.rotary + query + model.heads * latent.key / tp + model.hidden
     wide = model.dense_layers * model.intermediate
     wide += model.expert_layers * model.experts.shared_intermediate if model.experts else 0
-    feed_forward = model.layers if model.experts is None or model.experts.shared_intermediate else model.dense_layers
+    feed_forward = model.layers if _every_layer_is_dense(model) else model.dense_layers
     read = model.layers * attention_in + feed_forward * model.hidden + wide / tp
     written = model.layers * attention_out + feed_forward * model.hidden + 2 * wide / tp
     return read * operand_bytes + written * model.activation_bytes
