@@ -5,8 +5,10 @@ from throttllem.engines.base import Report
 from throttllem.engines.progress import JUMP_STEPS, STEPS_PER_S, Progress
 
 
-def stepped(iteration, started=(), finished=(), preempted=()):
-    return Stepped(engine=3, iteration=iteration, started=started, finished=finished, preempted=preempted)
+def stepped(iteration, started=(), finished=(), preempted=(), assumed=False):
+    return Stepped(
+        engine=3, iteration=iteration, started=started, finished=finished, preempted=preempted, assumed=assumed
+    )
 
 
 def progressed(key, tokens):
@@ -156,8 +158,8 @@ def test_a_timer_advances_iterations_while_all_requests_are_silent():
     assert list(progress.tick()) == []
     sent(progress, 1, streams=False)
     assert progress.needs_timer
-    assert progress.tick() == [stepped(0, started=(1,))]
-    assert progress.tick() == [stepped(1)]
+    assert progress.tick() == [stepped(0, started=(1,), assumed=True)]
+    assert progress.tick() == [stepped(1, assumed=True)]
     assert progress.ended(1, 2) == [stepped(1, finished=(1,))]
     progress.left(1)
     assert not progress.needs_timer
@@ -173,7 +175,7 @@ def test_no_timer_where_a_stream_or_step_numbers_show_the_iterations():
     streams.token(1)
     streams.ended(1, 2)
     streams.left(1)
-    assert streams.needs_timer and streams.tick() == [stepped(2)]
+    assert streams.needs_timer and streams.tick() == [stepped(2, assumed=True)]
     sent(steps, 1, streams=False)
     steps.report(Report(running=1, waiting=0, step=5))
     assert not steps.needs_timer and list(steps.tick()) == []
@@ -185,7 +187,7 @@ def test_a_timer_waits_for_a_report_that_the_request_runs_where_there_are_report
     sent(progress, 1, streams=False)
     assert not progress.needs_timer
     progress.report(Report(running=1, waiting=0))
-    assert progress.needs_timer and progress.tick() == [stepped(1)]
+    assert progress.needs_timer and progress.tick() == [stepped(1, assumed=True)]
 
 
 def test_a_silent_request_that_ends_before_it_was_seen_starts_and_ends():

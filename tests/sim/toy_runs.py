@@ -22,12 +22,14 @@ AWARE = (ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY)
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedPhysics(ToyPhysics):
-    """The toy's physics, with every iteration (clock, seconds, watts) written down."""
+    """The toy's physics, with every iteration (clock, seconds, watts) written down; `slower` than its table says."""
 
     log: list = field(default_factory=list)
+    slower: float = 1.0
 
     def iteration(self, clock_mhz, *load):
         seconds, watts = ToyPhysics.iteration(self, clock_mhz, *load)
+        seconds *= self.slower
         self.log.append((clock_mhz, seconds, watts))
         return seconds, watts
 
@@ -76,6 +78,7 @@ def simulate(
     switch_latency_s=0.05,
     queue_limit=10_000,
     specs=None,
+    slower=1.0,
 ):
     specs = specs or specs_of()
     scale = AutoscaleOptions(capacity_rps={1: 4.0, 2: 9.0}, interval_s=1.0, window_s=2.0, grace_s=2.0)
@@ -91,7 +94,7 @@ def simulate(
             load_window_s=2.0,
         )
     )
-    physics = {tp: LoggedPhysics(spec=found) for tp, found in specs.items()}
+    physics = {tp: LoggedPhysics(spec=found, slower=slower) for tp, found in specs.items()}
     machine = Machine(
         specs={tp: replace(found, startup_s=1.0) for tp, found in specs.items()},
         physics=physics,

@@ -193,6 +193,8 @@ class Controller:
             return False
         board, iteration = state.board, event.iteration + 1
         state.iteration = iteration
+        if event.assumed:
+            state.table_drift.span = None
         changed = state.stale or bool(event.started or event.finished or event.preempted)
         if changed:
             self._apply(state, event, now_s)
@@ -272,7 +274,8 @@ class Controller:
         state = self._engines.by_id.get(read.engine)
         if state is None:
             return
-        state.clock_mhz = read.mhz
+        state.clock_mhz, state.table_drift.followed = read.mhz, read.followed
+        state.table_drift.span = None
         before = state.table
         state.table = before and before.capped(read.limit_mhz)
         under_way = now_s < state.set_at_s + self.options.throttle.switch_latency_s

@@ -15,6 +15,7 @@ from throttllem.core.clocks.steady_load import Steady
 from throttllem.core.external_load import DriftMeter, ExternalLoad
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import Projection
+from throttllem.core.forecast.table_drift import TableDrift
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import EngineSpec, FrequencyPlan
 
@@ -36,6 +37,8 @@ class EngineState:
     the one set at `set_at_s`. `projection` is the one that the plan rests on. `replan_s`: when the clock should be
     planned again at the latest. `steady`: what the load of `steady_at_s` means if it goes on. `stale`: sequences were
     corrected since the last iteration. `planned_external` is the external load that was last planned for.
+    `drift` is the scoreboard's distance from the engine's reports, `table_drift` that of the engine's pace from the
+    table, which corrects `table`.
     """
 
     engine: int
@@ -57,6 +60,7 @@ class EngineState:
     stale: bool = False
     planned_external: ExternalLoad = field(default_factory=ExternalLoad)
     drift: DriftMeter = field(default_factory=DriftMeter)
+    table_drift: TableDrift = field(default_factory=TableDrift)
 
     def maximum_clock_delay_s(self, now_s: float, switch_latency_s: float) -> float:
         """Seconds until the maximum clock could be in force."""

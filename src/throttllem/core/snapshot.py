@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from throttllem.core.engine_state import EngineState, Phase
 from throttllem.core.external_load import Drift
+from throttllem.core.forecast.table_drift import BandBias
 from throttllem.core.lengths.prediction import LengthScore
 from throttllem.core.types import FrequencyPlan, Verdict
 
@@ -27,6 +28,8 @@ class EngineView:
     """One engine. `clock_mhz` None: unknown; `plan` None: not planned yet.
 
     `kv_blocks` is the scoreboard's estimate for the last iteration, `external_sequences` are those of other clients.
+    `table_drift`: how far its iterations are from the performance table, by clock band; `beyond_table`: so far that it
+    runs at the maximum clock.
     """
 
     engine: int
@@ -41,6 +44,8 @@ class EngineView:
     kv_blocks: int = 0
     external_sequences: int = 0
     drift: Drift = field(default_factory=Drift)
+    table_drift: tuple[BandBias, ...] = ()
+    beyond_table: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,4 +77,6 @@ def view(state: EngineState) -> EngineView:
         kv_blocks=state.board.kv_blocks(state.iteration - 1),
         external_sequences=max(0, state.board.external.batch),
         drift=state.drift.drift(),
+        table_drift=state.table_drift.view(state.table),
+        beyond_table=state.table_drift.beyond_since_s is not None,
     )

@@ -114,6 +114,7 @@ class Reason(StrEnum):
     LOST_RUNNING = "a lost request is running"
     OUTSIDE_HULL = "the load is outside the profiled range"
     NO_TABLE = "there is no performance table"
+    TABLE_DRIFT = "iterations take more than twice, or less than half, of what the performance table says"
     UNKNOWN_STATE = "the engine's clock is unknown"
     INFEASIBLE = "no clock meets every SLO"
     WAITING = "a request waits in the queue"
@@ -183,6 +184,7 @@ class Stepped:
     started: tuple[int, ...] = ()
     finished: tuple[int, ...] = ()
     preempted: tuple[int, ...] = ()
+    assumed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,12 +207,13 @@ class ClockRead:
     """The clock of an engine's GPUs as it is now; None: it could not be read or set.
 
     `limit_mhz`: the GPUs cannot exceed this clock while a power cap, heat or another program's lock holds them down
-    (None: nothing does).
+    (None: nothing does). `followed` False: the engine does not run at `mhz`, which is that of a dry run.
     """
 
     engine: int
     mhz: int | None
     limit_mhz: int | None = None
+    followed: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -194,7 +194,7 @@ class Progress:
 
     def tick(self) -> Sequence[Event]:
         """The predicted time of one iteration passed: an iteration, if nothing else shows progress."""
-        return self._reach(self.iteration + 1, []) if self.needs_timer else ()
+        return self._reach(self.iteration + 1, [], assumed=True) if self.needs_timer else ()
 
     # ---- iterations ------------------------------------------------------------------------------------------
 
@@ -235,8 +235,10 @@ class Progress:
         self._last_step = step
         return step - self._first_step
 
-    def _reach(self, iteration: int, began: list[InFlight]) -> list[Event]:
-        """Report that this iteration is over, if that is news, and which requests started in it."""
+    def _reach(self, iteration: int, began: list[InFlight], *, assumed: bool = False) -> list[Event]:
+        """Report that this iteration is over, if that is news, and which requests started in it. `assumed`: nothing but
+        time shows it.
+        """
         news = iteration > self.iteration
         self.iteration = iteration
         if news and self._silent_waiting and not self._reports:
@@ -252,7 +254,7 @@ class Progress:
             self._sequences += flight.sequences
             self._streaming += flight.streams
         started = tuple([flight.request_id for flight in began]) if began else ()
-        return [Stepped(engine=self.engine, iteration=iteration, started=started)]
+        return [Stepped(engine=self.engine, iteration=iteration, started=started, assumed=assumed)]
 
     def _covered(self, running: int) -> list[InFlight]:
         """Requests that do not stream and must be among this many running sequences: first come, first served."""

@@ -49,6 +49,18 @@ def test_the_delay_of_a_command_counts_from_its_event_and_a_clock_read_follows()
     assert delays_s == [0.25]
 
 
+def test_a_clock_that_the_engine_does_not_run_at_is_reported_as_such():
+    for more, reading in (
+        ({"follows": False}, {}),
+        ({}, {"dry_run_mhz": 900}),
+        ({}, {"stands_for_mhz": 900}),
+    ):
+        gpu = Wilful()
+        gpu.reading = Reading(clock_mhz=1400, watts=1.0, energy_j=0.0, **reading)
+        _, events, _ = clock(gpu, **more)
+        assert events == [ClockRead(engine=0, mhz=1400, followed=False)]
+
+
 def test_a_change_by_others_is_reported_once():
     gpu = Wilful()
     made, events, _ = clock(gpu)

@@ -82,6 +82,20 @@ def test_clocks_that_are_held_down_stay_held_down():
     assert np.array_equal(again.seconds, engine.table.seconds)
 
 
+def test_a_corrected_table_stays_corrected():
+    world = World(OPTIONS)
+    busy(world, 60)
+    engine = next(state for state in world.controller.state().engines if state.table is not None)
+    engine.table = engine.table.corrected((1.25, 1.0, 1.0, 0.9)).capped(engine.table.clocks_mhz[1])
+    (again,) = [state.table for state in copied(world.controller).state().engines if state.engine == engine.engine]
+    assert (again.factors, again.limit_mhz) == ((1.25, 1.0, 1.0, 0.9), engine.table.clocks_mhz[1])
+    assert again.base is TABLES[engine.tp]
+    assert np.array_equal(again.seconds, engine.table.seconds)
+    data = json.loads(wire.dumps(save(world.controller, table_digest)).replace("*1.25,", "*7.25,"))
+    with pytest.raises(CheckpointError, match="no factors of its bands"):
+        load(data, DIGESTS.__getitem__)
+
+
 def test_a_predictor_that_learns_goes_along():
     predictor = OnlineLengthPredictor()
     for number in range(300):

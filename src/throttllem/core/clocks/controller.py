@@ -26,6 +26,7 @@ from throttllem.core.engine_state import EngineState
 from throttllem.core.forecast.horizon import Horizon, look_ahead
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import project
+from throttllem.core.forecast.table_drift import Span
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, SetClock
 
 
@@ -54,15 +55,46 @@ class ClockController:
         elif engine.table is None:
             plan = FrequencyPlan(mhz=maximum, why=Reason.NO_TABLE)
         elif not engine.board.running and not engine.board.pending:
-            engine.projection = None
+            engine.projection = engine.table_drift.span = None
             plan = FrequencyPlan(mhz=engine.target_mhz or maximum, why=Reason.IDLE)
         else:
-            plan = self._plan_busy(engine, spec, engine.table, now_s, waiting)
+            plan = self._plan_busy(engine, spec, self._metered(engine, engine.table), now_s, waiting)
         engine.plan = plan
         if plan.mhz == engine.target_mhz:
+            if plan.why is not Reason.IDLE:
+                self._meter(engine)
             return None
         engine.target_mhz, engine.set_at_s = plan.mhz, now_s
         return SetClock(engine=engine.engine, plan=plan)
+
+    def _metered(self, engine: EngineState, table: PerformanceTable) -> PerformanceTable:
+        """The engine's table, corrected by what its iterations took since the last plan."""
+        drift = engine.table_drift
+        if engine.began_s is None or engine.spec is None:
+            drift.span = None
+        elif drift.close(table, engine.spec.block_tokens, engine.iteration, engine.began_s):
+            engine.table = table = table.corrected(drift.factors())
+            engine.steady_at_s = -math.inf
+        return table
+
+    def _meter(self, engine: EngineState) -> None:
+        """From this plan on, iterations are metered if nothing but the table decides how long they take: decoding
+        alone, at the planned clock, which nothing holds down.
+        """
+        board, table, began_s = engine.board, engine.table, engine.began_s
+        alone = board.running and not board.pending and not board.external.batch
+        if not alone or table is None or table.limit_mhz is not None or began_s is None:
+            return
+        if engine.clock_mhz == engine.target_mhz and engine.clock_mhz in table.clocks_mhz:
+            engine.table_drift.open(
+                Span(
+                    first=engine.iteration,
+                    began_s=began_s,
+                    column=table.clocks_mhz.index(engine.clock_mhz),
+                    batch=board.running_sequences,
+                    kv_blocks=board.kv_blocks(engine.iteration),
+                )
+            )
 
     def _plan_busy(
         self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, now_s: float, waiting: bool
@@ -78,6 +110,8 @@ class ClockController:
         ahead = look_ahead(board, spec, table, expected, base_s=base_s)
         if not ahead.inside_hull:
             return FrequencyPlan(mhz=maximum, why=Reason.OUTSIDE_HULL)
+        if engine.table_drift.beyond_since_s is not None:
+            return FrequencyPlan(mhz=maximum, why=Reason.TABLE_DRIFT)
         plan = FrequencyPlan(mhz=maximum, why=Reason.WAITING)
         if not waiting and not board.lost_requests:
             plan = self._choose(engine, spec, table, ahead, now_s)

@@ -24,6 +24,8 @@ Bins = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
 Whole = npt.NDArray[np.integer]
 Steps = npt.NDArray[np.float32]
+_BANDS = 4
+"""The drift of a table while it serves is metered, and corrected, in this many bands of clocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +63,8 @@ class PerformanceTable:
     (of all GPUs of the engine) have the shape (cells, C), cell = (prefill bin * batch bins + batch bin) * KV bins + KV
     bin. Batch counts decoding sequences and prompts being prefilled. `clocks_measured` False: the clock axis was not
     measured, so no clock may be chosen by it. `verdict`: what `train` found of it (None: it was not judged).
-    `limit_mhz`: the GPUs are held down to that clock; `base` is the table without it. Raises ValueError where the
-    parts do not fit together.
+    `limit_mhz`: the GPUs are held down to that clock; `factors`: seconds of each clock band are corrected by these (():
+    by none); `base` is the table without both. Raises ValueError where the parts do not fit together.
     """
 
     clocks_mhz: tuple[int, ...]
@@ -75,6 +77,7 @@ class PerformanceTable:
     clocks_measured: bool = True
     verdict: TableVerdict | None = None
     limit_mhz: int | None = field(default=None, init=False)
+    factors: tuple[float, ...] = field(default=(), init=False)
     base: PerformanceTable | None = field(default=None, init=False, repr=False)
     _slowest: Steps = field(init=False, repr=False)
     _kv_offset: Ints = field(init=False, repr=False)
@@ -103,18 +106,43 @@ class PerformanceTable:
         """The same engine while its GPUs cannot exceed a limit (None: no limit): every clock above it is no faster, and
         draws no more, than the highest profiled one below it (the lowest of all, where none is).
         """
+        return self._adjusted(limit_mhz, self.factors)
+
+    def corrected(self, factors: tuple[float, ...]) -> PerformanceTable:
+        """The same engine with the seconds of each clock band times its factor, in place of the factors before."""
+        return self._adjusted(self.limit_mhz, factors)
+
+    def _adjusted(self, limit_mhz: int | None, factors: tuple[float, ...]) -> PerformanceTable:
         base, clocks = self.base or self, self.clocks_mhz
         limit_mhz = None if limit_mhz is None or limit_mhz >= clocks[-1] else limit_mhz
-        if limit_mhz == self.limit_mhz:
+        if (limit_mhz, factors) == (self.limit_mhz, self.factors):
             return self
-        if limit_mhz is None:
+        if limit_mhz is None and not factors:
             return base
-        column = max(0, int(np.searchsorted(clocks, limit_mhz, side="right")) - 1)
-        columns = np.minimum(np.arange(len(clocks)), column)
-        held = replace(base, seconds=base.seconds[:, columns], watts=base.watts[:, columns])
+        seconds, watts = base.seconds, base.watts
+        if factors:
+            seconds = seconds * np.array([factors[self.band(column)] for column in range(len(clocks))], np.float32)
+        if limit_mhz is not None:
+            column = max(0, int(np.searchsorted(clocks, limit_mhz, side="right")) - 1)
+            columns = np.minimum(np.arange(len(clocks)), column)
+            seconds, watts = seconds[:, columns], watts[:, columns]
+        held = replace(base, seconds=seconds, watts=watts)
         object.__setattr__(held, "limit_mhz", limit_mhz)
+        object.__setattr__(held, "factors", factors)
         object.__setattr__(held, "base", base)
         return held
+
+    def band(self, column: int) -> int:
+        """The clock band of a column: as many clocks in each of four, as far as that goes."""
+        return column * min(_BANDS, len(self.clocks_mhz)) // len(self.clocks_mhz)
+
+    def bands(self) -> tuple[tuple[int, int], ...]:
+        """Lowest and highest clock of each band, ascending."""
+        found: dict[int, tuple[int, int]] = {}
+        for column, mhz in enumerate(self.clocks_mhz):
+            low, _ = found.get(self.band(column), (mhz, mhz))
+            found[self.band(column)] = (low, mhz)
+        return tuple(found.values())
 
     def only_at(self, clock_mhz: int) -> PerformanceTable:
         """The same engine with one clock, at which it needs what it needs at the highest of the table."""

@@ -76,6 +76,7 @@ class BackendFactory:
                 reading=accounting.reading,
                 now=self.now,
                 mode=mode,
+                follows=entry.kind == "simulated" or entry.gpus is not None,
                 on_command=self.histograms.clock_command,
             ),
             accounting=accounting,

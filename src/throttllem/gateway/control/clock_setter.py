@@ -22,7 +22,8 @@ _RETRY_S = 1.0
 @dataclass(slots=True, kw_only=True)
 class ClockSetter:
     """`reading` is the accounting's. `on_command` is called with the seconds from the event that a clock command
-    follows from until the command is sent. `mode`: "on", "dry-run", "off" of real GPUs, or "simulated".
+    follows from until the command is sent. `mode`: "on", "dry-run", "off" of real GPUs, or "simulated". `follows`: the
+    engine runs on `gpu` (a real engine does not run on a simulated one).
     """
 
     name: str
@@ -30,6 +31,7 @@ class ClockSetter:
     reading: Callable[[], Reading]
     now: Callable[[], float]
     mode: str = "simulated"
+    follows: bool = True
     on_command: Callable[[float], None] = lambda _: None
     trouble: str | None = None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -104,10 +106,11 @@ class ClockSetter:
             self._report(read)
 
     def _report(self, mhz: int | None) -> None:
-        limit_mhz = self.reading().limit_mhz
-        self._reported = mhz, limit_mhz
+        reading = self.reading()
+        self._reported = mhz, reading.limit_mhz
+        followed = self.follows and reading.dry_run_mhz is None and reading.stands_for_mhz is None
         if self._key is not None and self._emit is not None:
-            self._emit(ClockRead(engine=self._key, mhz=mhz, limit_mhz=limit_mhz))
+            self._emit(ClockRead(engine=self._key, mhz=mhz, limit_mhz=reading.limit_mhz, followed=followed))
 
     def _in_background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

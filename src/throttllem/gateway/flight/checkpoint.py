@@ -14,12 +14,13 @@ from typing import cast
 
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.forecast.table_drift import LEAST_FACTOR, MOST_FACTOR, tolerance
 from throttllem.core.options import ControllerOptions
 from throttllem.core.state import ControllerState
 from throttllem.gateway.flight import wire
 from throttllem.profiling.storage import ARRAYS, TableFileError
 
-_NAME = re.compile(r"([0-9a-f]{16})(?:@(\d{1,5}))?")
+_NAME = re.compile(r"([0-9a-f]{16})(?:@(\d{1,5}))?(?:\*([0-9.,]{1,120}))?")
 
 
 class CheckpointError(ValueError):
@@ -29,7 +30,7 @@ class CheckpointError(ValueError):
 def table_digest(table: PerformanceTable) -> str:
     """16 hex digits over everything that decisions take from a table."""
     clocks, hull = [int(mhz) for mhz in table.clocks_mhz], {name: int(n) for name, n in asdict(table.hull).items()}
-    digest = hashlib.sha256(repr((clocks, hull)).encode())
+    digest = hashlib.sha256(repr((clocks, hull, tolerance(table))).encode())
     for name in ARRAYS:
         part = getattr(table, name)
         digest.update(repr((name, part.dtype.str, part.shape)).encode())
@@ -40,11 +41,14 @@ def table_digest(table: PerformanceTable) -> str:
 def save(controller: Controller, digest_of: Callable[[PerformanceTable], str]) -> dict[str, object]:
     """`options`, `predictor` and `state` of a controller, plain and nothing of it shared with the controller.
 
-    A table is its digest; one that is held down by a limit is "digest@MHz" of the whole one. Raises CheckpointError.
+    A table is its digest; one that is held down by a limit is "digest@MHz" of the whole one, one whose clock bands are
+    corrected "digest*FACTOR,...". Raises CheckpointError.
     """
 
     def name(table: PerformanceTable) -> str:
-        return digest_of(table) if table.base is None else f"{digest_of(table.base)}@{table.limit_mhz}"
+        limit = "" if table.limit_mhz is None else f"@{table.limit_mhz}"
+        factors = f"*{','.join(map(repr, table.factors))}" if table.factors else ""
+        return digest_of(table.base or table) + limit + factors
 
     try:
         options = wire.plain(controller.options, name)
@@ -52,6 +56,14 @@ def save(controller: Controller, digest_of: Callable[[PerformanceTable], str]) -
         return {"options": options, "predictor": predictor, "state": wire.plain(controller.state(), name)}
     except wire.WireError as error:
         raise CheckpointError(f"the controller cannot be recorded: {error}") from error
+
+
+def _factors(text: str, table: PerformanceTable) -> tuple[float, ...]:
+    found = tuple(float(factor) for factor in text.split(","))
+    bounded = all(LEAST_FACTOR <= factor <= MOST_FACTOR for factor in found)
+    if not bounded or len(found) != len(table.bands()):
+        raise CheckpointError(f"the checkpoint corrects a table by {text[:40]!r}, which are no factors of its bands")
+    return found
 
 
 def load(data: Mapping[str, object], table: Callable[[str], PerformanceTable]) -> Controller:
@@ -65,10 +77,11 @@ def load(data: Mapping[str, object], table: Callable[[str], PerformanceTable]) -
         match = _NAME.fullmatch(name)
         if match is None:
             raise CheckpointError(f"the checkpoint names a table {name[:40]!r}, which is no digest")
-        digest, limit_mhz = match.groups()
+        digest, limit_mhz, factors = match.groups()
         if digest not in found:
             found[digest] = table(digest)
-        return found[digest].capped(None if limit_mhz is None else int(limit_mhz))
+        held = found[digest].capped(None if limit_mhz is None else int(limit_mhz))
+        return held if factors is None else held.corrected(_factors(factors, held))
 
     try:
         written = {**cast(dict[str, object], data["options"]), "predictor": data["predictor"]}
