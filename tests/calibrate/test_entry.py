@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from throttllem.calibrate.calibration import Calibration, Score
+from throttllem.calibrate.calibration import Calibration
 from throttllem.calibrate.entry import basis, check_name, entry, write_entry
-from throttllem.calibrate.errors import Errors
+from throttllem.calibrate.errors import Errors, Score
 from throttllem.calibrate.fit import Constant, Fitted, with_constants
 from throttllem.physics.catalogue import Catalogue
 

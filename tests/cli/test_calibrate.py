@@ -66,7 +66,8 @@ def test_profile_calibrate_estimate_simulate(monkeypatch, capsys):
 
 def test_a_model_of_ones_own_is_written_beside_the_gpu(monkeypatch, capsys):
     write_catalogue("known-gpu", Path("known.toml"))
-    fields = MODEL.model_dump(exclude={"name", "huggingface"}, exclude_defaults=True) | {"layers": 30, "weights": '"fp8"'}
+    known = MODEL.model_dump(exclude={"name", "huggingface"}, exclude_defaults=True)
+    fields = known | {"layers": 30, "weights": '"fp8"'}
     fields["experts"] = "{count = 4, active = 2, intermediate = 4096}"
     with Path("known.toml").open("a") as known:
         known.write("\n".join(["[model.my-model]", *(f"{key} = {value}" for key, value in fields.items())]))

@@ -2,14 +2,17 @@
 
 import asyncio
 import socket
+from dataclasses import replace
 
 import pytest
 
 from gateway.fakes import Engine, engine_server
-from gateway.test_build import trained
+from gateway.test_build import A100, built, trained
 from throttllem.config import EngineEntry, Options, RecorderOptions, ServerOptions
+from throttllem.core.forecast.performance_table import Calibrated
 from throttllem.core.types import Slo
 from throttllem.gateway.check import Finding, check_configuration, open_doors, verdict
+from throttllem.profiling.storage import load_table, save_table
 
 
 def found(tmp_path, origins=None, **options):
@@ -45,6 +48,23 @@ def test_what_the_defaults_would_do(tmp_path):
 )
 def test_a_policy_that_chooses_no_clock(tmp_path, policy, chosen):
     assert f"policy {policy} {chosen} a simulated a100-40gb-sxm" in text_of(found(tmp_path, policy=policy))
+
+
+def test_a_calibrated_table_reserves_its_own_error(tmp_path):
+    trained(tmp_path)
+    file = tmp_path / "table-tp1.npz"
+    basis = Calibrated(clocks_mhz=(495, 885, 1410), seconds_error=0.12, watts_error=0.2)
+    above = tuple(mhz for mhz in A100 if mhz >= 495)
+    plain = load_table(file)
+    some = {name: getattr(plain, name)[:, -len(above) :] for name in ("seconds", "watts")}
+    save_table(replace(plain, clocks_mhz=above, calibrated=basis, **some), file)
+    (served,) = built(tmp_path, engines=(EngineEntry(tables=tmp_path),)).models.served
+    options = served.loop.controller.options
+    assert (options.throttle.margin, options.admission.margin) == (0.12, 0.12)
+    text = text_of(found(tmp_path, engines=(EngineEntry(tables=tmp_path),)))
+    assert "calibrated on a quick profile at 495, 885, 1410 MHz, not measured at every clock" in text
+    assert "choose among 62 clocks, 495 to 1410 MHz" in text
+    assert "12.0%" in text and "no clock below 495 MHz" in text
 
 
 def test_a_port_that_is_taken(tmp_path):

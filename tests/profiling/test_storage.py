@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from throttllem.core.forecast.performance_table import PerformanceTable, TableVerdict
+from throttllem.core.forecast.performance_table import Calibrated, PerformanceTable, TableVerdict
 from throttllem.profiling.storage import ARRAYS, TableFileError, load_table, save_table
 
 
@@ -40,6 +40,14 @@ def test_the_verdict_is_stored(
     path = tmp_path / "table.npz"
     save_table(replace(tables[1], verdict=verdict), path)
     assert load_table(path).verdict == verdict
+
+
+def test_the_basis_of_a_calibrated_table_is_stored(tmp_path: Path, tables: dict[int, PerformanceTable]) -> None:
+    path, basis = tmp_path / "table.npz", Calibrated(clocks_mhz=(495, 1410), seconds_error=0.04, watts_error=0.1)
+    save_table(replace(tables[1], calibrated=basis), path)
+    assert load_table(path).calibrated == basis
+    save_table(tables[1], path)
+    assert load_table(path).calibrated is None
 
 
 def as_version_2(path: Path) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from throttllem.calibrate.errors import Errors, held_out
+from throttllem.calibrate.errors import Score, held_out
 from throttllem.calibrate.fit import Constant, Fit, Fitted, fit, with_constants
 from throttllem.calibrate.points import Point, bands, sample
 from throttllem.calibrate.prior import around, priors
@@ -65,15 +65,6 @@ CLEARLY = 0.0005
 """The second start is taken if its mean absolute logarithm is smaller by this much."""
 SENSITIVE = 0.5
 """A constant is not fitted if its spread moves all residuals together by less than half a standard deviation."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """Errors at the held-out points; `held_out` names them ("nothing": errors of the fit to all points)."""
-
-    held_out: str
-    seconds: Errors
-    watts: Errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,13 +137,13 @@ def calibrate_points(
         on_progress(done, total)
         return task.fit(left, FOLD_ROWS).gpu
 
-    scores = [_score("nothing", errors(best.gpu, model, points))]
+    scores = [Score.of("nothing", errors(best.gpu, model, points))]
     for name, group in splits.items():
         relative = held_out(points, group, fold, lambda gpu, left: errors(gpu, model, left))
         # No other row shows how the GPUs of a left-out size are connected: an error there is no fault of the rows.
         if name != "each tp":
             check_held_out(name, relative, file)
-        scores.append(_score(name, relative))
+        scores.append(Score.of(name, relative))
     on_progress(total, total)
     return Calibration(
         gpu=best.gpu,
@@ -281,7 +272,3 @@ def _splits(points: Sequence[Point]) -> Iterator[tuple[str, Callable[[Point], Ha
 def _named(what: str, groups: dict[int, int]) -> str:
     count = len(set(groups.values()))
     return f"each {what}" if count == len(groups) else f"each of {count} bands of {what}s"
-
-
-def _score(name: str, relative: Relative) -> Score:
-    return Score(held_out=name, seconds=Errors.of(relative[:, 0]), watts=Errors.of(relative[:, 1]))

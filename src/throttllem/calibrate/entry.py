@@ -13,11 +13,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from throttllem.calibrate.calibration import Calibration, Score
+from throttllem.calibrate.calibration import Calibration
+from throttllem.calibrate.errors import Score, percent
 from throttllem.calibrate.fit import Fitted
 from throttllem.calibrate.points import Point
 from throttllem.calibrate.prior import around, priors
-from throttllem.calibrate.validation import percent
 from throttllem.files import write_aside
 from throttllem.physics.catalogue import Gpu
 from throttllem.physics.laws import Basis

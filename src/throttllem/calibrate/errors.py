@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from rich.table import Table
 
 P = TypeVar("P")
 M = TypeVar("M")
@@ -39,6 +40,39 @@ class Errors:
             p90=float(np.quantile(found, 0.9)),
             worst=float(found.max()),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Errors at the held-out points; `held_out` names them ("nothing": errors of the fit to all points)."""
+
+    held_out: str
+    seconds: Errors
+    watts: Errors
+
+    @classmethod
+    def of(cls, name: str, relative: NDArray[np.float64]) -> Self:
+        """Of signed relative errors of seconds and watts, shape (points, 2)."""
+        return cls(held_out=name, seconds=Errors.of(relative[:, 0]), watts=Errors.of(relative[:, 1]))
+
+
+def errors_table(scores: Sequence[Score], title: str) -> Table:
+    """For a terminal."""
+    table = Table(title=title)
+    table.add_column("held out")
+    table.add_column("rows", justify="right")
+    for what in ("seconds", "watts"):
+        for figure in ("median", "p90", "worst"):
+            table.add_column(f"{what}\n{figure}", justify="right")
+    for score in scores:
+        cells = [percent(value) for e in (score.seconds, score.watts) for value in (e.median, e.p90, e.worst)]
+        table.add_row(score.held_out, str(score.seconds.count), *cells)
+    return table
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share in per cent; an absurd one in few digits."""
+    return "more than 1,000%" if share > 10 else f"{share:.{digits}%}"
 
 
 def held_out(

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from throttllem.calibrate.errors import percent
 from throttllem.calibrate.fit import Fitted
 from throttllem.calibrate.points import Point, bands, reject_rows
 from throttllem.physics.catalogue import Gpu
@@ -299,11 +300,6 @@ def check_held_out(held_out: str, relative: NDArray[np.float64], file: Path) -> 
                 f"contradict each other, or are too far apart to interpolate between. Measure more of them, and "
                 f"check that the {what} belong to their rows"
             )
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """A share in per cent; an absurd one in few digits."""
-    return "more than 1,000%" if share > 10 else f"{share:.{digits}%}"
 
 
 def _exceeded(what: str, errors: NDArray[np.float64], median: float, p90: float) -> str | None:

@@ -169,10 +169,16 @@ class _Part:
                 f"policy {options.policy!r}: [autoscale.capacity_rps] must give the requests/s that each size bears "
                 f"({', '.join(str(tp) for tp in sorted(specs))}); `throttllem characterize` finds them"
             )
+        # A law that was calibrated on a few points may err by more than the margin for a measured table.
+        stated = [table.calibrated.seconds_error for table in tables.values() if table.calibrated]
+        margin = max(options.throttle.margin, *stated) if stated else options.throttle.margin
+        admission = options.admission
+        if stated:
+            admission = replace(admission, margin=max(admission.margin, *stated))
         return ControllerOptions(
-            throttle=replace(options.throttle, policy=clock, fixed_mhz=policy.fixed_mhz),
+            throttle=replace(options.throttle, policy=clock, fixed_mhz=policy.fixed_mhz, margin=margin),
             slo_aware=policy.slo_aware,
-            admission=options.admission,
+            admission=admission,
             autoscale=options.autoscale if policy.autoscale else None,
             predictor=predictor,
             specs=specs,

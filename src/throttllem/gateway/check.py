@@ -11,7 +11,7 @@ from pathlib import Path
 
 from throttllem.config import Options, ServerOptions
 from throttllem.core.clocks.policy import ClockPolicy
-from throttllem.core.forecast.performance_table import PerformanceTable, TableVerdict
+from throttllem.core.forecast.performance_table import Calibrated, PerformanceTable, TableVerdict
 from throttllem.core.options import ControllerOptions
 from throttllem.engines.base import Connected, EngineError
 from throttllem.files import WriteError, writable_dir
@@ -159,6 +159,8 @@ async def _engines(gateway: Gateway, options: Options, origins: dict[str, str]) 
                 findings.append(_no_clock_axis(backend))
             elif table is not None and backend.kind != "simulated":
                 findings.append(_judged(backend, table.verdict))
+            if table is not None and table.calibrated is not None:
+                findings.append(_calibrated(backend, table.calibrated))
     try:
         check_apart(gateway.hardware)
     except ValueError as error:
@@ -266,6 +268,16 @@ def _never_started(backend: Backend, policy: str) -> Finding:
         mark="!!",
         text=f"engine {backend.name} would never be used: policy {policy} serves the largest size; {policy}+autoscale "
         "chooses among them",
+    )
+
+
+def _calibrated(backend: Backend, basis: Calibrated) -> Finding:
+    return Finding(
+        mark="--",
+        text=f"engine {backend.name}: its table is calibrated on a quick profile at "
+        f"{', '.join(map(str, basis.clocks_mhz))} MHz, not measured at every clock. Nine tenths of the held-out "
+        f"seconds were within {basis.seconds_error:.1%}, of the watts within {basis.watts_error:.1%}. At least "
+        f"{basis.seconds_error:.1%} of each SLO is reserved, and no clock below {basis.clocks_mhz[0]} MHz is set",
     )
 
 

@@ -81,7 +81,7 @@ def profile_engine(
     points = [*_corners(spec), *_sample(spec, plan, rng)]
     rows = []
     for done, point in enumerate(points):
-        rows.append(_measure(engine, spec, point))
+        rows.append(measured_row(engine, spec, point))
         if on_progress and done % PROGRESS_EVERY == 0:
             on_progress(done, len(points))
     if on_progress:
@@ -102,7 +102,8 @@ def batch_sizes(max_batch: int) -> list[int]:
     return sizes
 
 
-def _measure(engine: Iterates, spec: EngineSpec, point: Point) -> tuple[object, ...]:
+def measured_row(engine: Iterates, spec: EngineSpec, point: Point) -> tuple[object, ...]:
+    """The row of one iteration, without scatter: the columns of a profile, then the optional ones."""
     # About half of each sequence's last block is filled.
     waste = point.decode_batch * (spec.block_tokens - 1) // 2
     pairs = sum(tokens * tokens for tokens in point.prompts) / 2

@@ -54,6 +54,7 @@ LIVE = (
     Column(name="seconds_by", dtype=pl.String),
     Column(name="watts_by", dtype=pl.String),
     Column(name="any_clock", dtype=pl.Int64, least=0),
+    Column(name="quick", dtype=pl.Int64, least=0),
 )
 """Read likewise: the capacities that a live engine reported, which rows were measured together, and how."""
 CAPACITIES = ("max_batch", "kv_capacity_blocks", "prefill_budget_tokens", "max_context_tokens")
@@ -125,6 +126,11 @@ def spec_of(profile: pl.DataFrame, spec: EngineSpec) -> EngineSpec:
         prefill_budget_tokens=row["prefill_budget_tokens"],
         max_context_tokens=row["max_context_tokens"],
     )
+
+
+def is_quick(profile: pl.DataFrame) -> bool:
+    """Whether it was measured at a few clocks and batches only, for a law to be calibrated on."""
+    return "quick" in profile.columns and bool((profile["quick"] == 1).any())
 
 
 def capacities_of(spec: EngineSpec) -> dict[str, int]:

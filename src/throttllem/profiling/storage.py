@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from throttllem.core.forecast.performance_table import Hull, PerformanceTable, TableVerdict
+from throttllem.core.forecast.performance_table import Calibrated, Hull, PerformanceTable, TableVerdict
 from throttllem.files import write_aside
 
 MARK = "throttllem performance table"
 VERSION = 4
 UNJUDGED = 3
-"""The version before, without the verdict of `train`."""
+"""The version before, without the verdict of `train` and the basis of a calibrated law."""
 UNMARKED = 2
 """The version before that, which does not record whether the clock axis was measured."""
 ARRAYS = {
@@ -40,6 +40,10 @@ def save_table(table: PerformanceTable, path: Path) -> None:
     arrays = {name: getattr(table, name) for name in ARRAYS}
     hull = np.array(list(asdict(table.hull).values()), dtype=np.int64)
     clocks = np.array(table.clocks_mhz, dtype=np.int64)
+    if table.calibrated is not None:
+        basis = table.calibrated
+        arrays["calibrated_at_mhz"] = np.array(basis.clocks_mhz, dtype=np.int64)
+        arrays["calibrated_errors"] = np.array([basis.seconds_error, basis.watts_error])
     with write_aside(path) as unfinished, unfinished.open("wb") as file:
         np.savez_compressed(
             file,
@@ -84,6 +88,7 @@ def _table(path: Path, parts: dict[str, np.ndarray]) -> PerformanceTable:
         hull=Hull(**{name: int(value) for name, value in zip(names, parts["hull"], strict=True)}),
         clocks_measured=_depend_on_clock(parts["seconds"]) if version == UNMARKED else bool(parts["clocks_measured"]),
         verdict=_verdict(parts["verdict"]) if version == VERSION else None,
+        calibrated=_calibrated(parts),
         **{name: parts[name] for name in ARRAYS},
     )
 
@@ -91,6 +96,15 @@ def _table(path: Path, parts: dict[str, np.ndarray]) -> PerformanceTable:
 def _verdict(text: np.ndarray) -> TableVerdict | None:
     found = json.loads(str(text))
     return None if found is None else TableVerdict(**(found | {"faults": tuple(found["faults"])}))
+
+
+def _calibrated(parts: dict[str, np.ndarray]) -> Calibrated | None:
+    if "calibrated_at_mhz" not in parts:
+        return None
+    seconds_error, watts_error = parts["calibrated_errors"].tolist()
+    return Calibrated(
+        clocks_mhz=tuple(parts["calibrated_at_mhz"].tolist()), seconds_error=seconds_error, watts_error=watts_error
+    )
 
 
 def _depend_on_clock(seconds: np.ndarray) -> bool:

@@ -67,6 +67,20 @@ def judge(profile: pl.DataFrame, card: ScoreCard | None, physics: EnginePhysics,
     )
 
 
+def judge_law(
+    profile: pl.DataFrame, errors: tuple[float, float], physics: EnginePhysics, *, accept: bool
+) -> TableVerdict:
+    """The verdict on the table of a calibrated law; `errors`: mean relative ones of held-out seconds and watts."""
+    faults = list(_of_rows(profile, physics))
+    for what, error in zip(("seconds", "watts"), errors, strict=True):
+        if error > MOST_ERROR:
+            of = "with clocks or batch sizes left out"
+            faults.append(f"{of}, {what} of the law are {error:.0%} off on average (at most {MOST_ERROR:.0%})")
+    return TableVerdict(
+        faults=tuple(faults), accepted=accept and bool(faults), seconds_error=errors[0], watts_error=errors[1]
+    )
+
+
 def _judged(card: ScoreCard, tp: int, clocks: int) -> Iterator[Score]:
     splits = ["random 90/10", "batch sizes left out", *(["clocks left out"] if clocks >= MANY_CLOCKS else [])]
     return (score for score in card.scores if score.tp == tp and score.split in splits)

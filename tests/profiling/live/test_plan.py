@@ -7,7 +7,7 @@ from engines.live import spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from throttllem.profiling.live.plan import LivePlan, live_points
+from throttllem.profiling.live.plan import QUICK_FULL_TOKENS, LivePlan, live_points, quick_plan
 from throttllem.profiling.measure import blocks
 
 ENGINES = st.builds(
@@ -20,11 +20,14 @@ ENGINES = st.builds(
 )
 
 
+PLANS = st.one_of(st.builds(LivePlan, steps=st.integers(1, 12), bursts=st.integers(0, 6)), st.just(quick_plan()))
+
+
 @settings(max_examples=60, deadline=None)
-@given(engine=ENGINES, steps=st.integers(1, 12), bursts=st.integers(0, 6))
-def test_every_point_fits_the_engine(engine, steps, bursts):
+@given(engine=ENGINES, plan=PLANS)
+def test_every_point_fits_the_engine(engine, plan):
     try:
-        points = live_points(engine, LivePlan(steps=steps, bursts=bursts))
+        points = live_points(engine, plan)
     except ValueError as error:
         assert "too small to be profiled" in str(error)
         return
@@ -55,6 +58,15 @@ def test_corners_first_and_nothing_twice():
     assert points[:60] == live_points(engine, LivePlan())
     assert len(live_points(engine, LivePlan(points=9))) == 9
     assert len(live_points(replace(engine, max_batch=1), LivePlan(points=10**6))) < 100
+
+
+def test_a_quick_plan_is_a_few_batches_of_few_tokens():
+    engine = spec(max_batch=256, kv_blocks=30_000, max_context_tokens=8192, prefill_budget_tokens=8192)
+    points = live_points(engine, quick_plan())
+    assert len(points) <= 11 and [point.batch for point in points[:3]] == [1, 256, 0]
+    assert len({point.batch for point in points if point.batch}) == 4
+    assert max(point.batch * point.context_tokens for point in points) <= QUICK_FULL_TOKENS
+    assert quick_plan().seconds < 600 and quick_plan(60.0).seconds == 60.0
 
 
 def test_an_engine_too_small_for_anything():

@@ -10,7 +10,8 @@ from engines.live import asked
 
 from throttllem.engines.base import EngineError, Report
 from throttllem.gpu.device import Work
-from throttllem.profiling.live.plan import LivePlan
+from throttllem.physics.catalogue import Catalogue
+from throttllem.profiling.live.plan import LivePlan, quick_plan
 from throttllem.profiling.live.profiler import Device, LiveProfiler
 from throttllem.profiling.live.run import (
     CheckpointError,
@@ -18,8 +19,9 @@ from throttllem.profiling.live.run import (
     checkpoint_of,
     chosen_clocks,
     profile_live,
+    quick_clocks,
 )
-from throttllem.profiling.profile import read_profile
+from throttllem.profiling.profile import is_quick, read_profile
 from throttllem.profiling.score import score_profile
 from throttllem.profiling.train import settings_for
 
@@ -137,6 +139,20 @@ def test_a_real_gpu_has_its_clock_set_and_its_counter_read(tmp_path):
     for clock in CLOCKS:
         watts = decode.filter(pl.col("clock_mhz") == clock)["watts"]
         assert watts.median() == pytest.approx(clock / 10 + 8, rel=0.03)
+
+
+def test_a_quick_profile_says_so_in_every_row(tmp_path):
+    quick = dataclasses.replace(quick_plan(), points=3, steps=3, bursts=2)
+    assert is_quick(profiled(tmp_path / "quick.csv", plan=quick))
+    assert not is_quick(profiled(tmp_path / "full.csv", plan=dataclasses.replace(PLAN, points=2)))
+
+
+@pytest.mark.parametrize("name", Catalogue.load().gpus)
+def test_quick_clocks_are_the_ends_and_two_between(name):
+    gpu = Catalogue.load().gpu(name)
+    clocks = quick_clocks(gpu)
+    assert 3 <= len(clocks) <= 4 and set(clocks) <= set(gpu.clocks_mhz)
+    assert clocks[-1] == gpu.clock_max_mhz and clocks[0] < 0.5 * gpu.clock_max_mhz
 
 
 def test_never_more_than_the_engine_holds(tmp_path):

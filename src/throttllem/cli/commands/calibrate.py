@@ -126,8 +126,10 @@ def _same(one: Path, other: Path) -> bool:
 def _show(calibration: Calibration, name: str, out: Path) -> None:
     from rich.console import Console
 
-    console = Console()
-    console.print(_errors_table(calibration, name))
+    from throttllem.calibrate.errors import errors_table
+
+    console, fitted = Console(), f"fitted to {calibration.rows_fitted} of {calibration.rows} rows"
+    console.print(errors_table(calibration.scores, f"{name}: relative errors, {fitted}"))
     console.print(_constants_table(calibration))
     for warning in calibration.warnings:
         typer.echo(f"warning: {warning}", err=True)
@@ -137,28 +139,11 @@ def _show(calibration: Calibration, name: str, out: Path) -> None:
     typer.echo(said)
 
 
-def _errors_table(calibration: Calibration, name: str) -> Table:
-    from rich.table import Table
-
-    from throttllem.calibrate.validation import percent
-
-    table = Table(title=f"{name}: relative errors, fitted to {calibration.rows_fitted} of {calibration.rows} rows")
-    table.add_column("held out")
-    table.add_column("rows", justify="right")
-    for what in ("seconds", "watts"):
-        for figure in ("median", "p90", "worst"):
-            table.add_column(f"{what}\n{figure}", justify="right")
-    for score in calibration.scores:
-        cells = [percent(value) for e in (score.seconds, score.watts) for value in (e.median, e.p90, e.worst)]
-        table.add_row(score.held_out, str(score.seconds.count), *cells)
-    return table
-
-
 def _constants_table(calibration: Calibration) -> Table:
     from rich.table import Table
 
     from throttllem.calibrate.entry import absent
-    from throttllem.calibrate.validation import percent
+    from throttllem.calibrate.errors import percent
 
     table = Table(title="constants of the fit")
     table.add_column("constant", no_wrap=True)

@@ -72,9 +72,17 @@ def profile(
     points: Annotated[
         int | None, typer.Option("--points", help="With --url: number of points; 60 without --seconds.")
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="With --url and --gpus: ten minutes, 4 clocks; `train` calibrates a law on it."),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="With --url: continue the last run.")] = False,
 ) -> None:
     """Measure engines, simulated or live, over batch, KV, prompt tokens and clock (docs/profile-format.md)."""
+    if quick and (url is None or gpus is None or points is not None):
+        raise ValueError(
+            "--quick: a few batches at a few clocks of real GPUs: it needs --url and --gpus, and no --points"
+        )
     key = None if api_key_file is None else api_key_file.read_text(encoding="utf-8").strip()
     loaded = load(
         setting,
@@ -103,8 +111,8 @@ def profile(
         return _profile_simulated(fleet, rows, seed, out)
     size = parsed_sizes(tp, sizes, default=entry.tp)
     fleet = build_fleet(known, gpu, model or "llama-3-8b", size, options.batching)
-    engine, device = _live(fleet, entry, options, clocks)
-    plan = _plan(points, parsed_duration("--seconds", seconds), seed)
+    engine, device = _live(fleet, entry, options, clocks, quick=quick)
+    plan = _plan(points, parsed_duration("--seconds", seconds), seed, quick=quick)
     return _profile_live(engine, device, plan, out, resume=resume, served_as=entry.served_as)
 
 
@@ -120,11 +128,11 @@ def _capacities(texts: list[str]) -> dict[str, tuple[str, object]]:
 
 
 def _live(
-    fleet: Fleet, entry: EngineEntry, options: Options, clocks: str | None
+    fleet: Fleet, entry: EngineEntry, options: Options, clocks: str | None, *, quick: bool
 ) -> tuple[OpenaiEngine | TritonEngine, Device]:
     from throttllem.engines.base import RemoteOptions
     from throttllem.engines.remote import remote_engine
-    from throttllem.profiling.live.run import SCRAPE_S, chosen_clocks, engine_spec, live_device
+    from throttllem.profiling.live.run import SCRAPE_S, chosen_clocks, engine_spec, live_device, quick_clocks
 
     assert entry.url is not None
     assert entry.kind != "simulated"
@@ -142,13 +150,19 @@ def _live(
         kv_blocks=entry.kv_blocks,
         block_tokens=entry.block_tokens,
     )
-    device = live_device(fleet, chosen_clocks(fleet.clocks_mhz, clocks), entry.gpus, options.clocks.keeper)
+    if quick and clocks is None:
+        wanted = quick_clocks(fleet.physics[fleet.sizes[0]].gpu)
+    else:
+        wanted = chosen_clocks(fleet.clocks_mhz, clocks)
+    device = live_device(fleet, wanted, entry.gpus, options.clocks.keeper)
     return remote_engine(remote, engine_spec(fleet)), device
 
 
-def _plan(points: int | None, seconds: float | None, seed: int) -> LivePlan:
-    from throttllem.profiling.live.plan import POINTS, LivePlan
+def _plan(points: int | None, seconds: float | None, seed: int, *, quick: bool) -> LivePlan:
+    from throttllem.profiling.live.plan import POINTS, LivePlan, quick_plan
 
+    if quick:
+        return quick_plan(seconds, seed)
     return LivePlan(points=POINTS if seconds is None and points is None else points, seconds=seconds, seed=seed)
 
 

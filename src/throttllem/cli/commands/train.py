@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from throttllem.cli.arguments import Config, Extra, Setting, load
+from throttllem.cli.arguments import Config, Extra, Setting, load, write_json
 from throttllem.cli.progress import progress
 
 if TYPE_CHECKING:
+    import polars as pl
+
+    from throttllem.config import Options
     from throttllem.core.forecast.performance_table import TableVerdict
 
 BELOW = 1
@@ -29,7 +33,8 @@ def train(
 ) -> None:
     """Train the performance model on a profile: a table for each engine size, a score card and a verdict.
 
-    Exit code 1: no clock may be set by a table (docs/profile-format.md); it is written all the same.
+    Of a quick profile the table is that of a law calibrated on it. Exit code 1: no clock may be set by a table
+    (docs/profile-format.md); it is written all the same.
     """
     options = load(setting, config, {"catalogue": ("--catalogue", catalogue)}).options
     from dataclasses import replace
@@ -40,7 +45,7 @@ def train(
     from throttllem.files import ensure_writable_dir
     from throttllem.physics.catalogue import Catalogue
     from throttllem.profiling.bake import bake
-    from throttllem.profiling.profile import read_profile, spec_of
+    from throttllem.profiling.profile import is_quick, read_profile, spec_of
     from throttllem.profiling.score import score_profile, score_table, write_score_card
     from throttllem.profiling.storage import save_table
     from throttllem.profiling.train import train as train_trees
@@ -48,6 +53,8 @@ def train(
 
     frame = read_profile(profile_file)
     ensure_writable_dir(out)
+    if is_quick(frame):
+        return _train_quick(frame, profile_file, out, options, accept=accept)
     first = frame.row(0, named=True)
     sizes = tuple(sorted(set(frame["tp"].to_list())))
     fleet = build_fleet(Catalogue.load(options.catalogue), first["gpu"], first["model"], sizes, options.batching)
@@ -69,6 +76,11 @@ def train(
             "with this table `serve` stays at the maximum clock, and refuses to set clocks of GPUs, also in a dry run; "
             "for that, profile again with --gpus and --clocks"
         )
+    _conclude(verdicts)
+
+
+def _conclude(verdicts: Mapping[int, TableVerdict]) -> None:
+    """The verdicts in words, and the exit code."""
     for tp, verdict in verdicts.items():
         _say(tp, verdict)
     if not all(verdict.sound for verdict in verdicts.values()):
@@ -86,3 +98,39 @@ def _say(tp: int, verdict: TableVerdict) -> None:
     for fault in verdict.faults:
         typer.echo(f"verdict, tp {tp}: {fault}")
     typer.echo(f"verdict, tp {tp}: {ending}")
+
+
+def _train_quick(frame: pl.DataFrame, file: Path, out: Path, options: Options, *, accept: bool) -> None:
+    """The table of a law calibrated on a quick profile, beginning with the profile's own GPU of the catalogue."""
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from throttllem.calibrate.errors import errors_table
+    from throttllem.calibrate.quick import quick_law, quick_table
+    from throttllem.engines.simulated.fleet import build_fleet
+    from throttllem.physics.catalogue import Catalogue
+    from throttllem.profiling.profile import spec_of
+    from throttllem.profiling.storage import save_table
+    from throttllem.profiling.verdict import judge_law
+
+    first, known = frame.row(0, named=True), Catalogue.load(options.catalogue)
+    if frame["tp"].n_unique() > 1:
+        raise ValueError(f"{file}: a quick profile is of one engine size; train those of several one by one")
+    tp = int(first["tp"])
+    fleet = build_fleet(known, first["gpu"], first["model"], (tp,), options.batching)
+    gpu, model, spec = known.gpu(first["gpu"]), known.model(first["model"]), spec_of(frame, fleet.specs[tp])
+    with progress("calibrating") as report:
+        law = quick_law(frame, gpu, model, file, lambda done, total: report("calibrating", 0.5 * done / total))
+        table = quick_table(law, model, spec, lambda done, total: report("tabulating", 0.5 + 0.5 * done / total))
+    verdict = judge_law(frame, law.mean_errors, fleet.physics[tp], accept=accept)
+    save_table(replace(table, verdict=verdict), out / f"table-tp{tp}.npz")
+    write_json(out / "score_card.json", law.to_json())
+    console = Console()
+    console.print(errors_table(law.scores, f"{model.name} on {gpu.name}: relative errors of the calibrated law"))
+    console.print(
+        f"table and score_card.json in {out}: calibrated at {', '.join(map(str, law.clocks_mhz))} MHz, not measured at "
+        f"every clock; serve reserves {law.basis.seconds_error:.1%} of each SLO for its error and sets no clock below "
+        f"{law.clocks_mhz[0]} MHz"
+    )
+    _conclude({tp: verdict})

@@ -54,6 +54,17 @@ class TableVerdict:
         return self.accepted or not self.faults
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """The basis of a table that was computed by a law: the law was calibrated on iterations at `clocks_mhz` alone, and
+    nine tenths of those that were held out of it are predicted within `seconds_error` and `watts_error` (1 = 100 %).
+    """
+
+    clocks_mhz: tuple[int, ...]
+    seconds_error: float
+    watts_error: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PerformanceTable:
     """What one engine size needs per iteration: one row per cell, one column per clock; C clocks, ascending.
@@ -63,8 +74,9 @@ class PerformanceTable:
     (of all GPUs of the engine) have the shape (cells, C), cell = (prefill bin * batch bins + batch bin) * KV bins + KV
     bin. Batch counts decoding sequences and prompts being prefilled. `clocks_measured` False: the clock axis was not
     measured, so no clock may be chosen by it. `verdict`: what `train` found of it (None: it was not judged).
-    `limit_mhz`: the GPUs are held down to that clock; `factors`: seconds of each clock band are corrected by these (():
-    by none); `base` is the table without both. Raises ValueError where the parts do not fit together.
+    `calibrated`: basis of a calibrated law's table, whose lowest clock is the lowest that was measured. `limit_mhz`:
+    the GPUs are held down to that clock; `factors`: seconds of each clock band are corrected by these ((): by none);
+    `base` is the table without both. Raises ValueError where the parts do not fit together.
     """
 
     clocks_mhz: tuple[int, ...]
@@ -76,6 +88,7 @@ class PerformanceTable:
     hull: Hull
     clocks_measured: bool = True
     verdict: TableVerdict | None = None
+    calibrated: Calibrated | None = None
     limit_mhz: int | None = field(default=None, init=False)
     factors: tuple[float, ...] = field(default=(), init=False)
     base: PerformanceTable | None = field(default=None, init=False, repr=False)

@@ -9,13 +9,17 @@ or time.
 # After the new points of each of the first levels comes one of prompts alone, at lengths halfway between the earlier
 # ones. Within a level the order is random, so that time (a GPU that warms up) and load do not correlate.
 #
+# A quick profile has a few shapes instead, for a law that is fitted to them (calibrate/quick.py): batch sizes in equal
+# ratios, short and long contexts, prompts alone. The most important come first, as its time is bounded. A prompt costs
+# most of that time, so the tokens of a point are bounded too; the law extends to fuller caches.
+#
 # Room. A point needs outputs that last for everything that is measured. Where a batch has no room for that beside a few
 # tokens of context, it is measured less: fewer bursts, shorter windows, in the end decode steps alone.
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -33,13 +37,22 @@ SLACK_TOKENS = 32
 WINDOW_STEPS = 16
 """Most steps of one window, where steps are not timed by the engine itself."""
 POINTS = 60
+QUICK_S = 540.0
+"""A point is begun up to this time, so that a quick profile ends within ten minutes."""
+QUICK_STEPS, QUICK_BURSTS = 32, 4
+QUICK_SIZES = 4
+QUICK_TOKENS = 32_768
+"""Prompt tokens of all requests of a long point: seconds of prefill, and enough to see the KV cache being read."""
+QUICK_FULL_TOKENS = 4 * QUICK_TOKENS
+"""The same of the fullest point, which comes last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivePlan:
     """How much to measure: at most this many `points`, within `seconds` (None: no such bound; one must be given).
 
-    `steps` are the decode iterations of a point, `bursts` the prompts or groups of prompts sent into it.
+    `steps` are the decode iterations of a point, `bursts` the prompts or groups of prompts sent into it. `quick`: few
+    points, on which a law is calibrated.
     """
 
     points: int | None = POINTS
@@ -47,6 +60,7 @@ class LivePlan:
     steps: int = 12
     bursts: int = 6
     seed: int = 0
+    quick: bool = False
 
     def __post_init__(self) -> None:
         if self.points is None and self.seconds is None:
@@ -57,6 +71,12 @@ class LivePlan:
             raise ValueError(f"profile seconds = {self.seconds}: must be above 0")
         if self.steps < 1 or self.bursts < 0:
             raise ValueError(f"profile steps = {self.steps}, bursts = {self.bursts}: must be at least 1 and 0")
+
+
+def quick_plan(seconds: float | None = None, seed: int = 0) -> LivePlan:
+    """A quick profile: ten minutes, or begin no point after `seconds`."""
+    bound_s = QUICK_S if seconds is None else seconds
+    return LivePlan(points=None, seconds=bound_s, steps=QUICK_STEPS, bursts=QUICK_BURSTS, seed=seed, quick=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +115,8 @@ def live_points(spec: EngineSpec, plan: LivePlan) -> list[LivePoint]:
 
     Raises ValueError for an engine too small to hold the shortest request.
     """
-    points = list(islice(_all_points(spec, plan), plan.points))
+    every = _quick_points(spec, plan) if plan.quick else _all_points(spec, plan)
+    points = list(islice(every, plan.points))
     if not points:
         raise ValueError("the engine is too small to be profiled: its context or KV cache holds no request")
     return points
@@ -110,13 +131,45 @@ def _all_points(spec: EngineSpec, plan: LivePlan) -> Iterator[LivePoint]:
         known = grid
         order = range(len(shapes)) if level == 0 else rng.permutation(len(shapes))
         for place in order:
-            yield _batch_point(number, *shapes[int(place)], spec, plan, rng)
+            batch, fill = shapes[int(place)]
+            effort = _effort(batch, fill, spec, plan)
+            shortest = min(MIN_PREFILL_TOKENS, effort.most_context)
+            context = _between(shortest, effort.most_context, 4 * spec.block_tokens, fill)
+            yield _batch_point(number, batch, effort, context, spec, plan, rng)
             number += 1
         if level < LONE_LEVELS and _longest_lone(spec) >= 1:
-            lengths = _spread(_longest_lone(spec), 4 * 2**level, skip=level > 0)
-            bursts = tuple(Burst(count=1, tokens=tokens) for tokens in lengths)
-            yield LivePoint(number=number, batch=0, context_tokens=0, output_tokens=LONE_OUTPUT_TOKENS, bursts=bursts)
+            yield _lone_point(number, _spread(_longest_lone(spec), 4 * 2**level, skip=level > 0))
             number += 1
+
+
+def _quick_points(spec: EngineSpec, plan: LivePlan) -> Iterator[LivePoint]:
+    rng = np.random.default_rng([plan.seed, spec.tp])
+    fitting = [size for size in batch_sizes(spec.max_batch) if _effort(size, 0.0, spec, plan).most_context >= 1]
+    shares = [step / (QUICK_SIZES - 1) for step in range(QUICK_SIZES)]
+    sizes = sorted({round(fitting[-1] ** share) for share in shares if fitting})
+    short, middle, ends = MIN_PREFILL_TOKENS, sizes[1:-1], [*sizes[:1], *sizes[1:][-1:]]
+    shapes = [
+        *((size, short) for size in ends),
+        None,
+        *((size, QUICK_TOKENS // size) for size in (*reversed(middle), *ends)),
+        *((size, short) for size in reversed(middle)),
+        *((size, QUICK_FULL_TOKENS // size) for size in ends[1:]),
+    ]
+    known = set[tuple[int, int]]()
+    for number, shape in enumerate(shapes):
+        if shape is None:
+            if _longest_lone(spec) >= 1:
+                yield _lone_point(number, _spread(_longest_lone(spec), QUICK_BURSTS, skip=False))
+            continue
+        point = _batch_point(number, shape[0], _effort(shape[0], 0.0, spec, plan), shape[1], spec, plan, rng)
+        if (point.batch, point.context_tokens) not in known:
+            known.add((point.batch, point.context_tokens))
+            yield point
+
+
+def _lone_point(number: int, lengths: Sequence[int]) -> LivePoint:
+    bursts = tuple(Burst(count=1, tokens=tokens) for tokens in lengths)
+    return LivePoint(number=number, batch=0, context_tokens=0, output_tokens=LONE_OUTPUT_TOKENS, bursts=bursts)
 
 
 def _grid(spec: EngineSpec, plan: LivePlan, level: int) -> set[tuple[int, float]]:
@@ -127,15 +180,20 @@ def _grid(spec: EngineSpec, plan: LivePlan, level: int) -> set[tuple[int, float]
 
 
 def _batch_point(
-    number: int, batch: int, fill: float, spec: EngineSpec, plan: LivePlan, rng: np.random.Generator
+    number: int,
+    batch: int,
+    effort: _Effort,
+    context_tokens: int,
+    spec: EngineSpec,
+    plan: LivePlan,
+    rng: np.random.Generator,
 ) -> LivePoint:
-    effort = _effort(batch, fill, spec, plan)
-    most = effort.most_context
-    context = _between(min(MIN_PREFILL_TOKENS, most), most, 4 * spec.block_tokens, fill)
+    """Of contexts of that many tokens, or as many as there is room for."""
+    context = min(context_tokens, effort.most_context)
     output = _output_tokens(batch, context, effort.bursts, effort.window_steps, spec, plan)
     room = spec.kv_blocks - batch * blocks(context + output, spec)
     # The largest prefill is measured where it costs least: beside short contexts.
-    ends = [1.0] if fill == 0 and effort.bursts else []
+    ends = [1.0] if context <= MIN_PREFILL_TOKENS and effort.bursts else []
     shares = [*ends, *rng.random(effort.bursts - len(ends))]
     drawn = [_burst(batch, share, room, spec, rng) for share in shares]
     return LivePoint(

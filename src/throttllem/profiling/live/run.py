@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from throttllem.gpu.device import ClockError, Work
 from throttllem.gpu.hardware import HardwareGpu, Mode
 from throttllem.gpu.setters import clock_setter
 from throttllem.gpu.simulated import SimulatedGpu
+from throttllem.physics.catalogue import Gpu
 from throttllem.profiling.live.iterations import STEPS
 from throttllem.profiling.live.load import ExternalLoadError
 from throttllem.profiling.live.plan import LivePlan
@@ -33,6 +35,8 @@ from throttllem.profiling.train import FEWEST_ROWS
 Say = Callable[[str], None]
 
 CLOCKS = 8
+QUICK_CLOCKS, QUICK_LOW, QUICK_APART = 4, 0.35, 0.12
+"""Clocks of a quick profile; the lowest, and how far apart at least, as fractions of the top one."""
 SCRAPE_S = 0.2
 """A live profile reads the engine's `/metrics` more often than a gateway does."""
 MODELLED, COUNTED = "modelled", "counted"
@@ -76,14 +80,14 @@ async def profile_live(
         say(_how_to_continue(checkpoint))
         raise
     finally:
-        frame = _frame(checkpoint.points, connected.spec, device)
+        frame = _frame(checkpoint.points, connected.spec, device, quick=plan.quick)
         if frame.height:
             write_profile(frame, out)
         if not checkpoint.points:
             checkpoint.remove()
     _conclude(profiler.summary, say)
     measured = frame.height // len(device.clocks_mhz) if device.modelled is not None else frame.height
-    if 0 < measured < FEWEST_ROWS:
+    if 0 < measured < FEWEST_ROWS and not plan.quick:
         say(f"only {measured} measured rows; `train` needs at least {FEWEST_ROWS}: measure again for longer")
     if not frame.height:
         raise LiveProfileError("no point gave a row: did outputs end early, or do other clients use the engine?")
@@ -170,6 +174,23 @@ def chosen_clocks(available: Sequence[int], text: str | None) -> tuple[int, ...]
     return tuple(sorted(clocks))
 
 
+def quick_clocks(gpu: Gpu) -> tuple[int, ...]:
+    """The clocks of a quick profile: the top, a low one, and two between, where a GPU of this kind has its knees.
+
+    Where a knee is near another clock or below the low one, the widest gap is halved instead. Below the low clock time
+    rises as the clock falls and watts hardly fall, so a saving there is rare (docs/evaluation/quick.md).
+    """
+    top = gpu.clock_max_mhz
+    found = [QUICK_LOW * top, float(top)]
+    for knee in (gpu.time.memory_knee_mhz, gpu.power.knee_mhz):
+        if found[0] < knee and all(abs(knee - each) >= QUICK_APART * top for each in found):
+            found.append(knee)
+    while len(found) < QUICK_CLOCKS:
+        _, low, high = max((high - low, low, high) for low, high in pairwise(sorted(found)))
+        found.append((low + high) / 2)
+    return tuple(sorted({min(gpu.clocks_mhz, key=lambda mhz: abs(mhz - each)) for each in found}))
+
+
 # ---- the profile file --------------------------------------------------------------------------------------------
 
 
@@ -191,10 +212,11 @@ def _identity(connected: Connected, device: Device, plan: LivePlan) -> dict[str,
         "steps": plan.steps,
         "bursts": plan.bursts,
         "seed": plan.seed,
+        **({"quick": True} if plan.quick else {}),
     }
 
 
-def _frame(points: Mapping[str, Rows], spec: EngineSpec, device: Device) -> pl.DataFrame:
+def _frame(points: Mapping[str, Rows], spec: EngineSpec, device: Device, *, quick: bool) -> pl.DataFrame:
     """The profile of all measured points. Without a clock in its key, a point stands for every clock."""
     rows = []
     for key, measured in points.items():
@@ -202,7 +224,8 @@ def _frame(points: Mapping[str, Rows], spec: EngineSpec, device: Device) -> pl.D
         for row in measured:
             clocks = [int(clock)] if clock else sorted(device.clocks_mhz)
             rows += [_row(int(number), mhz, row, spec, device) for mhz in clocks]
-    return pl.DataFrame(rows, schema={column.name: column.dtype for column in (*COLUMNS, *OPTIONAL, *LIVE)})
+    frame = pl.DataFrame(rows, schema={column.name: column.dtype for column in (*COLUMNS, *OPTIONAL, *LIVE[:-1])})
+    return frame.with_columns(quick=pl.lit(int(quick), dtype=pl.Int64))
 
 
 def _row(number: int, clock_mhz: int, row: Mapping[str, Any], spec: EngineSpec, device: Device) -> dict[str, object]:
