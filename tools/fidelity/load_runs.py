@@ -23,7 +23,7 @@ from throttllem.physics.engine import EnginePhysics
 from throttllem.physics.model import Model
 from throttllem.sim.result import RunResult
 from throttllem.sim.study import Scenario
-from throttllem.sim.traces import load_trace
+from throttllem.sim.traces.trace import load_trace
 
 FILE = Path("measured") / "h100_llama70b_load.csv"
 GPU, MODEL = "h100-80gb-sxm", "llama-3-70b"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
-from throttllem.sim.traces import load_trace
+from throttllem.sim.traces.trace import load_trace
 from tools.testbed.trace import Sent
 
 KIND, MODEL, TP = "a100-40gb-sxm", "llama-3-8b", 1
@@ -63,7 +63,7 @@ QUICK = Plan(
 def load(plan: Plan) -> list[Sent]:
     """The requests: a generator's, without those that the context has no room for."""
     made = load_trace(f"azure-conv-like:seconds={plan.seconds:g},rate={plan.rate_rps:g},seed={plan.seed}")
-    rows = zip(made.arrival_s.tolist(), made.prompt_tokens.tolist(), made.output_tokens.tolist(), strict=True)
+    rows = zip(*(column.tolist() for column in made.arrays), strict=True)
     fitting = [row for row in rows if row[1] + row[2] <= LONGEST_TOKENS]
     first_s = fitting[0][0]
     return [Sent(at_s=at_s - first_s, prompt_tokens=prompt, output_tokens=answer) for at_s, prompt, answer in fitting]

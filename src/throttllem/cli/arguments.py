@@ -32,8 +32,16 @@ TraceName = Annotated[
     str,
     typer.Option(
         "--trace",
-        help="CSV (Azure) or JSONL (Mooncake) file, azure-conv-like[:seconds=..], azure-code-like[..] or "
-        "poisson:rate=2,input=1023,output=99,seconds=300.",
+        help="CSV, JSON or Parquet file (Azure, BurstGPT, Mooncake, ServeGen, vLLM, aiperf, OpenTelemetry), or "
+        "azure-conv-like[:seconds=..], azure-code-like[..], poisson:rate=2,input=1023,output=99,seconds=300.",
+    ),
+]
+TraceColumns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        metavar="KEY=COLUMN,..",
+        help="Columns of the trace file, as in arrival=t,prompt=in,generated=out,unit=ms; also status=.. Any of them.",
     ),
 ]
 Extra = Annotated[Path | None, typer.Option("--catalogue", help="TOML file with GPUs and models of your own.")]

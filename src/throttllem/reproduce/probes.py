@@ -20,7 +20,7 @@ from throttllem.profiling.measure import ProfilePlan
 from throttllem.profiling.score import ScoreCard, score_profile
 from throttllem.profiling.tables import profile_fleet
 from throttllem.reproduce.experiments import BATCHING, ENGINES, GPU, MAIN_MODEL, SIZES
-from throttllem.sim.traces import load_trace
+from throttllem.sim.traces.trace import load_trace
 
 KV_TP = 4
 KV_BATCHES = (8, 16, 32, 64)

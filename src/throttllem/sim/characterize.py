@@ -10,12 +10,13 @@ Knows nothing of policies. Results are cached under a digest of everything that 
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from throttllem.config import Options
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
@@ -28,7 +29,9 @@ from throttllem.profiling.tables import Progress, digest
 from throttllem.sim.driver import Machine, Simulation
 from throttllem.sim.recorder import Recorder
 from throttllem.sim.result import RunResult
-from throttllem.sim.traces import Trace
+from throttllem.sim.traces.trace import Trace
+
+Tokens = NDArray[np.int64]
 
 REQUESTS = 2000
 """Requests of one probe."""
@@ -79,7 +82,7 @@ def _cached(fleet: Fleet, tp: int, trace: Trace, options: Options, cache_dir: Pa
         "gpu": fleet.gpu,
         "model": fleet.model,
         "trace": trace.name,
-        "lengths": hashlib.sha256(trace.prompt_tokens.tobytes() + trace.output_tokens.tobytes()).hexdigest(),
+        "lengths": trace.summary.lengths_sha256,
         "engine": asdict(options.batching),
         "noise": asdict(options.noise),
         "method": METHOD,
@@ -138,24 +141,40 @@ def sample_requests(
     """(prompt, output, max_tokens) of `REQUESTS` requests drawn from those of the trace that fit the engine, and the
     fraction that does not fit.
     """
-    limits, spec = output_limits(trace, fleet, options), fleet.specs[tp]
-    blocks = -(-(trace.prompt_tokens + limits) // spec.block_tokens)
-    fits = np.flatnonzero((trace.prompt_tokens + limits <= spec.max_context_tokens) & (blocks <= spec.kv_blocks))
-    if not fits.size:
+    fitting = sum(columns[0].size for columns in _fitting(fleet, tp, trace, options))
+    if not fitting:
         raise ValueError(f"no request of {trace.name} fits {fleet.model} at TP {tp} on {fleet.gpu}")
-    chosen = np.random.default_rng([seed, tp]).choice(fits, REQUESTS)
-    columns = (values[chosen].tolist() for values in (trace.prompt_tokens, trace.output_tokens, limits))
-    return list(zip(*columns, strict=True)), 1.0 - fits.size / trace.requests
+    drawn = np.random.default_rng([seed, tp]).integers(0, fitting, REQUESTS)
+    chosen = np.empty((REQUESTS, 3), np.int64)
+    first = 0
+    for columns in _fitting(fleet, tp, trace, options):
+        here = (drawn >= first) & (drawn < first + columns[0].size)
+        chosen[here] = np.stack(columns, axis=1)[drawn[here] - first]
+        first += columns[0].size
+    return [(prompt, output, limit) for prompt, output, limit in chosen.tolist()], 1.0 - fitting / trace.requests
 
 
-def output_limits(trace: Trace, fleet: Fleet, options: Options) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """max_tokens of each request: the client's limit, cut to the model's context as servers do.
+def _fitting(fleet: Fleet, tp: int, trace: Trace, options: Options) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
+    """Prompt, output and max_tokens of the requests that fit the engine, block by block."""
+    spec = fleet.specs[tp]
+    for _, prompt, output, limit in limited(trace, fleet, options):
+        blocks = -(-(prompt + limit) // spec.block_tokens)
+        fits = (prompt + limit <= spec.max_context_tokens) & (blocks <= spec.kv_blocks)
+        yield prompt[fits], output[fits], limit[fits]
 
-    A request whose output does not fit keeps a limit that does not fit either, so that it is rejected.
+
+def limited(
+    trace: Trace, fleet: Fleet, options: Options
+) -> Iterator[tuple[NDArray[np.float64], Tokens, Tokens, Tokens]]:
+    """Arrival, prompt, output and max_tokens of the trace's requests, block by block.
+
+    max_tokens is the client's limit, cut to the model's context as servers do. A request whose output does not fit
+    keeps a limit that does not fit either, so that it is rejected.
     """
-    limit = options.batching.max_tokens or 1 << int(trace.output_tokens.max() - 1).bit_length()
+    limit = options.batching.max_tokens or 1 << (trace.summary.longest_output_tokens - 1).bit_length()
     context = fleet.specs[fleet.sizes[-1]].max_context_tokens
-    return np.maximum(np.minimum(limit, context - trace.prompt_tokens), trace.output_tokens)
+    for arrival_s, prompt, output in trace.blocks():
+        yield arrival_s, prompt, output, np.maximum(np.minimum(limit, context - prompt), output)
 
 
 def _probe(

@@ -7,8 +7,9 @@ simulates one policy, `run_all` several side by side. Knows nothing of the comma
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -26,11 +27,11 @@ from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.estimate import reach
 from throttllem.profiling.tables import Progress, performance_tables
 from throttllem.sim import parallel
-from throttllem.sim.characterize import Capacity, capacities, output_limits
+from throttllem.sim.characterize import Capacity, capacities, limited
 from throttllem.sim.driver import Machine, Simulation, Watch
 from throttllem.sim.recorder import Recorder
 from throttllem.sim.result import RunResult
-from throttllem.sim.traces import Trace, load_trace
+from throttllem.sim.traces.trace import Trace, load_trace
 
 MAXIMUM = "max"
 _BINS = 500
@@ -43,7 +44,8 @@ class Study:
     """What to simulate; None stands for the contract's default.
 
     `peak_rps`: requests/s of the busiest minute, "max" for the maximum load of the largest engine, None for the trace
-    as it is. `slo_e2e_s` None: the E2E p99 that `characterize` finds for the largest engine.
+    as it is. `columns`: those of a trace file (`traces.formats.parse_columns`). `slo_e2e_s` None: the E2E p99 that
+    `characterize` finds for the largest engine.
     """
 
     gpu: str
@@ -56,14 +58,22 @@ class Study:
     slo_ttft_s: float | None = None
     peak_rps: float | str | None = None
     seconds: float | None = None
+    columns: str | None = None
     seed: int = 0
     count_freed_gpus: bool = False
     options: Options = field(default_factory=Options)
 
     def prepare(
-        self, catalogue: Catalogue, cache_dir: Path, progress: Progress = lambda *_: None
+        self,
+        catalogue: Catalogue,
+        cache_dir: Path,
+        progress: Progress = lambda *_: None,
+        loaded: Callable[[Trace], None] = lambda _: None,
     ) -> tuple[Scenario, list[Policy]]:
-        """The scenario and its policies. Raises ValueError (what, where, what to do) before anything slow begins."""
+        """The scenario and its policies. Raises ValueError (what, where, what to do) before anything slow begins.
+
+        `loaded` gets the trace as soon as it is read, and scaled where `peak_rps` is a number.
+        """
         slo = Slo(e2e_s=self.slo_e2e_s, tbt_s=self.slo_tbt_s, ttft_s=self.slo_ttft_s)
         if not self.policies:
             raise ValueError("no policy given: name one or more, as in --policy triton,throttllem")
@@ -71,9 +81,10 @@ class Study:
             raise ValueError(f"--policy {','.join(self.policies)}: a policy is named twice")
         fleet = build_fleet(catalogue, self.gpu, self.model, self.sizes, self.options.batching)
         policies = [parse_policy(name, fleet.clocks_mhz, fleet.sizes) for name in self.policies]
-        whole = load_trace(self.trace, seed=self.seed)
         rate = None if self.peak_rps in (None, MAXIMUM) else float(self.peak_rps or 0)
+        whole = load_trace(self.trace, columns=self.columns, seed=self.seed, rescaled=self.peak_rps is not None)
         trace = self._cut(whole if rate is None else whole.scaled(peak_rps=rate))
+        loaded(trace)
         found = capacities(fleet, whole, self.options, cache_dir, seed=self.seed, slo=slo, progress=progress)
         largest = found[fleet.sizes[-1]]
         if self.peak_rps == MAXIMUM:
@@ -144,15 +155,19 @@ class Scenario:
             preemptions=simulation.preemptions,
         )
 
-    def requests(self) -> list[Request]:
+    def requests(self) -> Iterator[Request]:
         """The trace's requests with the scenario's SLO and the client's output limit."""
-        trace = self.trace
-        limits = output_limits(trace, self.fleet, self.options)
-        columns = (each.tolist() for each in (trace.arrival_s, trace.prompt_tokens, trace.output_tokens, limits))
-        return [
-            Request(id=i, arrival_s=at_s, prompt_tokens=prompt, output_tokens=output, max_tokens=limit, slo=self.slo)
-            for i, (at_s, prompt, output, limit) in enumerate(zip(*columns, strict=True))
-        ]
+        numbers = count()
+        for block in limited(self.trace, self.fleet, self.options):
+            for at_s, prompt, output, limit in zip(*(column.tolist() for column in block), strict=True):
+                yield Request(
+                    id=next(numbers),
+                    arrival_s=at_s,
+                    prompt_tokens=prompt,
+                    output_tokens=output,
+                    max_tokens=limit,
+                    slo=self.slo,
+                )
 
     def controller(self, policy: Policy) -> Controller:
         """A new controller for one policy."""
@@ -206,7 +221,9 @@ class Scenario:
                 "sha256": self.trace.sha256,
                 "requests": self.trace.requests,
                 "seconds": self.trace.duration_s,
+                "mean_rps": self.trace.mean_rps,
                 "peak_rps": self.trace.peak_rps,
+                "reading": None if self.trace.reading is None else asdict(self.trace.reading),
             },
             "slo": asdict(self.slo),
             "capacities": [asdict(self.capacities[tp]) for tp in sorted(self.capacities)],

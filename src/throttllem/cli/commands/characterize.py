@@ -19,6 +19,7 @@ from throttllem.cli.arguments import (
     Setting,
     Sizes,
     Tp,
+    TraceColumns,
     TraceName,
     check_target,
     load,
@@ -37,6 +38,7 @@ def characterize(
     engine: Engine = None,
     kv_cache_dtype: KvCache = None,
     trace: TraceName = "azure-conv-like",
+    columns: TraceColumns = None,
     slo_e2e: Annotated[
         str | None, typer.Option("--slo-e2e", metavar="DURATION", help="Bound on p99 of E2E, as in 20s.")
     ] = None,
@@ -69,7 +71,7 @@ def characterize(
     from throttllem.engines.simulated.presets import batching
     from throttllem.physics.catalogue import Catalogue
     from throttllem.sim.characterize import capacities
-    from throttllem.sim.traces import load_trace
+    from throttllem.sim.traces.trace import load_trace
 
     if json_file:
         check_target(json_file)
@@ -77,10 +79,12 @@ def characterize(
     fleet = build_fleet(known, gpu, model, parsed_sizes(tp, sizes), options.batching)
     rules = batching(options.batching, known.gpu(gpu)).described
     tbt_s = SLO_TBT_S if options.slo.tbt_s is None else options.slo.tbt_s
+    read = load_trace(trace, columns=columns, seed=seed)
+    typer.echo(f"trace {read.described()}")
     with progress("characterising") as report:
         found = capacities(
             fleet,
-            load_trace(trace, seed=seed),
+            read,
             options,
             options.cache_dir.expanduser(),
             seed=seed,

@@ -20,6 +20,7 @@ from throttllem.cli.arguments import (
     Setting,
     Sizes,
     Tp,
+    TraceColumns,
     TraceName,
     check_target,
     load,
@@ -45,6 +46,7 @@ def simulate(
     engine: Engine = None,
     kv_cache_dtype: KvCache = None,
     trace: TraceName = "azure-conv-like",
+    columns: TraceColumns = None,
     policy: Annotated[
         str, typer.Option("--policy", help="triton, throttllem, least-energy, fixed:<MHz>; each also with +autoscale.")
     ] = "triton,throttllem,least-energy",
@@ -119,6 +121,7 @@ def simulate(
         model=model,
         sizes=parsed_sizes(tp, sizes),
         trace=trace,
+        columns=columns,
         policies=tuple(name.strip() for name in policy.split(",") if name.strip()),
         slo_e2e_s=slo.e2e_s,
         slo_tbt_s=SLO_TBT_S if slo.tbt_s is None else slo.tbt_s,
@@ -151,7 +154,9 @@ def run_study(
     if json_file:
         check_target(json_file)
     with progress("preparing") as report:
-        scenario, policies = study.prepare(known, options.cache_dir.expanduser(), report)
+        scenario, policies = study.prepare(
+            known, options.cache_dir.expanduser(), report, lambda trace: typer.echo(f"trace {trace.described()}")
+        )
         report("prepared", 1.0)
         jobs = [(scenario, policy) for policy in policies]
         names = [policy.name for policy in policies]

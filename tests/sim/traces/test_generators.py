@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from throttllem.sim.generators import NAMES, TraceError, generate
+from throttllem.sim.traces.generators import NAMES, TraceError, generate
 
 
 @pytest.mark.parametrize(

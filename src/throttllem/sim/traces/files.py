@@ -1,0 +1,337 @@
+"""Reads a trace file block by block: CSV, JSON lines, JSON and Parquet, plain or compressed.
+
+polars reads and decompresses; a file is never held whole, but for JSON documents of one benchmark run.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from throttllem.sim.traces.documents import DOCUMENTS
+from throttllem.sim.traces.formats import DATE_TIME, TYPED_DATE_TIME, Columns, Layout, recognised
+from throttllem.sim.traces.generators import TraceError
+from throttllem.sim.traces.rows import SCHEMA
+
+BLOCK_ROWS = 1 << 16
+_PEEK_LINES = 50
+_DELIMITERS = ",;\t|"
+_OK = ("ok", "success", "succeeded", "successful", "completed", "complete", "finished", "done", "stop", "length", "0")
+_NO_ERROR = ("", "none", "null", "nan", "false", "0", "no", "[]", "{}")
+_TRUE = ("true", "1", "yes")
+_DAMAGED = (pl.exceptions.PolarsError, pl.exceptions.PanicException, csv.Error)
+"""What polars (which panics on some damaged Parquet files) and csv raise for a file that they cannot read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceFile:
+    """A file whose format is known. `rows` reads it; each call begins anew.
+
+    `container`: `CSV`, `JSON lines`, `JSON` or `Parquet`; `numbered`: what the number of a row counts.
+    """
+
+    path: Path
+    container: str
+    layout: Layout
+    numbered: str
+    _read: Callable[[], Iterator[pl.DataFrame]]
+
+    @property
+    def where(self) -> str:
+        """Begins an error about a row, before its number."""
+        return f"{self.path}:" if self.numbered == "line" else f"{self.path}: {self.numbered} "
+
+    def rows(self) -> Iterator[pl.DataFrame]:
+        """Blocks of rows as text (`rows.SCHEMA`), in the file's order. Raises TraceError."""
+        try:
+            yield from self._read()
+        except (OSError, *_DAMAGED) as error:
+            raise TraceError(f"{self.path}: cannot be read: {_first_line(error)}") from error
+
+
+def open_trace(path: Path, columns: Columns) -> TraceFile:
+    """Recognise a file. Raises TraceError (an OSError as it is), which names what is known and the way out."""
+    try:
+        return _opened(path, columns)
+    except _DAMAGED as error:
+        raise TraceError(f"{path}: cannot be read: {_first_line(error)}") from None
+
+
+def _opened(path: Path, columns: Columns) -> TraceFile:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if not magic:
+        raise TraceError(f"{path}: is empty")
+    if magic == b"PAR1":
+        return _parquet(path, columns)
+    first = _peek(path)
+    if not first:
+        raise TraceError(f"{path}: is empty")
+    if first[0].startswith("PAR1"):
+        raise TraceError(f"{path}: is Parquet inside another compression; unpack it, Parquet is compressed by itself")
+    if first[0].startswith(("{", "[")):
+        return _json(path, first, columns)
+    return _csv(path, first[0], columns)
+
+
+def _lines(path: Path) -> pl.LazyFrame:
+    """Columns line (1 for the first) and text; a separator that no text holds leaves every line whole."""
+    return pl.scan_csv(
+        path,
+        has_header=False,
+        separator="\x01",
+        quote_char=None,
+        schema={"text": pl.String},
+        row_index_name="line",
+        row_index_offset=1,
+        encoding="utf8-lossy",
+        empty_string_is_null=False,
+        extra_columns="ignore",
+        raise_if_empty=False,
+        glob=False,
+    )
+
+
+def _peek(path: Path) -> list[str]:
+    """The first lines that are not blank."""
+    texts = _lines(path).head(_PEEK_LINES).collect()["text"].drop_nulls().to_list()
+    return [text.strip() for text in texts if text.strip()]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _blocks(scanned: pl.LazyFrame) -> Iterator[pl.DataFrame]:
+    yield from scanned.collect_batches(chunk_size=BLOCK_ROWS, maintain_order=True, engine="streaming")
+
+
+# ---- columns --------------------------------------------------------------------------------------------------
+
+
+def _selected(layout: Layout, column: Callable[[str], pl.Expr]) -> list[pl.Expr]:
+    failed = [_failed(name, column(name)) for name in layout.failures]
+    return [
+        pl.col("line").cast(pl.Int64),
+        column(layout.arrival).alias("arrival"),
+        column(layout.prompt).alias("prompt"),
+        column(layout.generated).alias("generated"),
+        (pl.any_horizontal(failed) if failed else pl.lit(value=False)).alias("failed"),
+    ]
+
+
+def _failed(name: str, text: pl.Expr) -> pl.Expr:
+    """Whether a column says that a request failed: an error that is there, a status that is not a good one."""
+    text, name = text.str.strip_chars().str.to_lowercase().fill_null(""), name.lower()
+    if any(word in name for word in ("err", "fail", "cancel", "exception")):
+        return ~text.is_in(_NO_ERROR)
+    if "success" in name or name.rpartition(".")[2] == "ok":
+        return ~text.is_in(_TRUE)
+    return ~(text.is_in((*_OK, *_TRUE)) | text.str.contains(r"^2\d\d(\.0*)?$"))
+
+
+def _with_unit(layout: Layout, where: str, samples: Sequence[str | None]) -> Layout:
+    """The layout with the unit of its arrivals, of columns that the user named."""
+    if layout.unit is not None:
+        return layout
+    first = next((text for text in samples if text), "")
+    try:
+        float(first)
+    except ValueError:
+        return replace(layout, unit=DATE_TIME)
+    raise TraceError(
+        f"{where}: {layout.arrival} = {first[:40]!r} is a number of unknown unit; add unit=s, ms, us or ns to --columns"
+    )
+
+
+# ---- CSV ------------------------------------------------------------------------------------------------------
+
+
+def _csv(path: Path, header: str, columns: Columns) -> TraceFile:
+    separator = max(_DELIMITERS, key=header.count)
+    names = [name.strip().strip("\ufeff") for name in next(csv.reader([header], delimiter=separator))]
+    if all(_is_number(name) for name in names if name):
+        raise TraceError(f"{path}:1: {header[:60]!r} is no header; write the names of the columns into the first line")
+    layout = recognised(names, columns, f"{path}:1")
+    for name in (layout.arrival, layout.prompt, layout.generated):
+        if names.count(name) > 1:
+            raise TraceError(f"{path}:1: column {name} is there {names.count(name)} times; leave one")
+    scanned = pl.scan_csv(
+        path,
+        infer_schema=False,
+        separator=separator,
+        row_index_name="line",
+        row_index_offset=2,
+        encoding="utf8-lossy",
+        with_column_names=lambda found: [f"{place} {name.strip()}" for place, name in enumerate(found)],
+        glob=False,
+    )
+    places = {name: f"{place} {name}" for place, name in reversed(list(enumerate(names)))}
+    selected = scanned.select(*_selected(layout, lambda name: pl.col(places[name])), junk=pl.lit(None, pl.String))
+    found = partial(_csv_blocks, path, selected, separator, len(names))
+    samples = next(found(), pl.DataFrame(schema=SCHEMA))["arrival"].to_list()
+    layout = _with_unit(layout, f"{path}:2", samples)
+    return TraceFile(path=path, container="CSV", layout=layout, numbered="line", _read=found)
+
+
+def _csv_blocks(path: Path, selected: pl.LazyFrame, separator: str, fields: int) -> Iterator[pl.DataFrame]:
+    try:
+        yield from _blocks(selected)
+    except pl.exceptions.ComputeError as error:
+        for line, text in _texts(path):
+            found = len(next(csv.reader([text], delimiter=separator), ()))
+            if found > fields:
+                raise TraceError(f"{path}:{line}: has {found} fields where the header has {fields}") from None
+        raise TraceError(f"{path}: cannot be read as CSV: {_first_line(error)}") from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+# ---- Parquet --------------------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path, columns: Columns) -> TraceFile:
+    scanned = pl.scan_parquet(path, row_index_name="line", row_index_offset=1, glob=False)
+    schema = scanned.collect_schema()
+    layout = recognised([name for name in schema.names() if name != "line"], columns, str(path))
+    kind = schema[layout.arrival]
+    stamp = pl.col(layout.arrival)
+    if kind.is_temporal():
+        stamp = (
+            stamp.dt.total_nanoseconds() if kind == pl.Duration else stamp.cast(pl.Datetime("ns")).dt.timestamp("ns")
+        )
+        layout = replace(layout, unit=TYPED_DATE_TIME)
+
+    def column(name: str) -> pl.Expr:
+        return (stamp if name == layout.arrival else pl.col(name)).cast(pl.String)
+
+    selected = scanned.select(*_selected(layout, column), junk=pl.lit(None, pl.String))
+    layout = _with_unit(layout, str(path), selected.head(BLOCK_ROWS).collect()["arrival"].to_list())
+    return TraceFile(path=path, container="Parquet", layout=layout, numbered="row", _read=partial(_blocks, selected))
+
+
+# ---- JSON -----------------------------------------------------------------------------------------------------
+
+
+def _json(path: Path, first: Sequence[str], columns: Columns) -> TraceFile:
+    objects = [found for text in first if isinstance(found := _parsed(text), dict)]
+    if not objects or first[0].startswith("["):
+        return _document(path, columns)
+    for key, (rows_of, layout) in DOCUMENTS.items():
+        if key in objects[0]:
+            numbered, container = ("line", "JSON lines") if key == "resourceSpans" else ("request", "JSON")
+            read = partial(_document_blocks, path, lambda: _objects(path), rows_of, numbered == "line")
+            return TraceFile(path=path, container=container, layout=layout, numbered=numbered, _read=read)
+    if "profile_export" in path.name and "input_config" in objects[0]:
+        raise TraceError(f"{path}: holds aiperf's statistics, not its requests; give profile_export.jsonl beside it")
+    return _flat_json(path, _lines(path), objects, columns, container="JSON lines", numbered="line")
+
+
+def _flat_json(
+    path: Path,
+    lines: pl.LazyFrame,
+    objects: Sequence[Mapping[str, Any]],
+    columns: Columns,
+    *,
+    container: str,
+    numbered: str,
+) -> TraceFile:
+    """Each text is an object that is one row; `objects` are some of them."""
+    where = f"{path}:1" if numbered == "line" else str(path)
+    layout = recognised(list(dict.fromkeys(name for found in objects for name in _paths(found))), columns, where)
+    selected = lines.filter(pl.col("text").str.strip_chars() != "").select(
+        *_selected(layout, lambda name: pl.col("text").str.json_path_match(_json_path(name, objects))),
+        junk=pl.when(~pl.col("text").str.json_path_match("$").str.starts_with("{").fill_null(value=False)).then("text"),
+    )
+    layout = _with_unit(layout, where, selected.head(_PEEK_LINES).collect()["arrival"].to_list())
+    return TraceFile(path=path, container=container, layout=layout, numbered=numbered, _read=partial(_blocks, selected))
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _paths(found: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """Keys of an object and of those inside it, as `a.b`."""
+    for key, value in found.items():
+        yield before + key
+        if isinstance(value, dict):
+            yield from _paths(value, f"{before}{key}.")
+
+
+def _json_path(name: str, objects: Sequence[Mapping[str, Any]]) -> str:
+    """Of a key, or of keys with dots between."""
+    keys = [name] if any(name in found for found in objects) else name.split(".")
+    return "$" + "".join("['" + key.replace("\\", "\\\\").replace("'", "\\'") + "']" for key in keys)
+
+
+def _texts(path: Path) -> Iterator[tuple[int, str]]:
+    for block in _blocks(_lines(path)):
+        yield from ((line, text) for line, text in block.iter_rows() if text.strip())
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line and object of every line."""
+    for line, text in _texts(path):
+        found = _parsed(text)
+        if not isinstance(found, dict):
+            raise TraceError(f"{path}:{line}: {text.strip()[:60]!r} is not a JSON object")
+        yield line, found
+
+
+def _document(path: Path, columns: Columns) -> TraceFile:
+    """JSON over several lines: one of the known documents, or a list of objects that are rows."""
+    whole = "\n".join(text for _, text in _texts(path))
+    try:
+        content = json.loads(whole)
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise TraceError(f"{path}:{line}: is not JSON, neither as a whole nor line by line") from None
+    if isinstance(content, dict):
+        for key, (rows_of, layout) in DOCUMENTS.items():
+            if key in content:
+                read = partial(_document_blocks, path, lambda: iter([(1, content)]), rows_of, False)
+                return TraceFile(path=path, container="JSON", layout=layout, numbered="request", _read=read)
+    objects = content if isinstance(content, list) else [content]
+    if not objects or not all(isinstance(found, dict) for found in objects):
+        raise TraceError(f"{path}: holds neither a known document nor a list of requests as objects")
+    lines = pl.LazyFrame({"line": range(1, len(objects) + 1), "text": [json.dumps(found) for found in objects]})
+    return _flat_json(path, lines, objects, columns, container="JSON", numbered="request")
+
+
+def _document_blocks(
+    path: Path,
+    objects: Callable[[], Iterator[tuple[int, Mapping[str, Any]]]],
+    rows_of: Callable[[Mapping[str, Any]], Iterator[tuple[str | None, str | None, str | None, bool]]],
+    by_line: bool,
+) -> Iterator[pl.DataFrame]:
+    rows: list[tuple[object, ...]] = []
+    count = 0
+    for line, found in objects():
+        try:
+            for row in rows_of(found):
+                count += 1
+                rows.append((line if by_line else count, *row, None))
+        except (TraceError, KeyError, TypeError, AttributeError) as error:
+            said = str(error) if isinstance(error, TraceError) else f"is not of its format ({error!r})"
+            raise TraceError(f"{path}:{line}: {said}") from None
+        if len(rows) >= BLOCK_ROWS:
+            yield pl.DataFrame(rows, SCHEMA, orient="row")
+            rows = []
+    yield pl.DataFrame(rows, SCHEMA, orient="row")

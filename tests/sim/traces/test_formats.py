@@ -1,0 +1,205 @@
+"""Every format of trace files: what was written is read, failed requests are left out, the rest is an error."""
+
+import gzip
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sim.traces import written
+
+from throttllem.sim.traces import trace as trace_module
+from throttllem.sim.traces.trace import TraceError, load_trace
+
+SIMPLE = [(0.0, 374, 44), (0.84, 1215, 309), (1.31, 86, 412)]
+FAST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ROWS = st.lists(
+    st.tuples(st.integers(0, 10**9).map(lambda us: us / 1e6), st.integers(1, 10**6), st.integers(1, 10**5)),
+    min_size=2,
+    max_size=6,
+    unique_by=lambda row: row[0],
+)
+
+
+def load(path, content, columns=None):
+    path.write_bytes(content)
+    return load_trace(str(path), columns=columns, rescaled=True)
+
+
+@pytest.mark.parametrize("writer", written.WRITERS, ids=lambda writer: writer.__name__)
+def test_every_format_reads_the_same_requests(tmp_path, writer):
+    found = load(tmp_path / "t.x", writer(SIMPLE), written.WRITERS[writer])
+    assert found.arrays.arrival_s.tolist() == pytest.approx([0.0, 0.84, 1.31], abs=1e-6)
+    assert found.arrays.prompt_tokens.tolist() == [374, 1215, 86]
+    assert found.arrays.output_tokens.tolist() == [44, 309, 412]
+    assert found.reading.skipped == {} and not found.reading.unordered
+
+
+@given(
+    rows=ROWS,
+    writer=st.sampled_from(sorted(written.WRITERS, key=lambda each: each.__name__)),
+    how=st.sampled_from(["", "gz"]),
+)
+@FAST
+def test_what_is_written_is_read(tmp_path, rows, writer, how):
+    found = load(tmp_path / "t", written.compressed(writer(rows), how), written.WRITERS[writer])
+    right = sorted(rows)
+    assert found.arrays.arrival_s.tolist() == pytest.approx([at_s - right[0][0] for at_s, _, _ in right], abs=2e-6)
+    assert list(zip(found.arrays.prompt_tokens, found.arrays.output_tokens, strict=True)) == [r[1:] for r in right]
+    assert found.reading.unordered == (right != rows)
+
+
+@given(
+    writer=st.sampled_from(sorted(written.WRITERS, key=lambda each: each.__name__)),
+    place=st.integers(0, 2000),
+    new=st.one_of(st.binary(max_size=6), st.sampled_from([b"null", b"-1", b"[", b'"', b"\n", b"NaN", b"1e300"])),
+    cut=st.integers(0, 8),
+)
+@FAST
+def test_a_damaged_file_is_read_or_refused(tmp_path, writer, place, new, cut):
+    content = writer(SIMPLE)
+    place %= len(content)
+    try:
+        found = load(tmp_path / "t", content[:place] + new + content[place + cut :], written.WRITERS[writer])
+    except TraceError as error:
+        assert str(tmp_path / "t") in str(error) or "--columns" in str(error)
+        return
+    assert 1 <= found.requests + sum(found.reading.skipped.values()) <= 4
+    assert (found.arrays.prompt_tokens > 0).all() and (found.arrays.arrival_s >= 0).all()
+
+
+def changed(writer, old, new, rows=SIMPLE):
+    text = writer(rows).decode()
+    assert old in text
+    return text.replace(old, new, 1).encode()
+
+
+FAILED = [
+    (written.burstgpt(SIMPLE).replace(b"44.0", b"0"), "no output tokens"),
+    (written.azure(SIMPLE).replace(b",44", b","), "no output tokens"),
+    (written.azure(SIMPLE).replace(b"374,", b"0,"), "no prompt tokens"),
+    (changed(written.mooncake, '"output_length": 44', '"output_length": null'), "no output tokens"),
+    (changed(written.mooncake, '"hash_ids": [1]', '"error": "timeout"'), "failed"),
+    (changed(written.mooncake, '"hash_ids"', '"status": 500, "hash_ids"'), "failed"),
+    (changed(written.vllm, '"errors": [""', '"errors": ["boom"'), "failed"),
+    (changed(written.vllm, '"output_lens": [44', '"output_lens": [0'), "no output tokens"),
+    (changed(written.aiperf, '"error": null', '"error": {"code": 499}'), "failed"),
+    (changed(written.aiperf, '"was_cancelled": false', '"was_cancelled": true'), "failed"),
+    (changed(written.opentelemetry, '"status": {}', '"status": {"code": 2}'), "failed"),
+    (changed(written.genai_perf, "usage", "usag"), "failed"),
+]
+
+
+@pytest.mark.parametrize(("content", "why"), FAILED)
+def test_failed_requests_are_left_out_and_counted(tmp_path, content, why):
+    if b'"status": 500' in content:  # the other rows say that they succeeded
+        content = content.replace(b'"hash_ids"', b'"status": 200, "hash_ids"').replace(b'500, "status": 200', b"500")
+    found = load(tmp_path / "t", content)
+    assert found.reading.skipped == {why: 1}
+    assert found.arrays.output_tokens.tolist() == [309, 412]
+    assert f"left out 1 rows: 1 {why}" in found.described()
+
+
+def test_a_status_column_of_the_users(tmp_path):
+    content = written.own_csv(SIMPLE).replace(b";200", b";503", 1)
+    assert load(tmp_path / "t", content, written.OWN).reading.skipped == {"failed": 1}
+
+
+# ---- units ----------------------------------------------------------------------------------------------------
+
+
+def seconds_jsonl(rows, **more):
+    lines = [json.dumps({"timestamp": at, "input_length": p, "output_length": g} | more) for at, p, g in rows]
+    return ("\n".join(lines) + "\n").encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        seconds_jsonl(SIMPLE),  # fractions of a millisecond
+        seconds_jsonl([(n, 10, 10) for n in range(0, 90, 2)]),  # 500 requests/s
+        seconds_jsonl(SIMPLE, hash_ids=[1]),  # 2,000 requests/s
+    ],
+)
+def test_seconds_are_not_read_as_milliseconds(tmp_path, content):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(TraceError, match="unit=s"):
+        load_trace(str(path))
+    assert load_trace(str(path), columns="unit=s").duration_s > 1
+    assert load_trace(str(path), columns="unit=ms").duration_s < 0.1
+
+
+def test_a_unit_by_custom_is_shown_with_the_way_to_overrule_it(tmp_path):
+    bare = load(tmp_path / "t", seconds_jsonl([(0, 5, 5), (840, 5, 5), (1310, 5, 5)]))
+    assert "3 requests over 1.31 s, 2.29 requests/s" in bare.described()
+    assert "timestamp in ms" in bare.described() and "--columns unit=s" in bare.described()
+    assert "unit=s" not in load(tmp_path / "t", written.mooncake(SIMPLE)).described()
+
+
+def test_a_wrong_unit_is_refused_with_what_others_make_of_it(tmp_path):
+    (tmp_path / "b.csv").write_bytes(written.own_csv(SIMPLE))
+    with pytest.raises(TraceError, match=r"at = '0.0' is a number of unknown unit; add unit=s, ms, us or ns"):
+        load_trace(str(tmp_path / "b.csv"), columns="arrival=at,prompt=in,generated=out")
+    (tmp_path / "a").write_bytes(seconds_jsonl([(n, 10, 10) for n in range(90)], hash_ids=[]))
+    with pytest.raises(TraceError, match=r"1,011 requests/s over 0\.089 s.*unit=s: 1\.01 requests/s; unit=ms if"):
+        load_trace(str(tmp_path / "a"))
+    assert load_trace(str(tmp_path / "a"), rescaled=True).requests == 90
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("arrival", "must be key=column"),
+        ("arrival=a,arrival=b", "must be key=column, each key once"),
+        ("arival=a", "unknown key 'arival'; did you mean arrival"),
+        ("unit=min", "unit = 'min': must be one of s, ms, us, ns"),
+        ("prompt=ContxtTokens", "prompt=ContxtTokens: no such column; did you mean ContextTokens"),
+    ],
+)
+def test_columns_that_cannot_be_used(tmp_path, columns, message):
+    with pytest.raises(TraceError, match=message):
+        load(tmp_path / "t", written.azure(SIMPLE), columns)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"t,in_tokens,out_tokens\n1,2,3\n", r"--columns 'arrival=COLUMN,prompt=COLUMN,generated=out_tokens"),
+        (b'{"input_lens": [1], "output_lens": [2]}', "without start_times: save it with --save-detailed"),
+        (b'{"input_lens": [1], "output_lens": [2, 3], "start_times": [0]}', "differ in length"),
+        (written.genai_perf(SIMPLE).replace(b"usage", b"usag"), "holds texts, no token counts"),
+        (b'{\n"a": 1,\n}', ":3: is not JSON"),
+        (gzip.compress(written.azure_parquet(SIMPLE)), "is Parquet inside another compression; unpack it"),
+        (b"PAR1 no parquet", "cannot be read"),
+        (b"\x1f\x8b\x08 no gzip", "cannot be read"),
+        (b"0,0.04,1.2,Gamma\n".replace(b"Gamma", b"7"), "is no header"),
+    ],
+)
+def test_other_files_are_refused_with_the_way_out(tmp_path, content, message):
+    with pytest.raises(TraceError, match=message):
+        load(tmp_path / "t", content)
+
+
+def test_aiperfs_statistics_are_no_trace(tmp_path):
+    with pytest.raises(TraceError, match=r"give profile_export\.jsonl"):
+        load(tmp_path / "profile_export_aiperf.json", b'{"input_config": {}, "request_count": {"avg": 1}}')
+
+
+# ---- long files -----------------------------------------------------------------------------------------------
+
+
+def test_a_long_file_is_streamed_with_the_same_requests(tmp_path, monkeypatch):
+    rows = [(n * 0.5, 10 + n % 7, 1 + n % 5) for n in range(300)]
+    held = load(tmp_path / "held.csv", written.azure(rows))
+    monkeypatch.setattr(trace_module, "MOST_HELD", 100)
+    streamed = load(tmp_path / "long.csv", written.azure(rows))
+    assert isinstance(held.rows, trace_module.Held) and isinstance(streamed.rows, trace_module.Streamed)
+    assert streamed.summary == held.summary
+    for one, other in ((streamed, held), (streamed.scaled(peak_rps=0.7).cut(90), held.scaled(peak_rps=0.7).cut(90))):
+        assert [column.tolist() for column in one.arrays] == [column.tolist() for column in other.arrays]
+    (tmp_path / "long.csv").write_bytes(written.azure(rows[:200]))
+    with pytest.raises(TraceError, match="changed while"):
+        list(streamed.blocks())
+    with pytest.raises(TraceError, match=r"long\.csv:3: arrives before the row above.*sort it by TIMESTAMP"):
+        load(tmp_path / "long.csv", written.azure([rows[5], *rows]))
