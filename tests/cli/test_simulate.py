@@ -108,7 +108,8 @@ def test_json_follows_the_contract_and_the_seed(monkeypatch, capsys):
     assert content["runs"][3]["mean_clock_mhz"] == pytest.approx(1050, abs=60)
     assert content["runs"][0]["cost"]["kwh"] == pytest.approx(content["runs"][0]["energy_j"] / 3.6e6)
     assert content["basis"]["lengths"] == "online"
-    first = capsys.readouterr().out.lstrip()
+    read, _, first = capsys.readouterr().out.partition("\n")
+    assert read.startswith(f"trace poisson: {content['scenario']['trace']['requests']} requests over ")
     assert first.startswith("Simulated") and "predicted online" in " ".join(first.split())[:200]
 
 

@@ -6,9 +6,12 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pages import DOCS, table_rows
 from sim.traces import written
 
 from throttllem.sim.traces import trace as trace_module
+from throttllem.sim.traces.documents import DOCUMENTS
+from throttllem.sim.traces.formats import FORMATS
 from throttllem.sim.traces.trace import TraceError, load_trace
 
 SIMPLE = [(0.0, 374, 44), (0.84, 1215, 309), (1.31, 86, 412)]
@@ -97,12 +100,19 @@ def test_failed_requests_are_left_out_and_counted(tmp_path, content, why):
     found = load(tmp_path / "t", content)
     assert found.reading.skipped == {why: 1}
     assert found.arrays.output_tokens.tolist() == [309, 412]
-    assert f"left out 1 rows: 1 {why}" in found.described()
+    assert f"left out 1 row: 1 {why}" in found.described()
 
 
 def test_a_status_column_of_the_users(tmp_path):
     content = written.own_csv(SIMPLE).replace(b";200", b";503", 1)
     assert load(tmp_path / "t", content, written.OWN).reading.skipped == {"failed": 1}
+
+
+def test_the_guide_names_every_format_as_it_is_read():
+    rows = table_rows((DOCS / "simulation.md").read_text(), "format")
+    told = {(row[0].split(" (")[0].split(" `")[0], *(cell.replace("`", "") for cell in row[3:])) for row in rows}
+    known = [each.layout for each in FORMATS] + [layout for _, layout in DOCUMENTS.values()]
+    assert told == {(each.format, f"{each.arrival}, {each.unit}", each.prompt, each.generated) for each in known}
 
 
 # ---- units ----------------------------------------------------------------------------------------------------

@@ -244,8 +244,9 @@ class Trace:
         unit = f"{arrival} in {read.unit}" if read.unit in UNITS_NS else f"{arrival} is a {read.unit}"
         lines = [f"{self.name}: {text}; {read.format} ({read.container}), {unit}"]
         if read.skipped:
-            why = ", ".join(f"{count:,} {reason}" for reason, count in read.skipped.items())
-            lines.append(f"left out {sum(read.skipped.values()):,} rows: {why}")
+            why = ", ".join(f"{each:,} {reason}" for reason, each in read.skipped.items())
+            count = sum(read.skipped.values())
+            lines.append(f"left out {count:,} {'row' if count == 1 else 'rows'}: {why}")
         if read.unordered:
             lines.append("rows were not in order of arrival: sorted")
         if read.assumed:
