@@ -35,7 +35,7 @@ from throttllem.profiling.train import train
 from throttllem.sim import parallel
 from throttllem.sim.characterize import Capacity
 from throttllem.sim.study import Scenario
-from throttllem.sim.traces import load_trace
+from throttllem.sim.traces.trace import load_trace
 from tools.evaluation.quick_sweeps import sweep_tables
 from tools.testbed.report import Section, Table, Workspace
 
