@@ -235,7 +235,7 @@ class _Runs:
         trace, top = load_trace("azure-conv-like", seed=SEED), spec.clocks_mhz[-1]
         context = trace.mean_context_tokens
         token_s = engine.iteration(top, BATCH, BATCH * context, 0, 0.0)[0]
-        prompt, output = float(trace.prompt_tokens.mean()), float(trace.output_tokens.mean())
+        prompt, output = float(trace.arrays.prompt_tokens.mean()), float(trace.arrays.output_tokens.mean())
         prompt_s = engine.iteration(top, BATCH, BATCH * context, round(prompt), prompt**2 / 2)[0] - token_s
         rate = 1 / (prompt_s + output * token_s / BATCH)
         load = trace.requests / trace.duration_s
