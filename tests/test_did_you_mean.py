@@ -14,6 +14,7 @@ KNOWN = ("dwell_s", "margin", "min_saving", "Reserve")
         ("MARGIN", 1, "did you mean margin?"),
         ("reserve", 1, "did you mean Reserve?"),
         ("marin_saving", 2, "did you mean min_saving or margin?"),
+        ("m", 2, "did you mean margin or min_saving?"),
         ("qqqq", 1, "known: dwell_s, margin, min_saving, Reserve"),
     ],
 )

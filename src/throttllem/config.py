@@ -89,8 +89,9 @@ class EngineEntry:
     """`simulated` (embedded, in real time), `openai` (vLLM and others with OpenAI's API) or `triton`."""
     url: str | None = None
     """Where a real engine listens, as in `http://127.0.0.1:8001`."""
-    gpu: str = "a100-40gb-sxm"
-    """GPU of the catalogue: its clocks and its power."""
+    gpu: str | None = None
+    """GPU of the catalogue: its clocks and its power. Without it that of the boards in `gpus`, as NVML reports them;
+    where none are named, a100-40gb-sxm."""
     model: str = "llama-3-8b"
     """Model of the catalogue."""
     tp: int = 1
@@ -118,6 +119,11 @@ class EngineEntry:
     """Tokens in a KV block; only where the engine does not report it."""
     api_key: str | None = field(default=None, repr=False)
     """Sent to the engine instead of the client's own key."""
+
+    @property
+    def kind_of_gpu(self) -> str:
+        """`gpu`, or the kind that is simulated where none is named."""
+        return self.gpu or "a100-40gb-sxm"
 
     def __post_init__(self) -> None:
         check("engines", tp=(self.tp, 1, 1024))

@@ -14,6 +14,7 @@ from throttllem.doctor.examine import Examined
 from throttllem.doctor.finding import Finding, note, ok, trouble
 from throttllem.doctor.gpus import MEASURE_S
 from throttllem.doctor.keeper_state import KeeperState, SocketState
+from throttllem.physics.catalogue import Catalogue
 
 FINE = (ok("driver", "is there"), note("keeper", "none runs", "start one"))
 WRONG = (*FINE, trouble("GPU 0", "is on fire", "water"))
@@ -29,7 +30,8 @@ class Asked:
         monkeypatch.setattr(examine, "examine", self.examine)
         monkeypatch.setattr(restore, "restore", self.restore)
 
-    def examine(self, state: Path, socket: Path, zeusd: Path, measure_s: float | None) -> Examined:
+    def examine(self, state: Path, socket: Path, zeusd: Path, measure_s: float | None, known: Catalogue) -> Examined:
+        assert "l40s-48gb" in known.gpus
         self.examined.append((state, socket, zeusd, measure_s))
         return Examined(findings=self.findings, gpus=(), keeper=KeeperState(path=socket, socket=SocketState.ABSENT))
 

@@ -19,7 +19,7 @@ from tests.engines.vllm_peer import VllmPeer
 from throttllem.config import ClockOptions, EngineEntry
 from throttllem.gateway.check import check_configuration
 from throttllem.gateway.run import run_gateway
-from tools.nvml.machine import a100
+from tools.nvml.machine import a100, h100
 
 
 @pytest.fixture
@@ -193,7 +193,27 @@ def test_a_gpu_of_another_kind_is_an_error(tmp_path, machine):
     entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpu="h100-80gb-sxm", gpus=("0",))
     findings = asyncio.run(check_configuration(options(tmp_path, engines=(entry,)), {}, tmp_path / "cache"))
     (found,) = [finding for finding in findings if finding.fatal]
-    assert "has no 1980 MHz, and the engine's `gpu` goes up to 1980 MHz; name its kind" in found.text
+    assert "is not h100-80gb-sxm: 42.5 GB, not 85.5 and up to 1410 MHz, not 1980" in found.text
+    assert "leave --gpu out, or name a100-40gb-sxm" in found.text
+
+
+def test_the_kind_is_that_of_the_boards(tmp_path, make_gpus_here):
+    make_gpus_here(*h100(1, name="NVIDIA H20", limit_w=500.0, cores=9984))
+    entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpus=("0",))
+    findings = asyncio.run(check_configuration(options(tmp_path, engines=(entry,)), {}, tmp_path / "cache"))
+    assert not [finding for finding in findings if finding.fatal]
+    (said,) = [
+        finding for finding in findings if "is no GPU of the catalogue: modelled after h100-80gb-sxm" in finding.text
+    ]
+    assert said.mark == "--" and "NVIDIA H20 (85.5 GB, up to 1980 MHz, 500 W" in said.text
+
+
+def test_gpus_of_two_kinds_make_no_engine(tmp_path, make_gpus_here):
+    make_gpus_here(*a100(1), *h100(1, uuid="GPU-2"))
+    entry = EngineEntry(kind="openai", url="http://127.0.0.1:9", gpus=("0", "1"), tp=2)
+    findings = asyncio.run(check_configuration(options(tmp_path, engines=(entry,)), {}, tmp_path / "cache"))
+    (found,) = [finding for finding in findings if finding.fatal]
+    assert "GPUs of several kinds: 0 = a100-40gb-sxm, 1 = h100-80gb-sxm" in found.text
 
 
 def test_two_engines_on_one_gpu_would_not_start(tmp_path, machine):

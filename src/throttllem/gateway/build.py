@@ -5,13 +5,14 @@ Everything that can be refused is refused here, with the option's name, before a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from throttllem.config import EngineEntry, Options
+from throttllem.config import ClockOptions, EngineEntry, Options
 from throttllem.core.clocks.policy import ClockPolicy, Policy, parse_policy
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
@@ -27,7 +28,9 @@ from throttllem.gateway.flight.recorder import Recorder
 from throttllem.gateway.flight.recordings import safe_name
 from throttllem.gateway.telemetry.metrics import Histograms
 from throttllem.gateway.telemetry.observer import RecordingObserver
+from throttllem.gpu.boards.facts import kind_of
 from throttllem.gpu.hardware import HardwareGpu
+from throttllem.gpu.nvml import NvmlError
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.lengths import load_lengths
 from throttllem.profiling.storage import load_table
@@ -67,14 +70,15 @@ def build_gateway(
 
     Raises ValueError for what cannot be, OSError for files that cannot be read.
     """
-    catalogue = Catalogue.load(options.catalogue)
+    catalogue, entries, notes = recognised_engines(options.engines, Catalogue.load(options.catalogue), options.clocks)
+    options = options.model_copy(update={"engines": entries})
     histograms = Histograms()
     served, recorders, predictors = [], [], []
     hardware: list[HardwareGpu] = []
     where = cache_dir if learn else None
-    part = _Part(options=options, catalogue=catalogue, cache_dir=where, now=now, progress=progress)
-    for entries in groups(options.engines):
-        model = part.build(entries, histograms)
+    part = _Part(options=options, catalogue=catalogue, cache_dir=where, now=now, progress=progress, notes=notes)
+    for group in groups(options.engines):
+        model = part.build(group, histograms)
         served.append(model.served)
         recorders.extend([model.recorder] if model.recorder else [])
         predictors.extend([model.predictor] if model.predictor else [])
@@ -89,6 +93,25 @@ def build_gateway(
         hardware=tuple(hardware),
         predictors=tuple(predictors),
     )
+
+
+def recognised_engines(
+    entries: tuple[EngineEntry, ...], catalogue: Catalogue, clocks: ClockOptions
+) -> tuple[Catalogue, tuple[EngineEntry, ...], dict[tuple[str, ...], tuple[str, ...]]]:
+    """The engines with the kind of their boards; the catalogue with the kinds that it lacks; by an engine's GPUs, what
+    is to be known of them. Where NVML cannot be read, nothing changes: opening the GPUs reports it.
+
+    Raises ValueError for a board that is not here, or not of the kind that was named.
+    """
+    found, notes = list[EngineEntry](), dict[tuple[str, ...], tuple[str, ...]]()
+    for entry in entries:
+        found.append(entry)
+        if entry.gpus is not None:
+            with contextlib.suppress(NvmlError):
+                kind = kind_of(entry.gpus, entry.gpu, catalogue, only_warn=clocks.mode == "off")
+                catalogue, notes[entry.gpus] = catalogue.having(kind.gpu), kind.notes
+                found[-1] = replace(entry, gpu=kind.gpu.name)
+    return catalogue, tuple(found), notes
 
 
 def groups(entries: tuple[EngineEntry, ...]) -> list[tuple[EngineEntry, ...]]:
@@ -112,7 +135,7 @@ def groups(entries: tuple[EngineEntry, ...]) -> list[tuple[EngineEntry, ...]]:
 
 
 def _together(entry: EngineEntry) -> tuple[str, str, str]:
-    return entry.gpu, entry.model, entry.served_as or ""
+    return entry.kind_of_gpu, entry.model, entry.served_as or ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,17 +154,21 @@ class _Part:
     cache_dir: Path | None
     now: Callable[[], float]
     progress: Progress
+    notes: dict[tuple[str, ...], tuple[str, ...]]
 
     def build(self, entries: tuple[EngineEntry, ...], histograms: Histograms) -> _Built:
         options, first = self.options, entries[0]
         sizes = tuple(sorted(entry.tp for entry in entries))
-        fleet = build_fleet(self.catalogue, first.gpu, first.model, sizes, options.batching)
+        fleet = build_fleet(self.catalogue, first.kind_of_gpu, first.model, sizes, options.batching)
         policy = parse_policy(options.policy, fleet.clocks_mhz, sizes)
         tables = self._tables(entries, policy)
         predictor, file = self._predictor(first)
         controller = Controller(self._controller_options(entries, policy, fleet.specs, tables, predictor))
         factory = BackendFactory(options=options, histograms=histograms, now=self.now)
-        backends = tuple(factory.backend(entry, fleet, tables.get(entry.tp), controller) for entry in entries)
+        backends = tuple(
+            factory.backend(entry, fleet, tables.get(entry.tp), controller, self.notes.get(entry.gpus or (), ()))
+            for entry in entries
+        )
         recorder = self._recorder(first, controller)
         observer = RecordingObserver(
             model=lambda: next(iter(served.all_names()), first.model), histograms=histograms, recorder=recorder
@@ -194,16 +221,16 @@ class _Part:
             elif entry.kind == "simulated" and policy.slo_aware and self.cache_dir is not None:
                 from throttllem.profiling.tables import performance_tables  # noqa: PLC0415
 
-                alone = build_fleet(self.catalogue, entry.gpu, entry.model, (entry.tp,), self.options.batching)
+                alone = build_fleet(self.catalogue, entry.kind_of_gpu, entry.model, (entry.tp,), self.options.batching)
                 tables |= performance_tables(alone, self.cache_dir, seed=0, progress=self.progress)
         return tables
 
     def _table(self, entry: EngineEntry, file: Path) -> PerformanceTable:
         if not file.exists():
             raise ValueError(f"{file}: no such file; `throttllem train PROFILE --out {file.parent}` makes it")
-        table, gpu = load_table(file), self.catalogue.gpu(entry.gpu)
+        table, gpu = load_table(file), self.catalogue.gpu(entry.kind_of_gpu)
         if unknown := sorted(set(table.clocks_mhz) - set(gpu.clocks_mhz)):
-            raise ValueError(f"{file}: was learned at {unknown[-1]} MHz, which {entry.gpu} does not have")
+            raise ValueError(f"{file}: was learned at {unknown[-1]} MHz, which {entry.kind_of_gpu} does not have")
         if table.clocks_measured:
             self._judged(entry, file, table)
             return table

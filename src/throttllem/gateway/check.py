@@ -150,6 +150,7 @@ async def _engines(gateway: Gateway, options: Options, origins: dict[str, str]) 
         for backend in model.loop.backends:
             findings += await _engine(backend, model.loop.controller.options, options)
             findings += await _hardware(backend, options, origins)
+            findings += [Finding(mark="--", text=f"engine {backend.name}: {note}") for note in backend.gpu_notes]
             if backend.tp < largest and not scales:
                 findings.append(_never_started(backend, options.policy))
             if aware and backend.tp not in model.loop.controller.options.tables:

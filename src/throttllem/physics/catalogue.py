@@ -112,9 +112,19 @@ class Catalogue(Frozen):
             gpus, models = gpus | more_gpus, models | more_models
         return cls(gpus=gpus, models=models)
 
+    def having(self, gpu: Gpu) -> Self:
+        """With that GPU, which replaces one of the same name."""
+        return self.model_copy(update={"gpus": {**self.gpus, gpu.name: gpu}})
+
     def gpu(self, name: str) -> Gpu:
-        """The GPU of that name; UnknownName otherwise."""
-        return _lookup(self.gpus, name, "GPU")
+        """The GPU of that name; UnknownName, with those that are known and the way out, otherwise."""
+        if name not in self.gpus:
+            known = sorted(self.gpus)
+            near = did_you_mean(name, known, most=3)
+            hint = near if near.startswith("known") else f"{near} Known are {', '.join(known)}"
+            way = "`throttllem doctor` names the kind of a GPU that is here, or prints the entry to add"
+            raise UnknownName(f"unknown GPU {name!r}: {hint}; {way}")
+        return self.gpus[name]
 
     def model(self, name: str) -> Model:
         """The model of a catalogue name, of a checkpoint's name (`OWNER/NAME`) whose figures are known here or in the

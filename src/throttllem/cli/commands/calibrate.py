@@ -80,12 +80,28 @@ def _like(known: Catalogue, frame: pl.DataFrame, like: str | None, file: Path) -
     if like is not None:
         return known.gpu(like)
     own = str(frame["gpu"][0])
+    if own not in known.gpus and (here := _here(known, own)) is not None:
+        return here
     if own not in known.gpus:
         raise ProfileError(
             f"{file}: its GPU {printable(own)!r} is not in the catalogue: name one that resembles it with --like "
-            f"({', '.join(sorted(known.gpus))})"
+            f"({', '.join(sorted(known.gpus))}); or run `throttllem doctor` on its machine: it prints the "
+            "entry to add with --catalogue"
         )
     return known.gpu(own)
+
+
+def _here(known: Catalogue, name: str) -> Gpu | None:
+    """An unlisted GPU of this machine, as `profile` named it."""
+    from throttllem.gpu.boards.facts import boards_here
+    from throttllem.gpu.nvml import NvmlError
+    from throttllem.physics.recognition import recognise
+
+    try:
+        found = [recognise(board, known) for board in boards_here().values()]
+    except NvmlError:
+        return None
+    return next((one.gpu for one in found if one.gpu.name == name), None)
 
 
 def _model(known: Catalogue, frame: pl.DataFrame, file: Path) -> Model:

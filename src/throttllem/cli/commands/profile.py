@@ -10,7 +10,6 @@ import typer
 from throttllem.cli.arguments import (
     Config,
     Extra,
-    Gpu,
     Seed,
     Setting,
     Sizes,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from throttllem.engines.openai import OpenaiEngine
     from throttllem.engines.simulated.fleet import Fleet
     from throttllem.engines.triton.engine import TritonEngine
+    from throttllem.physics.catalogue import Catalogue
     from throttllem.profiling.live.plan import LivePlan
     from throttllem.profiling.live.profiler import Device
 
@@ -33,7 +33,10 @@ CAPACITIES = ("max_batch", "max_context_tokens", "kv_blocks", "block_tokens")
 
 def profile(
     out: Annotated[Path, typer.Argument(help="CSV or Parquet file to write.")],
-    gpu: Gpu = "a100-40gb-sxm",
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help="GPU of the catalogue; default: the kind of --gpus, else a100-40gb-sxm."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Model of the catalogue; llama-2-13b, with --url llama-3-8b.")
     ] = None,
@@ -94,6 +97,7 @@ def profile(
             "engines.0.stats": ("--stats", stats),
             "engines.0.tokenizer": ("--tokenizer", tokenizer),
             "engines.0.api_key": ("--api-key-file", key),
+            "engines.0.gpu": ("--gpu", gpu),
             "engines.0.gpus": ("--gpus", gpus),
             **({"engines.0.tp": ("--tp", tp)} if url else {}),
             **_capacities(capacity or []),
@@ -107,13 +111,26 @@ def profile(
     options, entry = loaded.options, loaded.options.engines[0]
     known = Catalogue.load(options.catalogue)
     if entry.url is None:
-        fleet = build_fleet(known, gpu, model or "llama-2-13b", parsed_sizes(tp, sizes), options.batching)
+        fleet = build_fleet(known, entry.kind_of_gpu, model or "llama-2-13b", parsed_sizes(tp, sizes), options.batching)
         return _profile_simulated(fleet, rows, seed, out)
     size = parsed_sizes(tp, sizes, default=entry.tp)
-    fleet = build_fleet(known, gpu, model or "llama-3-8b", size, options.batching)
+    known, kind = _boards(known, entry)
+    fleet = build_fleet(known, kind, model or "llama-3-8b", size, options.batching)
     engine, device = _live(fleet, entry, options, clocks, quick=quick)
     plan = _plan(points, parsed_duration("--seconds", seconds), seed, quick=quick)
     return _profile_live(engine, device, plan, out, resume=resume, served_as=entry.served_as)
+
+
+def _boards(known: Catalogue, entry: EngineEntry) -> tuple[Catalogue, str]:
+    """The kind of the GPUs, and the catalogue with it."""
+    from throttllem.gpu.boards.facts import kind_of
+
+    if entry.gpus is None:
+        return known, entry.kind_of_gpu
+    kind = kind_of(entry.gpus, entry.gpu, known)
+    for note in kind.notes:
+        typer.echo(f"note: {note}", err=True)
+    return known.having(kind.gpu), kind.gpu.name
 
 
 def _capacities(texts: list[str]) -> dict[str, tuple[str, object]]:

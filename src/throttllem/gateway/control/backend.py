@@ -44,6 +44,8 @@ class Backend:
     clock: ClockSetter
     accounting: EnergyAccounting
     now: Callable[[], float]
+    gpu_notes: tuple[str, ...] = ()
+    """What is to be known of the kind of its GPUs."""
     close: Callable[[], Awaitable[None]] | None = None
     key: int | None = None
     last_key: int = -1

@@ -48,8 +48,9 @@ class BackendFactory:
         fleet: Fleet,
         table: PerformanceTable | None,
         controller: Controller,
+        notes: tuple[str, ...] = (),
     ) -> Backend:
-        """The backend of an entry; `fleet` has its size."""
+        """The backend of an entry; `fleet` has its size. `notes`: what is to be known of its GPUs."""
         spec, physics = fleet.specs[entry.tp], fleet.physics[entry.tp]
         gpu = self._gpu(entry, spec, physics, table)
         name = f"{entry.kind}-{entry.model}-tp{entry.tp}"
@@ -66,7 +67,8 @@ class BackendFactory:
             name=name,
             kind=entry.kind,
             tp=entry.tp,
-            catalogue_gpu=entry.gpu,
+            catalogue_gpu=entry.kind_of_gpu,
+            gpu_notes=notes,
             catalogue_model=entry.model,
             engine=engine,
             close=None if isinstance(engine, RealtimeEngine) else engine.close,

@@ -157,7 +157,7 @@ def decision(plan: FrequencyPlan | None) -> str:
 
 def assumptions(loop: ControlLoop, backend: Backend) -> tuple[str, ...]:
     """What the core assumes for this engine that was not measured."""
-    notes = []
+    notes = [*backend.gpu_notes]
     options = loop.controller.options
     if backend.clock.mode == "off":
         notes.append("clocks are left alone: [clocks] mode = 'off'")

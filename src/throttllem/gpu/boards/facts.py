@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pynvml
 
 from throttllem.gpu.hardware import found_gpu
 from throttllem.gpu.nvml import Nvml, NvmlError, NvmlGpu, Trouble
-from throttllem.physics.catalogue import Catalogue
-from throttllem.physics.recognition import Board, Recognised, recognise
+from throttllem.physics.catalogue import Catalogue, Gpu
+from throttllem.physics.recognition import Board, contradiction, recognise
 
 _CORES = {"7.0": 64, "7.5": 64, "8.0": 64}
 """By compute capability, CUDA cores of a multiprocessor; 128 on all others."""
@@ -41,9 +42,44 @@ def read_board(gpu: NvmlGpu) -> Board:
     )
 
 
-def recognised(names: Sequence[str], catalogue: Catalogue) -> tuple[Recognised, ...]:
-    """The kinds of GPUs, which are named by UUID or number. Raises NvmlError if NVML or a GPU cannot be read,
-    ValueError for a GPU that is not here.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """The kind of an engine's GPUs, and what is to be known of it."""
+
+    gpu: Gpu
+    notes: tuple[str, ...] = ()
+
+
+def boards_here(names: Sequence[str] | None = None) -> dict[str, Board]:
+    """By name (a UUID or number), the boards of GPUs; None: of all that can be read. Raises NvmlError if NVML or a GPU
+    cannot be read, ValueError for a GPU that is not here.
     """
     with Nvml() as nvml:
-        return tuple(recognise(read_board(found_gpu(nvml, name)), catalogue) for name in names)
+        if names is None:
+            names = [uuid for uuid in nvml.gpus().values() if isinstance(uuid, str)]
+        return {name: read_board(found_gpu(nvml, name)) for name in names}
+
+
+def kind_of(names: Sequence[str], given: str | None, catalogue: Catalogue, *, only_warn: bool = False) -> Kind:
+    """The kind of an engine's GPUs: the one that was named, unless a board contradicts it, else that of the boards.
+    `only_warn`: a contradiction is a note, where no clock will be set. Raises ValueError, and as `boards_here`.
+    """
+    boards = boards_here(names)
+    found = {name: recognise(board, catalogue) for name, board in boards.items()}
+    if given is not None:
+        gpu = catalogue.gpu(given)
+        refused = [
+            f"GPU {name}: {no}" for name, board in boards.items() if (no := contradiction(board, gpu, catalogue))
+        ]
+        if refused and not only_warn:
+            raise ValueError(f"engines: gpus: {refused[0]}")
+        notes = refused or [f"{one.note}; it is used as {given}, as named" for one in found.values() if one.note]
+        return Kind(gpu=gpu, notes=tuple(dict.fromkeys(notes)))
+    kinds = {one.gpu.name: one for one in found.values()}
+    if len(kinds) > 1:
+        are = ", ".join(f"{name} = {one.gpu.name}" for name, one in found.items())
+        raise ValueError(
+            f"engines: gpus: one engine, and GPUs of several kinds: {are}; an engine needs GPUs of one kind"
+        )
+    one = next(iter(kinds.values()))
+    return Kind(gpu=one.gpu, notes=(one.note,) if one.note else ())
