@@ -40,7 +40,7 @@ UNITS = {
     "joules": "J",
     "watts": "W",
     "hertz": "Hz",
-    "ratio": "0 to 1",
+    "ratio": "1 = 100 %",
     "blocks": "blocks",
     "requests": "requests",
     "sequences": "sequences",

@@ -48,14 +48,15 @@ def watts(tp, clock_mhz, batch):
 
 @dataclass(frozen=True, kw_only=True)
 class ToyPhysics:
-    """The law as the simulated engine wants it."""
+    """The law as the simulated engine wants it; `slower` than its table says."""
 
     spec: EngineSpec
+    slower: float = 1.0
 
     def iteration(self, clock_mhz, decode_batch, kv_tokens, prefill_tokens, prefill_pairs):
         kv_blocks = kv_tokens / self.spec.block_tokens
         time_s = seconds(self.spec.tp, clock_mhz, decode_batch, kv_blocks, prefill_tokens)
-        return time_s, watts(self.spec.tp, clock_mhz, decode_batch)
+        return time_s * self.slower, watts(self.spec.tp, clock_mhz, decode_batch)
 
     def idle_w(self):
         return self.spec.idle_w

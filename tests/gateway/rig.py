@@ -23,6 +23,7 @@ from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
+from throttllem.gateway.energy.table_meter import TableMeter
 from throttllem.gpu.simulated import SimulatedGpu
 from throttllem.openai_api.errors import ApiError
 from throttllem.openai_api.requests import COMPLETIONS, parse_request
@@ -192,9 +193,9 @@ class Rig:
         return self.models.session(parsed(**more), PromptCount(tokens=count, by="test", exact=True), slo or Slo())
 
 
-def toy_backend(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, name="toy", **changes):
+def toy_backend(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, name="toy", slower=1.0, **changes):
     some = spec(tp=tp, **({"kv_blocks": 200, "max_batch": 8, "no_evict": False, "chunked": True} | changes))
-    physics = ToyPhysics(spec=some)
+    physics, trained = ToyPhysics(spec=some, slower=slower), table_ or table(some)
     device = gpu or SimulatedGpu(
         CLOCKS_MHZ,
         switch_latency_s=0.05,
@@ -216,7 +217,11 @@ def toy_backend(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False,
         numbered=numbered,
     )
     accounting = EnergyAccounting(
-        gpu=device, now=now, kv_blocks=lambda: 1, at_maximum=SavingsEstimate(table=table_ or table(some))
+        gpu=device,
+        now=now,
+        kv_blocks=lambda: 1,
+        at_maximum=SavingsEstimate(table=trained),
+        meter=TableMeter(table=trained),
     )
     backend = Backend(
         name=f"toy-{tp}",

@@ -20,6 +20,7 @@ from throttllem.gateway.telemetry.status import (
     LengthStatus,
     ModelStatus,
     SloCounts,
+    TableBand,
 )
 
 HOSTILE = '"\\</script><img src=x onerror=alert(1)>\n$&'
@@ -69,6 +70,10 @@ UP = EngineStatus(
     kv_blocks=1234,
     report=Report(running=18, waiting=1, kv_blocks=1230),
     drift=Drift(batch=1.0, kv_blocks=-4.0, mean_batch=0.25, mean_kv_blocks=3.5, corrections=21),
+    table=(
+        TableBand(low_mhz=210, high_mhz=810, seconds_bias=1.12, watts_bias=0.97, factor=1.11),
+        TableBand(low_mhz=1410, high_mhz=1410, seconds_bias=None, watts_bias=None, factor=1.0),
+    ),
     energy=Energy(total_j=81_000.0, idle_j=9_000.0, top_j=100_000.0, advised_j=72_900.0, watts=187.0),
     ahead=Ahead(at_s=(0.0, 5.0, 12.0), batch=(17, 9, 1), kv_blocks=(1234, 1500, 90)),
     decision="one clock lower would violate an SLO",

@@ -22,14 +22,12 @@ AWARE = (ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY)
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedPhysics(ToyPhysics):
-    """The toy's physics, with every iteration (clock, seconds, watts) written down; `slower` than its table says."""
+    """The toy's physics, with every iteration (clock, seconds, watts) written down."""
 
     log: list = field(default_factory=list)
-    slower: float = 1.0
 
     def iteration(self, clock_mhz, *load):
         seconds, watts = ToyPhysics.iteration(self, clock_mhz, *load)
-        seconds *= self.slower
         self.log.append((clock_mhz, seconds, watts))
         return seconds, watts
 

@@ -142,6 +142,11 @@ class Controller:
         state = self._engines.by_id.get(engine)
         return state.board.kv_blocks(state.iteration - 1) if state else 0
 
+    def external_sequences(self, engine: int) -> int:
+        """Sequences of other clients in the engine, as far as they are known. O(1)."""
+        state = self._engines.by_id.get(engine)
+        return max(0, state.board.external.batch) if state else 0
+
     def snapshot(self) -> Snapshot:
         """What telemetry may know, frozen. O(engines)."""
         return Snapshot(

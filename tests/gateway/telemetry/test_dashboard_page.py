@@ -91,6 +91,7 @@ def test_it_shows_the_values_of_metrics() -> None:
                 "model0:generated_tokens": f"{shown_by['generated_tokens_total', 'llama']:,.0f}",
                 f"engine:{engine}:corrections": f"{shown_by['corrections_total', engine]:.0f}",
                 f"engine:{engine}:foreign": f"{shown_by['external_sequences', engine]:.0f}",
+                f"engine:{engine}:table": "210 to 810 MHz: time +12 %, watts −3 %, corrected ×1.11",
                 f"engine:{engine}:drift_kv": f"−{-shown_by['drift_kv_blocks', engine]:.0f} now, "
                 f"{shown_by['mean_drift_kv_blocks', engine]:.1f} mean",
             }.items():

@@ -22,6 +22,7 @@ PLAIN = {
     "throttllem_engine_state",
     "throttllem_engine_up",
     "throttllem_recent_slo_violations",
+    "throttllem_table_beyond_bounds",
 }
 AT = {"engine": "a100-0", "model": "llama"}
 

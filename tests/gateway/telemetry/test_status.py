@@ -1,6 +1,7 @@
 """The status of a running gateway: at every stage, of every engine, without ever raising."""
 
 import asyncio
+import re
 
 import pytest
 
@@ -97,6 +98,52 @@ def test_external_load_is_noted():
             return gateway_status(it.models).models[0].engines[0].notes
 
     assert any("5 sequences in this engine are not ours" in note for note in virtually(run()))
+
+
+async def loaded(it, seconds):
+    """Three streams at a time, one after the other."""
+
+    async def client():
+        while asyncio.get_running_loop().time() < seconds:
+            await it.request(tokens=60, slo=Slo(e2e_s=9.0))
+
+    await it.up()
+    it.backend.accounting.kv_blocks = lambda: it.loop.controller.kv_blocks(0)
+    await asyncio.gather(*(client() for _ in range(3)))
+
+
+STALE = r"the performance table is stale: .* iterations take 1\.2\d times what it says; it is corrected"
+BEYOND = r"the performance table is no basis for a clock: .* take [23]\.\d+ times .*; maximum clock until"
+
+
+@pytest.mark.parametrize(
+    ("mode", "slower", "words"),
+    [
+        ({}, 1.0, None),
+        ({}, 3.0, BEYOND),
+        ({}, 1.25, STALE),
+        ({"mute": True}, 1.25, STALE),
+        ({"numbered": True}, 1.25, STALE),
+    ],
+)
+def test_an_engine_is_held_against_its_table(mode, slower, words):
+    async def run():
+        async with rig(slower=slower, **mode) as it:
+            await loaded(it, 30.0)
+            return gateway_status(it.models).models[0].engines[0]
+
+    engine = virtually(run())
+    notes = [note for note in engine.notes if "the performance table" in note]
+    assert [bool(re.search(words or "", note)) for note in notes] == ([True] if words else [])
+    metered = [band for band in engine.table if band.watts_bias is not None]
+    assert metered
+    for band in metered:
+        assert band.seconds_bias == pytest.approx(slower, rel=0.07)
+        assert band.watts_bias == pytest.approx(1.0, abs=0.08)
+    assert {band.factor for band in engine.table} == {1.0} or words
+    assert engine.view.beyond_table == (slower == 3.0)
+    if slower == 3.0:
+        assert engine.view.plan.mhz == engine.spec.clocks_mhz[-1]
 
 
 def test_the_counts_of_the_status_are_those_of_the_loop():

@@ -19,6 +19,7 @@ from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
+from throttllem.gateway.energy.table_meter import TableMeter
 from throttllem.gateway.telemetry.metrics import Histograms
 from throttllem.gpu.device import Gpu
 from throttllem.gpu.hardware import HardwareGpu, Mode
@@ -55,12 +56,15 @@ class BackendFactory:
         gpu = self._gpu(entry, spec, physics, table)
         name = f"{entry.kind}-{entry.model}-tp{entry.tp}"
         mode = "simulated" if entry.gpus is None else self.options.clocks.mode
+        follows = entry.kind == "simulated" or entry.gpus is not None
         accounting = EnergyAccounting(
             gpu=gpu,
             now=self.now,
             kv_blocks=lambda: 0 if backend.key is None else controller.kv_blocks(backend.key),
             at_maximum=SavingsEstimate(table=table) if table else None,
             dry_run=SavingsEstimate(table=table) if table and mode in ("on", "dry-run") else None,
+            meter=TableMeter(table=table) if table and table.clocks_measured and follows else None,
+            external=lambda: 0 if backend.key is None else controller.external_sequences(backend.key),
         )
         engine = self._engine(entry, spec, physics, gpu)
         backend = Backend(
@@ -78,7 +82,7 @@ class BackendFactory:
                 reading=accounting.reading,
                 now=self.now,
                 mode=mode,
-                follows=entry.kind == "simulated" or entry.gpus is not None,
+                follows=follows,
                 on_command=self.histograms.clock_command,
             ),
             accounting=accounting,

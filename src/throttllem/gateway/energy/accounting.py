@@ -15,6 +15,7 @@ from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Report
 from throttllem.engines.progress import InFlight, Progress
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
+from throttllem.gateway.energy.table_meter import TableMeter
 from throttllem.gpu.device import Gpu, Reading, Work
 
 log = logging.getLogger("throttllem.gateway")
@@ -64,7 +65,8 @@ class EnergyAccounting:
     first request after idle time, and a few times a second.
 
     `kv_blocks` returns the scoreboard's estimate. `at_maximum` and `dry_run` estimate what other clocks would have
-    taken (None: there is no performance table, or no dry run).
+    taken (None: there is no performance table, or no dry run). `meter` holds decoding against the table (None: there is
+    none, or the engine does not run on `gpu`), while `external` returns 0 sequences of other clients.
     """
 
     gpu: Gpu
@@ -72,6 +74,8 @@ class EnergyAccounting:
     kv_blocks: Callable[[], int]
     at_maximum: SavingsEstimate | None = None
     dry_run: SavingsEstimate | None = None
+    meter: TableMeter | None = None
+    external: Callable[[], int] = lambda: 0
     total_j: float = 0.0
     idle_j: float = 0.0
     _progress: Progress | None = None
@@ -192,10 +196,12 @@ class EnergyAccounting:
         """Share by the tokens processed since the last settlement; False if there were none."""
         shares: list[tuple[InFlight, int]] = []
         output_tokens = prompts = prompt_tokens = 0
+        pending = False
         for flight in progress.in_flight.values():
             output = progress.output_tokens(flight)
             if output > 0:
                 flight.processed_prompt_tokens = max(flight.processed_prompt_tokens, flight.prompt_tokens)
+            pending = pending or output == 0
             decoded = max(0, output - flight.charged_output_tokens)
             prefilled = flight.processed_prompt_tokens - flight.charged_prompt_tokens
             if decoded or prefilled > 0:
@@ -217,6 +223,15 @@ class EnergyAccounting:
         self.total_j += joules
         for flight, tokens in shares:
             flight.energy_j += joules * tokens / (output_tokens + prompt_tokens)
+        if self.meter is not None and not (pending or prompts or reading.limit_mhz or self.external()):
+            self.meter.decoded(
+                seconds=done.seconds,
+                joules=joules,
+                steps=done.steps,
+                output_tokens=done.output_tokens,
+                kv_block_steps=done.kv_block_steps,
+                clock_mhz=reading.clock_mhz,
+            )
         self._dry_runs = self._dry_runs or reading.dry_run_mhz is not None
         for estimate, other_mhz in ((self.at_maximum, None), (self.dry_run, reading.planned_on_mhz)):
             if estimate is not None:

@@ -1,7 +1,7 @@
 """A gateway's status as metrics: every gauge and counter with its name, its help_text and where it is read.
 
 What is not known has no sample; a zero is a measured zero. Labels: engine, model (the first of its names), state,
-slo, outcome, window.
+slo, outcome, window, clocks_mhz (a band of clocks).
 """
 
 from __future__ import annotations
@@ -131,6 +131,11 @@ _ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (
         "Sequences of other clients in the engine.",
         _of_view(lambda view: view.external_sequences),
     ),
+    (
+        "throttllem_table_beyond_bounds",
+        "1 while the bias of the table is beyond what is corrected: maximum clock.",
+        _of_view(lambda view: view.beyond_table),
+    ),
     ("throttllem_drift_requests", "Batch: engine minus scoreboard, last.", lambda engine: engine.drift.batch),
     ("throttllem_drift_kv_blocks", "KV: engine minus scoreboard, last.", lambda engine: engine.drift.kv_blocks),
     (
@@ -190,6 +195,7 @@ class StatusCollector(Collector):
             counter = CounterMetricFamily(name, help_text, labels=("engine", "model"))
             yield _filled(counter, [(at, of_engine(one)) for at, one in engines])
         yield from _states(engines)
+        yield from _tables(engines)
 
 
 Family = GaugeMetricFamily | CounterMetricFamily
@@ -243,3 +249,23 @@ def _states(engines: list[tuple[tuple[str, str], EngineStatus]]) -> Iterator[Met
             at, {"kind": engine.kind, "gpu": engine.gpu, "catalogue_model": engine.model, "tp": str(engine.tp)}
         )
     yield from (state, about)
+
+
+def _tables(engines: list[tuple[tuple[str, str], EngineStatus]]) -> Iterator[Metric]:
+    """How far performance tables are from their engines, by clock band: at most four of them."""
+    labels = ("engine", "model", "clocks_mhz")
+    seconds, watts, factor = (
+        GaugeMetricFamily(f"throttllem_table_{name}_ratio", help_text, labels=labels)
+        for name, help_text in (
+            ("seconds_bias", "Seconds of decoding over those of the table."),
+            ("watts_bias", "Watts of decoding over those of the table."),
+            ("factor", "By which the table's seconds are corrected."),
+        )
+    )
+    for at, engine in engines:
+        for band in engine.table:
+            where = (*at, f"{band.low_mhz}-{band.high_mhz}")
+            _filled(seconds, [(where, band.seconds_bias)])
+            _filled(watts, [(where, band.watts_bias)])
+            _filled(factor, [(where, band.factor)])
+    yield from (seconds, watts, factor)

@@ -4,6 +4,7 @@ snapshot, the backends and the SLO attainment.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -31,13 +32,27 @@ class Ahead:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TableBand:
+    """One clock band of the performance table, against what the engine does there: `seconds_bias` and `watts_bias` are
+    what decoding took and drew over what the table says (1.1: 10 % more; None: not metered), `factor` corrects the
+    table's seconds (1: not corrected).
+    """
+
+    low_mhz: int
+    high_mhz: int
+    seconds_bias: float | None
+    watts_bias: float | None
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
     """One engine of the configuration. `view` None: the core does not know it now (down, or starting).
 
     `state`: "up", "starting", "down" or "stalled"; `trouble` is the reason. `clock_mhz` None: unknown.
     `kv_blocks` is the scoreboard's estimate, `report` the engine's last report. `clocks` is how clocks are set
     ("on", "dry-run", "off"; "simulated"), `advised_mhz` what would be set, `held` what keeps GPUs from following and
-    `unset` why they are not set though they should be.
+    `unset` why they are not set though they should be. `table` is how far its performance table is from it.
     """
 
     name: str
@@ -59,6 +74,7 @@ class EngineStatus:
     kv_blocks: int = 0
     report: Report | None = None
     drift: Drift = field(default_factory=Drift)
+    table: tuple[TableBand, ...] = ()
     energy: Energy = field(default_factory=Energy)
     ahead: Ahead = field(default_factory=Ahead)
     decision: str = ""
@@ -114,6 +130,8 @@ class GatewayStatus:
 
 
 _POINTS = 120
+_DOUBTFUL = 1.12
+"""A bias that is no longer a table's own error; in a dry run nothing corrects it."""
 
 
 def gateway_status(models: Models) -> GatewayStatus:
@@ -188,6 +206,8 @@ def _engine_status(loop: ControlLoop, backend: Backend, snapshot: Snapshot) -> E
         notes.append(
             f"{view.external_sequences} sequences in this engine are not ours: does another gateway or client use it?"
         )
+    table = _table(backend, view)
+    notes += _table_notes(table, beyond=view is not None and view.beyond_table)
     state, trouble = backend.health(loop.limits.silence_s)
     return EngineStatus(
         name=backend.name,
@@ -209,10 +229,50 @@ def _engine_status(loop: ControlLoop, backend: Backend, snapshot: Snapshot) -> E
         kv_blocks=view.kv_blocks if view else 0,
         report=backend.report,
         drift=view.drift if view else Drift(),
+        table=table,
         energy=energy,
         ahead=_ahead(loop, backend, view),
         decision=decision(view.plan if view else None),
     )
+
+
+def _table(backend: Backend, view: EngineView | None) -> tuple[TableBand, ...]:
+    """The bands of the engine's table. The core's bias, where it has one, is what its correction rests on."""
+    meter = backend.accounting.meter
+    if meter is None:
+        return ()
+    by_core = {band.low_mhz: band for band in (view.table_drift if view else ())}
+    found = []
+    for band in meter.view():
+        core = by_core.get(band.low_mhz)
+        found.append(
+            TableBand(
+                low_mhz=band.low_mhz,
+                high_mhz=band.high_mhz,
+                seconds_bias=band.seconds_bias if core is None or core.bias is None else core.bias,
+                watts_bias=band.watts_bias,
+                factor=1.0 if core is None else core.factor,
+            )
+        )
+    return tuple(found)
+
+
+def _table_notes(table: tuple[TableBand, ...], *, beyond: bool) -> Iterator[str]:
+    """What is wrong with a performance table, in words."""
+    worst = max((band for band in table if band.seconds_bias), key=_distance, default=None)
+    if worst is None:
+        return
+    where = f"at {worst.low_mhz} to {worst.high_mhz} MHz iterations take {worst.seconds_bias:.2f} times what it says"
+    if beyond:
+        yield f"the performance table is no basis for a clock: {where}; maximum clock until that is over. Profile again"
+    elif any(band.factor != 1.0 for band in table):
+        yield f"the performance table is stale: {where}; it is corrected. Profile again"
+    elif _distance(worst) > math.log(_DOUBTFUL):
+        yield f"the performance table may be stale: {where}. Profile again before clocks are set by it"
+
+
+def _distance(band: TableBand) -> float:
+    return abs(math.log(band.seconds_bias or 1.0))
 
 
 def _clock_notes(reading: Reading) -> Iterator[str]:
