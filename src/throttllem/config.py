@@ -21,6 +21,9 @@ from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.options import AdmissionOptions
 from throttllem.core.types import OptionError, Slo, check
 
+SIMULATED_MODEL = "llama-3-8b"
+"""What the simulated engine serves unless told otherwise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
@@ -92,8 +95,9 @@ class EngineEntry:
     gpu: str | None = None
     """GPU of the catalogue: its clocks and its power. Without it that of the boards in `gpus`, as NVML reports them;
     where none are named, a100-40gb-sxm."""
-    model: str = "llama-3-8b"
-    """Model of the catalogue."""
+    model: str | None = None
+    """Model of the catalogue, checkpoint (OWNER/NAME), or a `config.json` (the file or its folder). Without it what a
+    real engine reports; a simulated one serves `llama-3-8b`."""
     tp: int = 1
     """Number of its GPUs (tensor parallel degree)."""
     tables: Path | None = None
@@ -126,6 +130,8 @@ class EngineEntry:
         return self.gpu or "a100-40gb-sxm"
 
     def __post_init__(self) -> None:
+        if self.kind == "simulated" and self.model is None:
+            object.__setattr__(self, "model", SIMULATED_MODEL)
         check("engines", tp=(self.tp, 1, 1024))
         for name in ("max_batch", "max_context_tokens", "kv_blocks", "block_tokens"):
             if (value := getattr(self, name)) is not None:

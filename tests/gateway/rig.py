@@ -19,6 +19,7 @@ from throttllem.engines.base import Call, EngineError, PromptCount
 from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import ClockSetter
+from throttllem.gateway.control.engine_model import EngineModel
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
 from throttllem.gateway.energy.accounting import EnergyAccounting
@@ -228,7 +229,7 @@ def toy_backend(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False,
         kind="simulated",
         tp=tp,
         catalogue_gpu="toy",
-        catalogue_model="toy",
+        model=EngineModel(catalogue=None, gpu="toy", tp=tp, name="toy"),
         engine=engine,
         clock=ClockSetter(name=f"toy-{tp}", gpu=device, reading=accounting.reading, now=now),
         accounting=accounting,

@@ -75,7 +75,7 @@ def test_another_gateway_on_the_engine_is_logged_and_shown(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         notes, page = with_peer(check, tmp_path)
     assert any("not ours" in note for note in notes)
-    assert 'throttllem_external_sequences{engine="openai-llama-3-8b-tp1",model="tiny"} 3.0' in page
+    assert 'throttllem_external_sequences{engine="openai-tp1",model="tiny"} 3.0' in page
     assert caplog.text.count("not ours") == 1
 
 

@@ -59,10 +59,10 @@ def test_what_is_served_and_what_is_warned_of(tmp_path, caplog, verdict, mode, w
     ("verdict", "mode", "line"),
     [
         (BELOW, "on", "!! "),
-        (BELOW, "dry-run", "!! engine openai-llama-3-8b-tp1: of its table `train` found: column watts"),
+        (BELOW, "dry-run", "!! engine openai-tp1: of its table `train` found: column watts"),
         (ACCEPTED, "on", "accepted with --accept"),
-        (SOUND, "on", "ok engine openai-llama-3-8b-tp1: its table is sound: held-out seconds 4.0% off, watts 2.0% off"),
-        (None, "on", "-- engine openai-llama-3-8b-tp1: its table was not judged"),
+        (SOUND, "on", "ok engine openai-tp1: its table is sound: held-out seconds 4.0% off, watts 2.0% off"),
+        (None, "on", "-- engine openai-tp1: its table was not judged"),
     ],
 )
 def test_check_shows_it(tmp_path, verdict, mode, line):

@@ -95,9 +95,10 @@ def error_reply(error: ApiError) -> Reply:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connected:
     """What an engine reports when it is reached. `models` are the names that it serves; `default_max_tokens` is its
-    limit where a completion names none (None: what the context leaves). `exact`: `watch` will report every step;
-    `named`: its reports name the requests that started and finished in it. `notes` are for people: what is assumed,
-    what is missing and what that costs.
+    limit where a completion names none (None: what the context leaves). `roots` are the checkpoints that it loaded
+    (OWNER/NAME, or a folder), as far as it names them; `kv_cache_dtype` is "fp8" where it says so. `exact`: `watch`
+    will report every step; `named`: its reports name the requests that started and finished in it. `notes` are for
+    people: what is assumed, what is missing and what that costs.
     """
 
     spec: EngineSpec
@@ -105,6 +106,8 @@ class Connected:
     default_max_tokens: int | None = None
     exact: bool = False
     named: bool = False
+    roots: tuple[str, ...] = ()
+    kv_cache_dtype: str = "auto"
     version: str = ""
     notes: tuple[str, ...] = ()
 

@@ -28,6 +28,8 @@ class ReportedCapacities:
     """
 
     models: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
+    kv_cache_dtype: str = "auto"
     version: str = ""
     max_context_tokens: int | None = None
     kv_blocks: int | None = None
@@ -50,13 +52,14 @@ async def read_capacities(upstream: Upstream, *, need_batch: bool) -> ReportedCa
     status, _ = await upstream.get("/health")
     if status >= 500:
         raise EngineError(f"the engine at {upstream.url} is not healthy (/health answers {status})", status=503)
-    names, context = _models(upstream.url, await upstream.get_json("/v1/models"))
+    names, roots, context = _models(upstream.url, await upstream.get_json("/v1/models"))
     page = await metrics_page(upstream)
     numbers = {**_cache(page), **_plugin(page)}
     if need_batch and "max_batch" not in numbers:
         numbers |= await _server_info(upstream)
     return ReportedCapacities(
         models=names,
+        roots=roots,
         version=await _version(upstream),
         max_context_tokens=context,
         metrics=total(page, "vllm:num_requests_running") is not None,
@@ -135,15 +138,17 @@ def total(page: bytes, name: str) -> float | None:
     return float(sum(values)) if values else None
 
 
-def _models(url: str, answer: object) -> tuple[tuple[str, ...], int | None]:
-    """Names, and the least context among the models that report one."""
+def _models(url: str, answer: object) -> tuple[tuple[str, ...], tuple[str, ...], int | None]:
+    """Names, the checkpoints behind them (adapters left out), and the least context of those that report one."""
     listed = answer.get("data") if isinstance(answer, dict) else None
     models = [model for model in listed if isinstance(model, dict)] if isinstance(listed, list) else []
     names = tuple(name for model in models if isinstance(name := model.get("id"), str))
     if not names:
         raise EngineError(f"the engine at {url} names no model in /v1/models", status=503)
+    roots = (model.get("root") for model in models if not model.get("parent"))
+    loaded = dict.fromkeys(root for root in roots if isinstance(root, str) and root)
     contexts = [length for model in models if isinstance(length := model.get("max_model_len"), int) and length > 0]
-    return names, min(contexts, default=None)
+    return names, tuple(loaded), min(contexts, default=None)
 
 
 def _cache(page: bytes) -> dict[str, Any]:
@@ -156,7 +161,12 @@ def _cache(page: bytes) -> dict[str, Any]:
     if size.isdecimal():
         # A model with several kinds of layers takes blocks of each kind for a token.
         block_tokens = min(block_tokens, max(1, int(size) // counts[0]))
-    return {"kv_blocks": sum(counts) - len(counts), "block_tokens": block_tokens, "engines": len(counts)}
+    return {
+        "kv_blocks": sum(counts) - len(counts),
+        "block_tokens": block_tokens,
+        "engines": len(counts),
+        "kv_cache_dtype": "fp8" if labels[0].get("cache_dtype", "").startswith("fp8") else "auto",
+    }
 
 
 def _plugin(page: bytes) -> dict[str, Any]:

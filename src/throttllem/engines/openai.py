@@ -60,6 +60,8 @@ class OpenaiEngine:
         return Connected(
             spec=spec,
             models=reported.models,
+            roots=reported.roots,
+            kv_cache_dtype=reported.kv_cache_dtype,
             default_max_tokens=COMPLETION_TOKENS,
             version=reported.version,
             notes=tuple(notes),

@@ -20,7 +20,7 @@ from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPred
 from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import EngineSpec
-from throttllem.engines.simulated.fleet import build_fleet
+from throttllem.engines.simulated.fleet import build_fleet, fleet_without_model
 from throttllem.gateway.control.backend_factory import BackendFactory, called
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
@@ -124,7 +124,7 @@ def groups(entries: tuple[EngineEntry, ...]) -> list[tuple[EngineEntry, ...]]:
         sizes = [entry.tp for entry in group]
         if len(set(sizes)) < len(sizes):
             raise ValueError(
-                f"engines: two of model {group[0].model} with tp = {max(sizes, key=sizes.count)}: one engine of each "
+                f"engines: two of model {called(group[0])} with tp = {max(sizes, key=sizes.count)}: one engine of each "
                 "size is served; give other models another served_as, or run a gateway for each"
             )
     names = [called(group[0]) for group in found]
@@ -135,7 +135,7 @@ def groups(entries: tuple[EngineEntry, ...]) -> list[tuple[EngineEntry, ...]]:
 
 
 def _together(entry: EngineEntry) -> tuple[str, str, str]:
-    return entry.kind_of_gpu, entry.model, entry.served_as or ""
+    return entry.kind_of_gpu, entry.model or "", entry.served_as or ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,19 +159,22 @@ class _Part:
     def build(self, entries: tuple[EngineEntry, ...], histograms: Histograms) -> _Built:
         options, first = self.options, entries[0]
         sizes = tuple(sorted(entry.tp for entry in entries))
-        fleet = build_fleet(self.catalogue, first.kind_of_gpu, first.model, sizes, options.batching)
+        if first.model is None:
+            fleet = fleet_without_model(self.catalogue, first.kind_of_gpu, sizes, options.batching)
+        else:
+            fleet = build_fleet(self.catalogue, first.kind_of_gpu, first.model, sizes, options.batching)
         policy = parse_policy(options.policy, fleet.clocks_mhz, sizes)
         tables = self._tables(entries, policy)
         predictor, file = self._predictor(first)
         controller = Controller(self._controller_options(entries, policy, fleet.specs, tables, predictor))
-        factory = BackendFactory(options=options, histograms=histograms, now=self.now)
+        factory = BackendFactory(options=options, catalogue=self.catalogue, histograms=histograms, now=self.now)
         backends = tuple(
             factory.backend(entry, fleet, tables.get(entry.tp), controller, self.notes.get(entry.gpus or (), ()))
             for entry in entries
         )
         recorder = self._recorder(first, controller)
         observer = RecordingObserver(
-            model=lambda: next(iter(served.all_names()), first.model), histograms=histograms, recorder=recorder
+            model=lambda: next(iter(served.all_names()), called(first)), histograms=histograms, recorder=recorder
         )
         loop = ControlLoop(
             controller=controller, backends=backends, limits=options.limits, now=self.now, observer=observer
@@ -218,7 +221,7 @@ class _Part:
         for entry in entries:
             if entry.tables is not None:
                 tables[entry.tp] = self._table(entry, entry.tables.expanduser() / f"table-tp{entry.tp}.npz")
-            elif entry.kind == "simulated" and policy.slo_aware and self.cache_dir is not None:
+            elif entry.kind == "simulated" and entry.model and policy.slo_aware and self.cache_dir is not None:
                 from throttllem.profiling.tables import performance_tables  # noqa: PLC0415
 
                 alone = build_fleet(self.catalogue, entry.kind_of_gpu, entry.model, (entry.tp,), self.options.batching)

@@ -180,7 +180,8 @@ async def _engine(backend: Backend, core: ControllerOptions, options: Options) -
     finally:
         if backend.close is not None:
             await backend.close()
-    return [Finding(mark="ok", text=_described(backend, connected, core, options)), *_notes(backend, connected)]
+    described = Finding(mark="ok", text=_described(backend, connected, core, options))
+    return [described, *_model(backend, connected), *_notes(backend, connected)]
 
 
 def _described(backend: Backend, connected: Connected, core: ControllerOptions, options: Options) -> str:
@@ -201,6 +202,20 @@ def _described(backend: Backend, connected: Connected, core: ControllerOptions, 
         f"{spec.kv_blocks} KV blocks of {spec.block_tokens} tokens, {spec.max_batch} requests, "
         f"context {spec.max_context_tokens}; policy {options.policy} {chosen} of {simulated}{backend.catalogue_gpu}"
     )
+
+
+def _model(backend: Backend, connected: Connected) -> Iterator[Finding]:
+    """Which model a real engine serves, as the catalogue knows it."""
+    model = backend.model
+    if backend.kind == "simulated":
+        return
+    model.reached(connected)
+    if model.known and model.physics is not None:
+        origin = "as it reports" if model.configured is None else "as configured"
+        text = f"engine {backend.name}: its model is {model.name}, {origin}: {model.physics.model.described}"
+        yield Finding(mark="ok", text=text)
+    for note in model.notes:
+        yield Finding(mark="!!" if model.known else "--", text=f"engine {backend.name}: {note}")
 
 
 def _without_choice(backend: Backend, table: PerformanceTable | None) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import tomllib
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -149,6 +150,17 @@ class Catalogue(Frozen):
         if found is None and (file := cached(name)) is not None:
             return self._read(file, name)
         return found
+
+    def reported(self, names: Iterable[str]) -> Model | None:
+        """The model of what an engine says of itself (checkpoints and served names, the surest first): a known
+        checkpoint, or a folder of this machine with a `config.json`; None: none of them is known. Raises ConfigError.
+        """
+        for name in names:
+            if (found := self.checkpoint(name)) is not None:
+                return found
+            if name.startswith("/") and (file := Path(name, "config.json")).is_file():
+                return self._read(file, name)
+        return None
 
     def _read(self, path: Path, name: str) -> Model:
         """The model of a file; under the catalogue's name where it has one of the same figures."""

@@ -11,6 +11,7 @@ from throttllem.engines.base import Report
 from throttllem.engines.progress import Progress
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import ClockSetter
+from throttllem.gateway.control.engine_model import EngineModel
 from throttllem.gateway.energy.accounting import Energy, EnergyAccounting
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gpu.device import Reading
@@ -31,7 +32,7 @@ class Desk:
             kind="simulated",
             tp=1,
             catalogue_gpu="toy",
-            catalogue_model="toy",
+            model=EngineModel(catalogue=None, gpu="toy", tp=1, name="toy"),
             engine=None,
             clock=ClockSetter(name="toy", gpu=self.gpu, reading=self.gpu.read, now=lambda: self.now_s),
             accounting=self.accounting,

@@ -94,6 +94,14 @@ def test_refusals(there, tmp_path, monkeypatch, capsys, more, said):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_model_is_what_the_engine_reports(tmp_path, monkeypatch, capsys):
+    """It is asked before anything is measured; one that is not known must be given."""
+    monkeypatch.chdir(tmp_path)
+    with gateway(tmp_path / "gateway", max_batch=4, served_as="mine") as url:
+        assert run(monkeypatch, "profile", "p.csv", "--url", url, *TOLD, "--points", "1") == 2
+        assert "the engine serves mine, whose figures are not known: give --model" in capsys.readouterr().err
+
+
 def test_a_name_that_no_profile_has_is_refused_before_anything(there, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "profile", str(tmp_path / "p.txt"), "--url", there, *TOLD) == 2
     assert "ends with .parquet or .csv" in " ".join(capsys.readouterr().err.split())

@@ -97,12 +97,12 @@ def virtually(coroutine):
 
 
 @contextlib.contextmanager
-def gateway(tmp_path, **batching):
+def gateway(tmp_path, *, served_as=None, **batching):
     """The real gateway over a simulated engine without noise, at the top clock, on a thread; yields its url."""
     options = Options(
         policy="triton",
         server=ServerOptions(port=0),
-        engines=(EngineEntry(),),
+        engines=(EngineEntry(served_as=served_as),),
         batching=BatchingOptions(**batching),
         noise=Noise(time=0, power=0),
         recorder=RecorderOptions(enabled=False),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from throttllem.cli.arguments import (
+    MODEL_HELP,
     Config,
     Extra,
     Seed,
@@ -21,6 +22,7 @@ from throttllem.cli.progress import progress
 
 if TYPE_CHECKING:
     from throttllem.config import EngineEntry, Options
+    from throttllem.engines.base import RemoteOptions
     from throttllem.engines.openai import OpenaiEngine
     from throttllem.engines.simulated.fleet import Fleet
     from throttllem.engines.triton.engine import TritonEngine
@@ -38,7 +40,8 @@ def profile(
         typer.Option("--gpu", help="GPU of the catalogue; default: the kind of --gpus, else a100-40gb-sxm."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Model of the catalogue; llama-2-13b, with --url llama-3-8b.")
+        str | None,
+        typer.Option("--model", help=f"{MODEL_HELP} With --url: what the engine reports."),
     ] = None,
     tp: Annotated[
         int | None, typer.Option("--tp", help="GPUs of the engine (tensor parallel degree); 4, with --url 1.")
@@ -115,7 +118,8 @@ def profile(
         return _profile_simulated(fleet, rows, seed, out)
     size = parsed_sizes(tp, sizes, default=entry.tp)
     known, kind = _boards(known, entry)
-    fleet = build_fleet(known, kind, model or "llama-3-8b", size, options.batching)
+    model = model or entry.model or _reported_model(known, kind, size, entry, options)
+    fleet = build_fleet(known, kind, model, size, options.batching)
     engine, device = _live(fleet, entry, options, clocks, quick=quick)
     plan = _plan(points, parsed_duration("--seconds", seconds), seed, quick=quick)
     return _profile_live(engine, device, plan, out, resume=resume, served_as=entry.served_as)
@@ -147,13 +151,24 @@ def _capacities(texts: list[str]) -> dict[str, tuple[str, object]]:
 def _live(
     fleet: Fleet, entry: EngineEntry, options: Options, clocks: str | None, *, quick: bool
 ) -> tuple[OpenaiEngine | TritonEngine, Device]:
-    from throttllem.engines.base import RemoteOptions
     from throttllem.engines.remote import remote_engine
-    from throttllem.profiling.live.run import SCRAPE_S, chosen_clocks, engine_spec, live_device, quick_clocks
+    from throttllem.profiling.live.run import chosen_clocks, engine_spec, live_device, quick_clocks
+
+    if quick and clocks is None:
+        wanted = quick_clocks(fleet.physics[fleet.sizes[0]].gpu)
+    else:
+        wanted = chosen_clocks(fleet.clocks_mhz, clocks)
+    device = live_device(fleet, wanted, entry.gpus, options.clocks.keeper)
+    return remote_engine(_remote(entry), engine_spec(fleet)), device
+
+
+def _remote(entry: EngineEntry) -> RemoteOptions:
+    from throttllem.engines.base import RemoteOptions
+    from throttllem.profiling.live.run import SCRAPE_S
 
     assert entry.url is not None
     assert entry.kind != "simulated"
-    remote = RemoteOptions(
+    return RemoteOptions(
         url=entry.url,
         kind=entry.kind,
         served_as=entry.served_as,
@@ -167,12 +182,38 @@ def _live(
         kv_blocks=entry.kv_blocks,
         block_tokens=entry.block_tokens,
     )
-    if quick and clocks is None:
-        wanted = quick_clocks(fleet.physics[fleet.sizes[0]].gpu)
-    else:
-        wanted = chosen_clocks(fleet.clocks_mhz, clocks)
-    device = live_device(fleet, wanted, entry.gpus, options.clocks.keeper)
-    return remote_engine(remote, engine_spec(fleet)), device
+
+
+def _reported_model(known: Catalogue, gpu: str, size: tuple[int, ...], entry: EngineEntry, options: Options) -> str:
+    """The name of the model that the engine says it serves. Raises ValueError where its figures are not known."""
+    import asyncio
+
+    from throttllem.engines.base import EngineError
+    from throttllem.engines.remote import remote_engine
+    from throttllem.engines.simulated.fleet import fleet_without_model
+    from throttllem.profiling.live.run import engine_spec
+
+    engine = remote_engine(_remote(entry), engine_spec(fleet_without_model(known, gpu, size, options.batching)))
+
+    async def names() -> tuple[str, ...]:
+        try:
+            connected = await engine.connect()
+        finally:
+            await engine.close()
+        return tuple(dict.fromkeys((*connected.roots, *connected.models)))
+
+    try:
+        served = asyncio.run(names())
+    except EngineError as error:
+        raise ValueError(str(error)) from error
+    found = known.reported(served)
+    if found is None:
+        raise ValueError(
+            f"the engine serves {', '.join(served)}, whose figures are not known: give --model, a name of the "
+            "catalogue or the model's config.json"
+        )
+    typer.echo(f"model {found.name}, as the engine reports: {found.described}", err=True)
+    return found.name
 
 
 def _plan(points: int | None, seconds: float | None, seed: int, *, quick: bool) -> LivePlan:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from throttllem.cli.arguments import Config, Setting, load
+from throttllem.cli.arguments import MODEL_HELP, Config, Setting, load
 from throttllem.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def serve(
     ] = None,
     triton: Annotated[str | None, typer.Option("--triton", help="URL of a Triton server, likewise.")] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="GPU of the catalogue, of the one engine.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model of the catalogue, of the one engine.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help=f"Of the one engine; default: what it reports. {MODEL_HELP}")
+    ] = None,
     tp: Annotated[int | None, typer.Option("--tp", help="Number of GPUs of the one engine.")] = None,
     tables: Annotated[Path | None, typer.Option("--tables", help="Folder that `train` wrote.")] = None,
     gpus: Annotated[str | None, typer.Option("--gpus", help="GPUs of the one engine: UUIDs or numbers.")] = None,

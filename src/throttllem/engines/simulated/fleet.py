@@ -45,6 +45,36 @@ class Fleet:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+UNKNOWN = "unknown"
+"""The name of a model that is neither configured nor recognised."""
+
+
+def fleet_without_model(catalogue: Catalogue, gpu: str, sizes: tuple[int, ...], options: BatchingOptions) -> Fleet:
+    """Engines of a model that is not known: without physics, and with capacities that bound nothing until the engine
+    has reported its own.
+    """
+    the_gpu, rules = catalogue.gpu(gpu), batching(options, catalogue.gpu(gpu))
+    specs = {
+        tp: EngineSpec(
+            gpu=gpu,
+            model=UNKNOWN,
+            tp=tp,
+            kv_blocks=int(the_gpu.memory_bytes * tp),
+            block_tokens=rules.block_tokens,
+            max_batch=rules.max_batch,
+            max_context_tokens=int(the_gpu.memory_bytes * tp),
+            prefill_budget_tokens=rules.prefill_budget_tokens,
+            chunked=rules.chunked,
+            no_evict=rules.no_evict,
+            clocks_mhz=the_gpu.clocks_mhz,
+            idle_w=the_gpu.power.idle_w * tp,
+            startup_s=the_gpu.startup_s,
+        )
+        for tp in sorted(set(sizes))
+    }
+    return Fleet(gpu=gpu, model=UNKNOWN, specs=specs, physics={})
+
+
 def build_fleet(catalogue: Catalogue, gpu: str, model: str, sizes: tuple[int, ...], options: BatchingOptions) -> Fleet:
     """Engines of these sizes. Raises ValueError for unknown names, bad sizes, and a model that does not fit."""
     the_gpu, the_model = catalogue.gpu(gpu), catalogue.model(model).with_cache(options.kv_cache_dtype)

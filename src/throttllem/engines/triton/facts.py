@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import RemoteOptions
+from throttllem.engines.base import EngineError, RemoteOptions
 from throttllem.engines.capacity import samples
+from throttllem.engines.simulated.fleet import UNKNOWN
 
 ENSEMBLE = frozenset(
     {"text_input", "max_tokens", "stream", "bad_words", "stop_words", "end_id", "pad_id", "top_k", "top_p", "seed"}
@@ -72,9 +73,16 @@ def engine_spec(
     """The engine as the core needs it, and notes on what was assumed.
 
     Metrics go before options, which go before the configuration (Triton's max_batch_size is near TensorRT-LLM's, but
-    not the same), which goes before `spec`, the catalogue's engine.
+    not the same), which goes before `spec`, the catalogue's engine. Raises EngineError where nothing gives a capacity.
     """
     notes = []
+    if spec.model == UNKNOWN:
+        given = {"kv_blocks": measured.kv_blocks or options.kv_blocks, "max_context_tokens": options.max_context_tokens}
+        if missing := [f"engines.{name}" for name, value in given.items() if value is None]:
+            raise EngineError(
+                f"the server at {options.url} does not report its model: set engines.model, or {' and '.join(missing)}",
+                status=503,
+            )
     max_batch = measured.max_requests or options.max_batch or facts.max_batch
     if max_batch is None:
         notes.append(f"a batch of {spec.max_batch} is assumed: set engines.max_batch")

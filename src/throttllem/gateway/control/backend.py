@@ -14,6 +14,7 @@ from throttllem.core.types import EngineLost, EngineReady, Event
 from throttllem.engines.base import Connected, EngineError, LiveEngine, Report
 from throttllem.engines.progress import Progress
 from throttllem.gateway.control.clock_setter import ClockSetter
+from throttllem.gateway.control.engine_model import EngineModel
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gpu.device import Gpu
 
@@ -39,7 +40,7 @@ class Backend:
     kind: str
     tp: int
     catalogue_gpu: str
-    catalogue_model: str
+    model: EngineModel
     engine: LiveEngine
     clock: ClockSetter
     accounting: EnergyAccounting
@@ -158,6 +159,8 @@ class Backend:
 
     async def _take_into_use(self, key: int, connected: Connected, emit: Emit) -> None:
         self.connected, self.report, self.own_trouble = connected, None, None
+        if self.kind != "simulated":
+            self.model.reached(connected)
         self.progress = Progress(key, exact=connected.named)
         mhz = await self.clock.in_force(connected.spec.clocks_mhz[-1])
         self.last_sign_s = self._stepped_s = self.now()
@@ -259,6 +262,8 @@ class Backend:
         flight = progress.left(request_id)
         assert flight is not None
         self._arm()
+        if not self.accounting.known():
+            return None
         return flight.energy_j if flight.charged_prompt_tokens or flight.charged_output_tokens else None
 
     def estimated(self, by: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePath
+from urllib.parse import urlsplit
 
 from throttllem.config import EngineEntry, Options
 from throttllem.core.controller import Controller
@@ -17,6 +19,7 @@ from throttllem.engines.simulated.realtime import RealtimeEngine
 from throttllem.engines.triton.engine import TritonEngine
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import ClockSetter
+from throttllem.gateway.control.engine_model import EngineModel
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gateway.energy.table_meter import TableMeter
@@ -25,14 +28,15 @@ from throttllem.gpu.device import Gpu
 from throttllem.gpu.hardware import HardwareGpu, Mode
 from throttllem.gpu.setters import clock_setter
 from throttllem.gpu.simulated import SimulatedGpu
+from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 
 AnyEngine = RealtimeEngine | OpenaiEngine | TritonEngine
 
 
 def called(entry: EngineEntry) -> str:
-    """The name of a model in files, and of a simulated one for clients."""
-    return entry.served_as or entry.model
+    """The name of a model in files, and of a simulated one for clients; where none is given, the engine's address."""
+    return entry.served_as or entry.model or urlsplit(entry.url or "").netloc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,7 @@ class BackendFactory:
     """Reaches nothing yet."""
 
     options: Options
+    catalogue: Catalogue
     histograms: Histograms
     now: Callable[[], float]
 
@@ -52,9 +57,18 @@ class BackendFactory:
         notes: tuple[str, ...] = (),
     ) -> Backend:
         """The backend of an entry; `fleet` has its size. `notes`: what is to be known of its GPUs."""
-        spec, physics = fleet.specs[entry.tp], fleet.physics[entry.tp]
-        gpu = self._gpu(entry, spec, physics, table)
-        name = f"{entry.kind}-{entry.model}-tp{entry.tp}"
+        spec, physics = fleet.specs[entry.tp], fleet.physics.get(entry.tp)
+        model = EngineModel(
+            catalogue=self.catalogue,
+            gpu=entry.kind_of_gpu,
+            tp=entry.tp,
+            configured=entry.model,
+            name=entry.model,
+            physics=physics,
+        )
+        gpu = self._gpu(entry, spec, model, table)
+        short = PurePath(entry.model or entry.served_as or "").name
+        name = "-".join(part for part in (entry.kind, short, f"tp{entry.tp}") if part)
         mode = "simulated" if entry.gpus is None else self.options.clocks.mode
         follows = entry.kind == "simulated" or entry.gpus is not None
         accounting = EnergyAccounting(
@@ -65,6 +79,7 @@ class BackendFactory:
             dry_run=SavingsEstimate(table=table) if table and mode in ("on", "dry-run") else None,
             meter=TableMeter(table=table) if table and table.clocks_measured and follows else None,
             external=lambda: 0 if backend.key is None else controller.external_sequences(backend.key),
+            known=lambda: entry.gpus is not None or model.known,
         )
         engine = self._engine(entry, spec, physics, gpu)
         backend = Backend(
@@ -73,7 +88,7 @@ class BackendFactory:
             tp=entry.tp,
             catalogue_gpu=entry.kind_of_gpu,
             gpu_notes=notes,
-            catalogue_model=entry.model,
+            model=model,
             engine=engine,
             close=None if isinstance(engine, RealtimeEngine) else engine.close,
             clock=ClockSetter(
@@ -91,7 +106,7 @@ class BackendFactory:
         return backend
 
     def _gpu(
-        self, entry: EngineEntry, spec: EngineSpec, physics: EnginePhysics, table: PerformanceTable | None
+        self, entry: EngineEntry, spec: EngineSpec, model: EngineModel, table: PerformanceTable | None
     ) -> SimulatedGpu | HardwareGpu:
         if entry.gpus is not None:
             clocks = self.options.clocks
@@ -104,16 +119,15 @@ class BackendFactory:
         return SimulatedGpu(
             spec.clocks_mhz,
             switch_latency_s=self.options.throttle.switch_latency_s,
-            watts=lambda mhz, work: physics.iteration(
-                mhz, work.decode_sequences, work.kv_tokens, work.prefill_tokens, work.prefill_pairs
-            )[1],
+            watts=model.watts,
             idle_w=spec.idle_w,
             now=self.now,
         )
 
-    def _engine(self, entry: EngineEntry, spec: EngineSpec, physics: EnginePhysics, gpu: Gpu) -> AnyEngine:
+    def _engine(self, entry: EngineEntry, spec: EngineSpec, physics: EnginePhysics | None, gpu: Gpu) -> AnyEngine:
         name = called(entry)
         if entry.url is None:
+            assert physics is not None
             seed = (self.options.server.seed, entry.tp)
             return RealtimeEngine(spec, physics, noise=self.options.noise, seed=seed, gpu=gpu, name=name, now=self.now)
         assert entry.kind != "simulated"

@@ -27,19 +27,20 @@ _UNREAD = Reading(clock_mhz=None, watts=0.0, energy_j=0.0)
 class Energy:
     """Joules of one engine's GPUs since the gateway started, of requests and idle. `top_j` is the estimate for the same
     load at the maximum clock (None: there is no performance table), `advised_j` that at the clocks of a dry run
-    (None: there was none). Savings are therefore estimates.
+    (None: there was none). Savings are therefore estimates. All are None where the GPUs are simulated and the model is
+    not known.
     """
 
-    total_j: float = 0.0
-    idle_j: float = 0.0
+    total_j: float | None = 0.0
+    idle_j: float | None = 0.0
     top_j: float | None = None
     advised_j: float | None = None
-    watts: float = 0.0
+    watts: float | None = 0.0
 
     @property
     def saved(self) -> float | None:
         """The fraction of `top_j` that was not taken, negative where it took more; None: nothing to compare."""
-        return 1.0 - self.total_j / self.top_j if self.top_j else None
+        return 1.0 - self.total_j / self.top_j if self.top_j and self.total_j is not None else None
 
     @property
     def would_save(self) -> float | None:
@@ -76,6 +77,8 @@ class EnergyAccounting:
     dry_run: SavingsEstimate | None = None
     meter: TableMeter | None = None
     external: Callable[[], int] = lambda: 0
+    known: Callable[[], bool] = lambda: True
+    """Whether the counter's joules are those of the engine's GPUs, real or modelled."""
     total_j: float = 0.0
     idle_j: float = 0.0
     _progress: Progress | None = None
@@ -183,6 +186,8 @@ class EnergyAccounting:
     def energy(self) -> Energy:
         """The totals so far, settled up to now."""
         self.settle()
+        if not self.known():
+            return Energy(total_j=None, idle_j=None, watts=None)
         top = self.at_maximum
         return Energy(
             total_j=self.total_j,

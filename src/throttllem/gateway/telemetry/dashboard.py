@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.resources import files
 
@@ -76,9 +76,9 @@ class Totals:
     """
 
     queue: int
-    watts: float
-    total_j: float
-    idle_j: float
+    watts: float | None
+    total_j: float | None
+    idle_j: float | None
     top_j: float | None
     saved: float | None
     would_save: float | None
@@ -97,22 +97,22 @@ def totals(status: GatewayStatus) -> Totals:
     energies = [engine.energy for model in status.models for engine in model.engines]
     compared = [energy for energy in energies if energy.top_j]
     sums = Energy(
-        total_j=sum(energy.total_j for energy in compared),
+        total_j=_sum(energy.total_j for energy in compared),
         top_j=sum(energy.top_j or 0.0 for energy in compared) or None,
     )
     dry_runs = [energy for energy in energies if energy.advised_j is not None]
     advised = Energy(
-        total_j=sum(energy.total_j for energy in dry_runs),
+        total_j=_sum(energy.total_j for energy in dry_runs),
         advised_j=sum(energy.advised_j or 0.0 for energy in dry_runs) if dry_runs else None,
     )
-    total_j, idle_j = sum(energy.total_j for energy in energies), sum(energy.idle_j for energy in energies)
+    total_j, idle_j = _sum(energy.total_j for energy in energies), _sum(energy.idle_j for energy in energies)
     tokens = sum(model.generated_tokens for model in status.models)
     recent, ever = SloCounts(), SloCounts()
     for model in status.models:
         recent, ever = added(recent, model.recent), added(ever, model.ever)
     return Totals(
         queue=sum(model.queue for model in status.models),
-        watts=sum(energy.watts for energy in energies),
+        watts=_sum(energy.watts for energy in energies),
         total_j=total_j,
         idle_j=idle_j,
         top_j=sums.top_j,
@@ -120,13 +120,19 @@ def totals(status: GatewayStatus) -> Totals:
         would_save=advised.would_save,
         engines=len(energies),
         estimated=len(compared),
-        joules_per_token=total_j / tokens if tokens else None,
-        busy_joules_per_token=(total_j - idle_j) / tokens if tokens else None,
+        joules_per_token=None if total_j is None or not tokens else total_j / tokens,
+        busy_joules_per_token=None if total_j is None or not tokens else (total_j - (idle_j or 0.0)) / tokens,
         recent=recent,
         ever=ever,
         recent_attainment=recent.attainment,
         ever_attainment=ever.attainment,
     )
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """Of the values that are known; None: none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def state(status: GatewayStatus, history: History, known_s: float | None = None) -> bytes:

@@ -24,11 +24,11 @@ class EngineSample:
 
     clock_mhz: int | None
     planned_mhz: int | None
-    watts: float
+    watts: float | None
     running: int | None
     pending: int | None
     kv_blocks: int
-    total_j: float
+    total_j: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

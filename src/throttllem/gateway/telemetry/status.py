@@ -14,6 +14,7 @@ from throttllem.core.external_load import Drift
 from throttllem.core.snapshot import Counts, EngineView, Snapshot
 from throttllem.core.types import EngineSpec, FrequencyPlan, Slo, Verdict
 from throttllem.engines.base import Report
+from throttllem.engines.simulated.fleet import UNKNOWN
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models
@@ -182,7 +183,10 @@ def assumptions(loop: ControlLoop, backend: Backend) -> tuple[str, ...]:
     elif backend.clock.mode == "dry-run":
         notes.append("dry run: clocks are decided and shown, not set; [clocks] mode = 'on' sets them")
     elif backend.clock.mode == "simulated" and backend.kind != "simulated":
-        notes.append(f"clock and watts are those of a simulated {backend.catalogue_gpu} with {backend.catalogue_model}")
+        what = f"clock and watts are those of a simulated {backend.catalogue_gpu} with {backend.model.name}"
+        unknown = f"the clock is that of a simulated {backend.catalogue_gpu}, and watts are not known: its model is not"
+        notes.append(what if backend.model.known else unknown)
+    notes += backend.model.notes
     if options.slo_aware and backend.tp not in options.tables:
         notes.append(
             "no performance table: GPUs stay at the maximum clock, and requests are admitted without checking SLOs "
@@ -213,7 +217,7 @@ def _engine_status(loop: ControlLoop, backend: Backend, snapshot: Snapshot) -> E
         name=backend.name,
         kind=backend.kind,
         gpu=backend.catalogue_gpu,
-        model=backend.catalogue_model,
+        model=backend.model.name or UNKNOWN,
         tp=backend.tp,
         state=state,
         trouble=trouble,
