@@ -52,11 +52,8 @@ def requests_of(rows: pl.DataFrame, layout: Layout, where: str, skipped: Skipped
     texts = [pl.col(name).str.strip_chars() for name in ("arrival", "prompt", "generated")]
     rows = rows.with_columns(*(pl.when(~text.str.to_lowercase().is_in(_NULLS)).then(text) for text in texts))
     rows = rows.filter(pl.any_horizontal(pl.col("arrival", "prompt", "generated").is_not_null()) | pl.col("failed"))
-    rows = rows.with_columns(
-        at_ns=_times_ns(layout.unit),
-        prompt_tokens=_tokens("prompt"),
-        generated_tokens=_tokens("generated"),
-    )
+    rows = rows.with_columns(prompt_tokens=_tokens("prompt"), generated_tokens=_tokens("generated"))
+    rows = rows.with_columns(at_ns=_stamps_ns(rows["arrival"]) if layout.unit == DATE_TIME else _times_ns(layout.unit))
     reason = (
         pl.when(pl.col("failed"))
         .then(pl.lit("failed"))
@@ -93,14 +90,22 @@ def _tokens(name: str) -> pl.Expr:
 
 
 def _times_ns(unit: str | None) -> pl.Expr:
-    if unit != DATE_TIME:
-        scale = UNITS_NS.get(unit or "", 1)
-        number = pl.col("arrival").cast(pl.Float64, strict=False)
-        whole = pl.col("arrival").cast(pl.Int64, strict=False) * scale
-        inside = (number * scale).abs() < _MOST_NS
-        return pl.when(inside).then(pl.coalesce(whole, (number * scale).round().cast(pl.Int64, strict=False)))
-    text = pl.col("arrival").str.replace(r"(\d)T(\d)", "$1 $2").str.replace(r"(Z| ?UTC)$", "+00:00")
-    text = pl.when(text.str.contains(r":\S*[+-]\d\d:?\d\d$")).then(text).otherwise(text + "+00:00")
-    stamp = text.str.strptime(pl.Datetime("ns", "UTC"), "%Y-%m-%d %H:%M:%S%.f%:z", strict=False)
+    scale = UNITS_NS.get(unit or "", 1)
+    number = pl.col("arrival").cast(pl.Float64, strict=False)
+    whole = pl.col("arrival").cast(pl.Int64, strict=False) * scale
+    inside = (number * scale).abs() < _MOST_NS
+    return pl.when(inside).then(pl.coalesce(whole, (number * scale).round().cast(pl.Int64, strict=False)))
+
+
+def _stamps_ns(texts: pl.Series) -> pl.Series:
+    """Of date-times; those of Azure's form in a quarter of the time that offsets and `T` take."""
+    plain = texts.str.strip_suffix("+00:00").str.strptime(pl.Datetime("ns"), "%Y-%m-%d %H:%M:%S%.f", strict=False)
+    found = plain.dt.replace_time_zone("UTC")
+    if found.null_count() > texts.null_count():
+        other = texts.str.replace(r"(\d)T(\d)", "$1 $2").str.replace(r"(Z| ?UTC)$", "+00:00")
+        offset = other.str.contains(r":\S*[+-]\d\d:?\d\d$")
+        other = other.zip_with(offset, other + "+00:00")
+        found = other.str.strptime(pl.Datetime("ns", "UTC"), "%Y-%m-%d %H:%M:%S%.f%:z", strict=False)
     # Nanoseconds wrap around outside of these years.
-    return pl.when(text.str.slice(0, 5).is_between(pl.lit("1970-"), pl.lit("2199-"))).then(stamp.dt.timestamp("ns"))
+    inside = texts.str.slice(0, 5).is_between(pl.lit("1970-"), pl.lit("2199-"))
+    return found.dt.timestamp("ns").zip_with(inside.fill_null(value=False), pl.Series([None], dtype=pl.Int64))
