@@ -191,6 +191,12 @@ def test_other_files_are_refused_with_the_way_out(tmp_path, content, message):
         load(tmp_path / "t", content)
 
 
+def test_the_line_of_a_bad_value_is_right_after_texts_of_several_lines(tmp_path):
+    content = b'at,in,text,out\n1,2,"a\nb, ""c""\n",3\n\n2,2,x,3\n3,2,x,y\n'
+    with pytest.raises(TraceError, match=r"t:7: out = 'y': must be a whole number of tokens"):
+        load(tmp_path / "t", content, "arrival=at,prompt=in,generated=out,unit=s")
+
+
 def test_aiperfs_statistics_are_no_trace(tmp_path):
     with pytest.raises(TraceError, match=r"give profile_export\.jsonl"):
         load(tmp_path / "profile_export_aiperf.json", b'{"input_config": {}, "request_count": {"avg": 1}}')

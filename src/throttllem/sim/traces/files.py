@@ -42,11 +42,15 @@ class TraceFile:
     layout: Layout
     numbered: str
     _read: Callable[[], Iterator[pl.DataFrame]]
+    _line_of: Callable[[int], int] = int
 
-    @property
-    def where(self) -> str:
-        """Begins an error about a row, before its number."""
-        return f"{self.path}:" if self.numbered == "line" else f"{self.path}: {self.numbered} "
+    def at(self, number: int) -> str:
+        """Where the row of this number is, to begin an error."""
+        return (
+            f"{self.path}:{self._line_of(number)}"
+            if self.numbered == "line"
+            else f"{self.path}: {self.numbered} {number}"
+        )
 
     def rows(self) -> Iterator[pl.DataFrame]:
         """Blocks of rows as text (`rows.SCHEMA`), in the file's order. Raises TraceError."""
@@ -178,7 +182,8 @@ def _csv(path: Path, header: str, columns: Columns) -> TraceFile:
     found = partial(_csv_blocks, path, selected, separator, len(names))
     samples = next(found(), pl.DataFrame(schema=SCHEMA))["arrival"].to_list()
     layout = _with_unit(layout, f"{path}:2", samples)
-    return TraceFile(path=path, container="CSV", layout=layout, numbered="line", _read=found)
+    line_of = partial(_line_of, path, separator)
+    return TraceFile(path=path, container="CSV", layout=layout, numbered="line", _read=found, _line_of=line_of)
 
 
 def _csv_blocks(path: Path, selected: pl.LazyFrame, separator: str, fields: int) -> Iterator[pl.DataFrame]:
@@ -190,6 +195,19 @@ def _csv_blocks(path: Path, selected: pl.LazyFrame, separator: str, fields: int)
             if found > fields:
                 raise TraceError(f"{path}:{line}: has {found} fields where the header has {fields}") from None
         raise TraceError(f"{path}: cannot be read as CSV: {_first_line(error)}") from None
+
+
+def _line_of(path: Path, separator: str, row: int) -> int:
+    """The line on which a row begins; quoted texts may hold line ends. A row too long for csv: as if none did."""
+    reader = csv.reader((text + "\n" for block in _blocks(_lines(path)) for text in block["text"]), delimiter=separator)
+    line = 1
+    try:
+        for _ in range(row - 1):
+            next(reader)
+            line = reader.line_num + 1
+    except (csv.Error, StopIteration):
+        return row
+    return line
 
 
 def _is_number(text: str) -> bool:
@@ -251,9 +269,10 @@ def _flat_json(
 ) -> TraceFile:
     """Each text is an object that is one row; `objects` are some of them."""
     where = f"{path}:1" if numbered == "line" else str(path)
-    layout = recognised(list(dict.fromkeys(name for found in objects for name in _paths(found))), columns, where)
+    paths = {name: path for found in objects for name, path in _paths(found)}
+    layout = recognised(paths, columns, where)
     selected = lines.filter(pl.col("text").str.strip_chars() != "").select(
-        *_selected(layout, lambda name: pl.col("text").str.json_path_match(_json_path(name, objects))),
+        *_selected(layout, lambda name: pl.col("text").str.json_path_match(paths[name])),
         junk=pl.when(~pl.col("text").str.json_path_match("$").str.starts_with("{").fill_null(value=False)).then("text"),
     )
     layout = _with_unit(layout, where, selected.head(_PEEK_LINES).collect()["arrival"].to_list())
@@ -267,18 +286,14 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _paths(found: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    """Keys of an object and of those inside it, as `a.b`."""
+def _paths(found: Mapping[str, Any], before: str = "", path: str = "$") -> Iterator[tuple[str, str]]:
+    """Keys of an object and of those inside it, as `a.b`, and the JSON path of each."""
     for key, value in found.items():
-        yield before + key
+        escaped = key.replace("\\", "\\\\").replace("'", "\\'")
+        here = f"{path}['{escaped}']"
+        yield before + key, here
         if isinstance(value, dict):
-            yield from _paths(value, f"{before}{key}.")
-
-
-def _json_path(name: str, objects: Sequence[Mapping[str, Any]]) -> str:
-    """Of a key, or of keys with dots between."""
-    keys = [name] if any(name in found for found in objects) else name.split(".")
-    return "$" + "".join("['" + key.replace("\\", "\\\\").replace("'", "\\'") + "']" for key in keys)
+            yield from _paths(value, f"{before}{key}.", here)
 
 
 def _texts(path: Path) -> Iterator[tuple[int, str]]:

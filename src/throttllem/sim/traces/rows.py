@@ -6,6 +6,7 @@ Knows nothing of formats and files, but for the words that an error needs.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import polars as pl
@@ -41,14 +42,14 @@ class Skipped:
         return self.by_reason.total()
 
 
-def requests_of(rows: pl.DataFrame, layout: Layout, where: str, skipped: Skipped) -> pl.DataFrame:
+def requests_of(rows: pl.DataFrame, layout: Layout, at: Callable[[int], str], skipped: Skipped) -> pl.DataFrame:
     """Columns line, at_ns, prompt, generated of the rows that are requests, in their order.
 
-    Rows of failed requests and those without tokens are counted in `skipped`; empty rows are not rows. `where` stands
-    before the number of a row in an error, as in `week.csv:`. Raises TraceError for a value that is wrong.
+    Rows of failed requests and those without tokens are counted in `skipped`; empty rows are not rows. `at` says
+    where the row of a number is, to begin an error. Raises TraceError for a value that is wrong.
     """
     for line, text in rows.filter(pl.col("junk").is_not_null()).select("line", "junk").head(1).iter_rows():
-        raise TraceError(f"{where}{line}: {text.strip()[:60]!r} is not a JSON object")
+        raise TraceError(f"{at(line)}: {text.strip()[:60]!r} is not a JSON object")
     texts = [pl.col(name).str.strip_chars() for name in ("arrival", "prompt", "generated")]
     rows = rows.with_columns(*(pl.when(~text.str.to_lowercase().is_in(_NULLS)).then(text) for text in texts))
     rows = rows.filter(pl.any_horizontal(pl.col("arrival", "prompt", "generated").is_not_null()) | pl.col("failed"))
@@ -74,7 +75,7 @@ def requests_of(rows: pl.DataFrame, layout: Layout, where: str, skipped: Skipped
     for row in bad.iter_rows(named=True):
         text, column, rule = next((row[raw], name, rule) for raw, value, name, rule in rules if row[value] is None)
         shown = "is missing" if text is None else f"= {text[:60]!r}"
-        raise TraceError(f"{where}{row['line']}: {column} {shown}: {rule}")
+        raise TraceError(f"{at(row['line'])}: {column} {shown}: {rule}")
     return rows.select("line", "at_ns", prompt="prompt_tokens", generated="generated_tokens")
 
 

@@ -355,7 +355,7 @@ def _read(spec: str, columns: Columns) -> Trace:
             parts.append(block)
         elif unordered:
             raise TraceError(
-                f"{file.where}{unordered[0]}: arrives before the row above; a file of over {MOST_HELD:,} requests is "
+                f"{file.at(unordered[0])}: arrives before the row above; a file of over {MOST_HELD:,} requests is "
                 f"not sorted in memory: sort it by {file.layout.arrival}"
             )
         else:
@@ -395,7 +395,7 @@ def _read(spec: str, columns: Columns) -> Trace:
 def _requests(file: TraceFile, skipped: Skipped) -> Iterator[pl.DataFrame]:
     """Blocks of at least one request."""
     for rows in file.rows():
-        block = requests_of(rows, file.layout, file.where, skipped)
+        block = requests_of(rows, file.layout, file.at, skipped)
         if block.height:
             yield block
 
@@ -433,6 +433,6 @@ def _check(trace: Trace, spec: str, *, sure: bool) -> None:
     ]
     way = f"name the unit with --columns ({', '.join(others)}; unit={unit} if it is right)" if others else "check it"
     raise TraceError(
-        f"{spec}: {arrival} in {unit} makes {trace.mean_rps:,.4g} requests/s over {_span(trace.duration_s)}, more than "
-        f"any engine serves ({MOST_RPS:g}); {way}, or scale it with --peak-rps"
+        f"{spec}: {arrival} in {unit} makes {trace.mean_rps:,.4g} requests/s over {_span(trace.duration_s)}; above "
+        f"{MOST_RPS:g} the unit is likely another one: {way}, or scale it with --peak-rps"
     )
