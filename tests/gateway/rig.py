@@ -12,6 +12,7 @@ from core.toy import CLOCKS_MHZ, ToyPhysics, spec, table
 
 from throttllem.config import LimitOptions, Noise
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
+from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.core.controller import Controller
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import Slo
@@ -23,7 +24,6 @@ from throttllem.gateway.control.engine_model import EngineModel
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
 from throttllem.gateway.energy.accounting import EnergyAccounting
-from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gateway.energy.table_meter import TableMeter
 from throttllem.gpu.simulated import SimulatedGpu
 from throttllem.openai_api.errors import ApiError

@@ -91,6 +91,7 @@ def make_run(
         duration_s=duration_s,
         energy_j=energy_j,
         idle_energy_j=0.06 * energy_j,
+        saved_estimate=None if policy.endswith("+autoscale") else 1 - energy,
         tokens_per_joule=tokens / energy_j if energy_j else 0.0,
         mean_clock_mhz=1410 * energy,
         busy_s_by_mhz={round(1410 * energy): duration_s},

@@ -187,6 +187,10 @@ def _late(found: str, slo: str) -> Callable[[RunResult, RunResult], Tone]:
     return tone
 
 
+def _estimate(run: RunResult) -> str:
+    return ABSENT if run.saved_estimate is None else percent(run.saved_estimate).replace("-", "−")
+
+
 def _energy(title: str, header: str, rank: int, text: Callable[[RunResult], str]) -> Metric:
     return Metric(group="Energy", title=title, header=header, rank=rank, text=lambda run, _: text(run))
 
@@ -245,6 +249,7 @@ METRICS: tuple[Metric, ...] = (
         text=_gain_text,
         tone=_saved_tone,
     ),
+    _energy("Saved against the maximum clock as a gateway would estimate it, %", "esti-\nmate %", 14, _estimate),
     _energy("Mean clock, MHz", "clock\nMHz", 1, lambda run: f"{run.mean_clock_mhz:.0f}"),
     _energy("Clock switches", "swit-\nches", 8, lambda run: f"{run.clock_switches:,}"),
     Metric(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.core.forecast.projection import Projection
 from throttllem.core.types import Request, Slo
 from throttllem.engines.simulated.batcher import Iteration
@@ -109,6 +110,8 @@ class Recorder:
 
     bin_s: float
     keep_lives: bool = False
+    estimate: SavingsEstimate | None = None
+    """What a gateway would show as saved, fed as a gateway feeds it; of a run that keeps one engine."""
     lives: dict[int, Life] = field(default_factory=dict)
     rejections: dict[str, int] = field(default_factory=dict)
     sizes: list[tuple[float, int]] = field(default_factory=list)
@@ -152,6 +155,17 @@ class Recorder:
             here.batch += iteration.batch * seconds
             here.kv += iteration.kv_blocks * seconds
         self._busy_s[clock_mhz] = self._busy_s.get(clock_mhz, 0.0) + seconds
+        if self.estimate is not None:
+            self.estimate.worked(
+                seconds=seconds,
+                joules=joules,
+                steps=1,
+                output_tokens=iteration.decode_sequences,
+                prompts=len(iteration.prefills),
+                prompt_tokens=sum(tokens for _, tokens in iteration.prefills),
+                kv_block_steps=iteration.kv_blocks,
+                clock_mhz=clock_mhz,
+            )
         if iteration.decode_sequences:
             self._gaps_s.add(seconds, iteration.decode_sequences)
         for request_id in iteration.preempted:
@@ -187,6 +201,8 @@ class Recorder:
 
     def idle(self, from_s: float, to_s: float, watts: float) -> None:
         """Power without an iteration, spread over the bins that it covers."""
+        if self.estimate is not None:
+            self.estimate.idle(to_s - from_s, watts * (to_s - from_s))
         for index in range(int(from_s / self.bin_s), int(to_s / self.bin_s) + 1):
             begin_s, end_s = max(from_s, index * self.bin_s), min(to_s, (index + 1) * self.bin_s)
             if end_s > begin_s:
@@ -225,6 +241,7 @@ class Recorder:
             duration_s=duration_s,
             energy_j=energy_j,
             idle_energy_j=idle_energy_j,
+            saved_estimate=self._saved_estimate(energy_j),
             tokens_per_joule=of.generated_tokens / energy_j if energy_j else 0.0,
             mean_clock_mhz=sum(mhz * s for mhz, s in self._busy_s.items()) / busy_s if busy_s else 0.0,
             busy_s_by_mhz=dict(sorted(self._busy_s.items())),
@@ -253,6 +270,10 @@ class Recorder:
         while len(self._bins) <= index:
             self._bins.append(Bin(tp=self._gpus))
         return self._bins[index]
+
+    def _saved_estimate(self, energy_j: float) -> float | None:
+        top_j = self.estimate.joules() if self.estimate is not None else 0.0
+        return 1.0 - energy_j / top_j if top_j > 0 else None
 
     def _projection_error(self) -> ProjectionError | None:
         if not self._projected:

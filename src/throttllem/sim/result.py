@@ -88,6 +88,9 @@ class RunResult:
     duration_s: float
     energy_j: float
     idle_energy_j: float
+    saved_estimate: float | None
+    """Fraction saved against the maximum clock as a gateway would estimate it (`core.clocks.savings_estimate`). None:
+    there was no performance table, or the engine's size changes."""
     tokens_per_joule: float
     mean_clock_mhz: float
     busy_s_by_mhz: dict[int, float]

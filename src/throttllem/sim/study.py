@@ -15,6 +15,7 @@ from typing import Literal
 
 from throttllem.config import LengthOptions, Options
 from throttllem.core.clocks.policy import Policy, parse_policy
+from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
@@ -142,7 +143,9 @@ class Scenario:
     ) -> RunResult:
         """Simulate one policy. Deterministic but for the decision times."""
         controller = self.controller(policy)
-        recorder = Recorder(bin_s=max(1.0, self.trace.duration_s / _BINS))
+        table = None if policy.autoscale else self.tables.get(self.largest)
+        estimate = SavingsEstimate(table=table, spec=self.fleet.specs[self.largest]) if table is not None else None
+        recorder = Recorder(bin_s=max(1.0, self.trace.duration_s / _BINS), estimate=estimate)
         simulation = Simulation(controller, self.machine(), recorder, seed=self.seed, watch=watch)
         simulation.run(self.requests(), self.largest, lambda arrived: progress(arrived / self.trace.requests))
         return recorder.result(

@@ -7,13 +7,13 @@ from core.toy import CLOCKS_MHZ, spec, table
 from hypothesis import given
 from hypothesis import strategies as st
 
+from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.engines.base import Report
 from throttllem.engines.progress import Progress
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.control.engine_model import EngineModel
 from throttllem.gateway.energy.accounting import Energy, EnergyAccounting
-from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gpu.device import Reading
 from throttllem.gpu.simulated import SimulatedGpu
 

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from urllib.parse import urlsplit
 
 from throttllem.config import EngineEntry, Options
+from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.types import EngineSpec
@@ -21,7 +22,6 @@ from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.control.engine_model import EngineModel
 from throttllem.gateway.energy.accounting import EnergyAccounting
-from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gateway.energy.table_meter import TableMeter
 from throttllem.gateway.telemetry.metrics import Histograms
 from throttllem.gpu.device import Gpu

@@ -11,10 +11,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Report
 from throttllem.engines.progress import InFlight, Progress
-from throttllem.gateway.energy.savings_estimate import SavingsEstimate
 from throttllem.gateway.energy.table_meter import TableMeter
 from throttllem.gpu.device import Gpu, Reading, Work
 

@@ -1,14 +1,16 @@
 """What the same load would have taken at other clocks, against an engine that ran at them."""
 
 import asyncio
+import math
 import random
 
 import pytest
-from core.toy import spec, table
-
 from gateway.rig import rig, virtually
+
+from core.toy import spec, table
 from throttllem.core.clocks.policy import ClockPolicy
-from throttllem.gateway.energy.savings_estimate import SavingsEstimate
+from throttllem.core.clocks.savings_estimate import SavingsEstimate
+from throttllem.core.clocks.steady_load import Load, steady
 
 
 async def energy(policy, gap_s, count):
@@ -73,6 +75,20 @@ def test_an_engine_that_is_full_does_the_same_steps_faster():
     slow, fast = (law.at(clock, 4, 20, 0) for clock in (600, 1400))
     same = 6000.0 * (fast[0] * fast[1]) / (slow[0] * slow[1]) + 60.0 * (1 - fast[0] / slow[0]) * some.idle_w
     assert estimate.joules() == pytest.approx(same, rel=0.15)
+
+
+def test_a_clock_that_does_not_hold_the_load_is_compared_with_the_maximum_alone():
+    """Sprints at the maximum clock after a clock that is too low, as `throttllem` does it."""
+    some = spec(max_batch=6, kv_blocks=2000)
+    law, estimate = table(some), SavingsEstimate(table=table(some), spec=some)
+    for number in range(3000):
+        clock, prompts = (600 if number % 20 < 12 else 1400), number % 4 == 0
+        joules = 0.02 * law.at(clock, 4 + prompts, 20, 0)[1]
+        worked(estimate, seconds=0.02, kv_blocks=20, prompts=prompts, clock_mhz=clock, joules=joules)
+    load = Load(requests_per_s=12.5, prompt_tokens=0.0, output_tokens=16, long_output_tokens=16, burst=1.0, e2e_s=None)
+    watts = steady(load, law, some, reserve=0.0).watts
+    assert math.isinf(watts[0])
+    assert estimate.joules() == pytest.approx(60.0 * watts[-1], rel=0.02)
 
 
 def test_steps_that_are_settled_together_count_as_steps():

@@ -1,12 +1,22 @@
 """What the same load would have taken at other clocks: the maximum, or those of a dry run. An estimate by the
 performance table, one slice of time after the other.
 
-A lower clock makes iterations longer, so more requests share each of them: the same iterations at another clock would
-be another number of iterations, with other batches. So the load of each slice is put to the core's model of an engine
-in a steady state (`core.clocks.steady_load.steady`), once at the clocks in force and once at the others, and the
-measured joules are scaled by the ratio. Arrivals are assumed not to depend on the clock: bursts shorter than a slice,
-and clients that wait for an output before they send the next request, make the estimated saving too high.
+Saved (estimate) = 1 - E / E_top, with E the energy so far and E_top the sum of these slices at the maximum clock.
+docs/energy.md defines it, docs/evaluation/estimate.md compares it with simulations that ran at the maximum clock.
 """
+
+# A lower clock makes iterations longer, so more requests share each of them: the same iterations at another clock would
+# be another number of iterations, with other batches. So the load of a slice is put to the model of an engine in a
+# steady state (`steady_load.steady`), which gives its mean watts at every clock. Three cases:
+#
+# 1. Every clock holds the load: the joules of the slice, scaled by the ratio of mean watts at the other clocks to those
+#    in force. Errors of the model that both sides share cancel.
+# 2. A clock in force does not hold it (`throttllem` swings between one that is too low and the maximum), but the other
+#    does: its mean watts over the slice, scaled by the joules of the slice over what the table says of what ran.
+# 3. The other does not hold it either: the same iterations, one by one, and idle power for the time left over.
+#
+# Arrivals are assumed not to depend on the clock: bursts shorter than a slice, and clients that wait for an output
+# before they send the next request, make the saving too high.
 
 from __future__ import annotations
 
@@ -34,6 +44,8 @@ class _Slice:
     prompts: int = 0
     prompt_tokens: int = 0
     busy_s: dict[tuple[int, int], float] = field(default_factory=dict)
+    ran: list[tuple[int, int, int, int, float]] = field(default_factory=list)
+    """Settlements: batch, KV blocks and prompt tokens of a mean step, column of the clock in force, seconds."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,6 +91,8 @@ class SavingsEstimate:
         here.prompts += prompts
         here.prompt_tokens += prompt_tokens
         here.busy_s[columns] = here.busy_s.get(columns, 0.0) + seconds
+        each = (round((output_tokens + prompts) / steps), kv_block_steps // steps, prompt_tokens // steps)
+        here.ran.append((*each, columns[0], seconds))
         self._close()
 
     def joules(self) -> float:
@@ -109,7 +123,18 @@ class SavingsEstimate:
         there = sum(watts[other] * seconds for (_, other), seconds in here.busy_s.items())
         if math.isfinite(used) and math.isfinite(there):
             return here.joules * there / used
+        if math.isfinite(there):
+            return here.seconds * there / busy_s * here.joules / self._modelled_j(here, self.spec)
         return self._same_steps(here, busy_s, self.spec)
+
+    def _modelled_j(self, here: _Slice, spec: EngineSpec) -> float:
+        """What the table says that the slice took, as it ran."""
+        batch, kv, prompt, columns = (
+            np.array(values, dtype=np.int64) for values in list(zip(*here.ran, strict=True))[:4]
+        )
+        seconds = np.array([entry[4] for entry in here.ran])
+        busy_j = float((self.table.watts[self.table.cells(batch, kv, prompt), columns] * seconds).sum())
+        return busy_j + max(0.0, here.seconds - float(seconds.sum())) * spec.idle_w
 
     def _settled(self, here: _Slice, spec: EngineSpec) -> list[float]:
         """Mean watts at each clock if the slice's load went on; inf where the clock does not sustain it."""
