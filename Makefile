@@ -8,7 +8,7 @@ WORKERS := $(shell expr $$(nproc) + 1)
 # Tests start hundreds of processes: each would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup docs demo test test-slow test-slow-compute test-slow-timed test-real engines check bench fidelity lengths evaluation loop soak lock clean
+.PHONY: setup docs demo test test-slow test-slow-compute test-slow-timed test-real engines check bench fidelity lengths numbers evaluation loop soak lock clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,10 @@ fidelity: $(STAMP)
 
 lengths: $(STAMP)
 	$(BIN)/python -m tools.lengths $(LENGTHS)
+
+# The simulated figures of docs and README: savings, bias of the savings estimate, the paper's claims. About 20 minutes.
+numbers: $(STAMP)
+	$(BIN)/python -m tools.numbers $(NUMBERS)
 
 # The gateway in front of the real engines of `make engines`: about an hour. EVALUATION="--only clients" runs some of it.
 evaluation: $(STAMP)

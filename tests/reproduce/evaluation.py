@@ -7,14 +7,16 @@ from dataclasses import replace
 
 from report.factory import make_run, quantiles
 
+from throttllem.config import LengthOptions
 from throttllem.profiling.score import QUICK, Score, ScoreCard
 from throttllem.reproduce.evidence import HELD_OUT, Evidence
-from throttllem.reproduce.experiments import Comparison, engine_studies, half_load_study, size_study
+from throttllem.reproduce.experiments import ERROR, ORACLE, Comparison, engine_studies, half_load_study, size_study
 from throttllem.reproduce.probes import PROFILED, ClockSweep, KvCorrelation
 from throttllem.sim.characterize import Capacity
 from throttllem.sim.result import RunResult
 from throttllem.sim.study import Study
 
+ONLINE = LengthOptions(predictor="online")
 ENERGY = {
     "triton": 1.0,
     "throttllem": 0.7,
@@ -52,22 +54,24 @@ def card(model: str, sizes: tuple[int, ...], mae: float) -> ScoreCard:
 
 @functools.cache
 def evidence(*, attainment: float = 0.999, mae: float = 0.5) -> Evidence:
-    oracle, noisy = (
+    online, oracle, noisy = (
         [
             *(
                 comparison(study, attainment)
-                for study in engine_studies("poisson", length_error=error, seconds=60.0, seed=3)
+                for study in engine_studies("poisson", lengths=lengths, seconds=60.0, seed=3)
             ),
-            comparison(size_study("poisson", length_error=error, seconds=60.0, seed=3), attainment),
+            comparison(size_study("poisson", lengths=lengths, seconds=60.0, seed=3), attainment),
         ]
-        for error in (0.0, 0.3)
+        for lengths in (ONLINE, ORACLE, ERROR)
     )
     return Evidence(
-        engines=tuple(oracle[:-1]),
+        engines=tuple(online[:-1]),
+        engines_oracle=tuple(oracle[:-1]),
         engines_error=tuple(noisy[:-1]),
-        sizes=oracle[-1],
+        sizes=online[-1],
+        sizes_oracle=oracle[-1],
         sizes_error=noisy[-1],
-        sizes_half=comparison(half_load_study("poisson", seconds=60.0, seed=3), attainment),
+        sizes_half=comparison(half_load_study("poisson", lengths=ONLINE, seconds=60.0, seed=3), attainment),
         cards=tuple(card(model, sizes, mae) for model, sizes in PROFILED),
         correlation=KvCorrelation(batches=(8, 16), tbt=(0.9, 0.98), throughput=(-0.9, -0.8), iterations=10),
         sweep=ClockSweep(

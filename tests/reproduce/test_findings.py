@@ -75,8 +75,11 @@ def test_one_late_run_breaks_the_slo_claim_and_is_named() -> None:
     sizes = replace(whole.sizes, runs=whole.sizes.runs | {"throttllem+autoscale": late})
     outcome = found(replace(whole, sizes=sizes))["slo"]
     assert outcome.standing is Standing.NOT_REPRODUCED
-    assert outcome.ours_text == "E2E 12 of 13 runs, TBT 13 of 13"
-    assert "llama-2-13b TP 1,2,4 throttllem+autoscale E2E p99 16.8 s of 16.0 s (triton 14.9 s)" in outcome.why
+    assert outcome.ours_text == "E2E 19 of 20 runs, TBT 20 of 20"
+    assert (
+        "llama-2-13b TP 1,2,4 throttllem+autoscale (lengths online) E2E p99 16.8 s of 16.0 s (triton 14.9 s)"
+        in outcome.why
+    )
 
 
 def test_a_request_is_held_to_its_own_time_between_tokens() -> None:
@@ -87,8 +90,8 @@ def test_a_request_is_held_to_its_own_time_between_tokens() -> None:
     sizes = replace(whole.sizes, runs=whole.sizes.runs | {"throttllem": slow})
     outcome = found(replace(whole, sizes=sizes))["slo"]
     assert outcome.standing is Standing.NOT_REPRODUCED
-    assert outcome.ours_text == "E2E 13 of 13 runs, TBT 12 of 13"
-    assert "llama-2-13b TP 1,2,4 throttllem mean TBT p99 240 ms of 200 ms" in outcome.why
+    assert outcome.ours_text == "E2E 20 of 20 runs, TBT 19 of 20"
+    assert "llama-2-13b TP 1,2,4 throttllem (lengths online) mean TBT p99 240 ms of 200 ms" in outcome.why
 
 
 def test_tp_1_saves_little_only_at_half_of_tp_4() -> None:

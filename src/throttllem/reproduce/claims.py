@@ -337,6 +337,11 @@ PAPER = (
 
 OURS = (
     Claim(
+        id="ours-both-online",
+        text="throttling and autoscaling, lengths as the gateway predicts them",
+        figures=(_shown(Form.LESS), _shown(Form.FACTOR, "tokens/J")),
+    ),
+    Claim(
         id="ours-least-energy",
         text="least-energy over engines: energy",
         figures=(_shown(Form.LESS, "mean"), _shown(Form.LESS, "best"), _shown(Form.LESS, "mean at 30 % error")),

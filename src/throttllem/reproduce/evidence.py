@@ -19,11 +19,15 @@ HELD_OUT = "random 90/10"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """Runs by engine and over sizes, each with oracle lengths and with 30 % error; over sizes also at half the load."""
+    """Runs by engine and over sizes, with lengths as the gateway predicts them (`reproduce --lengths oracle`: by an
+    oracle), by an oracle, and by one with 30 % error; over sizes also at half the load.
+    """
 
     engines: tuple[Comparison, ...]
+    engines_oracle: tuple[Comparison, ...]
     engines_error: tuple[Comparison, ...]
     sizes: Comparison
+    sizes_oracle: Comparison
     sizes_error: Comparison
     sizes_half: Comparison
     cards: tuple[ScoreCard, ...]
@@ -32,11 +36,16 @@ class Evidence:
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Those of the paper's evaluation."""
-        return (*self.engines, *self.engines_error, self.sizes, self.sizes_error)
+        """Those of the paper's evaluation, each once."""
+        every = (
+            *(*self.engines, self.sizes),
+            *(*self.engines_oracle, self.sizes_oracle),
+            *(*self.engines_error, self.sizes_error),
+        )
+        return tuple({id(each): each for each in every}.values())
 
     def engine(self, tp: int) -> Comparison:
-        """The main model's engine of that size, with oracle lengths. Raises KeyError where it was not run."""
+        """The main model's engine of that size. Raises KeyError where it was not run."""
         for comparison in self.engines:
             if (comparison.study.model, comparison.study.sizes) == (MAIN_MODEL, (tp,)):
                 return comparison
@@ -61,8 +70,7 @@ class Evidence:
 
 def label(comparison: Comparison, run: RunResult) -> str:
     """Engine, policy and predictor of a run."""
-    error = f" at {comparison.length_error * 100:.0f} % length error" if comparison.length_error else ""
-    return f"{comparison.name} {run.policy}{error}"
+    return f"{comparison.name} {run.policy} (lengths {comparison.lengths})"
 
 
 def each_of(values: dict[str, str]) -> str:

@@ -24,8 +24,8 @@ ENGINES = (("llama-2-13b", 1), ("llama-2-13b", 2), ("llama-2-13b", 4), ("llama-3
 """The paper's models, with their tensor parallel degrees."""
 MAIN_MODEL, SIZES = "llama-2-13b", (1, 2, 4)
 """The model and the sizes of the paper's autoscaling test."""
-LENGTH_ERROR = 0.3
-"""The paper's second predictor: 30 % error at p95."""
+ORACLE, ERROR = LengthOptions(predictor="oracle"), LengthOptions(p95_error=0.3)
+"""The paper's two predictors: one that knows the output's length, and the same with 30 % error at p95."""
 TRACE = "azure-conv-like:seconds=3600"
 """In place of the paper's Azure trace, if no file is given."""
 SECONDS = 1800.0
@@ -56,8 +56,14 @@ class Comparison:
 
     @property
     def length_error(self) -> float:
-        """Of the length predictions, at p95."""
+        """Of an oracle's length predictions, at p95."""
         return self.study.options.length.error
+
+    @property
+    def lengths(self) -> str:
+        """How output lengths were predicted, in a word."""
+        predictor = self.study.options.length.simulated
+        return f"{predictor}, {self.length_error:.0%} error" if self.length_error else predictor
 
     @property
     def baseline(self) -> RunResult:
@@ -77,7 +83,8 @@ class Comparison:
         """The command that repeats this comparison."""
         study = self.study
         sizes = f"--tp {study.sizes[0]}" if len(study.sizes) == 1 else f"--sizes {','.join(map(str, study.sizes))}"
-        error = f" --length-error {self.length_error:g}" if self.length_error else ""
+        length = self.study.options.length
+        error = f" --length-error {self.length_error:g}" if self.length_error else f" --lengths {length.simulated}"
         return (
             f"throttllem simulate --gpu {study.gpu} --model {study.model} {sizes} --trace {study.trace} "
             f"--peak-rps {study.peak_rps} --seconds {study.seconds:g} --seed {study.seed}{error} "
@@ -90,27 +97,33 @@ class Comparison:
         return f"{self.command}  # {self.baseline.requests:,} requests"
 
 
-def engine_studies(trace: str, *, length_error: float, seconds: float, seed: int) -> list[Study]:
+def engine_studies(trace: str, *, lengths: LengthOptions, seconds: float, seed: int) -> list[Study]:
     """One study for each engine: the trace scaled to its own maximum load, its own E2E SLO."""
     policies = (BASELINE, "throttllem", "least-energy")
-    return [_study(model, (tp,), policies, trace, length_error, seconds, seed) for model, tp in ENGINES]
+    return [_study(model, (tp,), policies, trace, lengths, seconds, seed) for model, tp in ENGINES]
 
 
-def size_study(trace: str, *, length_error: float, seconds: float, seed: int) -> Study:
+def size_study(trace: str, *, lengths: LengthOptions, seconds: float, seed: int) -> Study:
     """The autoscaling test: sizes 1, 2 and 4 under the E2E SLO and the maximum load of TP 4."""
     both = ("throttllem+autoscale", "least-energy+autoscale")
-    policies = (BASELINE, *both) if length_error else (BASELINE, "triton+autoscale", "throttllem", *both)
-    return _study(MAIN_MODEL, SIZES, policies, trace, length_error, seconds, seed)
+    policies = (BASELINE, *both) if lengths.error else (BASELINE, "triton+autoscale", "throttllem", *both)
+    return _study(MAIN_MODEL, SIZES, policies, trace, lengths, seconds, seed)
 
 
-def half_load_study(trace: str, *, seconds: float, seed: int) -> Study:
-    """The autoscaling test again at a load that TP 4 is too large for, oracle lengths."""
-    full = size_study(trace, length_error=0.0, seconds=seconds, seed=seed)
+def half_load_study(trace: str, *, lengths: LengthOptions, seconds: float, seed: int) -> Study:
+    """The autoscaling test again at a load that TP 4 is too large for."""
+    full = size_study(trace, lengths=lengths, seconds=seconds, seed=seed)
     return replace(full, peak_rps=HALF_RPS)
 
 
 def _study(
-    model: str, sizes: tuple[int, ...], policies: tuple[str, ...], trace: str, error: float, seconds: float, seed: int
+    model: str,
+    sizes: tuple[int, ...],
+    policies: tuple[str, ...],
+    trace: str,
+    lengths: LengthOptions,
+    seconds: float,
+    seed: int,
 ) -> Study:
     return Study(
         gpu=GPU,
@@ -121,7 +134,7 @@ def _study(
         peak_rps=MAXIMUM,
         seconds=seconds,
         seed=seed,
-        options=Options(length=LengthOptions(p95_error=error), batching=BATCHING),
+        options=Options(length=lengths, batching=BATCHING),
     )
 
 

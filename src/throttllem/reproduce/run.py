@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from throttllem.config import LengthOptions
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.score import ScoreCard
 from throttllem.profiling.tables import Progress
+from throttllem.report.basis import SIMULATED
+from throttllem.report.metrics import ABSENT, change, milliseconds, percent
+from throttllem.report.metrics import seconds as seconds_text
 from throttllem.reproduce.claims import Outcome, Standing
 from throttllem.reproduce.evidence import Evidence, label
 from throttllem.reproduce.experiments import (
-    LENGTH_ERROR,
+    BASELINE,
+    ERROR,
+    ORACLE,
     SECONDS,
     TRACE,
     Comparison,
@@ -40,7 +48,30 @@ _STYLES = {
     Standing.CALIBRATED: "dim",
     Standing.OURS: "cyan",
 }
+T = TypeVar("T")
 _ID_WIDTH, _VERDICT_WIDTH = 18, 14
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reproduction:
+    """Every claim judged, and the runs behind it."""
+
+    outcomes: tuple[Outcome, ...]
+    evidence: Evidence
+
+    @property
+    def lengths(self) -> str:
+        """How output lengths were predicted where a claim does not name the predictor."""
+        return self.evidence.sizes.lengths
+
+    @property
+    def headline(self) -> str:
+        """The first line of every output."""
+        same = "as the gateway does" if self.lengths == "online" else "known in advance, which no gateway can"
+        return (
+            f"{SIMULATED} Output lengths: {self.lengths} ({same}); both-oracle: an oracle; both-30 and figures "
+            '"at 30 % error": an oracle with 30 % error at p95.'
+        )
 
 
 def reproduce(
@@ -51,40 +82,74 @@ def reproduce(
     seed: int,
     trace: str | None = None,
     seconds: float = SECONDS,
+    lengths: Literal["online", "oracle"] = "online",
     progress: Progress = lambda *_: None,
-) -> list[Outcome]:
+) -> Reproduction:
     """Every claim of the paper and of ours, in order. `trace` None: the built-in one; `seconds` cuts it once scaled.
 
+    `lengths`: how output lengths are predicted where a claim does not name the predictor.
     Deterministic but for the decision times. Raises ValueError for a trace that cannot be read, or with which an engine
     completes no request.
     """
     source = trace or TRACE
     sweep = clock_sweep(catalogue, source, seed=seed)
-    oracle, noisy = (
-        [
-            *engine_studies(source, length_error=error, seconds=seconds, seed=seed),
-            size_study(source, length_error=error, seconds=seconds, seed=seed),
+    base = LengthOptions(predictor=lengths)
+    studies = {
+        name: [
+            *engine_studies(source, lengths=predicted, seconds=seconds, seed=seed),
+            size_study(source, lengths=predicted, seconds=seconds, seed=seed),
         ]
-        for error in (0.0, LENGTH_ERROR)
-    )
-    cards = _prepare(oracle, catalogue, cache_dir, workers=workers, seed=seed, progress=progress)
-    half = half_load_study(source, seconds=seconds, seed=seed)
-    found = compare([*oracle, *noisy, half], catalogue, cache_dir, workers=workers, progress=progress)
+        for name, predicted in {"base": base, "oracle": ORACLE, "error": ERROR}.items()
+        if name != "oracle" or base != ORACLE
+    }
+    half = half_load_study(source, lengths=base, seconds=seconds, seed=seed)
+    cards = _prepare(studies["base"], catalogue, cache_dir, workers=workers, seed=seed, progress=progress)
+    every = [study for group in studies.values() for study in group]
+    found = compare([*every, half], catalogue, cache_dir, workers=workers, progress=progress)
     check_completed(found)
-    *engines, sizes = found[: len(oracle)]
-    *engines_error, sizes_error, sizes_half = found[len(oracle) :]
-    return judged(
-        Evidence(
-            engines=tuple(engines),
-            engines_error=tuple(engines_error),
-            sizes=sizes,
-            sizes_error=sizes_error,
-            sizes_half=sizes_half,
-            cards=cards,
-            correlation=kv_correlation(catalogue, seed=seed),
-            sweep=sweep,
-        )
+    groups = dict(zip(studies, batched(found[:-1], len(studies["base"])), strict=True))
+    *engines, sizes = groups["base"]
+    *engines_oracle, sizes_oracle = groups.get("oracle", groups["base"])
+    *engines_error, sizes_error = groups["error"]
+    evidence = Evidence(
+        engines=tuple(engines),
+        engines_oracle=tuple(engines_oracle),
+        engines_error=tuple(engines_error),
+        sizes=sizes,
+        sizes_oracle=sizes_oracle,
+        sizes_error=sizes_error,
+        sizes_half=found[-1],
+        cards=cards,
+        correlation=kv_correlation(catalogue, seed=seed),
+        sweep=sweep,
     )
+    return Reproduction(outcomes=tuple(judged(evidence)), evidence=evidence)
+
+
+def batched(values: Sequence[T], count: int) -> list[Sequence[T]]:
+    """Parts of `count` values each."""
+    return [values[start : start + count] for start in range(0, len(values), count)]
+
+
+def runs_table(evidence: Evidence) -> Table:
+    """Every run: energy against its baseline, SLOs, and TTFT, TPOT and E2E at p50 and p99."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("engine\npolicy, lengths")
+    for head in ("energy\n%", "SLO\nmet %", "TTFT s\np50", "\np99", "TPOT ms\np50", "\np99", "E2E s\np50", "\np99"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for comparison in (*evidence.comparisons, evidence.sizes_half):
+        rate = comparison.baseline.requests / comparison.baseline.duration_s
+        table.add_row(Text(f"{comparison.name}, {rate:.2f} requests/s", style="bold"))
+        for run in comparison.runs.values():
+            latencies = (
+                text(value)
+                for found, text in ((run.ttft_s, seconds_text), (run.tpot_s, milliseconds), (run.e2e_s, seconds_text))
+                for value in (found.p50, found.p99)
+            )
+            saved = change(comparison.saved(run.policy)) if run.policy != BASELINE else ABSENT
+            name = f"  {run.policy}, {comparison.lengths}"
+            table.add_row(Text(name), saved, percent(run.slo.attainment), *latencies)
+    return table
 
 
 def claims_table(outcomes: Sequence[Outcome], width: int = 100) -> Group:
@@ -105,12 +170,25 @@ def claims_table(outcomes: Sequence[Outcome], width: int = 100) -> Group:
     for outcome in outcomes:
         if outcome.why:
             reasons.add_row(Text(outcome.claim.id), Text(outcome.why))
-    return Group(table, Text(_tally(outcomes), style="bold"), Text(), reasons)
+    return Group(table, Text(score(outcomes), style="bold"), Text(), reasons)
 
 
-def outcomes_json(outcomes: Sequence[Outcome]) -> dict[str, object]:
-    """Schema 1: the tally, and every claim with figure, ours, verdict, reason, criterion and what was run."""
-    return {"schema": 1, "tally": tally(outcomes), "claims": [outcome.to_json() for outcome in outcomes]}
+def reproduction_json(found: Reproduction) -> dict[str, object]:
+    """Schema 1: what it rests on, the tally, every claim with figure, ours, verdict, reason, criterion and what was
+    run, and the figures of every run.
+    """
+    return {
+        "schema": 1,
+        "basis": {"figures": "simulated", "statement": found.headline, "lengths": found.lengths},
+        "score": score(found.outcomes),
+        "tally": tally(found.outcomes),
+        "claims": [outcome.to_json() for outcome in found.outcomes],
+        "runs": [
+            {"engine": comparison.name, "lengths": comparison.lengths, **run.to_json()}
+            for comparison in (*found.evidence.comparisons, found.evidence.sizes_half)
+            for run in comparison.runs.values()
+        ],
+    }
 
 
 def tally(outcomes: Sequence[Outcome]) -> dict[str, int]:
@@ -130,7 +208,8 @@ def check_completed(comparisons: Sequence[Comparison]) -> None:
                 )
 
 
-def _tally(outcomes: Sequence[Outcome]) -> str:
+def score(outcomes: Sequence[Outcome]) -> str:
+    """The tally as a sentence."""
     counts = tally(outcomes)
     good = counts[Standing.REPRODUCED.value] + counts[Standing.BETTER.value]
     judged_in_all = good + counts[Standing.NOT_REPRODUCED.value]

@@ -12,6 +12,9 @@ from throttllem.cli.progress import progress
 
 def reproduce(
     trace: Annotated[str | None, typer.Option("--trace", help="Default: an hour of azure-conv-like.")] = None,
+    lengths: Annotated[
+        str, typer.Option("--lengths", help="How output lengths are predicted: online (as the gateway does) or oracle.")
+    ] = "online",
     seed: Seed = 0,
     catalogue: Extra = None,
     json_file: Json = None,
@@ -21,21 +24,26 @@ def reproduce(
     from rich.console import Console
 
     from throttllem.physics.catalogue import Catalogue
-    from throttllem.reproduce.run import claims_table, outcomes_json
+    from throttllem.reproduce.run import claims_table, reproduction_json, runs_table
     from throttllem.reproduce.run import reproduce as reproduce_claims
 
+    if lengths not in ("online", "oracle"):
+        raise ValueError(f"--lengths {lengths}: must be online or oracle")
     if json_file:
         check_target(json_file)
     with progress("preparing") as report:
-        outcomes = reproduce_claims(
+        found = reproduce_claims(
             Catalogue.load(options.catalogue),
             options.cache_dir.expanduser(),
             workers=options.workers,
             seed=seed,
             trace=trace,
+            lengths="online" if lengths == "online" else "oracle",
             progress=report,
         )
     console = Console()
-    console.print(claims_table(outcomes, console.width))
+    console.print(found.headline, style="bold", highlight=False)
+    console.print(claims_table(found.outcomes, console.width))
+    console.print(runs_table(found.evidence))
     if json_file:
-        write_json(json_file, outcomes_json(outcomes))
+        write_json(json_file, reproduction_json(found))
