@@ -75,13 +75,13 @@ def calibrate(
 def _like(known: Catalogue, frame: pl.DataFrame, like: str | None, file: Path) -> Gpu:
     """The GPU to start from: the one of --like, or the profile's own."""
     from throttllem.calibrate.entry import printable
+    from throttllem.gpu.boards.facts import knowing
     from throttllem.profiling.profile import ProfileError
 
     if like is not None:
         return known.gpu(like)
     own = str(frame["gpu"][0])
-    if own not in known.gpus and (here := _here(known, own)) is not None:
-        return here
+    known = knowing(known, own)
     if own not in known.gpus:
         raise ProfileError(
             f"{file}: its GPU {printable(own)!r} is not in the catalogue: name one that resembles it with --like "
@@ -89,19 +89,6 @@ def _like(known: Catalogue, frame: pl.DataFrame, like: str | None, file: Path) -
             "entry to add with --catalogue"
         )
     return known.gpu(own)
-
-
-def _here(known: Catalogue, name: str) -> Gpu | None:
-    """An unlisted GPU of this machine, as `profile` named it."""
-    from throttllem.gpu.boards.facts import boards_here
-    from throttllem.gpu.nvml import NvmlError
-    from throttllem.physics.recognition import recognise
-
-    try:
-        found = [recognise(board, known) for board in boards_here().values()]
-    except NvmlError:
-        return None
-    return next((one.gpu for one in found if one.gpu.name == name), None)
 
 
 def _model(known: Catalogue, frame: pl.DataFrame, file: Path) -> Model:

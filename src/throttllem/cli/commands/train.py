@@ -43,6 +43,7 @@ def train(
 
     from throttllem.engines.simulated.fleet import build_fleet
     from throttllem.files import ensure_writable_dir
+    from throttllem.gpu.boards.facts import knowing
     from throttllem.physics.catalogue import Catalogue
     from throttllem.profiling.bake import bake
     from throttllem.profiling.profile import is_quick, read_profile, spec_of
@@ -57,7 +58,8 @@ def train(
         return _train_quick(frame, profile_file, out, options, accept=accept)
     first = frame.row(0, named=True)
     sizes = tuple(sorted(set(frame["tp"].to_list())))
-    fleet = build_fleet(Catalogue.load(options.catalogue), first["gpu"], first["model"], sizes, options.batching)
+    known = knowing(Catalogue.load(options.catalogue), first["gpu"])
+    fleet = build_fleet(known, first["gpu"], first["model"], sizes, options.batching)
     with progress("training") as report:
         trained = train_trees(frame)
         report("training", 0.2)
@@ -109,12 +111,14 @@ def _train_quick(frame: pl.DataFrame, file: Path, out: Path, options: Options, *
     from throttllem.calibrate.errors import errors_table
     from throttllem.calibrate.quick import quick_law, quick_table
     from throttllem.engines.simulated.fleet import build_fleet
+    from throttllem.gpu.boards.facts import knowing
     from throttllem.physics.catalogue import Catalogue
     from throttllem.profiling.profile import spec_of
     from throttllem.profiling.storage import save_table
     from throttllem.profiling.verdict import judge_law
 
-    first, known = frame.row(0, named=True), Catalogue.load(options.catalogue)
+    first = frame.row(0, named=True)
+    known = knowing(Catalogue.load(options.catalogue), first["gpu"])
     if frame["tp"].n_unique() > 1:
         raise ValueError(f"{file}: a quick profile is of one engine size; train those of several one by one")
     tp = int(first["tp"])

@@ -60,6 +60,17 @@ def boards_here(names: Sequence[str] | None = None) -> dict[str, Board]:
         return {name: read_board(found_gpu(nvml, name)) for name in names}
 
 
+def knowing(catalogue: Catalogue, name: str) -> Catalogue:
+    """The catalogue, with the unlisted GPU of that name if a board of this machine is one, as `profile` named it."""
+    if name in catalogue.gpus:
+        return catalogue
+    try:
+        found = [recognise(board, catalogue).gpu for board in boards_here().values()]
+    except NvmlError:
+        return catalogue
+    return next((catalogue.having(gpu) for gpu in found if gpu.name == name), catalogue)
+
+
 def kind_of(names: Sequence[str], given: str | None, catalogue: Catalogue, *, only_warn: bool = False) -> Kind:
     """The kind of an engine's GPUs: the one that was named, unless a board contradicts it, else that of the boards.
     `only_warn`: a contradiction is a note, where no clock will be set. Raises ValueError, and as `boards_here`.
