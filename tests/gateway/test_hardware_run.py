@@ -108,6 +108,32 @@ def test_clocks_while_it_serves_and_after(tmp_path, machine, keeper, mode, locke
     assert "throttllem_energy_joules_total" in seen["metrics"]
 
 
+def test_an_engine_on_another_gpu_is_shown_everywhere(tmp_path, make_gpus_here):
+    """The engine's process (this one) computes on GPU 1, and `gpus` names GPU 0."""
+    made = make_gpus_here(*a100(2, switch_ms=(0, 0)))
+    made.gpus[1].processes([os.getpid()])
+    seen = {}
+
+    async def during(http, api, private):
+        async with asyncio.timeout(10):
+            while "wrong GPU" not in str(seen):
+                async with http.get(private + "/dashboard/state") as response:
+                    seen["notes"] = (await response.json())["status"]["models"][0]["engines"][0]["notes"]
+                await asyncio.sleep(0.02)
+
+    with engine_in_a_thread() as url:
+        entry = EngineEntry(kind="openai", url=url, gpus=("0",))
+        wanted = options(tmp_path, engines=(entry,))
+        messages = lived(run_gateway(wanted, tmp_path / "cache"), during)
+        findings = asyncio.run(check_configuration(wanted, {}, tmp_path / "cache"))
+    text = (
+        "computes on GPU 1, which is not among its `gpus`, and not on GPU 0: joules and clocks are those of the wrong"
+    )
+    assert any(line.startswith("!!") and text in line for line in messages)
+    assert any(note.startswith("!! ") and text in note for note in seen["notes"])
+    assert [finding.mark for finding in findings if text in finding.text] == ["!!"]
+
+
 def test_a_missing_keeper_is_found_by_check_and_does_not_keep_the_gateway_from_serving(tmp_path, machine):
     async def during(http, api, private):
         async with http.get(private + "/dashboard/state") as response:

@@ -22,7 +22,9 @@ def test_the_kind_of_boards_is_taken_where_none_is_named(make_gpus_here):
 
 def test_a_kind_that_contradicts_the_board_is_refused_or_a_warning(make_gpus_here):
     make_gpus_here(*a100(1))
-    text = r"GPU 0: NVIDIA A100-SXM4-40GB .* is not a100-80gb-sxm: 42.5 GB, not 85.9; leave --gpu out, or name a100-40gb"
+    text = (
+        r"GPU 0: NVIDIA A100-SXM4-40GB .* is not a100-80gb-sxm: 42.5 GB, not 85.9; leave --gpu out, or name a100-40gb"
+    )
     with pytest.raises(ValueError, match=text):
         kind_of(("0",), "a100-80gb-sxm", CATALOGUE)
     kind = kind_of(("0",), "a100-80gb-sxm", CATALOGUE, only_warn=True)

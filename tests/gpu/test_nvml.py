@@ -131,7 +131,10 @@ OPTIONAL = (
     "nvmlDeviceGetPowerManagementDefaultLimit",
     "nvmlDeviceGetMigMode",
     "nvmlDeviceGetMPSComputeRunningProcesses_v3",
+    "nvmlDeviceGetMPSComputeRunningProcesses_v2",
     "nvmlDeviceGetComputeRunningProcesses_v3",
+    "nvmlDeviceGetComputeRunningProcesses_v2",
+    "nvmlDeviceGetUtilizationRates",
     "nvmlDeviceGetMemoryInfo",
     "nvmlDeviceGetCudaComputeCapability",
     "nvmlDeviceGetNumGpuCores",
@@ -157,6 +160,14 @@ def test_calls_that_a_driver_lacks_hide_no_gpu(machine, gpu, error):
     board = read_board(gpu)
     assert (board.name, board.memory_bytes, board.limit_w) == ("NVIDIA A100-SXM4-40GB", None, None)
     assert recognise(board, Catalogue.load()).gpu.name == "a100-40gb-sxm"
+
+
+def test_an_older_driver_lists_processes_by_the_older_name(machine, gpu):
+    machine.fault("nvmlDeviceGetComputeRunningProcesses_v3", error=MISSING)
+    machine.fault("nvmlDeviceGetMPSComputeRunningProcesses_v3", error=MISSING)
+    machine.gpus[0].processes([7])
+    machine.gpus[0].mps([8])
+    assert gpu.processes() == (7,) and gpu.sharing() is Sharing.MPS
 
 
 def test_the_limit_that_is_set_stands_in_for_the_enforced_one(machine, gpu):

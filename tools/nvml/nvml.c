@@ -475,7 +475,9 @@ static int list(const uint32_t *pids, uint32_t held, unsigned *count, struct pro
     }
 
 LIST(nvmlDeviceGetComputeRunningProcesses_v3, CONTROL.process_pids, CONTROL.process_count)
+LIST(nvmlDeviceGetComputeRunningProcesses_v2, CONTROL.process_pids, CONTROL.process_count)
 LIST(nvmlDeviceGetMPSComputeRunningProcesses_v3, CONTROL.mps_pids, CONTROL.mps_count)
+LIST(nvmlDeviceGetMPSComputeRunningProcesses_v2, CONTROL.mps_pids, CONTROL.mps_count)
 LIST(nvmlDeviceGetGraphicsRunningProcesses_v3, CONTROL.process_pids, 0)
 
 #define IDLE_ENGINE(name)                                       \

@@ -18,6 +18,7 @@ from throttllem.doctor.finding import Finding, note, ok, trouble
 from throttllem.doctor.steady import steady_mhz
 from throttllem.doctor.timeouts import call_all, call_within
 from throttllem.gpu.boards.facts import read_board
+from throttllem.gpu.boards.users import ENGINES
 from throttllem.gpu.counter import STANDS_S, odd_counter
 from throttllem.gpu.nvml import REMEDY, Nvml, NvmlError, NvmlGpu, Sample, Sharing, ThrottleReason, Trouble
 from throttllem.physics.catalogue import Catalogue
@@ -27,7 +28,6 @@ MEASURE_S = 0.5
 HANG_S = 3.0
 """A call that has not returned by then hangs."""
 _POLL_S = 0.002
-_ENGINES = ("vllm", "sglang", "trtllm", "tritonserver", "text-generation", "lmdeploy", "llama-server", "ollama")
 _NEEDS_A_REMEDY = (
     ThrottleReason.HARDWARE
     | ThrottleReason.THERMAL
@@ -237,5 +237,5 @@ def _process(pid: int, proc: Path) -> str:
         name = (proc / str(pid) / "comm").read_text(errors="replace").strip()
     except OSError:
         return f"process {pid} (of another container)"
-    engine = next((engine for engine in _ENGINES if engine in command), None)
+    engine = next((engine for engine in ENGINES if engine in command), None)
     return f"process {pid} ({name}, an engine: {engine})" if engine else f"process {pid} ({name})"

@@ -237,7 +237,10 @@ async def _hardware(backend: Backend, options: Options, origins: dict[str, str])
     count = "1 GPU" if len(gpu.names) == 1 else f"{len(gpu.names)} GPUs"
     text = f"engine {backend.name}: {count} at {reading.clock_mhz} MHz, {reading.watts:.0f} W"
     why = f"clocks.mode = {gpu.mode.value}, {origins.get('clocks.mode', 'the default')}"
-    return [Finding(mark="ok", text=text), await _clocks(backend.name, gpu, options, why)]
+    findings = [Finding(mark="ok", text=text), await _clocks(backend.name, gpu, options, why)]
+    if gpu.placement is not None:
+        findings.append(Finding(mark=gpu.placement.place.value, text=f"engine {backend.name}: {gpu.placement.text}"))
+    return findings
 
 
 async def _clocks(name: str, gpu: HardwareGpu, options: Options, why: str) -> Finding:

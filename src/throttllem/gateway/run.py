@@ -33,6 +33,7 @@ from throttllem.gateway.telemetry.dashboard import dashboard_routes
 from throttllem.gateway.telemetry.history import History
 from throttllem.gateway.telemetry.metrics import metrics_page
 from throttllem.gateway.telemetry.status import GatewayStatus, assumptions
+from throttllem.gpu.boards.users import Place
 from throttllem.gpu.hardware import check_apart
 from throttllem.profiling.lengths import save_lengths
 
@@ -127,6 +128,9 @@ class Prepared:
             for backend in model.loop.backends:
                 for note in assumptions(model.loop, backend):
                     say(f"note       {backend.name}: {note}")
+        for gpu in self.gateway.hardware:
+            if (found := gpu.placement) is not None and found.place is not Place.RIGHT:
+                say(f"{'!!' if found.place is Place.WRONG else 'note':<10} gpus {', '.join(gpu.names)}: {found.text}")
         for door in open_doors(self.options.server):
             say(f"warning    {door}")
 

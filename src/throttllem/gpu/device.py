@@ -22,7 +22,8 @@ class Reading:
     energy since the counter began. `dry_run_mhz`: the clock that was decided where none is set. `stands_for_mhz`: a
     lower clock that was decided, where the clock in force is the lowest that may be set. `limit_mhz`: the GPUs do not
     run faster than this now, for the reason in `held`. `trouble`: why clocks are not set though the mode is "on".
-    `counter_trouble`: why `energy_j` is integrated power although there is a counter.
+    `counter_trouble`: why `energy_j` is integrated power although there is a counter. `misplaced`: why the engine
+    seems to run on other GPUs.
     """
 
     clock_mhz: int | None
@@ -34,6 +35,7 @@ class Reading:
     held: str | None = None
     trouble: str | None = None
     counter_trouble: str | None = None
+    misplaced: str | None = None
 
     @property
     def planned_on_mhz(self) -> int | None:

@@ -16,6 +16,7 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Self
 
+from throttllem.gpu.boards.users import Activity, Place, Placement, placement
 from throttllem.gpu.clock_limit import OTHER_CONTROLLER, LimitDetector, follows
 from throttllem.gpu.device import Reading, Work
 from throttllem.gpu.nvml import Nvml, NvmlError, NvmlGpu
@@ -43,6 +44,8 @@ POLL_S = 0.004
 RETRY_S = 1.0
 """The time between a set that failed, or that another controller undid, and the next one; doubled each time."""
 MOST_RETRY_S = 60.0
+PLACE_S, PLACED_S = 15.0, 60.0
+"""The time between two checks of the processes, until the engine was found on its GPUs and after that."""
 
 
 class Mode(StrEnum):
@@ -58,6 +61,7 @@ class HardwareGpu:
 
     `clocks_mhz`, ascending: every clock that will be decided. The last one must be the highest that the GPUs support;
     it counts as the decision while there is none. `setter` makes the client that sets them, once they are found.
+    `url`: where the engine listens that should run on them; None: that is not checked.
     """
 
     def __init__(
@@ -67,8 +71,9 @@ class HardwareGpu:
         mode: Mode,
         setter: Callable[[tuple[NvmlGpu, ...]], ClockClient],
         clocks_mhz: tuple[int, ...],
+        url: str | None = None,
     ) -> None:
-        self.names, self._make_setter = names, setter
+        self.names, self._make_setter, self._url = names, setter, url
         self.mode, self._clocks_mhz = mode, clocks_mhz
         self.uuids: tuple[str, ...] = ()
         self.ladder_mhz: tuple[int, ...] = ()
@@ -85,6 +90,10 @@ class HardwareGpu:
         self._set_s = self._failed_s = -math.inf
         self._retry_s = RETRY_S
         self._limits = LimitDetector()
+        self.placement: Placement | None = None
+        """Whether the engine runs on them, by the processes; None: not checked."""
+        self._activity = Activity(len(names))
+        self._misplaced: str | None = None
 
     # ---- finding the GPUs, and leaving them as they were ---------------------------------------------------------
 
@@ -106,6 +115,10 @@ class HardwareGpu:
             self._sampler = await stack.enter_async_context(sampler)
             self._setter = self._make_setter(gpus)
             stack.push_async_callback(self._restore)
+            if self._url is not None:
+                await self._place(nvml, self._url)
+                placing = asyncio.get_running_loop().create_task(self._place_again(nvml, self._url))
+                stack.callback(placing.cancel)
             watching = asyncio.get_running_loop().create_task(self._watch())
             stack.callback(watching.cancel)
             self._stack = stack.pop_all()
@@ -172,10 +185,12 @@ class HardwareGpu:
             held=held,
             trouble=self._trouble,
             counter_trouble=sampler.trouble(),
+            misplaced=self._misplaced,
         )
 
     def worked(self, work: Work) -> None:
-        """Nothing to do: the GPU's counter measures it."""
+        """Its energy is the counter's; whether the GPUs took part in it is seen by their activity."""
+        self._activity.worked(time.monotonic(), work.seconds)
 
     def idled(self, seconds: float) -> None:
         """Nothing to do: the GPU's counter measures it."""
@@ -246,10 +261,36 @@ class HardwareGpu:
                     self._retry_s = min(2 * self._retry_s, MOST_RETRY_S) if taken else RETRY_S
                     await self.set_clock(self._decided_mhz)
                 self._detect_limit()
+                self._detect_misplaced()
             except OSError:
                 continue  # a GPU that cannot be read is reported by `read`
             except Exception:
                 log.exception("clocks were not watched this time")
+
+    async def _place_again(self, nvml: Nvml, url: str) -> None:
+        """Until it is cancelled: check again whether the engine runs on them; it may start later, or be restarted."""
+        while True:
+            right = self.placement is not None and self.placement.place is Place.RIGHT
+            await asyncio.sleep(PLACED_S if right else PLACE_S)
+            try:
+                await self._place(nvml, url)
+            except Exception:
+                log.exception("it was not checked which GPUs the engine runs on")
+
+    async def _place(self, nvml: Nvml, url: str) -> None:
+        self.placement = await asyncio.to_thread(placement, nvml, self.uuids, url)
+
+    def _detect_misplaced(self) -> None:
+        """Say that the engine runs elsewhere, by its processes or by the GPUs' activity."""
+        self._activity.saw(time.monotonic(), [sample.busy for sample in self._running_sampler().last()])
+        misplaced = None
+        if self.placement is not None and self.placement.place is Place.WRONG:
+            misplaced = self.placement.text
+        elif (idle := self._activity.idle()) is not None:
+            misplaced = f"{self.uuids[idle]} is idle while the engine works: does the engine run on another GPU?"
+        if misplaced is not None and misplaced != self._misplaced:
+            log.error("%s", misplaced)
+        self._misplaced = misplaced
 
     def _detect_limit(self, *, switched: bool = False) -> None:
         """Raises OSError while the GPUs cannot be read."""

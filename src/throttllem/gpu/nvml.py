@@ -66,7 +66,8 @@ class Sharing(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One GPU at one moment (`at_s` of the monotonic clock). `energy_j`: since the driver was loaded; None: the GPU has
-    no counter. `watts` None: it has no power reading; it has one of the two.
+    no counter. `watts` None: it has no power reading; it has one of the two. `busy`: whether kernels ran lately; None:
+    it does not report its utilization.
     """
 
     at_s: float
@@ -74,6 +75,7 @@ class Sample:
     watts: float | None
     energy_j: float | None
     throttle: ThrottleReason
+    busy: bool | None = None
 
 
 REMEDY = {
@@ -241,12 +243,14 @@ class NvmlGpu:
         power_mw = self.optional("power", pynvml.nvmlDeviceGetPowerUsage)
         if energy_mj is None and power_mw is None:
             raise NvmlError(f"power of {self.uuid}: it has neither a power reading nor a counter", Trouble.UNSUPPORTED)
+        rates = self.optional("utilization", pynvml.nvmlDeviceGetUtilizationRates)
         return Sample(
             at_s=time.monotonic(),
             clock_mhz=self.clock_mhz(),
             watts=None if power_mw is None else float(power_mw) / 1e3,
             energy_j=None if energy_mj is None else float(energy_mj) / 1e3,
             throttle=self.throttle(),
+            busy=None if rates is None else rates.gpu > 0,
         )
 
     def sharing(self) -> Sharing | None:

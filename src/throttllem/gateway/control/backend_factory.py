@@ -115,6 +115,7 @@ class BackendFactory:
                 mode=Mode(clocks.mode),
                 setter=clock_setter(keeper=clocks.keeper, zeusd=clocks.zeusd, ttl_s=clocks.ttl_s),
                 clocks_mhz=table.clocks_mhz if table else spec.clocks_mhz[-1:],
+                url=entry.url,
             )
         return SimulatedGpu(
             spec.clocks_mhz,

@@ -280,7 +280,9 @@ def _distance(band: TableBand) -> float:
 
 
 def _clock_notes(reading: Reading) -> Iterator[str]:
-    """Why clocks are not as planned."""
+    """Why clocks and joules are not as planned."""
+    if reading.misplaced:
+        yield f"!! {reading.misplaced}"
     if reading.trouble:
         yield f"dry run, as clocks cannot be set: {reading.trouble}"
     if reading.held:

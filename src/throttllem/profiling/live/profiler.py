@@ -155,8 +155,13 @@ class LiveProfiler:
         if clock_mhz is None:
             return await self._point(point)
         await gpu.set_clock(clock_mhz)
+        began_s = now()
         rows = await self._point(point)
+        work = Work(seconds=now() - began_s, decode_sequences=0, kv_tokens=0, prefill_tokens=0, prefill_pairs=0.0)
+        gpu.worked(work)
         reading = gpu.read()
+        if reading.misplaced:
+            raise ClockError(reading.misplaced)
         if (why := reading.trouble or reading.held) or reading.clock_mhz != clock_mhz:
             raise ClockError(f"{clock_mhz} MHz, at {reading.clock_mhz} MHz: {why or 'may the keeper set it? --clocks'}")
         return rows

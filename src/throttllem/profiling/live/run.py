@@ -20,6 +20,7 @@ from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Connected, EngineError, LiveEngine
 from throttllem.engines.simulated.fleet import Fleet
 from throttllem.files import ensure_writable_dir
+from throttllem.gpu.boards.users import Place
 from throttllem.gpu.device import ClockError, Work
 from throttllem.gpu.hardware import HardwareGpu, Mode
 from throttllem.gpu.setters import clock_setter
@@ -102,6 +103,11 @@ def _introduce(connected: Connected, device: Device, say: Say) -> None:
     say(f"{', '.join(connected.models)}{version}: {limits}, {cache}")
     for note in connected.notes:
         say(f"note: {note}")
+    if isinstance(device.gpu, HardwareGpu) and (found := device.gpu.placement) is not None:
+        if found.place is Place.WRONG:
+            raise LiveProfileError(f"--gpus: {found.text}; nothing was measured")
+        if found.place is Place.UNKNOWN:
+            say(f"note: {found.text}")
     if device.modelled is not None:
         say(
             f"watts modelled: the GPU is a simulated {spec.gpu} with {spec.model}, whose clock does not affect this "
@@ -127,13 +133,16 @@ def _conclude(summary: Summary, say: Say) -> None:
 # ---- devices and clocks ------------------------------------------------------------------------------------------
 
 
-def live_device(fleet: Fleet, clocks_mhz: tuple[int, ...], gpus: tuple[str, ...] | None, keeper: Path) -> Device:
+def live_device(
+    fleet: Fleet, clocks_mhz: tuple[int, ...], gpus: tuple[str, ...] | None, keeper: Path, url: str
+) -> Device:
     """The named GPUs, their clocks set through the keeper and their watts counted; without names simulated ones of the
     catalogue, whose watts are modelled.
     """
     if gpus is not None:
         setter = clock_setter(keeper=keeper)
-        return Device(gpu=HardwareGpu(gpus, mode=Mode.ON, setter=setter, clocks_mhz=clocks_mhz), clocks_mhz=clocks_mhz)
+        hardware = HardwareGpu(gpus, mode=Mode.ON, setter=setter, clocks_mhz=clocks_mhz, url=url)
+        return Device(gpu=hardware, clocks_mhz=clocks_mhz)
     spec = engine_spec(fleet)
     physics = fleet.physics[spec.tp]
 
