@@ -158,6 +158,7 @@ def _live(
         wanted = quick_clocks(fleet.physics[fleet.sizes[0]].gpu)
     else:
         wanted = chosen_clocks(fleet.clocks_mhz, clocks)
+    assert entry.url is not None
     device = live_device(fleet, wanted, entry.gpus, options.clocks.keeper, entry.url)
     return remote_engine(_remote(entry), engine_spec(fleet)), device
 
