@@ -343,11 +343,12 @@ def surely_fits(
     own = newcomer.limits()
     if newcomer.remaining_tokens * table.slowest_s(batch, 0, 0) > (own.deadline_s - base_s) * keep:
         return False  # most that fail, fail here
-    waiting = [*board.pending.values(), newcomer]
-    left = np.maximum(board.end - first, 1)
-    tokens = left + (board.tokens_at_start + (first - board.start))
-    block = spec.block_tokens
-    kv_blocks = int(((tokens + (block - 1)) // block).sum()) + max(0, board.external.kv_blocks)
+    waiting, block = [*board.pending.values(), newcomer], spec.block_tokens
+    left, kv_blocks = board.end, max(0, board.external.kv_blocks)
+    if board.running:
+        left = np.maximum(left - first, 1)
+        tokens = left + (board.tokens_at_start + (first - board.start))
+        kv_blocks += int(((tokens + (block - 1)) // block).sum())
     kv_blocks += sum(-(-(sequence.prefill_tokens + sequence.remaining_tokens) // block) for sequence in waiting)
     prompts = sum(sequence.prefill_tokens for sequence in waiting)
     longest = 0 if spec.chunked else max(sequence.prefill_tokens for sequence in waiting)
@@ -362,7 +363,7 @@ def surely_fits(
     # Until all have started, an iteration takes `budget` prompt tokens, or finishes a prompt, or none is there yet.
     later = max(0, *(sequence.earliest - first for sequence in waiting))
     started_s = delay_s + (later + len(waiting) - (-prompts // budget)) * prompt_s
-    if bool((started_s + left * step_s > (board.deadline_s - base_s) * keep).any()):
+    if board.running and bool((started_s + left * step_s > (board.deadline_s - base_s) * keep).any()):
         return False
     limits = [sequence.limits() for sequence in waiting]
     return all(

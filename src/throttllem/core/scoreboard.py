@@ -240,7 +240,7 @@ class Scoreboard:
     def tightest_tbt_s(self) -> float:
         """The strictest SLO on the time between tokens among sequences that are not lost; inf if there is none."""
         waiting = min((sequence.limits().tbt_s for sequence in self.pending.values()), default=math.inf)
-        return min(waiting, float(self._limits[1, : len(self._slots)].min(initial=math.inf)))
+        return min(waiting, float(self._limits[1, : len(self._slots)].min())) if self._slots else waiting
 
     def reservation(self, request: Request) -> int:
         """KV blocks that an engine which never evicts sets aside for a request."""

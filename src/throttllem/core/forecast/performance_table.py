@@ -170,21 +170,20 @@ class PerformanceTable:
 
     def cell(self, batch: int, kv_blocks: int, prefill_tokens: int) -> int:
         """The same for one iteration."""
-        prefill, kv = (
-            self._prefill_offset.take(prefill_tokens, mode="clip"),
-            self._kv_offset.take(kv_blocks, mode="clip"),
+        return (
+            _clipped(self._prefill_offset, prefill_tokens)
+            + _clipped(self._batch_offset, batch)
+            + _clipped(self._kv_offset, kv_blocks)
         )
-        return int(prefill) + int(self._batch_offset.take(batch, mode="clip")) + int(kv)
 
     def slowest_s(self, batch: int, kv_blocks: int, prefill_tokens: int) -> float:
         """Seconds at the maximum clock that no iteration of at most this batch, KV and prefill exceeds."""
-        return float(self._slowest[self.cell(batch, kv_blocks, prefill_tokens)])
+        return self._slowest.item(self.cell(batch, kv_blocks, prefill_tokens))
 
     def with_prompt(self, cell: int, prefill_tokens: int) -> int:
         """The row of the same batch and KV use with `prefill_tokens` prompt tokens instead."""
         each: int = self.seconds.shape[0] // (int(self.prefill_bin[-1]) + 1)
-        offset: int = int(self._prefill_offset.take(prefill_tokens, mode="clip"))
-        return cell % each + offset
+        return cell % each + _clipped(self._prefill_offset, prefill_tokens)
 
     def inside(self, batch_max: int, kv_max: int, prefill_max: int) -> bool:
         """Whether everything up to this batch, KV blocks and prefill tokens was profiled."""
@@ -201,6 +200,11 @@ class PerformanceTable:
         column = self.clocks_mhz.index(clock_mhz)
         cell = self.cell(batch, kv_blocks, prefill_tokens)
         return float(self.seconds[cell, column]), float(self.watts[cell, column])
+
+
+def _clipped(offsets: Ints, at: int) -> int:
+    """One offset, that of either end beyond it. As `take` with "clip", which costs several times more for one."""
+    return offsets.item(min(max(at, 0), offsets.size - 1))
 
 
 def _count(name: str, bins: Bins) -> int:

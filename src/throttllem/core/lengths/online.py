@@ -136,11 +136,12 @@ class OnlineLengthPredictor(LengthPredictor):
             return None
         level_of = self._level_of(path)
         weight, level = self._groups[level_of].weight, self._level(level_of)
-        bound = self._upper(known, weight, level, request.max_tokens)
+        sums = known.cumsum()
+        bound = self._upper(known, sums, weight, level, request.max_tokens)
         if request.id not in self._issued and len(self._issued) >= _MOST_ISSUED:
             del self._issued[next(iter(self._issued))]
         self._issued[request.id] = Issued(bound, level_of)
-        return Prediction(_quantile(known, 0.5, request.max_tokens), bound)
+        return Prediction(_quantile(known, sums, 0.5, request.max_tokens), bound)
 
     def renew(self, request: Request, generated_tokens: int) -> float | None:
         """The bound of an output that is longer than `generated_tokens` already; None: plan with max_tokens.
@@ -154,7 +155,7 @@ class OnlineLengthPredictor(LengthPredictor):
         longer = _longer_than(known, generated_tokens)
         share = float(longer.sum()) / float(known.sum())
         level = min(self.options.exceed, self._level(level_of))
-        tokens = self._upper(longer, share * self._groups[level_of].weight, level, request.max_tokens)
+        tokens = self._upper(longer, longer.cumsum(), share * self._groups[level_of].weight, level, request.max_tokens)
         return max(tokens, generated_tokens + 1.0) if tokens < request.max_tokens else None
 
     def learn(self, request: Request, output_tokens: int) -> None:
@@ -276,10 +277,10 @@ class OnlineLengthPredictor(LengthPredictor):
             mass = group.weight + lent
         return counts
 
-    def _upper(self, counts: Counts, mass: float, level: float, max_tokens: int) -> float:
+    def _upper(self, counts: Counts, sums: Counts, mass: float, level: float, max_tokens: int) -> float:
         """The quantile that leaves out `level`, corrected for how few outputs it comes from; max_tokens if too few."""
         part = (1 - level) * (mass + 1) / mass if mass > 0 else 1.0
-        return _quantile(counts, part, max_tokens) if part < 1 else float(max_tokens)
+        return _quantile(counts, sums, part, max_tokens) if part < 1 else float(max_tokens)
 
 
 def bin_of(tokens: int) -> int:
@@ -304,9 +305,10 @@ def _path(request: Request) -> tuple[Key, ...]:
     return (model,), (model, caller), (model, caller, cut, coarse), (model, caller, cut, coarse, fine)
 
 
-def _quantile(counts: Counts, part: float, max_tokens: int) -> float:
-    """The length that `part` of the counts does not exceed, within a bin by its share; at most max_tokens."""
-    sums = counts.cumsum()
+def _quantile(counts: Counts, sums: Counts, part: float, max_tokens: int) -> float:
+    """The length that `part` of the counts does not exceed, within a bin by its share; at most max_tokens. `sums` are
+    the cumulative counts.
+    """
     wanted = part * float(sums[-1])
     at = int(sums.searchsorted(wanted))
     if at >= BEYOND:

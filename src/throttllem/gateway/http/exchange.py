@@ -6,8 +6,8 @@ Knows ASGI, nothing of engines or SLOs. An exchange belongs to the task that ser
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import uuid
 from email.utils import formatdate
 from enum import StrEnum
 
@@ -61,7 +61,7 @@ class Exchange:
             elif name == "x-request-id" and request_id is None and _SANE_ID.fullmatch(value):
                 request_id = value
         self.headers = dict(self.fields)
-        self.request_id = request_id or uuid.uuid4().hex
+        self.request_id = request_id or os.urandom(16).hex()
         self.started = self.finished = self.events = self.blocked = False
         self.moves = 0
         self.status: int | None = None
