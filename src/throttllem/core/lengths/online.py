@@ -26,10 +26,11 @@ the same calls in the same order give the same predictions.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +97,13 @@ class Group:
     level: float | None = None
 
 
+class _Curve(NamedTuple):
+    """Counts by bin, and their cumulative sums; lists, in which one look-up costs a tenth of an array's."""
+
+    counts: list[float]
+    sums: list[float]
+
+
 @dataclass(frozen=True, slots=True)
 class Issued:
     """A bound that was given out, and the key of the group whose level it rests on."""
@@ -125,6 +133,7 @@ class OnlineLengthPredictor(LengthPredictor):
         self._keep = 1 - 1 / self.options.kept_answers
         self._groups: OrderedDict[Key, Group] = OrderedDict()
         self._issued: dict[int, Issued] = {}
+        self._ready: tuple[tuple[Key, ...], _Curve] | None = None
 
     def predict(self, request: Request) -> Prediction | None:
         """The median of what is known, and the bound that outputs exceed as rarely as `exceed`; None: too little is.
@@ -132,16 +141,19 @@ class OnlineLengthPredictor(LengthPredictor):
         The bound is remembered: `learn` compares it with the output. The last one for a request counts.
         """
         path = _path(request)
-        if (known := self._known(path)) is None:
+        if self._ready is not None and self._ready[0] == path:
+            curve = self._ready[1]
+        elif (known := self._known(path)) is not None:
+            curve = _curve(known)
+        else:
             return None
         level_of = self._level_of(path)
         weight, level = self._groups[level_of].weight, self._level(level_of)
-        sums = known.cumsum()
-        bound = self._upper(known, sums, weight, level, request.max_tokens)
+        bound = self._upper(curve, weight, level, request.max_tokens)
         if request.id not in self._issued and len(self._issued) >= _MOST_ISSUED:
             del self._issued[next(iter(self._issued))]
         self._issued[request.id] = Issued(bound, level_of)
-        return Prediction(_quantile(known, sums, 0.5, request.max_tokens), bound)
+        return Prediction(_quantile(curve, 0.5, request.max_tokens), bound)
 
     def renew(self, request: Request, generated_tokens: int) -> float | None:
         """The bound of an output that is longer than `generated_tokens` already; None: plan with max_tokens.
@@ -155,7 +167,7 @@ class OnlineLengthPredictor(LengthPredictor):
         longer = _longer_than(known, generated_tokens)
         share = float(longer.sum()) / float(known.sum())
         level = min(self.options.exceed, self._level(level_of))
-        tokens = self._upper(longer, longer.cumsum(), share * self._groups[level_of].weight, level, request.max_tokens)
+        tokens = self._upper(_curve(longer), share * self._groups[level_of].weight, level, request.max_tokens)
         return max(tokens, generated_tokens + 1.0) if tokens < request.max_tokens else None
 
     def learn(self, request: Request, output_tokens: int) -> None:
@@ -175,6 +187,9 @@ class OnlineLengthPredictor(LengthPredictor):
             self._groups.move_to_end(key)
         while len(self._groups) > self.options.most_groups:
             self._groups.popitem(last=False)
+        # The next request is likely of this kind, and waits for its prediction. Here nothing waits.
+        known = self._known(path)
+        self._ready = None if known is None else (path, _curve(known))
 
     def forget(self, request: Request) -> None:
         """The request ended before its output did: its bound is not judged."""
@@ -277,10 +292,10 @@ class OnlineLengthPredictor(LengthPredictor):
             mass = group.weight + lent
         return counts
 
-    def _upper(self, counts: Counts, sums: Counts, mass: float, level: float, max_tokens: int) -> float:
+    def _upper(self, curve: _Curve, mass: float, level: float, max_tokens: int) -> float:
         """The quantile that leaves out `level`, corrected for how few outputs it comes from; max_tokens if too few."""
         part = (1 - level) * (mass + 1) / mass if mass > 0 else 1.0
-        return _quantile(counts, sums, part, max_tokens) if part < 1 else float(max_tokens)
+        return _quantile(curve, part, max_tokens) if part < 1 else float(max_tokens)
 
 
 def bin_of(tokens: int) -> int:
@@ -305,15 +320,18 @@ def _path(request: Request) -> tuple[Key, ...]:
     return (model,), (model, caller), (model, caller, cut, coarse), (model, caller, cut, coarse, fine)
 
 
-def _quantile(counts: Counts, sums: Counts, part: float, max_tokens: int) -> float:
-    """The length that `part` of the counts does not exceed, within a bin by its share; at most max_tokens. `sums` are
-    the cumulative counts.
-    """
-    wanted = part * float(sums[-1])
-    at = int(sums.searchsorted(wanted))
+def _curve(counts: Counts) -> _Curve:
+    return _Curve(counts.tolist(), counts.cumsum().tolist())
+
+
+def _quantile(curve: _Curve, part: float, max_tokens: int) -> float:
+    """The length that `part` of the counts does not exceed, within a bin by its share; at most max_tokens."""
+    counts, sums = curve
+    wanted = part * sums[-1]
+    at = bisect_left(sums, wanted)
     if at >= BEYOND:
         return float(max_tokens)
-    inside = (wanted - float(sums[at] - counts[at])) / float(counts[at]) if counts[at] > 0 else 1.0
+    inside = (wanted - (sums[at] - counts[at])) / counts[at] if counts[at] > 0 else 1.0
     low, high = shortest_of(at), shortest_of(at + 1)
     return float(min(max(math.ceil(low - 1 + inside * (high - low)), 1), max_tokens))
 
