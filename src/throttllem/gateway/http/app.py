@@ -33,7 +33,7 @@ from throttllem.gateway.http.pages import MODELS, OPENAPI, MetricsPage, Pages
 from throttllem.gateway.http.protocol import CROWDED
 from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
 from throttllem.openai_api.errors import ApiError, as_api_error
-from throttllem.openai_api.requests import check_sequences, is_controlled, model_of, parse_request
+from throttllem.openai_api.requests import CHAT, COMPLETIONS, check_sequences, is_controlled, model_of, parse_request
 
 _log = logging.getLogger("throttllem.gateway")
 _NATIVE_MODEL = re.compile(r"/v2/models/([^/]+)(?:/.*)?")
@@ -268,6 +268,8 @@ def build_private_app(gateway: Gateway) -> ASGIApp:
 def _path(exchange: Exchange) -> str:
     """The path, decoded once. Raises ApiError 404 for one that an engine might take for another than we do."""
     raw = exchange.scope["raw_path"].decode("latin-1")
+    if raw in (CHAT, COMPLETIONS):  # most are one of these
+        return raw
     path = unquote(raw, errors="replace")
     segments = path.split("/")
     odd = "." in segments or ".." in segments or "" in segments[1:-1] or _ODD.search(path) is not None
