@@ -267,7 +267,7 @@ def build_private_app(gateway: Gateway) -> ASGIApp:
 
 def _path(exchange: Exchange) -> str:
     """The path, decoded once. Raises ApiError 404 for one that an engine might take for another than we do."""
-    raw = exchange.scope["raw_path"].decode("latin-1")
+    raw: str = exchange.scope["raw_path"].decode("latin-1")
     if raw in (CHAT, COMPLETIONS):  # most are one of these
         return raw
     path = unquote(raw, errors="replace")
