@@ -263,6 +263,14 @@ def test_an_old_driver_hides_no_gpu(findings, machine):
     assert report[0] == "-- driver: it does not report its version"
 
 
+def test_a_gpu_without_clocks_that_can_be_set_is_shown(findings, keeper, machine):
+    machine.fault("nvmlDeviceGetSupportedMemoryClocks", error=13, gpu=0)
+    report, everything = findings()
+    assert len(everything["gpus"]) == 2 and any(
+        "GPU 0" in line and "no clocks that can be set" in line for line in report
+    )
+
+
 def test_a_library_that_does_not_fit_the_driver(findings, machine):
     machine.fault("nvmlInitWithFlags", error=18)
     _, everything = findings()

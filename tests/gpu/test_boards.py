@@ -8,7 +8,9 @@ import pytest
 from throttllem.gpu.boards.facts import boards_here, kind_of, knowing
 from throttllem.gpu.nvml import NvmlError
 from throttllem.physics.catalogue import Catalogue, UnknownName
+from throttllem.physics.recognition import recognise
 from tools.nvml.machine import a100, h100
+from tools.nvml.part import catalogue_parts
 
 CATALOGUE = Catalogue.load()
 H20 = h100(1, name="NVIDIA H20", limit_w=500.0, cores=9984)
@@ -18,6 +20,19 @@ def test_the_kind_of_boards_is_taken_where_none_is_named(make_gpus_here):
     make_gpus_here(*a100(2))
     kind = kind_of(("0", "1"), None, CATALOGUE)
     assert (kind.gpu.name, kind.notes) == ("a100-40gb-sxm", ())
+
+
+def test_every_kind_of_the_catalogue_is_read_back(make_gpus_here):
+    names = sorted(CATALOGUE.gpus)
+    for some in (names[:12], names[12:]):
+        parts = [catalogue_parts(name, 1, uuid=f"GPU-{name}", tp=2)[0] for name in some]
+        make_gpus_here(*parts, name=some[0])
+        boards = boards_here([part.uuid for part in parts])
+        found = [recognise(board, CATALOGUE) for board in boards.values()]
+        assert [one.gpu.name for one in found] == some and all(one.listed for one in found)
+        for one in found:
+            assert one.board.multiprocessors == one.gpu.multiprocessors
+            assert one.board.bandwidth_bytes_per_s == pytest.approx(one.gpu.bandwidth_bytes_per_s, rel=0.01)
 
 
 def test_a_kind_that_contradicts_the_board_is_refused_or_a_warning(make_gpus_here):

@@ -105,7 +105,13 @@ def catalogue_parts(gpu: str, n: int, *, model: str = "llama-3-8b", tp: int = 1,
     physics = EnginePhysics(kind, catalogue.model(model), tp)
     clocks = kind.clocks_mhz
     busy = tuple(physics.iteration(clock, BATCH, BATCH * CONTEXT_TOKENS, 0, 0.0)[1] / tp for clock in clocks)
+    bits, capability = 4096, kind.compute_capability or "8.0"
     known: dict[str, Any] = {
+        "name": next(iter(kind.nvml_names), gpu),
+        "capability": tuple(int(part) for part in capability.split(".")),
+        "cores": (kind.multiprocessors or 0) * (64 if capability in ("7.0", "7.5", "8.0") else 128) or None,
+        "memory_bus_bits": bits,
+        "memory_mhz": round(kind.bandwidth_bytes_per_s * 4e-6 / bits),
         "clocks_mhz": clocks,
         "idle_w": kind.power.idle_w,
         "busy_w": busy,
@@ -120,6 +126,7 @@ def a100(n: int = 1, **fields: Any) -> tuple[Part, ...]:
     own: dict[str, Any] = {
         "name": "NVIDIA A100-SXM4-40GB",
         "limit_min_w": 100.0,
+        "memory_mhz": 1215,
         "memory_bus_bits": 5120,
         "cores": 6912,
     }

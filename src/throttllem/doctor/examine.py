@@ -108,9 +108,8 @@ def rights_findings(gpus: list[Gpu], keeper: KeeperState) -> Iterator[Finding]:
 def _range_finding(gpu: Gpu, keeper: KeeperState, user: str) -> Finding:
     low_mhz, high_mhz = keeper.range_of(gpu.uuid) or (0, 0)
     text = f"the keeper sets {gpu.subject} for {user}, from {low_mhz} to {high_mhz} MHz"
-    top_mhz = gpu.clocks_mhz[-1]
     if not any(low_mhz <= clock <= high_mhz for clock in gpu.clocks_mhz):
         return trouble("rights", f"{text}, and it has no clock there", "correct --gpu in the service's options")
-    if high_mhz < top_mhz:
+    if high_mhz < (top_mhz := gpu.clocks_mhz[-1]):
         return note("rights", f"{text} of {top_mhz}", "`profile` needs the highest one; --gpu in the service's options")
     return ok("rights", text)

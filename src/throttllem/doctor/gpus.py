@@ -125,7 +125,8 @@ def read_gpus(nvml: Nvml, measure_s: float | None) -> tuple[list[Gpu], list[Find
 def gpu_findings(gpu: Gpu, catalogue: Catalogue, proc: Path = Path("/proc")) -> list[Finding]:
     """Everything about it except its lock."""
     subject, clocks = gpu.subject, gpu.clocks_mhz
-    facts = f"{len(clocks)} clocks from {clocks[0]} to {clocks[-1]} MHz, now {gpu.clock_mhz} MHz"
+    facts = f"{len(clocks)} clocks from {clocks[0]} to {clocks[-1]} MHz" if clocks else "no clocks that can be set"
+    facts += f", now {gpu.clock_mhz} MHz"
     watts = "unknown" if gpu.watts is None else f"{gpu.watts:.0f}"
     limit = "" if gpu.limit_w is None else f" of {gpu.limit_w:.0f}"
     findings = [ok(subject, f"{gpu.uuid}, {gpu.board.name}: {facts}, {watts}{limit} W")]
@@ -173,14 +174,15 @@ def _energy(gpu: Gpu) -> Finding:
 
 
 def _read(number: int, gpu: NvmlGpu, measure_s: float | None) -> Gpu:
-    steady = steady_mhz(gpu)
+    board = read_board(gpu)
+    steady = steady_mhz(gpu) if board.clocks_mhz else None
     counter = _counter(gpu, measure_s or 0.0)
     sample = gpu.sample()
     return Gpu(
         number=number,
         uuid=gpu.uuid,
-        board=read_board(gpu),
-        clocks_mhz=gpu.clocks_mhz(),
+        board=board,
+        clocks_mhz=board.clocks_mhz,
         clock_mhz=sample.clock_mhz,
         watts=sample.watts,
         limit_w=gpu.limit_w(),
