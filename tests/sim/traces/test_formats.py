@@ -15,7 +15,7 @@ from throttllem.sim.traces.formats import FORMATS
 from throttllem.sim.traces.trace import TraceError, load_trace
 
 SIMPLE = [(0.0, 374, 44), (0.84, 1215, 309), (1.31, 86, 412)]
-FAST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ROWS = st.lists(
     st.tuples(st.integers(0, 10**9).map(lambda us: us / 1e6), st.integers(1, 10**6), st.integers(1, 10**5)),
     min_size=2,

@@ -1,5 +1,6 @@
 """Traces: peak, scaling, cutting, digest; the two file formats, and the error for a file that is wrong."""
 
+import os
 import time
 from pathlib import Path
 
@@ -252,6 +253,9 @@ def test_bad_content(file, text, message):
 
 
 def test_no_such_file_names_the_nearest_generator(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TraceError, match="is no file that can be read twice"):
+        load_trace(str(tmp_path / "pipe"))
     with pytest.raises(TraceError, match="is a directory"):
         load_trace(str(tmp_path))
     with pytest.raises(TraceError, match=r"nope\.csv: no such file, nor a generator; known: azure-conv-like"):

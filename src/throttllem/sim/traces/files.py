@@ -69,6 +69,8 @@ def open_trace(path: Path, columns: Columns) -> TraceFile:
 
 
 def _opened(path: Path, columns: Columns) -> TraceFile:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise TraceError(f"{path}: is no file that can be read twice; write the trace to a file first")
     with path.open("rb") as file:
         magic = file.read(4)
     if not magic:
@@ -138,7 +140,7 @@ def _failed(name: str, text: pl.Expr) -> pl.Expr:
         return ~text.is_in(_NO_ERROR)
     if "success" in name or name.rpartition(".")[2] == "ok":
         return ~text.is_in(_TRUE)
-    return ~(text.is_in((*_OK, *_TRUE)) | text.str.contains(r"^2\d\d(\.0*)?$"))
+    return ~(text.is_in((*_OK, *_TRUE)) | text.str.contains(r"^2\d\d(\D|$)|^finished"))
 
 
 def _with_unit(layout: Layout, where: str, samples: Sequence[str | None]) -> Layout:

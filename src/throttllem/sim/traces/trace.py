@@ -236,7 +236,9 @@ class Trace:
     def described(self) -> str:
         """One line: format, requests, span, rate, unit, and the rows left out."""
         rate = "all at one instant" if self.mean_rps is None else f"{self.mean_rps:.3g} requests/s"
-        text = f"{self.requests:,} requests over {_span(self.duration_s)}, {rate} (busiest minute {self.peak_rps:.3g})"
+        text = (
+            f"{self.requests:,} requests over {_span(self.duration_s)}, {rate} (busiest minute {self.peak_rps:.3g}/s)"
+        )
         if self.reading is None:
             return f"{self.name}: {text}"
         read = self.reading
@@ -368,6 +370,7 @@ def _read(spec: str, columns: Columns) -> Trace:
             f"{path}: {file.layout.arrival} has fractions, and {file.layout.format}'s whole {file.layout.unit} have "
             "none; say which unit it is: --columns unit=s (or unit=ms)"
         )
+    unit = file.layout.unit or DATE_TIME
     reading = Reading(
         format=file.layout.format,
         container=file.container,
@@ -376,7 +379,7 @@ def _read(spec: str, columns: Columns) -> Trace:
             "prompt": file.layout.prompt,
             "generated": file.layout.generated,
         },
-        unit=file.layout.unit or DATE_TIME,
+        unit=unit if unit in UNITS_NS else DATE_TIME,
         skipped=dict(skipped.by_reason),
         unordered=bool(unordered),
         assumed=file.layout.assumed,
