@@ -197,6 +197,7 @@ def test_every_option_can_be_set_from_text(load: Load) -> None:
         ("[servr]\nport = 1\n", ["t.toml:2: unknown option servr", "did you mean server?"]),
         ("[server]\nhost = 'a'\nprot = 1\n", ["t.toml:3: unknown option server.prot", "did you mean server.port?"]),
         ("[[engines]]\n[[engines]]\nurll = 'x'\n", ["t.toml:3: unknown option engines.1.urll", "engines.1.url?"]),
+        ("[classes.v1.5]\nttft_s = 1\n", ["unknown option classes.v1.5", 'quotes: [classes."v1.5"]']),
         ("[server]\nqqqq = 1\n", ["t.toml:2", "known: host, port, "]),
         ("[engines]\ntp = 1\n", ["t.toml:2", "engines is a list; write [[engines]]"]),
         ("engines = []\n", ["t.toml:1", "engines is a list of sections; write [[engines]]"]),

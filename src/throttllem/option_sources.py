@@ -224,6 +224,8 @@ def _type_of(path: Path_, where: str) -> Any:
             if part not in names:
                 hint = did_you_mean(part, names)
                 hint = hint.replace("mean ", f"mean {above}") if hint.endswith("?") else hint
+                if depth > 1 and path[0] == "classes":
+                    hint += f' (a name with a dot needs quotes: [classes."{path[1]}.{part}"])'
                 raise ConfigurationError(f"{where}: unknown option {above}{part}; {hint}")
             kind = hints[part]
         elif get_origin(kind) is tuple and is_dataclass(get_args(kind)[0]):

@@ -27,6 +27,19 @@ def test_capacities_are_the_engines():
     assert (found.default_max_tokens, found.notes) == (16, (NO_STEPS,))
 
 
+def test_checkpoints_behind_the_names_but_no_adapter():
+    peer = VllmPeer()
+    assert (connected(peer).roots, connected(peer).kv_cache_dtype) == ((), "auto")
+    peer.models = [
+        {"id": "tiny", "root": "Qwen/Qwen3-8B", "parent": None, "max_model_len": 4096},
+        {"id": "lora", "root": "/adapters/lora", "parent": "tiny"},
+        {"id": "odd", "root": 5},
+    ]
+    peer.cache += ',cache_dtype="fp8_e4m3"'
+    found = connected(peer)
+    assert (found.roots, found.kv_cache_dtype) == (("Qwen/Qwen3-8B",), "fp8")
+
+
 def test_assumptions_are_noted():
     found = connected(VllmPeer())
     assert (found.spec.max_batch, found.spec.prefill_budget_tokens) == (256, 2048)

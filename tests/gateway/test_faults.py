@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 from core.toy import spec, table
 
-from tests.gateway.peer import answers, stream_and_whole, until, whole, with_peer
+from tests.gateway.peer import Peer, answers, stream_and_whole, until, whole, with_peer
 from throttllem.config import Options, ServerOptions
 from throttllem.gateway.run import run_gateway
+from throttllem.gateway.telemetry.dashboard import totals
 from throttllem.gateway.telemetry.status import gateway_status
 from throttllem.profiling.storage import save_table
 from tools.testbed.engines.garbage_engine import CHUNK, GarbageEngine, garbage_engine
@@ -61,6 +62,28 @@ def test_an_error_that_the_engine_sends_violates_the_slo(tmp_path, answer):
     found, met = asyncio.run(main())
     assert [each.body for each in found] == [answer.partition(b"\r\n\r\n")[2]] * 2
     assert met == 0
+
+
+@pytest.mark.parametrize(("root", "known"), [("Qwen/Qwen3-8B", True), ("someone/secret-7b", False)])
+def test_no_figure_is_shown_of_a_model_that_is_not_known(tmp_path, root, known):
+    async def check(there, peer):
+        answer = await there.client.ask(tokens=3)
+        status = gateway_status(there.gateway.models)
+        _, page = await there.client.get("/metrics")
+        return answer.served, status.models[0].engines[0], totals(status), page
+
+    async def main():
+        async with Peer() as peer:
+            peer.models = [{"id": "tiny", "root": root, "max_model_len": 4096}]
+            async with whole(tmp_path, url=peer.url) as there:
+                await there.up()
+                return await check(there, peer)
+
+    served, engine, sums, page = asyncio.run(main())
+    assert served, "it serves all the same"
+    assert (engine.model == "qwen3-8b") == known == (engine.energy.watts is not None) == (sums.total_j is not None)
+    assert ("throttllem_energy_joules_total{" in page) == ("throttllem_power_watts{" in page) == known
+    assert any("whose figures are not known" in note for note in engine.notes) != known
 
 
 def test_another_gateway_on_the_engine_is_logged_and_shown(tmp_path, caplog):
