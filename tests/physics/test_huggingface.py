@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.huggingface import ConfigError, model_of, read_model
@@ -357,3 +359,20 @@ def test_the_catalogue_agrees_with_the_files():
             assert known.model_copy(update=free) == found.model_copy(update=free | {"experts": found.experts}), name
             compared += 1
     assert compared >= 15
+
+
+ODD = st.sampled_from([None, True, 0, -1, 3, 2.5, 1e30, float("nan"), "", "x", [], [0, 1], ["a"], [[1]], {}, {"a": 1}])
+KEYS = (
+    "layer_types moe_layers moe_layer_freq mlp_only_layers rope_scaling quantization_config no_rope_layers head_dim "
+    "sliding_window_pattern num_experts first_k_dense_replace model_type text_config attn_config num_hidden_layers"
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(PUBLISHED)), st.dictionaries(st.sampled_from(sorted(KEYS.split())), ODD, max_size=3))
+def test_a_file_is_read_or_refused(name, changed):
+    try:
+        found, _ = model_of(PUBLISHED[name][0] | changed, name)
+    except ConfigError:
+        return
+    assert found.weight_bytes > 0

@@ -96,6 +96,7 @@ _NOT_READ = {
     ),
 }
 """Keys of what the physics has no terms for, and what that is."""
+_MOST_LAYERS = 10_000
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -139,6 +140,25 @@ class _Config:
             raise self.refuse(key, f"{value!r} is not a whole number")
         return int(value) or None
 
+    def listed(self, key: str) -> list[Any]:
+        """A list, empty if it is missing."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, list):
+            raise self.refuse(key, f"{value!r} is not a list")
+        return value or []
+
+    def table(self, value: object, key: str) -> Values:
+        """A value that must be an object, empty if it is missing."""
+        if value is not None and not isinstance(value, dict):
+            raise self.refuse(key, f"{value!r} is not an object")
+        return value or {}
+
+    def number(self, value: object, key: str) -> float:
+        """A value that must be a number above 0."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+            raise self.refuse(key, f"{value!r} is not a number above 0")
+        return value
+
     def needed(self, *keys: str) -> int:
         """The same; ConfigError if it is missing."""
         found = self.whole(*keys)
@@ -166,11 +186,11 @@ def model_of(values: Values, name: str, file: str = "config.json") -> tuple[Mode
     for key, why in _NOT_READ.items():
         if config.get(key):
             raise config.refuse(key, f"{why}, which is not modelled")
-    for kind in config.get("layer_types") or ():
+    for kind in config.listed("layer_types"):
         if kind not in _LAYER_TYPES:
             raise config.refuse("layer_types", f"{kind!r} is not modelled")
     weights, expert_weights, kv_bytes = _quantisation(config)
-    layers, heads = config.needed("num_hidden_layers", "n_layer", "n_layers", "num_layers"), _heads(config)
+    layers, heads = _layers(config), _heads(config)
     latent, experts = _latent(config), _experts(config, expert_weights)
     figures = {
         "name": name,
@@ -247,6 +267,13 @@ def _config(values: Values, file: str) -> _Config:
     return config
 
 
+def _layers(config: _Config) -> int:
+    found = config.needed("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    if found > _MOST_LAYERS:
+        raise config.refuse("num_hidden_layers", f"{found} is more than {_MOST_LAYERS}")
+    return found
+
+
 # ---- attention ----------------------------------------------------------------------------------------------------
 
 
@@ -298,12 +325,12 @@ def _window(config: _Config, layers: int, context: int) -> Window | None:
 
 def _window_layers(config: _Config, layers: int) -> int:
     """Layers with a window: listed one by one, or all but every n-th, or from a layer on, or all."""
-    if kinds := config.get("layer_types"):
+    if kinds := config.listed("layer_types"):
         return sum(kind != "full_attention" for kind in kinds)
-    if flags := config.get("no_rope_layers"):  # Llama 4: a layer without rotary embedding attends to everything
+    if flags := config.listed("no_rope_layers"):  # Llama 4: a layer without rotary embedding attends to everything
         return sum(map(bool, flags))
     pattern = config.get("sliding_window_pattern", "_sliding_window_pattern")
-    if isinstance(pattern, str):  # as LLLG
+    if pattern and isinstance(pattern, str):  # as LLLG
         return sum(pattern[layer % len(pattern)] == "L" for layer in range(layers))
     if isinstance(pattern, int) and pattern > 0:
         return layers - layers // pattern
@@ -318,7 +345,7 @@ def _context(config: _Config) -> int:
     if isinstance(scaling, dict) and (scaling.get("rope_type") or scaling.get("type")) == "yarn":
         first, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
         if first and factor:
-            return int(first * factor)
+            return int(config.number(first, "rope_scaling") * config.number(factor, "rope_scaling"))
     return config.needed(*names)
 
 
@@ -334,7 +361,7 @@ def _intermediate(config: _Config, experts: Experts | None) -> int:
     if experts is not None:
         return experts.intermediate
     if config.family in _NOT_GATED:
-        ratio = config.get("expansion_ratio") or 4
+        ratio = config.number(config.get("expansion_ratio") or 4, "expansion_ratio")
         return int(ratio * config.needed("hidden_size", "n_embd", "d_model", "n_embed"))
     return config.needed("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim")
 
@@ -370,10 +397,10 @@ def _shared(config: _Config, intermediate: int) -> int:
 
 def _dense_layers(config: _Config) -> int:
     """How many layers of a mixture have no experts."""
-    layers = config.needed("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    if kinds := config.get("mlp_layer_types"):
+    layers = _layers(config)
+    if kinds := config.listed("mlp_layer_types"):
         return sum(kind == "dense" for kind in kinds)
-    if listed := config.get("moe_layers"):
+    if listed := config.listed("moe_layers"):
         return layers - len(listed)
     has_experts = _expert_rule(config)
     return sum(not has_experts(layer) for layer in range(layers))
@@ -384,12 +411,14 @@ def _expert_rule(config: _Config) -> Callable[[int], bool]:
     first = config.whole("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index") or 0
     last = config.get("moe_layer_end_index")
     last = last if isinstance(last, int) and last >= 0 else None
-    only_dense = config.get("mlp_only_layers") or ()
+    only_dense = config.listed("mlp_only_layers")
     step = config.whole("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval") or 1
-    every = config.get("moe_layer_freq") or 1  # a list says it for each layer
+    each = config.get("moe_layer_freq")
+    each = each if isinstance(each, list) and len(each) >= _layers(config) else None  # a list says it for each layer
+    every = 1 if each else config.whole("moe_layer_freq") or 1
 
     def has_experts(layer: int) -> bool:
-        there = bool(every[layer]) if isinstance(every, list) else layer % every == 0
+        there = bool(each[layer]) if each else layer % every == 0
         within = layer >= first and (last is None or layer <= last)
         return there and within and layer not in only_dense and (layer + 1) % step == 0
 
@@ -404,18 +433,16 @@ def _quantisation(config: _Config) -> tuple[Weights, Weights | None, float]:
     dtype = config.get("dtype", "torch_dtype") or "bfloat16"
     if dtype not in ("bfloat16", "float16"):
         config.notes.append(f"{config.file}: dtype {dtype}: an engine serves it as bfloat16, which is modelled")
-    found = config.get("quantization_config")
+    found = config.table(config.get("quantization_config"), "quantization_config")
     if not found:
         return Weights.BF16, None, 2.0
-    if not isinstance(found, dict):
-        raise config.refuse("quantization_config", "must be an object")
     method = str(found.get("quant_method") or "").lower()
     if method == "mxfp4":
         return Weights.BF16, Weights.MXFP4, 2.0
     if method in ("compressed-tensors", "compressed_tensors"):
         return _compressed(config, found)
     if method == "modelopt" or "quantization" in found:
-        return _modelopt(config, found.get("quantization") or found)
+        return _modelopt(config, config.table(found.get("quantization"), "quantization") or found)
     if method in ("fp8", "fbgemm_fp8"):
         return Weights.FP8, None, 2.0
     if method in ("awq", "gptq", "gptq_marlin", "awq_marlin", "auto-round", "bitsandbytes"):
@@ -432,19 +459,20 @@ def _integers(config: _Config, bits: object) -> Weights:
 
 def _compressed(config: _Config, found: Values) -> tuple[Weights, Weights | None, float]:
     """LLM Compressor: groups of layers, each with its scheme; all groups must have one format."""
-    groups: Values = found.get("config_groups") or {}
-    schemes = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
-    formats = {(scheme.get("type"), scheme.get("num_bits")) for scheme in schemes}
+    key = "quantization_config.config_groups"
+    groups = [config.table(group, key) for group in config.table(found.get("config_groups"), key).values()]
+    schemes = [config.table(group.get("weights"), key) for group in groups]
+    formats = {(str(scheme.get("type")), str(scheme.get("num_bits"))) for scheme in schemes}
     if len(formats) != 1:
         raise config.refuse("quantization_config.config_groups", f"{len(formats)} formats, where one is modelled")
     kind, bits = formats.pop()
-    cache: Values = found.get("kv_cache_scheme") or {}
+    cache = config.table(found.get("kv_cache_scheme"), "quantization_config.kv_cache_scheme")
     kv_bytes = 1.0 if cache.get("num_bits") == 8 else 2.0
-    if kind == "float" and bits == 8:
+    if kind == "float" and bits == "8":
         return Weights.FP8, None, kv_bytes
-    if kind == "float" and bits == 4:
+    if kind == "float" and bits == "4":
         return Weights.MXFP4 if schemes[0].get("group_size") == 32 else Weights.NVFP4, None, kv_bytes
-    return _integers(config, bits), None, kv_bytes
+    return _integers(config, int(bits) if bits.isdecimal() else bits), None, kv_bytes
 
 
 def _modelopt(config: _Config, found: Values) -> tuple[Weights, Weights | None, float]:
@@ -461,5 +489,6 @@ def _modelopt(config: _Config, found: Values) -> tuple[Weights, Weights | None, 
     }
     if algorithm not in formats:
         raise config.refuse("quantization_config.quant_algo", f"{algorithm!r} is not modelled")
-    cache = found.get("kv_cache_quant_algo") or (found.get("kv_cache_scheme") or {}).get("num_bits")
+    scheme = config.table(found.get("kv_cache_scheme"), "quantization_config.kv_cache_scheme")
+    cache = found.get("kv_cache_quant_algo") or scheme.get("num_bits")
     return formats[algorithm], None, 1.0 if cache in ("FP8", 8) else 2.0
