@@ -102,6 +102,7 @@ def test_a_checkpoint_by_name_by_file_and_in_the_cache(tmp_path: Path, monkeypat
         assert catalogue.model(name) == qwen
     assert catalogue.model("Qwen/Qwen3-30B-A3B-Instruct-2507-FP8").weights is Weights.FP8
     assert catalogue.model("Qwen/Qwen2.5-7B-Instruct-AWQ").weights is Weights.INT4
+    assert catalogue.model("unsloth/gpt-oss-20b-BF16").expert_weights is Weights.BF16
     assert catalogue.checkpoint("someone/Qwen3-8B-cooking") is None
     config = {"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
     config |= {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}

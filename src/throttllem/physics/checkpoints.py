@@ -10,17 +10,18 @@ from collections.abc import Iterable
 
 from throttllem.physics.model import Model, Weights
 
-_VARIANT = re.compile(r"-(instruct|it|chat|hf|base|thinking|preview|bf16|2[45]\d\d)$")
+_VARIANT = re.compile(r"-(instruct|it|chat|hf|base|thinking|preview|2[45]\d\d)$")
 """Fine-tuned by the maker; the figures are those of the base model."""
 
 _FORMATS = (
+    (r"-bf16", Weights.BF16),
     (r"-fp8(-dynamic|-block)?", Weights.FP8),
     (r"-nvfp4(a16)?", Weights.NVFP4),
     (r"-mxfp4", Weights.MXFP4),
     (r"-(gptq-)?int8|-quantized\.w8a8|-w8a8", Weights.INT8),
     (r"-awq(-int4|-marlin)?|-gptq(-int4)?|-int4|-quantized\.w4a16|-w4a16|(-unsloth)?-bnb-4bit", Weights.INT4),
 )
-"""Endings of the name of a quantised checkpoint."""
+"""Endings of the name of a checkpoint in another number format."""
 
 
 def recognised(name: str, models: Iterable[Model]) -> Model | None:
@@ -34,8 +35,14 @@ def recognised(name: str, models: Iterable[Model]) -> Model | None:
     for model in models:
         listed = {model.name.lower(), *(each.rpartition("/")[2].lower() for each in model.huggingface)}
         if short in listed or plain in listed or plain in {_base(each) for each in listed}:
-            return model if weights is None else model.model_copy(update={"name": name, "weights": weights})
+            return model if weights is None else _stored(model, name, weights)
     return None
+
+
+def _stored(model: Model, name: str, weights: Weights) -> Model:
+    """The model with all its matrices in that format."""
+    experts = model.experts and model.experts.model_copy(update={"weights": None})
+    return model.model_copy(update={"name": name, "weights": weights, "experts": experts})
 
 
 def _base(name: str) -> str:

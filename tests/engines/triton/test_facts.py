@@ -1,5 +1,10 @@
+from dataclasses import replace
+
+import pytest
+
 from engines.triton_peer import PAGE, SPEC
-from throttllem.engines.base import RemoteOptions
+from throttllem.engines.base import EngineError, RemoteOptions
+from throttllem.engines.simulated.fleet import UNKNOWN
 from throttllem.engines.triton.facts import ENSEMBLE, Metrics, ModelFacts, engine_spec, metrics, model_facts
 
 
@@ -54,3 +59,11 @@ def test_every_assumption_is_noted():
     spec, notes = known()
     assert spec == SPEC
     assert len(notes) == 3
+
+
+def test_a_model_that_is_not_known_gives_no_capacity():
+    unknown, remote = replace(SPEC, model=UNKNOWN), RemoteOptions(url="http://127.0.0.1:1", kind="triton", kv_blocks=9)
+    with pytest.raises(EngineError, match=r"set engines\.model, or engines\.max_context_tokens"):
+        engine_spec(unknown, remote, ModelFacts(), Metrics())
+    found, _ = engine_spec(unknown, replace(remote, max_context_tokens=512), ModelFacts(), Metrics())
+    assert (found.kv_blocks, found.max_context_tokens) == (9, 512)
