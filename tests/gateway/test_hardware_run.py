@@ -165,7 +165,7 @@ def test_check_shows_which_mode_would_run(tmp_path, machine, keeper, mode, origi
     findings = asyncio.run(check_configuration(made, origins, tmp_path / "cache"))
     (found,) = [finding for finding in findings if "clocks would" in finding.text]
     assert (found.mark, text in found.text) == ("ok", True), found
-    assert any("1 GPU at " in finding.text for finding in findings)
+    assert any("1 GPU of kind a100-40gb-sxm at " in finding.text for finding in findings)
     assert machine.gpus[0].attempted == 0
 
 

@@ -37,6 +37,29 @@ def test_on_refuses_it_and_says_how_to_overrule(tmp_path):
         assert part in str(raised.value)
 
 
+@pytest.mark.parametrize(("mode", "refused"), [("on", True), ("dry-run", False), ("off", False)])
+def test_a_table_of_another_kind_of_gpu_sets_no_clock(tmp_path, caplog, mode, refused):
+    """H100 and H200 have the same clocks, so only the kind that the table carries tells them apart."""
+    served = entry(tmp_path, SOUND)
+    file = tmp_path / "table-tp1.npz"
+    table = dataclasses.replace(load_table(file), gpu="h100-80gb-sxm")
+    save_table(
+        dataclasses.replace(table, clocks_mhz=tuple(1980 - 15 * n for n in range(len(table.clocks_mhz)))[::-1]), file
+    )
+    options = Options(
+        engines=(dataclasses.replace(served, gpu="h200-141gb-sxm"),),
+        clocks=ClockOptions(mode=mode),
+        state_dir=tmp_path / "state",
+    )
+    text = "was learned on h100-80gb-sxm, and the engine's GPU is h200-141gb-sxm"
+    if refused:
+        with pytest.raises(ValueError, match=text):
+            build_gateway(options, tmp_path / "cache", version="1", now=time.monotonic, learn=False)
+    else:
+        build_gateway(options, tmp_path / "cache", version="1", now=time.monotonic, learn=False)
+        assert text in caplog.text
+
+
 @pytest.mark.parametrize(
     ("verdict", "mode", "warned"),
     [

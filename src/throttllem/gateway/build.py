@@ -234,6 +234,7 @@ class _Part:
         table, gpu = load_table(file), self.catalogue.gpu(entry.kind_of_gpu)
         if unknown := sorted(set(table.clocks_mhz) - set(gpu.clocks_mhz)):
             raise ValueError(f"{file}: was learned at {unknown[-1]} MHz, which {entry.kind_of_gpu} does not have")
+        self._of_this_kind(entry, file, table)
         if table.clocks_measured:
             self._judged(entry, file, table)
             return table
@@ -247,6 +248,18 @@ class _Part:
             )
         log.warning("%s: the clock axis of this table was not measured: the clock stays at its maximum", file)
         return table.only_at(gpu.clocks_mhz[-1])
+
+    def _of_this_kind(self, entry: EngineEntry, file: Path, table: PerformanceTable) -> None:
+        """Refuse to set clocks by a table of another kind of GPU; warn of it where none is set."""
+        gpu, other = self.catalogue.gpu(entry.kind_of_gpu), self.catalogue.gpus.get(table.gpu or "")
+        if other is None or not other.nvml_names or not gpu.nvml_names or {*other.nvml_names} & {*gpu.nvml_names}:
+            return
+        text = (
+            f"{file}: was learned on {other.name}, and the engine's GPU is {gpu.name}: profile and train on {gpu.name}"
+        )
+        if entry.gpus is not None and self.options.clocks.mode == "on":
+            raise ValueError(f"{text}; until then leave clocks alone, --clocks dry-run or off")
+        log.warning("%s", text)
 
     def _judged(self, entry: EngineEntry, file: Path, table: PerformanceTable) -> None:
         """Refuse to set clocks by a table that `train` found wanting; warn of it where none is set."""

@@ -235,7 +235,8 @@ async def _hardware(backend: Backend, options: Options, origins: dict[str, str])
     except (OSError, ValueError) as error:
         return [Finding(mark="!!", text=f"engine {backend.name}: {error}", fatal=True)]
     count = "1 GPU" if len(gpu.names) == 1 else f"{len(gpu.names)} GPUs"
-    text = f"engine {backend.name}: {count} at {reading.clock_mhz} MHz, {reading.watts:.0f} W"
+    text = f"engine {backend.name}: {count} of kind {backend.catalogue_gpu}"
+    text += f" at {reading.clock_mhz} MHz, {reading.watts:.0f} W"
     why = f"clocks.mode = {gpu.mode.value}, {origins.get('clocks.mode', 'the default')}"
     findings = [Finding(mark="ok", text=text), await _clocks(backend.name, gpu, options, why)]
     if gpu.placement is not None:

@@ -30,6 +30,8 @@ _MEMORY_APART = 0.10
 """Relative: ECC, reserved memory and the age of the driver change what is reported by up to 8 %."""
 _HBM = ("6.0", "7.0", "8.0", "9.0", "10.0", "10.3")
 """Compute capabilities of chips with HBM."""
+_FORM = 3.0
+"""Weight of the maximum clock: it differs between the forms of one chip (SXM, PCIe, NVL)."""
 _MIG = re.compile(r"\s+MIG\s+\S+$")
 _MAKER = re.compile(r"^(nvidia\s+|tesla\s+)+")
 
@@ -172,13 +174,13 @@ def _distance(board: Board, gpu: Gpu) -> tuple[bool, float, float]:
     if ours is not None:
         other_class = theirs is None or (ours in _HBM) != (theirs in _HBM)
         generations = math.inf if theirs is None else abs(float(ours) - float(theirs))
-    pairs = (
-        (board.memory_bytes, gpu.memory_bytes),
-        (board.clocks_mhz[-1] if board.clocks_mhz else None, gpu.clock_max_mhz),
-        (board.limit_w, gpu.power.limit_w),
-        (board.bandwidth_bytes_per_s, gpu.bandwidth_bytes_per_s),
+    facts = (
+        (1.0, board.memory_bytes, gpu.memory_bytes),
+        (_FORM, board.clocks_mhz[-1] if board.clocks_mhz else None, gpu.clock_max_mhz),
+        (1.0, board.limit_w, gpu.power.limit_w),
+        (1.0, board.bandwidth_bytes_per_s, gpu.bandwidth_bytes_per_s),
     )
-    apart = sum(abs(math.log(ours / theirs)) for ours, theirs in pairs if ours)
+    apart = sum(weight * abs(math.log(ours / theirs)) for weight, ours, theirs in facts if ours)
     return other_class, generations, apart
 
 

@@ -52,6 +52,7 @@ def save_table(table: PerformanceTable, path: Path) -> None:
             clocks_mhz=clocks,
             clocks_measured=np.array(table.clocks_measured),
             hull=hull,
+            gpu=np.array(table.gpu or ""),
             verdict=np.array(json.dumps(None if table.verdict is None else asdict(table.verdict))),
             **arrays,
         )
@@ -89,6 +90,7 @@ def _table(path: Path, parts: dict[str, np.ndarray]) -> PerformanceTable:
         clocks_measured=_depend_on_clock(parts["seconds"]) if version == UNMARKED else bool(parts["clocks_measured"]),
         verdict=_verdict(parts["verdict"]) if version == VERSION else None,
         calibrated=_calibrated(parts),
+        gpu=str(parts.get("gpu", "")) or None,
         **{name: parts[name] for name in ARRAYS},
     )
 

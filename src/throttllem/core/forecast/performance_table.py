@@ -74,7 +74,8 @@ class PerformanceTable:
     (of all GPUs of the engine) have the shape (cells, C), cell = (prefill bin * batch bins + batch bin) * KV bins + KV
     bin. Batch counts decoding sequences and prompts being prefilled. `clocks_measured` False: the clock axis was not
     measured, so no clock may be chosen by it. `verdict`: what `train` found of it (None: it was not judged).
-    `calibrated`: basis of a calibrated law's table, whose lowest clock is the lowest that was measured. `limit_mhz`:
+    `calibrated`: basis of a calibrated law's table, whose lowest clock is the lowest that was measured. `gpu`: the kind
+    of GPU that was profiled (None: not known). `limit_mhz`:
     the GPUs are held down to that clock; `factors`: seconds of each clock band are corrected by these ((): by none);
     `base` is the table without both. Raises ValueError where the parts do not fit together.
     """
@@ -89,6 +90,7 @@ class PerformanceTable:
     clocks_measured: bool = True
     verdict: TableVerdict | None = None
     calibrated: Calibrated | None = None
+    gpu: str | None = None
     limit_mhz: int | None = field(default=None, init=False)
     factors: tuple[float, ...] = field(default=(), init=False)
     base: PerformanceTable | None = field(default=None, init=False, repr=False)

@@ -122,7 +122,9 @@ def _by_occupation(
         pids = sorted(pid for number in busy for pid in on[number])
         are = ", ".join(f"process {pid}" + (f" ({processes[pid].name})" if pid in processes else "") for pid in pids)
         return _wrong(f"no process computes on {_gpus(free)}, and {are} on {_gpus(busy)}, not among `gpus`")
-    return _unknown(f"the process that listens at {url} cannot be seen (another user, container or machine)")
+    return _unknown(
+        f"the process that listens at {url} cannot be seen (not started, or of another user, container or machine)"
+    )
 
 
 def _family(root: int, processes: Mapping[int, Process]) -> set[int]:
