@@ -59,6 +59,36 @@ def test_every_history_replays_from_every_file(tmp_path_factory, history, file_b
     assert all(result.build_matches and not result.cut_off and not result.doubts for result in results)
 
 
+def test_a_corrected_table_replays_from_every_file(tmp_path):
+    """An engine that takes 30 ms an iteration, whatever its table says."""
+    options = replace(OPTIONS, autoscale=None, specs={})
+    world, recorder = recorded_world(tmp_path, options, file_bytes=15_000, files=1000)
+    world.ready(0, SPECS[2])
+    for number in range(20):
+        world.arrive(
+            Request(
+                id=number,
+                arrival_s=world.now_s,
+                prompt_tokens=4,
+                max_tokens=60,
+                output_tokens=60,
+                slo=Slo(e2e_s=9.0),
+            )
+        )
+        while world.on:
+            for key, plan in world.switches[:]:
+                world.switches.remove((key, plan))
+                world.read_clock(key, plan.mhz)
+            world.advance(0.03)
+            world.end_iteration(0)
+    recorder.close()
+    (engine,) = world.controller.snapshot().engines
+    assert any(band.factor > 1.05 for band in engine.table_drift)
+    files = sorted(tmp_path.glob("*.jsonl"))
+    assert any("*" in path.read_text().partition("\n")[0] for path in files[1:]), "a file begins with a corrected table"
+    assert [replay(path).first_difference for path in files] == [None] * len(files)
+
+
 def test_the_last_of_many_files_replays_on_its_own(tmp_path):
     world, files = flown(tmp_path, rounds=1000, file_bytes=80_000, files=2)
     assert len(files) == 2

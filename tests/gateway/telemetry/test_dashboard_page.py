@@ -91,7 +91,7 @@ def test_it_shows_the_values_of_metrics() -> None:
                 "model0:generated_tokens": f"{shown_by['generated_tokens_total', 'llama']:,.0f}",
                 f"engine:{engine}:corrections": f"{shown_by['corrections_total', engine]:.0f}",
                 f"engine:{engine}:foreign": f"{shown_by['external_sequences', engine]:.0f}",
-                f"engine:{engine}:table": "210 to 810 MHz: time +12 %, watts −3 %, corrected ×1.11",
+                f"engine:{engine}:table": "time +12 %, watts −3 %, corrected ×1.11 (210 to 810 MHz)",
                 f"engine:{engine}:drift_kv": f"−{-shown_by['drift_kv_blocks', engine]:.0f} now, "
                 f"{shown_by['mean_drift_kv_blocks', engine]:.1f} mean",
             }.items():
@@ -108,6 +108,19 @@ def test_it_shows_the_values_of_metrics() -> None:
             requested = {request.split("?")[0] for request in tab.requests if not request.startswith("data:")}
             assert requested == {f"{address}/dashboard", f"{address}/dashboard/state"}
             assert tab.errors == []
+
+    asyncio.run(run())
+
+
+def test_a_table_that_is_far_from_its_engine_is_something_wrong() -> None:
+    async def run() -> None:
+        assert UP.view is not None
+        beyond = replace(UP, trouble=None, view=replace(UP.view, beyond_table=True))
+        status = replace(STATUS, models=(replace(MODEL, engines=(beyond,)),))
+        async with served(Still(status)) as address, browse(f"{address}/dashboard") as tab:
+            await tab.until(LIVE)
+            wrong = await tab.value("document.getElementById('answer-wrong').textContent")
+            assert "A performance table is wrong" in wrong and UP.name in wrong
 
     asyncio.run(run())
 
