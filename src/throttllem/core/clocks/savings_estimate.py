@@ -91,8 +91,9 @@ class SavingsEstimate:
         here.prompts += prompts
         here.prompt_tokens += prompt_tokens
         here.busy_s[columns] = here.busy_s.get(columns, 0.0) + seconds
-        each = (round((output_tokens + prompts) / steps), kv_block_steps // steps, prompt_tokens // steps)
-        here.ran.append((*each, columns[0], seconds))
+        if steps:  # else tokens of which no step was reported yet
+            each = (round((output_tokens + prompts) / steps), kv_block_steps // steps, prompt_tokens // steps)
+            here.ran.append((*each, columns[0], seconds))
         self._close()
 
     def joules(self) -> float:
