@@ -1,5 +1,6 @@
 """Every format of trace files: what was written is read, failed requests are left out, the rest is an error."""
 
+import bz2
 import gzip
 import json
 
@@ -157,6 +158,13 @@ def test_a_wrong_unit_is_refused_with_what_others_make_of_it(tmp_path):
     assert load_trace(str(tmp_path / "a"), rescaled=True).requests == 90
 
 
+def test_a_span_of_years_is_another_unit(tmp_path):
+    (tmp_path / "b").write_bytes(written.burstgpt([(1000.0 * at, 9, 9) for at in range(0, 40_000, 2000)]))
+    with pytest.raises(TraceError, match=r"over 440 days; above 366 days the column or its unit .*unit=ms: 0\.000526"):
+        load_trace(str(tmp_path / "b"))
+    assert load_trace(str(tmp_path / "b"), columns="unit=ms").duration_s == 38_000
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -175,12 +183,14 @@ def test_columns_that_cannot_be_used(tmp_path, columns, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"t,in_tokens,out_tokens\n1,2,3\n", r"--columns 'arrival=COLUMN,prompt=COLUMN,generated=out_tokens"),
+        (b"line,in_tokens,out_tokens\n1,2,3\n", r"--columns 'arrival=COLUMN,prompt=COLUMN,generated=out_tokens"),
         (b'{"input_lens": [1], "output_lens": [2]}', "without start_times: save it with --save-detailed"),
         (b'{"input_lens": [1], "output_lens": [2, 3], "start_times": [0]}', "differ in length"),
         (written.genai_perf(SIMPLE).replace(b"usage", b"usag"), "holds texts, no token counts"),
         (b'{\n"a": 1,\n}', ":3: is not JSON"),
         (gzip.compress(written.azure_parquet(SIMPLE)), "is Parquet inside another compression; unpack it"),
+        (bz2.compress(written.azure(SIMPLE)), "is bzip2; give it as UTF-8 text, plain or compressed with gzip or zstd"),
+        (written.azure(SIMPLE).decode().encode("utf-16"), "is UTF-16; give it as UTF-8 text"),
         (b"PAR1 no parquet", "cannot be read"),
         (b"\x1f\x8b\x08 no gzip", "cannot be read"),
         (b"0,0.04,1.2,Gamma\n".replace(b"Gamma", b"7"), "is no header"),

@@ -35,7 +35,9 @@ def azure_parquet(rows):
     times = pl.Series([_ns(at_s) for at_s, _, _ in rows]).cast(pl.Datetime("ns", "UTC"))
     prompt, output = ([row[place] for row in rows] for place in (1, 2))
     out = io.BytesIO()
-    pl.DataFrame({"TIMESTAMP": times, "ContextTokens": prompt, "GeneratedTokens": output}).write_parquet(out)
+    pl.DataFrame(
+        {"line": prompt, "TIMESTAMP": times, "ContextTokens": prompt, "GeneratedTokens": output}
+    ).write_parquet(out)
     return out.getvalue()
 
 

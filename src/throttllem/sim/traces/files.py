@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import polars as pl
@@ -26,6 +27,11 @@ _DELIMITERS = ",;\t|"
 _OK = ("ok", "success", "succeeded", "successful", "completed", "complete", "finished", "done", "stop", "length", "0")
 _NO_ERROR = ("", "none", "null", "nan", "false", "0", "no", "[]", "{}")
 _TRUE = ("true", "1", "yes")
+_ROW = "\0row"
+"""The number of a row; no column of a file has this name."""
+_PACKED = MappingProxyType(
+    {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+)
 _DAMAGED = (pl.exceptions.PolarsError, pl.exceptions.PanicException, csv.Error)
 """What polars (which panics on some damaged Parquet files) and csv raise for a file that they cannot read."""
 
@@ -75,6 +81,9 @@ def _opened(path: Path, columns: Columns) -> TraceFile:
         magic = file.read(4)
     if not magic:
         raise TraceError(f"{path}: is empty")
+    for begin, name in _PACKED.items():
+        if magic.startswith(begin):
+            raise TraceError(f"{path}: is {name}; give it as UTF-8 text, plain or compressed with gzip or zstd")
     if magic == b"PAR1":
         return _parquet(path, columns)
     first = _peek(path)
@@ -88,14 +97,14 @@ def _opened(path: Path, columns: Columns) -> TraceFile:
 
 
 def _lines(path: Path) -> pl.LazyFrame:
-    """Columns line (1 for the first) and text; a separator that no text holds leaves every line whole."""
+    """The number of each line, from 1, and its text; a separator that no text holds leaves every line whole."""
     return pl.scan_csv(
         path,
         has_header=False,
         separator="\x01",
         quote_char=None,
         schema={"text": pl.String},
-        row_index_name="line",
+        row_index_name=_ROW,
         row_index_offset=1,
         encoding="utf8-lossy",
         empty_string_is_null=False,
@@ -125,7 +134,7 @@ def _blocks(scanned: pl.LazyFrame) -> Iterator[pl.DataFrame]:
 def _selected(layout: Layout, column: Callable[[str], pl.Expr]) -> list[pl.Expr]:
     failed = [_failed(name, column(name)) for name in layout.failures]
     return [
-        pl.col("line").cast(pl.Int64),
+        pl.col(_ROW).cast(pl.Int64).alias("line"),
         column(layout.arrival).alias("arrival"),
         column(layout.prompt).alias("prompt"),
         column(layout.generated).alias("generated"),
@@ -173,7 +182,7 @@ def _csv(path: Path, header: str, columns: Columns) -> TraceFile:
         path,
         infer_schema=False,
         separator=separator,
-        row_index_name="line",
+        row_index_name=_ROW,
         row_index_offset=2,
         encoding="utf8-lossy",
         with_column_names=lambda found: [f"{place} {name.strip()}" for place, name in enumerate(found)],
@@ -224,9 +233,9 @@ def _is_number(text: str) -> bool:
 
 
 def _parquet(path: Path, columns: Columns) -> TraceFile:
-    scanned = pl.scan_parquet(path, row_index_name="line", row_index_offset=1, glob=False)
+    scanned = pl.scan_parquet(path, row_index_name=_ROW, row_index_offset=1, glob=False)
     schema = scanned.collect_schema()
-    layout = recognised([name for name in schema.names() if name != "line"], columns, str(path))
+    layout = recognised([name for name in schema.names() if name != _ROW], columns, str(path))
     kind = schema[layout.arrival]
     stamp = pl.col(layout.arrival)
     if kind.is_temporal():
@@ -328,7 +337,7 @@ def _document(path: Path, columns: Columns) -> TraceFile:
     objects = content if isinstance(content, list) else [content]
     if not objects or not all(isinstance(found, dict) for found in objects):
         raise TraceError(f"{path}: holds neither a known document nor a list of requests as objects")
-    lines = pl.LazyFrame({"line": range(1, len(objects) + 1), "text": [json.dumps(found) for found in objects]})
+    lines = pl.LazyFrame({_ROW: range(1, len(objects) + 1), "text": [json.dumps(found) for found in objects]})
     return _flat_json(path, lines, objects, columns, container="JSON", numbered="request")
 
 

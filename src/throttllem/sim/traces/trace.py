@@ -33,6 +33,8 @@ MOST_HELD = 2_000_000
 """Requests of a file that are held in memory (48 MB) and sorted; a longer file is streamed, and must be in order."""
 MOST_RPS = 200.0
 """Above it a mean rate is refused: no engine serves it, so the unit of time is likely another one."""
+MOST_SPAN_S = 366 * 86400.0
+"""The same for a span: the longest published trace lasts 220 days."""
 _INSTANT_S = 1e-9
 _COMPRESSED = (".gz", ".zst", ".zz")
 
@@ -302,7 +304,8 @@ def load_trace(
     The format of a file follows from the names in it; `columns` overrules them (`formats.parse_columns`). `seed` is
     for generators, whose own `seed=` wins. Rows out of order are sorted, equal ones in the file's order, in a file of
     up to MOST_HELD requests, else refused. Raises TraceError, which says what to correct; also for arrivals all at
-    one instant, and for a mean rate above MOST_RPS unless `columns` names the unit or the trace is to be `rescaled`.
+    one instant, and for a mean rate above MOST_RPS or a span above MOST_SPAN_S unless `columns` names the
+    unit or the trace is to be `rescaled`.
     """
     name, _, options = spec.partition(":")
     if name in generators.NAMES:
@@ -427,15 +430,17 @@ def _check(trace: Trace, spec: str, *, sure: bool) -> None:
             f"{spec}: all {trace.requests:,} requests arrive at one instant; name the column of arrivals with "
             "--columns arrival=.., or take their lengths with a generator's arrivals"
         )
-    if sure or trace.mean_rps is None or trace.mean_rps <= MOST_RPS:
+    dense, sparse = (trace.mean_rps or 0.0) > MOST_RPS, trace.duration_s > MOST_SPAN_S
+    if sure or trace.mean_rps is None or not (dense or sparse):
         return
     others = [
         f"unit={other}: {trace.mean_rps * UNITS_NS[unit] / scale:.3g} requests/s"
         for other, scale in UNITS_NS.items()
-        if unit in UNITS_NS and scale > UNITS_NS[unit]
+        if unit in UNITS_NS and (scale > UNITS_NS[unit] if dense else scale < UNITS_NS[unit])
     ]
     way = f"name the unit with --columns ({', '.join(others)}; unit={unit} if it is right)" if others else "check it"
+    most = f"{MOST_RPS:g} requests/s" if dense else _span(MOST_SPAN_S)
     raise TraceError(
-        f"{spec}: {arrival} in {unit} makes {trace.mean_rps:,.4g} requests/s over {_span(trace.duration_s)}; above "
-        f"{MOST_RPS:g} the unit is likely another one: {way}, or scale it with --peak-rps"
+        f"{spec}: {arrival} as {unit} makes {trace.mean_rps:,.4g} requests/s over {_span(trace.duration_s)}; above "
+        f"{most} the column or its unit is likely another one: {way}, or scale it with --peak-rps"
     )
