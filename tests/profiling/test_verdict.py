@@ -8,7 +8,7 @@ import pytest
 from throttllem.config import BatchingOptions
 from throttllem.engines.simulated.fleet import build_fleet
 from throttllem.physics.catalogue import Catalogue
-from throttllem.profiling.measure import ProfilePlan
+from throttllem.profiling.measure import ProfilePlan, profile_engine
 from throttllem.profiling.score import Score, ScoreCard
 from throttllem.profiling.tables import profile_fleet
 from throttllem.profiling.train import TrainSettings
@@ -60,6 +60,29 @@ def test_measurements_that_cannot_be(column, factor, words):
     assert not found.sound
     (fault,) = found.faults
     assert pl.Series([fault]).str.contains(words)[0], fault
+
+
+def test_clocks_that_were_not_in_force():
+    """All rows at the maximum clock, whatever their column says."""
+    spec = replace(FLEET.specs[4], clocks_mhz=(1410,))
+    top = profile_engine(FLEET.physics[4], spec, ProfilePlan(rows=300))
+    said = top.with_columns(clock_mhz=210 + 15 * (pl.int_range(pl.len()) % 81))
+    seconds, watts = verdict(said).faults
+    assert "seconds do not rise at low clocks" in seconds
+    assert "watts do not fall at low clocks" in watts
+    assert verdict(said.with_columns(any_clock=pl.lit(1))).faults == (), "seconds of all clocks claim no effect of them"
+    assert verdict(top).faults == ()
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (pl.lit(900.0).alias("watts"), "watts never change (900 W in all rows)"),
+        (pl.col("clock_mhz") * 1000, "column clock_mhz holds 210000 to 1410000, and a100-40gb-sxm has 210 to 1410 MHz"),
+    ],
+)
+def test_columns_that_no_gpu_gives(column, words):
+    assert any(words in fault for fault in verdict(PROFILE.with_columns(column)).faults)
 
 
 @pytest.mark.parametrize(

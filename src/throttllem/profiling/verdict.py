@@ -3,7 +3,7 @@
 Knows nothing of files, nor of the command line.
 """
 
-# Three questions, the first that fails first.
+# Four questions.
 #
 # Units. The physics of the named model on the named GPU is right within a factor of a few, whatever the engine. Medians
 # that are off by a thousand or a million are milliseconds, microseconds, milliwatts or kilowatts.
@@ -12,6 +12,9 @@ Knows nothing of files, nor of the command line.
 # every token by those weights: no engine is faster than the memory's bandwidth and the peak of its GPUs. A GPU with a
 # loaded model draws no less than when it is idle, and no more than its power limit. One row in a hundred may do so: a
 # row is a measurement. An engine ten times as slow as the physics of its model is another model, or another GPU.
+#
+# Clocks. Where physics expects low clocks to be slower, or to draw less, some of that must show, or the clock was not
+# in force: a table of such rows would take the lowest clock for free.
 #
 # Model. Held-out rows are predicted with a small error. Clocks count only where many of them were measured: a table
 # holds measured clocks alone, so with eight of them, of which three neighbours are held out at a time, the score says
@@ -44,6 +47,10 @@ _OVER_LIMIT = 1.1
 """Watts above a power limit that a GPU draws for moments."""
 _UNDER_IDLE = 0.5
 """Idle watts differ between boards, and a user's GPU may idle lower than the catalogue's."""
+_VISIBLE, _FOLLOWED = 0.1, 0.2
+"""Where physics expects a change by more than the first, at least this share of it must be there."""
+_MANY_ROWS, _STILL = 50, 0.005
+"""Among this many rows watts scatter by more than this share."""
 _ROWS = 3000
 """Rows that are held against physics; of a larger profile every n-th."""
 _UNIT_FACTOR = 100.0
@@ -105,6 +112,7 @@ def _of_rows(rows: pl.DataFrame, physics: EnginePhysics) -> Iterator[str]:
     rows = rows.gather_every(max(1, rows.height // _ROWS))
     law_s, law_w, least_s = _physics(rows, physics)
     seconds, watts = rows["seconds"].to_numpy(), rows["watts"].to_numpy()
+    yield from _of_clocks(rows, physics)
     at = f"{physics.model.name} on {physics.tp} x {physics.gpu.name}"
     if unit := _unit(seconds / law_s, _SECONDS):
         yield f"column seconds looks like {unit[1]} (median {np.median(seconds):.3g}): divide it by {unit[0]:g}"
@@ -124,12 +132,41 @@ def _unit(ratios: Floats, units: tuple[tuple[float, str], ...]) -> tuple[float, 
     median = float(np.median(ratios))
     if 1 / _UNIT_FACTOR < median < _UNIT_FACTOR:
         return None
-    return min(units, key=lambda unit: abs(np.log(median / unit[0])))
+    unit = min(units, key=lambda unit: abs(np.log(median / unit[0])))
+    return unit if 1 / _UNIT_FACTOR < median / unit[0] < _UNIT_FACTOR else None
 
 
 def _of_one_gpu(ratio: float, tp: int) -> bool:
     """Whether watts are so far below those of all GPUs, and so near those of one, that one was read."""
     return tp > 1 and ratio < 0.65 and 0.65 < ratio * tp < 1.5
+
+
+def _of_clocks(rows: pl.DataFrame, physics: EnginePhysics) -> Iterator[str]:
+    """Clocks that the GPU does not have, and clocks that were not in force: at low ones, iterations take as long, or
+    draw as much, as at high ones, though physics says otherwise.
+    """
+    gpu, clocks = physics.gpu, rows["clock_mhz"].to_numpy()
+    low, high = int(clocks.min()), int(clocks.max())
+    if low < gpu.clock_min_mhz or high > gpu.clock_max_mhz:
+        has = f"{gpu.name} has {gpu.clock_min_mhz} to {gpu.clock_max_mhz} MHz"
+        yield f"column clock_mhz holds {low} to {high}, and {has}: give MHz, and the right --gpu"
+        return
+    if low == high or ("any_clock" in rows.columns and bool((rows["any_clock"] == 1).any())):
+        return
+    slow, fast = clocks <= np.quantile(clocks, 0.25), clocks >= np.quantile(clocks, 0.75)
+    top_s, top_w, _ = _physics(rows.with_columns(clock_mhz=pl.lit(gpu.clock_max_mhz)), physics)
+    law_s, law_w, _ = _physics(rows, physics)
+    for name, top, law, changes in (("seconds", top_s, law_s, "rise"), ("watts", top_w, law_w, "fall")):
+        # Each row over what its load would take at the maximum clock, so that only the clock is left.
+        measured, expected = (
+            float(np.median((values / top)[slow]) / np.median((values / top)[fast]))
+            for values in (rows[name].to_numpy(), law)
+        )
+        if abs(expected - 1.0) > _VISIBLE and (measured - 1.0) / (expected - 1.0) < _FOLLOWED:
+            yield (
+                f"{name} do not {changes} at low clocks: {measured:.2f} times those at high clocks, by physics "
+                f"{expected:.2f} times; was the clock in force, and measured on these GPUs?"
+            )
 
 
 def _of_seconds(seconds: Floats, law_s: Floats, least_s: Floats, at: str) -> Iterator[str]:
@@ -150,6 +187,9 @@ def _of_seconds(seconds: Floats, law_s: Floats, least_s: Floats, at: str) -> Ite
 
 
 def _of_watts(watts: Floats, physics: EnginePhysics) -> Iterator[str]:
+    if watts.size >= _MANY_ROWS and np.std(watts) < _STILL * np.mean(watts):
+        yield f"watts never change ({np.median(watts):.0f} W in all rows): the reading or the counter stands still"
+        return
     limit_w, idle_w = physics.gpu.power.limit_w * physics.tp, physics.idle_w()
     for outside, text in (
         (watts > limit_w * _OVER_LIMIT, f"above the power limit of {physics.tp} x {physics.gpu.name}, {limit_w:.0f} W"),
