@@ -28,6 +28,8 @@ MODEL = "paced"
 MARK = b" zq"
 """Stands in every token's text and nowhere else."""
 KV_BLOCKS, BLOCK_TOKENS, CONTEXT_TOKENS = 40_001, 16, 4096
+WORDS_TOKENS = 12
+"""Of a prompt that is text; `/tokenize` counts as many."""
 BUSY_S, SLOWEST = 0.15, 4.0
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -103,7 +105,8 @@ class Pace:
     `pad`: characters that every token has besides.
     """
 
-    def __init__(self, gpus: FakeGpus | None = None) -> None:
+    def __init__(self, gpus: FakeGpus | None = None, *, served: str = MODEL) -> None:
+        self.served = served
         self.step_s, self.first_s, self.together, self.fail_every, self.most = 0.05, 0.02, False, 0, 10**9
         self.pad = 0
         self.events = _tokens(MARK.decode())
@@ -127,6 +130,15 @@ class Pace:
             return False, False
         self.open.add(stream)
         return True, place == 0
+
+    def begin(self, stream: Connection) -> None:
+        """Its first token comes after `first_s`."""
+        stream.due_s = time.monotonic() + self.first_s
+        stream.timer = asyncio.get_running_loop().call_later(self.first_s, stream.first)
+
+    def page(self) -> str:
+        """What `/metrics` shows."""
+        return _METRICS % len(self.open)
 
     def leave(self, stream: Connection) -> None:
         """Its answer has ended."""
@@ -168,8 +180,9 @@ class Connection(asyncio.Protocol):
         self._data = b""
         self._kind, self._stream, self._breaks = "chat", True, False
         self._tokens = self._left = 0
-        self._due_s = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self.prompt_tokens = 0
+        self.due_s = 0.0
+        self.timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the event loop."""
@@ -178,8 +191,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The answer ends with its connection."""
         self._pace.leave(self)
-        if self._timer is not None:
-            self._timer.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Serve once the whole request has arrived."""
@@ -194,16 +207,16 @@ class Connection(asyncio.Protocol):
         if path.endswith("/completions"):
             self._complete("chat" if "chat" in path else "text", json.loads(body))
         elif path == "/tokenize":
-            self._answer({"count": 12, "max_model_len": CONTEXT_TOKENS, "tokens": list(range(12))})
+            counted = list(range(WORDS_TOKENS))
+            self._answer({"count": WORDS_TOKENS, "max_model_len": CONTEXT_TOKENS, "tokens": counted})
         elif path == "/pace":
             self._pace.set(json.loads(body))
             self._answer({})
         elif path == "/v1/models":
-            self._answer(
-                {"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": CONTEXT_TOKENS}]}
-            )
+            card = {"id": self._pace.served, "object": "model", "max_model_len": CONTEXT_TOKENS}
+            self._answer({"object": "list", "data": [card]})
         elif path == "/metrics":
-            self._answer(_METRICS % len(self._pace.open))
+            self._answer(self._pace.page())
         else:
             self._answer({}, 200 if path == "/health" else 404)
 
@@ -218,10 +231,12 @@ class Connection(asyncio.Protocol):
             return
         self._kind, self._stream = kind, bool(fields.get("stream"))
         self._tokens = self._left = fields.get("max_tokens") or 16
-        self._due_s = time.monotonic() + self._pace.first_s
-        self._timer = asyncio.get_running_loop().call_later(self._pace.first_s, self._first)
+        prompt = fields.get("prompt")
+        self.prompt_tokens = len(prompt) if isinstance(prompt, list) else WORDS_TOKENS
+        self._pace.begin(self)
 
-    def _first(self) -> None:
+    def first(self) -> None:
+        """Begin the answer, with its first token."""
         if self._stream:
             self._transport.write(_BEGIN[self._kind])
         self.token()
@@ -240,9 +255,9 @@ class Connection(asyncio.Protocol):
             if self._pace.together:
                 self._pace.wait(self)
             else:
-                self._due_s += self._pace.step_s
-                late_s = max(0.0, self._due_s - time.monotonic())
-                self._timer = asyncio.get_running_loop().call_later(late_s, self.token)
+                self.due_s += self._pace.step_s
+                late_s = max(0.0, self.due_s - time.monotonic())
+                self.timer = asyncio.get_running_loop().call_later(late_s, self.token)
 
     def _end(self) -> None:
         if self._stream:
@@ -250,7 +265,8 @@ class Connection(asyncio.Protocol):
             return
         text = MARK.decode() * self._tokens
         choice = {"message": {"role": "assistant", "content": text}} if self._kind == "chat" else {"text": text}
-        usage = {"prompt_tokens": 12, "completion_tokens": self._tokens, "total_tokens": 12 + self._tokens}
+        total = WORDS_TOKENS + self._tokens
+        usage = {"prompt_tokens": WORDS_TOKENS, "completion_tokens": self._tokens, "total_tokens": total}
         self._answer(
             {"id": "x", "model": MODEL, "choices": [{"index": 0, "finish_reason": "length", **choice}], "usage": usage}
         )

@@ -10,8 +10,8 @@ or time.
 # ones. Within a level the order is random, so that time (a GPU that warms up) and load do not correlate.
 #
 # A quick profile has a few shapes instead, for a law that is fitted to them (calibrate/quick.py): batch sizes in equal
-# ratios, short and long contexts, prompts alone. The most important come first, as its time is bounded. A prompt costs
-# most of that time, so the tokens of a point are bounded too; the law extends to fuller caches.
+# ratios, short and long contexts, each with prompts beside it. The most important come first, as its time is bounded. A
+# prompt costs most of that time, so the tokens of a point are bounded too; the law extends to fuller caches.
 #
 # Room. A point needs outputs that last for everything that is measured. Where a batch has no room for that beside a few
 # tokens of context, it is measured less: fewer bursts, shorter windows, in the end decode steps alone.
@@ -150,18 +150,13 @@ def _quick_points(spec: EngineSpec, plan: LivePlan) -> Iterator[LivePoint]:
     short, middle, ends = MIN_PREFILL_TOKENS, sizes[1:-1], [*sizes[:1], *sizes[1:][-1:]]
     shapes = [
         *((size, short) for size in ends),
-        None,
         *((size, QUICK_TOKENS // size) for size in (*reversed(middle), *ends)),
         *((size, short) for size in reversed(middle)),
         *((size, QUICK_FULL_TOKENS // size) for size in ends[1:]),
     ]
     known = set[tuple[int, int]]()
-    for number, shape in enumerate(shapes):
-        if shape is None:
-            if _longest_lone(spec) >= 1:
-                yield _lone_point(number, _spread(_longest_lone(spec), QUICK_BURSTS, skip=False))
-            continue
-        point = _batch_point(number, shape[0], _effort(shape[0], 0.0, spec, plan), shape[1], spec, plan, rng)
+    for number, (size, context) in enumerate(shapes):
+        point = _batch_point(number, size, _effort(size, 0.0, spec, plan), context, spec, plan, rng)
         if (point.batch, point.context_tokens) not in known:
             known.add((point.batch, point.context_tokens))
             yield point

@@ -6,6 +6,7 @@ By the engine's step reports where there are any, else by its streams. Knows not
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ WARM_OUTPUT_TOKENS = 24
 TRIES, OVERHEAD_TRIES, LONE_TRIES = 3, 9, 3
 SHORT_PROMPT = 16
 RECENT = 3
+METER_S = 1.0
+"""A quick profile has one reading of watts for each batch and burst: for this long at least, as energy counters are
+refreshed every 0.1 s."""
+MOST_COPIES = 40
+MOSTLY = 0.5
+"""Least share of a burst's time in its prompts' steps, where the watts of the other steps are subtracted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,10 +210,13 @@ class LiveProfiler:
         load = self._load
         streams = [await load.open(point.context_tokens, point.output_tokens) for _ in range(point.batch)]
         await load.until(lambda: all(stream.length > 1 for stream in streams) or _any_ended(streams))
-        watts, mark = self._meter(), len(load.reports)
-        await load.until(lambda: _any_ended(streams) or len(self._decoded(streams, mark)) >= self._plan.steps)
+        watts, mark, least_s = self._meter(), len(load.reports), now() + (METER_S if self._plan.quick else 0.0)
+        await load.until(
+            lambda: _any_ended(streams) or (now() >= least_s and len(self._decoded(streams, mark)) >= self._plan.steps)
+        )
         decoded = self._decoded(streams, mark)[: self._plan.steps]
-        found = _rows(decoded, watts())
+        decode_w = watts()
+        found = _rows(decoded, decode_w)
         if not decoded:
             return found
         # Contexts grow, and a step takes longer with them: the decode step is measured again before each burst.
@@ -221,7 +231,13 @@ class LiveProfiler:
                 if step_s := decode_seconds(streams, began_s, now()):
                     recent_s.append(step_s)
                 decoding = dataclasses.replace(decoding, decode_s=statistics.mean(recent_s[-RECENT:]))
-            found += await self._burst(streams, [burst.tokens] * burst.count, decoding)
+            lengths = [burst.tokens] * burst.count
+            rows = await self._burst(streams, lengths, decoding, decode_w)
+            if self._plan.quick and rows and not _any_ended(streams):
+                alone_s = statistics.median(float(str(row["seconds"])) for row in rows)
+                copies = min(MOST_COPIES, math.ceil(METER_S / alone_s))
+                rows = await self._burst(streams, lengths * copies, decoding, decode_w) or rows
+            found += rows
         return found
 
     def _decoded(self, streams: Sequence[Stream], mark: int) -> list[Iteration]:
@@ -230,9 +246,11 @@ class LiveProfiler:
             return decode_steps(self._load.reports[mark:], Decoding(batch=len(streams), exact=self._exact))
         return decode_windows(streams, self.spec.block_tokens) if _all_began(streams) else []
 
-    async def _burst(self, streams: Sequence[Stream], lengths: Sequence[int], decoding: Decoding) -> Rows:
-        """Send prompts into a batch and measure the iterations that process them."""
-        load, watts, mark = self._load, self._meter(), len(self._load.reports)
+    async def _burst(
+        self, streams: Sequence[Stream], lengths: Sequence[int], decoding: Decoding, decode_w: float | None
+    ) -> Rows:
+        """Send prompts into a batch, whose own steps draw `decode_w`, and measure the iterations that process them."""
+        load, watts, mark, began_s = self._load, self._meter(), len(self._load.reports), now()
         await self._further(streams, decoding.neighbours)
         prompts = [await load.open(tokens, BURST_OUTPUT_TOKENS) for tokens in lengths]
         await load.ended(prompts)
@@ -241,8 +259,13 @@ class LiveProfiler:
             return []
         if self.summary.by == STEPS:
             counted = [prompt.prompt_tokens for prompt in prompts]
-            return _rows(prefill_steps(load.reports[mark:], counted, self.spec.block_tokens, decoding), watts())
-        return _rows(list(prefill_delays(streams, prompts, self.spec.block_tokens, decoding)), watts())
+            reports = load.reports[mark:]
+            steps = prefill_steps(reports, counted, self.spec.block_tokens, decoding)
+            prompts_s = sum(report.seconds or 0.0 for report in reports if report.prompt_tokens)
+        else:
+            steps = list(prefill_delays(streams, prompts, self.spec.block_tokens, decoding))
+            prompts_s = sum(step.seconds for step in steps)
+        return _rows(steps, _without_decode(watts(), now() - began_s, prompts_s, decode_w))
 
     async def _further(self, streams: Sequence[Stream], tokens: int) -> None:
         """Wait until every stream has received this many more tokens."""
@@ -264,6 +287,13 @@ class LiveProfiler:
 
 def _rows(iterations: Sequence[Iteration], watts: float | None) -> Rows:
     return [dataclasses.asdict(each) | {"watts": watts} for each in iterations]
+
+
+def _without_decode(watts: float | None, passed_s: float, prompts_s: float, decode_w: float | None) -> float | None:
+    """Mean watts of the steps with prompts, which took `prompts_s`, from the mean over all steps of `passed_s`."""
+    if watts is None or decode_w is None or not MOSTLY * passed_s < prompts_s < passed_s:
+        return watts
+    return (watts * passed_s - decode_w * (passed_s - prompts_s)) / prompts_s
 
 
 def _any_ended(streams: Sequence[Stream]) -> bool:
