@@ -56,8 +56,8 @@ A quick profile is `profile --quick`: some ten batches at four clocks, ten minut
 defaults: 60 points at eight clocks. Both are **simulated** measurements of GPUs that do not exist: the constants of
 {kinds}
 are moved at random, by half of their prior's spread (knees by the whole), {count} GPUs in all; single measurements
-scatter by 2 % in seconds and 3 % in watts. The law's form is the fitted one, so errors of the form do not show here; the
-published sweeps below have them.
+scatter by 2 % in seconds and 3 % in watts. The law's form is the fitted one, so errors of the form do not show here;
+the published sweeps below have them.
 
 *Errors* are against the GPU's true law at {points:,} random points (batch, KV, clock from the lowest of the quick
 profile on; three in ten with a prompt), where no profile measured. *Stated* is the error that the table itself carries:

@@ -167,9 +167,8 @@ class Catalogue(Frozen):
         model, notes = read_model(path, name)
         for note in notes:
             log.warning("%s", note)
-        free = {"name": "", "huggingface": (), "max_context_tokens": 1}
         for known in self.models.values():
-            if known.model_copy(update=free) == model.model_copy(update=free):
+            if known.same_figures(model):
                 return model.model_copy(update={"name": known.name})
         return model
 

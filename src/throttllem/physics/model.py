@@ -130,6 +130,11 @@ class Model(Frozen):
             raise ValueError("experts.dense_layers must be below layers")
         return self
 
+    def same_figures(self, other: Model) -> bool:
+        """Whether it is the other but for the name and the longest context, which are settings of a site as well."""
+        free = {"name": "", "huggingface": (), "max_context_tokens": 1}
+        return self.model_copy(update=free) == other.model_copy(update=free)
+
     @property
     def described(self) -> str:
         """Its size, to compare with what is published of it."""

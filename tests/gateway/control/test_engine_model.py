@@ -56,6 +56,19 @@ def test_a_folder_of_this_machine(tmp_path):
     assert not found.known and "num_hidden_layers: missing" in found.notes[0], "no figure of what was there before"
 
 
+def test_a_config_of_what_the_engine_serves_is_no_contradiction(tmp_path):
+    config = {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32}
+    config |= {"num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768}
+    config |= {"num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936, "max_position_embeddings": 40960}
+    config |= {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = model(str(tmp_path))
+    found.reached(says("Qwen/Qwen3-30B-A3B-FP8"))
+    assert found.notes == ()
+    found.reached(says("Qwen/Qwen3-8B"))
+    assert "the engine serves Qwen/Qwen3-8B, and engines.model says" in found.notes[0]
+
+
 def test_a_model_that_is_not_known_has_no_figures():
     found = model()
     found.reached(says("chat", roots=("someone/secret-7b",)))

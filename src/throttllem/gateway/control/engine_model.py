@@ -51,7 +51,7 @@ class EngineModel:
             found = self.catalogue.reported((*connected.roots, *connected.models))
             if self.configured is not None:
                 own = self.catalogue.model(self.configured)
-                if found is not None and found.name != own.name:
+                if found is not None and found.name != own.name and not found.same_figures(own):
                     self._say(f"the engine serves {served}, and engines.model says {self.configured}: correct it")
                 else:
                     self.notes = ()
