@@ -7,7 +7,7 @@ from engines.live import spec
 from throttllem.core.forecast.performance_table import Calibrated
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
-from throttllem.profiling.tabulate import tabulate
+from throttllem.profiling.tabulate import cell_errors, tabulate
 
 CATALOGUE = Catalogue.load()
 ENGINE = spec(
@@ -32,3 +32,5 @@ def test_a_table_is_its_law():
         off.append(np.abs(np.array(table.at(clock, batch, blocks, prefill)) / true - 1))
     assert np.median(off, axis=0) == pytest.approx([0, 0], abs=0.02)
     assert np.quantile(off, 0.95, axis=0) == pytest.approx([0, 0], abs=0.08)
+    own = np.quantile(np.abs(cell_errors(table, law, ENGINE)), 0.9, axis=0)
+    assert 0 < own[0] < 0.06 and 0 < own[1] < 0.03

@@ -50,7 +50,7 @@ CONFIG = {
 }
 """Of Qwen3-30B-A3B-FP8, as published."""
 DOCTOR = ("L40S", "l40s", "keeper")
-CHECK = ("engine", "verdict", "would")
+CHECK = ("ok engine ", "-- engine ", "!!")
 ENVIRONMENT = {"COLUMNS": "150", "NO_COLOR": "1"}
 WITHIN_S = 1200.0
 LOAD_S, STREAMS, OUTPUT_TOKENS = 40.0, 6, 200
@@ -104,8 +104,9 @@ class Walk:
     ) -> None:
         """A step that is done."""
         lines = [line.strip() for line in said.splitlines() if any(word in line for word in shown)]
-        command = " ".join(map(str, ("throttllem", *arguments))).replace(f"{self.folder}/", "")
-        self.done.append(Done(what=what, command=command, seconds=seconds, output="\n".join(lines)))
+        command = " ".join(map(str, ("throttllem", *arguments)))
+        command, output = (text.replace(f"{self.folder}/", "") for text in (command, "\n".join(lines)))
+        self.done.append(Done(what=what, command=command, seconds=seconds, output=output))
         self._report(f"{what}: {seconds:.0f} s")
 
 
@@ -152,7 +153,14 @@ def _steps(walk: Walk, url: str, stats: str, socket: str, seconds: str | None) -
     walk.run("dry run before any profile", "serve", *served, "--port", "0", "--check", shown=CHECK, may_fail=True)
     bound = () if seconds is None else ("--seconds", seconds)
     walk.run("quick profile", "profile", profile, "--quick", *measured, *bound, shown=("rows in", "seconds", "note:"))
-    walk.run("train", "train", profile, "--out", tables, shown=("nothing", "between", "calibrated", "every", "verdict"))
+    walk.run(
+        "train",
+        "train",
+        profile,
+        "--out",
+        tables,
+        shown=("held out", "median", "nothing", "between", "calibrated", "every", "verdict"),
+    )
     on = (*served, "--tables", tables, "--clocks", "on")
     walk.run("check", "serve", *on, "--port", "0", "--check", shown=CHECK)
     _serve(walk, on)

@@ -60,12 +60,13 @@ scatter by 2 % in seconds and 3 % in watts. The law's form is the fitted one, so
 the published sweeps below have them.
 
 *Errors* are against the GPU's true law at {points:,} random points (batch, KV, clock from the lowest of the quick
-profile on; three in ten with a prompt), where no profile measured. *Stated* is the error that the table itself carries:
-p90 of held-out clocks or batch sizes, with scatter. *Cost* is what `least-energy` spends with a table on five minutes
-of `azure-conv-like` at a mean batch of {batch}, against the same policy with a table of the true law, on the true GPU;
-*saving* is against the maximum clock. SLOs: 1.5 times the seconds of a token at that batch, and twice the E2E of 500
-tokens. *Attainment* is that of completed requests. With the quick table the stated error is reserved of every SLO, as
-`serve` does it. Less energy than with the true law's table is within what a slightly different attainment is worth.
+profile on; three in ten with a prompt), where no profile measured. *Stated* is the error that the law carries: p90 of
+held-out clocks or batch sizes, with scatter (a table adds the error of its cells). *Cost* is what `least-energy` spends
+with a table on five minutes of `azure-conv-like` at a mean batch of {batch}, against the same policy with a table of
+the true law, on the true GPU; *saving* is against the maximum clock. SLOs: 1.5 times the seconds of a token at that
+batch, and twice the E2E of 500 tokens. *Attainment* is that of completed requests. With the quick table the stated
+error is reserved of every SLO, as `serve` does it. Less energy than with the true law's table is within what a slightly
+different attainment is worth.
 
 A full profile costs more here because trees know only the clocks that were measured: with eight from the lowest to the
 highest the best clock is often between two of them. A quick profile is worse where watts bend between its upper two

@@ -10,10 +10,12 @@ Knows nothing of how the profile was measured, nor of files but its name.
 # between clocks only at the power limit.
 #
 # The errors that the table states are held out: every inner clock and every inner batch size is left out in turn. The
-# ends are not, as the table is never used beyond them: its clocks begin at the lowest that was measured.
+# ends are not, as the table is never used beyond them: its clocks begin at the lowest that was measured. The error of
+# the table's cells is added to them (as independent errors are).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +33,7 @@ from throttllem.core.types import EngineSpec
 from throttllem.physics.catalogue import Gpu
 from throttllem.physics.engine import EnginePhysics
 from throttllem.physics.model import Model
-from throttllem.profiling.tabulate import tabulate
+from throttllem.profiling.tabulate import cell_errors, tabulate
 
 FIT_CLOCKS = 24
 TOGETHER = ("point", "clock_mhz", "batch", "prefill_tokens")
@@ -48,7 +50,7 @@ class QuickLaw:
 
     @property
     def basis(self) -> Calibrated:
-        """What a table of this law states: the larger error of what was held out, where anything was."""
+        """What the law states: the larger error of what was held out, where anything was."""
         held_out = self.scores[1:] or self.scores
         return Calibrated(
             clocks_mhz=self.clocks_mhz,
@@ -98,8 +100,15 @@ def quick_table(
 ) -> PerformanceTable:
     """The law at every clock from the lowest that was measured on, over the batch, KV cache and prefill of `spec`."""
     clocks = tuple(mhz for mhz in law.gpu.clocks_mhz if mhz >= law.clocks_mhz[0])
-    engine = EnginePhysics(law.gpu, model, spec.tp)
-    return tabulate(engine, replace(spec, clocks_mhz=clocks), law.basis, on_progress)
+    engine, spec = EnginePhysics(law.gpu, model, spec.tp), replace(spec, clocks_mhz=clocks)
+    table = tabulate(engine, spec, law.basis, on_progress)
+    of_cells = np.quantile(np.abs(cell_errors(table, engine, spec)), 0.9, axis=0).tolist()
+    stated = replace(
+        law.basis,
+        seconds_error=math.hypot(law.basis.seconds_error, of_cells[0]),
+        watts_error=math.hypot(law.basis.watts_error, of_cells[1]),
+    )
+    return replace(table, calibrated=stated)
 
 
 def _coarse(gpu: Gpu) -> Gpu:

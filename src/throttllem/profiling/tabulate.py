@@ -22,6 +22,8 @@ from throttllem.profiling.measure import Iterates, blocks
 BATCH_BINS, KV_BINS, PREFILL_BINS = 14, 20, 32
 """Most bins of each axis; iterations without prompts have one more."""
 PROGRESS_EVERY = 500
+CHECKED, PROMPTS_SHARE = 200, 0.3
+"""Points at which a table is compared with its law, and the part of them with prompts."""
 
 Progress = Callable[[int, int], None]
 """Called with (cells done, cells in all)."""
@@ -60,6 +62,18 @@ def tabulate(
         ),
         calibrated=calibrated,
     )
+
+
+def cell_errors(table: PerformanceTable, engine: Iterates, spec: EngineSpec) -> npt.NDArray[np.float64]:
+    """Relative errors that a table of this law has by its cells alone, at random points: seconds and watts, (n, 2)."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(CHECKED):
+        batch = round(spec.max_batch ** rng.random())
+        kv_blocks = round(batch * (spec.kv_blocks / batch) ** rng.random())
+        prefill = round(spec.prefill_budget_tokens ** rng.random()) if rng.random() < PROMPTS_SHARE else 0
+        law, cell = _law(engine, spec, batch, kv_blocks, prefill), table.cell(batch, kv_blocks, prefill)
+        found.append(np.stack([table.seconds[cell], table.watts[cell]], axis=1) / law - 1)
+    return np.concatenate(found)
 
 
 def _law(

@@ -12,7 +12,7 @@ from throttllem.engines.base import EngineError, Report
 from throttllem.gpu.device import Work
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.live.plan import LivePlan, quick_plan
-from throttllem.profiling.live.profiler import Device, LiveProfiler
+from throttllem.profiling.live.profiler import Device, LiveProfiler, _without_decode
 from throttllem.profiling.live.run import (
     CheckpointError,
     LiveProfileError,
@@ -347,3 +347,10 @@ def test_a_clock_that_is_not_reached_ends_the_run_and_is_named(tmp_path, monkeyp
 
     with pytest.raises(LiveProfileError, match=why):
         virtually(run())
+
+
+@pytest.mark.parametrize(
+    ("watts", "prompts_s", "found"), [(290.0, 0.9, 300.0), (240.0, 0.4, 240.0), (300.0, 1.0, 300.0), (None, 0.9, None)]
+)
+def test_watts_of_prompts_without_the_decode_steps_around_them(watts, prompts_s, found):
+    assert _without_decode(watts, 1.0, prompts_s, 200.0) == (None if found is None else pytest.approx(found))

@@ -132,9 +132,11 @@ def _train_quick(frame: pl.DataFrame, file: Path, out: Path, options: Options, *
     write_json(out / "score_card.json", law.to_json())
     console = Console()
     console.print(errors_table(law.scores, f"{model.name} on {gpu.name}: relative errors of the calibrated law"))
+    stated = table.calibrated
+    assert stated is not None
     console.print(
         f"table and score_card.json in {out}: calibrated at {', '.join(map(str, law.clocks_mhz))} MHz, not measured at "
-        f"every clock; serve reserves {law.basis.seconds_error:.1%} of each SLO for its error and sets no clock below "
-        f"{law.clocks_mhz[0]} MHz"
+        f"every clock. serve reserves at least {stated.seconds_error:.1%} of each SLO for its error and sets no clock "
+        f"below {law.clocks_mhz[0]} MHz"
     )
     _conclude({tp: verdict})
