@@ -26,6 +26,7 @@ SPEC = replace(
 
 @pytest.mark.slow
 def test_train_recognises_it_and_the_stated_errors_hold(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("COLUMNS", "150")
     monkeypatch.chdir(tmp_path)
     true = EnginePhysics(changed_gpu(4)[0], MODEL, 1)
     write_profile(quick_profile(true, SPEC, CLOCKS, seed=1), Path("quick.csv"))
