@@ -131,7 +131,7 @@ class Recorder:
     def _packed(self, now_s: float, event: Event) -> bool:
         """Add a bare step or an observation without commands to the current run of them, if it is one."""
         match event:
-            case Stepped(started=(), finished=(), preempted=()):
+            case Stepped(started=(), finished=(), preempted=(), assumed=False):
                 if event.engine != self._run_engine or event.iteration != self._run_first + self._run_steps:
                     self._begin_run(event.engine, event.iteration)
                 self._run.append(now_s)
