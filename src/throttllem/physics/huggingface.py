@@ -13,6 +13,7 @@ is a note. Knows nothing of the catalogue.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -136,7 +137,7 @@ class _Config:
         value = self.values[key]
         if isinstance(value, list) and value and all(each == value[0] for each in value):
             value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value < math.inf) or value % 1:
             raise self.refuse(key, f"{value!r} is not a whole number")
         return int(value) or None
 
