@@ -87,33 +87,31 @@ class OpenaiEngine:
                 except OSError as error:
                     raise EngineError(str(error), status=503) from error
                 self.steps = receiver
-            await self._scrape(receiver, report)
-
-    async def _scrape(self, receiver: StepReceiver | None, report: Callable[[Report], None]) -> None:
-        failures, received = 0, 0
-        while True:
-            try:
-                scraped = await self._scraped(has_steps=receiver is not None)
-            except _RestartedError:
-                raise
-            except EngineError:
-                failures += 1
-                if failures == FAILURES:
+            failures, received = 0, 0
+            while True:
+                try:
+                    if not self._reported.metrics:  # whether it is there at all
+                        await self._upstream.get_json("/v1/models", timeout_s=SCRAPE_LIMIT_S)
+                        scraped = None
+                    else:
+                        scraped = await self._scraped(has_steps=receiver is not None)
+                except _RestartedError:
                     raise
-            else:
-                failures = 0
-                # While steps come in, they are newer than any scrape.
-                if scraped is not None and (receiver is None or receiver.received == received):
-                    report(scraped)
-            received = receiver.received if receiver is not None else 0
-            await asyncio.sleep(self._options.scrape_s)
+                except EngineError:
+                    failures += 1
+                    if failures == FAILURES:
+                        raise
+                else:
+                    failures = 0
+                    # While steps come in, they are newer than any scrape.
+                    if scraped is not None and (receiver is None or receiver.received == received):
+                        report(scraped)
+                received = receiver.received if receiver is not None else 0
+                await asyncio.sleep(self._options.scrape_s)
 
-    async def _scraped(self, *, has_steps: bool) -> Report | None:
-        """The state in the metrics; None: the engine has none. `has_steps`: step numbers come from the plug-in."""
+    async def _scraped(self, *, has_steps: bool) -> Report:
+        """The state in the metrics. `has_steps`: step numbers come from the plug-in."""
         reported, url = self._reported, self._upstream.url
-        if not reported.metrics:
-            await self._upstream.get_json("/v1/models", timeout_s=SCRAPE_LIMIT_S)
-            return None
         page = await metrics_page(self._upstream, timeout_s=SCRAPE_LIMIT_S)
         running, waiting = total(page, "vllm:num_requests_running"), total(page, "vllm:num_requests_waiting")
         if running is None or waiting is None:
