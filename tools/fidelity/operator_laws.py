@@ -18,7 +18,7 @@ from throttllem.physics.load import LARGE_ALLREDUCE_BYTES
 from tools.fidelity.operator_tables import BATCHES, CONTEXTS, OperatorTables, Table
 
 Array = NDArray[np.float64]
-_VALUE_BYTES, _HEAD_DIM = 2, 128
+VALUE_BYTES, HEAD_DIM = 2, 128
 _SPREAD = 0.1
 """Of a measured operator about any compact law, in logarithm: tiles, waves of thread blocks, cache."""
 _ROWS = BATCHES + CONTEXTS[3:]
@@ -30,7 +30,7 @@ def gemm_s(gpu: Gpu, rows: Array, width: Array, depth: Array) -> Array:
     """One matrix product: the smooth maximum of memory and arithmetic."""
     law = gpu.time
     values = width * depth + rows * (width + depth)
-    memory_s = values * _VALUE_BYTES / (gpu.bandwidth_bytes_per_s * law.gemm_bandwidth_fraction)
+    memory_s = values * VALUE_BYTES / (gpu.bandwidth_bytes_per_s * law.gemm_bandwidth_fraction)
     compute_s = 2 * rows * width * depth / (gpu.peak_flop_per_s * law.gemm_peak_fraction)
     found: Array = (memory_s**law.gemm_norm + compute_s**law.gemm_norm) ** (1 / law.gemm_norm) + law.gemm_kernel_s
     return found
@@ -39,7 +39,7 @@ def gemm_s(gpu: Gpu, rows: Array, width: Array, depth: Array) -> Array:
 def decode_s(gpu: Gpu, heads: Array, kv_heads: Array, batch: Array, context: Array) -> Array:
     """Decode attention of one layer."""
     law, grouped = gpu.time, heads > kv_heads
-    kv_bytes = 2 * batch * context * kv_heads * _HEAD_DIM * _VALUE_BYTES
+    kv_bytes = 2 * batch * context * kv_heads * HEAD_DIM * VALUE_BYTES
     read_s = kv_bytes / (gpu.bandwidth_bytes_per_s * law.decode_bandwidth_fraction)
     read_s = read_s + batch * kv_heads * law.decode_row_s
     walk_s = np.where(grouped, 0.0, context * law.decode_walk_token_s)
@@ -50,8 +50,8 @@ def decode_s(gpu: Gpu, heads: Array, kv_heads: Array, batch: Array, context: Arr
 def prefill_s(gpu: Gpu, heads: Array, kv_heads: Array, prompt: Array) -> Array:
     """Attention of one layer over one whole prompt."""
     law = gpu.time
-    arithmetic_s = 2 * heads * _HEAD_DIM * prompt**2 / (gpu.peak_flop_per_s * law.prefill_peak_fraction)
-    io_bytes = 2 * (heads + kv_heads) * _HEAD_DIM * _VALUE_BYTES * prompt
+    arithmetic_s = 2 * heads * HEAD_DIM * prompt**2 / (gpu.peak_flop_per_s * law.prefill_peak_fraction)
+    io_bytes = 2 * (heads + kv_heads) * HEAD_DIM * VALUE_BYTES * prompt
     io_s = io_bytes / (gpu.bandwidth_bytes_per_s * law.prefill_bandwidth_fraction)
     found: Array = law.prefill_kernel_s + prompt * law.prefill_walk_token_s + arithmetic_s + io_s
     return found
@@ -59,7 +59,7 @@ def prefill_s(gpu: Gpu, heads: Array, kv_heads: Array, prompt: Array) -> Array:
 
 def allreduce_s(gpu: Gpu, gpus: Array, values: Array) -> Array:
     """One all-reduce, in one step or in two."""
-    law, message_bytes = gpu.time, values * _VALUE_BYTES
+    law, message_bytes = gpu.time, values * VALUE_BYTES
     message_s = message_bytes / law.allreduce_bytes_per_s
     two_steps_s = np.where(gpus > 2, law.allreduce_step_s, 0.0) + 2 * (gpus - 1) / gpus * message_s
     large_s = np.where(message_bytes >= LARGE_ALLREDUCE_BYTES, law.allreduce_large_s, 0.0)

@@ -69,12 +69,9 @@ class OperatorTables:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The bfloat16 operators of a folder: FlashAttention with heads of 128, all-reduce within a CUDA graph."""
-        gemm = pl.scan_parquet(folder / "gemm_perf.parquet").filter(
-            (pl.col("gemm_dtype") == "bfloat16") & (pl.min_horizontal("n", "k") >= SMALLEST_WIDTH)
-        )
+        """The bfloat16 operators of a folder: heads of 128, all-reduce within a CUDA graph."""
         allreduce = pl.scan_parquet(folder / "custom_allreduce_perf.parquet").filter(pl.col("backend") == "vllm_graph")
-        products, prefill = _table(gemm, "m", "n", "k"), _attention(folder, "context", "isl")
+        products, prefill = cls.products(folder, "bfloat16"), _attention(folder, "context", "isl")
         decode = {(*key[:3], key[3] + 1): seconds for key, seconds in _attention(folder, "generation", "step").items()}
         return cls(
             gemm=products,
@@ -85,6 +82,14 @@ class OperatorTables:
             heads=frozenset((heads, kv_heads) for heads, kv_heads, _, _ in decode),
             alone=sorted({heads for heads, kv_heads, _, _ in prefill if heads == kv_heads}),
         )
+
+    @staticmethod
+    def products(folder: Path, dtype: str) -> Table:
+        """Matrix products with operands of that type."""
+        gemm = pl.scan_parquet(folder / "gemm_perf.parquet").filter(
+            (pl.col("gemm_dtype") == dtype) & (pl.min_horizontal("n", "k") >= SMALLEST_WIDTH)
+        )
+        return _table(gemm, "m", "n", "k")
 
     def matrix_s(self, rows: int, width: int, depth: int) -> float:
         """One matrix product. KeyError where its rows were not measured."""
@@ -146,11 +151,15 @@ def _iterations(tables: OperatorTables, model: Model, tp: int) -> Iterator[Itera
 
 def _layer(tables: OperatorTables, model: Model, tp: int, rows: int) -> tuple[float, float]:
     """Seconds of a layer's matrix products, and of its two all-reduces."""
+    gemm_s = sum(tables.matrix_s(rows, width, depth) for width, depth in layer_shapes(model, tp))
+    return gemm_s, 2 * tables.allreduce_s(tp, rows * model.hidden)
+
+
+def layer_shapes(model: Model, tp: int) -> tuple[tuple[int, int], ...]:
+    """Width and depth of the four matrices of a layer on one GPU."""
     query, kv = model.heads // tp * _HEAD_DIM, max(1, model.kv_heads // tp) * _HEAD_DIM
     wide = model.intermediate // tp
-    shapes = ((query + 2 * kv, model.hidden), (model.hidden, query), (2 * wide, model.hidden), (model.hidden, wide))
-    gemm_s = sum(tables.matrix_s(rows, width, depth) for width, depth in shapes)
-    return gemm_s, 2 * tables.allreduce_s(tp, rows * model.hidden)
+    return (query + 2 * kv, model.hidden), (model.hidden, query), (2 * wide, model.hidden), (model.hidden, wide)
 
 
 def _table(frame: pl.LazyFrame, *keys: str) -> Table:

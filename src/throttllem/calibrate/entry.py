@@ -49,6 +49,7 @@ def basis(points: Sequence[Point], model: str, source: str) -> Basis:
         batch_max=max(point.batch for point in points),
         models=(model,),
         context_max_tokens=max(1, round(max(contexts))) if contexts else None,
+        prefill_max_tokens=max(point.prefill_tokens for point in points),
     )
 
 

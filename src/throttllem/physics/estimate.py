@@ -57,14 +57,14 @@ def reach(physics: EnginePhysics, context_tokens: int) -> dict[str, dict[str, ob
 
 
 def _reach(basis: Basis, physics: EnginePhysics, context_tokens: int) -> dict[str, object]:
-    at_top = _outside(basis, physics, basis.clock_max_mhz, 1, context_tokens)
-    below = [part for part in _outside(basis, physics, basis.clock_min_mhz, 1, context_tokens) if part not in at_top]
+    at_top = _outside(basis, physics, basis.clock_max_mhz, 1, context_tokens, 0)
+    below = [part for part in _outside(basis, physics, basis.clock_min_mhz, 1, context_tokens, 0) if part not in at_top]
     return {
         "kind": "modelled" if at_top else basis.kind,
         "why": "; ".join(at_top),
         "clocks_mhz": [basis.clock_min_mhz, basis.clock_max_mhz],
         "below_top": "; ".join(below),
-        "error": None if at_top else (basis.below_top or basis).median_error,
+        "error": None if at_top else _median_error(basis, physics, basis.clock_min_mhz),
     }
 
 
@@ -103,13 +103,22 @@ def _basis(
                 return (
                     f"measured: a source lies within {NEAR:.0%} of this point, the figure is the law's: {points.source}"
                 )
-    outside = _outside(basis, physics, clock_mhz, batch, context_tokens)
+    outside = _outside(basis, physics, clock_mhz, batch, context_tokens, prefill_tokens)
     if basis.kind == "modelled" or not outside:
-        below = basis.below_top if clock_mhz < physics.gpu.clock_max_mhz else None
-        off = below.median_error if below else basis.median_error
+        off = _median_error(basis, physics, clock_mhz)
         error = "" if off is None else f"; held out, it was {off:.1%} off (median)"
         return f"{basis.kind}: {basis.source}{error}"
     return f"modelled: {'; '.join(outside)} ({basis.kind} there: {basis.source})"
+
+
+def _median_error(basis: Basis, physics: EnginePhysics, clock_mhz: int) -> float | None:
+    """The largest of those that were found apart: below the top clock, and of models with parts."""
+    found = [basis.median_error]
+    if basis.below_top and clock_mhz < physics.gpu.clock_max_mhz:
+        found = [basis.below_top.median_error]
+    if basis.parts and physics.model.parts:
+        found.append(basis.parts.median_error)
+    return max((each for each in found if each is not None), default=None)
 
 
 def _measured(points: MeasuredPoints, physics: EnginePhysics, clock_mhz: int, batch: int, context_tokens: int) -> bool:
@@ -119,23 +128,32 @@ def _measured(points: MeasuredPoints, physics: EnginePhysics, clock_mhz: int, ba
     return all(not known or any(abs(value / each - 1) <= NEAR for each in known) for value, known in asked)
 
 
-def _outside(basis: Basis, physics: EnginePhysics, clock_mhz: int, batch: int, context_tokens: int) -> list[str]:
+def _outside(
+    basis: Basis, physics: EnginePhysics, clock_mhz: int, batch: int, context_tokens: int, prefill_tokens: int
+) -> list[str]:
     """The parts of a point outside the range to which the law was fitted."""
-    outside = []
+    outside, model = [], physics.model
     if not basis.clock_min_mhz <= clock_mhz <= basis.clock_max_mhz:
         outside.append(f"{clock_mhz} MHz is outside {basis.clock_min_mhz} to {basis.clock_max_mhz} MHz")
     if batch > basis.batch_max:
         outside.append(f"batch {batch} is above {basis.batch_max}")
     if physics.tp not in basis.tp:
         outside.append(f"tp {physics.tp} is not among {', '.join(map(str, basis.tp))}")
-    if basis.models and physics.model.name not in basis.models:
-        outside.append(f"{physics.model.name} is not {' or '.join(basis.models)}")
+    if basis.models and model.name not in basis.models:
+        outside.append(f"{model.name} is not {' or '.join(basis.models)}")
+    fitted = basis.parts.names if basis.parts else ()
+    if not basis.models and (strange := [part for part in model.parts if part not in fitted]):
+        outside.append(f"{model.name} has {' and '.join(strange)}, which were not fitted")
     if basis.context_max_tokens and context_tokens > basis.context_max_tokens:
         outside.append(f"context {context_tokens} is above {basis.context_max_tokens}")
+    if basis.prefill_max_tokens is not None and prefill_tokens > basis.prefill_max_tokens:
+        outside.append(f"prefill of {prefill_tokens} tokens is above {basis.prefill_max_tokens}")
     below = basis.below_top
     if below and clock_mhz < physics.gpu.clock_max_mhz:
         if physics.tp not in below.tp:
             outside.append(f"the clock's effect at tp {physics.tp} (fitted at {', '.join(map(str, below.tp))})")
+        if below.models and model.name not in below.models:
+            outside.append(f"the clock's effect on {model.name} (fitted on {', '.join(below.models)})")
         if context_tokens > below.context_max_tokens:
             outside.append(f"the clock's effect at context {context_tokens} (fitted up to {below.context_max_tokens})")
     return outside

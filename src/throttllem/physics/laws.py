@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Fraction = Field(gt=0, le=1)
 
@@ -125,8 +125,18 @@ class BelowTop(Frozen):
 
     tp: tuple[PositiveInt, ...]
     context_max_tokens: PositiveInt
+    models: tuple[str, ...] = ()
+    """Models for which it was fitted; empty: any of the law's."""
     median_error: NonNegativeFloat
     """Relative, at held-out clocks."""
+
+
+class FittedParts(Frozen):
+    """Parts of models (`Model.parts`) that were fitted beside dense layers."""
+
+    names: tuple[str, ...]
+    median_error: NonNegativeFloat
+    """Relative, of models with such parts, held out of the fit."""
 
 
 class Basis(Frozen):
@@ -139,9 +149,13 @@ class Basis(Frozen):
     tp: tuple[PositiveInt, ...]
     batch_max: PositiveInt
     models: tuple[str, ...] = ()
-    """Models for which it holds; empty: any."""
+    """Models for which it holds; empty: any whose `parts` are fitted."""
+    parts: FittedParts | None = None
+    """None: dense layers alone."""
     context_max_tokens: PositiveInt | None = None
     """Tokens of a running request up to which it was fitted; None: any."""
+    prefill_max_tokens: NonNegativeInt | None = None
+    """New prompt tokens of an iteration up to which it was fitted; None: any."""
     below_top: BelowTop | None = None
     """None: fitted at every clock of the range alike."""
     median_error: NonNegativeFloat | None = None

@@ -148,6 +148,13 @@ class Model(Frozen):
         return self.model_copy(update={"kv_bytes": own[dtype]})
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """What it has beside dense bfloat16 layers with full attention, each a part of the law of its own."""
+        formats = dict.fromkeys(each.value for each in (self.weights, self.expert_weights) if each is not Weights.BF16)
+        there = {"experts": self.experts, "latent": self.latent, "window": self.window}
+        return (*(name for name, part in there.items() if part), *formats)
+
+    @property
     def expert_layers(self) -> int:
         """Layers with experts."""
         return self.layers - self.experts.dense_layers if self.experts else 0
