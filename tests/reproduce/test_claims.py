@@ -13,9 +13,9 @@ IDS = [
 ]
 
 
-def claim(rule: Rule = Rule.GAIN, *, calibrated: bool = False, papers: tuple[float, ...] = (0.3,)) -> Claim:
+def claim(rule: Rule = Rule.GAIN, *, papers: tuple[float, ...] = (0.3,)) -> Claim:
     figures = tuple(Figure(paper=paper, rule=rule, form=Form.LESS) for paper in papers)
-    return Claim(id="one", text="a claim", figures=figures, calibrated=calibrated)
+    return Claim(id="one", text="a claim", figures=figures)
 
 
 def outcome(ours: tuple[float, ...], *, of: Claim | None = None, **words: str) -> Outcome:
@@ -83,17 +83,9 @@ def test_a_shown_figure_does_not_weigh() -> None:
     assert mape.judge((0.01, 0.06)) is Standing.NOT_REPRODUCED
 
 
-@pytest.mark.parametrize("ours", [0.3, 0.9, -1.0])
-def test_what_was_calibrated_is_never_counted(ours: float) -> None:
-    found = outcome((ours,), of=claim(calibrated=True), violations="violations")
-    assert found.standing is Standing.CALIBRATED
-    assert "not counted" in found.why
-
-
-def test_a_calibration_point_that_is_not_met_gives_its_reason() -> None:
-    found = outcome((0.9,), of=claim(calibrated=True), reason="Missed by far.", detail="More.")
-    assert found.standing is Standing.CALIBRATED
-    assert found.why == "Missed by far. More."
+def test_a_figure_outside_its_range_says_the_range() -> None:
+    found = outcome((0.9,), of=claim(Rule.WITHIN, papers=(0.5,)), reason="Missed by far.", detail="More.")
+    assert found.why == "-90.0 % where -42.5 % to -57.5 % (15 % around -50.0 %) is required. Missed by far. More."
 
 
 def test_slo_violations_undo_a_saving() -> None:
