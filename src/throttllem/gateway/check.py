@@ -332,9 +332,14 @@ def _no_table(backend: Backend) -> Finding:
         return Finding(
             mark="--", text=f"engine {backend.name}: its performance table is trained at the first start (cached)"
         )
+    dry_run = isinstance(backend.gpu, HardwareGpu) and backend.gpu.mode is not Mode.OFF
+    prior = (
+        "; until then what other clocks would save is estimated from the catalogue's law of "
+        f"{backend.catalogue_gpu}, with a range (dashboard, metrics), and nothing is set by it"
+    )
     return Finding(
         mark="--",
         text=f"engine {backend.name} has no performance table: the clock stays at its maximum, and admission does not "
         "check SLOs; "
-        f"`throttllem profile --url ...`, `throttllem train`, then tables = FOLDER",
+        f"`throttllem profile --url ...`, `throttllem train`, then tables = FOLDER{prior if dry_run else ''}",
     )

@@ -22,6 +22,7 @@ from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.control.engine_model import EngineModel
 from throttllem.gateway.energy.accounting import EnergyAccounting
+from throttllem.gateway.energy.prior_estimate import PriorEstimate
 from throttllem.gateway.energy.table_meter import TableMeter
 from throttllem.gateway.telemetry.metrics import Histograms
 from throttllem.gpu.device import Gpu
@@ -77,6 +78,9 @@ class BackendFactory:
             kv_blocks=lambda: 0 if backend.key is None else controller.kv_blocks(backend.key),
             at_maximum=SavingsEstimate(table=table) if table else None,
             dry_run=SavingsEstimate(table=table) if table and mode in ("on", "dry-run") else None,
+            prior=PriorEstimate(physics=lambda: model.physics, slo=self.options.slo)
+            if table is None and mode in ("on", "dry-run")
+            else None,
             meter=TableMeter(table=table) if table and table.clocks_measured and follows else None,
             external=lambda: 0 if backend.key is None else controller.external_sequences(backend.key),
             known=lambda: entry.gpus is not None or model.known,

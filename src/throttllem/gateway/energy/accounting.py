@@ -15,6 +15,7 @@ from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Report
 from throttllem.engines.progress import InFlight, Progress
+from throttllem.gateway.energy.prior_estimate import PriorEstimate, PriorSaving
 from throttllem.gateway.energy.table_meter import TableMeter
 from throttllem.gpu.device import Gpu, Reading, Work
 
@@ -36,6 +37,8 @@ class Energy:
     top_j: float | None = None
     advised_j: float | None = None
     watts: float | None = 0.0
+    prior: PriorSaving | None = None
+    """What a dry run would save before any profile; None: there is a table, or nothing to say yet."""
 
     @property
     def saved(self) -> float | None:
@@ -66,7 +69,8 @@ class EnergyAccounting:
     first request after idle time, and a few times a second.
 
     `kv_blocks` returns the scoreboard's estimate. `at_maximum` and `dry_run` estimate what other clocks would have
-    taken (None: there is no performance table, or no dry run). `meter` holds decoding against the table (None: there is
+    taken (None: there is no performance table, or no dry run), `prior` what a dry run without a table
+    would save. `meter` holds decoding against the table (None: there is
     none, or the engine does not run on `gpu`), while `external` returns 0 sequences of other clients.
     """
 
@@ -75,6 +79,7 @@ class EnergyAccounting:
     kv_blocks: Callable[[], int]
     at_maximum: SavingsEstimate | None = None
     dry_run: SavingsEstimate | None = None
+    prior: PriorEstimate | None = None
     meter: TableMeter | None = None
     external: Callable[[], int] = lambda: 0
     known: Callable[[], bool] = lambda: True
@@ -97,7 +102,7 @@ class EnergyAccounting:
 
     def begin(self, spec: EngineSpec, progress: Progress) -> None:
         """The engine is up; from here on the counter's rise belongs to it."""
-        for estimate in (self.at_maximum, self.dry_run):
+        for estimate in (self.at_maximum, self.dry_run, self.prior):
             if estimate is not None:
                 estimate.spec = spec
         self._progress, self._block_tokens, self._iteration = progress, spec.block_tokens, progress.iteration
@@ -195,6 +200,7 @@ class EnergyAccounting:
             top_j=top.joules() if top is not None and top.table.clocks_measured else None,
             advised_j=self.dry_run.joules() if self.dry_run is not None and self._dry_runs else None,
             watts=self.reading().watts,
+            prior=self.prior.saving() if self.prior is not None else None,
         )
 
     def _share(self, progress: Progress) -> bool:
@@ -238,6 +244,14 @@ class EnergyAccounting:
                 clock_mhz=reading.clock_mhz,
             )
         self._dry_runs = self._dry_runs or reading.dry_run_mhz is not None
+        if self.prior is not None:
+            self.prior.worked(
+                seconds=done.seconds,
+                joules=joules,
+                output_tokens=done.output_tokens,
+                prompts=done.prompts,
+                prompt_tokens=done.prompt_tokens,
+            )
         for estimate, other_mhz in ((self.at_maximum, None), (self.dry_run, reading.planned_on_mhz)):
             if estimate is not None:
                 estimate.worked(
@@ -284,7 +298,7 @@ class EnergyAccounting:
         joules = self._rise(self.reading())
         self.total_j += joules
         self.idle_j += joules
-        for estimate in (self.at_maximum, self.dry_run):
+        for estimate in (self.at_maximum, self.dry_run, self.prior):
             if estimate is not None:
                 estimate.idle(seconds, joules)
 

@@ -86,6 +86,26 @@ _ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (
         "Estimate: fraction of the energy that the dry run's clocks would not have taken.",
         lambda engine: engine.energy.would_save,
     ),
+    (
+        "throttllem_prior_saving_ratio",
+        "Before any profile, from the catalogue's law: fraction of the energy that other clocks would not have taken.",
+        lambda engine: engine.energy.prior.saving if engine.energy.prior else None,
+    ),
+    (
+        "throttllem_prior_saving_low_ratio",
+        "The low end of its range.",
+        lambda engine: engine.energy.prior.low if engine.energy.prior else None,
+    ),
+    (
+        "throttllem_prior_saving_high_ratio",
+        "The high end of its range.",
+        lambda engine: engine.energy.prior.high if engine.energy.prior else None,
+    ),
+    (
+        "throttllem_energy_measured",
+        "1 where joules and watts are those of real GPUs (NVML), 0 where a model computes them.",
+        lambda engine: engine.clocks != "simulated",
+    ),
     ("throttllem_dry_run_clock_hertz", "Clock that a dry run would set.", lambda engine: _hertz(engine.advised_mhz)),
     (
         "throttllem_clock_limit_hertz",
