@@ -74,14 +74,12 @@ CELLS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bias:
-    """One policy in one scenario, means over the seeds; fractions of the energy at the maximum clock."""
+    """One policy in one scenario, mean over the seeds; fractions of the energy at the maximum clock."""
 
     cell: str
     policy: str
     saved: float
     estimated: float
-    least: float
-    most: float
 
     @property
     def bias(self) -> float:
@@ -101,15 +99,12 @@ def measure(cells: Sequence[Cell], catalogue: Catalogue, cache_dir: Path, worker
         for place, policy in enumerate(POLICIES, start=1):
             saved = [1 - group[place].energy_j / group[0].energy_j for group in groups]
             estimated = [group[place].saved_estimate or 0.0 for group in groups]
-            differences = [one - other for one, other in zip(estimated, saved, strict=True)]
             found.append(
                 Bias(
                     cell=cell.title,
                     policy=policy,
                     saved=fmean(saved),
                     estimated=fmean(estimated),
-                    least=min(differences),
-                    most=max(differences),
                 )
             )
             print(f"  {cell.title}, {policy}: saved {fmean(saved):+.1%}, estimated {fmean(estimated):+.1%}", flush=True)
@@ -118,7 +113,7 @@ def measure(cells: Sequence[Cell], catalogue: Catalogue, cache_dir: Path, worker
 
 def markdown(found: Sequence[Bias]) -> str:
     """The table and what it comes to."""
-    head = ("scenario", "policy", "saved, %", "estimated, %", "bias, points", "over seeds")
+    head = ("scenario", "policy", "saved, %", "estimated, %", "bias, points")
     rows = [
         (
             each.cell,
@@ -126,7 +121,6 @@ def markdown(found: Sequence[Bias]) -> str:
             f"{each.saved * 100:.1f}",
             f"{each.estimated * 100:.1f}",
             f"{each.bias * 100:+.1f}",
-            f"{each.least * 100:+.1f} to {each.most * 100:+.1f}",
         )
         for each in found
     ]

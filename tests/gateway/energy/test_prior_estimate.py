@@ -8,7 +8,6 @@ from throttllem.engines.simulated.fleet import build_fleet
 from throttllem.gateway.energy.prior_estimate import PriorEstimate
 from throttllem.physics.catalogue import Catalogue
 
-
 LOOSE, TIGHT = Slo(e2e_s=20.0), Slo(tbt_s=0.012)
 
 
@@ -38,10 +37,6 @@ def test_a_load_that_lower_clocks_hold_would_save_within_a_range():
 
 def test_a_tight_slo_leaves_less_and_an_overload_nothing():
     loose, tight, full = estimate(), estimate(TIGHT), estimate()
-        estimate(),
-        estimate("llama-2-13b", 4, slo=Slo(tbt_s=0.012)),
-        estimate(),
-    )
     serve(loose)
     serve(tight)
     serve(full, requests_per_s=40)

@@ -74,7 +74,7 @@ def observed() -> Histograms:
         ("throttllem_energy_joules_total", AT, 81_000),
         ("throttllem_idle_energy_joules_total", AT, 9_000),
         ("throttllem_top_clock_energy_joules_total", AT, 100_000),
-        ("throttllem_clocks_set", "throttllem_energy_measured", AT, 0),
+        ("throttllem_clocks_set", AT, 0),
         ("throttllem_dry_run_clock_hertz", AT, 1.065e9),
         ("throttllem_clock_limit_hertz", AT, 1.05e9),
         ("throttllem_dry_run_energy_joules_total", AT, 72_900),
