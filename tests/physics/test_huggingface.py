@@ -146,7 +146,7 @@ PUBLISHED = {
     "Qwen3-235B-A22B": (
         usual("qwen3_moe", 4096, 94, 64, 4, 12288, 151936, head_dim=128) | experts(128, 8, 1536) | SPARSE_QWEN,
         235.1,
-        22.2,
+        22.0,
     ),
     "gpt-oss-20b": (
         usual("gpt_oss", 2880, 24, 64, 8, 2880, 201088, num_local_experts=32, experts_per_token=4),
@@ -165,8 +165,8 @@ PUBLISHED = {
             | {"intermediate_size_mlp": 16384, "num_local_experts": 16, "num_experts_per_tok": 1}
             | {"interleave_moe_layer_step": 1, "no_rope_layers": [1, 1, 1, 0] * 12},
         },
-        107.8,
-        17.2,
+        107.8,  # 109 with the vision part
+        17.0,
     ),
     "Llama-4-Maverick": (
         {
@@ -175,29 +175,29 @@ PUBLISHED = {
             | {"intermediate_size_mlp": 16384, "num_local_experts": 128, "num_experts_per_tok": 1}
             | {"interleave_moe_layer_step": 2},
         },
-        400.7,
-        17.2,
+        400.0,
+        17.0,
     ),
     "DeepSeek-V2-Lite": (
         usual("deepseek_v2", 2048, 27, 16, 16, 10944, 102400, q_lora_rank=None, **MLA)
         | {"n_routed_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 1408, "n_shared_experts": 2}
         | {"first_k_dense_replace": 1, "moe_layer_freq": 1},
         15.7,
-        2.6,
+        2.4,
     ),
     "DeepSeek-V3": (
         usual("deepseek_v3", 7168, 61, 128, 128, 18432, 129280, q_lora_rank=1536, **MLA)
         | {"n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1}
         | {"first_k_dense_replace": 3, "moe_layer_freq": 1, "num_nextn_predict_layers": 1},
         671.0,
-        37.5,
+        37.0,
     ),
     "GLM-4.5-Air": (
         usual("glm4_moe", 4096, 46, 96, 8, 10944, 151552, head_dim=128)
         | {"n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408, "n_shared_experts": 1}
         | {"first_k_dense_replace": 1},
-        106.8,
-        13.3,
+        106.5,  # given as 106
+        None,
     ),
     "Phi-3.5-MoE": (
         usual("phimoe", 4096, 32, 32, 8, 6400, 32064, num_local_experts=16, num_experts_per_tok=2),
@@ -216,7 +216,7 @@ PUBLISHED = {
             "attn_config": {"kv_n_heads": 8},
             "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
         },
-        131.6,
+        132.0,
         36.0,
     ),
 }
