@@ -54,7 +54,7 @@ def test_energy_is_the_integral_of_power(machine):
 
 
 def test_the_counter_moves_every_100_ms(quick, quick_caller):
-    gpu = quick.gpus[0]
+    (part,), gpu = a100(1), quick.gpus[0]
     gpu.work(1, 10)
     quick_caller("seen, ends = {}, time.monotonic() + 0.23")
     quick_caller(
@@ -64,7 +64,7 @@ def test_the_counter_moves_every_100_ms(quick, quick_caller):
     assert 2 <= len(seen) <= 4
     _, first, *others = seen
     for value in others:
-        steps = (value - first) / 40_000  # 400 W for 100 ms
+        steps = (value - first) / (part.busy_w[-1] * 100)  # mJ in 100 ms
         assert steps == pytest.approx(round(steps), abs=1e-3)
         assert steps == pytest.approx((seen[value] - seen[first]) / 0.1, abs=0.9)
     assert max(seen) / 1000 <= gpu.energy_j
@@ -90,12 +90,12 @@ def test_a_counter_can_begin_again(make_gpus, caller_of):
 
 
 def test_average_power_follows_within_a_second(quick):
-    gpu = quick.gpus[0]
+    (part,), gpu = a100(1), quick.gpus[0]
     gpu.work(1, 10)
     began = time.monotonic()
     time.sleep(0.1)
     share = 1 - math.exp(began - time.monotonic())
-    assert gpu.truth.average_w == pytest.approx(55 + (400 - 55) * share, rel=0.1)
+    assert gpu.truth.average_w == pytest.approx(part.idle_w + (part.busy_w[-1] - part.idle_w) * share, rel=0.1)
 
 
 def test_who_says_no_more_is_idle(quick, quick_caller):
@@ -104,7 +104,7 @@ def test_who_says_no_more_is_idle(quick, quick_caller):
     assert caller("clock(0)") == gpu.clock_mhz == 1410
     assert gpu.truth.util == 0.7
     time.sleep(0.2)
-    assert (gpu.truth.util, gpu.clock_mhz, gpu.watts) == (0, 210, 55)
+    assert (gpu.truth.util, gpu.clock_mhz, gpu.watts) == (0, 210, a100(1)[0].idle_w)
 
 
 def test_an_engine_needs_no_nvml_and_is_told_off(quick, caller_of):

@@ -6,6 +6,7 @@ import pynvml
 import pytest
 
 from tests.nvml.caller import FailedError
+from tools.nvml.machine import a100
 
 
 def test_what_a_gpu_is(machine, caller):
@@ -57,7 +58,7 @@ def test_the_system(caller):
 
 
 def test_power_and_its_limits(machine, caller):
-    assert caller("nvmlDeviceGetPowerUsage(gpu)") == 55_000
+    assert caller("nvmlDeviceGetPowerUsage(gpu)") == a100(1)[0].idle_w * 1000
     assert caller("nvmlDeviceGetPowerManagementLimitConstraints(gpu)") == [100_000, 400_000]
     assert caller("nvmlDeviceGetPowerManagementLimit(gpu)") == 400_000
     caller("nvmlDeviceSetPowerManagementLimit(gpu, 300_000)")
@@ -75,7 +76,7 @@ def test_field_values(machine, caller):
     asked = "NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION, NVML_FI_DEV_POWER_INSTANT, NVML_FI_DEV_POWER_AVERAGE"
     caller(f"found = nvmlDeviceGetFieldValues(gpu, [{asked}, NVML_FI_DEV_NVLINK_GET_STATE])")
     assert caller("[each.nvmlReturn for each in found]") == [0, 0, 0, pynvml.NVML_ERROR_NOT_SUPPORTED]
-    assert caller("found[1].value.uiVal, found[2].value.uiVal") == (55_000, 55_000)
+    assert caller("found[1].value.uiVal, found[2].value.uiVal") == (a100(1)[0].idle_w * 1000,) * 2
     assert caller("abs(found[0].timestamp - time.time() * 1e6)") < 5e6
     caller("found = nvmlDeviceGetFieldValues(gpu, [(NVML_FI_DEV_POWER_INSTANT, NVML_POWER_SCOPE_MEMORY)])")
     assert caller("found[0].nvmlReturn") == pynvml.NVML_ERROR_NOT_SUPPORTED

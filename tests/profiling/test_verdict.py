@@ -50,7 +50,7 @@ def test_a_simulated_engine_of_any_kind_is_within_physics():
         ("watts", 1e-3, "column watts looks like kilowatts .*: multiply it by 1000"),
         ("watts", 0.25, "column watts looks like the watts of one of 4 GPUs"),
         ("watts", 2.0, "watts are above the power limit of 4 x a100-40gb-sxm, 1600 W"),
-        ("watts", 0.05, "watts are below half of what 4 x a100-40gb-sxm draw idle, 220 W"),
+        ("watts", 0.05, "watts are below half of what 4 x a100-40gb-sxm draw idle, 331 W"),
         ("seconds", 0.25, "faster than memory bandwidth and peak of llama-2-13b on 4 x a100-40gb-sxm allow"),
         ("seconds", 20.0, "iterations take 2[0-9] times as long as llama-2-13b on 4 x a100-40gb-sxm would need"),
     ],
