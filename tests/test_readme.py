@@ -22,6 +22,7 @@ from pages import (
 )
 
 from throttllem.cli.app import app
+from tools.numbers import claims
 
 SAVINGS = DOCS / "evaluation/savings.md"
 MOST_WORDS = 800
@@ -70,6 +71,24 @@ def test_options_named_in_passing_exist():
     known = {name for command in commands for parameter in command.params for name in parameter.opts}
     named = {name for page in (README, *GUIDES) for name in re.findall(r"`(--[a-z0-9-]+)", page.read_text())}
     assert named - known == set()
+
+
+def between(file, begin, end):
+    """What stands between two marks."""
+    return file.read_text().partition(begin)[2].partition(end)[0].strip()
+
+
+def test_readme_quotes_the_saving_that_its_page_shows():
+    rows = table_rows(SAVINGS.read_text(), "policy | energy kJ")
+    (ours,) = [energy for policy, energy, *_ in rows if policy.startswith("`least-energy`")]
+    (quoted,) = re.findall(r"`least-energy` ends ([\d.]+) % below the energy", README.read_text())
+    assert f"(−{quoted} %" in ours
+
+
+def test_the_score_and_the_claims_are_those_of_the_last_run():
+    found = json.loads((README.parent / claims.RESULTS).read_text())
+    assert between(README, claims.BEGIN, claims.END) == claims.score(found).strip()
+    assert between(README.parent / claims.PAGE, claims.BEGIN, claims.END) == claims.page(found).strip()
 
 
 def test_no_page_has_a_saving_that_is_simulated_as_its_headline():

@@ -269,7 +269,12 @@ def _ours(evidence: Evidence) -> list[Outcome]:
     mean_s = fmean(run.decision_s.mean or 0.0 for run in timed)
     worst_s = max(run.decision_s.p99 or 0.0 for run in timed)
     return [
-        _single("ours-both-online", sizes, "throttllem+autoscale"),
+        _outcome(
+            "ours-both-online",
+            (sizes.saved("throttllem+autoscale"), sizes.gained("throttllem+autoscale")),
+            (sizes.basis,),
+            detail=slo_violations((sizes,), "throttllem+autoscale"),
+        ),
         _outcome(
             "ours-least-energy",
             (fmean(saved), max(saved), with_error),
