@@ -59,6 +59,21 @@ def test_what_the_clock_does_elsewhere_is_modelled() -> None:
     assert basis.startswith("modelled: the clock's effect at tp 2 (fitted at 1); the clock's effect at context 3000")
 
 
+def test_the_gpu_that_was_measured_is_calibrated_and_its_model_named() -> None:
+    a100, qwen = CATALOGUE.gpu("a100-80gb-sxm"), CATALOGUE.model("qwen3-8b")
+    basis = estimate(EnginePhysics(a100, qwen, 1), 1410, 8, 1000, 300).basis
+    assert basis["power_w"].startswith("calibrated: watts of one served run of Qwen3-8B on an A100-80GB")
+    assert basis["iteration_s"].startswith("calibrated: operator latencies of an A100-SXM4-80GB")
+    assert (
+        "llama-3-8b is not qwen3-8b"
+        in estimate(EnginePhysics(a100, CATALOGUE.model("llama-3-8b"), 1), 1410, 8, 1000).basis["power_w"]
+    )
+    a10 = estimate(EnginePhysics(CATALOGUE.gpu("a10-24gb"), qwen, 1), 1695, 1, 1000).basis
+    assert (
+        "inherited from a40-48gb and scaled by the data sheet (calibrated there, for llama-3-8b alone" in a10["power_w"]
+    )
+
+
 @pytest.mark.parametrize(
     ("clock_mhz", "batch", "context", "prefill", "kind"),
     [

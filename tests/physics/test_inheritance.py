@@ -34,7 +34,14 @@ def load(tmp_path: Path, text: str) -> Catalogue:
 
 def test_eight_lines_make_a_gpu(tmp_path: Path) -> None:
     like, gpu = CATALOGUE.gpu("h100-80gb-sxm"), load(tmp_path, H20).gpu("h20-96gb")
-    assert (gpu.power.limit_w, gpu.peak_flop_per_s, gpu.peak_fp8_flop_per_s) == (500, 148e12, None)
+    assert (gpu.power.limit_w, gpu.peak_flop_per_s, gpu.peak_fp8_flop_per_s) == (
+        500,
+        148e12,
+        pytest.approx(like.peak_fp8_flop_per_s * 148 / 989),
+    )
+    assert gpu.origin_of("peak_fp8_flop_per_s") == "modelled (inherited from h100-80gb-sxm)"
+    older = load(tmp_path, H20 + 'compute_capability = "8.6"').gpu("h20-96gb")
+    assert older.peak_fp8_flop_per_s is None
     assert gpu.power.core_w == pytest.approx(like.power.core_w * 500 / 700)
     assert gpu.time.gemm_peak_fraction == like.time.gemm_peak_fraction
     assert gpu.nvml_names == () and gpu.compute_capability is None
@@ -78,7 +85,19 @@ def test_an_entry_may_be_like_one_of_its_own_file_or_the_one_that_it_replaces(tm
         (H20.replace("h100-80gb", "h100"), r"like: 'h100-sxm': no GPU has that name; did you mean .*h100-80gb-sxm"),
         (H20.replace('"h100-80gb-sxm"', '"h20-96gb"'), "is like this entry itself"),
         (H20.replace("limit_w = 500", 'limit_w = "much"'), "limit_w: must be a number above 0"),
-        (H20.replace("bandwidth_bytes_per_s = 4.0e12", "bandwidth_bytes_per_s = 0"), "bandwidth_bytes_per_s: must be"),
+        (
+            H20.replace("bandwidth_bytes_per_s = 4.0e12", "bandwidth_bytes_per_s = 0"),
+            "bandwidth_bytes_per_s: 0: must be",
+        ),
+        (H20.replace("4.0e12", "4000"), r"bandwidth_bytes_per_s: 4000: must be in bytes/s"),
+        (H20.replace("= 500", "= 500000"), r"limit_w: 500000: must be in W"),
+        (H20.replace("102.6e9", "102.6"), r"memory_bytes: 102.6: must be in bytes"),
+        (H20.replace("102.6e9", "true"), r"memory_bytes: must be a number or a text, not true"),
+        (H20.replace("148e12", "148"), r"peak_flop_per_s: 148: must be in FLOP/s"),
+        (H20.replace("1980", "99999990"), r"clock_max_mhz: 99999990: must be in MHz"),
+        (H20 + "time = {gemm_kernel_s = 3.8}", r"time.gemm_kernel_s: 3.8: must be in seconds"),
+        (H20.replace("= 500", "= 1" + 400 * "0"), r"limit_w: 1000+: must be"),
+        (H20 + "origin = {measured = 3}", r"origin.measured: must be a list of constants"),
         (H20 + "power = 3", "power: must be a table"),
         (H20 + "colour = 1", "colour: unknown key"),
         (H20 + "idle_w = 600", "must be below power.limit_w"),

@@ -73,6 +73,10 @@ UNLISTED = [
     (board("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 4864, 1410, None, "8.0"), "a100-40gb-sxm", "slice (MIG)"),
     (board("GRID A100-10C", 10240, 1410, None, "8.0"), "a100-40gb-sxm", "no GPU of the catalogue"),
     (Board(name="NVIDIA Graphics Device"), None, "no GPU of the catalogue"),
+    (Board(name='NVIDIA "X" 1\\ \n\x7f'), None, "none of its clocks reported"),
+    (Board(name="Orin (nvgpu)", compute_capability="8.7"), None, "is a card: seconds and watts are a rough guess"),
+    (Board(name="NVIDIA GB10", compute_capability="12.1", clocks_mhz=(208, 3003)), None, "2 of its clocks reported"),
+    (board("a limit of 1 W", 46068, 2520, 1, "8.9"), "l40s-48gb", "taken from l40s-48gb: power limit"),
 ]  # fmt: skip
 
 
@@ -104,13 +108,15 @@ def test_an_unlisted_board_is_modelled_after_the_nearest_and_says_so(
     assert it.gpu.origin_of("peak_flop_per_s") == f"modelled (scaled from {it.gpu.like})"
     if found.clocks_mhz:
         assert (it.gpu.clock_min_mhz, it.gpu.clock_max_mhz) == (found.clocks_mhz[0], found.clocks_mhz[-1])
-    if found.limit_w:
+    if found.limit_w and "MIG" not in found.name:
         assert it.gpu.power.limit_w == found.limit_w
     file = tmp_path / "mine.toml"
     file.write_text(it.entry())
     again = recognise(found, Catalogue.load(file))
-    is_slice = "MIG" in found.name
-    assert again.listed is not is_slice and (is_slice or again.gpu.name == it.gpu.name)
+    assert again.listed and again.gpu.name == it.gpu.name
+    assert again.gpu.peak_fp8_flop_per_s == (
+        it.gpu.peak_fp8_flop_per_s and pytest.approx(it.gpu.peak_fp8_flop_per_s, rel=1e-3)
+    )
 
 
 def test_facts_of_the_driver_make_the_entry() -> None:
@@ -121,6 +127,22 @@ def test_facts_of_the_driver_make_the_entry() -> None:
     entry = recognise(h20, CATALOGUE).entry()
     assert "GUESSED" in entry and "UNKNOWN" not in entry
     assert len(tomllib.loads(entry)["gpu"]["h20-103gb"]) <= 12
+    assert gpu.peak_fp8_flop_per_s == pytest.approx(like.peak_fp8_flop_per_s * 78 / 132)
+
+
+def test_a_slice_has_its_share_of_the_whole_gpu() -> None:
+    found = board("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 40192, 1410, 400, "8.0", multiprocessors=108)
+    gpu, whole = recognise(found, CATALOGUE).gpu, CATALOGUE.gpu("a100-80gb-sxm")
+    assert (gpu.like, gpu.multiprocessors) == (whole.name, 46)
+    assert gpu.power.limit_w == pytest.approx(whole.power.limit_w * 3 / 7)
+    assert gpu.bandwidth_bytes_per_s == pytest.approx(whole.bandwidth_bytes_per_s / 2, rel=0.03)
+    assert "UNKNOWN" in recognise(found, CATALOGUE).entry()
+
+
+def test_a_board_with_unified_memory_is_no_large_card() -> None:
+    gpu = recognise(Board(name="Orin (nvgpu)", compute_capability="8.7"), CATALOGUE).gpu
+    assert (gpu.bandwidth_bytes_per_s, gpu.power.limit_w) == (204.8e9, 60.0)
+    assert gpu.origin_of("power.limit_w") == "modelled (as a Jetson AGX Orin of 64 GB)"
 
 
 def test_clocks_that_alternate_between_two_steps_are_put_on_a_grid() -> None:

@@ -19,13 +19,15 @@ from throttllem.did_you_mean import did_you_mean
 from throttllem.physics.checkpoints import recognised
 from throttllem.physics.huggingface import cached, read_model
 from throttllem.physics.inheritance import FACTS, inherited
-from throttllem.physics.laws import Basis, Fraction, Frozen, PowerLaw, TimeLaw
+from throttllem.physics.laws import Basis, Fraction, Frozen, PowerLaw, TimeLaw, implausible
 from throttllem.physics.model import Model
 
 log = logging.getLogger("throttllem.physics")
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Frozen)
+
+_FLAGS = [name for name, field in Model.model_fields.items() if field.annotation is bool]
 
 
 class UnknownName(ValueError):  # noqa: N818 - a plain name for users' code
@@ -200,7 +202,7 @@ def _parse(text: str, file: str, known: dict[str, Gpu]) -> tuple[dict[str, Gpu],
     """The entries of a file; those of GPUs may be like those in `known`."""
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # a number of thousands of digits is no TOMLDecodeError
         raise CatalogueError(f"{file}: not valid TOML: {error}") from error
     strange = sorted(set(tree) - {"gpu", "model"})
     if strange:
@@ -223,7 +225,24 @@ def _tables(tree: dict[str, Any], key: str, kind: type[Frozen], file: str) -> di
     for name, entry in table.items():
         if (whole := _cut_by_dots(name, entry, kind)) != name:
             raise CatalogueError(f'{file}: [{key}.{whole}]: a name with a dot needs quotes: write [{key}."{whole}"]')
+        _check_figures(entry, f"{file}: {key}.{name}")
     return table
+
+
+def _check_figures(value: object, where: str) -> None:
+    """Raises CatalogueError for a figure that is in another unit, or true or false."""
+    name = where.rpartition(".")[2]
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_figures(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            _check_figures(inner, where)
+    elif isinstance(value, bool):
+        if name not in _FLAGS:
+            raise CatalogueError(f"{where}: must be a number or a text, not {str(value).lower()}")
+    elif isinstance(value, int | float) and (must := implausible(name, value)):
+        raise CatalogueError(f"{where}: {str(value)[:20]}: {must}")
 
 
 def _cut_by_dots(name: str, entry: dict[str, Any], kind: type[Frozen]) -> str:
@@ -266,6 +285,9 @@ def _inherited(like: Gpu, entry: dict[str, Any], key: str, file: str) -> dict[st
     for table in ("time", "power", "origin"):
         if not isinstance(entry.get(table, {}), dict):
             raise CatalogueError(f"{file}: {key}.{table}: must be a table")
+    for basis, constants in entry.get("origin", {}).items():
+        if not (isinstance(constants, list) and all(isinstance(constant, str) for constant in constants)):
+            raise CatalogueError(f'{file}: {key}.origin.{basis}: must be a list of constants, such as ["power.idle_w"]')
     facts = entry | entry.get("power", {})
     for fact in (*FACTS, "limit_w"):
         if fact in facts and not (isinstance(facts[fact], int | float) and facts[fact] > 0):

@@ -11,6 +11,29 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 Fraction = Field(gt=0, le=1)
 
+_PLAUSIBLE = {
+    "memory_bytes": (1e9, 1e13, "bytes"),
+    "activation_bytes": (0.0, 1e13, "bytes"),
+    "bandwidth_bytes_per_s": (5e9, 1e15, "bytes/s"),
+    "bytes_per_s": (1e8, 1e15, "bytes/s"),
+    "flop_per_s": (1e11, 1e18, "FLOP/s"),
+    "multiprocessors": (1.0, 1e4, "multiprocessors"),
+    "_mhz": (0.0, 1e4, "MHz"),
+    "startup_s": (0.0, 1e5, "seconds"),
+    "_s": (0.0, 1.0, "seconds"),
+    "limit_w": (5.0, 2e4, "W"),
+    "_w": (0.0, 2e4, "W"),
+    "": (-1e18, 1e18, "its unit"),
+}
+"""By the end of a constant's name, the first that fits: from, to and unit. No GPU lies outside, by a margin; a figure
+in another unit (GB/s, mW, us) does."""
+
+
+def implausible(name: str, value: float) -> str | None:
+    """What a constant must be; None: `value` may be that."""
+    low, high, unit = next(bounds for end, bounds in _PLAUSIBLE.items() if name.endswith(end))
+    return None if low <= value <= high else f"must be in {unit}, {low:g} to {high:g}"
+
 
 class Frozen(BaseModel):
     """Frozen, and an unknown key is an error."""

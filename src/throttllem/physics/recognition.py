@@ -10,21 +10,29 @@ Pure. Knows nothing of NVML; `gpu/nvml.py` reads a `Board`.
 # that the driver does not report contradicts nothing.
 #
 # Every other board is unlisted: it gets an entry of its own, like the nearest one of the catalogue, with the facts
-# that the driver reports. Nearest is by compute capability, among the same class of chip: the chips of servers with
-# HBM (x.0 and 10.3) and those with GDDR differ more from each other than two generations of one class. Of several it
-# is the nearest by memory, clock and power limit.
+# that the driver reports; one that cannot be (a limit of 1 W) counts as not reported.
+#
+# Nearest is by compute capability, among the same class of chip: the chips of servers with HBM (x.0 and 10.3) and those
+# with GDDR differ more from each other than two generations of one class. Of several it is the nearest by memory, clock
+# and power limit.
+#
+# A slice (MIG) is like its whole GPU. Drivers report the whole one's multiprocessors, bus and limit beside the slice's
+# memory: it has its share of them. A board with unified memory reports next to nothing, and no card of the catalogue is
+# near: what is missing is the data sheet's of the largest board of that chip.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from throttllem.did_you_mean import did_you_mean
 from throttllem.physics.catalogue import Catalogue, Gpu
 from throttllem.physics.inheritance import inherited
+from throttllem.physics.laws import implausible
 
 _MEMORY_APART = 0.10
 """Relative: ECC, reserved memory and the age of the driver change what is reported by up to 8 %."""
@@ -32,7 +40,14 @@ _HBM = ("6.0", "7.0", "8.0", "9.0", "10.0", "10.3")
 """Compute capabilities of chips with HBM."""
 _FORM = 3.0
 """Weight of the maximum clock: it differs between the forms of one chip (SXM, PCIe, NVL)."""
-_MIG = re.compile(r"\s+MIG\s+\S+$")
+_MIG = re.compile(r"\s+MIG\s+(?:(\d+)c\.)?(?:(\d+)g\.)?\S+$")
+"""With the slices of the cores: those of a compute instance, and of its GPU instance."""
+_SLICES = 7
+"""Of a whole GPU; 4 of those of `_FOUR`."""
+_FOUR = re.compile(r"\b(A30|RTX PRO)\b")
+_FACTS = ("memory_bytes", "bandwidth_bytes_per_s", "multiprocessors", "limit_w")
+_FEWEST_CLOCKS = 3
+"""Fewer do not say what lies between them."""
 _MAKER = re.compile(r"^(nvidia\s+|tesla\s+)+")
 
 
@@ -50,6 +65,13 @@ class Board:
     bandwidth_bytes_per_s: float | None = None
     multiprocessors: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in _FACTS:
+            if (value := getattr(self, name)) is not None and implausible(name, value):
+                object.__setattr__(self, name, None)
+        clocks = tuple(clock for clock in self.clocks_mhz if clock > 0 and not implausible("clock_mhz", clock))
+        object.__setattr__(self, "clocks_mhz", clocks)
+
     @property
     def text(self) -> str:
         """ "NVIDIA L40S (48.3 GB, up to 2520 MHz, 350 W, compute capability 8.9)"."""
@@ -60,6 +82,26 @@ class Board:
             self.compute_capability and f"compute capability {self.compute_capability}",
         ]
         return f"{self.name} ({', '.join(fact for fact in facts if fact) or 'the driver reports no more'})"
+
+
+class _Unified(NamedTuple):
+    """The largest board of a chip whose memory is its host's, by its data sheet."""
+
+    name: str
+    memory_bytes: float
+    bandwidth_bytes_per_s: float
+    multiprocessors: int
+    limit_w: float
+
+
+_THOR = _Unified("a Jetson AGX Thor", 128e9, 273e9, 20, 130.0)
+_UNIFIED = {
+    "8.7": _Unified("a Jetson AGX Orin of 64 GB", 64e9, 204.8e9, 16, 60.0),
+    "10.1": _THOR,
+    "11.0": _THOR,
+    "12.1": _Unified("a DGX Spark", 128e9, 273e9, 48, 140.0),
+}
+"""By compute capability."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,32 +121,40 @@ class Recognised:
     def entry(self) -> str:
         """An unlisted kind as the entry to paste into a catalogue file."""
         gpu, board = self.gpu, self.board
-        known = board.bandwidth_bytes_per_s is not None
-        guess = "read from the driver" if known else f"UNKNOWN to the driver: that of {gpu.like}; see the data sheet"
+        fp8, guess = gpu.peak_fp8_flop_per_s, self._guess
         lines = [
             f"[gpu.{gpu.name}]",
             f'like = "{gpu.like}"',
-            f'nvml_names = ["{board.name}"]',
+            f"nvml_names = [{_quoted(board.name)}]",
             *([f'compute_capability = "{gpu.compute_capability}"'] if gpu.compute_capability else []),
             f"clock_min_mhz = {gpu.clock_min_mhz}",
             f"clock_max_mhz = {gpu.clock_max_mhz}",
             f"clock_step_mhz = {gpu.clock_step_mhz}",
-            f"memory_bytes = {gpu.memory_bytes:.4g}",
-            f"bandwidth_bytes_per_s = {gpu.bandwidth_bytes_per_s:.4g}  # {guess}",
+            f"memory_bytes = {gpu.memory_bytes:.4g}{guess('memory_bytes')}",
+            f"bandwidth_bytes_per_s = {gpu.bandwidth_bytes_per_s:.4g}"
+            + (guess("bandwidth_bytes_per_s") or "  # read from the driver"),
             f"peak_flop_per_s = {gpu.peak_flop_per_s:.4g}  # GUESSED from {gpu.like}: data sheet, dense bfloat16",
-            *([f"multiprocessors = {gpu.multiprocessors}"] if gpu.multiprocessors else []),
-            f"limit_w = {gpu.power.limit_w:.4g}",
+            *([f"peak_fp8_flop_per_s = {fp8:.4g}  # GUESSED from {gpu.like}: data sheet, dense"] if fp8 else []),
+            *([f"multiprocessors = {gpu.multiprocessors}{guess('multiprocessors')}"] if gpu.multiprocessors else []),
+            f"limit_w = {gpu.power.limit_w:.4g}{guess('power.limit_w')}",
         ]
         return "\n".join(lines) + "\n"
+
+    def _guess(self, constant: str) -> str:
+        """The comment of a fact that the driver did not report."""
+        origin = self.gpu.origin_of(constant)
+        return "" if origin == "datasheet" else f"  # UNKNOWN to the driver, {origin}: see the data sheet"
 
 
 def recognise(board: Board, catalogue: Catalogue) -> Recognised:
     """The kind of a board, listed or made for it. Of two entries that it fits, the later one is taken: the user's."""
     called = [gpu for gpu in catalogue.gpus.values() if _called(board, gpu)]
     fits = [gpu for gpu in called if not differences(board, gpu)]
-    if fits and not _MIG.search(board.name):
+    if fits:
         return Recognised(board=board, gpu=fits[-1], listed=True)
-    like = _nearest(board, catalogue.gpus.values())
+    whole = replace(board, name=_MIG.sub("", board.name))
+    parents = [gpu for gpu in catalogue.gpus.values() if _MIG.search(board.name) and _called(whole, gpu)]
+    like = parents[-1] if parents else _nearest(_filled(board), catalogue.gpus.values())
     gpu = _made(board, like)
     why = f"is no GPU of the catalogue: modelled after {like.name}"
     if _MIG.search(board.name):
@@ -113,6 +163,7 @@ def recognise(board: Board, catalogue: Catalogue) -> Recognised:
         why = f"has the name of {called[-1].name}, but {differences(board, called[-1])}: modelled after {like.name}"
     elif board.compute_capability != like.compute_capability:
         why += f", the nearest architecture ({like.compute_capability})"
+    why += _unreported(board, like)
     return Recognised(board=board, gpu=gpu, listed=False, why=why)
 
 
@@ -154,7 +205,7 @@ def differences(board: Board, gpu: Gpu) -> str | None:
 
 def _called(board: Board, gpu: Gpu) -> bool:
     """Whether a board has one of the names of an entry."""
-    return _bare(_MIG.sub("", board.name)) in {_bare(name) for name in gpu.nvml_names}
+    return _bare(board.name) in {_bare(name) for name in gpu.nvml_names}
 
 
 def _bare(name: str) -> str:
@@ -184,9 +235,58 @@ def _distance(board: Board, gpu: Gpu) -> tuple[bool, float, float]:
     return other_class, generations, apart
 
 
+def _quoted(text: str) -> str:
+    """As a text of TOML, which is JSON's but for one character."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _unreported(board: Board, like: Gpu) -> str:
+    """What is not known of an unlisted board, and in whose place it stands."""
+    names = {"memory_bytes": "memory", "limit_w": "power limit", "bandwidth_bytes_per_s": "bandwidth"}
+    missing = [word for name, word in names.items() if getattr(board, name) is None]
+    lender = _UNIFIED[board.compute_capability].name if board.compute_capability in _UNIFIED else like.name
+    said = f"; not reported, so taken from {lender}: {', '.join(missing)}" if missing else ""
+    if len(board.clocks_mhz) < _FEWEST_CLOCKS:
+        said += f"; {len(board.clocks_mhz) or 'none'} of its clocks reported"
+    if board.compute_capability in _UNIFIED:
+        said += f"; its memory is its host's (unified) and {like.name} is a card: seconds and watts are a rough guess"
+    return said
+
+
+def _filled(board: Board) -> Board:
+    """With the data sheet's facts where a board with unified memory does not report its own."""
+    if (largest := _UNIFIED.get(board.compute_capability or "")) is None:
+        return board
+    return replace(board, **{name: getattr(board, name) or getattr(largest, name) for name in _FACTS})
+
+
+def _share(board: Board, like: Gpu) -> Board:
+    """A slice with its share of the whole GPU, which is `like` or near it."""
+    if (found := _MIG.search(board.name)) is None:
+        return board
+    cores = int(found[1] or found[2] or 1) / (4 if _FOUR.search(board.name) else _SLICES)
+    memory = min(1.0, board.memory_bytes / like.memory_bytes) if board.memory_bytes else min(1.0, cores)
+    multiprocessors = board.multiprocessors or like.multiprocessors
+    return replace(
+        board,
+        memory_bytes=board.memory_bytes or like.memory_bytes * memory,
+        bandwidth_bytes_per_s=(board.bandwidth_bytes_per_s or like.bandwidth_bytes_per_s) * memory,
+        multiprocessors=multiprocessors and max(1, round(multiprocessors * min(1.0, cores))),
+        limit_w=(board.limit_w or like.power.limit_w) * min(1.0, cores),
+    )
+
+
+def _clocks(board: Board, like: Gpu) -> Sequence[int]:
+    """Those of the board; of a single one, that and the lowest of `like`."""
+    if len(board.clocks_mhz) == 1:
+        return min(like.clock_min_mhz, board.clocks_mhz[0] // 2), board.clocks_mhz[0]
+    return board.clocks_mhz or like.clocks_mhz
+
+
 def _made(board: Board, like: Gpu) -> Gpu:
     """An entry for an unlisted board: the facts that the driver reports, the rest scaled from `like`."""
-    clocks = board.clocks_mhz if len(board.clocks_mhz) > 1 else like.clocks_mhz
+    reported, board = board, _share(_filled(board), like)
+    clocks = _clocks(board, like)
     entry: dict[str, Any] = {
         "nvml_names": (board.name,),
         "compute_capability": board.compute_capability,
@@ -202,14 +302,13 @@ def _made(board: Board, like: Gpu) -> Gpu:
     if like.multiprocessors and board.multiprocessors:
         cores = board.multiprocessors / like.multiprocessors
     speed = cores * clocks[-1] / like.clock_max_mhz
-    for peak in ("peak_flop_per_s", "peak_fp8_flop_per_s"):
-        value = getattr(like, peak)
-        entry[peak] = None if value is None else value * speed
+    entry["peak_flop_per_s"] = like.peak_flop_per_s * speed
     name = re.sub(r"[^a-z0-9]+", "-", _bare(board.name)).strip("-") or "unknown"
-    guessed = tuple(key for key in ("peak_flop_per_s", "peak_fp8_flop_per_s") if entry[key] is not None)
-    if not board.bandwidth_bytes_per_s:
-        guessed += ("bandwidth_bytes_per_s",)
-    entry["origin"] = {f"modelled (scaled from {like.name})": guessed}
+    unknown = [fact for fact in _FACTS if getattr(reported, fact) is None or getattr(reported, fact) != entry[fact]]
+    guessed = tuple("power.limit_w" if fact == "limit_w" else fact for fact in unknown)
+    largest, scaled = _UNIFIED.get(board.compute_capability or ""), f"modelled (scaled from {like.name})"
+    entry["origin"] = {f"modelled (as {largest.name})" if largest else scaled: guessed}
+    entry["origin"][scaled] = (*entry["origin"].get(scaled, ()), "peak_flop_per_s")
     return Gpu.model_validate({"name": f"{name}-{entry['memory_bytes'] / 1e9:.0f}gb", **inherited(like, entry)})
 
 
