@@ -48,7 +48,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 def test_nothing_to_mend(asked: Asked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "doctor") == 0
-    assert capsys.readouterr().out == "ok driver: is there\n-- keeper: none runs\n     start one\nnothing to mend\n"
+    assert capsys.readouterr().out == "ok driver: is there\n-- keeper: none runs\n     start one\nnothing to correct\n"
     state, socket, zeusd = map(Path, ("/var/lib/throttllem", "/run/throttllem/keeper.sock", "/var/run/zeusd.sock"))
     assert asked.examined == [(state, socket, zeusd, MEASURE_S)]
     assert asked.restored == []
@@ -57,7 +57,7 @@ def test_nothing_to_mend(asked: Asked, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_something_to_mend(asked: Asked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked.findings = WRONG
     assert run(monkeypatch, "doctor") == 1
-    assert capsys.readouterr().out.endswith("!! GPU 0: is on fire\n     water\n1 to mend\n")
+    assert capsys.readouterr().out.endswith("!! GPU 0: is on fire\n     water\n1 to correct\n")
 
 
 def test_json(asked: Asked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,19 +164,19 @@ def test_check_says_where_every_value_came_from_and_touches_nothing(
         "state_dir": "THROTTLLEM_STATE_DIR",
     }
     assert list(tmp_path.iterdir()) == [file]
-    assert result.out.splitlines()[-1] == "nothing to mend"
+    assert result.out.splitlines()[-1] == "nothing to correct"
 
 
 def test_check_of_what_would_start_with_trouble_says_so_in_its_exit_code(tried: Try) -> None:
     result = tried("--check", "--host", "0.0.0.0")
     assert (result.code, result.err) == (1, "")
     assert "!! no API keys, and 0.0.0.0 is not loopback" in result.out
-    assert result.out.splitlines()[-1] == "1 to mend; serve would start all the same"
+    assert result.out.splitlines()[-1] == "1 to correct; serve would start all the same"
 
 
 def test_check_of_what_would_not_start_fails(tried: Try, tmp_path: Path) -> None:
     result = tried("--check", "--tp", "3")
     assert result.code == 2
     assert "3 GPUs" in result.out
-    assert result.out.splitlines()[-1] == "1 to mend; serve would not start"
+    assert result.out.splitlines()[-1] == "1 to correct; serve would not start"
     assert list(tmp_path.iterdir()) == []

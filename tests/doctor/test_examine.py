@@ -296,7 +296,7 @@ def test_no_gpu_at_all(ward, processes):
         code, output = ward.doctor()
     assert code == 1
     assert output.startswith("!! driver: no NVIDIA driver here: NVML Shared Library Not Found\n     load the driver")
-    assert output.endswith("\n1 to mend\n")
+    assert output.endswith("\n1 to correct\n")
 
 
 def test_a_driver_that_is_not_loaded(findings, machine, keeper):
@@ -309,7 +309,7 @@ def test_a_driver_that_is_not_loaded(findings, machine, keeper):
 @pytest.mark.skipif(not sets_clocks(), reason="needs the rights that NVML wants")
 def test_nothing_to_mend(ward, machine, keeper):
     code, output = ward.doctor("--no-measure", machine=machine)
-    assert (code, output.splitlines()[-1]) == (0, "nothing to mend")
+    assert (code, output.splitlines()[-1]) == (0, "nothing to correct")
 
 
 @pytest.mark.slow

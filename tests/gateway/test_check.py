@@ -139,6 +139,6 @@ def test_which_clients_are_served_and_what_is_recorded(tmp_path):
 def test_the_exit_code_follows_from_the_marks():
     fine, known = Finding(mark="ok", text=""), Finding(mark="--", text="")
     wrong, fatal = Finding(mark="!!", text=""), Finding(mark="!!", text="", fatal=True)
-    assert verdict([fine, known]) == (0, "nothing to mend")
-    assert verdict([fine, wrong, known, wrong]) == (1, "2 to mend; serve would start all the same")
-    assert verdict([wrong, fatal]) == (2, "2 to mend; serve would not start")
+    assert verdict([fine, known]) == (0, "nothing to correct")
+    assert verdict([fine, wrong, known, wrong]) == (1, "2 to correct; serve would start all the same")
+    assert verdict([wrong, fatal]) == (2, "2 to correct; serve would not start")

@@ -119,6 +119,16 @@ def test_a_checkpoint_by_name_by_file_and_in_the_cache(tmp_path: Path, monkeypat
     ), "the same figures: the same name, so that what was measured with it counts"
 
 
+def test_a_quantised_folder_is_named_after_its_model(tmp_path: Path) -> None:
+    config = {"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
+    config |= {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}
+    config |= {"max_position_embeddings": 1000, "quantization_config": {"quant_method": "fp8"}}
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    assert Catalogue.load().model(str(folder)).name == "qwen3-8b-fp8"
+
+
 def test_missing_extra_file(extra: Path) -> None:
     with pytest.raises(CatalogueError, match=r"mine.toml: cannot be read"):
         Catalogue.load(extra)

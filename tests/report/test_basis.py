@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from throttllem.config import CostOptions
-from throttllem.report.basis import certainty, headline
+from throttllem.report.basis import assumed_slos, certainty, headline
 from throttllem.report.certainty import saving_interval
 from throttllem.report.cost import cost, factors
 from throttllem.sim.result import RunResult
@@ -59,7 +59,8 @@ def test_the_first_line_names_the_predictor(length: dict[str, object], said: str
 
 def test_what_dominates_the_error_is_named() -> None:
     def scenario(error: float | None) -> dict[str, object]:
-        reach = {"seconds": {"error": 0.03}, "watts": {"error": error}}
+        clocks = {"clocks_mhz": [0, 9999]}
+        reach = {"seconds": {"error": 0.03} | clocks, "watts": {"error": error} | clocks}
         return {"seed": 3, "engines": [{"tp": 4, "physics": reach}]}
 
     runs = [TRITON, drawn(0.7, 0.02, 1)]
@@ -68,13 +69,40 @@ def test_what_dominates_the_error_is_named() -> None:
     assert "The scatter dominates" in certainty(scenario(0.01), [TRITON, drawn(0.7, 1.5, 1)])
 
 
+def test_outside_of_its_range_no_error_is_known() -> None:
+    reach = {"error": 0.01, "clocks_mhz": [max(TRITON.busy_s_by_mhz), 9999]}
+    slow = replace(drawn(0.7, 1.5, 1), busy_s_by_mhz={min(TRITON.busy_s_by_mhz) - 15: 60.0})
+    said = certainty({"engines": [{"physics": {"seconds": reach}}]}, [TRITON, slow])
+    assert "1.0 % off where held out, not known for" in said and "100% of x's time" in said
+    assert "The physics dominates" in said
+
+
+def test_only_policies_with_an_interval_are_given_one() -> None:
+    short = replace(TRITON, policy="short", e2e_s=replace(TRITON.e2e_s, p50=1e6))
+    said = certainty({}, [TRITON, drawn(0.7, 0.2, 1), short])
+    assert "x ±" in said and "too short for an interval: short" in said and "short ±" not in said
+
+
+def test_assumed_slos_are_named() -> None:
+    scenario = {"slo": {"e2e_s": 27.9, "tbt_s": 0.2, "ttft_s": 1.0}, "slo_assumed": ["e2e_s"]}
+    said = assumed_slos(scenario)
+    assert said and "E2E 27.9 s" in said and "TBT" not in said
+    assert assumed_slos(scenario | {"slo_assumed": []}) is None
+
+
 def test_cost_follows_from_the_factors() -> None:
     run = replace(TRITON, energy_j=3.6e6, generated_tokens=500_000, duration_s=3600.0)
-    found = cost(run, CostOptions(co2_g_per_kwh=200.0, price_per_kwh=0.25, currency="EUR"))
+    found = cost(run, CostOptions(co2_g_per_kwh=200.0, price_per_kwh=0.25, currency="EUR"), run)
     assert (found.kwh, found.co2_kg, found.price, found.currency) == (1.0, 0.2, 0.25, "EUR")
     assert (found.kwh_per_million_tokens, found.price_per_million_tokens) == (2.0, 0.5)
     assert (found.kwh_per_year, found.price_per_year) == (8760.0, 2190.0)
-    assert cost(replace(run, generated_tokens=0), CostOptions()).price_per_million_tokens is None
+    assert cost(replace(run, generated_tokens=0), CostOptions(), run).price_per_million_tokens is None
+
+
+def test_a_slower_run_has_no_cheaper_year() -> None:
+    slower = replace(TRITON, energy_j=0.9 * TRITON.energy_j, duration_s=1.2 * TRITON.duration_s)
+    years = [cost(run, CostOptions(), TRITON).kwh_per_year for run in (TRITON, slower)]
+    assert years[0] and years[1] == pytest.approx(0.9 * years[0])
 
 
 def test_sources_are_given_for_the_defaults_alone() -> None:

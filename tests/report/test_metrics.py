@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from throttllem.report.metrics import baseline_of, change, gain, saved, slo_met, verdict
@@ -15,6 +17,11 @@ def test_a_saving_is_stated_with_the_factor() -> None:
         "throttllem: simulated energy 31.2 % (±1.4) below triton's, 1.45x tokens per joule, attainment 98.7 % "
         "(triton 98.9 %)"
     )
+
+
+def test_what_a_saving_costs_in_latency_stands_beside_it() -> None:
+    slower = replace(TRITON, policy="slow", energy_j=0.7 * TRITON.energy_j, ttft_s=replace(TRITON.ttft_s, p95=6.54))
+    assert verdict(slower, TRITON).endswith(f"p95 latency: TTFT {TRITON.ttft_s.p95:.2f} -> 6.54 s")
 
 
 def test_a_worse_run_is_stated_in_every_respect() -> None:

@@ -67,8 +67,8 @@ def test_the_saving_and_the_loss_are_signed() -> None:
 
 def test_omitted_figures_are_named_and_a_wide_terminal_omits_none() -> None:
     narrow, wide = (" ".join(" ".join(show(width, make_runs())).split()) for width in (80, 200))
-    assert "No room for: of it with no request running, kJ" in narrow
-    assert "No room for" not in wide
+    assert "Left out for width: Energy while no request runs, kJ" in narrow
+    assert "Left out for width" not in wide
 
 
 def test_markup_in_a_name_is_only_text() -> None:

@@ -268,7 +268,7 @@ class _Part:
         faults = f"{file}: `train` found that no clock may be set by this table: {'; '.join(table.verdict.faults)}"
         if entry.gpus is not None and self.options.clocks.mode == "on":
             raise ValueError(
-                f"{faults}. Mend the profile and train again, or overrule the verdict, `throttllem train PROFILE --out "
+                f"{faults}. Profile again and train, or overrule the verdict, `throttllem train PROFILE --out "
                 f"{file.parent} --accept`; until then leave clocks alone, --clocks dry-run or off"
             )
         log.warning("%s", faults)

@@ -55,8 +55,8 @@ def verdict(findings: Sequence[Finding]) -> tuple[int, str]:
     """The exit code and the last line: 0 without any "!!", 1 if serve would start all the same, 2 if it would not."""
     wrong = sum(finding.mark == "!!" for finding in findings)
     if any(finding.fatal for finding in findings):
-        return 2, f"{wrong} to mend; serve would not start"
-    return (1, f"{wrong} to mend; serve would start all the same") if wrong else (0, "nothing to mend")
+        return 2, f"{wrong} to correct; serve would not start"
+    return (1, f"{wrong} to correct; serve would start all the same") if wrong else (0, "nothing to correct")
 
 
 def _values(options: Options, origins: dict[str, str]) -> Iterator[Finding]:

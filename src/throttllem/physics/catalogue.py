@@ -165,14 +165,24 @@ class Catalogue(Frozen):
         return None
 
     def _read(self, path: Path, name: str) -> Model:
-        """The model of a file; under the catalogue's name where it has one of the same figures."""
+        """The model of a file; under the catalogue's name where it has one of the same figures, with the
+        number format behind it where that alone differs.
+        """
         model, notes = read_model(path, name)
         for note in notes:
             log.warning("%s", note)
         for known in self.models.values():
             if known.same_figures(model):
                 return model.model_copy(update={"name": known.name})
+            if known.same_figures(_as_stored(model, known)):
+                return model.model_copy(update={"name": f"{known.name}-{model.weights.value}"})
         return model
+
+
+def _as_stored(model: Model, known: Model) -> Model:
+    """The model with its weights in the known one's number formats."""
+    experts = model.experts and model.experts.model_copy(update={"weights": known.experts and known.experts.weights})
+    return model.model_copy(update={"weights": known.weights, "experts": experts})
 
 
 @cache

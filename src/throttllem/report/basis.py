@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from throttllem.report.certainty import saving_interval
-from throttllem.report.metrics import ABSENT, baseline_of, percent
+from throttllem.report.metrics import ABSENT, baseline_of, milliseconds, percent, seconds
 from throttllem.sim.result import RunResult
 
 SIMULATED = "Simulated on a modelled GPU: no clock was set, nothing was measured."
@@ -38,6 +38,18 @@ def lengths(scenario: Mapping[str, Any]) -> str:
             return "not stated"
 
 
+def assumed_slos(scenario: Mapping[str, Any]) -> str | None:
+    """Which SLOs nobody set, with their values: a saving depends on how loose they are. None: all were set."""
+    slo, assumed = scenario.get("slo") or {}, scenario.get("slo_assumed", ())
+    texts = {
+        "e2e_s": f"E2E {seconds(slo.get('e2e_s'))} s (p99 of the engine at its maximum load and clock; set --slo-e2e)",
+        "tbt_s": f"mean TBT of a request {milliseconds(slo.get('tbt_s'))} ms (set --slo-tbt)",
+        "ttft_s": "no TTFT SLO: a first token may be as late as E2E allows (set --slo-ttft)",
+    }
+    named = [text for name, text in texts.items() if name in assumed]
+    return f"SLOs assumed, as none was set: {'; '.join(named)}. The looser, the more is saved." if named else None
+
+
 def physics(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> list[str]:
     """Of the largest engine's seconds and watts: measured, calibrated or modelled, and for how much of the time each
     run was outside the range in which that holds.
@@ -52,13 +64,20 @@ def _reach(reach: Mapping[str, Any], runs: Sequence[RunResult]) -> str:
     if reach["why"]:
         return f"modelled, not measured ({reach['why']})"
     low, high = reach["clocks_mhz"]
-    outside = {run.policy: _share_outside(run, low, high) for run in runs}
-    ran = ", ".join(f"{share:.0%} of {policy}'s time" for policy, share in outside.items() if share >= _NOTEWORTHY)
+    outside = _outside(reach, runs)
     limits = [
-        *([f"modelled for {ran}"] if ran else []),
+        *([f"modelled for {outside}"] if outside else []),
         *([f"below the top clock modelled: {reach['below_top']}"] if reach["below_top"] else []),
     ]
-    return f"{reach['kind']} from {low} to {high} MHz" + (f" ({'; '.join(limits)})" if limits else "")
+    clocks = f"at {high} MHz alone" if low == high else f"from {low} to {high} MHz"
+    return f"{reach['kind']} {clocks}" + (f" ({'; '.join(limits)})" if limits else "")
+
+
+def _outside(reach: Mapping[str, Any], runs: Sequence[RunResult]) -> str:
+    """The share of each run's time at clocks outside the range, as text; "" if none is noteworthy."""
+    low, high = reach["clocks_mhz"]
+    shares = {run.policy: _share_outside(run, low, high) for run in runs}
+    return ", ".join(f"{share:.0%} of {policy}'s time" for policy, share in shares.items() if share >= _NOTEWORTHY)
 
 
 def _share_outside(run: RunResult, low_mhz: int, high_mhz: int) -> float:
@@ -77,25 +96,33 @@ def certainty(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> str:
 
 
 def _certainty(scenario: Mapping[str, Any], runs: Sequence[RunResult], baseline: RunResult) -> Iterator[str]:
-    found = {run.policy: each for run in runs if (each := saving_interval(run, baseline)) is not None}
+    others = [run for run in runs if run is not baseline]
+    found = {run.policy: each for run in others if (each := saving_interval(run, baseline)) is not None}
     seed = scenario.get("seed", ABSENT)
     if found:
         widest = max(width for width, _ in found.values())
+        widths = ", ".join(f"{name} ±{width * 100:.1f}" for name, (width, _) in found.items())
+        without = [run.policy for run in others if run.policy not in found]
+        short = f"; too short for an interval: {', '.join(without)}" if without else ""
         yield (
-            f"Certainty: one run (seed {seed}). Its own scatter is at most ±{widest * 100:.1f} points of the saving "
-            f"(95 %, between {next(iter(found.values()))[1]} stretches of the run)."
+            f"Certainty: one run (seed {seed}). Its own scatter, in points of the saving: {widths} "
+            f"(95 %, between stretches of the run){short}."
         )
     else:
         widest = None
         yield f"Certainty: one run (seed {seed}), too short for an interval."
-    errors = {
-        figure: reach.get("error")
-        for figure, reach in (scenario.get("engines") or [{"physics": {}}])[-1]["physics"].items()
-    }
-    known = [f"{figure} {percent(error)} % off where held out" for figure, error in errors.items() if error]
+    reaches = (scenario.get("engines") or [{"physics": {}}])[-1]["physics"]
+    errors = {figure: reach.get("error") for figure, reach in reaches.items()}
+    beyond = {figure: _outside(reach, runs) for figure, reach in reaches.items() if errors[figure]}
+    known = [
+        f"{figure} {percent(errors[figure])} % off where held out"
+        + (f", not known for {outside} (outside that range)" if outside else "")
+        for figure, outside in beyond.items()
+    ]
     unknown = [figure for figure, error in errors.items() if not error]
     parts = [*known, *([f"the error of {' and '.join(unknown)} on this engine is not known"] if unknown else [])]
     if parts:
-        scatters = widest is not None and known and not unknown and widest > max(filter(None, errors.values()))
+        all_known = known and not unknown and not any(beyond.values())
+        scatters = widest is not None and all_known and widest > max(filter(None, errors.values()))
         yield f"{'The scatter' if scatters else 'The physics'} dominates the error: {'; '.join(parts)}."
     yield "How far a real GPU is from it is not known before a profile of that GPU."

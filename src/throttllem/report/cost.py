@@ -1,6 +1,7 @@
 """What the energy of a run comes to: kWh, CO2 and money, per million tokens and per year, by the factors in use.
 
-GPUs alone: no host, no cooling. A year is the run's mean power all year long.
+GPUs alone: no host, no cooling. A year is the trace over and over, each time as long as the baseline's run
+took: the same number of requests for every policy, also for those that end later.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class Cost:
     price_per_year: float | None
 
 
-def cost(run: RunResult, options: CostOptions) -> Cost:
-    """The cost of a run's energy. Million tokens are generated tokens."""
+def cost(run: RunResult, options: CostOptions, baseline: RunResult) -> Cost:
+    """The cost of a run's energy. Million tokens are generated tokens; years count in runs of `baseline`."""
     kwh = run.energy_j / _J_PER_KWH
     million = kwh / run.generated_tokens * 1e6 if run.generated_tokens else None
-    year = kwh * _YEAR_S / run.duration_s if run.duration_s > 0 else None
+    year = kwh * _YEAR_S / baseline.duration_s if baseline.duration_s > 0 else None
     co2_kg, price = options.co2_g_per_kwh / 1e3, options.price_per_kwh
     return Cost(
         kwh=kwh,
@@ -65,5 +66,6 @@ def factors(options: CostOptions) -> str:
     price = " (EIA: U.S. industrial average of 2023)" if same else ""
     return (
         f"CO2 at {options.co2_g_per_kwh:g} g/kWh{co2}, electricity at {options.price_per_kwh:g} {options.currency}/kWh"
-        f"{price}; GPUs alone, a year of this load."
+        f"{price}; GPUs alone. A year: this trace over and over, each time as long as the "
+        "baseline's run; as many requests for every policy."
     )

@@ -127,6 +127,7 @@ def verdict(run: RunResult, baseline: RunResult) -> str:
         f"{run.policy}: {energy}",
         *([] if ratio is None else [f"{ratio:.2f}x tokens per joule"]),
         f"{attainment} ({baseline.policy} {percent(baseline.slo.attainment)} %)",
+        *([f"p95 latency: {slower}"] if (slower := _slower(run, baseline)) else []),
     ]
     costs = []
     if not slo_met(run, baseline):
@@ -135,6 +136,19 @@ def verdict(run: RunResult, baseline: RunResult) -> str:
     if (undone := baseline.completed - run.completed) > 0:
         costs.append(f"completed {undone:,} {'request' if undone == 1 else 'requests'} fewer")
     return ", ".join(parts) + (f"; but {' and '.join(costs)}" if costs else "")
+
+
+def _slower(run: RunResult, baseline: RunResult) -> str:
+    """What the clocks cost in latency: the p95 of the baseline and of the run; "" where all are the same."""
+    pairs = [
+        (name, text(getattr(baseline, field).p95), text(getattr(run, field).p95), unit)
+        for name, field, text, unit in (
+            ("TTFT", "ttft_s", seconds, "s"),
+            ("TPOT", "tpot_s", milliseconds, "ms"),
+            ("E2E", "e2e_s", seconds, "s"),
+        )
+    ]
+    return ", ".join(f"{name} {was} -> {now} {unit}" for name, was, now, unit in pairs if was != now)
 
 
 # ---- the list --------------------------------------------------------------------------------------------------
@@ -239,7 +253,7 @@ METRICS: tuple[Metric, ...] = (
         text=lambda run, baseline: ABSENT if run is baseline else change(saved(run, baseline)),
         tone=_saved_tone,
     ),
-    _energy("of it with no request running, kJ", "idle\nkJ", 13, lambda run: kilojoules(run.idle_energy_j)),
+    _energy("Energy while no request runs, kJ", "idle\nkJ", 13, lambda run: kilojoules(run.idle_energy_j)),
     _energy("Tokens per joule", "tok\n/J", 1, lambda run: f"{run.tokens_per_joule:.3f}"),
     Metric(
         group="Energy",
@@ -249,7 +263,7 @@ METRICS: tuple[Metric, ...] = (
         text=_gain_text,
         tone=_saved_tone,
     ),
-    _energy("Saved against the maximum clock as a gateway would estimate it, %", "esti-\nmate %", 14, _estimate),
+    _energy("Saved (estimate) as a gateway would show it, %", "esti-\nmate %", 14, _estimate),
     _energy("Mean clock, MHz", "clock\nMHz", 1, lambda run: f"{run.mean_clock_mhz:.0f}"),
     _energy("Clock switches", "swit-\nches", 8, lambda run: f"{run.clock_switches:,}"),
     Metric(
@@ -296,7 +310,7 @@ def metrics(options: CostOptions) -> tuple[Metric, ...]:
             title=title,
             header=header,
             rank=rank,
-            text=lambda run, _: amount(value(cost(run, options))),
+            text=lambda run, baseline: amount(value(cost(run, options, baseline))),
         )
 
     money = options.currency
@@ -304,11 +318,11 @@ def metrics(options: CostOptions) -> tuple[Metric, ...]:
         of("Energy, kWh", "\nkWh", 0, lambda of: of.kwh),
         of("CO2, kg", "CO2\nkg", 0, lambda of: of.co2_kg),
         of(f"Cost, {money}", f"cost\n{money}", 0, lambda of: of.price),
-        of("kWh per million generated tokens", "kWh\n/M tok", 0, lambda of: of.kwh_per_million_tokens),
+        of("kWh per million generated tokens", "kWh\n/M tok", 2, lambda of: of.kwh_per_million_tokens),
         of("g CO2 per million generated tokens", "g CO2\n/M tok", 3, lambda of: of.co2_g_per_million_tokens),
-        of(f"{money} per million generated tokens", f"{money}\n/M tok", 0, lambda of: of.price_per_million_tokens),
-        of("kWh per year of this load", "kWh\n/year", 0, lambda of: of.kwh_per_year),
-        of("kg CO2 per year of this load", "kg CO2\n/year", 0, lambda of: of.co2_kg_per_year),
-        of(f"{money} per year of this load", f"{money}\n/year", 0, lambda of: of.price_per_year),
+        of(f"{money} per million generated tokens", f"{money}\n/M tok", 2, lambda of: of.price_per_million_tokens),
+        of("kWh per year of this load", "kWh\n/year", 1, lambda of: of.kwh_per_year),
+        of("kg CO2 per year of this load", "kg CO2\n/year", 1, lambda of: of.co2_kg_per_year),
+        of(f"{money} per year of this load", f"{money}\n/year", 1, lambda of: of.price_per_year),
     )
     return (*METRICS, *costs)

@@ -18,7 +18,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from throttllem.files import ensure_writable_dir, write_aside
-from throttllem.report.basis import certainty, lengths, physics
+from throttllem.report.basis import assumed_slos, certainty, lengths, physics
 from throttllem.report.cost import cost_options, factors
 from throttllem.report.figure import Plot, dash
 from throttllem.report.metrics import ABSENT, GROUPS, Metric, baseline_of, metrics, percent, slo_met, slos, verdict
@@ -57,7 +57,7 @@ def render(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> str:
         ),
         factors=escape(factors(options)),
         swatches=_swatches(runs),
-        cards="\n".join(_card(index, run, baseline) for index, run in enumerate(runs)),
+        cards="\n".join(_card(index, run, baseline, scenario) for index, run in enumerate(runs)),
         table=_table(runs, baseline, metrics(options)),
         plots="\n".join(_figure(plot, runs) for plot in plots),
         rejections=_rejections(runs),
@@ -80,6 +80,8 @@ def _rests_on(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> Iterato
     )
     laws = physics(scenario, runs) or ["seconds and watts of the simulated GPU"]
     yield "Modelled", f"By the physics: {'; '.join(laws)}. Energy, CO2 and cost follow from them."
+    if assumed := assumed_slos(scenario):
+        yield "SLOs", assumed
     yield "Output lengths", f"{_capital(lengths(scenario))}."
     yield "Certainty", _capital(certainty(scenario, runs).removeprefix("Certainty: "))
 
@@ -108,13 +110,14 @@ def _swatches(runs: Sequence[RunResult]) -> str:
     return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
 
 
-def _card(index: int, run: RunResult, baseline: RunResult) -> str:
+def _card(index: int, run: RunResult, baseline: RunResult, scenario: Mapping[str, Any]) -> str:
+    met = "assumed SLOs met" if scenario.get("slo_assumed") else "SLOs met"
     if run is baseline:
         chip = '<span class="chip">baseline</span>'
     else:
         points = percent(baseline.slo.attainment - run.slo.attainment)
         chip = (
-            '<span class="chip good">✓ SLOs met</span>'
+            f'<span class="chip good">✓ {met}</span>'
             if slo_met(run, baseline)
             else f'<span class="chip bad">✗ {points} points fewer met</span>'
         )

@@ -15,13 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from throttllem.config import CostOptions
-from throttllem.report.basis import certainty, headline, lengths, physics
+from throttllem.report.basis import assumed_slos, certainty, headline, lengths, physics
 from throttllem.report.certainty import saving_interval
 from throttllem.report.cost import cost, cost_options, factors
 from throttllem.report.metrics import TABLES, Metric, Tone, baseline_of, metrics, saved, slos, verdict
 from throttllem.sim.result import RunResult
 
 _STYLE = {Tone.PLAIN: "", Tone.GOOD: "green", Tone.BAD: "bold red"}
+NAMES = (
+    "triton: always the maximum clock (the paper's baseline, whatever the engine). "
+    "lost: could no longer meet its deadline, served all the same."
+)
 _VERSIONS = ("throttllem", "numpy", "lightgbm")
 
 
@@ -35,12 +39,15 @@ def results_json(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> dict
         "basis": {
             "figures": "simulated",
             "statement": headline(scenario),
+            "slos": assumed_slos(scenario),
             "lengths": scenario["options"]["length"]["predictor"],
             "physics": physics(scenario, runs),
             "certainty": certainty(scenario, runs),
         },
         "scenario": {**scenario, "versions": versions},
-        "runs": [run.to_json() | _compared(run, baseline) | {"cost": asdict(cost(run, options))} for run in runs],
+        "runs": [
+            run.to_json() | _compared(run, baseline) | {"cost": asdict(cost(run, options, baseline))} for run in runs
+        ],
     }
 
 
@@ -62,6 +69,8 @@ def show_results(scenario: Mapping[str, Any], runs: Sequence[RunResult], console
     for table in results_tables(runs, options, width=console.width):
         console.print(table)
     baseline = baseline_of(runs)
+    if assumed := assumed_slos(scenario):
+        console.print(assumed, highlight=False)
     for run in runs:
         if run is not baseline:
             console.print(verdict(run, baseline), highlight=False)
@@ -91,8 +100,8 @@ def results_tables(runs: Sequence[RunResult], options: CostOptions, *, width: in
             shown = wider
         tables.append(_table(runs, baseline, shown, width))
         omitted += [each.title for each in here if each not in shown]
-    note = f"SLO: {slos(baseline.slo)}. Energy includes idle."
-    tables[-1].caption = Text(note + (f" No room for: {', '.join(omitted)}." if omitted else ""), style="dim")
+    note = f"SLO: {slos(baseline.slo)}. Energy includes idle. {NAMES}"
+    tables[-1].caption = Text(note + (f" Left out for width: {'; '.join(omitted)}." if omitted else ""), style="dim")
     return tables
 
 

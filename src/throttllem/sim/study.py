@@ -35,6 +35,8 @@ from throttllem.sim.result import RunResult
 from throttllem.sim.traces.trace import Trace, load_trace
 
 MAXIMUM = "max"
+SLO_TBT_S = 0.2
+"""A simulation's TBT SLO where none is set."""
 _BINS = 500
 _SECTIONS = ("throttle", "admission", "autoscale", "length", "batching", "noise", "cost")
 """Of the options, those that a simulation and its report depend on."""
@@ -46,7 +48,7 @@ class Study:
 
     `peak_rps`: requests/s of the busiest minute, "max" for the maximum load of the largest engine, None for the trace
     as it is. `columns`: those of a trace file (`traces.formats.parse_columns`). `slo_e2e_s` None: the E2E p99 that
-    `characterize` finds for the largest engine.
+    `characterize` finds for the largest engine. `slo_tbt_s` None: SLO_TBT_S.
     """
 
     gpu: str
@@ -55,7 +57,7 @@ class Study:
     trace: str
     policies: tuple[str, ...]
     slo_e2e_s: float | None = None
-    slo_tbt_s: float | None = 0.2
+    slo_tbt_s: float | None = None
     slo_ttft_s: float | None = None
     peak_rps: float | str | None = None
     seconds: float | None = None
@@ -75,7 +77,8 @@ class Study:
 
         `loaded` gets the trace as soon as it is read, and scaled where `peak_rps` is a number.
         """
-        slo = Slo(e2e_s=self.slo_e2e_s, tbt_s=self.slo_tbt_s, ttft_s=self.slo_ttft_s)
+        tbt_s = SLO_TBT_S if self.slo_tbt_s is None else self.slo_tbt_s
+        slo = Slo(e2e_s=self.slo_e2e_s, tbt_s=tbt_s, ttft_s=self.slo_ttft_s)
         if not self.policies:
             raise ValueError("no policy given: name one or more, as in --policy triton,throttllem")
         if len(set(self.policies)) < len(self.policies):
@@ -105,6 +108,7 @@ class Study:
             tables=tables,
             capacities=found,
             slo=replace(slo, e2e_s=slo.e2e_s or largest.e2e_p99_s),
+            slo_assumed=tuple(name for name in ("e2e_s", "tbt_s", "ttft_s") if getattr(self, f"slo_{name}") is None),
             options=self.options.model_copy(update={"length": length}),
             seed=self.seed,
             count_freed_gpus=self.count_freed_gpus,
@@ -127,6 +131,8 @@ class Scenario:
     options: Options
     seed: int
     count_freed_gpus: bool = False
+    slo_assumed: tuple[str, ...] = ()
+    """The fields of `slo` that nobody set."""
 
     def with_lengths(self, predictor: Literal["online", "oracle", "max-tokens"]) -> Scenario:
         """The same scenario with another prediction of output lengths."""
@@ -215,7 +221,7 @@ class Scenario:
         """Every input, resolved, for the JSON and the report."""
         return {
             "gpu": self.fleet.gpu,
-            "model": self.fleet.model,
+            "model": self.fleet.physics[self.largest].model.name,
             "batching": batching(self.options.batching, self.fleet.physics[self.largest].gpu).described,
             "sizes": list(self.fleet.sizes),
             "trace": {
@@ -229,6 +235,7 @@ class Scenario:
                 "reading": None if self.trace.reading is None else asdict(self.trace.reading),
             },
             "slo": asdict(self.slo),
+            "slo_assumed": list(self.slo_assumed),
             "capacities": [asdict(self.capacities[tp]) for tp in sorted(self.capacities)],
             "engines": [
                 {key: value for key, value in asdict(self.fleet.specs[tp]).items() if key != "clocks_mhz"}

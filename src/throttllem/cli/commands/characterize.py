@@ -26,7 +26,6 @@ from throttllem.cli.arguments import (
     parsed_sizes,
     write_json,
 )
-from throttllem.cli.commands.simulate import SLO_TBT_S
 from throttllem.cli.progress import progress
 
 
@@ -71,6 +70,7 @@ def characterize(
     from throttllem.engines.simulated.presets import batching
     from throttllem.physics.catalogue import Catalogue
     from throttllem.sim.characterize import capacities
+    from throttllem.sim.study import SLO_TBT_S
     from throttllem.sim.traces.trace import load_trace
 
     if json_file:

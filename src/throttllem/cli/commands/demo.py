@@ -1,4 +1,4 @@
-"""`throttllem demo`: one simulation that shows the main use in a minute."""
+"""`throttllem demo`: one simulation that shows the main use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def demo(
     engine: Engine = None,
     setting: Setting = None,
 ) -> None:
-    """The main use in a minute: 25 minutes of chat on four simulated A100, three policies, a report."""
+    """The main use: half an hour of chat, scaled to full load, on four simulated A100, three policies, a report."""
     loaded = load(setting, flags={"batching.engine": ("--engine", engine)})
     from throttllem.sim.study import MAXIMUM, Study
 

@@ -68,7 +68,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(_as_json(found, examined, known), indent=1))
     else:
-        typer.echo(f"{wrong} to mend" if wrong else "nothing to mend")
+        typer.echo(f"{wrong} to correct" if wrong else "nothing to correct")
     raise typer.Exit(code=1 if wrong else 0)
 
 

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from throttllem.option_sources import Loaded
     from throttllem.sim.study import Study
 
-SLO_TBT_S = 0.2
-"""A simulation's TBT SLO where none is set."""
-
 
 def simulate(
     gpu: Gpu = "a100-40gb-sxm",
@@ -124,7 +121,7 @@ def simulate(
         columns=columns,
         policies=tuple(name.strip() for name in policy.split(",") if name.strip()),
         slo_e2e_s=slo.e2e_s,
-        slo_tbt_s=SLO_TBT_S if slo.tbt_s is None else slo.tbt_s,
+        slo_tbt_s=slo.tbt_s,
         slo_ttft_s=slo.ttft_s,
         peak_rps=_peak(peak_rps),
         seconds=parsed_duration("--seconds", seconds),

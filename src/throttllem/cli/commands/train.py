@@ -96,7 +96,7 @@ def _say(tp: int, verdict: TableVerdict) -> None:
         return
     ending = "accepted with --accept: clocks may be set by it all the same"
     if not verdict.accepted:
-        ending = "`serve --clocks on` refuses this table: mend the profile, or overrule the verdict with --accept"
+        ending = "`serve --clocks on` refuses this table: profile again, or overrule the verdict with --accept"
     for fault in verdict.faults:
         typer.echo(f"verdict, tp {tp}: {fault}")
     typer.echo(f"verdict, tp {tp}: {ending}")

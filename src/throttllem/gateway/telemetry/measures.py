@@ -170,16 +170,16 @@ _ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (
     ),
 )
 _ENGINE_COUNTERS: tuple[tuple[str, str, EngineRead], ...] = (
-    ("throttllem_energy_joules", "Energy of all GPUs, idle in.", lambda engine: engine.energy.total_j),
+    ("throttllem_energy_joules", "Energy of all GPUs, idle time included.", lambda engine: engine.energy.total_j),
     ("throttllem_idle_energy_joules", "The part with no request.", lambda engine: engine.energy.idle_j),
     (
         "throttllem_top_clock_energy_joules",
-        "Estimate: the same work at the top clock, idle in.",
+        "Estimate: the same work at the top clock, idle time included.",
         lambda engine: engine.energy.top_j,
     ),
     (
         "throttllem_dry_run_energy_joules",
-        "Estimate: the same work at the dry run's clocks, idle in.",
+        "Estimate: the same work at the dry run's clocks, idle time included.",
         lambda engine: engine.energy.advised_j,
     ),
     ("throttllem_corrections", "Corrections of the scoreboard.", lambda engine: engine.drift.corrections),
