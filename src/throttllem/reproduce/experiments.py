@@ -16,7 +16,7 @@ from throttllem.profiling.tables import Progress
 from throttllem.sim.characterize import Capacity
 from throttllem.sim.parallel import Progress as TaskProgress
 from throttllem.sim.result import RunResult
-from throttllem.sim.study import MAXIMUM, Scenario, Study, run_all
+from throttllem.sim.study import MAXIMUM, SLO_TBT_S, Scenario, Study, run_all
 
 GPU = "a100-40gb-sxm"
 """The paper's: AWS p4d.24xlarge."""
@@ -132,6 +132,7 @@ def _study(
         trace=trace,
         policies=policies,
         peak_rps=MAXIMUM,
+        slo_tbt_s=SLO_TBT_S,
         seconds=seconds,
         seed=seed,
         options=Options(length=lengths, batching=BATCHING),
