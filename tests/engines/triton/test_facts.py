@@ -62,8 +62,11 @@ def test_every_assumption_is_noted():
 
 
 def test_a_model_that_is_not_known_gives_no_capacity():
-    unknown, remote = replace(SPEC, model=UNKNOWN), RemoteOptions(url="http://127.0.0.1:1", kind="triton", kv_blocks=9)
-    with pytest.raises(EngineError, match=r"set engines\.model, or engines\.max_context_tokens"):
+    unknown, remote = replace(SPEC, model=UNKNOWN), RemoteOptions(url="http://127.0.0.1:1", kind="triton")
+    with pytest.raises(EngineError, match=r"set engines\.metrics_url, engines\.model or engines\.kv_blocks"):
         engine_spec(unknown, remote, ModelFacts(), Metrics())
-    found, _ = engine_spec(unknown, replace(remote, max_context_tokens=512), ModelFacts(), Metrics())
+    found, _ = engine_spec(unknown, replace(remote, kv_blocks=9, max_context_tokens=512), ModelFacts(), Metrics())
     assert (found.kv_blocks, found.max_context_tokens) == (9, 512)
+    found, notes = engine_spec(unknown, remote, ModelFacts(max_batch=8), metrics(PAGE))
+    assert (found.kv_blocks, found.max_context_tokens) == (6239, 6239 * 32)
+    assert "a context of 199648 tokens is assumed: set engines.max_context_tokens" in notes

@@ -76,31 +76,32 @@ def engine_spec(
     not the same), which goes before `spec`, the catalogue's engine. Raises EngineError where nothing gives a capacity.
     """
     notes = []
-    if spec.model == UNKNOWN:
-        given = {"kv_blocks": measured.kv_blocks or options.kv_blocks, "max_context_tokens": options.max_context_tokens}
-        if missing := [f"engines.{name}" for name, value in given.items() if value is None]:
-            raise EngineError(
-                f"the server at {options.url} does not report its model: set engines.model, or {' and '.join(missing)}",
-                status=503,
-            )
+    unknown, kv_blocks = spec.model == UNKNOWN, measured.kv_blocks or options.kv_blocks
+    if unknown and kv_blocks is None:
+        raise EngineError(
+            f"the server at {options.url} reports neither its model nor its KV cache: set engines.metrics_url, "
+            "engines.model or engines.kv_blocks",
+            status=503,
+        )
     max_batch = measured.max_requests or options.max_batch or facts.max_batch
     if max_batch is None:
         notes.append(f"a batch of {spec.max_batch} is assumed: set engines.max_batch")
     elif not measured.max_requests and not options.max_batch:
         notes.append(f"a batch of max_batch_size = {max_batch} is assumed: set engines.max_batch if it differs")
     block_tokens = measured.block_tokens or options.block_tokens or spec.block_tokens
-    kv_blocks = measured.kv_blocks or options.kv_blocks
     if kv_blocks is None:
         kv_blocks = spec.kv_blocks * spec.block_tokens // block_tokens
         notes.append(f"a KV cache of {kv_blocks} blocks of {block_tokens} tokens is assumed: set engines.kv_blocks")
+    # The model's own limit is not known without the model; Triton refuses what is longer itself.
+    context = options.max_context_tokens or (kv_blocks * block_tokens if unknown else spec.max_context_tokens)
     if options.max_context_tokens is None:
-        notes.append(f"a context of {spec.max_context_tokens} tokens is assumed: set engines.max_context_tokens")
+        notes.append(f"a context of {context} tokens is assumed: set engines.max_context_tokens")
     known = replace(
         spec,
         kv_blocks=kv_blocks,
         block_tokens=block_tokens,
         max_batch=max_batch or spec.max_batch,
-        max_context_tokens=options.max_context_tokens or spec.max_context_tokens,
+        max_context_tokens=context,
         chunked=bool(facts.chunked),
         no_evict=bool(facts.no_evict),
     )
