@@ -126,7 +126,9 @@ def test_a_quantised_folder_is_named_after_its_model(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    assert Catalogue.load().model(str(folder)).name == "qwen3-8b-fp8"
+    found = Catalogue.load().model(str(folder))
+    assert found.name == "qwen3-8b-fp8"
+    assert found.same_figures(Catalogue.load().model(found.name)), "and that name is read as the same"
 
 
 def test_missing_extra_file(extra: Path) -> None:

@@ -96,10 +96,30 @@ PUBLISHED = {
             "multi_query": True,
             "new_decoder_architecture": False,
             "vocab_size": 65024,
-            "max_position_embeddings": 2048,
         },
         6.92,
         None,
+    ),
+    "Baichuan2-13B": (
+        {
+            "model_type": "baichuan",
+            "hidden_size": 5120,
+            "intermediate_size": 13696,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "vocab_size": 125696,
+            "model_max_length": 4096,
+        },
+        13.90,
+        None,
+    ),
+    "Persimmon-8B": (usual("persimmon", 4096, 36, 64, None, 16384, 262144), 9.40, None),
+    "Kimi-K2": (
+        usual("kimi_k2", 7168, 61, 64, 64, 18432, 163840, q_lora_rank=1536, **MLA)
+        | {"n_routed_experts": 384, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1}
+        | {"first_k_dense_replace": 1, "moe_layer_freq": 1},
+        1026.0,
+        32.0,
     ),
     "GPT-NeoX-20B": (
         {
@@ -305,7 +325,107 @@ def test_the_format_of_weights_is_apart_from_that_of_the_cache(quantisation, wei
     assert (found.weights, found.expert_weights, found.kv_bytes) == (weights, expert_weights or weights, kv_bytes)
 
 
+KEPT = {
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": INT4_GROUP | {"targets": ["Linear"]}},
+        "ignore": [
+            "lm_head",
+            "re:.*self_attn.*",
+            "re:.*shared_experts.*",
+            r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+        ],
+    },
+    "groups": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": INT4_GROUP | {"targets": [r"re:.*mlp\.experts\..*"]}},
+    },
+    "awq": {
+        "quant_method": "awq",
+        "bits": 4,
+        "modules_to_not_convert": ["self_attn", "shared_experts", "model.layers.0.mlp", "gate"],
+    },
+    "gptq": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "dynamic": {r"-:.*self_attn.*": {}, r"-:.*shared_expert": {}, r"-:model\.layers\.0\.": {}},
+    },
+    "modelopt": {
+        "quant_method": "modelopt",
+        "quant_algo": "W4A16_AWQ",
+        "exclude_modules": ["model.layers.*.self_attn*", "*shared_experts*", "model.layers.0.*", "lm_head"],
+    },
+}
+
+
+@pytest.mark.parametrize("writer", KEPT)
+def test_modules_that_a_file_leaves_out_stay_bfloat16(writer):
+    """As Kimi-K2-Thinking: its routed experts alone are quantised."""
+    found, notes = model_of(PUBLISHED["Kimi-K2"][0] | {"quantization_config": KEPT[writer]}, "kimi")
+    assert (found.weights, found.expert_weights) == (Weights.BF16, Weights.INT4)
+    assert notes == ()
+    routed = 60 * 384 * 3 * 7168 * 2048
+    expected = routed * Weights.INT4.bytes_per_parameter + 2 * (found.parameters - routed)
+    assert found.weight_bytes == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("kept", "weights", "noted"),
+    [
+        (["lm_head", "visual", "model.layers.0.mlp.gate"], Weights.FP8, None),
+        (
+            ["model.layers.1", "model.layers.2.mlp.up_proj"],
+            Weights.FP8,
+            "96% of the parameters of the layers are in fp8",
+        ),
+        (["mlp", "o_proj"], Weights.BF16, "% of the parameters of the layers are in fp8, the others in bf16"),
+        (["re:.*"], Weights.BF16, None),
+    ],
+)
+def test_layers_in_two_formats_are_noted(kept, weights, noted):
+    quantised = {"quant_method": "fp8", "modules_to_not_convert": kept}
+    found, notes = model_of(PUBLISHED["Qwen3-8B"][0] | {"quantization_config": quantised}, "mixed")
+    assert found.weights is weights
+    assert len(notes) == (noted is not None) and (not noted or noted in notes[0])
+
+
+def test_where_a_file_says_its_format():
+    group = {"quant_method": "compressed-tensors", "config_groups": {"g": FP8_GROUP}}
+    assert model("Qwen3-8B", compression_config=group).weights is Weights.FP8
+    assert model("Qwen3-8B", compression_config=group, quantization_config=None).weights is Weights.FP8
+    inner = PUBLISHED["Llama-4-Scout"][0]["text_config"] | {"quantization_config": None}
+    assert model("Llama-4-Scout", text_config=inner, quantization_config=group).weights is Weights.FP8
+
+
+def test_heads_of_keys_that_a_file_leaves_out():
+    def left_out(name):
+        config = {key: value for key, value in PUBLISHED[name][0].items() if key != "num_key_value_heads"}
+        return model_of(config, name)
+
+    for name in ("Mistral-7B-v0.1", "Mixtral-8x7B"):
+        found, notes = left_out(name)
+        assert (found.kv_heads, notes) == (8, ())
+    found, notes = left_out("Llama-3.1-8B")
+    assert found.kv_heads == 32
+    assert len(notes) == 1 and "num_key_value_heads: missing" in notes[0]
+
+
 BAD = [
+    ({"hidden_size": 10**400}, "hidden_size: more than 1e+09"),
+    ({"max_position_embeddings": 1e30}, "max_position_embeddings: more than 1e+09"),
+    ({"model_type": "bert"}, "model_type: 'bert' generates no text"),
+    ({"architectures": ["BrandNewForMaskedLM"]}, "generates no text"),
+    ({"attn_type_list": [0, 1] * 18}, "attn_type_list: layers of number 0"),
+    ({"parallel_attn_mlp_res": True}, "parallel_attn_mlp_res: its layers have a dense part"),
+    ({"share_q_dim": 2048}, "share_q_dim: its attention"),
+    ({"zero_expert_num": 256}, "zero_expert_num: its layers"),
+    ({"word_embed_proj_dim": 512}, "word_embed_proj_dim: 512"),
+    (
+        {"num_experts": 10**9, "num_experts_per_tok": 1, "moe_intermediate_size": 9, "n_shared_experts": 10**9},
+        "shared_intermediate: Input should be less",
+    ),
+    ({"quantization_config": {"quant_method": "fp8", "ignored_layers": "x"}}, "ignored_layers: not a list of modules"),
+    ({"quantization_config": {"quant_method": "fp8", "ignored_layers": ["re:("]}}, "no regular expression"),
     ({"hidden_size": None}, "hidden_size: missing"),
     ({"vocab_size": "many"}, "vocab_size: 'many' is not a whole number"),
     ({"head_dim": None, "num_attention_heads": 30}, "head_dim: missing, and 4096 cannot be divided among 30 heads"),
@@ -330,6 +450,7 @@ def test_an_unknown_family_is_read_with_a_note():
     found, notes = model_of(PUBLISHED["Qwen3-8B"][0] | {"model_type": "brand_new"}, "new")
     assert found.parameters == model("Qwen3-8B").parameters
     assert len(notes) == 1 and "model_type 'brand_new' is not known" in notes[0]
+    assert "do not rely on its seconds and watts" in notes[0]
 
 
 def test_a_file_or_its_folder(tmp_path: Path):

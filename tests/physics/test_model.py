@@ -1,4 +1,5 @@
 import pytest
+from pydantic import ValidationError
 
 from throttllem.physics.catalogue import Catalogue
 
@@ -38,3 +39,9 @@ def test_the_cache_holds_heads_or_one_latent_vector() -> None:
     assert MIXTRAL.kv_bytes_per_token == 2 * 32 * 8 * 128 * 2
     assert DEEPSEEK.kv_bytes_per_token == 61 * (512 + 64) * 2
     assert DEEPSEEK.model_copy(update={"kv_bytes": 1.0}).kv_bytes_per_token == 61 * (512 + 64)
+
+
+def test_figures_of_no_model_are_refused() -> None:
+    for name, value in {"hidden": 10**400, "layers": 10**10, "vocabulary": 10**400, "kv_bytes": 1e300}.items():
+        with pytest.raises(ValidationError, match=f"(?s){name}.*less than or equal to"):
+            type(MIXTRAL).model_validate(MIXTRAL.model_dump() | {name: value})

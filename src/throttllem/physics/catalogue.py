@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from throttllem.did_you_mean import did_you_mean
-from throttllem.physics.checkpoints import recognised
+from throttllem.physics.checkpoints import named_by_figures, recognised
 from throttllem.physics.huggingface import cached, read_model
 from throttllem.physics.inheritance import FACTS, inherited
 from throttllem.physics.laws import Basis, Fraction, Frozen, PowerLaw, TimeLaw, implausible
@@ -165,24 +165,12 @@ class Catalogue(Frozen):
         return None
 
     def _read(self, path: Path, name: str) -> Model:
-        """The model of a file; under the catalogue's name where it has one of the same figures, with the
-        number format behind it where that alone differs.
-        """
+        """The model of a file; under the catalogue's name where that has one of the same figures, formats aside."""
         model, notes = read_model(path, name)
         for note in notes:
             log.warning("%s", note)
-        for known in self.models.values():
-            if known.same_figures(model):
-                return model.model_copy(update={"name": known.name})
-            if known.same_figures(_as_stored(model, known)):
-                return model.model_copy(update={"name": f"{known.name}-{model.weights.value}"})
-        return model
-
-
-def _as_stored(model: Model, known: Model) -> Model:
-    """The model with its weights in the known one's number formats."""
-    experts = model.experts and model.experts.model_copy(update={"weights": known.experts and known.experts.weights})
-    return model.model_copy(update={"weights": known.weights, "experts": experts})
+        known = named_by_figures(model, self.models.values())
+        return model.model_copy(update={"name": known}) if known else model
 
 
 @cache

@@ -39,6 +39,21 @@ def recognised(name: str, models: Iterable[Model]) -> Model | None:
     return None
 
 
+def named_by_figures(model: Model, models: Iterable[Model]) -> str | None:
+    """The name of the known model of the same figures; with its number format (`qwen3-8b-fp8`) if that alone differs,
+    which `recognised` reads. None: there is none.
+    """
+    same = [known for known in models if _plain(known).same_figures(_plain(model))]
+    formats = (model.weights, model.expert_weights)
+    stored_so = (known.name for known in same if (known.weights, known.expert_weights) == formats)
+    return next(stored_so, None) or (f"{same[0].name}-{model.expert_weights}" if same else None)
+
+
+def _plain(model: Model) -> Model:
+    """Without its number formats."""
+    return _stored(model, model.name, Weights.BF16).model_copy(update={"kv_bytes": 2.0})
+
+
 def _stored(model: Model, name: str, weights: Weights) -> Model:
     """The model with all its matrices in that format."""
     experts = model.experts and model.experts.model_copy(update={"weights": None})

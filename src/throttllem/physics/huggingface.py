@@ -12,18 +12,20 @@ is a note. Knows nothing of the catalogue.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from throttllem.physics.model import Experts, Latent, Model, Weights, Window
+from throttllem.physics.model import LARGEST, Experts, Latent, Model, Weights, Window
 
 Values = Mapping[str, Any]
 
@@ -36,15 +38,17 @@ _NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
 _PARTS = ("attn_config", "ffn_config")
 """Tables of DBRX and MPT whose keys are read like the others."""
 
+_QUANTISED = ("quantization_config", "compression_config")
+"""Where a file says how its weights are stored; the second is the older key of LLM Compressor."""
 _TIED = {"tie_word_embeddings": True}
 _QWEN = {"use_sliding_window": False}
 _DEFAULTS: Mapping[str, Values] = {
     "bloom": _TIED,
     "cohere": _TIED,
     "cohere2": {**_TIED, "sliding_window_pattern": 4},
-    "falcon": {**_TIED, "multi_query": True},
+    "falcon": {**_TIED, "multi_query": True, "max_position_embeddings": 2048},
     "gemma": {**_TIED, "head_dim": 256},
-    "gemma2": {**_TIED, "head_dim": 256, "sliding_window": 4096, "sliding_window_pattern": 2},
+    "gemma2": {**_TIED, "head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096, "sliding_window_pattern": 2},
     "gemma3_text": {
         **_TIED,
         "vocab_size": 262208,
@@ -60,20 +64,36 @@ _DEFAULTS: Mapping[str, Values] = {
     },
     "gpt2": _TIED,
     "gpt_bigcode": {**_TIED, "multi_query": True},
-    "gpt_oss": {"head_dim": 64, "sliding_window": 128, "sliding_window_pattern": 2},
-    "llama4_text": {"attention_chunk_size": 8192, "sliding_window_pattern": 4, "interleave_moe_layer_step": 1},
+    "glm": {"num_key_value_heads": 2},
+    "glm4": {"num_key_value_heads": 2},
+    "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "sliding_window_pattern": 2},
+    "llama4_text": {
+        "num_key_value_heads": 8,
+        "attention_chunk_size": 8192,
+        "sliding_window_pattern": 4,
+        "interleave_moe_layer_step": 1,
+    },
+    "mistral": {"num_key_value_heads": 8},
+    "mixtral": {"num_key_value_heads": 8},
     "mpt": {**_TIED, "expansion_ratio": 4},
     "opt": _TIED,
+    "phimoe": {"num_key_value_heads": 8},
     "qwen2": _QWEN,
     "qwen2_moe": _QWEN,
     "qwen3": _QWEN,
-    "qwen3_moe": _QWEN,
-    "starcoder2": _TIED,
+    "qwen3_moe": {**_QWEN, "num_key_value_heads": 4},
+    "smollm3": {"num_key_value_heads": 4},
+    "starcoder2": {**_TIED, "num_key_value_heads": 2},
 }
 """By family, what a file may leave out."""
 
-_NOT_GATED = _words("apertus arcee bloom falcon gpt2 gpt_bigcode gpt_neox gptj mpt nemotron opt phi starcoder2")
+_NOT_GATED = _words(
+    "apertus arcee bloom falcon gpt2 gpt_bigcode gpt_neox gptj mpt nemotron opt persimmon phi starcoder2"
+)
 """Families whose feed-forward part is two matrices, not three."""
+
+_ONE_EACH = _words("baichuan bloom gpt2 gpt_neox gptj mpt opt persimmon phi qwen")
+"""Families that have keys and values for every head, and no key that says so."""
 
 _KNOWN = _words(
     "baichuan chatglm dbrx deepseek deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe exaone exaone4 glm glm4 "
@@ -88,15 +108,27 @@ _NOT_READ = {
     "cross_attention_layers": "layers attend to images",
     "hidden_size_per_layer_input": "layers have embeddings of their own",
     "block_configs": "every layer has figures of its own",
+    "num_key_value_heads_per_layer": "every layer has figures of its own",
+    "parallel_attn_mlp_res": "its layers have a dense part beside the experts",
+    "share_q_dim": "its attention factorises the queries",
+    "zero_expert_num": "its layers have two attentions, and experts that compute nothing",
+    "attention_types": "its layers alternate between attentions by a list of their own",
     **dict.fromkeys(
         _words(
             "conv_L_cache hybrid_override_pattern linear_attn_config linear_num_key_heads mamba_d_conv "
-            "mamba_d_state mamba_num_heads ssm_cfg state_size rwkv_hidden_size"
+            "linear_num_value_heads lru_width mamba_d_state mamba_num_heads ssm_cfg state_size rwkv_hidden_size"
         ),
         "it has layers without attention (state space or linear)",
     ),
 }
 """Keys of what the physics has no terms for, and what that is."""
+_ENCODERS = _words(
+    "albert bert camembert clip deberta deberta-v2 distilbert electra ernie gte longformer modernbert mpnet "
+    "nomic_bert roberta siglip xlm-roberta"
+)
+"""Families that read a text, or an image, at once and generate none."""
+_LINEAR = _words("falcon_mamba mamba mamba2 retnet rwkv rwkv5 rwkv6 rwkv7")
+"""Families without attention, whose keys do not all show it."""
 _MOST_LAYERS = 10_000
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -139,6 +171,8 @@ class _Config:
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value < math.inf) or value % 1:
             raise self.refuse(key, f"{value!r} is not a whole number")
+        if value > LARGEST:
+            raise self.refuse(key, f"more than {LARGEST:.0e}, which is no figure of a model")
         return int(value) or None
 
     def listed(self, key: str) -> list[Any]:
@@ -176,7 +210,7 @@ def read_model(path: Path, name: str) -> tuple[Model, tuple[str, ...]]:
     """
     file = path / "config.json" if path.is_dir() else path
     values = _json(file)
-    if "quantization_config" not in values and (beside := file.with_name("hf_quant_config.json")).is_file():
+    if not values.get("quantization_config") and (beside := file.with_name("hf_quant_config.json")).is_file():
         values = {**values, "quantization_config": {"quant_method": "modelopt", **_json(beside)}}
     return model_of(values, name, str(file))
 
@@ -184,15 +218,13 @@ def read_model(path: Path, name: str) -> tuple[Model, tuple[str, ...]]:
 def model_of(values: Values, name: str, file: str = "config.json") -> tuple[Model, tuple[str, ...]]:
     """The same from the file's content. Raises ConfigError."""
     config = _config(values, file)
-    for key, why in _NOT_READ.items():
-        if config.get(key):
-            raise config.refuse(key, f"{why}, which is not modelled")
-    for kind in config.listed("layer_types"):
-        if kind not in _LAYER_TYPES:
-            raise config.refuse("layer_types", f"{kind!r} is not modelled")
-    weights, expert_weights, kv_bytes = _quantisation(config)
+    _refuse_unmodelled(config)
+    stored = _quantisation(config)
     layers, heads = _layers(config), _heads(config)
-    latent, experts = _latent(config), _experts(config, expert_weights)
+    try:
+        latent, experts = _latent(config), _experts(config)
+    except ValidationError as error:
+        raise _wrong_figure(config, error) from error
     figures = {
         "name": name,
         "layers": layers,
@@ -203,8 +235,7 @@ def model_of(values: Values, name: str, file: str = "config.json") -> tuple[Mode
         "intermediate": _intermediate(config, experts),
         "vocabulary": config.needed("vocab_size", "padded_vocab_size"),
         "max_context_tokens": (context := _context(config)),
-        "weights": weights,
-        "kv_bytes": kv_bytes,
+        "kv_bytes": stored.kv_bytes,
         "gated": config.family not in _NOT_GATED,
         "tied_embeddings": bool(config.get("tie_word_embeddings")),
         "experts": experts,
@@ -212,11 +243,36 @@ def model_of(values: Values, name: str, file: str = "config.json") -> tuple[Mode
         "window": _window(config, layers, context),
     }
     try:
-        return Model.model_validate(figures), tuple(config.notes)
+        model = Model.model_validate(figures)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "its figures"
-        raise config.refuse(where, first["msg"].removeprefix("Value error, ")) from error
+        raise _wrong_figure(config, error) from error
+    return _with_formats(config, model, stored), tuple(config.notes)
+
+
+def _wrong_figure(config: _Config, error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "its figures"
+    return config.refuse(where, first["msg"].removeprefix("Value error, "))
+
+
+def _refuse_unmodelled(config: _Config) -> None:
+    """ConfigError for what shows that the physics has no terms for the model."""
+    architectures = " ".join(map(str, config.listed("architectures")))
+    if config.family in _ENCODERS or re.search(r"ForMaskedLM|ForSequenceClassification|ForTokenClass", architectures):
+        raise config.refuse("model_type", f"{config.family!r} generates no text (an encoder or a classifier)")
+    if config.family in _LINEAR:
+        raise config.refuse("model_type", f"{config.family!r} has layers without attention, which are not modelled")
+    for key, why in _NOT_READ.items():
+        if config.get(key):
+            raise config.refuse(key, f"{why}, which is not modelled")
+    for kind in config.listed("layer_types"):
+        if kind not in _LAYER_TYPES:
+            raise config.refuse("layer_types", f"{kind!r} is not modelled")
+    if 0 in config.listed("attn_type_list"):  # of MiniMax; 1 is softmax
+        raise config.refuse("attn_type_list", "layers of number 0 have linear attention, which is not modelled")
+    embedding, hidden = config.get("word_embed_proj_dim"), config.get("hidden_size")
+    if embedding is not None and embedding != hidden:
+        raise config.refuse("word_embed_proj_dim", f"{embedding!r}: an embedding narrower than the layers ({hidden})")
 
 
 def cached(repository: str) -> Path | None:
@@ -236,7 +292,7 @@ def _json(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a config.json, or its folder") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not JSON: {error}; give a config.json, or its folder") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: holds no object; give a config.json, or its folder")
@@ -250,8 +306,8 @@ def _config(values: Values, file: str) -> _Config:
     for _ in range(2):  # the decoder of an omni model is two tables deep
         key = next((key for key in _NESTED if isinstance(flat.get(key), dict)), None)
         if key is not None:
-            outer = {name: flat[name] for name in ("model_type", "quantization_config", *_TIED) if name in flat}
-            flat = outer | flat[key]
+            outer = {name: flat[name] for name in ("model_type", *_QUANTISED, *_TIED) if name in flat}
+            flat = outer | {name: value for name, value in flat[key].items() if value is not None or name not in outer}
             notes = [f"{file}: the decoder of {key} alone is modelled, no vision or audio part"]
     for part in _PARTS:
         if isinstance(flat.get(part), dict):
@@ -261,7 +317,8 @@ def _config(values: Values, file: str) -> _Config:
     if family not in _KNOWN | _DEFAULTS.keys() | _NOT_GATED:
         notes.append(
             f"{file}: model_type {family!r} is not known: it is read by the usual keys, as a decoder with gated "
-            "layers; compare its parameters with the published ones"
+            "layers and full attention, which may be wrong; do not rely on its seconds and watts before its "
+            "parameters, all and active, and bytes (`throttllem estimate`) are the published ones"
         )
     if config.get("index_topk"):
         notes.append(f"{file}: index_topk: attention is modelled over the whole context, not over its selected part")
@@ -286,9 +343,13 @@ def _kv_heads(config: _Config, heads: int) -> int:
     """Falcon's first models and StarCoder say `multi_query` for one head, whatever else their files hold."""
     if config.get("multi_query") and not config.get("new_decoder_architecture", "multi_query_group_num"):
         return 1
-    return (
-        config.whole("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "kv_n_heads") or heads
-    )
+    found = config.whole("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "kv_n_heads")
+    if found is None and config.family not in _ONE_EACH:
+        config.notes.append(
+            f"{config.file}: num_key_value_heads: missing: keys and values of all {heads} heads are modelled; if the "
+            "published model has fewer, its cache is smaller"
+        )
+    return found or heads
 
 
 def _head_dim(config: _Config, heads: int) -> int:
@@ -341,13 +402,13 @@ def _window_layers(config: _Config, layers: int) -> int:
 
 def _context(config: _Config) -> int:
     """The longest context; YaRN's factor is on the context that the model was first trained with."""
-    names = ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length", "max_seq_len", "n_ctx")
+    names = "max_position_embeddings n_positions seq_length max_sequence_length max_seq_len n_ctx model_max_length"
     scaling = config.get("rope_scaling", "rope_parameters")
     if isinstance(scaling, dict) and (scaling.get("rope_type") or scaling.get("type")) == "yarn":
         first, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
         if first and factor:
             return int(config.number(first, "rope_scaling") * config.number(factor, "rope_scaling"))
-    return config.needed(*names)
+    return config.needed(*names.split())
 
 
 # ---- feed-forward -------------------------------------------------------------------------------------------------
@@ -367,7 +428,7 @@ def _intermediate(config: _Config, experts: Experts | None) -> int:
     return config.needed("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim")
 
 
-def _experts(config: _Config, weights: Weights | None) -> Experts | None:
+def _experts(config: _Config) -> Experts | None:
     """A mixture of experts, by any of the names for their number."""
     count = config.whole("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     if count is None or count == 1:
@@ -382,8 +443,7 @@ def _experts(config: _Config, weights: Weights | None) -> Experts | None:
         ),
         intermediate=intermediate,
         shared_intermediate=_shared(config, intermediate),
-        dense_layers=_dense_layers(config),
-        weights=weights,
+        dense_layers=_with_experts(config).count(False),
     )
 
 
@@ -396,15 +456,14 @@ def _shared(config: _Config, intermediate: int) -> int:
     return width or (count or 0) * intermediate
 
 
-def _dense_layers(config: _Config) -> int:
-    """How many layers of a mixture have no experts."""
-    layers = _layers(config)
+def _with_experts(config: _Config) -> list[bool]:
+    """For each layer of a mixture whether it has experts."""
+    layers = range(_layers(config))
     if kinds := config.listed("mlp_layer_types"):
-        return sum(kind == "dense" for kind in kinds)
+        return [kind != "dense" for kind in kinds]
     if listed := config.listed("moe_layers"):
-        return layers - len(listed)
-    has_experts = _expert_rule(config)
-    return sum(not has_experts(layer) for layer in range(layers))
+        return [layer in listed for layer in layers]
+    return [*map(_expert_rule(config), layers)]
 
 
 def _expert_rule(config: _Config) -> Callable[[int], bool]:
@@ -429,27 +488,59 @@ def _expert_rule(config: _Config) -> Callable[[int], bool]:
 # ---- number formats -----------------------------------------------------------------------------------------------
 
 
-def _quantisation(config: _Config) -> tuple[Weights, Weights | None, float]:
-    """Formats of all matrices and of the experts' (None: the same), and bytes per value of the KV cache."""
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """How a checkpoint stores its matrices: in `format` what `quantised` names and `kept` does not, else bfloat16."""
+
+    format: Weights = Weights.BF16
+    kv_bytes: float = 2.0
+    quantised: tuple[str, ...] | None = None
+    """Names or patterns of modules; None: all of the layers."""
+    kept: tuple[str, ...] = ()
+
+
+_EXPERTS_ALONE = ("experts",)
+_KEPT = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules", "llm_int8_skip_modules")
+"""The keys of modules that stay as they are: compressed-tensors, fbgemm, AWQ and FP8, Model Optimizer, bitsandbytes."""
+
+
+def _quantisation(config: _Config) -> _Stored:
     dtype = config.get("dtype", "torch_dtype") or "bfloat16"
     if dtype not in ("bfloat16", "float16"):
         config.notes.append(f"{config.file}: dtype {dtype}: an engine serves it as bfloat16, which is modelled")
-    found = config.table(config.get("quantization_config"), "quantization_config")
+    found = config.table(config.get(*_QUANTISED), "quantization_config")
     if not found:
-        return Weights.BF16, None, 2.0
+        return _Stored()
     method = str(found.get("quant_method") or "").lower()
-    if method == "mxfp4":
-        return Weights.BF16, Weights.MXFP4, 2.0
-    if method in ("compressed-tensors", "compressed_tensors"):
-        return _compressed(config, found)
     if method == "modelopt" or "quantization" in found:
-        return _modelopt(config, config.table(found.get("quantization"), "quantization") or found)
-    if method in ("fp8", "fbgemm_fp8"):
-        return Weights.FP8, None, 2.0
-    if method in ("awq", "gptq", "gptq_marlin", "awq_marlin", "auto-round", "bitsandbytes"):
+        found = config.table(found.get("quantization"), "quantization") or found
+        stored = _modelopt(config, found)
+    elif method in ("compressed-tensors", "compressed_tensors") or "config_groups" in found:
+        stored = _compressed(config, found)
+    elif method == "mxfp4":
+        stored = _Stored(Weights.MXFP4, quantised=_EXPERTS_ALONE)
+    elif method in ("fp8", "fbgemm_fp8"):
+        stored = _Stored(Weights.FP8)
+    elif method in ("awq", "gptq", "gptq_marlin", "awq_marlin", "auto-round", "bitsandbytes"):
         bits = found.get("bits") or found.get("w_bit") or (4 if found.get("load_in_4bit") else None)
-        return _integers(config, 8 if found.get("load_in_8bit") else bits), None, 2.0
-    raise config.refuse("quantization_config.quant_method", f"{method!r} is not modelled")
+        stored = _Stored(_integers(config, 8 if found.get("load_in_8bit") else bits))
+    else:
+        raise config.refuse("quantization_config.quant_method", f"{method!r} is not modelled")
+    return replace(stored, kept=_kept(config, found))
+
+
+def _kept(config: _Config, found: Values) -> tuple[str, ...]:
+    """Modules that are not quantised."""
+    kept = [name for key in _KEPT for name in _modules(config, found, key)]
+    rules = config.table(found.get("dynamic") or None, "quantization_config.dynamic")  # GPTQModel: -: leaves out
+    return (*kept, *(f"re:{rule[2:]}" for rule in rules if rule.startswith("-:")))
+
+
+def _modules(config: _Config, found: Values, key: str) -> list[str]:
+    names = found.get(key)
+    if names is not None and not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
+        raise config.refuse(f"quantization_config.{key}", "not a list of modules")
+    return names or []
 
 
 def _integers(config: _Config, bits: object) -> Weights:
@@ -458,7 +549,7 @@ def _integers(config: _Config, bits: object) -> Weights:
     return Weights.INT4 if bits == 4 else Weights.INT8
 
 
-def _compressed(config: _Config, found: Values) -> tuple[Weights, Weights | None, float]:
+def _compressed(config: _Config, found: Values) -> _Stored:
     """LLM Compressor: groups of layers, each with its scheme; all groups must have one format."""
     key = "quantization_config.config_groups"
     groups = [config.table(group, key) for group in config.table(found.get("config_groups"), key).values()]
@@ -468,15 +559,18 @@ def _compressed(config: _Config, found: Values) -> tuple[Weights, Weights | None
         raise config.refuse("quantization_config.config_groups", f"{len(formats)} formats, where one is modelled")
     kind, bits = formats.pop()
     cache = config.table(found.get("kv_cache_scheme"), "quantization_config.kv_cache_scheme")
-    kv_bytes = 1.0 if cache.get("num_bits") == 8 else 2.0
     if kind == "float" and bits == "8":
-        return Weights.FP8, None, kv_bytes
-    if kind == "float" and bits == "4":
-        return Weights.MXFP4 if schemes[0].get("group_size") == 32 else Weights.NVFP4, None, kv_bytes
-    return _integers(config, int(bits) if bits.isdecimal() else bits), None, kv_bytes
+        weights = Weights.FP8
+    elif kind == "float" and bits == "4":
+        weights = Weights.MXFP4 if schemes[0].get("group_size") == 32 else Weights.NVFP4
+    else:
+        weights = _integers(config, int(bits) if bits.isdecimal() else bits)
+    targets = [each for group in groups for each in _modules(config, group, "targets") or ["Linear"]]
+    quantised = None if any("Linear" in each for each in targets) else tuple(targets)
+    return _Stored(weights, 1.0 if cache.get("num_bits") == 8 else 2.0, quantised)
 
 
-def _modelopt(config: _Config, found: Values) -> tuple[Weights, Weights | None, float]:
+def _modelopt(config: _Config, found: Values) -> _Stored:
     """NVIDIA's Model Optimizer."""
     algorithm = str(found.get("quant_algo") or "").upper()
     formats = {
@@ -492,4 +586,122 @@ def _modelopt(config: _Config, found: Values) -> tuple[Weights, Weights | None, 
         raise config.refuse("quantization_config.quant_algo", f"{algorithm!r} is not modelled")
     scheme = config.table(found.get("kv_cache_scheme"), "quantization_config.kv_cache_scheme")
     cache = found.get("kv_cache_quant_algo") or scheme.get("num_bits")
-    return formats[algorithm], None, 1.0 if cache in ("FP8", 8) else 2.0
+    return _Stored(formats[algorithm], 1.0 if cache in ("FP8", 8) else 2.0)
+
+
+def _with_formats(config: _Config, model: Model, stored: _Stored) -> Model:
+    """The model with its formats: one of the routed experts, one of all other matrices.
+
+    Of each the format that most of its parameters have; a note says how many have the other.
+    """
+    if stored.format is Weights.BF16:
+        return model
+    covered = _covered(config, stored)
+    has_experts = _with_experts(config) if model.experts else [False] * model.layers
+    all_parameters, quantised = [0.0, 0.0], [0.0, 0.0]
+    for layer, sparse in enumerate(has_experts):
+        for routed, parameters, names in _matrices(model, sparse):
+            all_parameters[routed] += parameters
+            quantised[routed] += parameters * sum(covered(f"layers.{layer}.{name}") for name in names) / len(names)
+    shares = [part / whole if whole else 0.0 for part, whole in zip(quantised, all_parameters, strict=True)]
+    formats = [stored.format if share > 0.5 else Weights.BF16 for share in shares]
+    for part, share, found in zip(("layers", "routed experts"), shares, formats, strict=True):
+        if 0.005 < share < 0.995:
+            config.notes.append(
+                f"{config.file}: quantization_config: {share:.0%} of the parameters of the {part} are in "
+                f"{stored.format}, the others in bf16: all are modelled in {found}"
+            )
+    experts = model.experts and model.experts.model_copy(
+        update={"weights": None if formats[0] is formats[1] else formats[1]}
+    )
+    return model.model_copy(update={"weights": formats[0], "experts": experts})
+
+
+def _matrices(model: Model, sparse: bool) -> Iterator[tuple[bool, float, tuple[str, ...]]]:
+    """Of a layer: whether of the routed experts, parameters, and the names of modules that share them equally."""
+    if latent := model.latent:
+        query, wide = model.heads * (latent.key + latent.rotary), model.heads * (latent.key + latent.value)
+        if latent.query_rank:
+            yield False, latent.query_rank * model.hidden, ("self_attn.q_a_proj",)
+            yield False, latent.query_rank * query, ("self_attn.q_b_proj",)
+        else:
+            yield False, model.hidden * query, ("self_attn.q_proj",)
+        yield False, model.hidden * (latent.kv_rank + latent.rotary), ("self_attn.kv_a_proj_with_mqa",)
+        yield False, latent.kv_rank * wide, ("self_attn.kv_b_proj",)
+        yield False, model.heads * latent.value * model.hidden, ("self_attn.o_proj",)
+    else:
+        width = model.hidden * model.head_dim
+        yield False, 2 * width * model.heads, ("self_attn.q_proj", "self_attn.o_proj")
+        yield False, 2 * width * model.kv_heads, ("self_attn.k_proj", "self_attn.v_proj")
+    wide_names = ("gate_proj", "up_proj", "down_proj")[0 if model.gated else 1 :]
+    if not sparse:
+        yield False, model.dense_parameters, tuple(f"mlp.{name}" for name in wide_names)
+    elif model.experts:
+        yield False, model.shared_parameters, tuple(f"mlp.shared_experts.{name}" for name in wide_names)
+        yield True, model.experts.count * model.expert_parameters, tuple(f"mlp.experts.0.{name}" for name in wide_names)
+
+
+_ROOTS = ("model.", "language_model.model.", "model.language_model.")
+_ALIASES = (
+    ("self_attn.", "attention.", "attn."),
+    ("mlp.", "feed_forward.", "block_sparse_moe.", "ffn."),
+    ("shared_experts.", "shared_expert."),
+    ("gate_proj", "gate_up_proj", "w1"),
+    ("up_proj", "gate_up_proj", "w3"),
+    ("down_proj", "w2"),
+    *((f"{each}_proj", "qkv_proj") for each in "qkv"),
+)
+"""The same module in other families, and where an engine fuses it."""
+
+
+def _covered(config: _Config, stored: _Stored) -> Callable[[str], bool]:
+    """Whether a module is quantised."""
+    kept = _matcher(config, stored.kept)
+    if stored.quantised is None:
+        return lambda name: not kept(name)
+    quantised = _matcher(config, stored.quantised)
+    return lambda name: quantised(name) and not kept(name)
+
+
+def _matcher(config: _Config, patterns: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a module is among `patterns`: a name, or a part of one between dots; with *, of any text; or, after
+    `re:`, an expression that fits its beginning.
+    """
+    expressions, plain = [], set()
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            expressions.append(pattern[3:])
+        elif "*" in pattern:
+            text = re.escape(pattern.strip(".")).replace(r"\*", ".*")
+            expressions.append(rf"(?:.*\.)?{text}(?:\..*)?$")
+        else:
+            plain.add(re.sub(r"^.*?(?=layers\.\d)", "", pattern.strip(".")))
+    try:
+        compiled = [re.compile(each) for each in expressions]
+    except re.error as error:
+        raise config.refuse("quantization_config", f"a pattern of modules is no regular expression: {error}") from error
+
+    def matches(name: str) -> bool:
+        if not (plain or compiled):
+            return False
+        layers, number, module = name.split(".", 2)
+        for alias in (f"{layers}.{number}.{each}" for each in _spelled(module)):
+            if plain:
+                parts = alias.split(".")
+                runs = itertools.combinations(range(len(parts) + 1), 2)
+                if any(".".join(parts[first:last]) in plain for first, last in runs):
+                    return True
+            if any(each.match(root + alias) for each in compiled for root in _ROOTS):
+                return True
+        return False
+
+    return matches
+
+
+@cache
+def _spelled(name: str) -> frozenset[str]:
+    """The name within its layer as families and engines spell it."""
+    found = {name}
+    for usual, *others in _ALIASES:
+        found |= {re.sub(rf"(?<![^.]){re.escape(usual)}", other, each) for each in found for other in others}
+    return frozenset(found)

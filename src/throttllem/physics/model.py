@@ -5,17 +5,21 @@ Knows nothing of GPUs, nor of how an engine shards it.
 
 # Dense layers, mixtures of experts, latent attention (MLA), sliding windows and quantised weights are parts of one
 # model, each optional: a part that is None is not there. What a checkpoint quantises differs: FP8 and 4-bit integers
-# cover all matrices of the layers (`weights`), MXFP4 those of the experts alone (`experts.weights`). Embedding, head
-# and router stay at the width of the activations.
+# mostly cover all matrices of the layers (`weights`), MXFP4 those of the routed experts alone (`experts.weights`).
+# Embedding, head and router stay at the width of the activations.
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from throttllem.physics.laws import Frozen
+
+LARGEST = 10**9
+"""No figure of a model is above it."""
+Figure = Annotated[int, Field(gt=0, le=LARGEST)]
 
 
 class Weights(StrEnum):
@@ -51,40 +55,40 @@ class Weights(StrEnum):
 class Experts(Frozen):
     """Mixture of experts: in every layer that has them a token is sent to `active` of `count` experts."""
 
-    count: PositiveInt
+    count: Figure
     """Routed experts of a layer."""
-    active: PositiveInt
+    active: Figure
     """Of them, those of one token."""
-    intermediate: PositiveInt
+    intermediate: Figure
     """Of one expert."""
-    shared_intermediate: NonNegativeInt = 0
+    shared_intermediate: int = Field(default=0, ge=0, le=LARGEST)
     """Of all shared experts of a layer together: every token uses them."""
     dense_layers: NonNegativeInt = 0
     """Layers without experts, wherever they are; their width is `Model.intermediate`."""
     weights: Weights | None = None
-    """Format of the experts' matrices, shared ones included; None: the model's."""
+    """Format of the routed experts' matrices; None: the model's."""
 
 
 class Latent(Frozen):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one compressed vector per token, for all heads."""
 
-    kv_rank: PositiveInt
+    kv_rank: Figure
     """Width of the compressed keys and values (`kv_lora_rank`)."""
-    rotary: PositiveInt
+    rotary: Figure
     """Width of the shared rotary key beside it, and of each query's rotary part (`qk_rope_head_dim`)."""
-    key: PositiveInt
+    key: Figure
     """Width of a head's key without its rotary part (`qk_nope_head_dim`)."""
-    value: PositiveInt
+    value: Figure
     """Width of a head's value (`v_head_dim`)."""
-    query_rank: PositiveInt | None = None
+    query_rank: Figure | None = None
     """Width of the compressed queries (`q_lora_rank`); None: queries are not compressed."""
 
 
 class Window(Frozen):
     """Sliding-window attention: in `layers` of the layers a token attends to the last `tokens` alone."""
 
-    tokens: PositiveInt
-    layers: PositiveInt
+    tokens: Figure
+    layers: Figure
 
 
 class Model(Frozen):
@@ -93,22 +97,22 @@ class Model(Frozen):
     name: str
     huggingface: tuple[str, ...] = ()
     """Checkpoints with these figures, as OWNER/NAME."""
-    layers: PositiveInt
-    hidden: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt
+    layers: Figure
+    hidden: Figure
+    heads: Figure
+    kv_heads: Figure
     """With `latent`: as many as `heads`."""
-    head_dim: PositiveInt
+    head_dim: Figure
     """With `latent`: `key` plus `rotary`."""
-    intermediate: PositiveInt
+    intermediate: Figure
     """Of a layer without experts."""
-    vocabulary: PositiveInt
-    max_context_tokens: PositiveInt
+    vocabulary: Figure
+    max_context_tokens: Figure
     weights: Weights = Weights.BF16
     """Format of the matrices of the layers."""
-    activation_bytes: PositiveFloat = 2.0
+    activation_bytes: float = Field(default=2.0, gt=0, le=8)
     """Per value of activations, embedding and head; 2 for bfloat16."""
-    kv_bytes: PositiveFloat = 2.0
+    kv_bytes: float = Field(default=2.0, gt=0, le=8)
     """Per value of the KV cache; 1 for FP8."""
     gated: bool = True
     """A feed-forward part has gate, up and down; else up and down alone (Falcon, GPT-NeoX)."""
@@ -218,11 +222,12 @@ class Model(Frozen):
     @property
     def weight_bytes(self) -> float:
         """All parameters as they are stored."""
-        experts = self.experts.count * self.expert_parameters + self.shared_parameters if self.experts else 0
-        attention = self.layers * self.attention_parameters + self.dense_layers * self.dense_parameters
+        routed = self.experts.count * self.expert_parameters if self.experts else 0
+        others = self.layers * self.attention_parameters + self.dense_layers * self.dense_parameters
+        others += self.expert_layers * self.shared_parameters
         return (
-            attention * self.weights.bytes_per_parameter
-            + self.expert_layers * experts * self.expert_weights.bytes_per_parameter
+            others * self.weights.bytes_per_parameter
+            + self.expert_layers * routed * self.expert_weights.bytes_per_parameter
             + self._embeddings * self.activation_bytes
         )
 
