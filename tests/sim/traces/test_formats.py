@@ -25,6 +25,11 @@ ROWS = st.lists(
 )
 
 
+def own(trace):
+    """Rows left out, but for spans that are no requests."""
+    return {why: rows for why, rows in trace.reading.skipped.items() if "operation" not in why}
+
+
 def load(path, content, columns=None):
     path.write_bytes(content)
     return load_trace(str(path), columns=columns, rescaled=True)
@@ -36,7 +41,7 @@ def test_every_format_reads_the_same_requests(tmp_path, writer):
     assert found.arrays.arrival_s.tolist() == pytest.approx([0.0, 0.84, 1.31], abs=1e-6)
     assert found.arrays.prompt_tokens.tolist() == [374, 1215, 86]
     assert found.arrays.output_tokens.tolist() == [44, 309, 412]
-    assert found.reading.skipped == {} and not found.reading.unordered
+    assert own(found) == {} and not found.reading.unordered
 
 
 @given(
@@ -68,7 +73,7 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, writer, place, new, cut):
     except TraceError as error:
         assert str(tmp_path / "t") in str(error) or "--columns" in str(error)
         return
-    assert 1 <= found.requests + sum(found.reading.skipped.values()) <= 4
+    assert 1 <= found.requests + sum(own(found).values()) <= 4
     assert (found.arrays.prompt_tokens > 0).all() and (found.arrays.arrival_s >= 0).all()
 
 
@@ -99,9 +104,48 @@ def test_failed_requests_are_left_out_and_counted(tmp_path, content, why):
     if b'"status": 500' in content:  # the other rows say that they succeeded
         content = content.replace(b'"hash_ids"', b'"status": 200, "hash_ids"').replace(b'500, "status": 200', b"500")
     found = load(tmp_path / "t", content)
-    assert found.reading.skipped == {why: 1}
+    assert own(found) == {why: 1}
     assert found.arrays.output_tokens.tolist() == [309, 412]
-    assert f"left out 1 row: 1 {why}" in found.described()
+    assert f"1 {why}" in found.described()
+
+
+@pytest.mark.parametrize("none", ["0.0", "0", "", "None", "200", "n/a", "OK"])
+def test_an_error_column_that_names_no_error_leaves_no_row_out(tmp_path, none):
+    content = written.own_csv(SIMPLE).replace(b"code", b"error", 1).replace(b";200", f";{none}".encode())
+    columns = written.OWN.replace("status=code", "status=error")
+    assert load(tmp_path / "t", content, columns).reading.skipped == {}
+    with pytest.raises(TraceError, match=r"rows left out: 3 failed \(by error\)"):
+        load(tmp_path / "t", content.replace(f";{none}\r\n".encode(), b";boom\r\n"), columns)
+
+
+@pytest.mark.parametrize(("operation", "requests"), [("responses", 3), ("execute_tool", 2)])
+def test_spans_that_generate_are_requests_and_others_are_counted(tmp_path, operation, requests):
+    found = load(tmp_path / "t", changed(written.opentelemetry, '"chat"', f'"{operation}"'))
+    assert found.requests == requests
+    assert f"{3 - requests} of operation {operation}" in found.described() or requests == 3
+    assert found.reading.skipped["of operation invoke_agent"] == 3
+
+
+@pytest.mark.parametrize("writer", [written.vllm, written.genai_perf, written.opentelemetry])
+def test_a_document_of_other_values_is_refused_in_words_of_its_format(tmp_path, writer):
+    def places(found, path=()):
+        if isinstance(found, dict | list):
+            for key in found if isinstance(found, dict) else range(len(found)):
+                yield (*path, key)
+                yield from places(found[key], (*path, key))
+
+    text = writer(SIMPLE[:1]).decode()
+    for path in list(places(json.loads(text))):
+        for junk in (None, 5, "x", [], {}, [5], {"a": 1}):
+            changing = json.loads(text)
+            inside = changing
+            for key in path[:-1]:
+                inside = inside[key]
+            inside[path[-1]] = junk
+            try:
+                load(tmp_path / "t", json.dumps(changing).encode())
+            except TraceError as error:
+                assert "Error(" not in str(error)
 
 
 def test_a_status_column_of_the_users(tmp_path):
@@ -146,6 +190,19 @@ def test_a_unit_by_custom_is_shown_with_the_way_to_overrule_it(tmp_path):
     assert "3 requests over 1.31 s, 2.29 requests/s" in bare.described()
     assert "timestamp in ms" in bare.described() and "--columns unit=s" in bare.described()
     assert "unit=s" not in load(tmp_path / "t", written.mooncake(SIMPLE)).described()
+
+
+@pytest.mark.parametrize("writer", [written.burstgpt, written.servegen])
+def test_milliseconds_are_not_read_as_seconds(tmp_path, writer):
+    path = tmp_path / "t"
+    path.write_bytes(writer([(700 * n, 10, 10) for n in range(200)]).replace(b".0,", b","))
+    with pytest.raises(TraceError, match=r"0\.001\d+ requests/s over .*; below 0\.01 .*unit=ms: 1\.4\d requests/s"):
+        load_trace(str(path))
+    assert load_trace(str(path), columns="unit=ms").duration_s == pytest.approx(139.3)
+    path.write_bytes(writer([(2 * n, 10, 10) for n in range(200)]).replace(b".0,", b","))
+    assert "custom says s; if it is ms: --columns unit=ms" in load_trace(str(path)).described()
+    path.write_bytes(writer([(0.7 * n, 10, 10) for n in range(200)]))
+    assert "unit=ms" not in load_trace(str(path)).described()
 
 
 def test_a_wrong_unit_is_refused_with_what_others_make_of_it(tmp_path):

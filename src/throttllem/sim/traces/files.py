@@ -16,16 +16,16 @@ from typing import Any
 
 import polars as pl
 
-from throttllem.sim.traces.documents import DOCUMENTS
+from throttllem.sim.traces.documents import DOCUMENTS, Row
 from throttllem.sim.traces.formats import DATE_TIME, TYPED_DATE_TIME, Columns, Layout, recognised
 from throttllem.sim.traces.generators import TraceError
-from throttllem.sim.traces.rows import SCHEMA
+from throttllem.sim.traces.rows import FAILED, SCHEMA
 
 BLOCK_ROWS = 1 << 16
 _PEEK_LINES = 50
 _DELIMITERS = ",;\t|"
 _OK = ("ok", "success", "succeeded", "successful", "completed", "complete", "finished", "done", "stop", "length", "0")
-_NO_ERROR = ("", "none", "null", "nan", "false", "0", "no", "[]", "{}")
+_NO_ERROR = ("", "none", "null", "nan", "na", "n/a", "-", "false", "0", "no", "[]", "{}", "ok", "success", "200")
 _TRUE = ("true", "1", "yes")
 _ROW = "\0row"
 """The number of a row; no column of a file has this name."""
@@ -138,13 +138,16 @@ def _selected(layout: Layout, column: Callable[[str], pl.Expr]) -> list[pl.Expr]
         column(layout.arrival).alias("arrival"),
         column(layout.prompt).alias("prompt"),
         column(layout.generated).alias("generated"),
-        (pl.any_horizontal(failed) if failed else pl.lit(value=False)).alias("failed"),
+        (pl.when(pl.any_horizontal(failed)).then(pl.lit(FAILED)) if failed else pl.lit(None, pl.String)).alias(
+            "left_out"
+        ),
     ]
 
 
 def _failed(name: str, text: pl.Expr) -> pl.Expr:
     """Whether a column says that a request failed: an error that is there, a status that is not a good one."""
     text, name = text.str.strip_chars().str.to_lowercase().fill_null(""), name.lower()
+    text = text.str.replace(r"^([+-]?\d+)\.0*$", "$1")
     if any(word in name for word in ("err", "fail", "cancel", "exception")):
         return ~text.is_in(_NO_ERROR)
     if "success" in name or name.rpartition(".")[2] == "ok":
@@ -344,7 +347,7 @@ def _document(path: Path, columns: Columns) -> TraceFile:
 def _document_blocks(
     path: Path,
     objects: Callable[[], Iterator[tuple[int, Mapping[str, Any]]]],
-    rows_of: Callable[[Mapping[str, Any]], Iterator[tuple[str | None, str | None, str | None, bool]]],
+    rows_of: Callable[[Mapping[str, Any]], Iterator[Row]],
     by_line: bool,
 ) -> Iterator[pl.DataFrame]:
     rows: list[tuple[object, ...]] = []
@@ -354,9 +357,8 @@ def _document_blocks(
             for row in rows_of(found):
                 count += 1
                 rows.append((line if by_line else count, *row, None))
-        except (TraceError, KeyError, TypeError, AttributeError) as error:
-            said = str(error) if isinstance(error, TraceError) else f"is not of its format ({error!r})"
-            raise TraceError(f"{path}:{line}: {said}") from None
+        except TraceError as error:
+            raise TraceError(f"{path}:{line}: {error}") from None
         if len(rows) >= BLOCK_ROWS:
             yield pl.DataFrame(rows, SCHEMA, orient="row")
             rows = []

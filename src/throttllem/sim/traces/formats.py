@@ -37,7 +37,7 @@ class Layout:
     unit: str | None
     failures: tuple[str, ...] = ()
     assumed: bool = False
-    """The unit is the format's custom, and nothing in the file proves it."""
+    """The unit is the format's custom, and no name in the file proves it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +72,8 @@ FORMATS = (
     ),
 )
 """Of rows; documents that hold a whole run are in `documents`."""
+_BY_CUSTOM = ("BurstGPT", "Mooncake", "ServeGen")
+"""Formats whose names any log of requests may have, in another unit."""
 _MOONCAKE_PROOF = "hash_ids"
 _FAILURES = re.compile(r"(http_?)?status(_?code)?|success|ok|failed|errors?(_?(code|type|message))?", re.IGNORECASE)
 """Columns that say whether a request failed, in any format."""
@@ -121,7 +123,7 @@ def recognised(names: Collection[str], columns: Columns, where: str) -> Layout:
         prompt=columns.prompt or known.prompt,
         generated=columns.generated or known.generated,
         unit=columns.unit or (known.unit if columns.arrival in (None, known.arrival) else None),
-        assumed=known.format == "Mooncake" and columns.unit is None and _MOONCAKE_PROOF not in names,
+        assumed=known.format in _BY_CUSTOM and columns.unit is None and _MOONCAKE_PROOF not in names,
     )
     used = {layout.arrival, layout.prompt, layout.generated}
     said = [columns.status] if columns.status else sorted(name for name in names if _FAILURES.fullmatch(name))

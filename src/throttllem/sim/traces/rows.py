@@ -19,10 +19,12 @@ SCHEMA = {
     "arrival": pl.String,
     "prompt": pl.String,
     "generated": pl.String,
-    "failed": pl.Boolean,
+    "left_out": pl.String,
     "junk": pl.String,
 }
-"""Of rows as a reader gives them. `junk`: a line that is no row at all."""
+"""Of rows as a reader gives them. `left_out`: why it is no request; `junk`: a line that is no row at all."""
+FAILED = "failed"
+"""Why a row is left out."""
 MOST_TOKENS = 2**31 - 1
 _MOST_NS = 9e18
 _NULLS = ("", "null", "none", "nan", "na", "n/a", "-")
@@ -52,12 +54,14 @@ def requests_of(rows: pl.DataFrame, layout: Layout, at: Callable[[int], str], sk
         raise TraceError(f"{at(line)}: {text.strip()[:60]!r} is not a JSON object")
     texts = [pl.col(name).str.strip_chars() for name in ("arrival", "prompt", "generated")]
     rows = rows.with_columns(*(pl.when(~text.str.to_lowercase().is_in(_NULLS)).then(text) for text in texts))
-    rows = rows.filter(pl.any_horizontal(pl.col("arrival", "prompt", "generated").is_not_null()) | pl.col("failed"))
+    rows = rows.filter(
+        pl.any_horizontal(pl.col("arrival", "prompt", "generated").is_not_null()) | pl.col("left_out").is_not_null()
+    )
     rows = rows.with_columns(prompt_tokens=_tokens("prompt"), generated_tokens=_tokens("generated"))
     rows = rows.with_columns(at_ns=_stamps_ns(rows["arrival"]) if layout.unit == DATE_TIME else _times_ns(layout.unit))
     reason = (
-        pl.when(pl.col("failed"))
-        .then(pl.lit("failed"))
+        pl.when(pl.col("left_out").is_not_null())
+        .then(pl.col("left_out"))
         .when(pl.col("generated").is_null() | (pl.col("generated_tokens") == 0))
         .then(pl.lit("no output tokens"))
         .when(pl.col("prompt").is_null() | (pl.col("prompt_tokens") == 0))

@@ -23,7 +23,7 @@ from throttllem.sim.traces import generators
 from throttllem.sim.traces.files import BLOCK_ROWS, TraceFile, open_trace
 from throttllem.sim.traces.formats import DATE_TIME, UNITS_NS, Columns, parse_columns
 from throttllem.sim.traces.generators import Arrays, TraceError
-from throttllem.sim.traces.rows import Skipped, requests_of
+from throttllem.sim.traces.rows import FAILED, Skipped, requests_of
 
 __all__ = ["PEAK_WINDOW_S", "Trace", "TraceError", "load_trace"]
 
@@ -35,6 +35,8 @@ MOST_RPS = 200.0
 """Above it a mean rate is refused: no engine serves it, so the unit of time is likely another one."""
 MOST_SPAN_S = 366 * 86400.0
 """The same for a span: the longest published trace lasts 220 days."""
+LEAST_RPS = 0.01
+"""Below it a mean rate is refused where the unit is a format's custom alone: nothing is worth simulating at it."""
 _INSTANT_S = 1e-9
 _COMPRESSED = (".gz", ".zst", ".zz")
 
@@ -89,7 +91,9 @@ class Reading:
     unordered: bool
     """Rows were not in order of arrival, and were sorted."""
     assumed: bool
-    """The unit is the format's custom, and nothing in the file proves it."""
+    """The unit is the format's custom, and no name in the file proves it."""
+    fractions: bool
+    """An arrival has a fraction of the unit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,8 +257,11 @@ class Trace:
             lines.append(f"left out {count:,} {'row' if count == 1 else 'rows'}: {why}")
         if read.unordered:
             lines.append("rows were not in order of arrival: sorted")
-        if read.assumed:
-            lines.append(f"nothing but {read.format}'s custom says {read.unit}; if it is seconds: --columns unit=s")
+        if read.assumed and not read.fractions:
+            other = "s" if read.unit == "ms" else "ms"
+            lines.append(
+                f"nothing but {read.format}'s custom says {read.unit}; if it is {other}: --columns unit={other}"
+            )
         return "; ".join(lines)
 
     def _stretched(self, factor: float) -> Trace:
@@ -304,8 +311,8 @@ def load_trace(
     The format of a file follows from the names in it; `columns` overrules them (`formats.parse_columns`). `seed` is
     for generators, whose own `seed=` wins. Rows out of order are sorted, equal ones in the file's order, in a file of
     up to MOST_HELD requests, else refused. Raises TraceError, which says what to correct; also for arrivals all at
-    one instant, and for a mean rate above MOST_RPS or a span above MOST_SPAN_S unless `columns` names the
-    unit or the trace is to be `rescaled`.
+    one instant, and for a mean rate above MOST_RPS, a span above MOST_SPAN_S, or a mean rate below LEAST_RPS in a unit
+    that is a format's custom alone, unless `columns` names the unit or the trace is to be `rescaled`.
     """
     name, _, options = spec.partition(":")
     if name in generators.NAMES:
@@ -367,8 +374,9 @@ def _read(spec: str, columns: Columns) -> Trace:
             parts.clear()
     if not requests:
         why = ", ".join(f"{count:,} {reason}" for reason, count in skipped.by_reason.items())
-        raise TraceError(f"{path}: has no request" + (f"; rows left out: {why}" if why else "; it has no row"))
-    if file.layout.assumed and fractions:
+        by = f" (by {', '.join(file.layout.failures)})" if skipped.by_reason[FAILED] and file.layout.failures else ""
+        raise TraceError(f"{path}: has no request" + (f"; rows left out: {why}{by}" if why else "; it has no row"))
+    if file.layout.assumed and fractions and file.layout.unit == "ms":
         raise TraceError(
             f"{path}: {file.layout.arrival} has fractions, and {file.layout.format}'s whole {file.layout.unit} have "
             "none; say which unit it is: --columns unit=s (or unit=ms)"
@@ -386,6 +394,7 @@ def _read(spec: str, columns: Columns) -> Trace:
         skipped=dict(skipped.by_reason),
         unordered=bool(unordered),
         assumed=file.layout.assumed,
+        fractions=fractions,
     )
     rows: Rows
     if parts:
@@ -430,8 +439,9 @@ def _check(trace: Trace, spec: str, *, sure: bool) -> None:
             f"{spec}: all {trace.requests:,} requests arrive at one instant; name the column of arrivals with "
             "--columns arrival=.., or take their lengths with a generator's arrivals"
         )
-    dense, sparse = (trace.mean_rps or 0.0) > MOST_RPS, trace.duration_s > MOST_SPAN_S
-    if sure or trace.mean_rps is None or not (dense or sparse):
+    dense, long = (trace.mean_rps or 0.0) > MOST_RPS, trace.duration_s > MOST_SPAN_S
+    idle = trace.reading.assumed and (trace.mean_rps or 0.0) < LEAST_RPS
+    if sure or trace.mean_rps is None or not (dense or long or idle):
         return
     others = [
         f"unit={other}: {trace.mean_rps * UNITS_NS[unit] / scale:.3g} requests/s"
@@ -439,8 +449,10 @@ def _check(trace: Trace, spec: str, *, sure: bool) -> None:
         if unit in UNITS_NS and (scale > UNITS_NS[unit] if dense else scale < UNITS_NS[unit])
     ]
     way = f"name the unit with --columns ({', '.join(others)}; unit={unit} if it is right)" if others else "check it"
-    most = f"{MOST_RPS:g} requests/s" if dense else _span(MOST_SPAN_S)
+    beyond = f"above {MOST_RPS:g} requests/s" if dense else f"above {_span(MOST_SPAN_S)}"
+    if idle and not long:
+        beyond = f"below {LEAST_RPS:g} requests/s"
     raise TraceError(
-        f"{spec}: {arrival} as {unit} makes {trace.mean_rps:,.4g} requests/s over {_span(trace.duration_s)}; above "
-        f"{most} the column or its unit is likely another one: {way}, or scale it with --peak-rps"
+        f"{spec}: {arrival} as {unit} makes {trace.mean_rps:,.4g} requests/s over {_span(trace.duration_s)}; "
+        f"{beyond} the column or its unit is likely another one: {way}, or scale it with --peak-rps"
     )
