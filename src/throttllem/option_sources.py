@@ -231,7 +231,8 @@ def _type_of(path: Path_, where: str) -> Any:
         elif get_origin(kind) is tuple and is_dataclass(get_args(kind)[0]):
             if not re.fullmatch(r"\d{1,3}", part):
                 raise ConfigurationError(
-                    f"{where}: {above}{part}: {path[depth - 1]} is a list; write [[{path[depth - 1]}]]"
+                    f"{where}: {above}{part}: {path[depth - 1]} is a list; write [[{path[depth - 1]}]], "
+                    f"or with --set {path[depth - 1]}.0.{part}"
                 )
             kind = get_args(kind)[0]
         elif get_origin(kind) is not None and issubclass(get_origin(kind), Mapping):

@@ -6,10 +6,14 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from tests.engines.vllm_peer import SPEC, VllmPeer, connected
+from throttllem.cli.commands.profile import spelled
 from throttllem.engines.base import EngineError
 from throttllem.engines.capacity import samples, total
 
-NO_STEPS = "progress is counted from streams and /metrics: set engines.stats and install the plug-in in vLLM"
+NO_STEPS = (
+    "progress is counted from streams and /metrics: "
+    "give --set engines.0.stats=HOST:PORT (in TOML: stats of [[engines]]) and install the plug-in in vLLM"
+)
 
 
 def test_capacities_are_the_engines():
@@ -85,10 +89,11 @@ def test_tokens_that_take_blocks_of_several_kinds():
 def test_an_engine_without_metrics_takes_the_configuration():
     peer = VllmPeer()
     peer.metrics, peer.tokenize, peer.models = False, False, [{"id": "kin"}]
-    with pytest.raises(EngineError, match=r"set engines\.kv_blocks"):
+    with pytest.raises(EngineError, match=r"kv_blocks: give --set engines\.0\.kv_blocks=N \(in TOML: kv_blocks of"):
         connected(peer, max_context_tokens=100)
-    with pytest.raises(EngineError, match=r"set engines\.max_context_tokens"):
-        connected(peer, kv_blocks=10)
+    missing = r"report kv_blocks and max_context_tokens: give --capacity kv_blocks=N --capacity max_context_tokens=N$"
+    with pytest.raises(EngineError, match=missing):
+        connected(peer, flags=spelled)
     found = connected(peer, kv_blocks=10, max_context_tokens=100, max_batch=4)
     assert (found.spec.kv_blocks, found.spec.block_tokens, found.spec.max_batch) == (10, 16, 4)
     assert [note for note in found.notes if "block_tokens: 16 is assumed" in note]

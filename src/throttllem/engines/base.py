@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from throttllem.core.types import EngineSpec
@@ -168,6 +169,13 @@ class LiveEngine(Protocol):
 
 
 Kind = Literal["openai", "triton"]
+_VALUES = MappingProxyType({"stats": "HOST:PORT", "tokenizer": "FILE", "metrics_url": "URL", "model": "NAME"})
+
+
+def in_configuration(*keys: str, number: int = 0) -> str:
+    """How options of the engine of this number are set: on the command line, and in a TOML file."""
+    flags = " ".join(f"--set engines.{number}.{key}={_VALUES.get(key, 'N')}" for key in keys)
+    return f"{flags} (in TOML: {' and '.join(keys)} of [[engines]])"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +183,8 @@ class RemoteOptions:
     """Where an engine runs and how it is reached. The numbers stand in for what it does not report itself.
 
     `served_as`: the model's name there (Triton). `stats`: where vLLM's plug-in sends its steps. `tokenizer`: the
-    model's tokenizer.json. `scrape_s`: seconds between two looks at the engine's metrics.
+    model's tokenizer.json. `scrape_s`: seconds between two looks at the engine's metrics. `flags`: how the command that
+    was called sets the options of these keys, for errors and notes.
     """
 
     url: str
@@ -190,3 +199,4 @@ class RemoteOptions:
     kv_blocks: int | None = None
     block_tokens: int | None = None
     scrape_s: float = 0.5
+    flags: Callable[..., str] = in_configuration

@@ -92,8 +92,11 @@ def engine_spec(reported: ReportedCapacities, options: RemoteOptions, spec: Engi
     block_tokens = reported.block_tokens or options.block_tokens
     context = capped("max_context_tokens", reported.max_context_tokens, options.max_context_tokens)
     if blocks is None or context is None:
-        missing = "kv_blocks" if blocks is None else "max_context_tokens"
-        raise EngineError(f"the engine at {options.url} does not report {missing}: set engines.{missing}", status=503)
+        missing = [key for key, value in (("kv_blocks", blocks), ("max_context_tokens", context)) if value is None]
+        raise EngineError(
+            f"the engine at {options.url} does not report {' and '.join(missing)}: give {options.flags(*missing)}",
+            status=503,
+        )
     budget = reported.prefill_budget_tokens
     found = replace(
         spec,

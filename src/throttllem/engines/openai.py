@@ -35,7 +35,7 @@ class OpenaiEngine:
         self._options = options
         self._spec = spec
         self._upstream = Upstream(options.url, api_key=options.api_key)
-        self._tokens = TokenCounter(self._upstream, options.tokenizer)
+        self._tokens = TokenCounter(self._upstream, options.tokenizer, set_by=options.flags("tokenizer"))
         self.count = self._tokens.count
         self.open = self._upstream.open
         """Leaving the block closes the connection, upon which the engine aborts the request."""
@@ -135,7 +135,8 @@ class OpenaiEngine:
         """Why steps will not come from the plug-in; None: they will."""
         stats = self._options.stats
         if stats is None:
-            return "progress is counted from streams and /metrics: set engines.stats and install the plug-in in vLLM"
+            way = self._options.flags("stats")
+            return f"progress is counted from streams and /metrics: give {way} and install the plug-in in vLLM"
         if reported.sends_to != stats:
             state = "is not installed in the engine" if reported.sends_to is None else f"sends to {reported.sends_to!r}"
             return f"stats = {stats!r}, but the plug-in {state}: start vLLM with THROTTLLEM_STATS={stats}"

@@ -35,7 +35,7 @@ _PROBE = "Does it count alike? def f(x): return 2 * x  # déjà vu, 東京\n"
 _REMEMBERED = 512
 _ESTIMATED = (
     "the engine has no /tokenize and no tokenizer is set: 4 bytes of a prompt count as a token, which shifts KV and "
-    "prefill predictions; set engines.tokenizer to the model's tokenizer.json"
+    "prefill predictions; with the model's tokenizer.json: {set_by}"
 )
 _NO_TEMPLATE = "the engine has no /tokenize: chats are counted without their template, some tokens too few"
 
@@ -79,7 +79,7 @@ class TokenizerFile:
                 f"{self.path}: needs the package tokenizers: pip install throttllem[tokenizers]"
             ) from error
         if self.path is None or not self.path.is_file():
-            raise EngineError(f"{self.path}: there is no such file; engines.tokenizer names a tokenizer.json")
+            raise EngineError(f"{self.path}: there is no such file; the option names the model's tokenizer.json")
         try:
             return Tokenizer.from_file(str(self.path))
         except Exception as error:  # The package raises plain Exception.
@@ -89,8 +89,9 @@ class TokenizerFile:
 class TokenCounter:
     """Counts for one engine. `begin` finds out what can count; until then the file counts, or an estimate."""
 
-    def __init__(self, upstream: Upstream, tokenizer: Path | None) -> None:
+    def __init__(self, upstream: Upstream, tokenizer: Path | None, *, set_by: str) -> None:
         self._upstream = upstream
+        self._set_by = set_by
         self._file = TokenizerFile(tokenizer)
         self._has_endpoint = False
         self._file_counts = self._file.exact
@@ -105,7 +106,7 @@ class TokenCounter:
         status, answer = await self._upstream.post("/tokenize", body, timeout_s=5.0)
         self._has_endpoint, self._file_counts = status == 200, self._file.exact
         if not self._has_endpoint:
-            return (_NO_TEMPLATE if self._file.exact else _ESTIMATED,)
+            return (_NO_TEMPLATE if self._file.exact else _ESTIMATED.format(set_by=self._set_by),)
         self._file_counts = self._file.exact and _count_in(answer) == self._file.tokens(_PROBE)
         if self._file_counts or not self._file.exact:
             return ()

@@ -148,6 +148,15 @@ def _capacities(texts: list[str]) -> dict[str, tuple[str, object]]:
     return found
 
 
+def spelled(*keys: str) -> str:
+    """How this command sets options of the engine, for errors and notes."""
+    from throttllem.engines.base import in_configuration
+
+    capacities = {key: f"--capacity {key}=N" for key in CAPACITIES}
+    known = {"stats": "--stats HOST:PORT", "tokenizer": "--tokenizer FILE", "model": "--model NAME", **capacities}
+    return " ".join(known.get(key) or in_configuration(key) for key in keys)
+
+
 def _live(
     fleet: Fleet, entry: EngineEntry, options: Options, clocks: str | None, *, quick: bool
 ) -> tuple[OpenaiEngine | TritonEngine, Device]:
@@ -182,6 +191,7 @@ def _remote(entry: EngineEntry) -> RemoteOptions:
         max_context_tokens=entry.max_context_tokens,
         kv_blocks=entry.kv_blocks,
         block_tokens=entry.block_tokens,
+        flags=spelled,
     )
 
 

@@ -97,11 +97,13 @@ class TritonEngine:
         else:
             notes.append(f"chats are written as text by the template {template_path}")
         if not self._tokenizer.exact:
-            notes.append("prompts are counted as 4 bytes per token; engines.tokenizer names a tokenizer.json")
+            notes.append(f"prompts are counted as 4 bytes per token; give {self._options.flags('tokenizer')}")
         if measured is None:
             url = self._options.metrics_url
-            why = f"cannot be read at {url}" if url else "are not configured (engines.metrics_url)"
-            notes.append(f"Triton's metrics {why}: what runs in the engine is known from the streams alone")
+            why = (
+                f"cannot be read at {url}" if url else f"are not configured: give {self._options.flags('metrics_url')}"
+            )
+            notes.append(f"what runs in the engine is known from the streams alone: Triton's metrics {why}")
         return Connected(
             spec=spec,
             models=(self._model,),

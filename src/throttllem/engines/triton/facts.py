@@ -78,24 +78,27 @@ def engine_spec(
     notes = []
     unknown, kv_blocks = spec.model == UNKNOWN, measured.kv_blocks or options.kv_blocks
     if unknown and kv_blocks is None:
+        metrics_url, model, blocks = (options.flags(key) for key in ("metrics_url", "model", "kv_blocks"))
         raise EngineError(
-            f"the server at {options.url} reports neither its model nor its KV cache: set engines.metrics_url, "
-            "engines.model or engines.kv_blocks",
+            f"the server at {options.url} reports neither its model nor its KV cache: give {metrics_url}, {model}, or "
+            f"{blocks}",
             status=503,
         )
     max_batch = measured.max_requests or options.max_batch or facts.max_batch
     if max_batch is None:
-        notes.append(f"a batch of {spec.max_batch} is assumed: set engines.max_batch")
+        notes.append(f"a batch of {spec.max_batch} is assumed: give {options.flags('max_batch')}")
     elif not measured.max_requests and not options.max_batch:
-        notes.append(f"a batch of max_batch_size = {max_batch} is assumed: set engines.max_batch if it differs")
+        notes.append(f"a batch of max_batch_size = {max_batch} is assumed; if it differs: {options.flags('max_batch')}")
     block_tokens = measured.block_tokens or options.block_tokens or spec.block_tokens
     if kv_blocks is None:
         kv_blocks = spec.kv_blocks * spec.block_tokens // block_tokens
-        notes.append(f"a KV cache of {kv_blocks} blocks of {block_tokens} tokens is assumed: set engines.kv_blocks")
+        notes.append(
+            f"a KV cache of {kv_blocks} blocks of {block_tokens} tokens is assumed: give {options.flags('kv_blocks')}"
+        )
     # The model's own limit is not known without the model; Triton refuses what is longer itself.
     context = options.max_context_tokens or (kv_blocks * block_tokens if unknown else spec.max_context_tokens)
     if options.max_context_tokens is None:
-        notes.append(f"a context of {context} tokens is assumed: set engines.max_context_tokens")
+        notes.append(f"a context of {context} tokens is assumed: give {options.flags('max_context_tokens')}")
     known = replace(
         spec,
         kv_blocks=kv_blocks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 from urllib.parse import urlsplit
 
@@ -12,7 +13,7 @@ from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import RemoteOptions
+from throttllem.engines.base import RemoteOptions, in_configuration
 from throttllem.engines.openai import OpenaiEngine
 from throttllem.engines.remote import remote_engine
 from throttllem.engines.simulated.fleet import Fleet
@@ -136,6 +137,7 @@ class BackendFactory:
             seed = (self.options.server.seed, entry.tp)
             return RealtimeEngine(spec, physics, noise=self.options.noise, seed=seed, gpu=gpu, name=name, now=self.now)
         assert entry.kind != "simulated"
+        number = next((n for n, each in enumerate(self.options.engines) if each.url == entry.url), 0)
         options = RemoteOptions(
             url=entry.url,
             kind=entry.kind,
@@ -148,5 +150,6 @@ class BackendFactory:
             max_context_tokens=entry.max_context_tokens,
             kv_blocks=entry.kv_blocks,
             block_tokens=entry.block_tokens,
+            flags=partial(in_configuration, number=number),
         )
         return remote_engine(options, spec)
