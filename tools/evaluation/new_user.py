@@ -2,18 +2,22 @@
 
 An L40S and a Qwen3-MoE in FP8, known by its config.json alone. The GPU is a fake one, the engine the small server at
 its speed; `throttllem` and the keeper are the real ones. Knows nothing of the gateway's modules.
+`python -m tools.evaluation.new_user` holds them up and prints the commands.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
+import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +64,9 @@ A new user has a GPU that was never profiled and a model that the catalogue need
 catalogue's entry, so the prior is right from the start ([Quick against full profile](quick.md) moves it). The engine is
 a small server at that speed; commands, keeper and gateway are the real ones. Times are of this run, on a machine with
 other work; that of `profile` is the GPU's.
+
+Try it without a GPU: `python -m tools.evaluation.new_user` starts this GPU, keeper and engine, prints the commands for
+another terminal, and ends with Ctrl-C.
 
 {steps}
 """
@@ -110,23 +117,40 @@ class Walk:
         self._report(f"{what}: {seconds:.0f} s")
 
 
-def section(workspace: Workspace) -> Section:
-    """All steps. Raises ProcessError where one fails."""
-    folder, seconds = workspace.folder, "40s" if workspace.quick else None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A fake GPU with a keeper, and an engine on it that sends its steps to `stats`."""
+
+    machine: Machine
+    url: str
+    stats: str
+    socket: Path
+    config: Path
+
+
+@contextmanager
+def fake_place(folder: Path) -> Iterator[Place]:
+    """What the commands need, while the context is. Raises ProcessError if it does not start."""
     (part,) = catalogue_parts(KIND, 1, name=NAME, capability=(8, 9), architecture=8, context_keeps_clock=True)
-    (folder / "model").mkdir()
-    (folder / "model/config.json").write_text(json.dumps(CONFIG))
+    config = folder / "model/config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps(CONFIG))
     with ExitStack() as stack:
         machine = stack.enter_context(Machine.create(folder / "gpus", [part]))
         ranges = {part.uuid: (part.clocks_mhz[0], part.clocks_mhz[-1])}
         up = stack.enter_context(keeper(ranges, folder, environment=machine.environment()))
-        config = str(folder / "model/config.json")
         url, stats, engine = stack.enter_context(
-            physical_engine(machine, part, folder, kind=KIND, model=config, served=SERVED, max_batch=MAX_BATCH)
+            physical_engine(machine, part, folder, kind=KIND, model=str(config), served=SERVED, max_batch=MAX_BATCH)
         )
         machine.gpus[0].processes([engine.pid])
-        walk = Walk(folder, machine, workspace.report)
-        _steps(walk, url, stats, str(up.socket), seconds)
+        yield Place(machine=machine, url=url, stats=stats, socket=up.socket, config=config)
+
+
+def section(workspace: Workspace) -> Section:
+    """All steps. Raises ProcessError where one fails."""
+    with fake_place(workspace.folder) as place:
+        walk = Walk(workspace.folder, place.machine, workspace.report)
+        _steps(walk, place, "40s" if workspace.quick else None)
     total_s = sum(step.seconds for step in walk.done)
     steps = "\n\n".join(_shown(number, step) for number, step in enumerate(walk.done, 1))
     rows = [(str(number), step.what, f"{step.seconds / 60:.1f}") for number, step in enumerate(walk.done, 1)]
@@ -143,13 +167,10 @@ def _shown(number: int, step: Done) -> str:
     return f"**{number}. {step.what}**, {step.seconds:.0f} s\n\n```text\n$ {step.command}\n{step.output}\n```"
 
 
-def _steps(walk: Walk, url: str, stats: str, socket: str, seconds: str | None) -> None:
-    config, profile, tables = (walk.folder / name for name in ("model/config.json", "quick.csv", "engine"))
-    engine = ("--gpu", KIND, "--model", config, "--gpus", "0")
-    measured = ("--url", url, "--stats", stats, *engine, "--keeper", socket)
-    own = ("--set", f"engines.0.stats={stats}", "--set", f"clocks.keeper={socket}")
-    served = ("--engine", url, *engine, *own, "--slo-e2e", "30", "--slo-tbt", "0.1")
-    walk.run("what is here", "doctor", "--socket", socket, "--no-measure", shown=DOCTOR)
+def _steps(walk: Walk, place: Place, seconds: str | None) -> None:
+    profile, tables = (walk.folder / name for name in ("quick.csv", "engine"))
+    measured, served = _measured(place), _served(place)
+    walk.run("what is here", "doctor", "--socket", place.socket, "--no-measure", shown=DOCTOR)
     walk.run("dry run before any profile", "serve", *served, "--port", "0", "--check", shown=CHECK, may_fail=True)
     bound = () if seconds is None else ("--seconds", seconds)
     walk.run("quick profile", "profile", profile, "--quick", *measured, *bound, shown=("rows in", "seconds", "note:"))
@@ -164,6 +185,17 @@ def _steps(walk: Walk, url: str, stats: str, socket: str, seconds: str | None) -
     on = (*served, "--tables", tables, "--clocks", "on")
     walk.run("check", "serve", *on, "--port", "0", "--check", shown=CHECK)
     _serve(walk, on)
+
+
+def _measured(place: Place) -> tuple[str | Path, ...]:
+    engine = ("--gpu", KIND, "--model", place.config, "--gpus", "0")
+    return ("--url", place.url, "--stats", place.stats, *engine, "--keeper", place.socket)
+
+
+def _served(place: Place) -> tuple[str | Path, ...]:
+    engine = ("--gpu", KIND, "--model", place.config, "--gpus", "0")
+    own = ("--set", f"engines.0.stats={place.stats}", "--set", f"clocks.keeper={place.socket}")
+    return ("--engine", place.url, *engine, *own, "--slo-e2e", "30", "--slo-tbt", "0.1")
 
 
 def _serve(walk: Walk, arguments: tuple[str | Path, ...]) -> None:
@@ -203,3 +235,26 @@ def _requests(url: str, until_s: float) -> int:
         with urllib.request.urlopen(request, timeout=120) as reply:
             answered += b"[DONE]" in reply.read()
     return answered
+
+
+def main() -> None:
+    """Print the commands, and hold what they need until Ctrl-C."""
+    with tempfile.TemporaryDirectory(prefix="new-user-") as folder, fake_place(Path(folder)) as place:
+        state = {"THROTTLLEM_STATE_DIR": f"{folder}/state"}
+        variables = (f"{key}={shlex.quote(value)}" for key, value in {**place.machine.environment(), **state}.items())
+        tables = ("--tables", "engine")
+        print("export", *variables)
+        for words in (
+            ("doctor", "--socket", place.socket, "--no-measure"),
+            ("profile", "quick.csv", "--quick", *_measured(place)),
+            ("train", "quick.csv", "--out", "engine"),
+            ("serve", *_served(place), *tables, "--check"),
+            ("serve", *_served(place), *tables, "--clocks", "on"),
+        ):
+            print(THROTTLLEM, *map(str, words), flush=True)
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -79,7 +79,7 @@ class Sample:
 
 
 REMEDY = {
-    Trouble.NO_DRIVER: "load the NVIDIA driver (`nvidia-smi` must work), or serve without [engines] gpus",
+    Trouble.NO_DRIVER: "load the NVIDIA driver (`nvidia-smi` must work), or leave out --gpus (gpus of [[engines]])",
     Trouble.DENIED: "setting clocks needs root: run `throttllem keeper` as a service, or mode = 'dry-run'",
     Trouble.LOST: "it fell off the bus: see `dmesg`; reset or reboot it, the other GPUs go on without it",
     Trouble.UNKNOWN_GPU: "`throttllem doctor` lists the GPUs that are here",

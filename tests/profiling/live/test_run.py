@@ -45,6 +45,13 @@ def profiled(out, *, plan=PLAN, engine=None, device=None, resume=False, said=Non
     return frame
 
 
+def test_a_profile_too_short_for_scores_says_so(tmp_path):
+    said = []
+    frame = profiled(tmp_path / "p.csv", said=said, plan=LivePlan(points=8))
+    assert score_profile(frame).scores == ()
+    assert [line for line in said if "too few for `train` to hold any out" in line]
+
+
 def predicted(row):
     """Seconds by the law, and how far the unknown tokens of a row's last blocks may move them."""
     decode = row["batch"] - row["prompts"]

@@ -28,9 +28,10 @@ from throttllem.gpu.simulated import SimulatedGpu
 from throttllem.physics.catalogue import Gpu
 from throttllem.profiling.live.iterations import STEPS
 from throttllem.profiling.live.load import ExternalLoadError
-from throttllem.profiling.live.plan import LivePlan
+from throttllem.profiling.live.plan import POINTS, LivePlan
 from throttllem.profiling.live.profiler import Device, LiveProfiler, Progress, Rows, Summary
 from throttllem.profiling.profile import COLUMNS, LIVE, OPTIONAL, capacities_of, write_profile
+from throttllem.profiling.score import splits_of
 from throttllem.profiling.train import FEWEST_ROWS
 
 Say = Callable[[str], None]
@@ -90,6 +91,11 @@ async def profile_live(
     measured = frame.height // len(device.clocks_mhz) if device.modelled is not None else frame.height
     if 0 < measured < FEWEST_ROWS and not plan.quick:
         say(f"only {measured} measured rows; `train` needs at least {FEWEST_ROWS}: measure again for longer")
+    elif measured and not plan.quick and not splits_of(frame, seed=0):
+        say(
+            f"only {measured} measured rows: too few for `train` to hold any out, so nothing will show how far its "
+            f"table is off; measure again for longer ({POINTS} points by default, a few minutes)"
+        )
     if not frame.height:
         raise LiveProfileError("no point gave a row: did outputs end early, or do other clients use the engine?")
     checkpoint.remove()
