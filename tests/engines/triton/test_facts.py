@@ -63,7 +63,9 @@ def test_every_assumption_is_noted():
 
 def test_a_model_that_is_not_known_gives_no_capacity():
     unknown, remote = replace(SPEC, model=UNKNOWN), RemoteOptions(url="http://127.0.0.1:1", kind="triton")
-    with pytest.raises(EngineError, match=r"0\.metrics_url=URL .* engines\.0\.model=NAME .* or --set engines\.0\.kv_blocks=N"):
+    with pytest.raises(
+        EngineError, match=r"0\.metrics_url=URL .* engines\.0\.model=NAME .* or --set engines\.0\.kv_blocks=N"
+    ):
         engine_spec(unknown, remote, ModelFacts(), Metrics())
     found, _ = engine_spec(unknown, replace(remote, kv_blocks=9, max_context_tokens=512), ModelFacts(), Metrics())
     assert (found.kv_blocks, found.max_context_tokens) == (9, 512)
