@@ -64,26 +64,38 @@ def test_an_error_that_the_engine_sends_violates_the_slo(tmp_path, answer):
     assert met == 0
 
 
-@pytest.mark.parametrize(("root", "known"), [("Qwen/Qwen3-8B", True), ("someone/secret-7b", False)])
-def test_no_figure_is_shown_of_a_model_that_is_not_known(tmp_path, root, known):
+@pytest.mark.parametrize(
+    ("root", "gpu", "lacks"),
+    [
+        ("Qwen/Qwen3-8B", "l40s-48gb", None),
+        ("someone/secret-7b", "l40s-48gb", "whose figures are not known"),
+        ("Qwen/Qwen3-8B", None, "no GPU is named"),
+    ],
+)
+def test_no_joules_are_shown_of_a_model_or_a_gpu_that_is_not_known(tmp_path, root, gpu, lacks):
+    known = lacks is None
+
     async def check(there, peer):
         answer = await there.client.ask(tokens=3)
         status = gateway_status(there.gateway.models)
         _, page = await there.client.get("/metrics")
         return answer.served, status.models[0].engines[0], totals(status), page
 
+    settings = () if gpu is None else (f"engines.0.gpu={gpu}",)
+
     async def main():
         async with Peer() as peer:
             peer.models = [{"id": "tiny", "root": root, "max_model_len": 4096}]
-            async with whole(tmp_path, url=peer.url) as there:
+            async with whole(tmp_path, *settings, url=peer.url) as there:
                 await there.up()
                 return await check(there, peer)
 
     served, engine, sums, page = asyncio.run(main())
     assert served, "it serves all the same"
-    assert (engine.model == "qwen3-8b") == known == (engine.energy.watts is not None) == (sums.total_j is not None)
+    assert known == (engine.energy.watts is not None) == (sums.total_j is not None)
+    assert known == (sums.joules_per_token is not None)
     assert ("throttllem_energy_joules_total{" in page) == ("throttllem_power_watts{" in page) == known
-    assert any("whose figures are not known" in note for note in engine.notes) != known
+    assert lacks is None or any(lacks in note for note in engine.notes)
 
 
 def test_another_gateway_on_the_engine_is_logged_and_shown(tmp_path, caplog):

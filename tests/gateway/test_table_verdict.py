@@ -1,5 +1,6 @@
 """A table that `train` found wanting: `on` refuses it unless it was accepted, a dry run warns, `--check` shows it."""
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -10,8 +11,11 @@ from gateway.test_build import trained
 from gateway.test_check import found, text_of
 from throttllem.config import ClockOptions, EngineEntry, Options
 from throttllem.core.forecast.performance_table import TableVerdict
+from throttllem.engines.base import Connected
 from throttllem.gateway.build import build_gateway
 from throttllem.gateway.telemetry.status import assumptions
+from throttllem.physics.catalogue import Catalogue
+from throttllem.physics.model import Weights
 from throttllem.profiling.storage import load_table, save_table
 
 FAULT = "column watts looks like milliwatts"
@@ -58,6 +62,43 @@ def test_a_table_of_another_kind_of_gpu_sets_no_clock(tmp_path, caplog, mode, re
     else:
         build_gateway(options, tmp_path / "cache", version="1", now=time.monotonic, learn=False)
         assert text in caplog.text
+
+
+LLAMA = Catalogue.load().model("llama-3-8b")
+A100 = Catalogue.load().gpu("a100-40gb-sxm")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "model", "refused"),
+    [
+        (A100.name, LLAMA, None),
+        (A100.name, LLAMA.model_copy(update={"name": "mine", "weights": Weights.INT4, "vocabulary": 128264}), None),
+        (A100.name, LLAMA.model_copy(update={"layers": 28}), "was learned with llama-3-8b"),
+        ("l20-48gb", LLAMA, "was learned on l20-48gb, and the engine's GPU is a100-40gb-sxm"),
+    ],
+)
+def test_a_table_of_another_model_or_of_an_unlisted_gpu_sets_no_clock(tmp_path, gpu, model, refused):
+    served = dataclasses.replace(entry(tmp_path, SOUND), model="llama-3-8b")
+    file = tmp_path / "table-tp1.npz"
+    save_table(dataclasses.replace(load_table(file), gpu=gpu, model=model.model_dump_json()), file)
+    options = Options(engines=(served,), clocks=ClockOptions(mode="on"), state_dir=tmp_path / "state")
+    with pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext():
+        build_gateway(options, tmp_path / "cache", version="1", now=time.monotonic, learn=False)
+
+
+@pytest.mark.parametrize(("mode", "refused"), [("on", True), ("dry-run", False)])
+def test_an_engine_that_reports_another_model_is_not_taken_into_use(tmp_path, mode, refused):
+    served = entry(tmp_path, SOUND)
+    file = tmp_path / "table-tp1.npz"
+    save_table(dataclasses.replace(load_table(file), model=LLAMA.model_dump_json()), file)
+    options = Options(engines=(served,), clocks=ClockOptions(mode=mode), state_dir=tmp_path / "state")
+    gateway = build_gateway(options, tmp_path / "cache", version="1", now=time.monotonic, learn=False)
+    (backend,) = gateway.models.served[0].loop.backends
+    spec = gateway.models.served[0].loop.controller.options.specs[1]
+    other = backend.model.refused(Connected(spec=spec, models=("chat",), roots=("Qwen/Qwen3-8B",)))
+    assert (other is not None and "the engine's model is qwen3-8b" in other) == refused
+    for reported in (("meta-llama/Llama-3.1-8B-Instruct",), ("someone/secret-7b",)):
+        assert backend.model.refused(Connected(spec=spec, models=("chat",), roots=reported)) is None
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def test_a_simulated_engine_of_any_kind_is_within_physics():
         ("watts", 2.0, "watts are above the power limit of 4 x a100-40gb-sxm, 1600 W"),
         ("watts", 0.05, "watts are below half of what 4 x a100-40gb-sxm draw idle, 331 W"),
         ("seconds", 0.25, "faster than memory bandwidth and peak of llama-2-13b on 4 x a100-40gb-sxm allow"),
+        ("seconds", 5.0, "iterations take [567] times as long as"),
+        ("watts", 0.5, "watts are 0.[45]. times those of llama-2-13b on 4 x a100-40gb-sxm by physics"),
         ("seconds", 20.0, "iterations take 2[0-9] times as long as llama-2-13b on 4 x a100-40gb-sxm would need"),
     ],
 )
@@ -62,11 +64,21 @@ def test_measurements_that_cannot_be(column, factor, words):
     assert pl.Series([fault]).str.contains(words)[0], fault
 
 
+@pytest.mark.parametrize(
+    ("column", "factor", "doubt"), [("seconds", 2.5, "a slow engine"), ("watts", 0.65, "check the")]
+)
+def test_what_is_odd_and_may_be_right_refuses_nothing(column, factor, doubt):
+    found = verdict(times(column, factor))
+    assert found.sound and not found.faults
+    assert doubt in found.doubts[0]
+    assert verdict().doubts == ()
+
+
 def test_clocks_that_were_not_in_force():
     """All rows at the maximum clock, whatever their column says."""
     spec = replace(FLEET.specs[4], clocks_mhz=(1410,))
     top = profile_engine(FLEET.physics[4], spec, ProfilePlan(rows=300))
-    said = top.with_columns(clock_mhz=210 + 15 * (pl.int_range(pl.len()) % 81))
+    said = top.with_columns(clock_mhz=1410 - 15 * (pl.int_range(pl.len()) % 81))
     seconds, watts = verdict(said).faults
     assert "seconds do not rise at low clocks" in seconds
     assert "watts do not fall at low clocks" in watts
@@ -78,6 +90,10 @@ def test_clocks_that_were_not_in_force():
     ("column", "words"),
     [
         (pl.lit(900.0).alias("watts"), "watts never change (900 W in all rows)"),
+        (
+            pl.col("clock_mhz").clip(upper_bound=1005),
+            "highest clock of the profile is 1005 MHz, and a100-40gb-sxm goes up",
+        ),
         (pl.col("clock_mhz") * 1000, "column clock_mhz holds 210000 to 1410000, and a100-40gb-sxm has 210 to 1410 MHz"),
     ],
 )

@@ -21,7 +21,8 @@ from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens
 from throttllem.core.options import ControllerOptions
 from throttllem.core.types import EngineSpec
 from throttllem.engines.simulated.fleet import build_fleet, fleet_without_model
-from throttllem.gateway.control.backend_factory import BackendFactory, called
+from throttllem.gateway.control.backend_factory import BackendFactory, called, sets_clocks
+from throttllem.gateway.control.engine_model import of_another_model
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
 from throttllem.gateway.flight.recorder import Recorder
@@ -33,7 +34,7 @@ from throttllem.gpu.hardware import HardwareGpu
 from throttllem.gpu.nvml import NvmlError
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.lengths import load_lengths
-from throttllem.profiling.storage import load_table
+from throttllem.profiling.storage import load_table, profiled_model
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share that is done (0 to 1)."""
@@ -250,23 +251,31 @@ class _Part:
         return table.only_at(gpu.clocks_mhz[-1])
 
     def _of_this_kind(self, entry: EngineEntry, file: Path, table: PerformanceTable) -> None:
-        """Refuse to set clocks by a table of another kind of GPU; warn of it where none is set."""
+        """Refuse to set clocks by a table of another kind of GPU or another model; warn of it where none is set. The
+        model that an engine reports is compared when it is reached.
+        """
         gpu, other = self.catalogue.gpu(entry.kind_of_gpu), self.catalogue.gpus.get(table.gpu or "")
-        if other is None or not other.nvml_names or not gpu.nvml_names or {*other.nvml_names} & {*gpu.nvml_names}:
-            return
-        text = (
-            f"{file}: was learned on {other.name}, and the engine's GPU is {gpu.name}: profile and train on {gpu.name}"
-        )
-        if entry.gpus is not None and self.options.clocks.mode == "on":
-            raise ValueError(f"{text}; until then leave clocks alone, --clocks dry-run or off")
-        log.warning("%s", text)
+        # One board may have two entries: that of the catalogue, and a calibrated one.
+        same = other is not None and {*other.nvml_names} & {*gpu.nvml_names}
+        wrong = []
+        if table.gpu not in (None, gpu.name) and not same:
+            wrong.append(
+                f"was learned on {table.gpu}, and the engine's GPU is {gpu.name}: profile and train on {gpu.name}"
+            )
+        profiled, model = profiled_model(table, file), entry.model and self.catalogue.model(entry.model)
+        if profiled is not None and model and (difference := of_another_model(profiled, model)):
+            wrong.append(difference)
+        for text in wrong:
+            if sets_clocks(entry, self.options):
+                raise ValueError(f"{file}: {text}; until then leave clocks alone, --clocks dry-run or off")
+            log.warning("%s: %s", file, text)
 
     def _judged(self, entry: EngineEntry, file: Path, table: PerformanceTable) -> None:
         """Refuse to set clocks by a table that `train` found wanting; warn of it where none is set."""
         if table.verdict is None or table.verdict.sound:
             return
         faults = f"{file}: `train` found that no clock may be set by this table: {'; '.join(table.verdict.faults)}"
-        if entry.gpus is not None and self.options.clocks.mode == "on":
+        if sets_clocks(entry, self.options):
             raise ValueError(
                 f"{faults}. Profile again and train, or overrule the verdict, `throttllem train PROFILE --out "
                 f"{file.parent} --accept`; until then leave clocks alone, --clocks dry-run or off"

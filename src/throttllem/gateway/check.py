@@ -180,6 +180,8 @@ async def _engine(backend: Backend, core: ControllerOptions, options: Options) -
     finally:
         if backend.close is not None:
             await backend.close()
+    if refused := backend.model.refused(connected):
+        return [Finding(mark="!!", text=f"engine {backend.name}: {refused}", fatal=True)]
     described = Finding(mark="ok", text=_described(backend, connected, core, options))
     return [described, *_model(backend, connected), *_notes(backend, connected)]
 
@@ -320,7 +322,8 @@ def _judged(backend: Backend, verdict: TableVerdict | None) -> Finding:
     errors = (("seconds", verdict.seconds_error), ("watts", verdict.watts_error))
     known = [f"{name} {error:.1%} off" for name, error in errors if error is not None]
     if not verdict.faults:
-        return Finding(mark="ok", text=f"engine {backend.name}: its table is sound: held-out {', '.join(known)}")
+        text = f"engine {backend.name}: its table is sound: held-out {', '.join(known)}"
+        return Finding(mark="--" if verdict.doubts else "ok", text="; but ".join([text, *verdict.doubts]))
     text = f"engine {backend.name}: of its table `train` found: {'; '.join(verdict.faults)}"
     if verdict.accepted:
         return Finding(mark="--", text=f"{text}; accepted with --accept")

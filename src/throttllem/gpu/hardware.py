@@ -138,8 +138,9 @@ class HardwareGpu:
         if unknown or self.ladder_mhz[-1] != top_mhz:
             why = f"has no {unknown[-1]} MHz" if unknown else f"goes up to {self.ladder_mhz[-1]} MHz"
             raise ValueError(
-                f"engines: gpus: {gpu.uuid}, {gpu.name()}, {why}, and the engine's `gpu` goes up to {top_mhz} MHz; "
-                "name its kind (engines.N.gpu, --gpu)"
+                f"engines: gpus: {gpu.uuid}, {gpu.name()}, {why}, and its performance table, or its `gpu` without one, "
+                f"goes up to {top_mhz} MHz; profile and train with its maximum clock, or name its kind "
+                "(engines.N.gpu, --gpu)"
             )
 
     # ---- what the gateway calls ------------------------------------------------------------------------------------

@@ -139,6 +139,18 @@ class Model(Frozen):
         free = {"name": "", "huggingface": (), "max_context_tokens": 1}
         return self.model_copy(update=free) == other.model_copy(update=free)
 
+    def same_architecture(self, other: Model) -> bool:
+        """Whether it is the other but for number formats, vocabulary and what `same_figures` leaves out: a quantised or
+        fine-tuned variant of the same model.
+        """
+        return self._architecture() == other._architecture()
+
+    def _architecture(self) -> Model:
+        free = {"name": "", "huggingface": (), "max_context_tokens": 1, "vocabulary": 1, "tied_embeddings": False}
+        formats = {"weights": Weights.BF16, "activation_bytes": 2.0, "kv_bytes": 2.0}
+        experts = self.experts and self.experts.model_copy(update={"weights": None})
+        return self.model_copy(update={**free, **formats, "experts": experts})
+
     @property
     def described(self) -> str:
         """Its size, to compare with what is published of it."""

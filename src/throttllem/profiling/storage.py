@@ -15,6 +15,7 @@ import numpy as np
 
 from throttllem.core.forecast.performance_table import Calibrated, Hull, PerformanceTable, TableVerdict
 from throttllem.files import write_aside
+from throttllem.physics.model import Model
 
 MARK = "throttllem performance table"
 VERSION = 4
@@ -53,6 +54,7 @@ def save_table(table: PerformanceTable, path: Path) -> None:
             clocks_measured=np.array(table.clocks_measured),
             hull=hull,
             gpu=np.array(table.gpu or ""),
+            model=np.array(table.model or ""),
             verdict=np.array(json.dumps(None if table.verdict is None else asdict(table.verdict))),
             **arrays,
         )
@@ -74,6 +76,14 @@ def load_table(path: Path) -> PerformanceTable:
         raise TableFileError(f"{path}: not a performance table, or damaged ({error}); bake it again") from error
 
 
+def profiled_model(table: PerformanceTable, path: Path) -> Model | None:
+    """The model that was profiled; None: not known. Raises TableFileError for figures that are none."""
+    try:
+        return None if table.model is None else Model.model_validate_json(table.model)
+    except ValueError as error:
+        raise TableFileError(f"{path}: its model is damaged ({error}); bake it again") from error
+
+
 def _table(path: Path, parts: dict[str, np.ndarray]) -> PerformanceTable:
     if str(parts.get("mark")) != MARK:
         raise TableFileError(f"{path}: not a performance table of throttllem")
@@ -91,13 +101,17 @@ def _table(path: Path, parts: dict[str, np.ndarray]) -> PerformanceTable:
         verdict=_verdict(parts["verdict"]) if version == VERSION else None,
         calibrated=_calibrated(parts),
         gpu=str(parts.get("gpu", "")) or None,
+        model=str(parts.get("model", "")) or None,
         **{name: parts[name] for name in ARRAYS},
     )
 
 
 def _verdict(text: np.ndarray) -> TableVerdict | None:
     found = json.loads(str(text))
-    return None if found is None else TableVerdict(**(found | {"faults": tuple(found["faults"])}))
+    if found is None:
+        return None
+    texts = {name: tuple(found.get(name, ())) for name in ("faults", "doubts")}
+    return TableVerdict(**(found | texts))
 
 
 def _calibrated(parts: dict[str, np.ndarray]) -> Calibrated | None:

@@ -11,7 +11,8 @@ Knows nothing of files, nor of the command line.
 # Physics. An iteration reads the weights that a token passes through and the KV cache of its sequences, and multiplies
 # every token by those weights: no engine is faster than the memory's bandwidth and the peak of its GPUs. A GPU with a
 # loaded model draws no less than when it is idle, and no more than its power limit. One row in a hundred may do so: a
-# row is a measurement. An engine ten times as slow as the physics of its model is another model, or another GPU.
+# row is a measurement. An engine four times as slow as the physics of its model is another model, or another GPU, and
+# so are watts far from those of the named GPU. Half of that is a doubt: engines have overheads and laws have errors.
 #
 # Clocks. Where physics expects low clocks to be slower, or to draw less, some of that must show, or the clock was not
 # in force: a table of such rows would take the lowest clock for free.
@@ -42,7 +43,10 @@ MANY_CLOCKS = 2 * CLOCK_BAND * FOLDS
 _TOLERATED_ROWS = 0.01
 _SCATTER = 0.9
 """A row may beat physics by this factor: its own scatter."""
-_SLOW = 10.0
+_SLOW, _SLOW_DOUBT = 4.0, 2.0
+"""Medians over physics. Another model of up to twice the size cannot be told from an engine's overhead."""
+_FAR_WATTS, _WATTS_DOUBT = 1.8, 1.4
+"""Medians of watts over physics, or physics over them; laws of GPUs that were not measured err by up to a third."""
 _OVER_LIMIT = 1.1
 """Watts above a power limit that a GPU draws for moments."""
 _UNDER_IDLE = 0.5
@@ -68,6 +72,7 @@ def judge(profile: pl.DataFrame, card: ScoreCard | None, physics: EnginePhysics,
     faults = (*_of_rows(rows, physics), *_of_scores(judged))
     return TableVerdict(
         faults=faults,
+        doubts=() if faults else tuple(_doubts(rows, physics)),
         accepted=accept and bool(faults),
         seconds_error=max((score.mape_seconds for score in judged), default=None),
         watts_error=max((score.mape_watts for score in judged), default=None),
@@ -84,7 +89,11 @@ def judge_law(
             of = "with clocks or batch sizes left out"
             faults.append(f"{of}, {what} of the law are {error:.0%} off on average (at most {MOST_ERROR:.0%})")
     return TableVerdict(
-        faults=tuple(faults), accepted=accept and bool(faults), seconds_error=errors[0], watts_error=errors[1]
+        faults=tuple(faults),
+        doubts=() if faults else tuple(_doubts(profile, physics)),
+        accepted=accept and bool(faults),
+        seconds_error=errors[0],
+        watts_error=errors[1],
     )
 
 
@@ -124,7 +133,26 @@ def _of_rows(rows: pl.DataFrame, physics: EnginePhysics) -> Iterator[str]:
     elif _of_one_gpu(float(np.median(watts / law_w)), physics.tp):
         yield f"column watts looks like the watts of one of {physics.tp} GPUs: give those of all of them together"
     else:
-        yield from _of_watts(watts, physics)
+        faults = list(_of_watts(watts, physics))
+        ratio = float(np.median(watts / law_w))
+        if not faults and not 1 / _FAR_WATTS < ratio < _FAR_WATTS:
+            faults = [
+                f"watts are {ratio:.2f} times those of {at} by physics: give the watts of its GPUs, and the right --gpu"
+            ]
+        yield from faults
+
+
+def _doubts(rows: pl.DataFrame, physics: EnginePhysics) -> Iterator[str]:
+    """What is odd and may be right."""
+    rows = rows.gather_every(max(1, rows.height // _ROWS))
+    law_s, law_w, _ = _physics(rows, physics)
+    at = f"{physics.model.name} on {physics.tp} x {physics.gpu.name}"
+    ratio = float(np.median(rows["seconds"].to_numpy() / law_s))
+    if ratio > _SLOW_DOUBT:
+        yield f"iterations take {ratio:.1f} times as long as {at} would need: a slow engine, or another --model, --gpu"
+    ratio = float(np.median(rows["watts"].to_numpy() / law_w))
+    if not 1 / _WATTS_DOUBT < ratio < _WATTS_DOUBT:
+        yield f"watts are {ratio:.2f} times those of {at} by physics: check the reading, and --gpu"
 
 
 def _unit(ratios: Floats, units: tuple[tuple[float, str], ...]) -> tuple[float, str] | None:
@@ -151,6 +179,11 @@ def _of_clocks(rows: pl.DataFrame, physics: EnginePhysics) -> Iterator[str]:
         has = f"{gpu.name} has {gpu.clock_min_mhz} to {gpu.clock_max_mhz} MHz"
         yield f"column clock_mhz holds {low} to {high}, and {has}: give MHz, and the right --gpu"
         return
+    if low < high < gpu.clock_max_mhz:
+        yield (
+            f"the highest clock of the profile is {high} MHz, and {gpu.name} goes up to {gpu.clock_max_mhz}: profile "
+            "again with the maximum clock, which the gateway uses where it has no prediction"
+        )
     if low == high or ("any_clock" in rows.columns and bool((rows["any_clock"] == 1).any())):
         return
     slow, fast = clocks <= np.quantile(clocks, 0.25), clocks >= np.quantile(clocks, 0.75)

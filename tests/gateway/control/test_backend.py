@@ -45,7 +45,7 @@ def test_a_lost_engine_is_connected_again_under_another_key_and_logged_once(capl
 
     trouble, lost, key = virtually(run())
     assert (trouble, len(lost), key) == (None, 1, 1)
-    assert caplog.text.count("is not there") == 1
+    assert caplog.text.count("is not taken into use") == 1
 
 
 def test_an_error_while_it_is_watched_loses_it_and_it_is_connected_again(caplog):

@@ -67,8 +67,10 @@ def train(
         report("scoring", 0.3)
         card = score_profile(frame, on_progress=lambda done, total: report("scoring", 0.3 + 0.7 * done / total))
     verdicts = {tp: judge(frame, card, fleet.physics[tp], accept=accept) for tp in fleet.sizes}
+    model = known.model(first["model"]).model_dump_json()
     for tp, verdict in verdicts.items():
-        save_table(replace(tables[tp], verdict=verdict, gpu=str(first["gpu"])), out / f"table-tp{tp}.npz")
+        table = replace(tables[tp], verdict=verdict, gpu=str(first["gpu"]), model=model)
+        save_table(table, out / f"table-tp{tp}.npz")
     write_score_card(card, out / "score_card.json")
     Console().print(score_table(card) if card.scores else "too few rows to hold any out: there are no scores")
     Console().print(f"tables and score_card.json in {out}")
@@ -91,6 +93,8 @@ def _conclude(verdicts: Mapping[int, TableVerdict]) -> None:
 
 def _say(tp: int, verdict: TableVerdict) -> None:
     """The verdict in words."""
+    for doubt in verdict.doubts:
+        typer.echo(f"verdict, tp {tp}: to be known: {doubt}")
     if not verdict.faults:
         typer.echo(f"verdict, tp {tp}: sound")
         return
@@ -128,7 +132,8 @@ def _train_quick(frame: pl.DataFrame, file: Path, out: Path, options: Options, *
         law = quick_law(frame, gpu, model, file, lambda done, total: report("calibrating", 0.5 * done / total))
         table = quick_table(law, model, spec, lambda done, total: report("tabulating", 0.5 + 0.5 * done / total))
     verdict = judge_law(frame, law.mean_errors, fleet.physics[tp], accept=accept)
-    save_table(replace(table, verdict=verdict, gpu=gpu.name), out / f"table-tp{tp}.npz")
+    table = replace(table, verdict=verdict, gpu=gpu.name, model=model.model_dump_json())
+    save_table(table, out / f"table-tp{tp}.npz")
     write_json(out / "score_card.json", law.to_json())
     console = Console()
     console.print(errors_table(law.scores, f"{model.name} on {gpu.name}: relative errors of the calibrated law"))

@@ -40,10 +40,12 @@ class Hull:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableVerdict:
     """What `train` found of a table. `faults` are the reasons why no clock of a GPU may be set by it, `accepted`: the
-    user overruled them. The errors are mean relative ones of held-out rows (0.05 = 5 %; None: none could be held out).
+    user overruled them. `doubts` are to be known, and refuse nothing. The errors are mean relative ones of held-out
+    rows (0.05 = 5 %; None: none could be held out).
     """
 
     faults: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
     accepted: bool = False
     seconds_error: float | None = None
     watts_error: float | None = None
@@ -75,9 +77,9 @@ class PerformanceTable:
     bin. Batch counts decoding sequences and prompts being prefilled. `clocks_measured` False: the clock axis was not
     measured, so no clock may be chosen by it. `verdict`: what `train` found of it (None: it was not judged).
     `calibrated`: basis of a calibrated law's table, whose lowest clock is the lowest that was measured. `gpu`: the kind
-    of GPU that was profiled (None: not known). `limit_mhz`:
-    the GPUs are held down to that clock; `factors`: seconds of each clock band are corrected by these ((): by none);
-    `base` is the table without both. Raises ValueError where the parts do not fit together.
+    of GPU that was profiled, `model`: the figures of the model, as JSON of `physics.model.Model` (None: not known).
+    `limit_mhz`: the GPUs are held down to that clock; `factors`: seconds of each clock band are corrected by these
+    ((): by none); `base` is the table without both. Raises ValueError where the parts do not fit together.
     """
 
     clocks_mhz: tuple[int, ...]
@@ -91,6 +93,7 @@ class PerformanceTable:
     verdict: TableVerdict | None = None
     calibrated: Calibrated | None = None
     gpu: str | None = None
+    model: str | None = None
     limit_mhz: int | None = field(default=None, init=False)
     factors: tuple[float, ...] = field(default=(), init=False)
     base: PerformanceTable | None = field(default=None, init=False, repr=False)

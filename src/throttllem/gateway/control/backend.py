@@ -146,10 +146,13 @@ class Backend:
         pause_s = _FIRST_RETRY_S
         while True:
             try:
-                return await self.engine.connect()
+                connected = await self.engine.connect()
+                if refused := self.model.refused(connected):
+                    raise EngineError(refused)
+                return connected
             except EngineError as error:
                 if self.own_trouble != str(error):
-                    log.warning("engine %s is not there: %s", self.name, error)
+                    log.warning("engine %s is not taken into use: %s", self.name, error)
                 self.own_trouble = str(error)
             except Exception as error:
                 log.exception("engine %s cannot be reached", self.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from urllib.parse import urlsplit
 
 from throttllem.config import EngineEntry, Options
@@ -32,6 +32,7 @@ from throttllem.gpu.setters import clock_setter
 from throttllem.gpu.simulated import SimulatedGpu
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
+from throttllem.profiling.storage import profiled_model
 
 AnyEngine = RealtimeEngine | OpenaiEngine | TritonEngine
 
@@ -39,6 +40,11 @@ AnyEngine = RealtimeEngine | OpenaiEngine | TritonEngine
 def called(entry: EngineEntry) -> str:
     """The name of a model in files, and of a simulated one for clients; where none is given, the engine's address."""
     return entry.served_as or entry.model or urlsplit(entry.url or "").netloc
+
+
+def sets_clocks(entry: EngineEntry, options: Options) -> bool:
+    """Whether clocks of real GPUs are set for it."""
+    return entry.gpus is not None and options.clocks.mode == "on"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +73,15 @@ class BackendFactory:
             configured=entry.model,
             name=entry.model,
             physics=physics,
+            profiled=profiled_model(table, entry.tables or Path())
+            if table and sets_clocks(entry, self.options)
+            else None,
         )
         gpu = self._gpu(entry, spec, model, table)
         short = PurePath(entry.model or entry.served_as or "").name
         name = "-".join(part for part in (entry.kind, short, f"tp{entry.tp}") if part)
+        # The joules of a real engine's GPUs are modelled only where both are known: model, and kind of GPU.
+        named = entry.kind == "simulated" or entry.gpu is not None
         mode = "simulated" if entry.gpus is None else self.options.clocks.mode
         follows = entry.kind == "simulated" or entry.gpus is not None
         accounting = EnergyAccounting(
@@ -84,7 +95,7 @@ class BackendFactory:
             else None,
             meter=TableMeter(table=table) if table and table.clocks_measured and follows else None,
             external=lambda: 0 if backend.key is None else controller.external_sequences(backend.key),
-            known=lambda: entry.gpus is not None or model.known,
+            known=lambda: entry.gpus is not None or (model.known and named),
         )
         engine = self._engine(entry, spec, physics, gpu)
         backend = Backend(

@@ -13,6 +13,7 @@ from throttllem.gpu.device import Work
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics, ModelDoesNotFit
 from throttllem.physics.huggingface import ConfigError
+from throttllem.physics.model import Model
 
 log = logging.getLogger("throttllem.gateway")
 
@@ -30,6 +31,8 @@ class EngineModel:
     configured: str | None = None
     name: str | None = None
     physics: EnginePhysics | None = None
+    profiled: Model | None = None
+    """That of the engine's table, where clocks are set by it."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -43,6 +46,17 @@ class EngineModel:
             return 0.0
         load = (work.decode_sequences, work.kv_tokens, work.prefill_tokens, work.prefill_pairs)
         return self.physics.iteration(mhz, *load)[1]
+
+    def refused(self, connected: Connected) -> str | None:
+        """Why no clock may be set for an engine that reports this: its table is of another model; None: it may."""
+        if self.profiled is None or self.configured is not None:
+            return None
+        try:
+            found = self.catalogue.reported((*connected.roots, *connected.models))
+        except ConfigError:  # `reached` tells it
+            return None
+        difference = found and of_another_model(self.profiled, found)
+        return f"its performance table {difference}; until then, --clocks dry-run or off" if difference else None
 
     def reached(self, connected: Connected) -> None:
         """The engine has reported what it is."""
@@ -73,3 +87,15 @@ class EngineModel:
         if self.notes != (note,):
             log.warning("%s", note)
         self.notes = (note,)
+
+
+def of_another_model(profiled: Model, model: Model) -> str | None:
+    """What is wrong with a table of `profiled` for an engine of `model`; None: nothing. Variants of one model that
+    differ in number formats, vocabulary or context alone pass: an engine's name often hides them.
+    """
+    if profiled.same_architecture(model):
+        return None
+    return (
+        f"was learned with {profiled.name} ({profiled.described}), and the engine's model is {model.name} "
+        f"({model.described}): profile and train with {model.name}"
+    )

@@ -72,7 +72,8 @@ class Totals:
     `would_save`, over those in a dry run.
 
     `estimated` of `engines` have one. `joules_per_token`: all energy since the start over all generated tokens;
-    `busy_joules_per_token`: idle energy left out. None: no token yet, or no request with an SLO.
+    `busy_joules_per_token`: idle energy left out. None: no token yet, an engine of unknown joules, or no request
+    with an SLO.
     """
 
     queue: int
@@ -106,6 +107,8 @@ def totals(status: GatewayStatus) -> Totals:
         advised_j=sum(energy.advised_j or 0.0 for energy in dry_runs) if dry_runs else None,
     )
     total_j, idle_j = _sum(energy.total_j for energy in energies), _sum(energy.idle_j for energy in energies)
+    # Joules of some engines over the tokens of all would be too few.
+    whole_j = total_j if all(energy.total_j is not None for energy in energies) else None
     tokens = sum(model.generated_tokens for model in status.models)
     recent, ever = SloCounts(), SloCounts()
     for model in status.models:
@@ -120,8 +123,8 @@ def totals(status: GatewayStatus) -> Totals:
         would_save=advised.would_save,
         engines=len(energies),
         estimated=len(compared),
-        joules_per_token=None if total_j is None or not tokens else total_j / tokens,
-        busy_joules_per_token=None if total_j is None or not tokens else (total_j - (idle_j or 0.0)) / tokens,
+        joules_per_token=None if whole_j is None or not tokens else whole_j / tokens,
+        busy_joules_per_token=None if whole_j is None or not tokens else (whole_j - (idle_j or 0.0)) / tokens,
         recent=recent,
         ever=ever,
         recent_attainment=recent.attainment,

@@ -53,7 +53,8 @@ class EngineStatus:
     `state`: "up", "starting", "down" or "stalled"; `trouble` is the reason. `clock_mhz` None: unknown.
     `kv_blocks` is the scoreboard's estimate, `report` the engine's last report. `clocks` is how clocks are set
     ("on", "dry-run", "off"; "simulated"), `advised_mhz` what would be set, `held` what keeps GPUs from following and
-    `unset` why they are not set though they should be. `table` is how far its performance table is from it.
+    `unset` why they are not set though they should be. `table` is how far its performance table is from it,
+    `clock_axis` whether that table tells one clock from another (None: there is no table).
     """
 
     name: str
@@ -76,6 +77,7 @@ class EngineStatus:
     report: Report | None = None
     drift: Drift = field(default_factory=Drift)
     table: tuple[TableBand, ...] = ()
+    clock_axis: bool | None = None
     energy: Energy = field(default_factory=Energy)
     ahead: Ahead = field(default_factory=Ahead)
     decision: str = ""
@@ -184,8 +186,11 @@ def assumptions(loop: ControlLoop, backend: Backend) -> tuple[str, ...]:
         notes.append("dry run: clocks are decided and shown, not set; [clocks] mode = 'on' sets them")
     elif backend.clock.mode == "simulated" and backend.kind != "simulated":
         what = f"clock and watts are those of a simulated {backend.catalogue_gpu} with {backend.model.name}"
-        unknown = f"the clock is that of a simulated {backend.catalogue_gpu}, and watts are not known: its model is not"
-        notes.append(what if backend.model.known else unknown)
+        lacks = "no GPU is named (engines.N.gpu, --gpu)" if backend.model.known else "its model is not"
+        unknown = (
+            f"the clock is that of a simulated {backend.catalogue_gpu}, and watts and joules are not known: {lacks}"
+        )
+        notes.append(what if backend.accounting.known() else unknown)
     notes += backend.model.notes
     if options.slo_aware and backend.tp not in options.tables:
         notes.append(
@@ -193,6 +198,11 @@ def assumptions(loop: ControlLoop, backend: Backend) -> tuple[str, ...]:
             "(throttllem profile, train, --tables)"
         )
     table = options.tables.get(backend.tp)
+    if table is not None and not table.clocks_measured:
+        notes.append(
+            "the clock axis of the performance table was not measured: GPUs stay at the maximum clock, and no saving "
+            "is estimated (throttllem profile with --gpus and --clocks)"
+        )
     if table is not None and table.verdict is not None and table.verdict.faults:
         overruled = "accepted with --accept" if table.verdict.accepted else "--clocks on refuses it"
         notes.append(f"of the performance table `train` found: {'; '.join(table.verdict.faults)} ({overruled})")
@@ -234,10 +244,16 @@ def _engine_status(loop: ControlLoop, backend: Backend, snapshot: Snapshot) -> E
         report=backend.report,
         drift=view.drift if view else Drift(),
         table=table,
+        clock_axis=_clock_axis(loop, backend),
         energy=energy,
         ahead=_ahead(loop, backend, view),
         decision=decision(view.plan if view else None),
     )
+
+
+def _clock_axis(loop: ControlLoop, backend: Backend) -> bool | None:
+    table = loop.controller.options.tables.get(backend.tp)
+    return None if table is None else table.clocks_measured
 
 
 def _table(backend: Backend, view: EngineView | None) -> tuple[TableBand, ...]:
