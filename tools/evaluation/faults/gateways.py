@@ -28,8 +28,8 @@ async def killed(bed: Bed) -> list[Found]:
     async with bed.gateway("recorder.file_bytes=65536") as gateway:
         taught = await asyncio.gather(*(gateway.client.ask(tokens=30) for _ in range(40)))
         assert all(answer.served for answer in taught), tallied(taught)
-        lengths = gateway.folder / "state/lengths-llama-3-8b.json"
-        await eventually(lambda: _seen(lengths) >= 40, SAVED_S, "what was learned is saved")
+        state = gateway.folder / "state"
+        await eventually(lambda: _seen(state) >= 40, SAVED_S, "what was learned is saved")
         asked = [asyncio.create_task(gateway.client.ask(tokens=3000, stream=n % 2 > 0)) for n in range(4)]
         await eventually(partial(bed.runs, 4), 20, "four requests run")
         await asyncio.sleep(1.0)  # the recorder writes twice a second
@@ -39,13 +39,13 @@ async def killed(bed: Bed) -> list[Found]:
         await eventually(partial(_empty, bed), 20, "the engine lets go of them")
         aborted_s = time.monotonic() - killed_s
         port = int(gateway.url.rpartition(":")[2])
-        learned = _seen(lengths)
+        learned = _seen(state)
         async with bed.gateway(folder=gateway.folder, port=port) as again:
             left = await again.left(bed.running)
             assert "damaged" not in again.log and "cannot be read" not in again.log
             assert await again.stopped(20) == 0
-        assert _seen(lengths) > learned, "learning goes on where it ended"
-        records = _replayed(gateway.folder / "state/flight")
+        assert _seen(state) > learned, "learning goes on where it ended"
+        records = _replayed(state / "flight")
     return [
         Found(
             fault="gateway SIGKILLed under load, started again on the same port and folder",
@@ -55,9 +55,11 @@ async def killed(bed: Bed) -> list[Found]:
     ]
 
 
-def _seen(lengths: Path) -> int:
-    """Answers that were learned from, of the model."""
-    groups = load_lengths(lengths).predictor.state()["groups"]
+def _seen(state: Path) -> int:
+    """Answers that were learned from, of the engine's model."""
+    groups = [
+        group for file in state.glob("lengths-*.json") for group in load_lengths(file).predictor.state()["groups"]
+    ]
     return max((int(group["answers"]) for group in groups), default=0)
 
 
