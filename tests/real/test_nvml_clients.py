@@ -133,7 +133,7 @@ def test_the_collector_of_aiperf_reads_both_gpus(python, machine):
     assert len(records) >= 6
     last = {record["gpu_index"]: record for record in records}
     assert [last[index]["gpu_uuid"] for index in (0, 1)] == [gpu.uuid for gpu in machine.gpus]
-    assert last[0]["telemetry_data"]["nvidia_power_usage"] == pytest.approx(55, rel=0.01)
+    assert last[0]["telemetry_data"]["nvidia_power_usage"] == pytest.approx(machine.gpus[0].watts, rel=0.01)
     assert last[1]["telemetry_data"]["nvidia_power_usage"] == pytest.approx(machine.gpus[1].watts, rel=0.01)
     assert last[1]["telemetry_data"]["nvidia_gpu_utilization"] == 50
     assert 0 < last[1]["telemetry_data"]["nvidia_energy_consumption"] * 1e6 <= machine.gpus[1].energy_j
@@ -217,7 +217,7 @@ def test_aiperf_counts_the_energy_of_a_run(python, machine, tmp_path):
     assert found["request_count"]["avg"] == 20
     gpus = found["telemetry_data"]["endpoints"]["localhost"]["gpus"]
     counted_j = [gpus[f"gpu_{index}"]["metrics"]["nvidia_energy_consumption"]["avg"] * 1e6 for index in (0, 1)]
-    # From before the first request to after the last, but for one step of the counter: 100 ms of 400 W.
+    # From before the first request to after the last, but for one step of the counter: 100 ms of at most 400 W.
     assert answered_j - 41 < counted_j[0] <= spent_j
     assert found["nvidia_total_gpu_energy"]["avg"] == pytest.approx(sum(counted_j))
     assert found["nvidia_energy_per_request"]["avg"] == pytest.approx(sum(counted_j) / 20)
