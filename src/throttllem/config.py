@@ -22,7 +22,7 @@ from throttllem.core.options import AdmissionOptions
 from throttllem.core.types import OptionError, Slo, check
 
 SIMULATED_MODEL = "llama-3-8b"
-"""What the simulated engine serves unless told otherwise."""
+"""What the simulated engine serves by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ Knows nothing of how the profile was measured, nor of files but its name.
 # Rows that were measured together (a batch at one clock) are nearly copies of each other and share one reading of the
 # energy counter: each such group counts once, with its median seconds.
 #
-# A fit builds the law of every clock of the GPU anew in each step; a coarser ladder is as good, as the law interpolates
+# A fit builds the law of every clock of the GPU in each step; a coarser ladder is as good, as the law interpolates
 # between clocks only at the power limit.
 #
 # The errors that the table states are held out: every inner clock and every inner batch size is left out in turn. The

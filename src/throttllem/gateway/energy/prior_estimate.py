@@ -28,7 +28,7 @@ _SLICE_S = 30.0
 _DRAWS = 6
 _CLOCKS, _BATCHES, _FILLS = 7, 10, 4
 _OTHER_PROMPT = 0.2
-"""Tables are made anew where the logarithm of the mean prompt has moved by more."""
+"""Tables are made again where the logarithm of the mean prompt has moved by more."""
 _SPREAD = {"measured": 0.2, "calibrated": 0.2, "modelled": 0.4}
 """Of the logarithm of a constant, by what the law rests on."""
 _POWER = ("static_w", "memory_w", "core_w", "compute_w", "voltage_rise", "voltage_exponent", "knee_mhz")
