@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tools.testbed.client import COMPLETIONS, connection, head
+from tools.testbed.client import COMPLETIONS, Client, connection, head
 from tools.testbed.engines.openai_engine import MODEL, openai_engine
 from tools.testbed.inspected_gateway import Inspected, inspected_gateway
 from tools.testbed.processes import post
@@ -73,16 +73,17 @@ async def endure(folder: Path, requests: int, report: Callable[[str], None] = la
     settings = ("--set", "recorder.file_bytes=1048576", "--set", "limits.silence_s=20")
     with openai_engine(folder / "engine.log") as (url, _):
         post(f"{url}/pace", PACE | {"fail_every": 0})
-        async with inspected_gateway(folder, "--engine", url, *settings, model=MODEL, keep=True) as gateway:
+        async with inspected_gateway(folder, "--engine", url, *settings, model=MODEL) as gateway:
             await gateway.ready()
             post(f"{url}/pace", PACE)
-            endured = await _endured(gateway, requests, report)
+            async with Client(gateway.url, MODEL, keep=True) as client:  # its end closes its connections
+                endured = await _endured(gateway, client, requests, report)
             post(f"{url}/pace", PACE | {"fail_every": 0})
             await gateway.left()
     return endured
 
 
-async def _endured(gateway: Inspected, requests: int, report: Callable[[str], None]) -> Endured:
+async def _endured(gateway: Inspected, client: Client, requests: int, report: Callable[[str], None]) -> Endured:
     began_s = time.monotonic()
     samples: list[dict[str, Any]] = []
     answers: Counter[str] = Counter()
@@ -91,7 +92,7 @@ async def _endured(gateway: Inspected, requests: int, report: Callable[[str], No
 
     async def work() -> None:
         for number in numbers:
-            answers[await _one(gateway, number)] += 1
+            answers[await _one(client, number)] += 1
             if number in (int(requests * WARM), requests - 1):
                 left.append((await gateway.inside())["objects"])
             if number % (requests // SAMPLES) == 0:
@@ -114,16 +115,16 @@ def _figures(sample: dict[str, Any]) -> str:
     return f"{sample['resident_bytes'] / 2**20:.1f} MiB, {held}"
 
 
-async def _one(gateway: Inspected, number: int) -> str:
+async def _one(client: Client, number: int) -> str:
     """One request; what became of it."""
-    client, dice = gateway.client, random.Random(number)
+    dice = random.Random(number)
     stream, tokens = dice.random() < 0.5, dice.randint(1, 8)
     fields = client.fields(tokens=tokens, stream=stream, user=f"caller {dice.randrange(CALLERS)}")
     fields["prompt"] = "word " * dice.randint(1, 60)
     body = json.dumps(fields).encode()
     lot = dice.random()
     if lot < 0.1:
-        await _hang_up(gateway.url, body, begun=lot < 0.05, wait_s=lot / 20)
+        await _hang_up(client.url, body, begun=lot < 0.05, wait_s=lot / 20)
         return "hung up"
     if lot < 0.125:
         body = body[:-1]

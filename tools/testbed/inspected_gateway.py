@@ -192,19 +192,16 @@ async def inspected_gateway(
     *arguments: str,
     model: str,
     port: int | None = None,
-    keep: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Inspected]:
-    """`throttllem serve ARGUMENTS`, ready once it listens. `model` is what its client asks for, `keep`: over few
-    connections.
-    """
+    """`throttllem serve ARGUMENTS`, ready once it listens. `model` is what its client asks for."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "window").unlink(missing_ok=True)
     command = (sys.executable, "-m", "tools.testbed.inspected_gateway", folder / "window", "serve")
     manager = gateway(arguments, folder, command=command, environment=environment, port=port, ready=("/metrics", b""))
     up = await asyncio.to_thread(manager.__enter__)
     try:
-        async with Client(up.url, model, keep=keep) as client:
+        async with Client(up.url, model) as client:
             yield Inspected(url=up.url, process=up.process, folder=folder, client=client)
     finally:
         await asyncio.to_thread(manager.__exit__, None, None, None)

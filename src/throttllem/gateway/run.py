@@ -146,8 +146,10 @@ class Prepared:
     async def _saves(self) -> None:
         while True:
             await asyncio.sleep(_SAVE_EVERY_S)
-            copies = [(file, predictor.copy()) for file, predictor in self.gateway.predictors]
-            writing = asyncio.ensure_future(asyncio.to_thread(_save, copies))
+            # The copies are named nowhere: they would be kept until the next time.
+            writing = asyncio.ensure_future(
+                asyncio.to_thread(_save, [(file, predictor.copy()) for file, predictor in self.gateway.predictors])
+            )
             try:
                 await asyncio.shield(writing)
             except asyncio.CancelledError:
