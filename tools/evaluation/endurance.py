@@ -11,7 +11,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,7 @@ from typing import Any
 
 from tools.testbed.client import COMPLETIONS, Client, connection, head
 from tools.testbed.engines.openai_engine import MODEL, openai_engine
-from tools.testbed.inspected_gateway import Inspected, inspected_gateway
+from tools.testbed.inspected_gateway import QUIET_S, Inspected, inspected_gateway
 from tools.testbed.processes import post
 
 PACE = {"step_s": 0.002, "first_s": 0.002, "together": True, "fail_every": 50}
@@ -88,18 +88,19 @@ async def _endured(gateway: Inspected, client: Client, requests: int, report: Ca
     samples: list[dict[str, Any]] = []
     answers: Counter[str] = Counter()
     left: list[int] = []
-    numbers = iter(range(requests))
 
-    async def work() -> None:
+    async def work(numbers: Iterator[int]) -> None:
         for number in numbers:
             answers[await _one(client, number)] += 1
-            if number in (int(requests * WARM), requests - 1):
-                left.append((await gateway.inside())["objects"])
             if number % (requests // SAMPLES) == 0:
                 samples.append({"done": number, **await gateway.inside()})
                 report(f"{number} requests after {time.monotonic() - began_s:.0f} s: {_figures(samples[-1])}")
 
-    await asyncio.gather(*(work() for _ in range(CLIENTS)))
+    for part in (range(int(requests * WARM)), range(int(requests * WARM), requests)):
+        numbers = iter(part)
+        await asyncio.gather(*(work(numbers) for _ in range(CLIENTS)))
+        await asyncio.sleep(QUIET_S)
+        left.append((await gateway.inside())["objects"])
     assert answers.total() == requests
     return Endured(
         requests=requests,
