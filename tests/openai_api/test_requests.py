@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 
 import pytest
@@ -59,9 +60,7 @@ def test_prompts_have_four_shapes(prompt, prompts):
     assert (request.prompts, request.sequences) == (prompts, 2 * len(prompts))
 
 
-@pytest.mark.parametrize(
-    "prompt", [None, 1, [], {}, ["x", 1], [1, "x"], [1, True], [[]], [[1], 2], [[1], ["x"]], [-1], [2**40]]
-)
+@pytest.mark.parametrize("prompt", [None, 1, [], {}, ["x", 1], [1, "x"], [[]], [[1], 2], [[1], ["x"]], [-1], [2**40]])
 def test_other_prompts_are_refusal(prompt):
     assert refusal(COMPLETIONS, {"model": "tiny", "prompt": prompt}).param == "prompt"
 
@@ -79,16 +78,55 @@ def test_limits_choices_and_stream():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("max_tokens", value) for value in (0, -1, 1.5, "7", True, [], 2**31)),
-        *(("n", value) for value in (0, "1", 2**31)),
-        ("best_of", 0),
-        *(("stream", value) for value in (1, "true", {})),
-        *(("model", value) for value in (None, 1, "")),
+        *(("max_tokens", value) for value in (0, -1, 1.5, "7.5", "", "0x7", False, [], 2**31, math.nan, 10**400)),
+        *(("n", value) for value in (0, "x", "-1", 2**31)),
+        *(("stream", value) for value in (2, "", "maybe", 1.5, {})),
+        *(("model", value) for value in (1, True, [])),
         *(("throttllem", value) for value in (None, True, {"metrics": 1}, {"speed": 1})),
     ],
 )
 def test_wrong_values_name_their_field(name, value):
     assert refusal(COMPLETIONS, {"model": "tiny", "prompt": "x", name: value}).param == name
+
+
+@pytest.mark.parametrize("value", [4, 4.0, "4", "4.0", " 4 ", "+4"])
+def test_whole_numbers_as_vllm_takes_them(value):
+    """Recorded from vLLM 0.32, as are the others here; engines that read `fields` get numbers."""
+    request = complete(max_tokens=value, n=value)
+    assert (request.max_tokens, request.choices, request.fields["max_tokens"], request.fields["n"]) == (4, 4, 4, 4)
+    assert chat(max_completion_tokens=value, max_tokens=0).max_tokens == 4
+
+
+@pytest.mark.parametrize("value", [True, 1, 1.0, "true", "True", "ON", "yes", "y", "t", "1"])
+def test_truth_values_as_vllm_takes_them(value):
+    assert complete(stream=value, stream_options={"include_usage": value}).include_usage
+    assert chat(stream=value).fields["stream"] is True
+
+
+@pytest.mark.parametrize("value", [False, 0, 0.0, "false", "off", "no", "n", "f", "0", None])
+def test_values_that_are_false(value):
+    assert not chat(stream=value).stream
+
+
+def test_an_echo_alone_is_one_token_of_work():
+    assert complete(max_tokens=0, echo=True).max_tokens == complete(max_tokens="0", echo="true").max_tokens == 1
+    for fields in ({"max_tokens": 0, "echo": "off"}, {"max_tokens": -1, "echo": True}):
+        assert refusal(COMPLETIONS, {"model": "tiny", "prompt": "x", **fields}).param == "max_tokens"
+    assert refusal(CHAT, {"messages": [{"role": "user"}], "max_tokens": 0, "echo": True}).param == "max_tokens"
+
+
+def test_a_request_may_name_no_model():
+    assert complete(model=None).model == complete(model="").model == ""
+
+
+def test_token_ids_may_be_written_otherwise():
+    assert complete(prompt=[1.0, "2", True]).prompts == ((1, 2, 1),) and complete(prompt=[["3"]]).prompts == ((3,),)
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32-le"])
+def test_json_in_other_encodings(coding):
+    body = json.dumps({"model": "tiny", "prompt": "ü"}, ensure_ascii=False).encode(coding)
+    assert parse_request(COMPLETIONS, body).prompts == ("ü",)
 
 
 @pytest.mark.parametrize("messages", [None, "x", [], ["x"], [None], {}])
@@ -130,7 +168,7 @@ def test_no_other_path_is_read():
 
 def test_usage_in_a_stream():
     assert complete(stream_options={"include_usage": True}).include_usage
-    assert not any(complete(stream_options=options).include_usage for options in (None, {}, 5, {"include_usage": 1}))
+    assert not any(complete(stream_options=options).include_usage for options in (None, {}, 5, {"include_usage": 2}))
 
 
 def test_texts_that_end_an_answer():

@@ -1,7 +1,8 @@
 """Reads completion and chat requests of OpenAI's API, and Triton's native `generate` ones, into a ParsedRequest.
 
-Checks only the fields that admission and scheduling depend on; every other field is the engine's to check. The body
-goes on to the engine as it came, unless it holds the gateway's own field `throttllem`.
+Checks only the fields that admission and scheduling depend on, and takes them as vLLM does (`"4"` and `4.0` are 4);
+every other field is the engine's to check. The body goes on to the engine as it came, unless it holds the gateway's own
+field `throttllem`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from throttllem.openai_api.errors import ApiError, invalid
+from throttllem.openai_api.lax import token_ids, truth, whole_number
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -33,7 +35,7 @@ _SMALL_BYTES = 100_000
 _MOST_SEQUENCES = 4096
 """Sequences of one request while no engine has reported its batch size."""
 _CALLER_CHARACTERS = 64
-_COMPLETION_COUNTS = ("max_tokens", "n", "best_of")
+_COMPLETION_COUNTS = ("max_tokens", "n")
 _CHAT_COUNTS = ("max_tokens", "max_completion_tokens", "n")
 
 Prompts = tuple[str | tuple[int, ...], ...]
@@ -41,7 +43,8 @@ Prompts = tuple[str | tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedRequest:
-    """A request under control. `fields` are its JSON fields without the gateway's own, `body` the bytes for the engine.
+    """A request under control. `fields` are its JSON fields without the gateway's own, those that were read as what
+    they stand for, `body` the bytes for the engine. `model` "": the client named none.
 
     `prompts` are texts or token ids (none for a chat, whose messages are in `fields`). `max_tokens` None: the client
     named no limit. `choices`: answers per prompt. `native`: by one of Triton's native paths. `include_usage`: the
@@ -130,34 +133,44 @@ def stop_texts(request: ParsedRequest) -> tuple[str, ...]:
 
 def _openai_request(path: str, fields: dict[str, Any], body: bytes, caller: str, metrics: bool) -> ParsedRequest:
     chat, model, stream = path == CHAT, fields.get("model"), fields.get("stream")
-    if not isinstance(model, str) or not model:
+    if model is not None and not isinstance(model, str):
         raise invalid("model: must be the name of a model", "model")
-    _check_counts(fields, _CHAT_COUNTS if chat else _COMPLETION_COUNTS)
-    limit, choices = fields.get("max_tokens"), fields.get("n") or 1
+    _read_counts(fields, _CHAT_COUNTS if chat else _COMPLETION_COUNTS)
+    limited_by, limit, choices = "max_tokens", fields.get("max_tokens"), fields.get("n")
     prompts: Prompts = ()
     if chat:
-        limit = fields.get("max_completion_tokens") or limit
+        if (newer := fields.get("max_completion_tokens")) is not None:
+            limited_by, limit = "max_completion_tokens", newer
         messages = fields.get("messages")
         if not isinstance(messages, list) or {*map(type, messages)} != {dict}:
             raise invalid("messages: must be a list of at least one message object", "messages")
     else:
         prompt = fields.get("prompt")
         prompts = (prompt,) if isinstance(prompt, str) else _prompts(prompt)
-        choices = max(choices, fields.get("best_of") or 1)
-    if stream is not None and not isinstance(stream, bool):
-        raise invalid("stream: must be true or false", "stream")
+        if limit == 0 and truth(fields.get("echo")):
+            limit = 1  # the engine computes one token, and does not send it
+        if (best_of := fields.get("best_of")) is not None:
+            choices = max(1 if choices is None else choices, whole_number(best_of) or 1)
+    if limit is not None and not 1 <= limit <= _LARGEST:
+        raise invalid(f"{limited_by}: must be a whole number from 1 to {_LARGEST}", limited_by)
+    if choices is not None and not 1 <= choices <= _LARGEST:
+        raise invalid(f"n: must be a whole number from 1 to {_LARGEST}", "n")
+    if stream is not None and stream is not True and stream is not False:
+        fields["stream"] = stream = truth(stream)
+        if stream is None:
+            raise invalid("stream: must be true or false", "stream")
     options = fields.get("stream_options")
     return ParsedRequest(
         path=path,
-        model=model,
+        model=model or "",
         fields=fields,
         body=body,
         prompts=prompts,
         chat=chat,
         max_tokens=limit,
-        choices=choices,
+        choices=choices or 1,
         stream=bool(stream),
-        include_usage=isinstance(options, dict) and options.get("include_usage") is True,
+        include_usage=isinstance(options, dict) and truth(options.get("include_usage")) is True,
         caller=caller,
         metrics=metrics,
     )
@@ -173,7 +186,8 @@ def _native_request(path: str, fields: dict[str, Any], body: bytes, caller: str,
     if not isinstance(texts, list) or {*map(type, texts)} != {str}:
         raise invalid("text_input must be a text", "text_input")
     limit = limit[0] if isinstance(limit, list) and len(limit) == 1 else limit
-    _check_counts({"max_tokens": limit}, ("max_tokens",))
+    if limit is not None and (type(limit) is not int or not 1 <= limit <= _LARGEST):
+        raise invalid(f"max_tokens: must be a whole number from 1 to {_LARGEST}", "max_tokens")
     # generate_stream without "stream": true sends the whole answer as one event, which is no token.
     streams = match[2] is not None and stream is not None
     if streams and not isinstance(stream, bool):
@@ -192,12 +206,15 @@ def _native_request(path: str, fields: dict[str, Any], body: bytes, caller: str,
     )
 
 
-def _check_counts(fields: dict[str, Any], names: tuple[str, ...]) -> None:
+def _read_counts(fields: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Replace what stands for a whole number by the number."""
     for name in names:
         count = fields.get(name)
-        # type() rather than isinstance: true is no number.
-        if count is not None and (type(count) is not int or not 1 <= count <= _LARGEST):
-            raise invalid(f"{name}: must be a whole number from 1 to {_LARGEST}", name)
+        # type() rather than isinstance: true is no number yet.
+        if count is not None and type(count) is not int:
+            fields[name] = count = whole_number(count)
+            if count is None:
+                raise invalid(f"{name}: must be a whole number from 1 to {_LARGEST}", name)
 
 
 def _prompts(value: Any) -> Prompts:
@@ -206,14 +223,19 @@ def _prompts(value: Any) -> Prompts:
         if {*map(type, value)} == {str}:
             return tuple(value)
         each = value if isinstance(value[0], list) else [value]
-        if all(isinstance(ids, list) and _are_token_ids(ids) for ids in each):
-            return tuple(map(tuple, each))
+        read = [_token_ids(ids) for ids in each]
+        if None not in read:
+            return tuple(ids for ids in read if ids is not None)
     message = "prompt: must be a string, a list of strings, token ids, or a list of lists of token ids"
     raise invalid(message, "prompt")
 
 
-def _are_token_ids(ids: list[Any]) -> bool:
-    return {*map(type, ids)} == {int} and min(ids) >= 0 and max(ids) <= _LARGEST
+def _token_ids(ids: Any) -> tuple[int, ...] | None:
+    if not isinstance(ids, list) or not ids:
+        return None
+    if {*map(type, ids)} != {int}:
+        ids = token_ids(ids)
+    return tuple(ids) if ids is not None and min(ids) >= 0 and max(ids) <= _LARGEST else None
 
 
 def _caller(user: object) -> str:
@@ -241,7 +263,12 @@ def _json_object(body: bytes) -> dict[str, Any]:
     if len(body) > _SMALL_BYTES:
         _check_parts(body)
     try:
-        fields = from_json(body)
+        try:
+            fields = from_json(body)
+        except ValueError:
+            if (encoding := json.detect_encoding(body)) == "utf-8":
+                raise
+            fields = from_json(body.decode(encoding))  # engines in Python read UTF-16 and UTF-32 too
     except ValueError as error:
         raise invalid(f"the body is not JSON: {str(error)[:200]}") from error
     if not isinstance(fields, dict):

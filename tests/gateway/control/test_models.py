@@ -35,6 +35,21 @@ def test_a_name_that_no_engine_serves():
     assert virtually(run()) == (404, "model_not_found")
 
 
+def test_a_client_that_names_no_model_gets_the_only_one():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            session = it.session(model="")
+            count = await it.models.count(parsed(model=""))
+            it.models.served = it.models.served * 2
+            with pytest.raises(ApiError, match="there is: toy") as several:
+                it.session(model="")
+            it.models.served = it.models.served[:1]
+            return session.request.model, count.tokens, several.value.status, several.value.param
+
+    assert virtually(run()) == ("toy", 4, 400, "model")
+
+
 def test_counting_waits_for_an_engine():
     async def run():
         async with rig(limits=SHORT) as it:

@@ -16,6 +16,7 @@ from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Call, PromptCount, Reply, whole_reply
 from throttllem.engines.simulated.text import Tape, estimate_tokens
 from throttllem.openai_api.errors import ApiError, invalid
+from throttllem.openai_api.lax import truth, whole_number
 from throttllem.openai_api.requests import COMPLETION_TOKENS, ParsedRequest, parse_request, stop_texts
 from throttllem.openai_api.responses import JSON_HEADERS, AnswerWriter, Usage, model_list
 
@@ -99,7 +100,7 @@ class SimulatedApi:
     def answer(self, call: Call) -> Answer:
         """The answer to a completion or a chat. Raises ApiError for what is wrong, or beyond this engine."""
         request = call.request or parse_request(call.path.partition("?")[0], call.body)
-        if request.model != self._name:
+        if request.model not in ("", self._name):
             message = f"The model `{request.model[:80]}` does not exist; this engine serves `{self._name}`."
             raise ApiError(404, message, param="model", code="model_not_found")
         _check_supported(request)
@@ -178,13 +179,18 @@ def _text(message: Mapping[str, object]) -> str | None:
 
 def _number(fields: Mapping[str, object], name: str, *, least: int | None = None) -> int | None:
     value = fields.get(name)
-    if value is not None and (type(value) is not int or (least is not None and value < least)):
+    if value is None:
+        return None
+    number = whole_number(value)
+    if number is None or (least is not None and number < least):
         raise invalid(f"{name} must be a whole number" + ("" if least is None else f" of at least {least}"), name)
-    return value
+    return number
 
 
 def _flag(fields: Mapping[str, object], name: str) -> bool:
     value = fields.get(name)
-    if value is not None and not isinstance(value, bool):
+    if value is None:
+        return False
+    if (flag := truth(value)) is None:
         raise invalid(f"{name} must be true or false", name)
-    return bool(value)
+    return flag

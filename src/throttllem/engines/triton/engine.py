@@ -208,7 +208,9 @@ class TritonEngine:
         headers = JSON_HEADERS + tuple(pair for pair in call.headers if pair[0] in _PASSED_HEADERS)
         path = f"{self._base}/generate_stream"
         sent = Call(method="POST", path=path, headers=headers, body=to_json(native), request=request)
-        writer = AnswerWriter(chat=request.chat, name=uuid4().hex, model=request.model, created_s=int(time.time()))
+        writer = AnswerWriter(
+            chat=request.chat, name=uuid4().hex, model=request.model or self._model, created_s=int(time.time())
+        )
         generation = Generation(limit=limit, stops=stop_texts(request))
         async with self._upstream.open(sent) as reply:
             if reply.status != 200:

@@ -127,7 +127,7 @@ class Models:
             slo=slo,
             sequences=parsed.sequences,
             caller=parsed.caller,
-            model=parsed.model,
+            model=parsed.model or connected.models[0],
         )
         return Session(loop=loop, request=request, streams=parsed.stream, chat=parsed.chat)
 
@@ -156,7 +156,11 @@ class Models:
         )
 
     def _loop(self, name: str) -> ControlLoop:
-        """The loop that serves this name, else that of the one model whose engine has not reported a name yet."""
+        """The loop that serves this name, else that of the one model whose engine has not reported a name yet. A client
+        that names no model ("") gets the only one.
+        """
+        if not name and len(self.served) == 1:
+            return self.served[0].loop
         unnamed = []
         for model in self.served:
             names = model.all_names()
@@ -166,6 +170,8 @@ class Models:
                 unnamed.append(model)
         if len(unnamed) == 1:
             return unnamed[0].loop
+        if not name:
+            raise rejections.no_model_named(self.names())
         raise rejections.unknown_model(name, self.names())
 
     async def _connected(self, name: str) -> Backend:

@@ -79,5 +79,10 @@ def unknown_model(name: str, known: tuple[str, ...]) -> ApiError:
     return ApiError(404, message, code="model_not_found")
 
 
+def no_model_named(known: tuple[str, ...]) -> ApiError:
+    """400: the request names no model, and there are several."""
+    return invalid(f"model: must be the name of a model; there is: {', '.join(known) or 'none yet'}", "model")
+
+
 def _too_long(message: str) -> ApiError:
     return invalid(message, code="context_length_exceeded")
