@@ -1,4 +1,5 @@
 import asyncio
+import json
 import sys
 
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from tests.engines.vllm_peer import VllmPeer, connected, engine_of
 from throttllem.engines.base import EngineError
 from throttllem.engines.tokens import TokenizerFile
-from throttllem.openai_api.requests import CHAT, COMPLETIONS, ParsedRequest
+from throttllem.openai_api.requests import CHAT, COMPLETIONS, ParsedRequest, parse_request
 
 
 def counted(peer, *requests, **options):
@@ -95,6 +96,49 @@ def test_engines_without_tokenize_count_by_the_file(tmp_path):
 def test_a_missing_tokenizer_is_an_error(tmp_path):
     with pytest.raises(EngineError, match=r"no such file"):
         connected(VllmPeer(), tokenizer=tmp_path / "absent.json")
+
+
+def large(text, **fields):
+    return parse_request(COMPLETIONS, json.dumps({"model": "tiny", "prompt": text, **fields}).encode())
+
+
+def test_a_large_prompt_is_counted_from_its_bytes():
+    peer = VllmPeer()
+    peer.models = [{"id": "tiny", "max_model_len": 1_000_000}]
+    text = 'a "b" \n' * 20_000
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": text}]}
+    asked = [large(text), parse_request(CHAT, json.dumps(chat).encode())]
+    assert counted(peer, *asked) == [(len(text.split()), "the engine", True)] * 2
+    assert [body.get("prompt", body.get("messages")) for body in peer.asked] == [text, chat["messages"]]
+
+
+def test_a_prompt_far_over_the_context_is_not_counted():
+    peer = VllmPeer()
+    assert counted(peer, large("a" * 400_000)) == [(100_008, "an estimate of 4 bytes per token", False)]
+    assert peer.asked == []
+
+
+def test_pictures_are_no_text():
+    peer = VllmPeer()
+    parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 400_000}}]
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": parts}]}
+    assert counted(peer, parse_request(CHAT, json.dumps(chat).encode()))[0][1:] == ("the engine", True)
+
+
+def test_a_large_prompt_that_is_not_counted_in_time_is_estimated(monkeypatch):
+    async def run():
+        async with engine_of(VllmPeer()) as engine:
+            await engine.connect()
+
+            async def post(*_, **__):
+                raise EngineError("not in time", status=504)
+
+            monkeypatch.setattr(engine._upstream, "post", post)
+            with pytest.raises(EngineError):
+                await engine.count(completion("a b"))
+            return await engine.count(large("word " * 15_000))
+
+    assert not asyncio.run(run()).exact
 
 
 # ---- a tokenizer.json --------------------------------------------------------------------------------------------

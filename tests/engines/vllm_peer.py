@@ -64,7 +64,7 @@ class VllmPeer:
         self.asked.append(body)
         if not self.tokenize:
             return web.Response(status=404)
-        text = body.get("prompt") or "".join(message["content"] for message in body["messages"])
+        text = body.get("prompt") or "".join(str(message["content"]) for message in body["messages"])
         if text == "refused":
             return web.json_response({"error": {"message": "no"}}, status=400)
         return web.json_response({"count": len(text.split()), "tokens": []})

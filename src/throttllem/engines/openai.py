@@ -50,7 +50,7 @@ class OpenaiEngine:
         reported = await read_capacities(self._upstream, need_batch=self._options.max_batch is None)
         spec, notes = engine_spec(reported, self._options, self._spec)
         try:
-            notes += await self._tokens.begin(reported.models[0])
+            notes += await self._tokens.begin(reported.models[0], spec.max_context_tokens)
             trouble = self._why_no_steps(reported)
         except ValueError as error:
             raise EngineError(str(error), status=503) from error

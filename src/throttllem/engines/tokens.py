@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from msgspec import Raw
 from pydantic_core import to_json
 
 from throttllem.engines.base import EngineError, PromptCount
 from throttllem.engines.http import Upstream, parsed
+from throttllem.openai_api.large_bodies import LARGE_BYTES, read_value
 from throttllem.openai_api.requests import ParsedRequest
 
 BYTES_PER_TOKEN = 4
@@ -33,6 +37,9 @@ _ADDED_FIELDS = ("add_special_tokens", "mm_processor_kwargs", "media_io_kwargs")
 """Fields of a request that change its prompt, as vLLM's `/tokenize` knows them."""
 _PROBE = "Does it count alike? def f(x): return 2 * x  # déjà vu, 東京\n"
 _REMEMBERED = 512
+_LONGEST_BYTES = 16
+"""Bytes of a token, on average over a prompt that is worth counting: text has 3 to 5, long runs of one character 16."""
+_MEDIA = re.compile(rb'"data(?:"\s*:\s*"|:)')
 _ESTIMATED = (
     "the engine has no /tokenize and no tokenizer is set: 4 bytes of a prompt count as a token, which shifts KV and "
     "prefill predictions; with the model's tokenizer.json: {set_by}"
@@ -97,10 +104,12 @@ class TokenCounter:
         self._file_counts = self._file.exact
         """Whether the file counts texts as the engine does, as far as is known."""
         self._known: OrderedDict[bytes, int] = OrderedDict()
+        self._context_tokens: int | None = None
 
-    async def begin(self, model: str) -> tuple[str, ...]:
+    async def begin(self, model: str, context_tokens: int | None = None) -> tuple[str, ...]:
         """Try the engine's `/tokenize` and the file; notes for people. Raises EngineError for an unusable file."""
         self._known.clear()
+        self._context_tokens = context_tokens
         await self._file.load()
         body = to_json({"model": model, "prompt": _PROBE})
         status, answer = await self._upstream.post("/tokenize", body, timeout_s=5.0)
@@ -114,14 +123,33 @@ class TokenCounter:
 
     async def count(self, request: ParsedRequest) -> PromptCount:
         """The mean over the prompts, rounded up. Raises EngineError if the engine stopped answering."""
+        if len(request.body) > LARGE_BYTES:
+            return await self._large(request)
         if request.chat:
             return await self._chat(request)
         if len(request.prompts) == 1:
             return await self._prompt(request, request.prompts[0])
         return mean_count([await self._prompt(request, prompt) for prompt in request.prompts])
 
-    async def _prompt(self, request: ParsedRequest, prompt: str | tuple[int, ...]) -> PromptCount:
-        if not isinstance(prompt, str):
+    async def _large(self, request: ParsedRequest) -> PromptCount:
+        """A large prompt. One that is far over the context is estimated: the engine refuses it in its own words, and
+        faster than it counts. So is one that the engine does not count in time, as it would serve it.
+        """
+        size_bytes = await asyncio.to_thread(_text_bytes, request)
+        most = (self._context_tokens or math.inf) * _LONGEST_BYTES * max(1, len(request.prompts))
+        if size_bytes <= most or not any(isinstance(prompt, str | Raw) for prompt in request.prompts or ("",)):
+            try:
+                if request.chat:
+                    return await self._chat(request)
+                return mean_count([await self._prompt(request, prompt) for prompt in request.prompts])
+            except EngineError as error:
+                if error.status != 504:
+                    raise
+        tokens = -(-size_bytes // (BYTES_PER_TOKEN * max(1, len(request.prompts))))
+        return PromptCount(tokens=max(1, tokens), by=f"an estimate of {BYTES_PER_TOKEN} bytes per token", exact=False)
+
+    async def _prompt(self, request: ParsedRequest, prompt: str | Raw | Sequence[int]) -> PromptCount:
+        if not isinstance(prompt, str | Raw):
             return PromptCount(tokens=len(prompt), by="its token ids", exact=True)
         if not self._file_counts:
             fields = {name: request.fields[name] for name in _ADDED_FIELDS if name in request.fields}
@@ -129,21 +157,29 @@ class TokenCounter:
             if tokens is not None:
                 return PromptCount(tokens=tokens, by="the engine", exact=True)
         special = request.fields.get("add_special_tokens") is not False
-        return await self._file.count(prompt, special=special, exact=self._file_counts)
+        text = prompt if isinstance(prompt, str) else await asyncio.to_thread(read_value, "prompt", prompt)
+        return await self._file.count(text, special=special, exact=self._file_counts)
 
     async def _chat(self, request: ParsedRequest) -> PromptCount:
         fields = {name: request.fields[name] for name in (*_CHAT_FIELDS, *_ADDED_FIELDS) if name in request.fields}
         tokens = await self._endpoint({"model": request.model, **fields})
         if tokens is not None:
             return PromptCount(tokens=tokens, by="the engine", exact=True)
-        return await self._file.count("\n".join(_texts(request.fields.get("messages"))), exact=False)
+        messages = request.fields.get("messages")
+        if isinstance(messages, Raw):
+            messages = await asyncio.to_thread(read_value, "messages", messages)
+        return await self._file.count("\n".join(_texts(messages)), exact=False)
 
     async def _endpoint(self, body: dict[str, object]) -> int | None:
         """The engine's count; None: it has none, as for a body that it would refuse."""
         if not self._has_endpoint:
             return None
-        content = to_json(body)
-        key = hashlib.blake2b(content, digest_size=16).digest()
+        if any(isinstance(part, Raw) for part in body.values()):
+            content = await asyncio.to_thread(msgspec.json.encode, body)
+            key = await asyncio.to_thread(_digest, content)
+        else:
+            content = to_json(body)
+            key = _digest(content)
         if (known := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return known
@@ -154,6 +190,23 @@ class TokenCounter:
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         return tokens
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _text_bytes(request: ParsedRequest) -> int:
+    """The most bytes that a large request's prompts can have: of its body all that is no picture, sound or token id."""
+    body, size_bytes, at = request.body, len(request.body), 0
+    if not request.chat:
+        return size_bytes
+    while (found := _MEDIA.search(body, at)) is not None:
+        at = body.find(b'"', found.end())
+        if at < 0:
+            break
+        size_bytes -= at - found.start()
+    return size_bytes
 
 
 def mean_count(counts: list[PromptCount]) -> PromptCount:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from msgspec import Raw
 from pydantic_core import from_json
 
 from throttllem.openai_api.errors import ApiError, invalid
+from throttllem.openai_api.large_bodies import LARGE_BYTES, model_in, named_values, prompt_lengths, without
 from throttllem.openai_api.lax import token_ids, truth, whole_number
 
 COMPLETIONS = "/v1/completions"
@@ -26,19 +29,14 @@ COMPLETION_TOKENS = 16
 """The output tokens of a completion that names no limit, by OpenAI's API."""
 OWN_FIELD = "throttllem"
 _LARGEST = 2**31 - 1
-_MOST_PARTS = 200_000
-"""Lists and objects, or keys, of a large body. JSON is parsed on the event loop, and the parser holds the interpreter's
-lock, so a thread would not help: 8 MB of brackets take 0.7 s, this many under 0.1 s.
-"""
-_SMALL_BYTES = 100_000
-"""A body up to this size cannot hold too many parts."""
 _MOST_SEQUENCES = 4096
 """Sequences of one request while no engine has reported its batch size."""
 _CALLER_CHARACTERS = 64
+_OBJECTS = re.compile(rb"\[\s*\{")
 _COMPLETION_COUNTS = ("max_tokens", "n")
 _CHAT_COUNTS = ("max_tokens", "max_completion_tokens", "n")
 
-Prompts = tuple[str | tuple[int, ...], ...]
+Prompts = tuple[str | Raw | Sequence[int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +44,8 @@ class ParsedRequest:
     """A request under control. `fields` are its JSON fields without the gateway's own, those that were read as what
     they stand for, `body` the bytes for the engine. `model` "": the client named none.
 
-    `prompts` are texts or token ids (none for a chat, whose messages are in `fields`). `max_tokens` None: the client
+    `prompts` are texts or token ids (none for a chat, whose messages are in `fields`). Of a body over LARGE_BYTES,
+    `fields` has what the gateway reads, values over LARGE_BYTES undecoded, as Raw. `max_tokens` None: the client
     named no limit. `choices`: answers per prompt. `native`: by one of Triton's native paths. `include_usage`: the
     stream ends with a usage chunk. `caller`: a name of the API key, or the client's `user`, "" if neither. `metrics`:
     the answer shall carry the gateway's metrics.
@@ -71,21 +70,40 @@ class ParsedRequest:
         """Sequences that the engine generates side by side."""
         return max(1, len(self.prompts)) * self.choices
 
+    def counted(self) -> ParsedRequest:
+        """The same once its tokens are counted: a large body is kept as its bytes alone (`whole` reads it again)."""
+        if len(self.body) <= LARGE_BYTES:
+            return self
+        return replace(self, fields={}, prompts=("",) * len(self.prompts))
+
+    def whole(self) -> ParsedRequest:
+        """The same with every field decoded, for engines that translate it. Raises ApiError 400 for what is too large
+        to be decoded at once. Large bodies take up to a second: call it in a thread.
+        """
+        if len(self.body) <= LARGE_BYTES:
+            return self
+        return replace(parse_request(self.path, self.body, whole=True), caller=self.caller, metrics=self.metrics)
+
 
 def is_controlled(path: str) -> bool:
     """Whether a POST to this path goes through the control core."""
     return path in (COMPLETIONS, CHAT) or NATIVE.fullmatch(path) is not None
 
 
-def parse_request(path: str, body: bytes, *, key_name: str | None = None, metrics: bool = False) -> ParsedRequest:
+def parse_request(
+    path: str, body: bytes, *, key_name: str | None = None, metrics: bool = False, whole: bool = False
+) -> ParsedRequest:
     """The request with this path (no query) and body. `key_name`: the API key's name; `metrics`: asked for by header.
+    `whole`: a large body's fields too are all there, and decoded.
 
-    Raises ApiError 400 naming the field. Called for every request: a plain one costs a handful of calls.
+    Raises ApiError 400 naming the field. Called for every request: a plain one costs a handful of calls. A body over
+    OFF_LOOP_BYTES should be read in a thread.
     """
-    fields = _json_object(body)
+    fields = _json_object(body, whole=whole)
     if OWN_FIELD in fields:
-        metrics = _wants_metrics(fields.pop(OWN_FIELD)) or metrics
-        body = _json_bytes(fields)
+        own = fields.pop(OWN_FIELD)
+        metrics = _wants_metrics(own) or metrics
+        body = _json_bytes(fields) if len(body) <= LARGE_BYTES else without(body, OWN_FIELD)
     user = fields.get("user")
     caller = key_name or (_caller(user) if user else "")
     read = _openai_request if path in (COMPLETIONS, CHAT) else _native_request
@@ -109,14 +127,7 @@ def model_of(body: bytes) -> str | None:
 
     Raises ApiError 400 for a body that would take too long to read.
     """
-    if body.lstrip()[:1] != b"{":
-        return None
-    _check_parts(body)
-    try:
-        model = from_json(body).get("model")
-    except ValueError:
-        return None
-    return model if isinstance(model, str) else None
+    return model_in(body)
 
 
 def stop_texts(request: ParsedRequest) -> tuple[str, ...]:
@@ -142,7 +153,7 @@ def _openai_request(path: str, fields: dict[str, Any], body: bytes, caller: str,
         if (newer := fields.get("max_completion_tokens")) is not None:
             limited_by, limit = "max_completion_tokens", newer
         messages = fields.get("messages")
-        if not isinstance(messages, list) or {*map(type, messages)} != {dict}:
+        if not _are_messages(messages):
             raise invalid("messages: must be a list of at least one message object", "messages")
     else:
         prompt = fields.get("prompt")
@@ -182,8 +193,10 @@ def _native_request(path: str, fields: dict[str, Any], body: bytes, caller: str,
     if match is None:
         raise ApiError(404, f"{path} takes no completion and no chat", code="not_found")
     texts, limit, stream = fields.get("text_input"), fields.get("max_tokens"), fields.get("stream")
+    if isinstance(texts, Raw):
+        texts = list(prompt_lengths(texts))
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or {*map(type, texts)} != {str}:
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str | Raw) for text in texts):
         raise invalid("text_input must be a text", "text_input")
     limit = limit[0] if isinstance(limit, list) and len(limit) == 1 else limit
     if limit is not None and (type(limit) is not int or not 1 <= limit <= _LARGEST):
@@ -217,8 +230,17 @@ def _read_counts(fields: dict[str, Any], names: tuple[str, ...]) -> None:
                 raise invalid(f"{name}: must be a whole number from 1 to {_LARGEST}", name)
 
 
+def _are_messages(value: Any) -> bool:
+    """A list of objects; of a large one only its beginning is looked at, the engine checks the rest."""
+    if isinstance(value, Raw):
+        return _OBJECTS.match(value) is not None
+    return isinstance(value, list) and {*map(type, value)} == {dict}
+
+
 def _prompts(value: Any) -> Prompts:
     """The three shapes of a prompt besides a text: texts, token ids, lists of token ids."""
+    if isinstance(value, Raw):
+        return prompt_lengths(value)
     if isinstance(value, list) and value:
         if {*map(type, value)} == {str}:
             return tuple(value)
@@ -254,14 +276,9 @@ def _wants_metrics(value: object) -> bool:
     return bool(value.get("metrics"))
 
 
-def _check_parts(body: bytes) -> None:
-    if max(body.count(b"[") + body.count(b"{"), body.count(b":")) > _MOST_PARTS:
-        raise invalid(f"the body has more lists, objects or keys than {_MOST_PARTS}")
-
-
-def _json_object(body: bytes) -> dict[str, Any]:
-    if len(body) > _SMALL_BYTES:
-        _check_parts(body)
+def _json_object(body: bytes, *, whole: bool) -> dict[str, Any]:
+    if len(body) > LARGE_BYTES:
+        return named_values(body, decoded=whole)
     try:
         try:
             fields = from_json(body)

@@ -7,6 +7,7 @@ import pytest
 
 from gateway.rig import parsed, rig, virtually
 from throttllem.config import LimitOptions
+from throttllem.core.admission import never_fits
 from throttllem.core.options import AdmissionOptions
 from throttllem.core.types import Slo
 from throttllem.engines.base import EngineError, PromptCount
@@ -48,6 +49,42 @@ def test_a_client_that_names_no_model_gets_the_only_one():
             return session.request.model, count.tokens, several.value.status, several.value.param
 
     assert virtually(run()) == ("toy", 4, 400, "model")
+
+
+def test_large_prompts_being_counted_do_not_delay_small_ones(monkeypatch):
+    async def run():
+        async with rig() as it:
+            await it.up()
+            never = asyncio.Event()
+
+            async def count(request):
+                if len(request.body) > 100_000:
+                    await never.wait()
+                return PromptCount(tokens=4, by="test", exact=True)
+
+            it.backend.engine.count = count
+            large = [asyncio.create_task(it.models.count(parsed(prompt="x" * 100_000))) for _ in range(80)]
+            await asyncio.sleep(0.1)
+            async with asyncio.timeout(1.0):
+                found = await it.models.count(parsed())
+            for task in large:
+                task.cancel()
+            await asyncio.gather(*large, return_exceptions=True)
+            return found.tokens
+
+    assert virtually(run()) == 4
+
+
+def test_whether_an_estimated_prompt_fits_is_the_engines_to_say():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            spec = it.backend.connected.spec
+            far = PromptCount(tokens=10**9, by="an estimate", exact=False)
+            request = it.models.session(parsed(limit=7), far, Slo()).request
+            return never_fits(request, spec), request.max_tokens
+
+    assert virtually(run()) == (None, 7)
 
 
 def test_counting_waits_for_an_engine():

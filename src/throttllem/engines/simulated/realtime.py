@@ -20,6 +20,7 @@ from throttllem.engines.simulated.engine import Physics, SimulatedEngine
 from throttllem.engines.simulated.replies import Answer, SimulatedApi
 from throttllem.gpu.device import Gpu
 from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.large_bodies import LARGE_BYTES
 from throttllem.openai_api.requests import CHAT, COMPLETION_TOKENS, COMPLETIONS, ParsedRequest
 from throttllem.openai_api.responses import STREAM_HEADERS
 
@@ -117,6 +118,8 @@ class RealtimeEngine:
 
     async def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens by its own tokenizer: exact, unless the prompt is far too long to be served."""
+        if len(request.body) > LARGE_BYTES:
+            return await asyncio.to_thread(self._api.count, request)
         return self._api.count(request)
 
     @asynccontextmanager

@@ -9,13 +9,16 @@ import math
 import random
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from msgspec import Raw
 
 from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Call, PromptCount, Reply, whole_reply
 from throttllem.engines.simulated.text import Tape, estimate_tokens
 from throttllem.openai_api.errors import ApiError, invalid
+from throttllem.openai_api.large_bodies import read_value
 from throttllem.openai_api.lax import truth, whole_number
 from throttllem.openai_api.requests import COMPLETION_TOKENS, ParsedRequest, parse_request, stop_texts
 from throttllem.openai_api.responses import JSON_HEADERS, AnswerWriter, Usage, model_list
@@ -80,7 +83,7 @@ class SimulatedApi:
     def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens by the engine's own tokenizer: exact, unless the prompt is far too long to be served."""
         if request.chat:
-            counts = [self._count(text or "") for text in map(_text, request.fields["messages"])]
+            counts = [self._count(text or "") for text in map(_text, request.whole().fields["messages"])]
             tokens = sum(tokens + _MESSAGE_TOKENS for tokens, _ in counts)
         else:
             counts = [self._count(prompt) for prompt in request.prompts]
@@ -88,8 +91,10 @@ class SimulatedApi:
         exact = all(exact for _, exact in counts)
         return PromptCount(tokens=max(1, tokens), by="the simulated engine's own tokenizer", exact=exact)
 
-    def _count(self, prompt: str | tuple[int, ...]) -> tuple[int, bool]:
-        if isinstance(prompt, tuple):
+    def _count(self, prompt: str | Raw | Sequence[int]) -> tuple[int, bool]:
+        if isinstance(prompt, Raw):
+            prompt = str(read_value("prompt", prompt))
+        if not isinstance(prompt, str):
             return len(prompt), True
         return estimate_tokens(prompt, most_tokens=self.room_tokens)
 
@@ -99,7 +104,7 @@ class SimulatedApi:
 
     def answer(self, call: Call) -> Answer:
         """The answer to a completion or a chat. Raises ApiError for what is wrong, or beyond this engine."""
-        request = call.request or parse_request(call.path.partition("?")[0], call.body)
+        request = (call.request or parse_request(call.path.partition("?")[0], call.body)).whole()
         if request.model not in ("", self._name):
             message = f"The model `{request.model[:80]}` does not exist; this engine serves `{self._name}`."
             raise ApiError(404, message, param="model", code="model_not_found")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
+from msgspec import Raw
 from pydantic_core import from_json, to_json
 
 from throttllem.core.types import EngineSpec
@@ -33,6 +34,7 @@ from throttllem.engines.triton.chat_template import Template, TemplateError, cha
 from throttllem.engines.triton.facts import Metrics, ModelFacts, engine_spec, metrics, model_facts
 from throttllem.engines.triton.translation import Generation, failure_text, prompt_text, triton_body
 from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.large_bodies import LARGE_BYTES
 from throttllem.openai_api.requests import (
     CHAT,
     COMPLETION_TOKENS,
@@ -120,6 +122,8 @@ class TritonEngine:
 
     async def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens of the prompt by the tokenizer.json, or an estimate from its bytes that is marked as one."""
+        if len(request.body) > LARGE_BYTES:
+            request = await asyncio.to_thread(request.whole)
         if request.chat:
             try:
                 text = self._chat_text(request)
@@ -128,7 +132,7 @@ class TritonEngine:
             return await self._tokenizer.count(text, special=self._template is plain)
         return mean_count([await self._count(prompt) for prompt in request.prompts])
 
-    async def _count(self, prompt: str | tuple[int, ...]) -> PromptCount:
+    async def _count(self, prompt: str | Raw | Sequence[int]) -> PromptCount:
         if isinstance(prompt, str):
             return await self._tokenizer.count(prompt)
         return PromptCount(tokens=len(prompt), by="its token ids", exact=True)
@@ -200,14 +204,16 @@ class TritonEngine:
     async def _completion(self, call: Call, path: str) -> AsyncIterator[Reply]:
         """The answer to a completion or a chat."""
         try:
-            request = call.request or parse_request(path, call.body)
-            prompt_tokens, limit, native = self._translated(call, request)
+            if len(call.body) > LARGE_BYTES:
+                request, prompt_tokens, limit, body = await asyncio.to_thread(self._translated, call, path)
+            else:
+                request, prompt_tokens, limit, body = self._translated(call, path)
         except ApiError as error:
             yield error_reply(error)
             return
         headers = JSON_HEADERS + tuple(pair for pair in call.headers if pair[0] in _PASSED_HEADERS)
         path = f"{self._base}/generate_stream"
-        sent = Call(method="POST", path=path, headers=headers, body=to_json(native), request=request)
+        sent = Call(method="POST", path=path, headers=headers, body=body, request=request)
         writer = AnswerWriter(
             chat=request.chat, name=uuid4().hex, model=request.model or self._model, created_s=int(time.time())
         )
@@ -230,13 +236,15 @@ class TritonEngine:
                 body = writer.whole(b"".join(texts) + generation.rest(), generation.finish_reason, usage)
                 yield whole_reply(200, JSON_HEADERS, body)
 
-    def _translated(self, call: Call, request: ParsedRequest) -> tuple[int, int, dict[str, object]]:
-        """Tokens of the prompt, the limit of the answer, and Triton's body. Raises ApiError."""
+    def _translated(self, call: Call, path: str) -> tuple[ParsedRequest, int, int, bytes]:
+        """The request, tokens of its prompt, the limit of the answer, and Triton's body. Raises ApiError."""
+        request = (call.request or parse_request(path, call.body)).whole()
         text = self._chat_text(request) if request.chat else prompt_text(request)
         prompt_tokens = call.prompt_tokens or self._tokenizer.tokens(text)
         room = (self._options.max_context_tokens or self._spec.max_context_tokens) - prompt_tokens
         limit = request.max_tokens or call.max_tokens or (max(1, room) if request.chat else COMPLETION_TOKENS)
-        return prompt_tokens, limit, triton_body(request, text=text, limit=limit, inputs=self._facts.inputs)
+        native = triton_body(request, text=text, limit=limit, inputs=self._facts.inputs)
+        return request, prompt_tokens, limit, to_json(native)
 
     def _chat_text(self, request: ParsedRequest) -> str:
         return self._template(text_messages(request.fields.get("messages")))

@@ -27,6 +27,7 @@ _HEALTH_CHECKS = 3
 """An engine that is suspected counts as lost after this many failed checks, or one refused connection."""
 _NEXT_CHECK_S = 0.5
 _COUNTS_AT_A_TIME = 64
+_LARGE_COUNTS_AT_A_TIME = 2
 _STALLED_AFTER_S = 10.0
 _UNKNOWN_STEP_S = 0.05
 _SHORTEST_STEP_S = 0.005
@@ -61,6 +62,8 @@ class Backend:
     estimated_prompts: int = 0
     counting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_COUNTS_AT_A_TIME))
     """Held while the engine counts the tokens of a prompt."""
+    counting_large: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_LARGE_COUNTS_AT_A_TIME))
+    """The same for large prompts: counting one takes seconds, in which small ones go on."""
     _emit: Emit | None = None
     _stepped_s: float = 0.0
     _task: asyncio.Task[None] | None = None

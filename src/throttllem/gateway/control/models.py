@@ -15,6 +15,7 @@ from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.session import Session
+from throttllem.openai_api.large_bodies import LARGE_BYTES
 from throttllem.openai_api.requests import ParsedRequest
 
 _LOOK_AGAIN_S = 0.05
@@ -98,7 +99,7 @@ class Models:
         try:
             if backend is None or backend.connected is None or backend.state != "up":
                 backend = await self._connected(parsed.model)
-            async with backend.counting:
+            async with backend.counting_large if len(parsed.body) > LARGE_BYTES else backend.counting:
                 found = await backend.engine.count(parsed)
         except EngineError as error:
             if backend is not None:
@@ -119,11 +120,17 @@ class Models:
             connected = next((backend.connected for backend in loop.backends if backend.connected), None)
         if connected is None:
             raise rejections.no_engine(None)
+        max_tokens = parsed.max_tokens or _default_max_tokens(parsed, count, connected)
+        prompt_tokens = count.tokens
+        if not count.exact:  # whether it fits is the engine's to say
+            spec = connected.spec
+            room = min(spec.max_context_tokens, spec.kv_blocks // parsed.sequences * spec.block_tokens)
+            prompt_tokens = min(prompt_tokens, room - max_tokens)
         request = Request(
             id=loop.fresh_id(),
             arrival_s=loop.now(),
-            prompt_tokens=max(1, count.tokens),
-            max_tokens=parsed.max_tokens or _default_max_tokens(parsed, count, connected),
+            prompt_tokens=max(1, prompt_tokens),
+            max_tokens=max_tokens,
             slo=slo,
             sequences=parsed.sequences,
             caller=parsed.caller,

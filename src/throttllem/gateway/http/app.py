@@ -33,6 +33,7 @@ from throttllem.gateway.http.pages import MODELS, OPENAPI, MetricsPage, Pages
 from throttllem.gateway.http.protocol import CROWDED
 from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
 from throttllem.openai_api.errors import ApiError, as_api_error
+from throttllem.openai_api.large_bodies import OFF_LOOP_BYTES
 from throttllem.openai_api.requests import CHAT, COMPLETIONS, check_sequences, is_controlled, model_of, parse_request
 
 _log = logging.getLogger("throttllem.gateway")
@@ -192,10 +193,15 @@ class Gateway:
             slo = read_slo(exchange.own, slo, self._options.classes)
             metrics = exchange.own.get(METRICS_HEADER, "").strip() == "1"
         body = await exchange.read(self._limits.body_bytes)
-        parsed = parse_request(path, body, key_name=key_name, metrics=metrics)
+        if len(body) <= OFF_LOOP_BYTES:
+            parsed = parse_request(path, body, key_name=key_name, metrics=metrics)
+        else:
+            parsed = await asyncio.to_thread(parse_request, path, body, key_name=key_name, metrics=metrics)
+        del body
         check_sequences(parsed, self._models.max_sequences())
         exchange.attend()
         count = await self._models.count(parsed)
+        parsed = parsed.counted()
         async with self._models.session(parsed, count, slo) as session:
             backend = await session.placed()
             call = Call(
@@ -224,7 +230,13 @@ class Gateway:
             raise self._drained()
         body = await exchange.read(self._limits.body_bytes)
         native = _NATIVE_MODEL.fullmatch(path)
-        model = native[1] if native else model_of(body)
+        model = (
+            native[1]
+            if native
+            else await asyncio.to_thread(model_of, body)
+            if len(body) > OFF_LOOP_BYTES
+            else model_of(body)
+        )
         engine = self._models.uncontrolled_engine(model)
         exchange.attend()
         call = Call(method=exchange.method, path=_target(exchange), headers=self._headers(exchange), body=body)
