@@ -60,7 +60,7 @@ class ServerOptions:
 class LimitOptions:
     """Bounds on what one client, or one engine, can make the gateway hold."""
 
-    body_bytes: int = 8 * 1024 * 1024
+    body_bytes: int = 32 * 1024 * 1024
     """Largest body of a request."""
     header_bytes: int = 64 * 1024
     """Most bytes of a request's headers."""
@@ -71,7 +71,10 @@ class LimitOptions:
     engine_wait_s: float = 30.0
     """How long a request waits for an engine while none is up."""
     silence_s: float = 120.0
-    """How long an engine may send nothing for a running request before the request has failed (504)."""
+    """How long an engine may show no sign of life, or report fewer requests than it was sent, while a running request
+    gets nothing; then the request has failed (504)."""
+    request_s: float = 3600.0
+    """How long a running request may get no token, whatever its engine does for others; then it has failed (504)."""
     drain_s: float = 30.0
     """How long running requests may go on after SIGTERM."""
     slow_reader_s: float = 60.0
@@ -81,6 +84,7 @@ class LimitOptions:
         check("limits", body_bytes=(self.body_bytes, 1024, 1 << 30), header_bytes=(self.header_bytes, 1024, 1 << 20))
         check("limits", connections=(self.connections, 1, 1 << 20), queue_wait_s=(self.queue_wait_s, 0.1, 86400))
         check("limits", engine_wait_s=(self.engine_wait_s, 0, 86400), silence_s=(self.silence_s, 0.1, 86400))
+        check("limits", request_s=(self.request_s, 0.1, 7 * 86400))
         check("limits", drain_s=(self.drain_s, 0, 86400), slow_reader_s=(self.slow_reader_s, 0.1, 86400))
 
 

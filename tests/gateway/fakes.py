@@ -76,6 +76,12 @@ class Session:
         assert not self.ends and count > 0
         self.counted += count
 
+    def attended(self, client):
+        assert not client.blocked
+
+    def heard(self):
+        assert not self.ends
+
     def finish(self, tokens=None):
         assert not self.ends
         self.ends.append("finished")

@@ -147,7 +147,7 @@ def test_whether_the_answer_is_complete(chunks, whole):
         assert meter.whole is (whole or native)
 
 
-STREAM = chat_events(6, usage=True) + completion_events(3)
+STREAM = chat_events(6, usage=True)[:-1] + completion_events(3)
 
 
 @given(
@@ -159,6 +159,20 @@ def test_tokens_are_the_same_wherever_events_are_cut(cuts, ends):
     cuts = [0, *sorted(cuts), len(data)]
     chunks = [data[start:end] for start, end in itertools.pairwise(cuts)]
     assert measured(chunks) == (9, True, False, 6)
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_nothing_counts_behind_done(size):
+    data, more = b"".join(chat_events(2)), TOKEN + b'data: {"error": {}}\n\n' + TOKEN[:9]
+    meter, behind = Meter(), b""
+    for at in range(0, len(data + more), size):
+        chunk = (data + more)[at : at + size]
+        meter.feed(chunk)
+        if meter.done:
+            behind = chunk[len(chunk) - meter.surplus :]
+            break
+    assert (meter.done, meter.failed) == (True, False) and more.startswith(behind)
+    assert size < 1000 or behind == more
 
 
 @given(st.binary(max_size=300), st.integers(1, 300))

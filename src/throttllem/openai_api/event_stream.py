@@ -73,12 +73,13 @@ def data_of(event: bytes) -> bytes | None:
 
 
 class Meter:
-    """Counts one stream. `done`: [DONE] came; `failed`: the engine reported an error; `used`: the usage chunk's count.
+    """Counts one stream. `done`: [DONE] came, which ends it, and `surplus` bytes of the chunk are behind it; `failed`: the
+    engine reported an error; `used`: the usage chunk's count.
 
     `native`: Triton's native API, where an answer is a `text_output`, and no event marks the end.
     """
 
-    __slots__ = ("_answer", "_last", "_native", "_splitter", "done", "failed", "used")
+    __slots__ = ("_answer", "_last", "_native", "_splitter", "done", "failed", "surplus", "used")
 
     def __init__(self, *, native: bool = False) -> None:
         self._splitter = Splitter()
@@ -87,6 +88,7 @@ class Meter:
         self._last = b""
         self.done = False
         self.failed = False
+        self.surplus = 0
         self.used: int | None = None
 
     @property
@@ -99,7 +101,18 @@ class Meter:
         # As in `Splitter.feed`: a chunk is one whole event, in most cases.
         if not self._splitter.tail and chunk.find(b"\n\n") + 2 == len(chunk) > 1 and b"\r" not in chunk:
             return self._event(chunk)
-        return sum(map(self._event, self._splitter.feed(chunk)))
+        tokens = 0
+        for event in self._splitter.feed(chunk):
+            if self.done:
+                self.surplus += len(event)
+            else:
+                tokens += self._event(event)
+        tail = self._splitter.tail
+        if self.done:
+            self.surplus += len(tail)
+        elif is_done(tail) and tail.rstrip() in (b"data: [DONE]", b"data:[DONE]"):
+            self.done = True  # the blank line may never come
+        return tokens
 
     def close(self) -> int:
         """The stream is over: the tokens in an event that no blank line ended."""

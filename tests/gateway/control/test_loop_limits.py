@@ -3,13 +3,16 @@ external load is logged.
 """
 
 import asyncio
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
 from gateway.rig import rig, virtually
 from throttllem.config import LimitOptions
 from throttllem.core.types import Observed, Slo
+from throttllem.engines.base import Report
 from throttllem.gateway.telemetry.status import gateway_status
 from throttllem.openai_api.errors import ApiError
 
@@ -71,21 +74,106 @@ def test_a_silent_engine(stream, tokens):
     assert 4.0 <= waited_s <= 4.6
 
 
-@pytest.mark.parametrize(("tokens", "waits"), [(0, True), (1, False)])
-def test_an_engine_that_goes_on_with_others_is_not_silent_before_the_first_token(tokens, waits):
-    """Before its first token a request may wait in the engine; after it, its own tokens count."""
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_an_engine_that_goes_on_with_others_is_not_silent(tokens):
+    """A request may wait in the engine, and an engine may hold back the rest of an output (a tool call)."""
 
     async def run():
         async with rig(mute=True, limits=LimitOptions(silence_s=1.0)) as it:
             await it.up()
             other = asyncio.ensure_future(it.request(tokens=200))
-            _, waited_s = await rejection(it, tokens=tokens)
-            return waited_s, await other
+            error, waited_s = await rejection(it, tokens=tokens)
+            return error, waited_s, await other
 
-    waited_s, other_end = virtually(run())
-    assert (waited_s > 2.5) is waits
-    assert waits or waited_s <= 1.6
+    error, waited_s, other_end = virtually(run())
     assert other_end is not None
+    assert waited_s > 2.5 and error.code == "engine_silent", "when the other has ended, nothing shows that it works"
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_request_that_the_engine_no_longer_holds_ends_while_it_works_on_others(tokens):
+    """Only the silent one: the others go on."""
+
+    async def run():
+        async with rig(numbered=True, limits=LimitOptions(silence_s=1.0)) as it:
+            await it.up()
+            others = [asyncio.ensure_future(it.request(tokens=240)) for _ in range(2)]
+            error, waited_s = await rejection(it, tokens=tokens)
+            busy = not any(other.done() for other in others)
+            return error, waited_s, busy, await asyncio.gather(*others)
+
+    error, waited_s, busy, others = virtually(run())
+    assert (error.status, error.code) == (504, "request_lost") and "limits.silence_s" in error.message
+    assert 1.0 <= waited_s <= 2.0 and busy and None not in others
+
+
+def test_a_request_without_a_token_ends_whatever_the_engine_does():
+    async def run():
+        async with rig(mute=True, limits=LimitOptions(silence_s=1.0, request_s=1.5)) as it:
+            await it.up()
+            other = asyncio.ensure_future(it.request(tokens=240))
+            error, waited_s = await rejection(it, tokens=1)
+            return error, waited_s, await other
+
+    error, waited_s, other = virtually(run())
+    assert (error.status, error.code) == (504, "request_stalled") and "limits.request_s" in error.message
+    assert 1.5 <= waited_s <= 2.0 and other is not None, "one that gets tokens may take longer"
+
+
+@pytest.mark.parametrize("sign", ["byte", "step", "running", "kv", "client"])
+def test_signs_of_life(sign):
+    """Each of them keeps a stream without tokens alive; without one it ends."""
+
+    async def run():
+        async with rig(mute=True, limits=LimitOptions(silence_s=1.0)) as it:
+            await it.up()
+            client = SimpleNamespace(blocked=False)
+            ends_s = it.loop.now() + 3.0
+            with pytest.raises(ApiError) as ended:
+                async with it.session() as session:
+                    await session.placed()
+                    session.tokens(1)
+                    session.attended(client)
+                    for number in range(15):
+                        await asyncio.sleep(0.2)
+                        report = Report(running=1, waiting=0, kv_blocks=3)
+                        match sign:
+                            case "byte":
+                                session.heard()
+                            case "step":
+                                it.backend._reported(replace(report, step=number))
+                            case "running":
+                                it.backend._reported(report)
+                            case "kv":
+                                it.backend._reported(replace(report, step=None if number else 0, kv_blocks=number))
+                            case "client":
+                                client.blocked = number < 14
+                    await asyncio.sleep(60.0)
+            return ended.value.code, it.loop.now() - ends_s
+
+    code, after_s = virtually(run())
+    assert code == "engine_silent" and (0.9 if sign != "client" else -0.3) <= after_s <= 1.6
+
+
+def test_what_stands_still_in_an_engine_that_numbers_its_steps_is_no_sign():
+    """Its API server answers on while its steps hang."""
+
+    async def run():
+        async with rig(mute=True, limits=LimitOptions(silence_s=1.0)) as it:
+            await it.up()
+
+            async def scraped():
+                while True:
+                    it.backend._reported(Report(running=1, waiting=0, kv_blocks=3, step=7))
+                    await asyncio.sleep(0.2)
+
+            scraping = asyncio.ensure_future(scraped())
+            found = await rejection(it, tokens=1)
+            scraping.cancel()
+            return found
+
+    error, waited_s = virtually(run())
+    assert error.code == "engine_silent" and waited_s <= 1.6
 
 
 def test_idle_energy_is_settled_as_time_passes():

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.gateway.fakes import running
+from tests.gateway.fakes import running, until
 from tests.gateway.upstream import chat_chunk, chat_events, sse
 from throttllem.config import LimitOptions
 from throttllem.engines.base import Reply
@@ -99,6 +99,35 @@ def test_a_stream_that_ends_before_its_output_is_an_error(metrics):
     assert (session.counted, session.ends) == (3, ["cancelled"])
 
 
+@pytest.mark.parametrize("metrics", [False, True])
+@pytest.mark.parametrize("play", ["done-hang", "done-cut", "done-more"])
+def test_done_ends_a_stream_whatever_the_engine_does_then(play, metrics):
+    async def main():
+        async with running() as there:
+            async with asyncio.timeout(2):
+                *_, got = await there.post(CHAT, chat(play=play, throttllem={"metrics": metrics}))
+            session = there.session
+            await until(lambda: there.engine.left == 1)
+            return got, session
+
+    got, session = asyncio.run(main())
+    events = got.split(b"\n\n")
+    assert events[-2:] == [b"data: [DONE]", b""] and len(events) == 6
+    assert (b"metrics" in events[-3]) is metrics
+    assert (session.counted, session.ends) == (3, ["finished"])
+
+
+def test_a_connection_is_used_again_after_done():
+    async def main():
+        async with running() as there:
+            for _ in range(3):
+                await there.post(CHAT, chat())
+                await until(lambda: not there.gateway._open)
+            return len(there.models.engine.upstream._all)
+
+    assert asyncio.run(main()) == 1
+
+
 def test_an_error_in_the_stream_leaves_the_session_unfinished():
     _, _, got, engine, session = served(CHAT, chat(play="error-event"))
     assert got == engine.sent and session.ends == ["cancelled"]
@@ -136,6 +165,7 @@ class Client:
 
     def __init__(self):
         self.pieces, self.order, self.last, self.blocked, self.moves = [], [], b"", False, 0
+        self.started = False
 
     async def start(self, status, headers, *, events=False):
         self.status, self.headers = status, headers
@@ -164,6 +194,12 @@ class Session:
     def __init__(self, client):
         self.client = client
         self.before = None
+
+    def attended(self, client):
+        assert client is self.client
+
+    def heard(self):
+        """Nothing is noted."""
 
     def tokens(self, count=1):
         self.client.order.append("counted")
@@ -198,7 +234,7 @@ def test_a_chunk_goes_to_the_client_before_its_tokens_are_counted():
     """What the control core makes of a token can wait; the client cannot."""
     client, _ = relayed(chat_events(3), metrics=False)
     chunks = ["sent"] + ["sent", "counted"] * 3  # the first opens the message
-    assert client.order == [*chunks, "finished", "sent", "sent"]
+    assert client.order == [*chunks, "finished", "sent"]
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 10_000])
@@ -206,8 +242,9 @@ def test_nothing_is_held_back_and_the_session_is_finished_before_the_end(size):
     data = b"".join(chat_events(5))
     chunks = [data[at : at + size] for at in range(0, len(data), size)]
     client, before = relayed(chunks, metrics=False)
-    assert client.pieces == [*chunks, b""]
-    assert b"".join(before) == data[: (len(data) - 1) // size * size]
+    assert client.pieces[:-1] == chunks[: len(client.pieces) - 1] == before
+    assert b"".join(client.pieces) == data
+    assert data.endswith(b"[DONE]" + data[len(b"".join(before)) :][-2:])
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 10_000])

@@ -58,7 +58,9 @@ class Backend:
     progress: Progress | None = None
     report: Report | None = None
     last_sign_s: float = 0.0
-    """When the engine last showed that it works."""
+    """When the engine last showed that it works: a byte, a step, a count that changed."""
+    lacking_s: float | None = None
+    """Since when it has reported fewer requests than were sent to it; None: it reports them all, or no counts."""
     estimated_prompts: int = 0
     counting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_COUNTS_AT_A_TIME))
     """Held while the engine counts the tokens of a prompt."""
@@ -66,6 +68,7 @@ class Backend:
     """The same for large prompts: counting one takes seconds, in which small ones go on."""
     _emit: Emit | None = None
     _stepped_s: float = 0.0
+    _numbers_steps: bool = False
     _task: asyncio.Task[None] | None = None
     _checking: asyncio.Task[None] | None = None
     _if_healthy: list[Event] = field(default_factory=list)
@@ -164,7 +167,7 @@ class Backend:
             pause_s = min(_LONGEST_RETRY_S, pause_s * 1.5)
 
     async def _take_into_use(self, key: int, connected: Connected, emit: Emit) -> None:
-        self.connected, self.report, self.own_trouble = connected, None, None
+        self.connected, self.report, self.own_trouble, self.lacking_s = connected, None, None, None
         if self.kind != "simulated":
             self.model.reached(connected)
         self.progress = Progress(key, exact=connected.named)
@@ -267,6 +270,7 @@ class Backend:
         self.accounting.settle(ending=len(progress.in_flight) == 1)
         flight = progress.left(request_id)
         assert flight is not None
+        self._compare_counts()
         self._arm()
         if not self.accounting.known():
             return None
@@ -287,9 +291,11 @@ class Backend:
         self.report = report
         elapsed_s = now_s - self._stepped_s
         if report.step is not None:
-            self._stepped_s = now_s
-            if before is None or report.step != before.step:
-                self.last_sign_s = now_s
+            self._stepped_s, self._numbers_steps = now_s, True
+        # What stands still in an engine that numbers its steps proves nothing: its metrics outlive its steps.
+        if _counts(report) != _counts(before) or (report.running and not self._numbers_steps):
+            self.last_sign_s = now_s
+        self._compare_counts()
         if report.joules is not None:
             self.accounting.measured(report)
         elif report.prompt_tokens:
@@ -298,6 +304,14 @@ class Backend:
         for event in progress.report(report, elapsed_s=elapsed_s):
             self._emit(event)
         self._arm()
+
+    def _compare_counts(self) -> None:
+        """Note since when the engine has reported fewer requests than it should hold."""
+        report = self.report
+        if report is None or report.running + report.waiting >= self.in_flight:
+            self.lacking_s = None
+        elif self.lacking_s is None:
+            self.lacking_s = self.now()
 
     def _arm(self) -> None:
         """Advance iterations by a timer while neither reports nor streams show them."""
@@ -322,3 +336,8 @@ class Backend:
         if estimate is None or clock not in estimate.table.clocks_mhz:
             return _UNKNOWN_STEP_S
         return max(_SHORTEST_STEP_S, estimate.table.at(clock, self.in_flight, 1, 0)[0])
+
+
+def _counts(report: Report | None) -> tuple[int | None, ...]:
+    """What moves while an engine works."""
+    return () if report is None else (report.step, report.running, report.waiting, report.kv_blocks)

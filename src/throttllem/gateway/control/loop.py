@@ -477,20 +477,31 @@ class ControlLoop:
     def overdue(self, session: Session, up_s: float, now_s: float) -> ApiError | None:
         """What ends a request now, None if nothing does. `up_s`: when an engine was up last.
 
-        A streamed output that has begun must go on; before that, and where output comes in one piece, any sign of life
-        of the engine will do.
+        A byte of its own is a sign of life of a request, and so is whatever shows that the engine works, as engines
+        hold back output (a tool call is parsed whole). That ends where the engine has reported for as long that it
+        holds fewer requests than it should, or where no token came for `limits.request_s`.
         """
-        limits = self.limits
-        if session.dispatched_s is None or session.backend is None:
+        limits, backend = self.limits, session.backend
+        if session.dispatched_s is None or backend is None:
             if now_s - session.request.arrival_s > limits.queue_wait_s:
                 return rejections.queue_timeout(limits.queue_wait_s, self.retry_after_s())
             if now_s - max(up_s, session.request.arrival_s) > limits.engine_wait_s:
                 return rejections.no_engine(next((one.trouble for one in self.backends if one.trouble), None))
             return None
-        sign_s = max(session.backend.last_sign_s, session.dispatched_s)
-        if session.streams and session.last_token_s is not None:
-            sign_s = session.last_token_s
-        return rejections.engine_silent(limits.silence_s) if now_s - sign_s > limits.silence_s else None
+        if now_s - max(session.dispatched_s, session.last_token_s or 0.0) > limits.request_s:
+            return rejections.request_stalled(limits.request_s)
+        last_byte_s = session.last_byte_s(now_s)
+        if now_s - last_byte_s <= limits.silence_s:
+            return None
+        if now_s - backend.last_sign_s > limits.silence_s:
+            return rejections.engine_silent(limits.silence_s)
+        if backend.lacking_s is None or now_s - backend.lacking_s <= limits.silence_s:
+            return None
+        # Which of its requests the engine lacks is not reported: the one that was silent for longest, then it is seen.
+        there = [other for other in self._sessions.values() if other.backend is backend]
+        if last_byte_s > min(other.last_byte_s(now_s) for other in there):
+            return None
+        return rejections.request_lost(limits.silence_s)
 
     def _external_load(self, without_s: dict[int, float]) -> dict[int, float]:
         """Log when other clients have come into an engine. `without_s`: when each engine was last seen without them,

@@ -67,6 +67,18 @@ def engine_silent(seconds: float) -> ApiError:
     return ApiError(504, message, kind=ENGINE_ERROR, code="engine_silent")
 
 
+def request_lost(seconds: float) -> ApiError:
+    """504: the engine works, but no longer on this request."""
+    message = f"the engine no longer holds this request, and gave nothing for {seconds:g} s (limits.silence_s)"
+    return ApiError(504, message, kind=ENGINE_ERROR, code="request_lost")
+
+
+def request_stalled(seconds: float) -> ApiError:
+    """504: the engine gave no token of this request, whatever else it does."""
+    message = f"the engine gave no token of this request for {seconds:g} s (limits.request_s)"
+    return ApiError(504, message, kind=ENGINE_ERROR, code="request_stalled")
+
+
 def draining() -> ApiError:
     """503: the gateway shuts down."""
     return ApiError(503, "the gateway is shutting down", kind=ENGINE_ERROR, code="draining", retry_after_s=5)

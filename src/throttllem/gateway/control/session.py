@@ -21,6 +21,14 @@ from throttllem.gateway.control.slo_attainment import Latencies
 from throttllem.openai_api.errors import ApiError
 
 
+class Client(Protocol):
+    """The client, as far as a session needs it (gateway/http/exchange.py)."""
+
+    @property
+    def blocked(self) -> bool:
+        """Whether it is waited for."""
+
+
 class Loop(Protocol):
     """What a session calls: the control loop (gateway/control/loop.py), on whose time line all seconds are."""
 
@@ -57,7 +65,9 @@ class Receipt:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """Seconds on the control loop's time line; None: not yet. `failure` is what the control loop ended it with."""
+    """Seconds on the control loop's time line; None: not yet. `heard_s`: when the engine last sent a byte of it that was
+    no token. `failure` is what the control loop ended it with.
+    """
 
     loop: Loop
     request: Request
@@ -67,10 +77,12 @@ class Session:
     dispatched_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    heard_s: float | None = None
     generated_tokens: int = 0
     energy_j: float | None = None
     ended: bool = False
     failure: ApiError | None = None
+    _client: Client | None = None
     _placed: asyncio.Future[Backend] | None = None
     _task: asyncio.Task[object] | None = None
     _interrupted: bool = False
@@ -118,6 +130,17 @@ class Session:
             for event in backend.progress.token(self.request.id, count):
                 loop.handle(event)
 
+    def attended(self, client: Client) -> None:
+        """The engine replies, and from now on this client takes what it sends."""
+        self._client = client
+        self.heard()
+
+    def heard(self) -> None:
+        """The engine sent something that is no token."""
+        self.heard_s = self.loop.now()
+        if self.backend is not None:
+            self.backend.last_sign_s = self.heard_s
+
     def finish(self, tokens: int | None = None) -> Receipt:
         """The output is complete; `tokens` in all, where the engine reported it. To be called before the last chunk."""
         if not self.ended:
@@ -145,6 +168,14 @@ class Session:
         elif self._task is not None:
             self._interrupted = True
             self._task.cancel()
+
+    def last_byte_s(self, now_s: float) -> float:
+        """When the engine last sent a byte of it, at least since it was dispatched; now, while the client is waited for:
+        the engine is not read then.
+        """
+        if self._client is not None and self._client.blocked:
+            return now_s
+        return max(self.dispatched_s or 0.0, self.heard_s or 0.0, self.last_token_s or 0.0)
 
     def latencies(self) -> Latencies:
         """What the client saw so far."""

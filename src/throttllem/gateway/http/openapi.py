@@ -84,8 +84,15 @@ ERRORS = (
     ),
     ErrorCase(status=503, kind="server_error", code="too_many_connections", when="more than limits.connections"),
     ErrorCase(
-        status=504, kind="engine_error", code="engine_silent", when="the engine sent nothing for limits.silence_s"
+        status=504, kind="engine_error", code="engine_silent", when="the engine showed no life for limits.silence_s"
     ),
+    ErrorCase(
+        status=504,
+        kind="engine_error",
+        code="request_lost",
+        when="the engine has not held the request for limits.silence_s",
+    ),
+    ErrorCase(status=504, kind="engine_error", code="request_stalled", when="no token of it for limits.request_s"),
     ErrorCase(status=504, kind="engine_error", code="engine_error", when="no connection or answer in time"),
     ErrorCase(
         status=504, kind="engine_error", code="engine_failed", when="the engine did not count the prompt in time"

@@ -6,6 +6,7 @@ Nothing is held back, except one event (or a body that is not streamed) where th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable
 from dataclasses import asdict
@@ -17,6 +18,9 @@ from throttllem.gateway.control.session import Receipt, Session
 from throttllem.gateway.http.exchange import Exchange
 from throttllem.openai_api.errors import ByteHeaders
 from throttllem.openai_api.event_stream import Meter, Splitter, is_done, is_whole
+
+_LINGER_S = 0.25
+"""How long an engine may take to end a reply behind its [DONE]; then its connection is closed."""
 
 
 def relay(
@@ -36,6 +40,7 @@ def relay(
     if reply.status >= 300:
         return _error(exchange, reply)
     status, is_stream, headers = _head(reply)
+    session.attended(exchange)
     if is_stream:
         meter, held = Meter(native=native), _Held() if metrics else None
         return _events(exchange, reply, session, meter, held, status, headers)
@@ -57,35 +62,45 @@ async def _events(
     status: int,
     headers: ByteHeaders,
 ) -> None:
-    """Every token of every stream passes the loop here."""
-    receipt: Receipt | None = None
+    """Every token of every stream passes the loop here. [DONE] ends it, whatever the engine does then."""
     await exchange.start(status, headers, events=True)
     read, feed, counted = reply.read, meter.feed, session.streams
-    try:
-        while chunk := await read():
-            count = feed(chunk)
-            ending = meter.done and receipt is None and not meter.failed
-            if held is None and not ending:
-                # The client first: what its tokens mean for other requests can wait. As `exchange.write` does it.
-                exchange.last, exchange.blocked = chunk, True
-                await exchange.send({"type": "http.response.body", "body": chunk, "more_body": True})
-                exchange.blocked = False
-                exchange.moves += 1
-            if count and counted:
-                session.tokens(count)
-            if ending:
-                receipt = session.finish(meter.used)  # before a slow client has taken the last of it
-            if (held is not None or ending) and (ready := chunk if held is None else held.feed(chunk, receipt)):
-                await exchange.write(ready)
-    except EngineError:
-        if receipt is None:  # after [DONE] the output is whole, whatever becomes of its connection
-            raise
-    if (count := meter.close()) and counted:
+    chunk = b""
+    while not meter.done and (chunk := await read()):
+        count = feed(chunk)
+        if held is None and not meter.done:
+            # The client first: what its tokens mean for other requests can wait. As `exchange.write` does it.
+            exchange.last, exchange.blocked = chunk, True
+            await exchange.send({"type": "http.response.body", "body": chunk, "more_body": True})
+            exchange.blocked = False
+            exchange.moves += 1
+        if count and counted:
+            session.tokens(count)
+        else:
+            session.heard()
+        if held is not None and not meter.done and (ready := held.feed(chunk)):
+            await exchange.write(ready)
+    if not meter.done and (count := meter.close()) and counted:
         session.tokens(count)
-    cut_off = receipt is None and not meter.failed and not meter.whole
-    if receipt is None and not meter.failed and not cut_off:
-        receipt = session.finish(meter.used)
-    await _end(exchange, b"" if held is None else held.close(receipt), cut_off=cut_off, failed=meter.failed)
+    whole = meter.done or meter.whole
+    # The session first: a slow client may take the last bytes late.
+    receipt = session.finish(meter.used) if whole and not meter.failed else None
+    rest = chunk[: len(chunk) - meter.surplus] if meter.done else b""
+    if meter.done and not is_whole(rest):
+        rest += b"\n\n"
+    if held is not None:
+        rest = held.feed(rest) + held.close(receipt)
+    await _end(exchange, rest, cut_off=not whole and not meter.failed, failed=meter.failed)
+    if meter.done:
+        await _linger(reply)
+
+
+async def _linger(reply: Reply) -> None:
+    """Read on to the end of a reply that the client has, so that its connection can be used again."""
+    with contextlib.suppress(TimeoutError, EngineError):
+        async with asyncio.timeout(_LINGER_S):
+            while await reply.read():
+                pass
 
 
 async def _end(exchange: Exchange, rest: bytes, *, cut_off: bool, failed: bool) -> None:
@@ -125,12 +140,14 @@ async def _whole(
     parts: list[bytes] = []
     size = 0
     while chunk := await reply.read():
+        session.heard()
         parts.append(chunk)
         size += len(chunk)
         if size > held_bytes:
             await exchange.start(status, _head(reply, drop_length=False)[2])
             await exchange.write(b"".join(parts))
             while chunk := await reply.read():
+                session.heard()
                 await exchange.write(chunk)
             session.finish()
             await exchange.finish()
@@ -151,26 +168,22 @@ class _Held:
         self._events = Splitter()
         self._kept: list[bytes] = []
 
-    def feed(self, chunk: bytes, receipt: Receipt | None) -> bytes:
-        """What may go now; with a receipt, everything that is whole, the metrics in the last event of data."""
+    def feed(self, chunk: bytes) -> bytes:
+        """What may go now."""
         ready: list[bytes] = []
         for event in self._events.feed(chunk):
-            done = is_done(event)
             if not is_whole(event):
                 ready += [*self._kept, event]
                 self._kept = []
-            elif event.startswith(b"data:") and not done:
+            elif event.startswith(b"data:") and not is_done(event):
                 ready += self._kept
                 self._kept = [event]
-            elif done:
-                ready += [*self._patched(receipt), event]
-                self._kept = []
             else:
                 (self._kept if self._kept else ready).append(event)
         return b"".join(ready)
 
     def close(self, receipt: Receipt | None) -> bytes:
-        """The rest, at the end of the stream."""
+        """The rest, at the end of the stream; with a receipt, the metrics in the last event of data."""
         kept, self._kept = self._patched(receipt), []
         return b"".join([*kept, self._events.rest()])
 
