@@ -107,7 +107,7 @@ class Engine:
             "hang": lambda: self.stream(request, events[:-2], hang=True),
             "done-hang": lambda: self.stream(request, events, hang=True),
             "done-cut": lambda: self.stream(request, [*events[:-1], b"data: [DONE]"], hang=True),
-            "done-more": lambda: self.stream(request, [b"".join(events) + events[1]] + events[1:3], hang=True),
+            "done-more": lambda: self.stream(request, [b"".join(events) + events[1], *events[1:3]], hang=True),
             "refuse": overloaded,
             "garbage": lambda: garbage(request),
             "half": lambda: half(request),

@@ -73,7 +73,7 @@ def data_of(event: bytes) -> bytes | None:
 
 
 class Meter:
-    """Counts one stream. `done`: [DONE] came, which ends it, and `surplus` bytes of the chunk are behind it; `failed`: the
+    """Counts one stream. `done`: [DONE] came, which ends it; `surplus` bytes of the chunk are behind it. `failed`: the
     engine reported an error; `used`: the usage chunk's count.
 
     `native`: Triton's native API, where an answer is a `text_output`, and no event marks the end.

@@ -65,8 +65,8 @@ class Receipt:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """Seconds on the control loop's time line; None: not yet. `heard_s`: when the engine last sent a byte of it that was
-    no token. `failure` is what the control loop ended it with.
+    """Seconds on the control loop's time line; None: not yet. `heard_s`: when the engine last sent bytes of it without a
+    token. `failure` is what the control loop ended it with.
     """
 
     loop: Loop
@@ -170,8 +170,8 @@ class Session:
             self._task.cancel()
 
     def last_byte_s(self, now_s: float) -> float:
-        """When the engine last sent a byte of it, at least since it was dispatched; now, while the client is waited for:
-        the engine is not read then.
+        """When the engine last sent a byte of it, or it was dispatched; now, while the client is waited for, since the
+        engine is not read then.
         """
         if self._client is not None and self._client.blocked:
             return now_s
