@@ -65,8 +65,8 @@ class Receipt:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """Seconds on the control loop's time line; None: not yet. `heard_s`: when the engine last sent bytes of it without a
-    token. `failure` is what the control loop ended it with.
+    """Seconds on the control loop's time line; None: not yet. `heard_s`: when the engine last sent bytes of it without
+    a token. `failure` is what the control loop ended it with.
     """
 
     loop: Loop
