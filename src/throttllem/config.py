@@ -21,6 +21,8 @@ from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.options import AdmissionOptions
 from throttllem.core.types import OptionError, Slo, check
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s*A-Z]+")
+_HOST = re.compile(r"(?:\*\.)?[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?")
 SIMULATED_MODEL = "llama-3-8b"
 """What the simulated engine serves by default."""
 
@@ -39,6 +41,12 @@ class ServerOptions:
     """Address of that port."""
     api_keys: tuple[str, ...] | None = field(default=None, repr=False)
     """A request must carry one of these keys. Without the option every client is served."""
+    allowed_origins: tuple[str, ...] | None = None
+    """Origins of web pages that may call the gateway (CORS), as in `https://chat.example.org`; `*`: all. Without API
+    keys, requests of other pages are refused."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """Names beside the machine's own under which a gateway without API keys is reached, as in `llm.example.org` or
+    `*.example.org`; `*`: all. IP addresses and names without a dot always are."""
     seed: int = 0
     """Seed of the simulated engine."""
 
@@ -54,6 +62,14 @@ class ServerOptions:
         if any(not key or key != key.strip() for key in self.api_keys or ()):
             problem = "a key is empty, or begins or ends with a blank; no request could carry it"
             raise OptionError("server", "api_keys", "", problem, secret=True)
+        for origin in self.allowed_origins or ():
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                problem = "must be SCHEME://HOST or SCHEME://HOST:PORT without a path, as browsers send it, or *"
+                raise OptionError("server", "allowed_origins", repr(origin), problem)
+        for host in self.allowed_hosts or ():
+            if host != "*" and not _HOST.fullmatch(host):
+                problem = "must be a host name without scheme, port and path, *.NAME, or *"
+                raise OptionError("server", "allowed_hosts", repr(host), problem)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

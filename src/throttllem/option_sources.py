@@ -10,12 +10,14 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 from pydantic_settings import EnvSettingsSource, SettingsError, TomlConfigSettingsSource
 
 from throttllem.config import FORMER_VALUES, RENAMED, RESOLVED, Options
@@ -243,7 +245,7 @@ def _type_of(path: Path_, where: str) -> Any:
 
 
 def _converted(kind: Any, path: str, value: Any, where: str) -> Any:
-    """Text as the tree takes it: `none` is None, commas separate the elements of a list, a duration becomes seconds."""
+    """Text as the tree takes it: `none` is None, a list has commas or is JSON, a duration becomes seconds."""
     if value == {}:  # an empty table: an engine with the defaults
         return value
     if is_dataclass(kind):
@@ -255,6 +257,9 @@ def _converted(kind: Any, path: str, value: Any, where: str) -> Any:
     if value.lower() == "none":
         return None
     if get_origin(kind) is tuple:
+        if value.startswith("["):
+            with suppress(ValueError):
+                return from_json(value)
         return [part.strip() for part in value.split(",") if part.strip()]
     if kind is float and path.endswith("_s"):
         try:

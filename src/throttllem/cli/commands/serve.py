@@ -24,6 +24,12 @@ def serve(
     metrics_port: Annotated[
         int | None, typer.Option("--metrics-port", help="Separate port for metrics and dashboard.")
     ] = None,
+    allowed_origins: Annotated[
+        str | None,
+        typer.Option(
+            "--allowed-origins", help="Origins of web pages that may call the gateway (CORS), by commas; *: all."
+        ),
+    ] = None,
     policy: Annotated[
         str | None,
         typer.Option("--policy", help="triton, throttllem, least-energy (default), fixed:<MHz>."),
@@ -68,6 +74,7 @@ def serve(
             "server.host": ("--host", host),
             "server.port": ("--port", port),
             "server.metrics_port": ("--metrics-port", metrics_port),
+            "server.allowed_origins": ("--allowed-origins", allowed_origins),
             "policy": ("--policy", policy),
             "engines.0.kind": (url_flag, kind),
             "engines.0.url": (url_flag, engine or triton),

@@ -23,12 +23,14 @@ from throttllem.gateway.control.models import Models
 from throttllem.gateway.http import relay
 from throttllem.gateway.http.auth import Access
 from throttllem.gateway.http.errors import (
+    check_repeated,
     headers_too_large,
     not_allowed,
     not_found,
     unavailable,
 )
 from throttllem.gateway.http.exchange import Cause, Exchange, GoneError
+from throttllem.gateway.http.origins import Guard, with_cors
 from throttllem.gateway.http.pages import MODELS, OPENAPI, MetricsPage, Pages
 from throttllem.gateway.http.protocol import CROWDED
 from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
@@ -50,6 +52,9 @@ class Gateway:
         self._models = models
         self._options = options
         self._limits = options.limits
+        origins, guarded = options.server.allowed_origins, bool(options.server.api_keys)
+        self._guard = None if guarded else Guard(options.server)
+        self._with_cors = None if origins is None else with_cors(self._public, origins)
         self._access = Access(options.server.api_keys or ())
         self._pages = pages
         self._on_response = on_response
@@ -57,6 +62,11 @@ class Gateway:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request on the port of the API."""
+        if self._with_cors is not None:
+            return self._with_cors(scope, receive, send)
+        return self._serve(scope, receive, send, self._route)
+
+    def _public(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         return self._serve(scope, receive, send, self._route)
 
     def private(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -150,6 +160,10 @@ class Gateway:
             raise headers_too_large(self._limits.header_bytes)
         if CROWDED in scope.get("extensions", {}) and scope["path"] != "/health":
             raise unavailable("too many connections", code="too_many_connections", retry_after_s=_CROWDED_RETRY_S)
+        if len(exchange.headers) != len(exchange.fields):
+            check_repeated(exchange.fields)
+        if self._guard is not None and scope["path"] != "/health":
+            self._guard.check(exchange.headers)
 
     def _drained(self) -> ApiError:
         retry_after_s = max(1, math.ceil(self._limits.drain_s))

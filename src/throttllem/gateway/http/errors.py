@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from throttllem.openai_api.errors import ApiError
+from collections.abc import Iterable
+
+from throttllem.engines.http import OURS
+from throttllem.openai_api.errors import ApiError, invalid
+
+_ONCE = frozenset({"host", "origin", "authorization", "x-api-key", "content-type", "content-encoding"})
+"""Fields that decide something, and of which an engine might take another one than the gateway."""
 
 
 def too_large(most_bytes: int) -> ApiError:
@@ -29,3 +35,12 @@ def unavailable(message: str, *, code: str, retry_after_s: int) -> ApiError:
     """503: not now; the connection is closed, so that the client retries on a new one."""
     headers = ((b"connection", b"close"),)
     return ApiError(503, message, code=code, retry_after_s=retry_after_s, headers=headers)
+
+
+def check_repeated(fields: Iterable[tuple[str, str]]) -> None:
+    """Raises ApiError 400 for a request that has a field twice of which one only can hold."""
+    seen: set[str] = set()
+    for name, _ in fields:
+        if name in seen and (name in _ONCE or name.startswith(OURS)):
+            raise invalid(f"{name[:80]}: the header is there twice; send it once", name[:80])
+        seen.add(name)

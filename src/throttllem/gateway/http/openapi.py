@@ -51,6 +51,18 @@ ERRORS = (
         when="more answers side by side than the engine runs",
     ),
     ErrorCase(status=401, kind="invalid_request_error", code="invalid_api_key", when="no API key, or an unknown one"),
+    ErrorCase(
+        status=403,
+        kind="invalid_request_error",
+        code="host_not_allowed",
+        when="no API keys are set, and the host is not in server.allowed_hosts",
+    ),
+    ErrorCase(
+        status=403,
+        kind="invalid_request_error",
+        code="origin_not_allowed",
+        when="no API keys are set, and the web page is not in server.allowed_origins",
+    ),
     ErrorCase(status=404, kind="invalid_request_error", code="model_not_found", when="no engine serves this model"),
     ErrorCase(status=404, kind="invalid_request_error", code="unknown_url", when="no such path"),
     ErrorCase(status=405, kind="invalid_request_error", code=None, when="the path exists, but not for this method"),
@@ -99,7 +111,7 @@ ERRORS = (
     ),
 )
 
-_ANYWHERE = (401, 431, 500, 503)
+_ANYWHERE = (401, 403, 431, 500, 503)
 _BODY = (400, 408, 413)
 _CONTROLLED = (*_BODY, 404, 429, 502, 504)
 _PASSED = (*_BODY, 404, 502, 504)
