@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 from dataclasses import dataclass, field
 
@@ -108,6 +109,7 @@ class Engine:
             "done-hang": lambda: self.stream(request, events, hang=True),
             "done-cut": lambda: self.stream(request, [*events[:-1], b"data: [DONE]"], hang=True),
             "done-more": lambda: self.stream(request, [b"".join(events) + events[1], *events[1:3]], hang=True),
+            "compressed": lambda: self.stream(request, [gzip.compress(b"".join(events))], coding="gzip"),
             "refuse": overloaded,
             "garbage": lambda: garbage(request),
             "half": lambda: half(request),
@@ -139,8 +141,10 @@ class Engine:
         self.sent = json.dumps(answer, indent=1).encode()
         return web.Response(body=self.sent, content_type="application/json", headers={"x-engine": "yes"})
 
-    async def stream(self, request, events, *, hang=False, abort=False):
+    async def stream(self, request, events, *, hang=False, abort=False, coding=None):
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8", "x-engine": "yes"})
+        if coding is not None:
+            response.headers["content-encoding"] = coding
         await response.prepare(request)
         self.sent = b"".join(events) if len(events) < 1000 else b""
         for event in events:

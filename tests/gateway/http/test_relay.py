@@ -1,7 +1,9 @@
 """An engine's reply on its way to the client: the same bytes, tokens counted, the session finished, metrics added."""
 
 import asyncio
+import gzip
 import json
+import zlib
 
 import pytest
 
@@ -155,6 +157,53 @@ def test_an_answer_too_long_to_be_held_passes_unread():
     )
     assert (status, got) == (200, engine.sent)
     assert (session.finished, session.ends) == (None, ["finished"])
+
+
+# ---- compressed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("coding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_a_compressed_body_is_read_and_goes_on_plain(coding, compress):
+    body = json.dumps(complete(max_tokens=4)).encode()
+    status, _, _, engine, session = served(COMPLETIONS, compress(body), {"content-encoding": coding})
+    _, _, headers, got = engine.seen[0]
+    assert (status, got, session.finished) == (200, body, 4) and "content-encoding" not in headers
+
+
+def test_a_compressed_body_over_the_limit_is_refused():
+    async def main():
+        async with running(limits=LimitOptions(body_bytes=4096)) as there:
+            found = []
+            for body, coding in ((gzip.compress(bytes(100_000)), "gzip"), (b"{}", "zstd"), (b"{}", "gzip")):
+                status, headers, got = await there.post(COMPLETIONS, body, {"content-encoding": coding})
+                found.append((status, json.loads(got)["error"]["code"], headers.get("accept-encoding")))
+            return found, there.engine.seen
+
+    refused = [(413, "body_too_large", None), (415, "unsupported_encoding", "gzip, deflate"), (400, None, None)]
+    assert asyncio.run(main()) == (refused, [])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "accepted", "coded"), [(3000, "gzip", True), (3000, "br", False), (3, "gzip", False)]
+)
+def test_long_replies_in_one_piece_are_compressed_for_clients_that_accept_it(tokens, accepted, coded):
+    _, headers, got, engine, session = served(COMPLETIONS, complete(max_tokens=tokens), {"accept-encoding": accepted})
+    assert ("content-encoding" in headers) is ("vary" in headers) is coded
+    assert got == engine.sent and session.finished == tokens  # the client of this test decompresses
+    assert (int(headers["content-length"]) < len(got)) is coded
+    assert engine.seen[0][2]["accept-encoding"] == "identity"
+
+
+def test_a_stream_is_never_compressed():
+    _, headers, got, engine, _ = served(CHAT, chat(max_tokens=500), {"accept-encoding": "gzip"})
+    assert "content-encoding" not in headers and got == engine.sent
+
+
+def test_what_the_engine_compressed_passes():
+    """A proxy in front of it may compress whatever is requested."""
+    status, headers, got, engine, session = served(CHAT, chat(play="compressed"))
+    assert (status, headers["content-encoding"], got) == (200, "gzip", gzip.decompress(engine.sent))
+    assert session.ends == ["finished"] and session.finished is None
 
 
 # ---- event by event, without sockets ---------------------------------------------------------------------------

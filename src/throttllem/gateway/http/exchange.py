@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from throttllem.engines.http import OURS
 from throttllem.gateway.http.errors import too_large
+from throttllem.openai_api.content_coding import LEAST_BYTES, accepts_gzip, coding_of, compressed, decoded
 from throttllem.openai_api.errors import ApiError, ByteHeaders
 
 ABORT = "throttllem.abort"
@@ -76,7 +77,11 @@ class Exchange:
     # ---- the request -----------------------------------------------------------------------------------------
 
     async def read(self, most_bytes: int) -> bytes:
-        """The whole body. Raises ApiError 413 over the limit, GoneError if the client leaves."""
+        """The whole body, decompressed. Raises ApiError 413 over the limit, 415 for a coding that is not accepted,
+        GoneError if the client leaves.
+        """
+        coded = self.headers.get("content-encoding")
+        coding = None if coded is None else coding_of(coded)
         announced = self.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > most_bytes:
             raise too_large(most_bytes)
@@ -93,7 +98,16 @@ class Exchange:
             size += len(parts[-1])
         if size > most_bytes:
             raise too_large(most_bytes)
-        return b"".join(parts) if len(parts) > 1 else parts[0]
+        body = b"".join(parts) if len(parts) > 1 else parts[0]
+        return body if coding is None else await self._decoded(body, coding, most_bytes)
+
+    async def _decoded(self, body: bytes, coding: str, most_bytes: int) -> bytes:
+        """The body as the engine gets it, without the header."""
+        plain = await decoded(body, coding, most_bytes)
+        if plain is None:
+            raise too_large(most_bytes)
+        self.fields = [field for field in self.fields if field[0] != "content-encoding"]
+        return plain
 
     def attend(self) -> None:
         """From here on, a client that hangs up interrupts the task. Only after the body was read."""
@@ -153,8 +167,14 @@ class Exchange:
         """A whole response that the gateway makes."""
         whole = not self._unread or await self._discard()
         closing = () if whole else ((b"connection", b"close"),)
-        own = ((b"date", formatdate(usegmt=True).encode()), (b"content-length", str(len(body)).encode()))
-        await self.start(status, headers + own + closing)
+        await self.reply(status, (*headers, (b"date", formatdate(usegmt=True).encode()), *closing), body)
+
+    async def reply(self, status: int, headers: ByteHeaders, body: bytes) -> None:
+        """A whole response with its length, compressed where the client accepts it and it is long."""
+        long = len(body) >= LEAST_BYTES
+        if long and accepts_gzip(self.headers.get("accept-encoding")) and (shorter := await compressed(body, headers)):
+            body, headers = shorter, (*headers, (b"content-encoding", b"gzip"), (b"vary", b"accept-encoding"))
+        await self.start(status, (*headers, (b"content-length", str(len(body)).encode())))
         await self.finish(body)
 
     async def fail(self, error: ApiError) -> None:

@@ -70,6 +70,12 @@ ERRORS = (
     ErrorCase(
         status=413, kind="invalid_request_error", code="body_too_large", when="the body is over limits.body_bytes"
     ),
+    ErrorCase(
+        status=415,
+        kind="invalid_request_error",
+        code="unsupported_encoding",
+        when="content-encoding is neither gzip nor deflate",
+    ),
     ErrorCase(status=429, kind="rate_limit_error", code="queue_full", when="the admission queue is full"),
     ErrorCase(
         status=429,
@@ -112,7 +118,7 @@ ERRORS = (
 )
 
 _ANYWHERE = (401, 403, 431, 500, 503)
-_BODY = (400, 408, 413)
+_BODY = (400, 408, 413, 415)
 _CONTROLLED = (*_BODY, 404, 429, 502, 504)
 _PASSED = (*_BODY, 404, 502, 504)
 _RETRY = (429, 503)

@@ -41,6 +41,8 @@ def relay(
         return _error(exchange, reply)
     status, is_stream, headers = _head(reply)
     session.attended(exchange)
+    if is_stream and any(name == b"content-encoding" for name, _ in headers):
+        return _unread(exchange, reply, session, [], status, headers)
     if is_stream:
         meter, held = Meter(native=native), _Held() if metrics else None
         return _events(exchange, reply, session, meter, held, status, headers)
@@ -144,21 +146,29 @@ async def _whole(
         parts.append(chunk)
         size += len(chunk)
         if size > held_bytes:
-            await exchange.start(status, _head(reply, drop_length=False)[2])
-            await exchange.write(b"".join(parts))
-            while chunk := await reply.read():
-                session.heard()
-                await exchange.write(chunk)
-            session.finish()
-            await exchange.finish()
+            await _unread(exchange, reply, session, parts, status, _head(reply, drop_length=False)[2])
             return
     body = b"".join(parts)
     fields = _object(body)
     receipt = session.finish(_used(fields))
     if metrics and fields is not None:
         body = json.dumps(_with_metrics(fields, receipt), separators=(",", ":")).encode()
-    await exchange.start(status, (*headers, (b"content-length", str(len(body)).encode())))
-    await exchange.finish(body)
+    await exchange.reply(status, headers, body)
+
+
+async def _unread(
+    exchange: Exchange, reply: Reply, session: Session, parts: list[bytes], status: int, headers: ByteHeaders
+) -> None:
+    """A reply that passes as it comes: too long to be held, or an event stream that the engine compressed, though it
+    was requested plain.
+    """
+    await exchange.start(status, headers)
+    while chunk := b"".join(parts) or await reply.read():
+        parts = []
+        session.heard()
+        await exchange.write(chunk)
+    session.finish()
+    await exchange.finish()
 
 
 class _Held:
