@@ -47,6 +47,9 @@ class ServerOptions:
     allowed_hosts: tuple[str, ...] | None = None
     """Names beside the machine's own under which a gateway without API keys is reached, as in `llm.example.org` or
     `*.example.org`; `*`: all. IP addresses and names without a dot always are."""
+    keep_alive_s: float | None = None
+    """An event stream gets a comment before it was silent for so long, also while its request waits, so that no proxy
+    in front closes it. Without the option the engine's bytes are all that is sent."""
     seed: int = 0
     """Seed of the simulated engine."""
 
@@ -62,6 +65,8 @@ class ServerOptions:
         if any(not key or key != key.strip() for key in self.api_keys or ()):
             problem = "a key is empty, or begins or ends with a blank; no request could carry it"
             raise OptionError("server", "api_keys", "", problem, secret=True)
+        if self.keep_alive_s is not None:
+            check("server", keep_alive_s=(self.keep_alive_s, 0.01, 3600))
         for origin in self.allowed_origins or ():
             if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
                 problem = "must be SCHEME://HOST or SCHEME://HOST:PORT without a path, as browsers send it, or *"

@@ -46,6 +46,11 @@ async def overloaded():
     return web.json_response({"error": {"message": "too many"}}, status=503, headers={"retry-after": "7"})
 
 
+async def after(seconds, answer):
+    await asyncio.sleep(seconds)
+    return await answer
+
+
 async def half(request):
     """A body that ends before its length."""
     response = web.StreamResponse(headers={"content-length": "1000"})
@@ -110,6 +115,10 @@ class Engine:
             "done-cut": lambda: self.stream(request, [*events[:-1], b"data: [DONE]"], hang=True),
             "done-more": lambda: self.stream(request, [b"".join(events) + events[1], *events[1:3]], hang=True),
             "compressed": lambda: self.stream(request, [gzip.compress(b"".join(events))], coding="gzip"),
+            "hang-event": lambda: self.stream(request, [*events[:-2], b'data: {"cut'], hang=True),
+            "late": lambda: after(0.3, self.stream(request, events)),
+            "late-refuse": lambda: after(0.3, overloaded()),
+            "late-whole": lambda: after(0.3, self.generate(request, fields | {"stream": False}, words)),
             "refuse": overloaded,
             "garbage": lambda: garbage(request),
             "half": lambda: half(request),

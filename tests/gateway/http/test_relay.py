@@ -9,7 +9,7 @@ import pytest
 
 from tests.gateway.fakes import running, until
 from tests.gateway.upstream import chat_chunk, chat_events, sse
-from throttllem.config import LimitOptions
+from throttllem.config import LimitOptions, ServerOptions
 from throttllem.engines.base import Reply
 from throttllem.gateway.control.session import Receipt
 from throttllem.gateway.http.relay import relay
@@ -204,6 +204,64 @@ def test_what_the_engine_compressed_passes():
     status, headers, got, engine, session = served(CHAT, chat(play="compressed"))
     assert (status, headers["content-encoding"], got) == (200, "gzip", gzip.decompress(engine.sent))
     assert session.ends == ["finished"] and session.finished is None
+
+
+# ---- kept alive ------------------------------------------------------------------------------------------------
+
+COMMENT = b": keep-alive\n\n"
+KEPT = ServerOptions(keep_alive_s=0.1)
+
+
+def test_a_silent_stream_is_kept_alive_before_its_first_byte():
+    status, headers, got, engine, session = served(CHAT, chat(play="late"), server=KEPT)
+    assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    comments, rest = got[: -len(engine.sent)], got[-len(engine.sent) :]
+    assert rest == engine.sent and comments == COMMENT * comments.count(COMMENT) and 2 <= comments.count(COMMENT) <= 7
+    assert session.ends == ["finished"] and session.counted == 3
+
+
+def test_a_stream_is_kept_alive_while_it_waits_for_a_place():
+    async def main():
+        async with running(server=KEPT) as there:
+            there.models.open.clear()
+            asking = asyncio.create_task(there.post(CHAT, chat()))
+            await asyncio.sleep(0.3)
+            there.models.open.set()
+            return await asking, there.engine.sent
+
+    (status, _, got), sent = asyncio.run(main())
+    assert status == 200 and got.endswith(sent) and got.startswith(COMMENT)
+
+
+@pytest.mark.parametrize(
+    ("play", "message"), [("late-refuse", "too many"), ("late-whole", "the engine did not stream plain events")]
+)
+def test_an_error_behind_a_comment_is_an_event(play, message):
+    status, _, got, _, session = served(CHAT, chat(play=play), server=KEPT)
+    event = got.replace(COMMENT, b"")
+    assert status == 200 and event.startswith(b"data: ") and event.endswith(b"\n\n")
+    assert json.loads(event[6:])["error"]["message"] == message and session.ends == ["cancelled"]
+
+
+@pytest.mark.parametrize(("play", "kept"), [("hang", True), ("hang-event", False)])
+def test_comments_stand_between_events_only(play, kept):
+    async def main():
+        async with running(server=KEPT) as there, there.http.post(there.url + CHAT, json=chat(play=play)) as response:
+            await asyncio.sleep(0.4)
+            return await response.content.readany(), there.engine.sent
+
+    got, sent = asyncio.run(main())
+    assert got.startswith(sent) and (COMMENT in got[len(sent) :]) is kept
+
+
+def test_errors_that_come_at_once_keep_their_status_and_what_is_no_stream_its_bytes():
+    async def main():
+        async with running(server=ServerOptions(keep_alive_s=0.5)) as there:
+            found = [await there.post(CHAT, chat(play="refuse")), await there.post(CHAT, chat(messages=[]))]
+            return [status for status, _, _ in found], await there.post(CHAT, chat(stream=False)), there.engine.sent
+
+    statuses, (_, _, got), sent = asyncio.run(main())
+    assert statuses == [503, 400] and got == sent
 
 
 # ---- event by event, without sockets ---------------------------------------------------------------------------

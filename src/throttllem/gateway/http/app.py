@@ -214,6 +214,8 @@ class Gateway:
         del body
         check_sequences(parsed, self._models.max_sequences())
         exchange.attend()
+        if parsed.stream and (every_s := self._options.server.keep_alive_s) is not None:
+            exchange.keep_alive(every_s)
         count = await self._models.count(parsed)
         parsed = parsed.counted()
         async with self._models.session(parsed, count, slo) as session:

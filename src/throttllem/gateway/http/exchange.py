@@ -17,11 +17,16 @@ from throttllem.engines.http import OURS
 from throttllem.gateway.http.errors import too_large
 from throttllem.openai_api.content_coding import LEAST_BYTES, accepts_gzip, coding_of, compressed, decoded
 from throttllem.openai_api.errors import ApiError, ByteHeaders
+from throttllem.openai_api.event_stream import is_whole
 
 ABORT = "throttllem.abort"
 """The scope's extension that ends a connection without waiting for what its client has not taken."""
+BUFFERED = "throttllem.buffered"
+"""The scope's extension that returns the bytes which the client has not taken."""
 DISCARD_S = 1.0
 """How long an unwanted body is read on, so that its sender gets to see the response."""
+_EVENTS: ByteHeaders = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+_KEEP_ALIVE = b": keep-alive\n\n"
 _SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -73,6 +78,7 @@ class Exchange:
         self.last = b""
         self._task = asyncio.current_task()
         self._listener: asyncio.Task[None] | None = None
+        self._keeper: asyncio.Task[None] | None = None
 
     # ---- the request -----------------------------------------------------------------------------------------
 
@@ -136,8 +142,29 @@ class Exchange:
 
     # ---- the response ----------------------------------------------------------------------------------------
 
+    def keep_alive(self, every_s: float) -> None:
+        """The response is to be an event stream: whenever it was silent for `every_s`, it gets a comment. If it has not
+        begun by then it begins, with status 200; an error is an event from there on.
+        """
+        self._keeper = asyncio.create_task(self._keep_alive(every_s))
+
+    async def _keep_alive(self, every_s: float) -> None:
+        buffered = self.scope.get("extensions", {}).get(BUFFERED, int)
+        seen = self.moves
+        while not self.finished:
+            await asyncio.sleep(every_s / 2)
+            # Nothing of this waits: the client has taken all that was sent, so that no other part can come between.
+            if self.moves == seen and not self.blocked and not buffered():
+                if not self.started:
+                    await self.start(200, _EVENTS, events=True)
+                if self.events and (not self.last or is_whole(self.last)):
+                    await self.send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
+            seen = self.moves
+
     async def start(self, status: int, headers: ByteHeaders, *, events: bool = False) -> None:
-        """Status and headers, as they are but for the request's id."""
+        """Status and headers, as they are but for the request's id; nothing if a stream was begun to keep it alive."""
+        if self.started:
+            return
         self.started = True
         self.events = events
         marked = [*headers, (b"x-request-id", self.request_id.encode())]
@@ -226,5 +253,6 @@ class Exchange:
     def release(self) -> None:
         """The task is done with it."""
         self._task = None
-        if self._listener is not None:
-            self._listener.cancel()
+        for task in (self._listener, self._keeper):
+            if task is not None:
+                task.cancel()

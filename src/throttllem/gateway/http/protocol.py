@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 
 from throttllem.config import LimitOptions
 from throttllem.gateway.http.errors import headers_too_large
-from throttllem.gateway.http.exchange import ABORT
+from throttllem.gateway.http.exchange import ABORT, BUFFERED
 from throttllem.openai_api.errors import ApiError
 
 CROWDED = "throttllem.crowded"
@@ -129,7 +129,10 @@ class BoundedProtocol(HttpToolsProtocol):
         """A new head begins."""
         super().on_message_begin()
         self._head_bytes = self._aside_bytes = 0
-        extensions: dict[str, object] = {ABORT: self.transport.abort}
+        extensions: dict[str, object] = {
+            ABORT: self.transport.abort,
+            BUFFERED: self.transport.get_write_buffer_size,
+        }
         if len(self.connections) > self._limits.connections:
             extensions[CROWDED] = True
         self.scope["extensions"] = extensions  # type: ignore[typeddict-item]

@@ -41,7 +41,11 @@ def relay(
         return _error(exchange, reply)
     status, is_stream, headers = _head(reply)
     session.attended(exchange)
-    if is_stream and any(name == b"content-encoding" for name, _ in headers):
+    is_coded = any(name == b"content-encoding" for name, _ in headers)
+    if exchange.started and (is_coded or not is_stream):  # to keep the client's connection alive
+        message = "the engine did not stream plain events"
+        raise EngineError(message, message=message)
+    if is_stream and is_coded:
         return _unread(exchange, reply, session, [], status, headers)
     if is_stream:
         meter, held = Meter(native=native), _Held() if metrics else None
@@ -50,7 +54,12 @@ def relay(
 
 
 async def _error(exchange: Exchange, reply: Reply) -> None:
-    await forward(exchange, reply)
+    if exchange.started:
+        body = await reply.body()
+        fields = _object(body) or {"error": {"message": body.decode(errors="replace"), "code": reply.status}}
+        await exchange.finish(b"data: " + json.dumps(fields, separators=(",", ":")).encode() + b"\n\n")
+    else:
+        await forward(exchange, reply)
     if reply.status >= 500:
         raise EngineError(f"the engine answered {reply.status}", message=f"the engine answered {reply.status}")
 
