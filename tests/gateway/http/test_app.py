@@ -7,6 +7,7 @@ import logging
 import pytest
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from yarl import URL
 
 from tests.gateway.fakes import running, until
 from throttllem.config import LimitOptions, ServerOptions
@@ -66,6 +67,25 @@ def test_health_and_metrics_answer_head_requests():
         return [(await there.get(path, method="HEAD"))[::2] for path in ("/health", "/metrics")]
 
     assert within(check) == [(200, b""), (200, b"")]
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        *((f"{path}/", path) for path in (COMPLETIONS, "/v1/models", "/v1/models/org", "/v1/files", "/health")),
+        (f"{COMPLETIONS}/?a=/&b=%2F", f"{COMPLETIONS}?a=/&b=%2F"),
+        *((path, None) for path in ("/v1/", "/", "/nowhere/", "//v1/models/", "/v1/files//", "//evil.example/")),
+    ],
+)
+def test_a_slash_at_the_end_is_a_redirect_as_of_vllm(path, target):
+    """Recorded from vLLM 0.32. Its own redirects would name its own address, and the body is sent again on a 307."""
+
+    async def check(there):
+        ask = there.http.request("POST", URL(there.url + path, encoded=True), json=BODY, allow_redirects=False)
+        async with ask as response:
+            return response.status, response.headers.get("location"), there.engine.seen
+
+    assert within(check) == (307 if target else 404, target, [])
 
 
 async def hello(request):
@@ -210,7 +230,7 @@ def test_the_model_in_a_body_or_path_chooses_the_engine():
 
 RAW = (
     "//evil/v1/x", "/v1//x", "/v1/../metrics", "/v1/%2e%2e/metrics", "/v1/%2E/x", "/v1/a%2Fb", "/v1/a\\b", "/v1/a%5Cb",
-    "/v1/a%3Fb", "/v1/a%23b", "/v1/a%00b", "/v1/a%0Ab", "/v1/%ff", "/v1/chat/completions/", "/v1/../v1/completions",
+    "/v1/a%3Fb", "/v1/a%23b", "/v1/a%00b", "/v1/a%0Ab", "/v1/%ff", "/v1/chat/completions//", "/v1/../v1/completions",
 )  # fmt: skip
 
 

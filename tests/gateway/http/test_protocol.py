@@ -6,7 +6,7 @@ import json
 import pytest
 
 from gateway.http.test_app_garbage import answer
-from tests.gateway.fakes import running
+from tests.gateway.fakes import running, until
 from throttllem.config import LimitOptions
 
 PATH = "/v1/completions"
@@ -172,6 +172,113 @@ def test_a_folded_field_adds_none():
 def test_contradicting_lengths_are_an_error(fields):
     found, seen = errors(head(JDK, *fields) + chunked(BODY))
     assert found.startswith(b"HTTP/1.1 400 ") and seen == []
+
+
+def posted(*fields, version="1.1", path=PATH):
+    return "".join(
+        [f"POST {path} HTTP/{version}\r\nhost: x\r\n", *(f"{field}\r\n" for field in fields), "\r\n"]
+    ).encode("latin-1")
+
+
+LENGTH, CODED = sized(BODY), "transfer-encoding: chunked"
+ONE_CHUNK = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+UNCLEAR = {
+    "length and chunks": posted(LENGTH, CODED) + ONE_CHUNK,
+    "chunks and length": posted(CODED, "content-length: 4") + ONE_CHUNK,
+    "the same length twice": posted(LENGTH, LENGTH) + BODY,
+    "lengths in a list": posted(f"{LENGTH}, {len(BODY)}") + BODY,
+    **{
+        f"length {text!r}": posted(f"content-length: {text}") + BODY
+        for text in ("+29", "-1", "0x1d", "2_9", "", "29.0")
+    },
+    "length in superscript": posted("content-length: \xb2\xb9") + BODY,
+    "a length of 67 bits": posted("content-length: 99999999999999999999") + BODY,
+    **{
+        f"coding {text!r}": posted(f"transfer-encoding: {text}") + ONE_CHUNK
+        for text in ("xchunked", "identity", "gzip, chunked", "identity, chunked", "chunked, identity", ",chunked", "")
+    },
+    **{f"coding {text!r}": posted(f"transfer-encoding: {text}") + ONE_CHUNK for text in ("\x0bchunked", '"chunked"')},
+    "coding twice": posted(CODED, CODED) + ONE_CHUNK,
+    "chunks in HTTP/1.0": posted(CODED, version="1.0") + ONE_CHUNK,
+    "a blank before the colon": posted(f"{CODED[:17]} : chunked", LENGTH) + ONE_CHUNK,
+    "a folded line": posted("x-a: 1\r\n content-length: 3", LENGTH) + BODY,
+    "a folded coding": posted("transfer-encoding:\r\n chunked") + ONE_CHUNK,
+    "lines that end with LF": posted(LENGTH).replace(b"\r\n", b"\n") + BODY,
+    "one line that ends with LF": posted("x: y\nz: w", LENGTH) + BODY,
+    "CR in a value": posted("x: y\rcontent-length: 3", LENGTH) + BODY,
+    "NUL in a name": posted("x\0: y", LENGTH) + BODY,
+    "NUL in a value": posted("x: y\0z", LENGTH) + BODY,
+    "a line without a colon": posted("content-length", LENGTH) + BODY,
+    "an empty name": posted(": y", LENGTH) + BODY,
+    **{
+        f"chunk {size!r}": posted(CODED) + size % len(BODY) + b"\r\n" + BODY + b"\r\n0\r\n\r\n"
+        for size in (b"0x%x", b"+%x", b" %x", b"%x ", b"%x;a\nb", b"1%016x", b"%x_0")
+    },
+    "a chunk that is longer": posted(CODED) + ONE_CHUNK.replace(b"\r\n0", b"more\r\n0"),
+    "a chunk that ends with LF": posted(CODED) + ONE_CHUNK.replace(b"\r\n0", b"\n0"),
+    "a length behind the body": posted(CODED) + ONE_CHUNK[:-2] + b"content-length: 5\r\n\r\n",
+    "HTTP/2": posted(LENGTH, version="2.0") + BODY,
+    "HTTP/0.9": b"GET /health\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("data", UNCLEAR.values(), ids=UNCLEAR)
+@pytest.mark.parametrize("apart", [False, True])
+def test_where_another_server_might_see_another_end_there_is_one_error_and_no_request(data, apart):
+    """Request smuggling needs two servers that disagree on where a request ends."""
+    found, seen = errors(*([data, SMUGGLED] if apart else [data + SMUGGLED]))
+    assert found.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 505 ")) and found.count(b"HTTP/1.1 ") == 1
+    assert b"connection: close" in found and seen == []
+
+
+def test_a_broken_body_behind_a_running_request_breaks_the_connection_off():
+    """An error in the midst of another reply would be taken for its body."""
+    silent = BODY[:-1] + b', "play":"silent"}'
+    slow = posted(sized(silent)) + silent
+    found, seen = errors(slow, posted(CODED) + b"zz\r\n")
+    assert found == b"" and len(seen) == 1
+
+
+def test_a_client_that_leaves_frees_the_requests_before_its_last():
+    async def main():
+        async with running() as there:
+            host, port = there.url.removeprefix("http://").split(":")
+            _, writer = await asyncio.open_connection(host, int(port))
+            silent = BODY[:-1] + b', "play":"silent"}'
+            for number in range(3):
+                writer.write(posted(sized(silent)) + silent)
+                await until(lambda number=number: number or there.engine.running)
+            await asyncio.sleep(0.02)
+            writer.close()
+            await until(lambda: there.engine.left == 1 and not there.gateway._open)
+            return [session.ends for session in there.models.sessions]
+
+    assert asyncio.run(main()) == [["cancelled"]]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        posted(CODED) + b"%x;name=value\r\n%s\r\n0;last\r\n\r\n" % (len(BODY), BODY),
+        posted("Transfer-Encoding: Chunked") + ONE_CHUNK,
+        posted("x: \xe4\xff", LENGTH) + BODY,
+        b"\r\n" + posted(LENGTH) + BODY,
+        posted(LENGTH, path=f"http://x{PATH}") + BODY,
+    ],
+)
+def test_what_is_clear_is_served(data):
+    served(*exchanged(data))
+
+
+@pytest.mark.parametrize("field", ["connection: close", "CONNECTION: foo, Close"])
+def test_nothing_is_read_behind_a_request_that_closes(field):
+    found, seen = errors(posted(field, LENGTH) + BODY + SMUGGLED)
+    assert found.count(b"HTTP/1.1 200 ") == found.count(b"HTTP/1.1") == 1 and len(seen) == 1
+
+
+def test_a_query_over_the_bound_of_the_parser_is_too_large():
+    found, _ = errors(f"GET /health?{'a' * 70_000} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+    assert found.startswith(b"HTTP/1.1 431 ")
 
 
 def test_the_bound_on_heads_holds():

@@ -23,8 +23,10 @@ from throttllem.gateway.control.models import Models
 from throttllem.gateway.http import relay
 from throttllem.gateway.http.auth import Access
 from throttllem.gateway.http.errors import (
+    check_framing,
     check_repeated,
     headers_too_large,
+    moved,
     not_allowed,
     not_found,
     unavailable,
@@ -41,6 +43,7 @@ from throttllem.openai_api.requests import CHAT, COMPLETIONS, check_sequences, i
 _log = logging.getLogger("throttllem.gateway")
 _NATIVE_MODEL = re.compile(r"/v2/models/([^/]+)(?:/.*)?")
 _CROWDED_RETRY_S = 1
+_REDIRECTED = ("/v1/", "/v2/", "/health", "/metrics", "/dashboard", OPENAPI)
 _ODD = re.compile("[\\\\?#\ufffd]")
 
 
@@ -160,6 +163,9 @@ class Gateway:
             raise headers_too_large(self._limits.header_bytes)
         if CROWDED in scope.get("extensions", {}) and scope["path"] != "/health":
             raise unavailable("too many connections", code="too_many_connections", retry_after_s=_CROWDED_RETRY_S)
+        transfer_encoding = exchange.headers.get("transfer-encoding")
+        if transfer_encoding is not None or scope["http_version"] != "1.1":
+            check_framing(scope["http_version"], transfer_encoding)
         if len(exchange.headers) != len(exchange.fields):
             check_repeated(exchange.fields)
         if self._guard is not None and scope["path"] != "/health":
@@ -294,7 +300,9 @@ def build_private_app(gateway: Gateway) -> ASGIApp:
 
 
 def _path(exchange: Exchange) -> str:
-    """The path, decoded once. Raises ApiError 404 for one that an engine might take for another than we do."""
+    """The path, decoded once. Raises ApiError 404 for one that an engine might take for another than we do, and 307, as
+    vLLM does, for one with a slash at its end: an engine would redirect the client to its own address.
+    """
     raw: str = exchange.scope["raw_path"].decode("latin-1")
     if raw in (CHAT, COMPLETIONS):  # most are one of these
         return raw
@@ -303,8 +311,9 @@ def _path(exchange: Exchange) -> str:
     odd = "." in segments or ".." in segments or "" in segments[1:-1] or _ODD.search(path) is not None
     if odd or len(segments) != raw.count("/") + 1 or not path.startswith("/") or not path.isprintable():
         raise not_found(exchange.method, raw)
-    if path.endswith("/") and is_controlled(path.rstrip("/")):
-        raise not_found(exchange.method, raw)
+    if path.endswith("/") and path[:-1].startswith(_REDIRECTED):
+        query = exchange.scope["query_string"].decode("latin-1")
+        raise moved(raw[:-1] + (f"?{query}" if query else ""))
     return path
 
 

@@ -26,6 +26,20 @@ def not_found(method: str, path: str) -> ApiError:
     return ApiError(404, f"Invalid URL ({method} {path})", code="unknown_url")
 
 
+def moved(target: str) -> ApiError:
+    """307: the same thing is there without the slash at its end."""
+    return ApiError(307, f"use {target}", headers=((b"location", target.encode("latin-1")),))
+
+
+def check_framing(version: str, transfer_encoding: str | None) -> None:
+    """Raises ApiError for a request of which another server might see another end: 505, 400."""
+    closing = ((b"connection", b"close"),)
+    if version not in ("1.1", "1.0"):
+        raise ApiError(505, f"HTTP/{version} is not served; use HTTP/1.1", headers=closing)
+    if transfer_encoding is not None and (transfer_encoding.strip().lower() != "chunked" or version == "1.0"):
+        raise ApiError(400, "transfer-encoding: must be chunked, and in HTTP/1.1", headers=closing)
+
+
 def not_allowed(method: str, path: str, allow: str) -> ApiError:
     """405: the path exists, but not for this method."""
     return ApiError(405, f"Not allowed: {method} {path}; use {allow}", headers=((b"allow", allow.encode()),))

@@ -12,7 +12,7 @@ import uuid
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from throttllem.config import LimitOptions
@@ -26,6 +26,8 @@ HEAD_S = 30.0
 """A request's head must be whole in this time."""
 LINGER_S = 1.0
 """How long a client whose request was refused may go on sending."""
+_PIPELINED = 16
+"""Requests behind an unanswered one that are read. While nothing is read, a client that leaves is not seen to leave."""
 KEEP_ALIVE_S = 75
 """Longer than common clients keep an idle connection, so that none is closed under a new request."""
 
@@ -62,6 +64,8 @@ class BoundedProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _aside_bytes = 0
     """Bytes since the last part of a body that are no body: the ends of chunks, and fields behind the last of them."""
+    _ahead: list[RequestResponseCycle] | tuple[()] = ()
+    """Requests that others were sent behind before they were answered (pipelining)."""
     _broken_off = False
     """The last response was sent; what still comes is not read."""
 
@@ -71,7 +75,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of the timers."""
+        """Let go of the timers. All requests see that their client is gone; uvicorn shows it to the last."""
+        for cycle in self._ahead:
+            cycle.disconnected = True
+            cycle.message_event.set()
         self._unset_keepalive_if_required()
         self._head_read()
         super().connection_lost(exc)
@@ -100,6 +107,7 @@ class BoundedProtocol(HttpToolsProtocol):
         again without it. httptools takes no body behind such a head, and would read it as the next request.
         """
         self._unset_keepalive_if_required()
+        before = 0 if self.cycle is None or self.cycle.response_complete else self._head_bytes
         rest: bytes | memoryview = data
         try:
             while True:
@@ -114,7 +122,10 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._parse_without_offer()
         except httptools.HttpParserError:
             self.logger.warning("Invalid HTTP request received.")
-            self.send_400_response("Invalid HTTP request received.")
+            if before is not None and before + len(data) > self._limits.header_bytes:  # the parser has a bound too
+                self._break_off(headers_too_large(self._limits.header_bytes))
+            else:
+                self.send_400_response("Invalid HTTP request received.")
 
     def _parse_without_offer(self) -> None:
         """The head that was just read, without `Upgrade`, through a new parser, which then reads on."""
@@ -143,7 +154,12 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._head_read()
         self._aside_bytes = 0
+        before = self.cycle
         super().on_headers_complete()
+        if before is not None and not before.response_complete:
+            self._ahead = [cycle for cycle in (*self._ahead, before) if not cycle.response_complete]
+            if len(self.pipeline) < _PIPELINED:
+                self.flow.resume_reading()
         self.headers = []  # fields behind the body are not the request's
 
     def on_body(self, body: bytes) -> None:
@@ -177,10 +193,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _break_off(self, error: ApiError) -> None:
         self._head_read()
-        if self.cycle is not None and not self.cycle.response_complete:
-            # The answer to an earlier request is on its way; another in its midst would be garbage.
-            self.transport.abort()
-            return
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if cycle.response_started or self.pipeline or not cycle.more_body:
+                # The answer to an earlier request is on its way; another in its midst would be garbage.
+                self.transport.abort()
+                return
+            # The body of this request is broken: the application hears that its client is gone.
+            cycle.disconnected = True
+            cycle.message_event.set()
         head = f"HTTP/1.1 {error.status} \r\ncontent-type: application/json\r\ncontent-length: {len(error.body)}\r\n"
         head += f"x-request-id: {uuid.uuid4().hex}\r\nconnection: close\r\n\r\n"
         self.transport.write(head.encode() + error.body)
