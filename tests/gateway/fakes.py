@@ -70,7 +70,7 @@ class Session:
 
     @property
     def request(self):
-        return SimpleNamespace(id=id(self))
+        return SimpleNamespace(id=id(self), max_tokens=5000, sequences=1)
 
     def tokens(self, count=1):
         assert not self.ends and count > 0
@@ -82,7 +82,7 @@ class Session:
     def heard(self):
         assert not self.ends
 
-    def finish(self, tokens=None):
+    def finish(self, tokens=None, usage=None):
         assert not self.ends
         self.ends.append("finished")
         self.finished = tokens

@@ -186,3 +186,126 @@ def test_an_endless_event_is_not_held():
     for _ in range(40):
         meter.feed(b"x" * 65536)
     assert meter.feed(b"\n\n" + TOKEN) == 1
+
+
+# ---- the engine's own counts ---------------------------------------------------------------------------------------
+
+
+def said(delta=None, *, index=0, finish=None, usage=None, **choice):
+    """A chat's chunk of one choice; `usage`: the completion tokens that it reports."""
+    delta = {"content": "x"} if delta is None else delta
+    chunk = {"choices": [{"index": index, "delta": delta, "finish_reason": finish, **choice}]}
+    return chunk if usage is None else chunk | {"usage": {"prompt_tokens": 9, "completion_tokens": usage}}
+
+
+def total(tokens, **details):
+    return {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": tokens, **details}}
+
+
+LOGPROBS = {"content": [{"token": "x", "logprob": -1.0}] * 3}
+DONE = b"data: [DONE]\n\n"
+
+
+def counts(chunks, **about):
+    """The tokens of each event, and the count at the end (None: an estimate)."""
+    meter = Meter(**about)
+    return [meter.feed(sse(chunk)) for chunk in chunks], meter.counted.output_tokens
+
+
+@pytest.mark.parametrize(
+    ("chunks", "tokens", "counted"),
+    [
+        ([said(), said()], [1, 1], None),
+        ([said(usage=3), said(usage=6), said({}, finish="stop", usage=7)], [3, 3, 1], 7),
+        ([said({"role": "assistant"}, usage=0), said(usage=4), said(), said(usage=9), total(9)], [0, 4, 1, 4, 0], 9),
+        ([said(), said(), said({}, finish="length"), total(8)], [1, 1, 0, 0], 8),
+        ([said(), said(finish="length", usage=8)], [1, 1], 8),
+        ([said(usage=5), said(usage=3), said(usage=7)], [5, 0, 2], 7),
+        ([said(), total(5), said(), total(9), said({}, finish="stop")], [1, 4, 1, 3, 0], 9),
+        ([said(), {"usage": {"completion_tokens": 4}}, said(usage=6)], [1, 3, 2], 6),
+        ([said(token_ids=[1, 2, 3]), said({"content": ""}, token_ids=[]), said({}, token_ids=[7])], [3, 0, 1], 4),
+        ([said(token_ids=None), said(logprobs=None)], [1, 1], None),
+        ([said(logprobs=LOGPROBS), said(logprobs={"content": None})], [3, 1], None),
+        ([said(logprobs=LOGPROBS, finish="stop")], [3], 3),
+        ([{"choices": [{"text": "xy", "logprobs": {"tokens": ["x", "y"]}}]}], [2], 2),
+        ([{"choices": [{"text": "x"}, {"text": "y"}]}, {"choices": [{"text": "x"}]}], [2, 1], None),
+        (
+            [said({"reasoning_content": "x"}), said({"tool_calls": [{"index": 0}]}), said({"refusal": "x"})],
+            [1] * 3,
+            None,
+        ),
+        ([said(), said(usage=0), {**said(), "usage": None}, total(0)], [1, 1, 1, 0], None),
+    ],
+)
+def test_the_engines_own_counts_come_first(chunks, tokens, counted):
+    assert counts(chunks) == (tokens, counted)
+
+
+@pytest.mark.parametrize("odd", [10**30, -5, 7.0, "7", True, [7], {}, 41])
+def test_a_count_that_cannot_be_is_as_none(odd):
+    chunks = [
+        said(usage=odd),
+        said(),
+        {**said(), "usage": {"completion_tokens": odd}},
+        said({}, finish="stop"),
+        total(odd),
+    ]
+    assert counts(chunks, most_tokens=40) == ([1, 1, 1, 0, 0], None)
+    assert counts([said(token_ids=[1] * 41)], most_tokens=40)[0] == [40]
+
+
+@pytest.mark.parametrize(
+    ("usages", "after", "counted"),
+    [
+        ([(0, 1), (1, 1), (0, 2), (1, 2)], 4, 4),
+        ([(0, 3), (1, 3), (0, 6), (1, 6)], 12, 12),
+        ([(0, 1), (1, 2), (0, 3), (1, 4)], 4, 4),
+        ([(0, 3), (0, 6), (1, 3)], 9, 9),
+        ([(1, 5), (0, 9)], 9, 9),
+    ],
+    ids=["each", "each several", "all", "one after the other", "all, several"],
+)
+def test_usage_beside_a_choice_is_that_choices_or_that_of_all(usages, after, counted):
+    tokens, found = counts([said(index=index, usage=used) for index, used in usages], sequences=2, most_tokens=40)
+    assert (sum(tokens), found) == (after, counted)
+
+
+def test_log_probabilities_of_an_echoed_prompt_are_no_output():
+    chunk = {"choices": [{"text": "a b c", "logprobs": {"tokens": ["a", " b", " c"]}}]}
+    assert counts([chunk], echo=True) == ([1], None)
+
+
+def test_cached_prompt_tokens_are_read_where_they_can_be():
+    for cached, read in ((6, 6), (0, 0), (10, None), (-1, None), ("6", None), (10**30, None)):
+        meter = Meter()
+        meter.feed(sse(total(3, prompt_tokens_details={"cached_tokens": cached})))
+        assert (meter.counted.prompt_tokens, meter.counted.cached_tokens) == (9, read)
+
+
+reported = st.none() | st.integers(-3, 60) | st.just(10**30)
+chunk = st.builds(
+    lambda delta, index, finish, usage, choice: said(delta, index=index, finish=finish, usage=usage, **choice),
+    st.sampled_from([{"content": "x"}, {}, {"role": "assistant"}, {"reasoning_content": "x"}, {"content": ""}]),
+    st.integers(0, 3),
+    st.sampled_from([None, None, None, "stop"]),
+    reported,
+    st.sampled_from([{}, {"token_ids": [1, 2]}, {"logprobs": LOGPROBS}, {"token_ids": None, "logprobs": None}]),
+)
+
+
+@given(
+    st.lists(chunk | st.builds(total, reported), max_size=12),
+    st.integers(1, 3),
+    st.lists(st.integers(0, 2000), max_size=12),
+    st.sampled_from(["\n\n", "\r\n\r\n"]),
+)
+def test_counts_are_the_same_wherever_bytes_are_cut_and_never_more_than_there_can_be(chunks, sequences, cuts, blank):
+    data = "".join(f": ping{blank}data: {json.dumps(one)}{blank}" for one in chunks).encode() + DONE
+    cuts = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    found = []
+    for edges in ([0, len(data)], cuts):
+        meter = Meter(sequences=sequences, most_tokens=50)
+        tokens = [meter.feed(data[start:end]) for start, end in pairwise(edges)]
+        assert min(tokens) >= 0 and meter.done and sum(tokens) <= 50
+        found.append((sum(tokens), meter.counted))
+    assert found[0] == found[1]

@@ -52,8 +52,8 @@ class Slo:
 class Request:
     """One request as the gateway or a trace gives it. `output_tokens` is known in simulation only (oracle predictors).
 
-    `sequences` are generated side by side, each over a prompt of `prompt_tokens` (their mean), each prompt processed on
-    its own. `caller` and `model` (as the client named it) are for the prediction of lengths only.
+    `sequences` are generated side by side, over `prompts` different prompts of `prompt_tokens` (their mean). `caller`
+    and `model` (as the client named it) are for the prediction of lengths only.
     """
 
     id: int
@@ -63,6 +63,7 @@ class Request:
     slo: Slo
     output_tokens: int | None = None
     sequences: int = 1
+    prompts: int = 1
     caller: str = ""
     model: str = ""
 

@@ -1,13 +1,19 @@
 """Reads server-sent events of OpenAI's API from bytes that may be cut anywhere, within bounds.
 
 `Splitter` cuts a stream into events. `Meter` counts the tokens in one by searching its bytes for keys, which costs a
-fraction of parsing: JSON escapes every quote inside a string, so a key with its quotes and colon is always a key. An
-event is one token, except [DONE], errors, the usage chunk, and chunks that only open or close an answer.
+fraction of parsing: JSON escapes every quote inside a string, so a key with its quotes and colon is always a key. Only
+events in which the engine counts itself (usage, token ids, log probabilities) are parsed. Any other is taken for one
+token, except [DONE], errors, and chunks that only open or close an answer.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+
+from pydantic_core import from_json
+
+from throttllem.openai_api.usage import MOST_TOKENS, NO_USAGE, Usage, choices_in, tokens_in, usage_in
 
 MOST_BYTES = 1 << 20
 """The most bytes of one event that are held until it is whole."""
@@ -16,9 +22,8 @@ _DATA_LINE = re.compile(rb"(?:^|[\r\n])data:([^\r\n]*)")
 _DATA = re.compile(rb"(?:^|[\r\n])data:")
 _ERROR_EVENT = re.compile(rb"(?:^|[\r\n])event: ?error[ \t]*[\r\n]")
 _ERROR = re.compile(rb'"error"\s*:\s*[{"]|"object"\s*:\s*"error"')
-_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
-_USED = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})\b')
+_COUNTED = re.compile(rb'"(?:usage|logprobs)"\s*:\s*\{|"(?:token_ids"\s*:\s*\[|choices"\s*:\s*\[\s*\])')
 _EMPTY_DELTA = re.compile(rb'"delta"\s*:\s*\{\s*(?:(?:"role"\s*:\s*"\w+"|"\w+"\s*:\s*(?:""|null|\[\]))[\s,]*)*\}')
 
 
@@ -74,22 +79,70 @@ def data_of(event: bytes) -> bytes | None:
 
 class Meter:
     """Counts one stream. `done`: [DONE] came, which ends it; `surplus` bytes of the chunk are behind it. `failed`: the
-    engine reported an error; `used`: the usage chunk's count.
+    engine reported an error.
 
-    `native`: Triton's native API, where an answer is a `text_output`, and no event marks the end.
+    `native`: Triton's native API, where an answer is a `text_output`, and no event marks the end. `sequences` are
+    generated side by side, with `most_tokens` in all. `echo`: the prompt is part of the answer.
     """
 
-    __slots__ = ("_answer", "_last", "_native", "_splitter", "done", "failed", "surplus", "used")
+    # An engine's usage beside a choice is that choice's (vLLM, SGLang) or that of all. The latter grows with every
+    # token of any choice, and is no less than the events: what is not so is of one choice.
 
-    def __init__(self, *, native: bool = False) -> None:
+    __slots__ = (
+        "_answer",
+        "_booked",
+        "_by_choice",
+        "_echo",
+        "_estimated",
+        "_events",
+        "_last",
+        "_most_tokens",
+        "_native",
+        "_per_choice",
+        "_sequences",
+        "_splitter",
+        "_total",
+        "_usage",
+        "done",
+        "failed",
+        "surplus",
+    )
+
+    def __init__(
+        self, *, native: bool = False, sequences: int = 1, most_tokens: int = MOST_TOKENS, echo: bool = False
+    ) -> None:
         self._splitter = Splitter()
         self._native = native
         self._answer = b'"text_output"' if native else b'"choices"'
+        self._sequences = sequences
+        self._most_tokens = most_tokens
+        self._echo = echo
         self._last = b""
+        self._booked = self._events = 0
+        self._estimated = False
+        self._by_choice: dict[int, int] = {}
+        self._per_choice = False
+        self._total: int | None = None
         self.done = False
         self.failed = False
         self.surplus = 0
-        self.used: int | None = None
+        self._usage = NO_USAGE
+
+    @property
+    def used(self) -> int | None:
+        """The engine's count of all output tokens, None if it gave none that can be true."""
+        total = self._total
+        if total is None and (not self._per_choice or len(self._by_choice) == self._sequences):
+            total = self._by_choices()
+        return total if total or not self._events else None
+
+    @property
+    def counted(self) -> Usage:
+        """What the engine counted. No output tokens: of some, only their events were seen."""
+        used = self.used
+        if used is None and not self._estimated and self._booked:
+            used = self._booked
+        return replace(self._usage, output_tokens=used)
 
     @property
     def whole(self) -> bool:
@@ -120,7 +173,7 @@ class Meter:
         return self._event(tail) if tail else 0
 
     def _event(self, event: bytes) -> int:
-        """The tokens of one event: 1 or 0."""
+        """The tokens of one event."""
         if not event.startswith(b"data:"):
             found = _DATA.search(event)
             if _ERROR_EVENT.search(event):
@@ -130,20 +183,85 @@ class Meter:
                 return 0
             event = event[found.end() - 5 :]
         if b'"delta"' in event:
+            if _COUNTED.search(event) or event.count(b'"delta"') > 1:
+                return self._parsed(event)
             self._last = event
             empty = _EMPTY_DELTA.search(event)
             # Without a role, an empty content is a token: a part of a character whose text is still to come.
-            opens_or_closes = empty is not None and (b'"role"' in empty[0] or b'"content"' not in empty[0])
-            return 0 if opens_or_closes else 1
-        if self._answer in event:
-            if b"[]" in event and _NO_CHOICES.search(event):
-                used = _USED.search(event)
-                self.used = int(used[1]) if used else self.used
+            if empty is not None and (b'"role"' in empty[0] or b'"content"' not in empty[0]):
                 return 0
+        elif self._answer in event:
+            if not self._native and (_COUNTED.search(event) or event.count(b'"text"') > 1):
+                return self._parsed(event)
             self._last = event
-            return 1
-        if is_done(event):
+        elif is_done(event):
             self.done = True
+            return 0
         elif _ERROR.search(event):
             self.failed = True
-        return 0
+            return 0
+        else:
+            return self._parsed(event) if _COUNTED.search(event) else 0
+        self._estimated = True
+        self._events += 1
+        self._booked += 1
+        return 1
+
+    def _parsed(self, event: bytes) -> int:
+        """The tokens of an event that holds the engine's own counts, or several choices."""
+        try:
+            fields = from_json(data_of(event) or b"")
+        except ValueError:
+            return 0
+        if not isinstance(fields, dict):
+            return 0
+        choices = choices_in(fields)
+        if choices:
+            self._last = event
+        tokens = 0
+        for choice in choices:
+            count = tokens_in(choice, echo=self._echo)
+            if count is None:
+                count = int(_carries(choice))
+                self._estimated = self._estimated or count > 0
+            tokens += count
+            self._events += count > 0
+        usage = usage_in(fields.get("usage"), self._most_tokens)
+        self._usage = self._usage.updated(usage)
+        if usage.output_tokens is not None:
+            # One that comes with the end only is no time of tokens: it corrects the sum when the stream is over.
+            late = not self._by_choice and self._total is None and _FINISH.search(self._last) is not None
+            reported = self._note(usage.output_tokens, choices, moved=tokens > 0)
+            if not late and (reported or not self._events):
+                tokens = reported - self._booked
+        tokens = max(0, min(tokens, self._most_tokens - self._booked))
+        self._booked += tokens
+        return tokens
+
+    def _note(self, tokens: int, choices: list[dict[str, object]], *, moved: bool) -> int:
+        """Take in a usage, of one choice or of all; the tokens of all choices by then. `moved`: beside new tokens."""
+        if not choices or self._sequences == 1:
+            self._total = max(tokens, self._total or 0)
+            return self._total
+        index = choices[0].get("index")
+        index = index if type(index) is int else 0
+        before = self._by_choice
+        others = any(count >= tokens for choice, count in before.items() if choice != index)
+        self._per_choice = self._per_choice or tokens < self._events or (moved and others)
+        if index in before or len(before) < self._sequences:
+            before[index] = max(tokens, before.get(index, 0))
+        return self._by_choices() or 0
+
+    def _by_choices(self) -> int | None:
+        """The tokens of all choices by the usages beside them."""
+        counts = self._by_choice.values()
+        return sum(counts) if self._per_choice else max(counts, default=None)
+
+
+def _carries(choice: dict[str, object]) -> bool:
+    """Whether a choice without counts is a token, as `Meter._event` sees it."""
+    delta = choice.get("delta")
+    if not isinstance(delta, dict):
+        return "delta" not in choice
+    held = any(value for name, value in delta.items() if name != "role")
+    return held or ("role" not in delta and "content" in delta)

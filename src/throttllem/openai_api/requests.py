@@ -46,9 +46,9 @@ class ParsedRequest:
 
     `prompts` are texts or token ids (none for a chat, whose messages are in `fields`). Of a body over LARGE_BYTES,
     `fields` has what the gateway reads, values over LARGE_BYTES undecoded, as Raw. `max_tokens` None: the client
-    named no limit. `choices`: answers per prompt. `native`: by one of Triton's native paths. `include_usage`: the
-    stream ends with a usage chunk. `caller`: a name of the API key, or the client's `user`, "" if neither. `metrics`:
-    the answer shall carry the gateway's metrics.
+    named no limit. `choices`: answers per prompt, which begin with it if `echo`. `native`: by one of Triton's native
+    paths. `include_usage`: the stream ends with a usage chunk. `caller`: a name of the API key, or the client's `user`,
+    "" if neither. `metrics`: the answer shall carry the gateway's metrics.
     """
 
     path: str
@@ -60,6 +60,7 @@ class ParsedRequest:
     native: bool = False
     max_tokens: int | None = None
     choices: int = 1
+    echo: bool = False
     stream: bool = False
     include_usage: bool = False
     caller: str = ""
@@ -149,6 +150,7 @@ def _openai_request(path: str, fields: dict[str, Any], body: bytes, caller: str,
     _read_counts(fields, _CHAT_COUNTS if chat else _COMPLETION_COUNTS)
     limited_by, limit, choices = "max_tokens", fields.get("max_tokens"), fields.get("n")
     prompts: Prompts = ()
+    echo = False
     if chat:
         if (newer := fields.get("max_completion_tokens")) is not None:
             limited_by, limit = "max_completion_tokens", newer
@@ -158,7 +160,9 @@ def _openai_request(path: str, fields: dict[str, Any], body: bytes, caller: str,
     else:
         prompt = fields.get("prompt")
         prompts = (prompt,) if isinstance(prompt, str) else _prompts(prompt)
-        if limit == 0 and truth(fields.get("echo")):
+        if (echoes := fields.get("echo")) is not None:
+            echo = truth(echoes) is True
+        if limit == 0 and echo:
             limit = 1  # the engine computes one token, and does not send it
         if (best_of := fields.get("best_of")) is not None:
             choices = max(1 if choices is None else choices, whole_number(best_of) or 1)
@@ -180,6 +184,7 @@ def _openai_request(path: str, fields: dict[str, Any], body: bytes, caller: str,
         chat=chat,
         max_tokens=limit,
         choices=choices or 1,
+        echo=echo,
         stream=bool(stream),
         include_usage=isinstance(options, dict) and truth(options.get("include_usage")) is True,
         caller=caller,

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -297,6 +298,7 @@ class Session:
     """`before`: the pieces that the client had when the session was finished."""
 
     streams = True
+    request = SimpleNamespace(max_tokens=100, sequences=1)
 
     def __init__(self, client):
         self.client = client
@@ -311,7 +313,7 @@ class Session:
     def tokens(self, count=1):
         self.client.order.append("counted")
 
-    def finish(self, tokens=None):
+    def finish(self, tokens=None, usage=None):
         self.client.order.append("finished")
         self.before = list(self.client.pieces)
         return Receipt(

@@ -103,7 +103,9 @@ class ControlLoop:
         self.now = now
         self.slo_attainment = SloAttainment()
         self.prompt_tokens = 0
+        self.cached_prompt_tokens = 0
         self.generated_tokens = 0
+        self.estimated_outputs = 0
         self.counting = 0
         """Requests whose prompts are being counted, before they arrive."""
         self.doubtful = False
@@ -220,7 +222,9 @@ class ControlLoop:
     def _count(self, session: Session, *, served: bool | None) -> None:
         """`served` None: the client disconnected, and no SLO was met or violated."""
         if session.generated_tokens or served:
-            self.prompt_tokens += session.request.prompt_tokens * session.request.sequences
+            self.prompt_tokens += session.prompt_tokens
+            self.cached_prompt_tokens += session.usage.cached_tokens or 0
+            self.estimated_outputs += session.usage.output_tokens is None
         self.generated_tokens += session.generated_tokens
         met: bool | None = None
         if served is not None:

@@ -133,6 +133,7 @@ class Models:
             max_tokens=max_tokens,
             slo=slo,
             sequences=parsed.sequences,
+            prompts=max(1, len(parsed.prompts)),
             caller=parsed.caller,
             model=parsed.model or connected.models[0],
         )

@@ -19,6 +19,7 @@ from throttllem.engines.base import EngineError
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.slo_attainment import Latencies
 from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.usage import NO_USAGE, Usage
 
 
 class Client(Protocol):
@@ -53,7 +54,8 @@ class Receipt:
     """What a request was given, as the client may ask for it (`metrics` in the last chunk). Absent: None.
 
     `mean_itl_ms` over the gaps between tokens, `energy_joules` its share of the GPUs' energy, `clock_mhz` of the engine
-    when it ended.
+    when it ended. `output_tokens_estimated`: the engine gave no count of its output, whose events were counted.
+    `cached_prompt_tokens`: those that the engine reported not to have computed.
     """
 
     queue_time_ms: float | None
@@ -61,12 +63,15 @@ class Receipt:
     mean_itl_ms: float | None
     energy_joules: float | None
     clock_mhz: int | None
+    output_tokens: int | None = None
+    output_tokens_estimated: bool | None = None
+    cached_prompt_tokens: int | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Session:
     """Seconds on the control loop's time line; None: not yet. `heard_s`: when the engine last sent bytes of it without
-    a token. `failure` is what the control loop ended it with.
+    a token. `usage`: what the engine counted itself. `failure` is what the control loop ended it with.
     """
 
     loop: Loop
@@ -79,6 +84,7 @@ class Session:
     last_token_s: float | None = None
     heard_s: float | None = None
     generated_tokens: int = 0
+    usage: Usage = NO_USAGE
     energy_j: float | None = None
     ended: bool = False
     failure: ApiError | None = None
@@ -141,9 +147,17 @@ class Session:
         if self.backend is not None:
             self.backend.last_sign_s = self.heard_s
 
-    def finish(self, tokens: int | None = None) -> Receipt:
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all its prompts, by the engine's count where it gave one."""
+        reported, request = self.usage.prompt_tokens, self.request
+        return reported or request.prompt_tokens * request.prompts
+
+    def finish(self, tokens: int | None = None, usage: Usage | None = None) -> Receipt:
         """The output is complete; `tokens` in all, where the engine reported it. To be called before the last chunk."""
         if not self.ended:
+            if usage is not None:
+                self.usage = usage
             if tokens is not None:
                 self.generated_tokens = tokens
             if self.last_token_s is None or not self.streams:
@@ -198,6 +212,9 @@ class Session:
             mean_itl_ms=_milliseconds(seen.tbt_s),
             energy_joules=None if self.energy_j is None else round(self.energy_j, 4),
             clock_mhz=clock,
+            output_tokens=self.generated_tokens or None,
+            output_tokens_estimated=True if self.generated_tokens and self.usage.output_tokens is None else None,
+            cached_prompt_tokens=self.usage.cached_tokens,
         )
 
 

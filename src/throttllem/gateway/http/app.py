@@ -242,6 +242,7 @@ class Gateway:
                     reply,
                     session,
                     native=parsed.native,
+                    echo=parsed.echo,
                     metrics=parsed.metrics,
                     held_bytes=self._limits.body_bytes,
                 )

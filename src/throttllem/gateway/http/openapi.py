@@ -273,7 +273,9 @@ def _schemas() -> Json:
         {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "minItems": 1}, "minItems": 1},
     ]
     messages = {"type": "array", "items": {"type": "object"}, "minItems": 1}
-    receipt = {field.name: {"type": "number"} for field in fields(Receipt)}
+    receipt = {
+        field.name: {"type": "boolean" if field.name.endswith("_estimated") else "number"} for field in fields(Receipt)
+    }
     error = {
         "message": {"type": "string"},
         "type": {"type": "string", "enum": sorted({case.kind for case in ERRORS})},

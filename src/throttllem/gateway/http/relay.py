@@ -9,15 +9,17 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Awaitable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pydantic_core
 
+from throttllem.core.types import Request
 from throttllem.engines.base import EngineError, Reply
 from throttllem.gateway.control.session import Receipt, Session
 from throttllem.gateway.http.exchange import Exchange
 from throttllem.openai_api.errors import ByteHeaders
 from throttllem.openai_api.event_stream import Meter, Splitter, is_done, is_whole
+from throttllem.openai_api.usage import NO_USAGE, Usage, choices_in, tokens_in, usage_in
 
 _LINGER_S = 0.25
 """How long an engine may take to end a reply behind its [DONE]; then its connection is closed."""
@@ -29,13 +31,14 @@ def relay(
     session: Session,
     *,
     native: bool = False,
+    echo: bool = False,
     metrics: bool,
     held_bytes: int,
 ) -> Awaitable[None]:
     """The reply of a controlled request. An engine's error passes as it is and leaves the session unfinished.
 
-    `native`: the request came by Triton's own API. Raises EngineError, also for an error that the engine has sent to
-    the client itself by then.
+    `native`: the request came by Triton's own API; `echo`: the answer begins with the prompt. Raises EngineError, also
+    for an error that the engine has sent to the client itself by then.
     """
     if reply.status >= 300:
         return _error(exchange, reply)
@@ -48,7 +51,9 @@ def relay(
     if is_stream and is_coded:
         return _unread(exchange, reply, session, [], status, headers)
     if is_stream:
-        meter, held = Meter(native=native), _Held() if metrics else None
+        request, held = session.request, _Held() if metrics else None
+        most_tokens = request.max_tokens * request.sequences
+        meter = Meter(native=native, sequences=request.sequences, most_tokens=most_tokens, echo=echo)
         return _events(exchange, reply, session, meter, held, status, headers)
     return _whole(exchange, reply, session, status, headers, metrics=metrics, held_bytes=held_bytes)
 
@@ -95,7 +100,8 @@ async def _events(
         session.tokens(count)
     whole = meter.done or meter.whole
     # The session first: a slow client may take the last bytes late.
-    receipt = session.finish(meter.used) if whole and not meter.failed else None
+    usage = meter.counted
+    receipt = session.finish(usage.output_tokens, usage) if whole and not meter.failed else None
     rest = chunk[: len(chunk) - meter.surplus] if meter.done else b""
     if meter.done and not is_whole(rest):
         rest += b"\n\n"
@@ -159,7 +165,8 @@ async def _whole(
             return
     body = b"".join(parts)
     fields = _object(body)
-    receipt = session.finish(_used(fields))
+    usage = _usage(fields, session.request)
+    receipt = session.finish(usage.output_tokens, usage)
     if metrics and fields is not None:
         body = json.dumps(_with_metrics(fields, receipt), separators=(",", ":")).encode()
     await exchange.reply(status, headers, body)
@@ -247,10 +254,16 @@ def _object(body: bytes) -> dict[str, object] | None:
     return fields if isinstance(fields, dict) else None
 
 
-def _used(fields: dict[str, object] | None) -> int | None:
-    usage = fields.get("usage") if fields is not None else None
-    used = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return used if isinstance(used, int) and not isinstance(used, bool) and used >= 0 else None
+def _usage(fields: dict[str, object] | None, request: Request) -> Usage:
+    """What the engine counted itself: in usage, else in the choices' ids or log probabilities."""
+    if fields is None:
+        return NO_USAGE
+    usage = usage_in(fields.get("usage"), request.max_tokens * request.sequences)
+    if usage.output_tokens is None:
+        counts = [tokens_in(choice, echo=True) for choice in choices_in(fields)]
+        if counts and None not in counts:
+            return replace(usage, output_tokens=sum(count for count in counts if count is not None))
+    return usage
 
 
 def _head(reply: Reply, *, drop_length: bool = True) -> tuple[int, bool, ByteHeaders]:

@@ -54,7 +54,17 @@ _MODEL_COUNTERS: tuple[tuple[str, str, ModelRead], ...] = (
     ("throttllem_slo_requests", "Ended requests that had an SLO.", lambda model: model.ever.with_slo),
     ("throttllem_slo_met_requests", "Those of them that met all SLOs.", lambda model: model.ever.met),
     ("throttllem_prompt_tokens", "Prompt tokens of served requests.", lambda model: model.prompt_tokens),
+    (
+        "throttllem_cached_prompt_tokens",
+        "Those of them that the engine reported not to have computed.",
+        lambda model: model.cached_prompt_tokens,
+    ),
     ("throttllem_generated_tokens", "Tokens of answers.", lambda model: model.generated_tokens),
+    (
+        "throttllem_estimated_outputs",
+        "Answers of which the engine gave no count: a token an event.",
+        lambda model: model.estimated_outputs,
+    ),
     (
         "throttllem_estimated_prompts",
         "Prompts whose tokens were estimated, not counted.",

@@ -32,7 +32,7 @@ class RecordingObserver:
 
     def ended(self, session: Session, met: bool | None) -> None:
         """A request ended; `met`: all its SLOs, None if it had none or its client disconnected."""
-        seen, request = session.latencies(), session.request
+        seen = session.latencies()
         ran = session.dispatched_s is not None
         self.histograms.request(
             model=self.model(),
@@ -40,7 +40,7 @@ class RecordingObserver:
             ttft_s=seen.ttft_s,
             tbt_s=seen.tbt_s,
             e2e_s=seen.e2e_s if session.failure is None else None,
-            prompt_tokens=request.prompt_tokens * request.sequences if ran else None,
+            prompt_tokens=session.prompt_tokens if ran else None,
             generated_tokens=session.generated_tokens if ran else None,
             joules=session.energy_j,
             met=met,

@@ -107,7 +107,9 @@ class ModelStatus:
     ever: SloCounts
     length: LengthStatus
     prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
     generated_tokens: int = 0
+    estimated_outputs: int = 0
     estimated_prompts: int = 0
 
     @property
@@ -163,7 +165,9 @@ def _model_status(loop: ControlLoop, names: tuple[str, ...]) -> ModelStatus:
         ever=loop.slo_attainment.ever,
         length=_length_status(snapshot),
         prompt_tokens=loop.prompt_tokens,
+        cached_prompt_tokens=loop.cached_prompt_tokens,
         generated_tokens=loop.generated_tokens,
+        estimated_outputs=loop.estimated_outputs,
         estimated_prompts=sum(backend.estimated_prompts for backend in loop.backends),
     )
 
