@@ -105,7 +105,7 @@ class Exchange:
         if size > most_bytes:
             raise too_large(most_bytes)
         body = b"".join(parts) if len(parts) > 1 else parts[0]
-        return body if coding is None else await self._decoded(body, coding, most_bytes)
+        return body if coding is None or not body else await self._decoded(body, coding, most_bytes)
 
     async def _decoded(self, body: bytes, coding: str, most_bytes: int) -> bytes:
         """The body as the engine gets it, without the header."""
