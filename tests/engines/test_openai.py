@@ -11,7 +11,7 @@ from tests.engines.upstreams import call, eventually
 from tests.engines.vllm_peer import VllmPeer, connected, engine_of
 from throttllem.engines.base import EngineError
 from throttllem.engines.step_reports import StepStats
-from throttllem.openai_api.requests import COMPLETIONS, ParsedRequest
+from throttllem.openai_api.requests import COMPLETIONS, Api, ParsedRequest
 
 
 @asynccontextmanager
@@ -163,7 +163,9 @@ def test_bytes_go_on_and_come_back_unchanged():
 def test_a_health_check_changes_nothing_of_how_prompts_are_counted():
     async def run():
         peer = VllmPeer()
-        request = ParsedRequest(path=COMPLETIONS, model="tiny", fields={}, body=b"", prompts=("a b c",))
+        request = ParsedRequest(
+            api=Api.COMPLETIONS, path=COMPLETIONS, model="tiny", fields={}, body=b"", prompts=("a b c",)
+        )
         async with engine_of(peer) as engine:
             await engine.connect()
             await engine.count(request)

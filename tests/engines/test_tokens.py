@@ -7,7 +7,7 @@ import pytest
 from tests.engines.vllm_peer import VllmPeer, connected, engine_of
 from throttllem.engines.base import EngineError
 from throttllem.engines.tokens import TokenizerFile
-from throttllem.openai_api.requests import CHAT, COMPLETIONS, ParsedRequest, parse_request
+from throttllem.openai_api.requests import CHAT, COMPLETIONS, Api, ParsedRequest, parse_request
 
 
 def counted(peer, *requests, **options):
@@ -21,11 +21,11 @@ def counted(peer, *requests, **options):
 
 
 def completion(*prompts, **fields):
-    return ParsedRequest(path=COMPLETIONS, model="tiny", fields=fields, body=b"", prompts=prompts)
+    return ParsedRequest(api=Api.COMPLETIONS, path=COMPLETIONS, model="tiny", fields=fields, body=b"", prompts=prompts)
 
 
 def chat_of(fields):
-    return ParsedRequest(path=CHAT, model="tiny", fields=fields, body=b"", chat=True)
+    return ParsedRequest(api=Api.CHAT, path=CHAT, model="tiny", fields=fields, body=b"", chat=fields)
 
 
 def test_the_engine_counts_each_prompt_once():

@@ -42,6 +42,54 @@ def completion_events(words):
     return [*events, b"data: [DONE]\n\n"]
 
 
+def typed(kind, **fields):
+    """An event as Responses and Messages have them."""
+    return b"event: " + kind.encode() + b"\n" + sse({"type": kind} | fields)
+
+
+def response_of(words, status="completed"):
+    content = [{"type": "output_text", "text": "w " * words, "annotations": []}]
+    return {
+        "id": "resp_1", "object": "response", "created_at": 1, "model": "tiny", "status": status, "tools": [],
+        "parallel_tool_calls": True, "tool_choice": "auto",
+        "output": [{"id": "m", "type": "message", "role": "assistant", "status": "completed", "content": content}],
+        "usage": {"input_tokens": 3, "output_tokens": words, "total_tokens": 3 + words,
+                  "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}},
+    }  # fmt: skip
+
+
+def response_events(words):
+    """An answer of `/v1/responses` as vLLM streams it."""
+    at = {"item_id": "m", "output_index": 0, "content_index": 0, "logprobs": []}
+    begun = response_of(0, "in_progress") | {"output": [], "usage": None}
+    events = [typed("response.created", response=begun, sequence_number=0)]
+    for number in range(words):
+        events.append(typed("response.output_text.delta", delta=f"w{number} ", sequence_number=number + 1, **at))
+    return [*events, typed("response.completed", response=response_of(words), sequence_number=words + 1)]
+
+
+def message_of(words):
+    return {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": "tiny", "stop_reason": "end_turn",
+        "stop_sequence": None, "content": [{"type": "text", "text": "w " * words}],
+        "usage": {"input_tokens": 3, "output_tokens": words},
+    }  # fmt: skip
+
+
+def message_events(words):
+    """An answer of `/v1/messages` as vLLM streams it."""
+    begun = message_of(0) | {"content": [], "stop_reason": None}
+    events = [typed("message_start", message=begun)]
+    events += [typed("content_block_start", index=0, content_block={"type": "text", "text": ""}), typed("ping")]
+    for number in range(words):
+        delta = {"type": "text_delta", "text": f"w{number} "}
+        events.append(typed("content_block_delta", index=0, delta=delta))
+    ended = {"stop_reason": "end_turn", "stop_sequence": None}
+    usage = {"input_tokens": 3, "output_tokens": words}
+    events += [typed("content_block_stop", index=0), typed("message_delta", delta=ended, usage=usage)]
+    return [*events, typed("message_stop")]
+
+
 async def overloaded():
     return web.json_response({"error": {"message": "too many"}}, status=503, headers={"retry-after": "7"})
 
@@ -65,6 +113,9 @@ async def garbage(request):
     request.transport.write(b"this is not HTTP\r\n\r\n")
     request.transport.close()
     return web.Response()
+
+
+TYPED = {"/v1/responses": (response_events, response_of), "/v1/messages": (message_events, message_of)}
 
 
 @dataclass
@@ -100,9 +151,9 @@ class Engine:
             self.running -= 1
 
     async def play(self, request, fields):
-        limit = fields.get("max_tokens")
+        limit = fields.get("max_tokens", fields.get("max_output_tokens"))
         words = min(limit, 5000) if isinstance(limit, int) and limit > 0 else 3
-        events = chat_events(words)
+        events = TYPED.get(request.path, (chat_events, None))[0](words)
         ways = {
             "long": lambda: self.stream(request, [b"data: " + b"x" * 65536 + b"\n\n"] * 4000),
             "no-done": lambda: self.stream(request, [*events[:-1], sse(closing())]),
@@ -132,6 +183,11 @@ class Engine:
             return await self.stream(request, [sse({"text_output": f"w{number}"}) for number in range(words)])
         if request.path in ("/v1/completions", "/v1/chat/completions"):
             return await self.generate(request, fields, words)
+        if request.path in TYPED and request.method == "POST":
+            events, whole = TYPED[request.path]
+            if fields.get("stream"):
+                return await self.stream(request, events(words))
+            return web.json_response(whole(words))
         return web.Response(
             body=b"\x00plain\xff",
             headers={"x-engine": "yes", "x-request-id": "engine", "connection": "x-drop", "x-drop": "1"},

@@ -4,13 +4,14 @@ import pytest
 
 from throttllem.engines.base import EngineError
 from throttllem.gateway.http.errors import not_allowed, unavailable
-from throttllem.openai_api.errors import ApiError, as_api_error, invalid
+from throttllem.openai_api.errors import ApiError, as_api_error, error_body, error_event, invalid
+from throttllem.openai_api.requests import CHAT
 
 
 def shown(error):
     """Status, error object and headers, as a client gets them."""
     seen = as_api_error(error)
-    assert seen.event == b"data: " + seen.body + b"\n\n"
+    assert error_body(seen, CHAT) == seen.body and error_event(seen, CHAT) == b"data: " + seen.body + b"\n\n"
     return seen.status, json.loads(seen.body)["error"], dict(seen.headers)
 
 

@@ -18,6 +18,7 @@ from pydantic_core import to_json
 
 from throttllem.engines.base import EngineError, PromptCount
 from throttllem.engines.http import Upstream, parsed
+from throttllem.openai_api.conversations import texts_in
 from throttllem.openai_api.large_bodies import LARGE_BYTES, read_value
 from throttllem.openai_api.requests import ParsedRequest
 
@@ -125,7 +126,7 @@ class TokenCounter:
         """The mean over the prompts, rounded up. Raises EngineError if the engine stopped answering."""
         if len(request.body) > LARGE_BYTES:
             return await self._large(request)
-        if request.chat:
+        if request.is_conversation:
             return await self._chat(request)
         if len(request.prompts) == 1:
             return await self._prompt(request, request.prompts[0])
@@ -139,7 +140,7 @@ class TokenCounter:
         most = (self._context_tokens or math.inf) * _LONGEST_BYTES * max(1, len(request.prompts))
         if size_bytes <= most or not any(isinstance(prompt, str | Raw) for prompt in request.prompts or ("",)):
             try:
-                if request.chat:
+                if request.is_conversation:
                     return await self._chat(request)
                 return mean_count([await self._prompt(request, prompt) for prompt in request.prompts])
             except EngineError as error:
@@ -161,14 +162,24 @@ class TokenCounter:
         return await self._file.count(text, special=special, exact=self._file_counts)
 
     async def _chat(self, request: ParsedRequest) -> PromptCount:
-        fields = {name: request.fields[name] for name in (*_CHAT_FIELDS, *_ADDED_FIELDS) if name in request.fields}
+        if request.chat is None:
+            return await self._estimate(request)
+        fields = {name: request.chat[name] for name in (*_CHAT_FIELDS, *_ADDED_FIELDS) if name in request.chat}
         tokens = await self._endpoint({"model": request.model, **fields})
         if tokens is not None:
             return PromptCount(tokens=tokens, by="the engine", exact=True)
-        messages = request.fields.get("messages")
+        messages = request.chat.get("messages")
         if isinstance(messages, Raw):
             messages = await asyncio.to_thread(read_value, "messages", messages)
         return await self._file.count("\n".join(_texts(messages)), exact=False)
+
+    async def _estimate(self, request: ParsedRequest) -> PromptCount:
+        """The tokens of the texts of a conversation that is not known whole."""
+        texts: list[str] = []
+        for name in ("instructions", "system", "input", "messages"):
+            value = request.fields.get(name)
+            texts += texts_in(await asyncio.to_thread(read_value, name, value) if isinstance(value, Raw) else value)
+        return await self._file.count("\n".join(texts), exact=False)
 
     async def _endpoint(self, body: dict[str, object]) -> int | None:
         """The engine's count; None: it has none, as for a body that it would refuse."""
@@ -199,7 +210,7 @@ def _digest(content: bytes) -> bytes:
 def _text_bytes(request: ParsedRequest) -> int:
     """The most bytes that a large request's prompts can have: of its body all that is no picture, sound or token id."""
     body, size_bytes, at = request.body, len(request.body), 0
-    if not request.chat:
+    if not request.is_conversation:
         return size_bytes
     while (found := _MEDIA.search(body, at)) is not None:
         at = body.find(b'"', found.end())

@@ -10,6 +10,18 @@ import json
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
 """Values of the body's `type`: the client's fault, and this side's."""
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""`type` of an error of Anthropic's API; other statuses: invalid_request_error, and api_error from 500."""
 
 ByteHeaders = tuple[tuple[bytes, bytes], ...]
 
@@ -50,10 +62,20 @@ class ApiError(Exception):
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}, separators=(",", ":")).encode()
 
-    @property
-    def event(self) -> bytes:
-        """The event that ends a stream which has begun."""
-        return b"data: " + self.body + b"\n\n"
+
+def error_body(error: ApiError, path: str) -> bytes:
+    """The body of an error as the API of this path shapes it."""
+    if not path.startswith(MESSAGES):
+        return error.body
+    kind = _ANTHROPIC_TYPES.get(error.status, INVALID_REQUEST if error.status < 500 else "api_error")
+    shaped = {"type": "error", "error": {"type": kind, "message": error.message}}
+    return json.dumps(shaped, separators=(",", ":")).encode()
+
+
+def error_event(error: ApiError, path: str) -> bytes:
+    """The event that ends a stream of the API of this path which has begun."""
+    typed = b"event: error\n" if path.startswith((MESSAGES, RESPONSES)) else b""
+    return typed + b"data: " + error_body(error, path) + b"\n\n"
 
 
 def invalid(message: str, param: str | None = None, *, code: str | None = None) -> ApiError:

@@ -1,4 +1,4 @@
-"""Reads completion and chat requests of OpenAI's API, and Triton's native `generate` ones, into a ParsedRequest.
+"""Reads the requests of the APIs under control (`Api`) into a ParsedRequest.
 
 Checks only the fields that admission and scheduling depend on, and takes them as vLLM does (`"4"` and `4.0` are 4);
 every other field is the engine's to check. The body goes on to the engine as it came, unless it holds the gateway's own
@@ -12,12 +12,15 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 from msgspec import Raw
 from pydantic_core import from_json
 
-from throttllem.openai_api.errors import ApiError, invalid
+from throttllem.openai_api.conversations import chat_of_message, chat_of_response
+from throttllem.openai_api.errors import MESSAGES, RESPONSES, ApiError, invalid
 from throttllem.openai_api.large_bodies import LARGE_BYTES, model_in, named_values, prompt_lengths, without
 from throttllem.openai_api.lax import token_ids, truth, whole_number
 
@@ -39,25 +42,44 @@ _CHAT_COUNTS = ("max_tokens", "max_completion_tokens", "n")
 Prompts = tuple[str | Raw | Sequence[int], ...]
 
 
+class Api(StrEnum):
+    """The APIs whose requests are under control: how a request is read, its stream counted, its errors written."""
+
+    COMPLETIONS = "completions"
+    CHAT = "chat"
+    RESPONSES = "responses"
+    """OpenAI's Responses: a stream of typed events."""
+    MESSAGES = "messages"
+    """Anthropic's Messages: a stream of typed events, and errors of another shape."""
+    NATIVE = "native"
+    """Triton's `generate`."""
+
+
+PATHS = MappingProxyType(
+    {COMPLETIONS: Api.COMPLETIONS, CHAT: Api.CHAT, RESPONSES: Api.RESPONSES, MESSAGES: Api.MESSAGES}
+)
+"""The API of each path; those of Triton's are NATIVE."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedRequest:
     """A request under control. `fields` are its JSON fields without the gateway's own, those that were read as what
     they stand for, `body` the bytes for the engine. `model` "": the client named none.
 
-    `prompts` are texts or token ids (none for a chat, whose messages are in `fields`). Of a body over LARGE_BYTES,
-    `fields` has what the gateway reads, values over LARGE_BYTES undecoded, as Raw. `max_tokens` None: the client
-    named no limit. `choices`: answers per prompt, which begin with it if `echo`. `native`: by one of Triton's native
-    paths. `include_usage`: the stream ends with a usage chunk. `caller`: a name of the API key, or the client's `user`,
-    "" if neither. `metrics`: the answer shall carry the gateway's metrics.
+    `prompts` are texts or token ids; a conversation has none, but `chat`: the fields of the chat that has the same
+    prompt (None: the request alone does not show it). Of a body over LARGE_BYTES, `fields` has what the gateway reads,
+    values over LARGE_BYTES undecoded, as Raw. `max_tokens` None: the client named no limit. `choices`: answers per
+    prompt, which begin with it if `echo`. `include_usage`: the stream ends with a usage chunk. `caller`: a name of the
+    API key, or the client's `user`, "" if neither. `metrics`: the answer shall carry the gateway's metrics.
     """
 
+    api: Api
     path: str
     model: str
     fields: dict[str, Any] = field(repr=False)
     body: bytes = field(repr=False)
     prompts: Prompts = ()
-    chat: bool = False
-    native: bool = False
+    chat: dict[str, Any] | None = field(default=None, repr=False)
     max_tokens: int | None = None
     choices: int = 1
     echo: bool = False
@@ -65,6 +87,11 @@ class ParsedRequest:
     include_usage: bool = False
     caller: str = ""
     metrics: bool = False
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether its prompt is made of messages."""
+        return self.api in (Api.CHAT, Api.RESPONSES, Api.MESSAGES)
 
     @property
     def sequences(self) -> int:
@@ -75,7 +102,7 @@ class ParsedRequest:
         """The same once its tokens are counted: a large body is kept as its bytes alone (`whole` reads it again)."""
         if len(self.body) <= LARGE_BYTES:
             return self
-        return replace(self, fields={}, prompts=("",) * len(self.prompts))
+        return replace(self, fields={}, chat=None, prompts=("",) * len(self.prompts))
 
     def whole(self) -> ParsedRequest:
         """The same with every field decoded, for engines that translate it. Raises ApiError 400 for what is too large
@@ -88,7 +115,7 @@ class ParsedRequest:
 
 def is_controlled(path: str) -> bool:
     """Whether a POST to this path goes through the control core."""
-    return path in (COMPLETIONS, CHAT) or NATIVE.fullmatch(path) is not None
+    return path in PATHS or NATIVE.fullmatch(path) is not None
 
 
 def parse_request(
@@ -107,8 +134,8 @@ def parse_request(
         body = _json_bytes(fields) if len(body) <= LARGE_BYTES else without(body, OWN_FIELD)
     user = fields.get("user")
     caller = key_name or (_caller(user) if user else "")
-    read = _openai_request if path in (COMPLETIONS, CHAT) else _native_request
-    return read(path, fields, body, caller, metrics)
+    api = PATHS.get(path, Api.NATIVE)
+    return _READERS[api](path, fields, body, caller, metrics)
 
 
 def check_sequences(request: ParsedRequest, most: int | None) -> None:
@@ -121,6 +148,12 @@ def check_sequences(request: ParsedRequest, most: int | None) -> None:
             "prompt" if len(request.prompts) > most else "n",
             code="too_many_sequences",
         )
+
+
+def check_translated(request: ParsedRequest, engine: str) -> None:
+    """Refuse what an engine that translates requests has no translation of. Raises ApiError 404."""
+    if request.api in (Api.RESPONSES, Api.MESSAGES):
+        raise ApiError(404, f"{engine} does not serve {request.path}; use {CHAT}", code="not_found")
 
 
 def model_of(body: bytes) -> str | None:
@@ -176,17 +209,50 @@ def _openai_request(path: str, fields: dict[str, Any], body: bytes, caller: str,
             raise invalid("stream: must be true or false", "stream")
     options = fields.get("stream_options")
     return ParsedRequest(
+        api=Api.CHAT if chat else Api.COMPLETIONS,
         path=path,
         model=model or "",
         fields=fields,
         body=body,
         prompts=prompts,
-        chat=chat,
+        chat=fields if chat else None,
         max_tokens=limit,
         choices=choices or 1,
         echo=echo,
         stream=bool(stream),
         include_usage=isinstance(options, dict) and truth(options.get("include_usage")) is True,
+        caller=caller,
+        metrics=metrics,
+    )
+
+
+def _conversation(path: str, fields: dict[str, Any], body: bytes, caller: str, metrics: bool) -> ParsedRequest:
+    """A request of Responses or Messages; what is wrong with its conversation the engine finds."""
+    api, model, stream = PATHS[path], fields.get("model"), fields.get("stream")
+    if model is not None and not isinstance(model, str):
+        raise invalid("model: must be the name of a model", "model")
+    if fields.get("background"):
+        message = "background: a response without an open request runs beside every SLO; send it without background"
+        raise invalid(message, "background")
+    limited_by = "max_output_tokens" if api is Api.RESPONSES else "max_tokens"
+    _read_counts(fields, (limited_by,))
+    limit = fields.get(limited_by)
+    if limit is not None and not 1 <= limit <= _LARGEST:
+        raise invalid(f"{limited_by}: must be a whole number from 1 to {_LARGEST}", limited_by)
+    streams = None if stream is None else truth(stream)
+    if stream is not None and streams is None:
+        raise invalid("stream: must be true or false", "stream")
+    large = len(body) > LARGE_BYTES
+    return ParsedRequest(
+        api=api,
+        path=path,
+        model=model or "",
+        fields=fields,
+        body=body,
+        chat=None if large else chat_of_response(fields) if api is Api.RESPONSES else chat_of_message(fields),
+        max_tokens=limit,
+        stream=bool(streams),
+        include_usage=True,
         caller=caller,
         metrics=metrics,
     )
@@ -211,17 +277,28 @@ def _native_request(path: str, fields: dict[str, Any], body: bytes, caller: str,
     if streams and not isinstance(stream, bool):
         raise invalid("stream: must be true or false", "stream")
     return ParsedRequest(
+        api=Api.NATIVE,
         path=path,
         model=match[1],
         fields=fields,
         body=body,
         prompts=tuple(texts),
-        native=True,
         max_tokens=limit,
         stream=streams and bool(stream),
         caller=caller,
         metrics=metrics,
     )
+
+
+_READERS = MappingProxyType(
+    {
+        Api.COMPLETIONS: _openai_request,
+        Api.CHAT: _openai_request,
+        Api.RESPONSES: _conversation,
+        Api.MESSAGES: _conversation,
+        Api.NATIVE: _native_request,
+    }
+)
 
 
 def _read_counts(fields: dict[str, Any], names: tuple[str, ...]) -> None:

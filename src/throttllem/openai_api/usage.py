@@ -31,9 +31,11 @@ NO_USAGE = Usage()
 
 
 def usage_in(reported: object, most_tokens: int = MOST_TOKENS) -> Usage:
-    """The counts of a `usage` object; `most_tokens`: no output has more."""
+    """The counts of a `usage` object, of whichever API; `most_tokens`: no output has more."""
     if not isinstance(reported, dict):
         return NO_USAGE
+    if "input_tokens" in reported or "output_tokens" in reported:
+        return _typed_usage(reported, most_tokens)
     prompt_tokens = _count(reported.get("prompt_tokens"), MOST_TOKENS)
     details = reported.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
@@ -42,6 +44,19 @@ def usage_in(reported: object, most_tokens: int = MOST_TOKENS) -> Usage:
         prompt_tokens=prompt_tokens,
         cached_tokens=_count(cached, MOST_TOKENS if prompt_tokens is None else prompt_tokens),
     )
+
+
+def _typed_usage(reported: dict[str, object], most_tokens: int) -> Usage:
+    """Of Responses and Messages. The latter's input tokens are those that no cache had a part in."""
+    prompt_tokens = _count(reported.get("input_tokens"), MOST_TOKENS)
+    details = reported.get("input_tokens_details")
+    cached = _count(details.get("cached_tokens") if isinstance(details, dict) else None, prompt_tokens or 0)
+    read = _count(reported.get("cache_read_input_tokens"), MOST_TOKENS)
+    if prompt_tokens is not None and read is not None:
+        cached = read
+        prompt_tokens += read + (_count(reported.get("cache_creation_input_tokens"), MOST_TOKENS) or 0)
+    output_tokens = _count(reported.get("output_tokens"), most_tokens)
+    return Usage(output_tokens=output_tokens, prompt_tokens=prompt_tokens, cached_tokens=cached)
 
 
 def choices_in(fields: dict[str, object]) -> list[dict[str, object]]:

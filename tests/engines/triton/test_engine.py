@@ -4,7 +4,7 @@ import pytest
 
 from engines.triton_peer import PAGE, SPEC, answer, call, triton
 from throttllem.engines.base import EngineError
-from throttllem.openai_api.requests import CHAT, COMPLETIONS, ParsedRequest
+from throttllem.openai_api.requests import CHAT, COMPLETIONS, Api, ParsedRequest
 
 
 def test_connect_reads_the_model():
@@ -95,11 +95,15 @@ def test_prompts_are_counted():
         async with triton() as (_, engine):
 
             def completion(*prompts):
-                request = ParsedRequest(path=COMPLETIONS, model="", fields={}, body=b"", prompts=prompts)
+                request = ParsedRequest(
+                    api=Api.COMPLETIONS, path=COMPLETIONS, model="", fields={}, body=b"", prompts=prompts
+                )
                 return engine.count(request)
 
             def chat(**fields):
-                return engine.count(ParsedRequest(path=CHAT, model="", fields=fields, body=b"", chat=True))
+                return engine.count(
+                    ParsedRequest(api=Api.CHAT, path=CHAT, model="", fields=fields, body=b"", chat=fields)
+                )
 
             return [
                 await completion("x" * 40),

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from throttllem.engines.triton.facts import ENSEMBLE
 from throttllem.engines.triton.translation import Generation, StopWords, failure_text, prompt_text, triton_body
 from throttllem.openai_api.errors import ApiError
-from throttllem.openai_api.requests import COMPLETIONS, ParsedRequest
+from throttllem.openai_api.requests import COMPLETIONS, Api, ParsedRequest
 
 OLD = ENSEMBLE - {"seed", "min_tokens", "frequency_penalty"} | {"random_seed", "min_length"}
 
 
 def request(*prompts, **fields):
-    return ParsedRequest(path=COMPLETIONS, model="m", fields=fields, body=b"", prompts=prompts)
+    return ParsedRequest(api=Api.COMPLETIONS, path=COMPLETIONS, model="m", fields=fields, body=b"", prompts=prompts)
 
 
 def native(fields, inputs=ENSEMBLE):

@@ -14,6 +14,7 @@ from throttllem.engines.base import EngineError, PromptCount
 from throttllem.gateway.control.models import ServedModel
 from throttllem.gateway.telemetry.status import gateway_status
 from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.requests import Api
 
 SHORT = LimitOptions(engine_wait_s=2.0)
 
@@ -159,14 +160,21 @@ def test_while_draining_no_request_is_counted():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "chat", "tokens", "limit"),
-    [(7, False, 10, 7), (None, True, 10, 246), (None, False, 10, 16), (None, False, 250, 6), (None, True, 300, 1)],
+    ("wanted", "api", "tokens", "limit"),
+    [
+        (7, Api.COMPLETIONS, 10, 7),
+        (None, Api.CHAT, 10, 246),
+        (None, Api.RESPONSES, 10, 246),
+        (None, Api.COMPLETIONS, 10, 16),
+        (None, Api.COMPLETIONS, 250, 6),
+        (None, Api.CHAT, 300, 1),
+    ],
 )
-def test_the_default_of_max_tokens(wanted, chat, tokens, limit):
+def test_the_default_of_max_tokens(wanted, api, tokens, limit):
     async def run():
         async with rig() as it:
             await it.up()
-            body = replace(parsed(), prompts=("x",), chat=chat, max_tokens=wanted, caller="me")
+            body = replace(parsed(), prompts=("x",), api=api, max_tokens=wanted, caller="me")
             count = PromptCount(tokens=tokens, by="t", exact=True)
             return it.models.session(body, count, Slo()).request
 

@@ -167,7 +167,7 @@ def test_engine_is_silent_at_an_uncontrolled_request():
 
 def test_uncontrolled_stream_that_is_silent_is_ended_by_an_event():
     async def check(there):
-        return await there.post("/v1/responses", {"play": "hang", "max_tokens": 2})
+        return await there.post("/v1/embeddings", {"play": "hang", "max_tokens": 2})
 
     status, _, body = within(check, limits=LimitOptions(silence_s=0.1))
     assert status == 200 and body.startswith(b"".join(chat_events(2)[:-2]) + b'data: {"error":')

@@ -14,6 +14,7 @@ from throttllem.config import LimitOptions, ServerOptions
 from throttllem.engines.base import Reply
 from throttllem.gateway.control.session import Receipt
 from throttllem.gateway.http.relay import relay
+from throttllem.openai_api.requests import Api
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -333,7 +334,7 @@ def relayed(chunks, *, metrics):
         client = Client()
         session = Session(client)
         reply = Reply(status=200, headers=(("content-type", "text/event-stream"),), read=read)
-        await relay(client, reply, session, metrics=metrics, held_bytes=100)
+        await relay(client, reply, session, api=Api.CHAT, metrics=metrics, held_bytes=100)
         return client, session.before
 
     return asyncio.run(main())

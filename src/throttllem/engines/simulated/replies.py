@@ -20,7 +20,7 @@ from throttllem.engines.simulated.text import Tape, estimate_tokens
 from throttllem.openai_api.errors import ApiError, invalid
 from throttllem.openai_api.large_bodies import read_value
 from throttllem.openai_api.lax import truth, whole_number
-from throttllem.openai_api.requests import COMPLETION_TOKENS, ParsedRequest, parse_request, stop_texts
+from throttllem.openai_api.requests import COMPLETION_TOKENS, ParsedRequest, check_translated, parse_request, stop_texts
 from throttllem.openai_api.responses import JSON_HEADERS, AnswerWriter, Usage, model_list
 
 _ANSWER_TOKENS, _ANSWER_SIGMA = 200, 0.9
@@ -82,7 +82,8 @@ class SimulatedApi:
 
     def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens by the engine's own tokenizer: exact, unless the prompt is far too long to be served."""
-        if request.chat:
+        check_translated(request, "the simulated engine")
+        if request.is_conversation:
             counts = [self._count(text or "") for text in map(_text, request.whole().fields["messages"])]
             tokens = sum(tokens + _MESSAGE_TOKENS for tokens, _ in counts)
         else:
@@ -126,7 +127,7 @@ class SimulatedApi:
             begin=self._tape.begin(rng),
             tape=self._tape,
             writer=AnswerWriter(
-                chat=request.chat, name=str(self.answers), model=self._name, created_s=int(time.time())
+                chat=request.is_conversation, name=str(self.answers), model=self._name, created_s=int(time.time())
             ),
         )
 
@@ -134,7 +135,9 @@ class SimulatedApi:
         """Tokens of the prompt, and the limit of the answer. Raises ApiError if there is no room for them."""
         room = self.room_tokens
         prompt = call.prompt_tokens or self.count(request).tokens
-        limit = request.max_tokens or call.max_tokens or (room - prompt if request.chat else COMPLETION_TOKENS)
+        limit = (
+            request.max_tokens or call.max_tokens or (room - prompt if request.is_conversation else COMPLETION_TOKENS)
+        )
         if limit < 1 or prompt + limit > room:
             message = f"This model holds {room} tokens; the prompt has {prompt}, and {max(1, limit)} were requested."
             raise invalid(message, code="context_length_exceeded")
@@ -144,7 +147,7 @@ class SimulatedApi:
         """With a seed, or at temperature 0, equal requests get equal answers."""
         if seed is None and request.fields.get("temperature") != 0:
             return self.answers
-        prompt = request.fields["messages" if request.chat else "prompt"]
+        prompt = request.fields["messages" if request.is_conversation else "prompt"]
         return seed, zlib.crc32(repr(prompt).encode())
 
 
@@ -168,7 +171,7 @@ def _check_supported(request: ParsedRequest) -> None:
     form = fields.get("response_format")
     if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
         raise invalid("response_format: the simulated engine writes plain text only", "response_format")
-    if request.chat and any(text is None for text in map(_text, fields["messages"])):
+    if request.is_conversation and any(text is None for text in map(_text, fields["messages"])):
         raise invalid("messages: the simulated engine reads text parts only", "messages")
 
 

@@ -33,13 +33,14 @@ from throttllem.engines.tokens import TokenizerFile, mean_count
 from throttllem.engines.triton.chat_template import Template, TemplateError, chat_template, plain, text_messages
 from throttllem.engines.triton.facts import Metrics, ModelFacts, engine_spec, metrics, model_facts
 from throttllem.engines.triton.translation import Generation, failure_text, prompt_text, triton_body
-from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.errors import ApiError, error_event
 from throttllem.openai_api.large_bodies import LARGE_BYTES
 from throttllem.openai_api.requests import (
     CHAT,
     COMPLETION_TOKENS,
     COMPLETIONS,
     ParsedRequest,
+    check_translated,
     parse_request,
     stop_texts,
 )
@@ -122,9 +123,10 @@ class TritonEngine:
 
     async def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens of the prompt by the tokenizer.json, or an estimate from its bytes that is marked as one."""
+        check_translated(request, "Triton")
         if len(request.body) > LARGE_BYTES:
             request = await asyncio.to_thread(request.whole)
-        if request.chat:
+        if request.is_conversation:
             try:
                 text = self._chat_text(request)
             except ApiError:  # `open` answers it
@@ -215,7 +217,10 @@ class TritonEngine:
         path = f"{self._base}/generate_stream"
         sent = Call(method="POST", path=path, headers=headers, body=body, request=request)
         writer = AnswerWriter(
-            chat=request.chat, name=uuid4().hex, model=request.model or self._model, created_s=int(time.time())
+            chat=request.is_conversation,
+            name=uuid4().hex,
+            model=request.model or self._model,
+            created_s=int(time.time()),
         )
         generation = Generation(limit=limit, stops=stop_texts(request))
         async with self._upstream.open(sent) as reply:
@@ -239,10 +244,12 @@ class TritonEngine:
     def _translated(self, call: Call, path: str) -> tuple[ParsedRequest, int, int, bytes]:
         """The request, tokens of its prompt, the limit of the answer, and Triton's body. Raises ApiError."""
         request = (call.request or parse_request(path, call.body)).whole()
-        text = self._chat_text(request) if request.chat else prompt_text(request)
+        text = self._chat_text(request) if request.is_conversation else prompt_text(request)
         prompt_tokens = call.prompt_tokens or self._tokenizer.tokens(text)
         room = (self._options.max_context_tokens or self._spec.max_context_tokens) - prompt_tokens
-        limit = request.max_tokens or call.max_tokens or (max(1, room) if request.chat else COMPLETION_TOKENS)
+        limit = (
+            request.max_tokens or call.max_tokens or (max(1, room) if request.is_conversation else COMPLETION_TOKENS)
+        )
         native = triton_body(request, text=text, limit=limit, inputs=self._facts.inputs)
         return request, prompt_tokens, limit, to_json(native)
 
@@ -276,7 +283,7 @@ class TritonEngine:
                 yield opening + chunks
                 opening = b""
         if generation.failure is not None:
-            yield ApiError(500, generation.failure).event
+            yield error_event(ApiError(500, generation.failure), CHAT)
             return
         rest, reason = generation.rest(), generation.finish_reason
         if not closed:

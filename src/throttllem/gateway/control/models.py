@@ -137,7 +137,7 @@ class Models:
             caller=parsed.caller,
             model=parsed.model or connected.models[0],
         )
-        return Session(loop=loop, request=request, streams=parsed.stream, chat=parsed.chat)
+        return Session(loop=loop, request=request, streams=parsed.stream, chat=parsed.is_conversation)
 
     def uncontrolled_engine(self, model: str | None) -> LiveEngine:
         """The engine of a request without control (None: the first model). Raises ApiError (404, 503)."""
@@ -200,5 +200,5 @@ class Models:
 def _default_max_tokens(parsed: ParsedRequest, count: PromptCount, connected: Connected) -> int:
     """The longest output where the client set no limit: the engine's default, or what the context leaves."""
     left = max(1, connected.spec.max_context_tokens - count.tokens)
-    default = None if parsed.chat else connected.default_max_tokens
+    default = None if parsed.is_conversation else connected.default_max_tokens
     return left if default is None else min(default, left)

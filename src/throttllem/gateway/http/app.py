@@ -21,7 +21,7 @@ from throttllem.config import Options
 from throttllem.engines.base import Call, Headers
 from throttllem.gateway.control.models import Models
 from throttllem.gateway.http import relay
-from throttllem.gateway.http.auth import Access
+from throttllem.gateway.http.auth import KEY_HEADERS, Access
 from throttllem.gateway.http.errors import (
     check_framing,
     check_repeated,
@@ -38,7 +38,7 @@ from throttllem.gateway.http.protocol import CROWDED
 from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
 from throttllem.openai_api.errors import ApiError, as_api_error
 from throttllem.openai_api.large_bodies import OFF_LOOP_BYTES
-from throttllem.openai_api.requests import CHAT, COMPLETIONS, check_sequences, is_controlled, model_of, parse_request
+from throttllem.openai_api.requests import PATHS, check_sequences, is_controlled, model_of, parse_request
 
 _log = logging.getLogger("throttllem.gateway")
 _NATIVE_MODEL = re.compile(r"/v2/models/([^/]+)(?:/.*)?")
@@ -186,7 +186,7 @@ class Gateway:
         if path == "/health":
             return self._pages.health(exchange, draining=self.draining)
         access = self._access
-        key_name = access.check(exchange.headers.get("authorization")) if access.guarded else None
+        key_name = access.check(exchange.headers) if access.guarded else None
         if is_controlled(path):
             if method != "POST":
                 raise not_allowed(method, path, "POST")
@@ -241,7 +241,7 @@ class Gateway:
                     exchange,
                     reply,
                     session,
-                    native=parsed.native,
+                    api=parsed.api,
                     echo=parsed.echo,
                     metrics=parsed.metrics,
                     held_bytes=self._limits.body_bytes,
@@ -277,7 +277,7 @@ class Gateway:
         guarded = self._access.guarded
         kept = []
         for name, value in exchange.fields:
-            if name != "x-request-id" and not (guarded and name == "authorization"):
+            if name != "x-request-id" and not (guarded and name in KEY_HEADERS):
                 kept.append((name, value))
         kept.append(("x-request-id", exchange.request_id))
         return tuple(kept)
@@ -305,7 +305,7 @@ def _path(exchange: Exchange) -> str:
     vLLM does, for one with a slash at its end: an engine would redirect the client to its own address.
     """
     raw: str = exchange.scope["raw_path"].decode("latin-1")
-    if raw in (CHAT, COMPLETIONS):  # most are one of these
+    if raw in PATHS:  # most are one of these
         return raw
     path = unquote(raw, errors="replace")
     segments = path.split("/")

@@ -1,11 +1,18 @@
-"""API keys by `Authorization: Bearer`, compared in constant time. Keeps digests, not keys."""
+"""API keys by `Authorization: Bearer`, or by `x-api-key` as Anthropic's clients send them, compared in constant time.
+
+Keeps digests, not keys.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Mapping
 
 from throttllem.openai_api.errors import ApiError
+
+KEY_HEADERS = frozenset({"authorization", "x-api-key"})
+"""Headers that may hold a key of the gateway."""
 
 
 class Access:
@@ -16,9 +23,11 @@ class Access:
         self.guarded = bool(keys)
         """Whether a key is needed at all."""
 
-    def check(self, authorization: str | None) -> str:
+    def check(self, headers: Mapping[str, str]) -> str:
         """A short name of the key that was shown. Raises ApiError 401. To be called where `guarded`."""
-        scheme, _, key = (authorization or "").partition(" ")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if not key:
+            scheme, key = "bearer", headers.get("x-api-key", "")
         shown = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
         # Every key is compared, so that the time shows nothing of which came close.
         known = sum(hmac.compare_digest(shown, digest) for digest in self._digests)
@@ -26,7 +35,7 @@ class Access:
             what = "no API key was given" if not key else "the API key is not known here"
             raise ApiError(
                 401,
-                f"{what}; send one as 'Authorization: Bearer KEY'",
+                f"{what}; send one as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 code="invalid_api_key",
                 headers=((b"www-authenticate", b"Bearer"),),
             )

@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from throttllem.engines.http import OURS
 from throttllem.gateway.http.errors import too_large
 from throttllem.openai_api.content_coding import LEAST_BYTES, accepts_gzip, coding_of, compressed, decoded
-from throttllem.openai_api.errors import ApiError, ByteHeaders
+from throttllem.openai_api.errors import ApiError, ByteHeaders, error_body, error_event
 from throttllem.openai_api.event_stream import is_whole
 
 ABORT = "throttllem.abort"
@@ -210,11 +210,11 @@ class Exchange:
             return
         if not self.started:
             json = ((b"content-type", b"application/json"),)
-            await self.answer(error.status, json + error.headers, error.body)
+            await self.answer(error.status, json + error.headers, error_body(error, self.scope["path"]))
         elif self.events:
             # An event that was broken off must not swallow this one.
             gap = b"" if not self.last or self.last.endswith(b"\n\n") else b"\n\n"
-            await self.finish(gap + error.event)
+            await self.finish(gap + error_event(error, self.scope["path"]))
         else:
             await self.abort()
 

@@ -18,9 +18,12 @@ from throttllem.engines.base import EngineError, Reply
 from throttllem.gateway.control.session import Receipt, Session
 from throttllem.gateway.http.exchange import Exchange
 from throttllem.openai_api.errors import ByteHeaders
-from throttllem.openai_api.event_stream import Meter, Splitter, is_done, is_whole
+from throttllem.openai_api.event_stream import Meter, Splitter, data_of, is_done, is_whole
+from throttllem.openai_api.requests import Api
+from throttllem.openai_api.typed_events import TypedMeter
 from throttllem.openai_api.usage import NO_USAGE, Usage, choices_in, tokens_in, usage_in
 
+_TYPED = frozenset({Api.RESPONSES, Api.MESSAGES})
 _LINGER_S = 0.25
 """How long an engine may take to end a reply behind its [DONE]; then its connection is closed."""
 
@@ -30,18 +33,18 @@ def relay(
     reply: Reply,
     session: Session,
     *,
-    native: bool = False,
+    api: Api,
     echo: bool = False,
     metrics: bool,
     held_bytes: int,
 ) -> Awaitable[None]:
     """The reply of a controlled request. An engine's error passes as it is and leaves the session unfinished.
 
-    `native`: the request came by Triton's own API; `echo`: the answer begins with the prompt. Raises EngineError, also
-    for an error that the engine has sent to the client itself by then.
+    `api`: what the request came by; `echo`: the answer begins with the prompt. Raises EngineError, also for an error
+    that the engine has sent to the client itself by then.
     """
     if reply.status >= 300:
-        return _error(exchange, reply)
+        return _error(exchange, reply, api)
     status, is_stream, headers = _head(reply)
     session.attended(exchange)
     is_coded = any(name == b"content-encoding" for name, _ in headers)
@@ -53,16 +56,21 @@ def relay(
     if is_stream:
         request, held = session.request, _Held() if metrics else None
         most_tokens = request.max_tokens * request.sequences
-        meter = Meter(native=native, sequences=request.sequences, most_tokens=most_tokens, echo=echo)
+        if api in _TYPED:
+            meter: Meter = TypedMeter(most_tokens=most_tokens)
+        else:
+            native = api is Api.NATIVE
+            meter = Meter(native=native, sequences=request.sequences, most_tokens=most_tokens, echo=echo)
         return _events(exchange, reply, session, meter, held, status, headers)
     return _whole(exchange, reply, session, status, headers, metrics=metrics, held_bytes=held_bytes)
 
 
-async def _error(exchange: Exchange, reply: Reply) -> None:
+async def _error(exchange: Exchange, reply: Reply, api: Api) -> None:
     if exchange.started:
         body = await reply.body()
         fields = _object(body) or {"error": {"message": body.decode(errors="replace"), "code": reply.status}}
-        await exchange.finish(b"data: " + json.dumps(fields, separators=(",", ":")).encode() + b"\n\n")
+        typed = b"event: error\n" if api in _TYPED else b""
+        await exchange.finish(typed + b"data: " + json.dumps(fields, separators=(",", ":")).encode() + b"\n\n")
     else:
         await forward(exchange, reply)
     if reply.status >= 500:
@@ -201,7 +209,7 @@ class _Held:
             if not is_whole(event):
                 ready += [*self._kept, event]
                 self._kept = []
-            elif event.startswith(b"data:") and not is_done(event):
+            elif data_of(event) is not None and not is_done(event):
                 ready += self._kept
                 self._kept = [event]
             else:
@@ -216,13 +224,13 @@ class _Held:
     def _patched(self, receipt: Receipt | None) -> list[bytes]:
         if not self._kept or receipt is None:
             return self._kept
-        payload = self._kept[0].removeprefix(b"data:")
+        head, _, payload = self._kept[0].partition(b"data:")  # a typed event names its type first
         fields = _object(payload)
         if fields is None:
             return self._kept
         blank = payload[len(payload.rstrip(b"\r\n")) :]
         patched = json.dumps(_with_metrics(fields, receipt), separators=(",", ":")).encode()
-        return [b"data: " + patched + blank, *self._kept[1:]]
+        return [head + b"data: " + patched + blank, *self._kept[1:]]
 
 
 async def _next(reply: Reply, silence_s: float | None) -> bytes:
