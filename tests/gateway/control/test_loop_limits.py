@@ -61,17 +61,33 @@ def test_no_engine():
     assert counts.rejected == 1
 
 
-@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("tokens", [0, 3])
-def test_a_silent_engine(stream, tokens):
+def test_a_silent_engine(tokens):
     async def run():
         async with rig(mute=True, limits=LimitOptions(silence_s=4.0)) as it:
             await it.up()
-            return await rejection(it, stream=stream, tokens=tokens)
+            return await rejection(it, tokens=tokens)
 
     error, waited_s = virtually(run())
     assert (error.status, error.code) == (504, "engine_silent")
     assert 4.0 <= waited_s <= 4.6
+
+
+@pytest.mark.parametrize(
+    ("numbered", "code", "after_s"), [(True, "engine_silent", 4.0), (False, "request_stalled", 8.0)]
+)
+def test_an_answer_in_one_piece(numbered, code, after_s):
+    """Of an engine that reports nothing, nothing is seen before the answer comes, however well it works."""
+
+    async def run():
+        async with rig(mute=not numbered, numbered=numbered, limits=LimitOptions(silence_s=4.0, request_s=8.0)) as it:
+            await it.up()
+            await it.request(tokens=2)  # if it reports, it has by now
+            return await rejection(it, stream=False)
+
+    error, waited_s = virtually(run())
+    assert (error.status, error.code) == (504, code)
+    assert after_s <= waited_s <= after_s + 0.6
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
@@ -251,7 +267,7 @@ def test_limits_hold_after_a_fault(caplog):
             def broken(*_):
                 raise ZeroDivisionError("a fault of ours")
 
-            ending = asyncio.ensure_future(rejection(it, stream=False))
+            ending = asyncio.ensure_future(rejection(it))
             await asyncio.sleep(0.1)
             it.loop.overdue = broken
             await asyncio.sleep(1.0)

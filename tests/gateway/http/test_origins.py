@@ -124,7 +124,7 @@ def test_known_hosts(host):
 def test_the_names_of_the_machine_and_of_private_networks():
     named = ServerOptions(host="gpu.example.org")
     assert verdict(named, host="gpu.example.org:8000") is verdict(named, host=socket.gethostname()) is None
-    for host in ("llm.svc.cluster.local", "llm.internal:8000"):
+    for host in ("llm.svc.cluster.local", "llm.internal:8000", "gpu1.corp"):
         assert verdict(ServerOptions(host="0.0.0.0"), host=host) is None
         assert verdict(ServerOptions(), host=host) == "host_not_allowed", "another machine may claim it here"
     assert verdict(ServerOptions(allowed_hosts=("*",)), host="evil.example") is None

@@ -497,6 +497,8 @@ class ControlLoop:
         last_byte_s = session.last_byte_s(now_s)
         if now_s - last_byte_s <= limits.silence_s:
             return None
+        if not session.streams and backend.report is None:
+            return None  # nothing can be seen of an answer in one piece before it comes
         if now_s - backend.last_sign_s > limits.silence_s:
             return rejections.engine_silent(limits.silence_s)
         if backend.lacking_s is None or now_s - backend.lacking_s <= limits.silence_s:

@@ -21,8 +21,10 @@ from throttllem.openai_api.errors import ApiError
 _EXPOSED = ("x-request-id", "retry-after")
 """Headers of a reply that a page may read, beside those that it always may."""
 _LABEL = re.compile(r"[a-z0-9_-]+")
-_OF_NO_PUBLIC_ZONE = (".localhost", ".local", ".internal", ".home.arpa")
-"""No name in the public DNS ends so (RFC 6761, 6762, 8375; ICANN for .internal)."""
+_OF_NO_PUBLIC_ZONE = tuple(
+    [".localhost", ".local", ".internal", ".home.arpa", ".intranet", ".private", ".corp", ".home", ".lan"]
+)
+"""No name in the public DNS ends so (RFC 6761, 8375; RFC 6762, appendix G)."""
 _REMEMBERED = 256
 _SHOWN = 80
 
