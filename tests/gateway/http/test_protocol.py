@@ -276,6 +276,26 @@ def test_nothing_is_read_behind_a_request_that_closes(field):
     assert found.count(b"HTTP/1.1 200 ") == found.count(b"HTTP/1.1") == 1 and len(seen) == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_http_1_0_gets_no_chunks(stream):
+    """Old clients, and proxies that speak HTTP/1.0 to what is behind them."""
+
+    async def main():
+        body = json.dumps({"model": "tiny", "prompt": "x", "stream": stream}).encode()
+        async with running() as there:
+            host, port = there.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(posted(sized(body), version="1.0") + body)
+            found = await asyncio.wait_for(reader.read(), 5)
+            writer.close()
+            return found, there.engine.sent
+
+    found, sent = asyncio.run(main())
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert body == sent and b"connection: close" in head and b"transfer-encoding" not in head
+    assert (b"content-length" in head) is not stream
+
+
 def test_a_query_over_the_bound_of_the_parser_is_too_large():
     found, _ = errors(f"GET /health?{'a' * 70_000} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
     assert found.startswith(b"HTTP/1.1 431 ")

@@ -12,6 +12,7 @@ import uuid
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -50,6 +51,21 @@ class BoundedConfig(uvicorn.Config):
             timeout_keep_alive=KEEP_ALIVE_S,
         )
         self.limits = limits
+
+
+class _Unframed(RequestResponseCycle):
+    """A reply to HTTP/1.0, which has no chunks: where its length is not known, the end of the connection is its end."""
+
+    _open_ended = False
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """As uvicorn's, which sends chunks to all."""
+        if message["type"] == "http.response.start":
+            if not any(name == b"content-length" for name, _ in message.get("headers", ())):
+                self._open_ended, self.chunked_encoding = True, False
+        elif self._open_ended and message["type"] == "http.response.body":
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -156,6 +172,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._aside_bytes = 0
         before = self.cycle
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            self.cycle.__class__ = _Unframed
         if before is not None and not before.response_complete:
             self._ahead = [cycle for cycle in (*self._ahead, before) if not cycle.response_complete]
             if len(self.pipeline) < _PIPELINED:
