@@ -219,7 +219,7 @@ def expiry_s(sequence: SequenceState, tables: Iterable[PerformanceTable]) -> flo
         step_s, _ = table.at(maximum, request.sequences, 1, 0)
         if slo.tbt_s is not None and step_s > slo.tbt_s:
             continue
-        chunks, rest = divmod(request.prompt_tokens * request.sequences, max(1, largest))
+        chunks, rest = divmod(request.computed_prompt_tokens, max(1, largest))
         prefill_s = chunks * table.at(maximum, 1, 1, largest)[0]
         prefill_s += table.at(maximum, 1, 1, rest)[0] if rest else 0.0
         whole_s = prefill_s + (sequence.remaining_tokens - 1) * step_s
@@ -235,7 +235,8 @@ def never_fits(request: Request, spec: EngineSpec) -> Reason | None:
         return Reason.NEVER_FITS_CONTEXT
     if sequences > spec.max_batch:
         return Reason.BATCH
-    if -(-tokens // spec.block_tokens) * sequences > spec.kv_blocks:
+    shared = request.common_prompt_tokens // spec.block_tokens * (sequences - request.prompts)
+    if -(-tokens // spec.block_tokens) * sequences - shared > spec.kv_blocks:
         return Reason.NEVER_FITS_KV
     return None
 

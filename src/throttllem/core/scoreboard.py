@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from throttllem.core.external_load import ExternalLoad, OwnLoad
 from throttllem.core.lengths.prediction import Prediction
+from throttllem.core.shared_blocks import Link, SharedBlocks
 from throttllem.core.types import Request
 
 Ints = npt.NDArray[np.int64]
@@ -90,8 +91,13 @@ class SequenceState:
 
     @property
     def prefill_tokens(self) -> int:
-        """Tokens that a (re)start must process: the prompt, and what a preemption discarded."""
+        """Tokens that a (re)start must hold: the prompt, and what a preemption discarded."""
         return self.request.prompt_tokens + self.done_tokens
+
+    @property
+    def computed_tokens(self) -> int:
+        """Those of them that it must compute, at least 1."""
+        return max(1, self.prefill_tokens - self.request.cached_prompt_tokens)
 
     @property
     def remaining_tokens(self) -> int:
@@ -138,6 +144,7 @@ class ScoreboardState:
     block_tokens: int
     external: ExternalLoad
     sequences: tuple[SequenceState, ...]
+    shared: tuple[Link, ...] = ()
 
 
 class Scoreboard:
@@ -145,8 +152,8 @@ class Scoreboard:
 
     `lost_requests` counts the lost among them, `multi_sequence` those with several sequences, `pending_sequences` the
     sequences of the pending ones; `reserved_blocks` is what an engine that never evicts has set aside. `external` is
-    what the engine holds beside them. `next_end` is the first iteration at which a sequence may have outgrown its
-    prediction (inf: none will).
+    what the engine holds beside them. `sharing` counts the requests that share KV blocks, which `shared` holds.
+    `next_end` is the first iteration at which a sequence may have outgrown its prediction (inf: none will).
 
     The columns that projections need are compact arrays, shape (running,): the last entry moves into a gap.
     """
@@ -167,6 +174,10 @@ class Scoreboard:
         self._ends: list[tuple[int, int]] = []
         self._growing = GrowingBlocks(block_tokens)
         self._pending_blocks = 0
+        self.sharing = 0
+        self.shared = SharedBlocks()
+        self._saved: tuple[int, int] | None = (0, 0)
+        """Blocks that sharing saves among the running and the other requests, None: to be summed."""
 
     def __len__(self) -> int:
         return len(self.pending) + len(self.running)
@@ -181,15 +192,16 @@ class Scoreboard:
 
     def kv_blocks(self, iteration: int) -> int:
         """KV blocks of the running sequences in an iteration that none of them begins after. O(1) in sequences."""
-        return self._growing.at(iteration)
+        return self._growing.at(iteration) - (self._saved or self._sum_saved())[0]
 
     def own(self, iteration: int) -> OwnLoad:
         """What the engine should hold of ours in such an iteration. O(1)."""
+        running, others = self._saved or self._sum_saved()
         return OwnLoad(
             running=self._growing.sequences,
-            kv_blocks=self._growing.at(iteration),
+            kv_blocks=self._growing.at(iteration) - running,
             pending=self.pending_sequences,
-            pending_blocks=self._pending_blocks,
+            pending_blocks=self._pending_blocks - others,
         )
 
     # ---- columns of the running sequences, shape (running,) each ------------------------------------------------
@@ -254,6 +266,8 @@ class Scoreboard:
         self.lost_requests += sequence.lost
         self.multi_sequence += sequence.request.sequences > 1
         self.reserved_blocks += self.reservation(sequence.request)
+        if sequence.request.common_prompt_tokens or sequence.request.prefix_of is not None:
+            self._share(sequence.request)
         self._count_pending(sequence, sequence.request.sequences)
 
     def begin(self, request_id: int, iteration: int, now_s: float) -> None:
@@ -290,6 +304,10 @@ class Scoreboard:
         self.lost_requests -= sequence.lost
         self.multi_sequence -= sequence.request.sequences > 1
         self.reserved_blocks -= self.reservation(sequence.request)
+        if self.sharing:
+            self.sharing -= bool(sequence.request.common_prompt_tokens) or sequence.request.prefix_of is not None
+            self.shared.remove(request_id)
+            self._saved = None
         return sequence
 
     def preempt(self, request_id: int, iteration: int) -> None:
@@ -335,7 +353,10 @@ class Scoreboard:
     def state(self) -> ScoreboardState:
         """What it holds; the sequences are its own."""
         return ScoreboardState(
-            block_tokens=self._block_tokens, external=self.external, sequences=tuple(self.sequences())
+            block_tokens=self._block_tokens,
+            external=self.external,
+            sequences=tuple(self.sequences()),
+            shared=self.shared.links(),
         )
 
     @classmethod
@@ -349,12 +370,36 @@ class Scoreboard:
                 del board.pending[sequence.request.id]
                 board._count_pending(sequence, -sequence.request.sequences)
                 board._enter(sequence)
+        board.shared.relink(state.shared)
+        board._saved = None
         return board
 
     # ---- columns and counts --------------------------------------------------------------------------------------
 
+    def _share(self, request: Request) -> None:
+        """Note what a request shares with others and among its sequences."""
+        self.sharing += 1
+        own, prefix = self.shared_blocks(request)
+        if own:
+            self.shared.own[request.id] = own
+        if prefix:
+            assert request.prefix_of is not None
+            self.shared.link(request.id, request.prefix_of, prefix)
+
+    def _sum_saved(self) -> tuple[int, int]:
+        self._saved = self.shared.saved(self.running)
+        return self._saved
+
+    def shared_blocks(self, request: Request) -> tuple[int, int]:
+        """KV blocks that the sequences of a request would share, and those that it would share with `prefix_of`."""
+        own = request.common_prompt_tokens // self._block_tokens * (request.sequences - request.prompts)
+        there = request.prefix_of is not None and request.prefix_of in self
+        return own, request.prefix_tokens // self._block_tokens if there else 0
+
     def _count_pending(self, sequence: SequenceState, sequences: int) -> None:
         """Count a pending request in, or out if negative."""
+        if self.sharing:
+            self._saved = None
         self.pending_sequences += sequences
         tokens = sequence.request.prompt_tokens + sequence.done_tokens
         self._pending_blocks += -(-tokens // self._block_tokens) * sequences

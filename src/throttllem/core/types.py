@@ -54,6 +54,10 @@ class Request:
 
     `sequences` are generated side by side, over `prompts` different prompts of `prompt_tokens` (their mean). `caller`
     and `model` (as the client named it) are for the prediction of lengths only.
+
+    Of each prompt the engine need not compute `cached_prompt_tokens`, and the sequences of one prompt hold
+    `common_prompt_tokens` of it once. A request that may still run, `prefix_of`, begins with the same `prefix_tokens`.
+    All are whole KV blocks, and 0 where the engine does not cache prefixes.
     """
 
     id: int
@@ -66,6 +70,17 @@ class Request:
     prompts: int = 1
     caller: str = ""
     model: str = ""
+    cached_prompt_tokens: int = 0
+    common_prompt_tokens: int = 0
+    prefix_of: int | None = None
+    prefix_tokens: int = 0
+
+    @property
+    def computed_prompt_tokens(self) -> int:
+        """Prompt tokens that the engine must compute for all its sequences."""
+        further = max(self.cached_prompt_tokens, self.common_prompt_tokens)
+        tokens = max(1, self.prompt_tokens - self.cached_prompt_tokens) * self.prompts
+        return tokens + max(1, self.prompt_tokens - further) * max(0, self.sequences - self.prompts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +91,7 @@ class EngineSpec:
     sequences) that one iteration processes. `chunked`: prompts are split over iterations (vLLM), otherwise they go
     whole (TensorRT-LLM). `no_evict`: the engine reserves prompt + max_tokens before it starts a request
     (TensorRT-LLM's GUARANTEED_NO_EVICT), otherwise it preempts by recomputation when blocks run out.
-    `clocks_mhz` ascending.
+    `clocks_mhz` ascending. `prefix_caching`: KV blocks of prompts with a common beginning are shared and kept.
     """
 
     gpu: str
@@ -92,6 +107,7 @@ class EngineSpec:
     clocks_mhz: tuple[int, ...]
     idle_w: float
     startup_s: float
+    prefix_caching: bool = False
 
 
 class Reason(StrEnum):

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from throttllem.core.scoreboard import Scoreboard, SequenceState
+from throttllem.core.shared_blocks import saved_blocks
 from throttllem.core.types import EngineSpec
 
 Ints = npt.NDArray[np.int64]
@@ -90,6 +91,9 @@ def project(board: Scoreboard, spec: EngineSpec, *, first: int, extra: SequenceS
     if multi:
         widths = np.concatenate([board.widths, [sequence.sequences for sequence in pending]]).astype(np.int64)
     batch, kv_blocks = _accumulate(tokens_now, begin, grow_from, left, spec.block_tokens, widths)
+    joins = extra is not None and (extra.request.common_prompt_tokens or extra.request.prefix_of is not None)
+    if board.sharing or joins:
+        kv_blocks = kv_blocks - _saved(board, pending, extra, begin, left)
     external = board.external
     if external.batch or external.kv_blocks:
         batch = np.maximum(batch + external.batch, 1)
@@ -97,6 +101,22 @@ def project(board: Scoreboard, spec: EngineSpec, *, first: int, extra: SequenceS
     padded = np.zeros(batch.size, dtype=np.int64)
     padded[: len(prefill)] = prefill
     return Projection(first=first, batch=batch, kv_blocks=kv_blocks, prefill_tokens=padded, ends=left, starts=starts)
+
+
+def _saved(
+    board: Scoreboard, pending: Sequence[SequenceState], extra: SequenceState | None, begin: Ints, end: Ints
+) -> Ints:
+    """KV blocks per offset that shared prefixes save, shape (horizon,)."""
+    running = [board.at(slot) for slot in range(end.size - len(pending))]
+    places = {sequence.request.id: place for place, sequence in enumerate([*running, *pending])}
+    links, own = board.shared.links(), board.shared.own
+    if extra is not None:
+        request = extra.request
+        among, prefix = board.shared_blocks(request)
+        own = {**own, request.id: among}
+        if prefix and request.prefix_of is not None:
+            links = (*links, (request.id, request.prefix_of, prefix))
+    return saved_blocks(links, own, places, begin, end)
 
 
 def _accumulate(
@@ -134,15 +154,17 @@ def _sums(at: Ints, weights: Ints | None, size: int) -> Ints:
 
 
 def _place(
-    pending: Sequence[SequenceState], running: int, spec: EngineSpec, first: int
+    pending: Sequence[SequenceState], running: int, spec: EngineSpec, first: int, prompts: list[int] | None = None
 ) -> tuple[list[int], Ints, list[int]]:
     """Where the engine's packing puts each waiting prompt: offset of its first chunk, of its first token, and the
     prefill tokens of each offset. An engine with whole prompts begins and starts them in the same iteration.
+
+    `prompts`: the tokens of each that it must compute, None: what each would alone.
     """
     begins: list[int] = []
     starts: list[int] = []
     prefill: list[int] = []
-    left = [sequence.prefill_tokens for sequence in pending]
+    left = [sequence.computed_tokens for sequence in pending] if prompts is None else prompts
     while len(starts) < len(left):
         done, offset = len(starts), len(prefill)
         there = [
@@ -167,14 +189,23 @@ def _place(
 def _place_multi_sequence(
     pending: Sequence[SequenceState], running: int, spec: EngineSpec, first: int
 ) -> tuple[list[int], Ints, list[int]]:
-    """The same where requests have several sequences, each with a prompt of its own: a request begins with its first
-    prompt and gives its first token with its last one.
+    """The same where requests have several sequences, of which those of one prompt may share it: a request begins with
+    its first prompt and gives its first token with its last one.
     """
-    prompts = [sequence for sequence in pending for _ in range(sequence.sequences)]
-    begins, starts, prefill = _place(prompts, running, spec, first)
+    each = [sequence for sequence in pending for _ in range(sequence.sequences)]
+    prompts = [tokens for sequence in pending for tokens in _prompts(sequence)]
+    begins, starts, prefill = _place(each, running, spec, first, prompts)
     after = np.cumsum([sequence.sequences for sequence in pending], dtype=np.int64)
     firsts = [int(last) - sequence.sequences for last, sequence in zip(after, pending, strict=True)]
     return [begins[index] for index in firsts], starts[after - 1], prefill
+
+
+def _prompts(sequence: SequenceState) -> list[int]:
+    """Tokens that each sequence of a request must compute."""
+    request, first = sequence.request, min(sequence.request.prompts, sequence.sequences)
+    shared = max(request.common_prompt_tokens, request.cached_prompt_tokens)
+    further = max(1, sequence.prefill_tokens - shared)
+    return [sequence.computed_tokens] * first + [further] * (sequence.sequences - first)
 
 
 def pack(prompt_tokens: Iterable[int], decode_sequences: int, *, budget: int, slots: int, chunked: bool) -> list[int]:
