@@ -115,21 +115,26 @@ class Connected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptCount:
-    """Tokens of each prompt, their mean if there are several. `by` names the counter; `exact` False: an estimate."""
+    """Tokens of each prompt, their mean if there are several. `by` names the counter; `exact` False: an estimate.
+
+    `blocks` are the prompt's full KV blocks (engines/prefix_cache.py), none if the engine does not cache them.
+    """
 
     tokens: int
     by: str
     exact: bool
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """The state that an engine reports, at the end of a step or in between.
 
-    `running` and `waiting` requests, and the `kv_blocks` in use (None: not reported). A report of a step (`step` is its
-    number, from 0, since the engine started; None: of no step in particular) may name its `seconds`, its prompt and
-    generated tokens, and the requests that started, finished and were preempted in it (None: not reported). `prefills`
-    are (request id, prompt tokens). `joules` only where the engine is simulated.
+    `running` and `waiting` requests, and the `kv_blocks` in use (None: not reported). A report of a step (`step` is
+    its number, from 0, since the engine started; None: of no step in particular) may name its `seconds`, its prompt
+    and generated tokens, and the requests that started, finished and were preempted in it (None: not reported).
+    `prefills` are (request id, prompt tokens). `prefix_hit_tokens`: prompt tokens that its prefix cache has had so
+    far. `joules` only where the engine is simulated.
     """
 
     running: int
@@ -146,6 +151,7 @@ class Report:
     prefill_pairs: float = 0.0
     decode_sequences: int | None = None
     kv_tokens: int | None = None
+    prefix_hit_tokens: float | None = None
     joules: float | None = None
 
 

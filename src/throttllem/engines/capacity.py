@@ -37,6 +37,7 @@ class ReportedCapacities:
     max_batch: int | None = None
     prefill_budget_tokens: int | None = None
     chunked: bool = True
+    prefix_caching: bool = False
     sends_to: str | None = None
     engines: int = 1
     api_servers: int = 1
@@ -106,6 +107,7 @@ def engine_spec(reported: ReportedCapacities, options: RemoteOptions, spec: Engi
         max_context_tokens=context,
         prefill_budget_tokens=budget or assumed("its tokens per step", max(ASSUMED_BUDGET_TOKENS, batch)),
         chunked=reported.chunked,
+        prefix_caching=reported.prefix_caching,
         no_evict=False,
         startup_s=0.0,
     )
@@ -168,6 +170,8 @@ def _cache(page: bytes) -> dict[str, Any]:
         "kv_blocks": sum(counts) - len(counts),
         "block_tokens": block_tokens,
         "engines": len(counts),
+        # Of several engines behind one address it is not known which has a prompt's blocks.
+        "prefix_caching": len(counts) == 1 and labels[0].get("enable_prefix_caching") == "True",
         "kv_cache_dtype": "fp8" if labels[0].get("cache_dtype", "").startswith("fp8") else "auto",
     }
 

@@ -50,7 +50,9 @@ class OpenaiEngine:
         reported = await read_capacities(self._upstream, need_batch=self._options.max_batch is None)
         spec, notes = engine_spec(reported, self._options, self._spec)
         try:
-            notes += await self._tokens.begin(reported.models[0], spec.max_context_tokens)
+            notes += await self._tokens.begin(
+                reported.models[0], spec.max_context_tokens, spec.block_tokens if spec.prefix_caching else None
+            )
             trouble = self._why_no_steps(reported)
         except ValueError as error:
             raise EngineError(str(error), status=503) from error
@@ -128,6 +130,7 @@ class OpenaiEngine:
             running=int(running),
             waiting=int(waiting),
             kv_blocks=blocks,
+            prefix_hit_tokens=total(page, "vllm:prefix_cache_hits_total") if reported.prefix_caching else None,
             step=None if has_steps or not iterations else int(iterations) - 1,
         )
 

@@ -8,6 +8,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pydantic_core import to_json
 
 from throttllem.engines.base import EngineError, PromptCount
 from throttllem.engines.http import Upstream, parsed
+from throttllem.engines.prefix_cache import Blocks, blocks_of
 from throttllem.openai_api.conversations import texts_in
 from throttllem.openai_api.large_bodies import LARGE_BYTES, read_value
 from throttllem.openai_api.requests import ParsedRequest
@@ -40,6 +42,8 @@ _PROBE = "Does it count alike? def f(x): return 2 * x  # déjà vu, 東京\n"
 _REMEMBERED = 512
 _LONGEST_BYTES = 16
 """Bytes of a token, on average over a prompt that is worth counting: text has 3 to 5, long runs of one character 16."""
+_PARTS = re.compile(rb'"(?:image|audio|video|input_image|input_audio|file)(?:_url|_pil|_embeds|_data)?"')
+"""Parts of a chat that are no text: their placeholders are the same whatever they hold."""
 _MEDIA = re.compile(rb'"data(?:"\s*:\s*"|:)')
 _ESTIMATED = (
     "the engine has no /tokenize and no tokenizer is set: 4 bytes of a prompt count as a token, which shifts KV and "
@@ -72,11 +76,16 @@ class TokenizerFile:
         by = f"an estimate of {BYTES_PER_TOKEN} bytes per token" if self.path is None else str(self.path)
         return PromptCount(tokens=tokens, by=by, exact=self.exact if exact is None else exact)
 
+    def ids(self, text: str, special: bool = True) -> list[int]:
+        """The tokens of a text, by a file."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
+
     def tokens(self, text: str, *, special: bool = True) -> int:
         """Tokens of a text, counted at once."""
         if self.path is None:
             return max(1, -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN))
-        return max(1, len(self._tokenizer.encode(text, add_special_tokens=special).ids))
+        return max(1, len(self.ids(text, special)))
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -104,11 +113,17 @@ class TokenCounter:
         self._has_endpoint = False
         self._file_counts = self._file.exact
         """Whether the file counts texts as the engine does, as far as is known."""
-        self._known: OrderedDict[bytes, int] = OrderedDict()
+        self._known: OrderedDict[bytes, tuple[int, Blocks]] = OrderedDict()
         self._context_tokens: int | None = None
+        self._block_tokens: int | None = None
 
-    async def begin(self, model: str, context_tokens: int | None = None) -> tuple[str, ...]:
-        """Try the engine's `/tokenize` and the file; notes for people. Raises EngineError for an unusable file."""
+    async def begin(
+        self, model: str, context_tokens: int | None = None, block_tokens: int | None = None
+    ) -> tuple[str, ...]:
+        """Try the engine's `/tokenize` and the file; notes for people. `block_tokens`: of a KV block, for an engine
+        that caches prefixes. Raises EngineError for an unusable file.
+        """
+        self._block_tokens = block_tokens
         self._known.clear()
         self._context_tokens = context_tokens
         await self._file.load()
@@ -117,7 +132,7 @@ class TokenCounter:
         self._has_endpoint, self._file_counts = status == 200, self._file.exact
         if not self._has_endpoint:
             return (_NO_TEMPLATE if self._file.exact else _ESTIMATED.format(set_by=self._set_by),)
-        self._file_counts = self._file.exact and _count_in(answer) == self._file.tokens(_PROBE)
+        self._file_counts = self._file.exact and _count_in(answer)[0] == self._file.tokens(_PROBE)
         if self._file_counts or not self._file.exact:
             return ()
         return (f"{self._file.path} does not count as the engine does: every prompt is sent to the engine's /tokenize",)
@@ -151,23 +166,26 @@ class TokenCounter:
 
     async def _prompt(self, request: ParsedRequest, prompt: str | Raw | Sequence[int]) -> PromptCount:
         if not isinstance(prompt, str | Raw):
-            return PromptCount(tokens=len(prompt), by="its token ids", exact=True)
+            return PromptCount(tokens=len(prompt), by="its token ids", exact=True, blocks=self._blocks(request, prompt))
         if not self._file_counts:
             fields = {name: request.fields[name] for name in _ADDED_FIELDS if name in request.fields}
-            tokens = await self._endpoint({"model": request.model, "prompt": prompt, **fields})
-            if tokens is not None:
-                return PromptCount(tokens=tokens, by="the engine", exact=True)
+            counted = await self._endpoint(request, {"model": request.model, "prompt": prompt, **fields})
+            if counted is not None:
+                return PromptCount(tokens=counted[0], by="the engine", exact=True, blocks=counted[1])
         special = request.fields.get("add_special_tokens") is not False
         text = prompt if isinstance(prompt, str) else await asyncio.to_thread(read_value, "prompt", prompt)
-        return await self._file.count(text, special=special, exact=self._file_counts)
+        found = await self._file.count(text, special=special, exact=self._file_counts)
+        if not self._block_tokens or not self._file_counts:
+            return found
+        return replace(found, blocks=self._blocks(request, await asyncio.to_thread(self._file.ids, text, special)))
 
     async def _chat(self, request: ParsedRequest) -> PromptCount:
         if request.chat is None:
             return await self._estimate(request)
         fields = {name: request.chat[name] for name in (*_CHAT_FIELDS, *_ADDED_FIELDS) if name in request.chat}
-        tokens = await self._endpoint({"model": request.model, **fields})
-        if tokens is not None:
-            return PromptCount(tokens=tokens, by="the engine", exact=True)
+        counted = await self._endpoint(request, {"model": request.model, **fields})
+        if counted is not None:
+            return PromptCount(tokens=counted[0], by="the engine", exact=True, blocks=counted[1])
         messages = request.chat.get("messages")
         if isinstance(messages, Raw):
             messages = await asyncio.to_thread(read_value, "messages", messages)
@@ -181,8 +199,19 @@ class TokenCounter:
             texts += texts_in(await asyncio.to_thread(read_value, name, value) if isinstance(value, Raw) else value)
         return await self._file.count("\n".join(texts), exact=False)
 
-    async def _endpoint(self, body: dict[str, object]) -> int | None:
-        """The engine's count; None: it has none, as for a body that it would refuse."""
+    def _blocks(self, request: ParsedRequest, token_ids: object) -> Blocks:
+        """The prompt's blocks as the engine's cache knows them; none of one that is not text alone."""
+        if not self._block_tokens or not isinstance(token_ids, list | tuple):
+            return ()
+        if not request.prompts and _PARTS.search(request.body):
+            return ()
+        try:
+            return blocks_of(token_ids, self._block_tokens, (request.model, str(request.fields.get("cache_salt"))))
+        except (TypeError, OverflowError):  # no token ids
+            return ()
+
+    async def _endpoint(self, request: ParsedRequest, body: dict[str, object]) -> tuple[int, Blocks] | None:
+        """The engine's count and the prompt's blocks; None: it has none, as for a body that it would refuse."""
         if not self._has_endpoint:
             return None
         if any(isinstance(part, Raw) for part in body.values()):
@@ -190,17 +219,19 @@ class TokenCounter:
             key = await asyncio.to_thread(_digest, content)
         else:
             content = to_json(body)
-            key = _digest(content)
+            salt = request.fields.get("cache_salt") if self._block_tokens else None
+            key = _digest(content if salt is None else content + str(salt).encode())
         if (known := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return known
         status, answer = await self._upstream.post("/tokenize", content, timeout_s=10.0)
         if status != 200:
             return None
-        tokens = self._known[key] = _count_in(answer)
+        tokens, ids = _count_in(answer)
+        counted = self._known[key] = tokens, self._blocks(request, ids)
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
-        return tokens
+        return counted
 
 
 def _digest(content: bytes) -> bytes:
@@ -227,11 +258,13 @@ def mean_count(counts: list[PromptCount]) -> PromptCount:
     return PromptCount(tokens=tokens, by=worst.by, exact=worst.exact)
 
 
-def _count_in(answer: bytes) -> int:
-    count = found.get("count") if isinstance(found := parsed("/tokenize", answer), dict) else None
+def _count_in(answer: bytes) -> tuple[int, object]:
+    """The count, and what should be the token ids."""
+    found = parsed("/tokenize", answer)
+    count, ids = (found.get("count"), found.get("tokens")) if isinstance(found, dict) else (None, None)
     if not isinstance(count, int) or count < 0:
         raise EngineError(f"/tokenize answers no count: {answer[:200].decode(errors='replace')}")
-    return count
+    return count, ids
 
 
 def _texts(messages: object) -> Iterator[str]:

@@ -29,8 +29,9 @@ _DECODED_BYTES = 12 * 1024 * 1024
 _NAMES = (
     "model prompt messages text_input max_tokens max_completion_tokens n best_of stream stream_options user throttllem "
     "echo tools tool_choice add_generation_prompt continue_final_message chat_template chat_template_kwargs "
-    "add_special_tokens mm_processor_kwargs media_io_kwargs input instructions store background previous_response_id "
-    "max_output_tokens system documents query text_1 text_2 priority logprobs top_logprobs prompt_logprobs"
+    "add_special_tokens cache_salt mm_processor_kwargs media_io_kwargs input instructions store background "
+    "previous_response_id max_output_tokens system documents query text_1 text_2 priority logprobs top_logprobs "
+    "prompt_logprobs"
 )
 """Fields that the gateway reads, of whichever kind of request."""
 _Named = msgspec.defstruct("_Named", [(name, Raw, Raw()) for name in _NAMES.split()])

@@ -50,7 +50,7 @@ class Desk:
         return self
 
     def dispatched(self, request_id, *, prompt_tokens, sequences=1):
-        self.backend.dispatched(request_id, streams=True, sequences=sequences, prompt_tokens=prompt_tokens)
+        self.backend.dispatched(request_id, streams=True, sequences=sequences, prompt_tokens=prompt_tokens * sequences)
 
     def tokens(self, *request_ids, count=1):
         for request_id in request_ids:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from throttllem.core.types import EngineLost, EngineReady, Event
 from throttllem.engines.base import Connected, EngineError, LiveEngine, Report
+from throttllem.engines.prefix_cache import Blocks, PrefixCache
 from throttllem.engines.progress import Progress
 from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.control.engine_model import EngineModel
@@ -57,6 +58,8 @@ class Backend:
     connected: Connected | None = None
     progress: Progress | None = None
     report: Report | None = None
+    prefixes: PrefixCache | None = None
+    """What its prefix cache holds; None: it has none."""
     last_sign_s: float = 0.0
     """When the engine last showed that it works: a byte, a step, a count that changed."""
     lacking_s: float | None = None
@@ -171,6 +174,10 @@ class Backend:
         if self.kind != "simulated":
             self.model.reached(connected)
         self.progress = Progress(key, exact=connected.named)
+        spec = connected.spec
+        self.prefixes = (
+            PrefixCache(block_tokens=spec.block_tokens, kv_blocks=spec.kv_blocks) if spec.prefix_caching else None
+        )
         mhz = await self.clock.in_force(connected.spec.clocks_mhz[-1])
         self.last_sign_s = self._stepped_s = self.now()
         self.accounting.begin(connected.spec, self.progress)
@@ -242,15 +249,19 @@ class Backend:
 
     # ---- requests --------------------------------------------------------------------------------------------
 
-    def dispatched(self, request_id: int, *, streams: bool, sequences: int, prompt_tokens: int) -> None:
-        """A request is about to be sent."""
+    def dispatched(
+        self, request_id: int, *, streams: bool, sequences: int, prompt_tokens: int, blocks: Blocks = ()
+    ) -> None:
+        """A request is about to be sent. `prompt_tokens`: those that the engine must compute, of all its sequences."""
         progress = self.progress
         if progress is None:
             return
         if not progress.in_flight:
             self.last_sign_s = self.now()
         self.accounting.dispatching()
-        progress.dispatched(request_id, streams=streams, sequences=sequences, prompt_tokens=prompt_tokens * sequences)
+        progress.dispatched(request_id, streams=streams, sequences=sequences, prompt_tokens=prompt_tokens)
+        if self.prefixes is not None:
+            self.prefixes.sent(request_id, blocks)
         if not streams:
             self._arm()
 
@@ -269,6 +280,8 @@ class Backend:
             return None
         self.accounting.settle(ending=len(progress.in_flight) == 1)
         flight = progress.left(request_id)
+        if self.prefixes is not None:
+            self.prefixes.left(request_id)
         assert flight is not None
         self._compare_counts()
         self._arm()
@@ -296,6 +309,8 @@ class Backend:
         if _counts(report) != _counts(before) or (report.running and not self._numbers_steps):
             self.last_sign_s = now_s
         self._compare_counts()
+        if self.prefixes is not None and report.prefix_hit_tokens is not None:
+            self.prefixes.reported(report.prefix_hit_tokens)
         if report.joules is not None:
             self.accounting.measured(report)
         elif report.prompt_tokens:

@@ -181,6 +181,8 @@ class ControlLoop:
         if backend is not None:
             if tokens is None and backend.progress is not None:
                 session.generated_tokens = max(session.generated_tokens, backend.progress.seen_tokens(request_id))
+            if backend.prefixes is not None and session.usage.cached_tokens is not None:
+                backend.prefixes.served(request_id, session.usage.cached_tokens)
             backend.ended(request_id, tokens)
             session.energy_j = backend.left(request_id)
         self._retry.ended(self.now())
@@ -320,7 +322,8 @@ class ControlLoop:
                     request_id,
                     streams=session.streams,
                     sequences=request.sequences,
-                    prompt_tokens=request.prompt_tokens,
+                    prompt_tokens=request.computed_prompt_tokens,
+                    blocks=session.blocks,
                 )
                 session.dispatched(backend, self.now())
             case SetClock(engine=key, plan=plan):

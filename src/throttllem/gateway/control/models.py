@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from throttllem.core.types import Request, Slo
 from throttllem.engines.base import Connected, EngineError, LiveEngine, PromptCount
+from throttllem.engines.prefix_cache import Prefix
 from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.loop import ControlLoop
@@ -126,18 +127,29 @@ class Models:
             spec = connected.spec
             room = min(spec.max_context_tokens, spec.kv_blocks // parsed.sequences * spec.block_tokens)
             prompt_tokens = min(prompt_tokens, room - max_tokens)
+        prompt_tokens, prompts = max(1, prompt_tokens), max(1, len(parsed.prompts))
+        prefixes, prefix, common_tokens = serving.prefixes if serving is not None else None, Prefix(), 0
+        if prefixes is not None:
+            prefix = prefixes.find(count.blocks, prompt_tokens)
+            common_tokens = prefixes.shared_tokens(prompt_tokens) if parsed.sequences > prompts else 0
         request = Request(
             id=loop.fresh_id(),
             arrival_s=loop.now(),
-            prompt_tokens=max(1, prompt_tokens),
+            prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
             slo=slo,
             sequences=parsed.sequences,
-            prompts=max(1, len(parsed.prompts)),
+            prompts=prompts,
+            cached_prompt_tokens=prefix.cached_tokens,
+            common_prompt_tokens=common_tokens,
+            prefix_of=prefix.of,
+            prefix_tokens=prefix.tokens,
             caller=parsed.caller,
             model=parsed.model or connected.models[0],
         )
-        return Session(loop=loop, request=request, streams=parsed.stream, chat=parsed.is_conversation)
+        return Session(
+            loop=loop, request=request, streams=parsed.stream, chat=parsed.is_conversation, blocks=count.blocks
+        )
 
     def uncontrolled_engine(self, model: str | None) -> LiveEngine:
         """The engine of a request without control (None: the first model). Raises ApiError (404, 503)."""

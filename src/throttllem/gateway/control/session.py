@@ -70,8 +70,9 @@ class Receipt:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """Seconds on the control loop's time line; None: not yet. `heard_s`: when the engine last sent bytes of it without
-    a token. `usage`: what the engine counted itself. `failure` is what the control loop ended it with.
+    """Seconds on the control loop's time line; None: not yet. `heard_s`: when the engine last sent bytes of it
+    without a token. `usage`: what the engine counted itself; `blocks`: the prompt's, as PromptCount has them.
+    `failure` is what the control loop ended it with.
     """
 
     loop: Loop
@@ -85,6 +86,7 @@ class Session:
     heard_s: float | None = None
     generated_tokens: int = 0
     usage: Usage = NO_USAGE
+    blocks: tuple[int, ...] = ()
     energy_j: float | None = None
     ended: bool = False
     failure: ApiError | None = None
