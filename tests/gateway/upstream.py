@@ -94,6 +94,10 @@ async def overloaded():
     return web.json_response({"error": {"message": "too many"}}, status=503, headers={"retry-after": "7"})
 
 
+async def redirected():
+    return web.Response(status=307, headers={"location": "http://10.0.0.1:8000/v1/completions"})
+
+
 async def after(seconds, answer):
     await asyncio.sleep(seconds)
     return await answer
@@ -170,6 +174,7 @@ class Engine:
             "late": lambda: after(0.3, self.stream(request, events)),
             "late-refuse": lambda: after(0.3, overloaded()),
             "late-whole": lambda: after(0.3, self.generate(request, fields | {"stream": False}, words)),
+            "redirect": redirected,
             "refuse": overloaded,
             "garbage": lambda: garbage(request),
             "half": lambda: half(request),

@@ -103,6 +103,16 @@ def test_a_stream_that_ends_before_its_output_is_an_error(metrics):
     assert (session.counted, session.ends) == (3, ["cancelled"])
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/files"])
+def test_an_engine_sends_no_client_elsewhere(path):
+    async def main():
+        async with running() as there:
+            return await there.post(path, complete(play="redirect"))
+
+    status, headers, got = asyncio.run(main())
+    assert status == 502 and "location" not in headers and b"redirects" in got and b"10.0.0.1" not in got
+
+
 @pytest.mark.parametrize("metrics", [False, True])
 @pytest.mark.parametrize("play", ["done-hang", "done-cut", "done-more"])
 def test_done_ends_a_stream_whatever_the_engine_does_then(play, metrics):

@@ -21,9 +21,8 @@ from throttllem.openai_api.errors import ApiError
 _EXPOSED = ("x-request-id", "retry-after")
 """Headers of a reply that a page may read, beside those that it always may."""
 _LABEL = re.compile(r"[a-z0-9_-]+")
-_OF_NO_PUBLIC_ZONE = tuple(
-    [".localhost", ".local", ".internal", ".home.arpa", ".intranet", ".private", ".corp", ".home", ".lan"]
-)
+_LOOPBACK = (".localhost",)
+_PRIVATE = (".local", ".internal", ".home.arpa", ".intranet", ".private", ".corp", ".home", ".lan")
 """No name in the public DNS ends so (RFC 6761, 8375; RFC 6762, appendix G)."""
 _REMEMBERED = 256
 _SHOWN = 80
@@ -54,7 +53,7 @@ class Guard:
         named = {server.host, server.metrics_host, socket.gethostname(), *(server.allowed_hosts or ())}
         self._names = frozenset(name.lower().rstrip(".") for name in named)
         self._endings = tuple(name[1:] for name in self._names if name.startswith("*."))
-        self._endings += _OF_NO_PUBLIC_ZONE[:1] if _is_loopback(server.host) else _OF_NO_PUBLIC_ZONE
+        self._endings += _LOOPBACK if _is_loopback(server.host) else _LOOPBACK + _PRIVATE
         self._seen: set[str] = set()
         """Hosts that were found to be known."""
 

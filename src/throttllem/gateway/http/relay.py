@@ -278,6 +278,13 @@ def _head(reply: Reply, *, drop_length: bool = True) -> tuple[int, bool, ByteHea
     """Status, whether the body is an event stream, and the headers as the client gets them."""
     if not 200 <= reply.status <= 599:
         raise EngineError(f"the engine answers with status {reply.status}")
+    if 300 <= reply.status < 400 and reply.status != 304:
+        # Its address is not the client's: a client that followed would go past the gateway, or nowhere.
+        target = dict(reply.headers).get("location", "")
+        raise EngineError(
+            f"the engine redirects ({reply.status}) to {target!r}: set the url of the engine to where it serves",
+            message="the engine redirects its clients",
+        )
     is_stream, headers = False, []
     for name, value in reply.headers:
         if name == "content-type":
