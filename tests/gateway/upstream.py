@@ -90,6 +90,27 @@ def message_events(words):
     return [*events, typed("message_stop")]
 
 
+def agent_events():
+    """A chat that reasons and calls a tool, several tokens an event: 11, by the usage on every chunk."""
+    call = {"index": 0, "id": "c", "type": "function", "function": {"name": "look", "arguments": ""}}
+    more = [{"index": 0, "function": {"arguments": text}} for text in ('{"at": "data: ', '[DONE]"}')]
+    deltas = [{"role": "assistant", "content": ""}, {"reasoning_content": "hm"}, {"reasoning_content": "so"}]
+    deltas += [{"content": "I "}, {"tool_calls": [call]}, *({"tool_calls": [piece]} for piece in more)]
+    counts = (0, 2, 5, 6, 8, 10, 11)
+    events = [sse(chat_chunk(delta, usage=usage_of(used))) for delta, used in zip(deltas, counts, strict=True)]
+    last = closing() | {"usage": usage_of(11)}
+    last["choices"][0]["finish_reason"] = "tool_calls"
+    return [*events[:3], b": ping\n\n", *events[3:], sse(last), sse(total_of(11)), b"data: [DONE]\n\n"]
+
+
+def usage_of(tokens):
+    return {"prompt_tokens": 3, "completion_tokens": tokens, "prompt_tokens_details": {"cached_tokens": 2}}
+
+
+def total_of(tokens):
+    return chat_chunk({}) | {"choices": [], "usage": usage_of(tokens)}
+
+
 async def overloaded():
     return web.json_response({"error": {"message": "too many"}}, status=503, headers={"retry-after": "7"})
 
@@ -175,6 +196,7 @@ class Engine:
             "late-refuse": lambda: after(0.3, overloaded()),
             "late-whole": lambda: after(0.3, self.generate(request, fields | {"stream": False}, words)),
             "redirect": redirected,
+            "agent": lambda: self.stream(request, agent_events()),
             "refuse": overloaded,
             "garbage": lambda: garbage(request),
             "half": lambda: half(request),

@@ -8,9 +8,12 @@ from dataclasses import asdict
 
 import pytest
 
-from gateway.rig import rig, virtually
-from throttllem.engines.base import EngineError
+from gateway.rig import parsed, rig, virtually
+from throttllem.core.types import Slo
+from throttllem.engines.base import EngineError, PromptCount
+from throttllem.engines.prefix_cache import blocks_of
 from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.usage import NO_USAGE, Usage
 
 GONE = ApiError(502, "gone", kind="engine_error", code="test")
 
@@ -41,6 +44,61 @@ async def interrupted(order, **how):
                 task.cancel()
         (found,) = await asyncio.gather(task, return_exceptions=True)
         return found, task.cancelling(), it.seen.ends
+
+
+# ---- what the engine counted ---------------------------------------------------------------------------------------
+
+
+async def served(it, blocks=(), *, events=1, usage=NO_USAGE, **more):
+    """The receipt of a request whose tokens came in that many events, and its request."""
+    count = PromptCount(tokens=40, by="test", exact=True, blocks=blocks)
+    async with it.models.session(parsed(tokens=30, **more), count, Slo()) as session:
+        await session.placed()
+        for _ in range(events):
+            await asyncio.sleep(0.3)
+            session.tokens()
+        return session.finish(usage.output_tokens, usage), session
+
+
+def test_the_engines_total_corrects_tokens_latency_and_totals():
+    async def run():
+        async with rig(mute=True) as it:
+            await it.up()
+            usage = Usage(output_tokens=30, prompt_tokens=44, cached_tokens=32)
+            counted, session = await served(it, events=10, usage=usage)
+            guessed, _ = await served(it, events=10)
+            lied = await served(it, usage=Usage(output_tokens=1, prompt_tokens=10**6, cached_tokens=9 * 10**5))
+            totals = it.loop.prompt_tokens, it.loop.cached_prompt_tokens, it.loop.generated_tokens
+            return counted, guessed, lied[0], session, totals, it.loop.estimated_outputs
+
+    counted, guessed, lied, session, totals, estimated = virtually(run())
+    assert (counted.output_tokens, counted.output_tokens_estimated, counted.cached_prompt_tokens) == (30, None, 32)
+    assert (guessed.output_tokens, guessed.output_tokens_estimated) == (10, True)
+    assert counted.mean_itl_ms == pytest.approx(2700 / 29, rel=1e-3) and guessed.mean_itl_ms == pytest.approx(300)
+    assert session.generated_tokens == 30
+    assert lied.cached_prompt_tokens is None
+    assert totals == (44 + 40 + 40, 32, 41) and estimated == 1
+
+
+def test_cached_prompt_tokens_are_neither_computed_nor_charged():
+    async def run():
+        async with rig(mute=True, prefix_caching=True, block_tokens=4) as it:
+            await it.up()
+            blocks, flights = blocks_of(range(40), 4, "toy"), []
+            for more in ({}, {"choices": 3}):
+                task = asyncio.ensure_future(served(it, blocks, **more))
+                await asyncio.sleep(0.1)
+                flights += [flight.prompt_tokens for flight in it.backend.progress.in_flight.values()]
+                await task
+            await it.backend._take_into_use(it.backend.key, it.backend.connected, lambda event: None)
+            return flights, it.models.session(parsed(), PromptCount(tokens=40, by="", exact=True, blocks=blocks), Slo())
+
+    flights, after_a_restart = virtually(run())
+    assert flights == [40, 4 * 3]
+    assert after_a_restart.request.cached_prompt_tokens == 0
+
+
+# ---- its end -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["l", "ll"])

@@ -39,6 +39,22 @@ def test_openai_chat_streamed_with_metrics():
     assert (session.counted, session.finished) == (4, 4)
 
 
+def test_openai_chat_that_reasons_and_calls_a_tool():
+    async def use(client, there):
+        stream = await client.chat.completions.create(
+            model="tiny", messages=MESSAGES, stream=True, stream_options={"include_usage": True},
+            tools=[{"type": "function", "function": {"name": "look"}}], extra_body={"play": "agent"},
+        )  # fmt: skip
+        return [chunk async for chunk in stream], there.session
+
+    chunks, session = result_of(use)
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    calls = [delta.tool_calls[0].function for delta in deltas if delta.tool_calls]
+    assert "".join(getattr(delta, "reasoning_content", "") for delta in deltas) == "hmso"
+    assert (calls[0].name, "".join(call.arguments for call in calls)) == ("look", '{"at": "data: [DONE]"}')
+    assert (session.counted, session.finished, chunks[-1].usage.completion_tokens) == (11, 11, 11)
+
+
 def test_openai_other_requests():
     async def use(client, there):
         chat = await client.chat.completions.create(model="tiny", messages=MESSAGES, max_completion_tokens=3)

@@ -45,6 +45,7 @@ def served(path, body, headers=(), **options):
     [
         (CHAT, chat(max_tokens=40), 40, None),
         (CHAT, chat(max_tokens=5, stream_options={"include_usage": True}), 5, 5),
+        (CHAT, chat(play="agent"), 11, 11),
         (COMPLETIONS, complete(max_tokens=7, stream=True), 7, None),
         (COMPLETIONS, complete(max_tokens=7), 0, 7),
         ("/v2/models/tiny/generate_stream", {"text_input": "x", "max_tokens": 6, "stream": True}, 6, None),

@@ -159,13 +159,21 @@ class Session:
         """The output is complete; `tokens` in all, where the engine reported it. To be called before the last chunk."""
         if not self.ended:
             if usage is not None:
-                self.usage = usage
+                self.usage = self._bounded(usage)
             if tokens is not None:
                 self.generated_tokens = tokens
             if self.last_token_s is None or not self.streams:
                 self.last_token_s = self.loop.now()
             self.loop.finish(self, tokens)
         return self.receipt()
+
+    def _bounded(self, usage: Usage) -> Usage:
+        """Without what the engine cannot have: prompts over its context."""
+        connected = self.backend.connected if self.backend is not None else None
+        if usage.prompt_tokens is None or connected is None:
+            return usage
+        most = connected.spec.max_context_tokens * self.request.prompts
+        return usage if usage.prompt_tokens <= most else Usage(output_tokens=usage.output_tokens)
 
     # ---- the control loop's side -----------------------------------------------------------------------------
 
