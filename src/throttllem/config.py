@@ -41,6 +41,9 @@ class ServerOptions:
     """Address of that port."""
     api_keys: tuple[str, ...] | None = field(default=None, repr=False)
     """A request must carry one of these keys. Without the option every client is served."""
+    admin_keys: tuple[str, ...] | None = field(default=None, repr=False)
+    """A request that changes an engine for all its clients, such as one that loads a LoRA adapter, must carry one of
+    these keys. Without the option such requests are refused."""
     allowed_origins: tuple[str, ...] | None = None
     """Origins of web pages that may call the gateway (CORS), as in `https://chat.example.org`; `*`: all. Without API
     keys, requests of other pages are refused."""
@@ -62,9 +65,10 @@ class ServerOptions:
         if self.api_keys is not None and not self.api_keys:
             problem = "set, but there is no key in it; leave it out to serve every client"
             raise OptionError("server", "api_keys", "", problem, secret=True)
-        if any(not key or key != key.strip() for key in self.api_keys or ()):
-            problem = "a key is empty, or begins or ends with a blank; no request could carry it"
-            raise OptionError("server", "api_keys", "", problem, secret=True)
+        for name, keys in (("api_keys", self.api_keys), ("admin_keys", self.admin_keys)):
+            if any(not key or key != key.strip() for key in keys or ()):
+                problem = "a key is empty, or begins or ends with a blank; no request could carry it"
+                raise OptionError("server", name, "", problem, secret=True)
         if self.keep_alive_s is not None:
             check("server", keep_alive_s=(self.keep_alive_s, 0.01, 3600))
         for origin in self.allowed_origins or ():

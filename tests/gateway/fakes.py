@@ -114,6 +114,8 @@ class Models:
     started_s: float = 0.0
     draining: bool = False
     uncontrolled: int = 0
+    working: int = 0
+    most_working: int = 0
 
     def names(self):
         return ("tiny", "org/other")
@@ -133,9 +135,16 @@ class Models:
         self.sessions.append(session)
         return session
 
-    def uncontrolled_engine(self, model):
+    def uncontrolled_backend(self, model):
         self._known("tiny" if model is None else model)
-        return self.engine
+        return SimpleNamespace(engine=self.engine, uncontrolled=self._working)
+
+    @contextlib.contextmanager
+    def _working(self):
+        self.working += 1
+        self.most_working = max(self.most_working, self.working)
+        yield
+        self.working -= 1
 
     def max_sequences(self):
         return self.most

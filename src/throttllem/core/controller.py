@@ -42,6 +42,7 @@ from throttllem.core.types import (
     Stepped,
     StopEngine,
     Timer,
+    Uncontrolled,
     VerdictKind,
 )
 
@@ -88,6 +89,8 @@ class Controller:
                 changed = self._stepped(event, now_s)
             case Observed():
                 changed = self._observed(event)
+            case Uncontrolled():
+                changed = self._uncontrolled(event)
             case Progressed():
                 changed = self._progressed(event, now_s)
             case Timer() if self._unplanned:
@@ -270,6 +273,17 @@ class Controller:
         state.drift.corrections += 1
         state.planned_external = board.external
         self._load_changed(state)
+        return True
+
+    def _uncontrolled(self, event: Uncontrolled) -> bool:
+        """Requests without control came or went. True if the engine has some now, or no longer."""
+        state = self._engines.by_id.get(event.engine)
+        if state is None or state.spec is None:
+            return False
+        before, state.uncontrolled = state.uncontrolled, event.requests
+        if bool(before) is bool(event.requests):
+            return False
+        self._unplanned[state.engine] = state
         return True
 
     def _clock_read(self, read: ClockRead, now_s: float) -> None:

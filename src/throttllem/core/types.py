@@ -132,6 +132,7 @@ class Reason(StrEnum):
     OUTSIDE_HULL = "the load is outside the profiled range"
     NO_TABLE = "there is no performance table"
     TABLE_DRIFT = "iterations take more than twice, or less than half, of what the performance table says"
+    UNCONTROLLED = "a request without control is running"
     UNKNOWN_STATE = "the engine's clock is unknown"
     INFEASIBLE = "no clock meets every SLO"
     WAITING = "a request waits in the queue"
@@ -255,11 +256,23 @@ class Observed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Uncontrolled:
+    """How many requests the engine now computes that are no generation under control, such as embeddings. What they
+    take is not known: while there are some, no clock below the maximum is known to be safe.
+    """
+
+    engine: int
+    requests: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timer:
     """The core's deadline has come."""
 
 
-Event = Arrived | Cancelled | Stepped | Progressed | Observed | EngineReady | EngineLost | ClockRead | Timer
+Event = (
+    Arrived | Cancelled | Stepped | Progressed | Observed | Uncontrolled | EngineReady | EngineLost | ClockRead | Timer
+)
 
 
 # ---- commands: what the driver must do ----------------------------------------------------------------------

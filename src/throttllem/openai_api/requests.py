@@ -23,6 +23,7 @@ from throttllem.openai_api.conversations import chat_of_message, chat_of_respons
 from throttllem.openai_api.errors import MESSAGES, RESPONSES, ApiError, invalid
 from throttllem.openai_api.large_bodies import LARGE_BYTES, model_in, named_values, prompt_lengths, without
 from throttllem.openai_api.lax import token_ids, truth, whole_number
+from throttllem.openai_api.multipart import model_in_form
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -156,12 +157,13 @@ def check_translated(request: ParsedRequest, engine: str) -> None:
         raise ApiError(404, f"{engine} does not serve {request.path}; use {CHAT}", code="not_found")
 
 
-def model_of(body: bytes) -> str | None:
-    """The model that a request outside of control names in its JSON body; None if it names none.
+def model_of(body: bytes, content_type: str = "") -> str | None:
+    """The model that a request outside of control names in its JSON or its form; None if it names none.
 
     Raises ApiError 400 for a body that would take too long to read.
     """
-    return model_in(body)
+    form = content_type[:10].lower() == "multipart/"
+    return model_in_form(body, content_type) if form else model_in(body)
 
 
 def stop_texts(request: ParsedRequest) -> tuple[str, ...]:

@@ -53,6 +53,15 @@ def plan(mhz, why, binding=None):
     return FrequencyPlan(mhz=mhz, why=why, binding=binding)
 
 
+def test_while_a_request_runs_without_control_no_lower_clock_is_safe():
+    busy = engine(within(7.5), clock_mhz=800, target_mhz=800, uncontrolled=1)
+    assert planned(controller(), busy) == plan(TOP_MHZ, Reason.UNCONTROLLED)
+    idle = engine(clock_mhz=800, target_mhz=800, uncontrolled=1)
+    assert planned(controller(), idle) == plan(TOP_MHZ, Reason.UNCONTROLLED)
+    idle.uncontrolled = 0
+    assert planned(controller(), idle).why is Reason.IDLE
+
+
 @pytest.mark.parametrize("unknown", [False, True])
 def test_policies_that_fix_the_clock(unknown):
     busy = engine(within(7.5), clock_mhz=None if unknown else 800, target_mhz=None if unknown else 800)

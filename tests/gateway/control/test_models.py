@@ -31,7 +31,7 @@ def test_a_name_that_no_engine_serves():
             await it.up()
             assert it.models.names() == ("toy",)
             with pytest.raises(ApiError, match="there is: toy"):
-                it.models.uncontrolled_engine("other")
+                it.models.uncontrolled_backend("other")
             return await rejection(it.models.count(parsed(model="other")))
 
     assert virtually(run()) == (404, "model_not_found")
@@ -117,7 +117,7 @@ def test_an_engine_that_does_not_come_up():
             gateway_status(it.models)
             found = await rejection(it.models.count(parsed()))
             with pytest.raises(ApiError, match="no engine is up") as caught:
-                it.models.uncontrolled_engine(None)
+                it.models.uncontrolled_backend(None)
             assert (caught.value.message, str(caught.value)) == (
                 "no engine is up",
                 "no engine is up: connection refused",
@@ -187,7 +187,7 @@ def test_a_model_may_be_served_under_another_name():
         async with rig() as it:
             it.models.served = (ServedModel(loop=it.loop, names=("mine",)),)
             await it.up()
-            assert it.models.uncontrolled_engine("mine") is it.models.uncontrolled_engine(None)
+            assert it.models.uncontrolled_backend("mine") is it.models.uncontrolled_backend(None)
             return it.models.names(), it.models.uncontrolled, await rejection(it.models.count(parsed()))
 
     assert virtually(run()) == (("mine",), 2, (404, "model_not_found"))

@@ -419,3 +419,18 @@ def test_what_the_clocks_of_a_dry_run_would_have_saved():
     assert advised.saved == pytest.approx(0.0)
     assert top.would_save == pytest.approx(0.0)
     assert (real.would_save, real.advised_j) == (None, None)
+
+
+def test_joules_of_requests_without_control_are_not_idle():
+    desk = Desk()
+    desk.after(1.0)
+    with desk.backend.uncontrolled():
+        desk.after(2.0)
+        with desk.backend.uncontrolled():
+            desk.after(3.0)
+    found = desk.after(4.0).accounting.energy()
+    # A simulated GPU knows only of what it is given: it draws idle power meanwhile.
+    assert (found.idle_j, found.uncontrolled_j, found.total_j) == (200.0, 200.0, 400.0)
+    assert [(type(event).__name__, event.requests) for event in desk.events] == [
+        ("Uncontrolled", 1), ("Uncontrolled", 2), ("Uncontrolled", 1), ("Uncontrolled", 0)
+    ]  # fmt: skip

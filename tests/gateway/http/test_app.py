@@ -193,7 +193,7 @@ def test_request_ids_are_kept_where_sane():
         ("GET", "/", 404, None),
         ("GET", "/v1", 404, None),
         ("GET", "/v1/", 404, None),
-        ("POST", "/tokenize", 404, None),
+        ("POST", "/invocations", 404, None),
     ],
 )
 def test_unknown_paths_and_methods(method, path, status, allow):

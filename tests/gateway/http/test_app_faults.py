@@ -161,15 +161,15 @@ def test_engine_is_silent_at_an_uncontrolled_request():
     async def check(there):
         return await there.post("/v1/embeddings", {"play": "silent"})
 
-    status, _, body = within(check, limits=LimitOptions(silence_s=0.1))
-    assert status == 504 and b"silence_s" in body
+    status, _, body = within(check, limits=LimitOptions(request_s=0.1))
+    assert status == 504 and b"request_s" in body
 
 
 def test_uncontrolled_stream_that_is_silent_is_ended_by_an_event():
     async def check(there):
         return await there.post("/v1/embeddings", {"play": "hang", "max_tokens": 2})
 
-    status, _, body = within(check, limits=LimitOptions(silence_s=0.1))
+    status, _, body = within(check, limits=LimitOptions(request_s=0.1))
     assert status == 200 and body.startswith(b"".join(chat_events(2)[:-2]) + b'data: {"error":')
 
 

@@ -54,6 +54,9 @@ class ClockController:
             plan = FrequencyPlan(mhz=maximum, why=Reason.UNKNOWN_STATE)
         elif engine.table is None:
             plan = FrequencyPlan(mhz=maximum, why=Reason.NO_TABLE)
+        elif engine.uncontrolled:
+            engine.table_drift.span = None
+            plan = FrequencyPlan(mhz=maximum, why=Reason.UNCONTROLLED)
         elif not engine.board.running and not engine.board.pending:
             engine.projection = engine.table_drift.span = None
             plan = FrequencyPlan(mhz=engine.target_mhz or maximum, why=Reason.IDLE)
@@ -61,7 +64,7 @@ class ClockController:
             plan = self._plan_busy(engine, spec, self._metered(engine, engine.table), now_s, waiting)
         engine.plan = plan
         if plan.mhz == engine.target_mhz:
-            if plan.why is not Reason.IDLE:
+            if plan.why is not Reason.IDLE and not engine.uncontrolled:
                 self._meter(engine)
             return None
         engine.target_mhz, engine.set_at_s = plan.mhz, now_s

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from throttllem.core.types import EngineLost, EngineReady, Event
+from throttllem.core.types import EngineLost, EngineReady, Event, Uncontrolled
 from throttllem.engines.base import Connected, EngineError, LiveEngine, Report
 from throttllem.engines.prefix_cache import Blocks, PrefixCache
 from throttllem.engines.progress import Progress
@@ -64,6 +65,8 @@ class Backend:
     """When the engine last showed that it works: a byte, a step, a count that changed."""
     lacking_s: float | None = None
     """Since when it has reported fewer requests than were sent to it; None: it reports them all, or no counts."""
+    uncontrolled_requests: int = 0
+    """Requests in the engine that compute without control."""
     estimated_prompts: int = 0
     counting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_COUNTS_AT_A_TIME))
     """Held while the engine counts the tokens of a prompt."""
@@ -184,6 +187,8 @@ class Backend:
         self.state = "up"
         log.info("engine %s is up: %s", self.name, ", ".join(connected.models))
         emit(EngineReady(engine=key, spec=connected.spec))
+        if self.uncontrolled_requests:
+            emit(Uncontrolled(engine=key, requests=self.uncontrolled_requests))
         self.clock.begin(key, emit, mhz)
 
     def lose(self, why: str) -> None:
@@ -288,6 +293,21 @@ class Backend:
         if not self.accounting.known():
             return None
         return flight.energy_j if flight.charged_prompt_tokens or flight.charged_output_tokens else None
+
+    @contextmanager
+    def uncontrolled(self) -> Iterator[None]:
+        """A request that computes is in the engine without control while in the block."""
+        self._uncontrolled(+1)
+        try:
+            yield
+        finally:
+            self._uncontrolled(-1)
+
+    def _uncontrolled(self, change: int) -> None:
+        self.uncontrolled_requests += change
+        self.accounting.uncontrolled(self.uncontrolled_requests)
+        if self.key is not None and self.state == "up" and self._emit is not None:
+            self._emit(Uncontrolled(engine=self.key, requests=self.uncontrolled_requests))
 
     def estimated(self, by: str) -> None:
         """A prompt's tokens were estimated, not counted."""

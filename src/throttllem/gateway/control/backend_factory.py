@@ -94,7 +94,10 @@ class BackendFactory:
             if table is None and mode in ("on", "dry-run")
             else None,
             meter=TableMeter(table=table) if table and table.clocks_measured and follows else None,
-            external=lambda: 0 if backend.key is None else controller.external_sequences(backend.key),
+            external=lambda: (
+                backend.uncontrolled_requests
+                + (0 if backend.key is None else controller.external_sequences(backend.key))
+            ),
             known=lambda: entry.gpus is not None or (model.known and named),
         )
         engine = self._engine(entry, spec, physics, gpu)

@@ -37,6 +37,7 @@ from throttllem.core.types import (
     Stepped,
     StopEngine,
     Timer,
+    Uncontrolled,
 )
 from throttllem.engines.base import EngineError
 from throttllem.gateway.control import rejections
@@ -399,7 +400,7 @@ class ControlLoop:
             case Arrived() | Dispatch():
                 self._faulty_requests += 1
                 return self.backends if self._faulty_requests >= _FAULTY_REQUESTS else ()
-            case Stepped() | Progressed() | Observed() | ClockRead() | EngineReady():
+            case Stepped() | Progressed() | Observed() | Uncontrolled() | ClockRead() | EngineReady():
                 return tuple(backend for backend in self.backends if backend.key == what.engine)
             case Timer() if isinstance(error, PlanningError):
                 return tuple(backend for backend in self.backends if backend.key == error.engine)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from throttllem.core.types import Request, Slo
-from throttllem.engines.base import Connected, EngineError, LiveEngine, PromptCount
+from throttllem.engines.base import Connected, EngineError, PromptCount
 from throttllem.engines.prefix_cache import Prefix
 from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
@@ -151,14 +151,14 @@ class Models:
             loop=loop, request=request, streams=parsed.stream, chat=parsed.is_conversation, blocks=count.blocks
         )
 
-    def uncontrolled_engine(self, model: str | None) -> LiveEngine:
-        """The engine of a request without control (None: the first model). Raises ApiError (404, 503)."""
+    def uncontrolled_backend(self, model: str | None) -> Backend:
+        """The backend of a request without control (None: the first model). Raises ApiError (404, 503)."""
         loop = self.served[0].loop if model is None else self._loop(model)
         backend = loop.serving()
         if backend is None:
             raise rejections.no_engine(next((other.trouble for other in loop.backends if other.trouble), None))
         self.uncontrolled += 1
-        return backend.engine
+        return backend
 
     def health(self) -> Health:
         """The state of all engines, at next to no cost."""

@@ -26,7 +26,8 @@ _UNREAD = Reading(clock_mhz=None, watts=0.0, energy_j=0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
-    """Joules of one engine's GPUs since the gateway started, of requests and idle. `top_j` is the estimate for the same
+    """Joules of one engine's GPUs since the gateway started: of requests, of those without control while no other ran
+    (`uncontrolled_j`), and idle. `top_j` is the estimate for the same
     load at the maximum clock (None: there is no performance table), `advised_j` that at the clocks of a dry run
     (None: there was none). Savings are therefore estimates. All are None where the GPUs are simulated and the model is
     not known.
@@ -34,6 +35,7 @@ class Energy:
 
     total_j: float | None = 0.0
     idle_j: float | None = 0.0
+    uncontrolled_j: float | None = 0.0
     top_j: float | None = None
     advised_j: float | None = None
     watts: float | None = 0.0
@@ -86,6 +88,8 @@ class EnergyAccounting:
     """Whether the counter's joules are those of the engine's GPUs, real or modelled."""
     total_j: float = 0.0
     idle_j: float = 0.0
+    uncontrolled_j: float = 0.0
+    _uncontrolled: int = 0
     _progress: Progress | None = None
     _block_tokens: int = 1
     _iteration: int = -1
@@ -133,6 +137,12 @@ class EnergyAccounting:
         if self._progress is not None and not self._progress.in_flight:
             self.settle()
             self._stepping = True
+
+    def uncontrolled(self, requests: int) -> None:
+        """So many requests compute without control from now on."""
+        if self._progress is not None:
+            self.settle()
+        self._uncontrolled = requests
 
     def processed_prompts(self, tokens: int) -> None:
         """The engine reported how many prompt tokens a step held, not whose: first come, first charged."""
@@ -192,11 +202,12 @@ class EnergyAccounting:
         """The totals so far, settled up to now."""
         self.settle()
         if not self.known():
-            return Energy(total_j=None, idle_j=None, watts=None)
+            return Energy(total_j=None, idle_j=None, uncontrolled_j=None, watts=None)
         top = self.at_maximum
         return Energy(
             total_j=self.total_j,
             idle_j=self.idle_j,
+            uncontrolled_j=self.uncontrolled_j,
             top_j=top.joules() if top is not None and top.table.clocks_measured else None,
             advised_j=self.dry_run.joules() if self.dry_run is not None and self._dry_runs else None,
             watts=self.reading().watts,
@@ -291,13 +302,16 @@ class EnergyAccounting:
         )
 
     def _idle(self, seconds: float) -> None:
-        """Nothing ran for `seconds`; the counter's rise is idle energy."""
+        """No controlled request ran for `seconds`; the counter's rise is idle energy, or that of uncontrolled ones."""
         if seconds > 0:
             self.gpu.idled(seconds)
             self._settled_s += seconds
         joules = self._rise(self.reading())
         self.total_j += joules
-        self.idle_j += joules
+        if self._uncontrolled:
+            self.uncontrolled_j += joules
+        else:
+            self.idle_j += joules
         for estimate in (self.at_maximum, self.dry_run, self.prior):
             if estimate is not None:
                 estimate.idle(seconds, joules)

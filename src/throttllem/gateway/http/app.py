@@ -36,7 +36,8 @@ from throttllem.gateway.http.origins import Guard, with_cors
 from throttllem.gateway.http.pages import MODELS, OPENAPI, MetricsPage, Pages
 from throttllem.gateway.http.protocol import CROWDED
 from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
-from throttllem.openai_api.errors import ApiError, as_api_error
+from throttllem.gateway.http.uncontrolled import Use, methods, use_of
+from throttllem.openai_api.errors import ApiError, as_api_error, invalid
 from throttllem.openai_api.large_bodies import OFF_LOOP_BYTES
 from throttllem.openai_api.requests import PATHS, check_sequences, is_controlled, model_of, parse_request
 
@@ -59,6 +60,7 @@ class Gateway:
         self._guard = None if guarded else Guard(options.server)
         self._with_cors = None if origins is None else with_cors(self._public, origins)
         self._access = Access(options.server.api_keys or ())
+        self._admin = Access(options.server.admin_keys or ())
         self._pages = pages
         self._on_response = on_response
         self._open: set[Exchange] = set()
@@ -185,9 +187,12 @@ class Gateway:
         path, method = _path(exchange), exchange.method
         if path == "/health":
             return self._pages.health(exchange, draining=self.draining)
-        access = self._access
-        key_name = access.check(exchange.headers) if access.guarded else None
-        if is_controlled(path):
+        is_generation = is_controlled(path)
+        use = None if is_generation else use_of(method, path)
+        if use is Use.ADMIN:
+            self._admin.check_admin(exchange.headers)
+        key_name = self._access.check(exchange.headers) if self._access.guarded and use is not Use.ADMIN else None
+        if is_generation:
             if method != "POST":
                 raise not_allowed(method, path, "POST")
             return self._generate(exchange, path, key_name)
@@ -197,12 +202,11 @@ class Gateway:
             return self._pages.openapi(exchange)
         if self._options.server.metrics_port is None and (page := self._pages.find(exchange, path)) is not None:
             return page
-        allow = _passed_methods(path)
-        if not allow:
+        if use is None:
+            if allow := methods(path):
+                raise not_allowed(method, path, ", ".join(allow))
             raise not_found(method, path)
-        if method not in allow:
-            raise not_allowed(method, path, ", ".join(allow))
-        return self._pass_on(exchange, path)
+        return self._pass_on(exchange, path, use)
 
     async def _generate(self, exchange: Exchange, path: str, key_name: str | None) -> None:
         """A request under control: read, counted, admitted by the core, sent to its engine, the reply relayed."""
@@ -247,34 +251,41 @@ class Gateway:
                     held_bytes=self._limits.body_bytes,
                 )
 
-    async def _pass_on(self, exchange: Exchange, path: str) -> None:
+    async def _pass_on(self, exchange: Exchange, path: str, use: Use) -> None:
         """Without control: the engine that serves the model, the bytes as they are."""
         if self.draining:
             raise self._drained()
+        if use is Use.WORK and exchange.own:
+            name = next(iter(exchange.own))
+            message = f"{name[:80]}: {path} runs without control, so that no SLO can be met and no metrics be given"
+            raise invalid(message, name[:80])
         body = await exchange.read(self._limits.body_bytes)
         native = _NATIVE_MODEL.fullmatch(path)
-        model = (
-            native[1]
-            if native
-            else await asyncio.to_thread(model_of, body)
-            if len(body) > OFF_LOOP_BYTES
-            else model_of(body)
-        )
-        engine = self._models.uncontrolled_engine(model)
+        if native is not None:
+            model: str | None = native[1]
+        elif len(body) > OFF_LOOP_BYTES:
+            model = await asyncio.to_thread(model_of, body, exchange.headers.get("content-type", ""))
+        else:
+            model = model_of(body, exchange.headers.get("content-type", ""))
+        backend = self._models.uncontrolled_backend(model)
         exchange.attend()
         call = Call(method=exchange.method, path=_target(exchange), headers=self._headers(exchange), body=body)
-        silence_s = self._limits.silence_s
+        works = use is Use.WORK
+        # What computes may be silent for long: a recording of an hour is one reply at its end.
+        silence_s = self._limits.request_s if works else self._limits.silence_s
         async with contextlib.AsyncExitStack() as stack:
+            if works:
+                stack.enter_context(backend.uncontrolled())
             try:
                 async with asyncio.timeout(silence_s):
-                    reply = await stack.enter_async_context(engine.open(call))
+                    reply = await stack.enter_async_context(backend.engine.open(call))
             except TimeoutError as error:
-                raise relay.silent(silence_s) from error
-            await relay.forward(exchange, reply, silence_s)
+                raise relay.silent(silence_s, works) from error
+            await relay.forward(exchange, reply, silence_s, works=works)
 
     def _headers(self, exchange: Exchange) -> Headers:
         """The client's headers, without a key that was meant for the gateway, with the request's id."""
-        guarded = self._access.guarded
+        guarded = self._access.guarded or self._admin.guarded
         kept = []
         for name, value in exchange.fields:
             if name != "x-request-id" and not (guarded and name in KEY_HEADERS):
@@ -323,10 +334,3 @@ def _target(exchange: Exchange) -> str:
     query = exchange.scope["query_string"]
     target: bytes = exchange.scope["raw_path"] + (b"?" + query if query else b"")
     return target.decode("latin-1")
-
-
-def _passed_methods(path: str) -> tuple[str, ...]:
-    """The methods that go on to an engine without control. Of Triton's native API only those that change nothing."""
-    if path.startswith("/v1/") and path != "/v1/":
-        return ("GET", "POST", "DELETE")
-    return ("GET",) if path.startswith("/v2/") else ()

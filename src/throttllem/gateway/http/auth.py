@@ -40,3 +40,10 @@ class Access:
                 headers=((b"www-authenticate", b"Bearer"),),
             )
         return shown.hex()[:12]
+
+    def check_admin(self, headers: Mapping[str, str]) -> None:
+        """The same for what changes an engine, which is refused without keys. Raises ApiError 401 or 403."""
+        if not self.guarded:
+            message = "this changes the engine for all its clients: set server.admin_keys, and send one of them"
+            raise ApiError(403, message, kind="permission_error", code="admin_key_needed")
+        self.check(headers)

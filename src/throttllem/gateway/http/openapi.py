@@ -15,6 +15,8 @@ from typing import Any
 
 from throttllem.gateway.control.session import Receipt
 from throttllem.gateway.http.slo_headers import CLASS_HEADER, METRICS_HEADER, TARGETS
+from throttllem.gateway.http.uncontrolled import ELSEWHERE
+from throttllem.openai_api.errors import MESSAGES, RESPONSES
 from throttllem.openai_api.requests import CHAT, COMPLETIONS
 
 Json = dict[str, Any]
@@ -62,6 +64,12 @@ ERRORS = (
         kind="invalid_request_error",
         code="origin_not_allowed",
         when="no API keys are set, and the web page is not in server.allowed_origins",
+    ),
+    ErrorCase(
+        status=403,
+        kind="permission_error",
+        code="admin_key_needed",
+        when="the request changes the engine for all clients, and server.admin_keys are not set",
     ),
     ErrorCase(status=404, kind="invalid_request_error", code="model_not_found", when="no engine serves this model"),
     ErrorCase(status=404, kind="invalid_request_error", code="unknown_url", when="no such path"),
@@ -139,7 +147,11 @@ def document(api_version: str) -> Json:
         "paths": _paths(),
         "components": {
             "securitySchemes": {
-                "key": {"type": "http", "scheme": "bearer", "description": "Required if server.api_keys are set."}
+                "key": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "Required if server.api_keys are set; may be sent as x-api-key.",
+                }
             },
             "parameters": _parameters(),
             "headers": {
@@ -167,12 +179,15 @@ def _paths() -> Json:
     return {
         COMPLETIONS: {"post": _controlled("Create a completion", "CompletionRequest")},
         CHAT: {"post": _controlled("Create a chat completion", "ChatRequest")},
+        RESPONSES: {"post": _controlled("Create a response (OpenAI's Responses)", "ResponseRequest")},
+        MESSAGES: {"post": _controlled("Create a message (Anthropic's Messages)", "MessageRequest")},
         f"{native_path}/generate": {"parameters": [name], "post": _controlled(native, "NativeRequest")},
         f"{native_path}/generate_stream": {"parameters": [name], "post": _controlled(native, "NativeRequest")},
         "/v1/models": {"get": _own("All models that are served", _list_of(model), ())},
         "/v1/models/{name}": {"parameters": [name], "get": _own("One model", model, (404,))},
         "/v1/{path}": {"parameters": [rest], **{m: _passed(passed) for m in ("get", "post", "delete")}},
         "/v2/{path}": {"parameters": [rest], "get": _passed(f"{passed}; reading only")},
+        **{path: {"post": _passed(passed)} for path in ELSEWHERE},
         "/health": {"get": _health()},
         "/openapi.json": {"get": _own("This document", {"type": "object"}, ())},
         "/metrics": {
@@ -298,6 +313,21 @@ def _schemas() -> Json:
             shared
             | {"messages": messages, "max_completion_tokens": count, "user": {"type": "string"}, "throttllem": own},
             ("model", "messages"),
+        ),
+        "ResponseRequest": _object(
+            {
+                "model": shared["model"],
+                "input": {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+                "instructions": {"type": "string"},
+                "max_output_tokens": count,
+                "stream": flag,
+                "throttllem": own,
+            },
+            (),
+        ),
+        "MessageRequest": _object(
+            {"model": shared["model"], "messages": messages, "max_tokens": count, "stream": flag, "throttllem": own},
+            ("messages", "max_tokens"),
         ),
         "NativeRequest": _object({"text_input": {"type": "string"}, "max_tokens": count, "stream": flag}, ()),
         "Answer": _object({"metrics": {"$ref": "#/components/schemas/Metrics"}}, ()),

@@ -139,12 +139,14 @@ async def _end(exchange: Exchange, rest: bytes, *, cut_off: bool, failed: bool) 
         raise EngineError("the engine reported an error in its stream")
 
 
-async def forward(exchange: Exchange, reply: Reply, silence_s: float | None = None) -> None:
-    """A reply that passes as it is. Raises EngineError 504 if the engine sends nothing for `silence_s`."""
+async def forward(exchange: Exchange, reply: Reply, silence_s: float | None = None, *, works: bool = False) -> None:
+    """A reply that passes as it is. Raises EngineError 504 if the engine sends nothing for `silence_s`, which is
+    limits.request_s if it `works`.
+    """
     status, is_stream, headers = _head(reply, drop_length=False)
     bounded = any(name == b"content-length" for name, _ in headers)
     await exchange.start(status, headers, events=is_stream and not bounded)
-    while chunk := await _next(reply, silence_s):
+    while chunk := await _next(reply, silence_s, works):
         await exchange.write(chunk)
     await exchange.finish()
 
@@ -233,18 +235,18 @@ class _Held:
         return [head + b"data: " + patched + blank, *self._kept[1:]]
 
 
-async def _next(reply: Reply, silence_s: float | None) -> bytes:
+async def _next(reply: Reply, silence_s: float | None, works: bool) -> bytes:
     """The next bytes, b"" at the end."""
     try:
         async with asyncio.timeout(silence_s):
             return await reply.read()
     except TimeoutError as error:
-        raise silent(silence_s or 0.0) from error
+        raise silent(silence_s or 0.0, works) from error
 
 
-def silent(seconds: float) -> EngineError:
-    """The engine sent nothing for `seconds`."""
-    said = f"the engine gave nothing for {seconds:g} s (limits.silence_s)"
+def silent(seconds: float, works: bool) -> EngineError:
+    """The engine sent nothing for `seconds`; `works`: for a request that computes."""
+    said = f"the engine gave nothing for {seconds:g} s (limits.{'request_s' if works else 'silence_s'})"
     return EngineError(said, status=504, message=said)
 
 

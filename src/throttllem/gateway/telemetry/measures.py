@@ -183,6 +183,11 @@ _ENGINE_COUNTERS: tuple[tuple[str, str, EngineRead], ...] = (
     ("throttllem_energy_joules", "Energy of all GPUs, idle time included.", lambda engine: engine.energy.total_j),
     ("throttllem_idle_energy_joules", "The part with no request.", lambda engine: engine.energy.idle_j),
     (
+        "throttllem_uncontrolled_energy_joules",
+        "The part in which only requests without control ran.",
+        lambda engine: engine.energy.uncontrolled_j,
+    ),
+    (
         "throttllem_top_clock_energy_joules",
         "Estimate: the same work at the top clock, idle time included.",
         lambda engine: engine.energy.top_j,
