@@ -168,6 +168,19 @@ def test_a_form_of_another_site_reaches_no_engine():
     assert "--set server.allowed_hosts=evil.example" in found[1][2].decode() and seen == []
 
 
+@pytest.mark.parametrize(("keys", "statuses"), [(None, [403, 403, 200, 200]), (("k",), [200, 200, 200, 200])])
+def test_the_metrics_port_is_checked_likewise(keys, statuses):
+    async def main():
+        async with running(server=ServerOptions(metrics_port=0, api_keys=keys)) as there:
+            found = []
+            for headers in ({"host": "evil.example"}, {"origin": OTHER}, {"host": "10.0.0.5:9090"}, {}):
+                async with there.http.get(there.private + "/metrics", headers=headers) as response:
+                    found.append(response.status)
+            return found
+
+    assert asyncio.run(main()) == statuses
+
+
 def test_with_keys_a_page_needs_one_and_nothing_else():
     key = {"authorization": "Bearer k", "origin": OTHER, "host": "evil.example", "content-type": "text/plain"}
     ((status, _, _),), seen = asked((PATH, BODY, key), api_keys=("k",))
