@@ -14,7 +14,7 @@ from throttllem.config import (
     RecorderOptions,
     ServerOptions,
 )
-from throttllem.core.types import Slo
+from throttllem.core.types import OptionError, Slo
 from throttllem.gpu.keeper_client import SOCKET, TTL_S
 
 
@@ -89,3 +89,11 @@ def test_options_are_frozen():
 
 def test_defaults_that_the_keeper_has_too():
     assert (ClockOptions().keeper, ClockOptions().ttl_s) == (SOCKET, TTL_S)
+
+
+def test_step_reports_that_any_local_user_could_send_are_refused(tmp_path):
+    url = "http://127.0.0.1:1"
+    with pytest.raises(OptionError, match="stats_secret"):
+        EngineEntry(kind="openai", url=url, stats="127.0.0.1:9911")
+    EngineEntry(kind="openai", url=url, stats="127.0.0.1:9911", stats_secret=tmp_path / "secret")
+    EngineEntry(kind="openai", url=url, stats="./steps.sock")

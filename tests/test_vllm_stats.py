@@ -46,13 +46,15 @@ def listener(tmp_path, monkeypatch):
         yield bound
 
 
-def scheduler(usage=0.5, details=None):
+def scheduler(usage=0.5, details=None, *, speculates=False):
     return SimpleNamespace(
         kv_cache_usage=usage,
         iteration_details=details,
         num_running_reqs=3,
         num_waiting_reqs=1,
         num_skipped_waiting_reqs=1,
+        prefix_cache_stats=SimpleNamespace(queries=40, hits=32),
+        spec_decoding_stats=SimpleNamespace(num_draft_tokens=9, num_accepted_tokens=6) if speculates else None,
     )
 
 
@@ -91,6 +93,32 @@ def test_details_of_an_iteration_go_first(logger, listener):
     logger().record(scheduler(details=details), iteration(computed=12))
     (step,) = received(listener)
     assert (step.prompt_tokens, step.decode_sequences, step.seconds) == (99, 2, 0.25)
+
+
+def test_speculation_and_the_prefix_cache_are_sent(logger, listener):
+    logger().record(scheduler(speculates=True), iteration())
+    logger().record(scheduler(), iteration())
+    step, plain = received(listener)
+    assert (step.drafted_tokens, step.accepted_tokens, step.prefix_queries, step.prefix_hits) == (9, 6, 40, 32)
+    assert (plain.drafted_tokens, plain.accepted_tokens) == (None, None)
+
+
+def test_over_udp_steps_are_signed_or_not_sent(logger, tmp_path, monkeypatch, caplog):
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef\n")
+    secret.chmod(0o600)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bound:
+        bound.bind(("127.0.0.1", 0))
+        bound.setblocking(False)
+        monkeypatch.setenv("THROTTLLEM_STATS", f"127.0.0.1:{bound.getsockname()[1]}")
+        logger().record(scheduler(), iteration())
+        assert "THROTTLLEM_STATS_SECRET" in caplog.text
+        monkeypatch.setenv("THROTTLLEM_STATS_SECRET", str(secret))
+        logger().record(scheduler(), iteration())
+        datagram = bound.recv(1000)
+    assert unpack(datagram) is None
+    assert unpack(datagram, b"another secret..") is None
+    assert unpack(datagram, b"0123456789abcdef").running == 3
 
 
 def test_nobody_listening_costs_nothing_but_a_gap(logger, listener, tmp_path):
@@ -138,6 +166,7 @@ def test_capacities_are_on_the_metrics_page(plugin, logger, listener):
     finally:
         REGISTRY.unregister(REGISTRY._names_to_collectors[plugin.INFO])
     assert found.labels.pop("stats").endswith("/s")
+    assert int(found.labels.pop("boot")) > 0
     assert found.labels == {
         "max_num_seqs": "64",
         "max_num_batched_tokens": "2048",

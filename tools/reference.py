@@ -88,8 +88,8 @@ with `!!` for something to correct: an engine that is not up, for example, or an
 exit code is 0 without any `!!`, 1 if `serve` would start all the same, and 2 if it would not. A script may therefore
 stop at 2 before the engines are up, and at 1 once they are.
 
-Two variables are no options: `THROTTLLEM_STATS`, which the plug-in reads in vLLM's process, and `THROTTLLEM_DEBUG=1`,
-which is the flag `--debug`.
+Three variables are no options: `THROTTLLEM_STATS` and `THROTTLLEM_STATS_SECRET`, which the plug-in reads in vLLM's
+process, and `THROTTLLEM_DEBUG=1`, which is the flag `--debug`.
 """
 
 CLI = """\

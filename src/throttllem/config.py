@@ -137,7 +137,10 @@ class EngineEntry:
     tokenizer: Path | None = None
     """A tokenizer.json, for an engine that cannot count tokens."""
     stats: str | None = None
-    """Where vLLM's plug-in sends its steps: the path of a Unix socket, or HOST:PORT on loopback."""
+    """Where vLLM's plug-in sends its steps: the path of a Unix socket in a folder of this user, or HOST:PORT on
+    loopback with a `stats_secret`."""
+    stats_secret: Path | None = field(default=None, repr=False)
+    """File with the secret that the plug-in signs its steps with over UDP; only its owner may read it."""
     gpus: tuple[str, ...] | None = None
     """The GPUs that it runs on, all of them, by UUID or number. Without it the GPUs of the catalogue are simulated."""
     metrics_url: str | None = None
@@ -175,6 +178,12 @@ class EngineEntry:
         for name in ("url", "metrics_url"):
             if (url := getattr(self, name)) is not None:
                 _check_url(name, url)
+        if self.stats is not None and "/" not in self.stats and self.stats_secret is None:
+            problem = (
+                "any user of this machine could send to it: use the path of a Unix socket, as in ./run/steps.sock, or "
+                "set stats_secret to a file with a shared secret (and THROTTLLEM_STATS_SECRET in vLLM's process)"
+            )
+            raise OptionError("engines", "stats", repr(self.stats), problem)
         if self.gpus is not None:
             self._check_gpus(self.gpus)
 

@@ -25,7 +25,7 @@ from throttllem.core.types import OptionError
 from throttllem.did_you_mean import did_you_mean
 
 PREFIX = "THROTTLLEM_"
-NO_OPTIONS = ("THROTTLLEM_STATS", "THROTTLLEM_DEBUG")
+NO_OPTIONS = ("THROTTLLEM_STATS", "THROTTLLEM_STATS_SECRET", "THROTTLLEM_DEBUG")
 """Variables with the prefix that set no option: of the plug-in in vLLM's process, and of the flag `--debug`."""
 
 Node = dict[str, Any]

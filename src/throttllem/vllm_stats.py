@@ -1,8 +1,9 @@
 """vLLM's side of exact progress: a stat logger plug-in that sends every engine step to the gateway.
 
 Runs inside vLLM's API server (plug-in group `vllm.stat_logger_plugins`), so it needs vLLM and the standard library
-only, and never raises into it. `THROTTLLEM_STATS` is the address: a Unix socket's path or HOST:PORT of loopback; the
-capacities that vLLM does not report otherwise go to its own `/metrics` as `throttllem_engine_info`.
+only, and never raises into it. `THROTTLLEM_STATS` is the address: a Unix socket's path, or HOST:PORT of loopback with
+`THROTTLLEM_STATS_SECRET`, a file with the secret that it shares with the gateway. The capacities that vLLM does not
+report otherwise, and which start of the engine this is, go to its own `/metrics` as `throttllem_engine_info`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import logging
 import os
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY, Gauge
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from throttllem.engines.step_reports import StepStats, parse_address
+from throttllem.engines.step_reports import StepStats, parse_address, read_secret
 
 VARIABLE = "THROTTLLEM_STATS"
+SECRET_VARIABLE = "THROTTLLEM_STATS_SECRET"
 INFO = "throttllem_engine_info"
 logger = logging.getLogger("vllm.throttllem")
 
@@ -35,6 +38,7 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
         self._usage = 0.0
         self._socket: socket.socket | None = None
         self._address: str | tuple[str, int] = ""
+        self._secret: bytes | None = None
         try:
             self._open(os.environ.get(VARIABLE, ""))
         except (OSError, ValueError) as error:
@@ -45,6 +49,10 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
         if not text or self._index:
             return
         family, self._address = parse_address(text)
+        if family != socket.AF_UNIX:
+            if not (file := os.environ.get(SECRET_VARIABLE)):
+                raise ValueError(f"{VARIABLE}={text}: over UDP set {SECRET_VARIABLE} to the file of the shared secret")
+            self._secret = read_secret(Path(file))
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
 
@@ -55,7 +63,7 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
         if self._socket is None or scheduler_stats is None:
             return
         try:
-            datagram = self._stats(scheduler_stats, iteration_stats).pack()
+            datagram = self._stats(scheduler_stats, iteration_stats).pack(self._secret)
             self._socket.sendto(datagram, self._address)
         except OSError:
             # No listener, or a slow one: the next sequence number shows the gap.
@@ -71,6 +79,7 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
         step = self._step if computed else None
         self._sequence, self._step, self._usage = self._sequence + 1, self._step + computed, usage
         prompt_tokens = iteration.prompt_token_stats.computed if iteration is not None else 0
+        prefix, speculation = scheduler.prefix_cache_stats, scheduler.spec_decoding_stats
         return StepStats(
             boot=self._boot,
             sequence=self._sequence,
@@ -82,6 +91,10 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
             prompt_tokens=prompt_tokens if details is None else details.num_ctx_tokens,
             generated_tokens=iteration.num_generation_tokens if iteration is not None else 0,
             preemptions=iteration.num_preempted_reqs if iteration is not None else 0,
+            prefix_queries=0 if prefix is None else prefix.queries,
+            prefix_hits=0 if prefix is None else prefix.hits,
+            drafted_tokens=None if speculation is None else speculation.num_draft_tokens,
+            accepted_tokens=None if speculation is None else speculation.num_accepted_tokens,
             decode_sequences=None if details is None else details.num_generation_requests,
             seconds=None if details is None else details.elapsed_ms / 1000,
         )
@@ -105,6 +118,7 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
         scheduler = self._config.scheduler_config
         labels = {
             "stats": os.environ.get(VARIABLE, "") if self._socket is not None else "",
+            "boot": str(self._boot),
             "max_num_seqs": str(scheduler.max_num_seqs),
             "max_num_batched_tokens": str(scheduler.max_num_batched_tokens),
             "chunked_prefill": str(int(scheduler.enable_chunked_prefill)),

@@ -12,7 +12,7 @@ from throttllem.engines.capacity import samples, total
 
 NO_STEPS = (
     "progress is counted from streams and /metrics: "
-    "give --set engines.0.stats=HOST:PORT (in TOML: stats of [[engines]]) and install the plug-in in vLLM"
+    "give --set engines.0.stats=SOCKET (in TOML: stats of [[engines]]) and install the plug-in in vLLM"
 )
 
 

@@ -41,7 +41,7 @@ def test_scrapes_without_the_plugin():
 
 def test_steps_of_the_plugin_and_scrapes_while_it_is_silent(tmp_path):
     address = str(tmp_path / "steps")
-    step = StepStats(boot=1, sequence=1, step=41, monotonic_s=1.0, running=5, waiting=0, kv_usage=0.5)
+    step = StepStats(boot=7, sequence=1, step=41, monotonic_s=1.0, running=5, waiting=0, kv_usage=0.5)
 
     async def run():
         peer = VllmPeer()
@@ -65,7 +65,7 @@ def test_steps_of_the_plugin_and_scrapes_while_it_is_silent(tmp_path):
 
 @pytest.mark.parametrize(
     ("info", "words"),
-    [(None, "is not installed"), ({"engines": 1, "servers": 1, "stats": "127.0.0.1:9"}, "sends to '127.0.0.1:9'")],
+    [(None, "is not installed"), ({"engines": 1, "servers": 1, "stats": "/else/where"}, "sends to '/else/where'")],
 )
 def test_a_missing_plugin_is_noted(tmp_path, info, words):
     peer = VllmPeer()

@@ -20,10 +20,12 @@ from throttllem.engines.step_reports import (
     StepStats,
     check_address,
     parse_address,
+    read_secret,
     unpack,
 )
 
 STEP = StepStats(boot=7, sequence=1, step=0, monotonic_s=5.0, running=2, waiting=1, kv_usage=0.25, generated_tokens=2)
+SECRET = b"0123456789abcdef"
 NUMBER = st.integers(0, MOST_STEPS - 1)
 REQUESTS = st.integers(0, MOST_REQUESTS)
 TOKENS = st.integers(0, MOST_TOKENS)
@@ -40,12 +42,19 @@ TOKENS = st.integers(0, MOST_TOKENS)
     prompt_tokens=TOKENS,
     generated_tokens=TOKENS,
     preemptions=REQUESTS,
+    prefix_queries=TOKENS,
+    prefix_hits=TOKENS,
     details=st.none() | st.tuples(REQUESTS, st.floats(0, 86400)),
+    speculation=st.none() | st.tuples(TOKENS, TOKENS),
 )
-def test_unpacks_what_was_packed(details, **numbers):
-    rows, seconds = details or (None, None)
-    step = StepStats(decode_sequences=rows, seconds=seconds, **numbers)
+def test_unpacks_what_was_packed(details, speculation, **numbers):
+    sequences, seconds = details or (None, None)
+    drafted, accepted = speculation or (None, None)
+    step = StepStats(
+        decode_sequences=sequences, seconds=seconds, drafted_tokens=drafted, accepted_tokens=accepted, **numbers
+    )
     assert unpack(step.pack()) == step
+    assert unpack(step.pack(SECRET), SECRET) == step
 
 
 @pytest.mark.parametrize(
@@ -78,7 +87,7 @@ def test_numbers_beyond_what_an_engine_can_report_are_garbage(beyond):
 
 @given(
     st.binary(max_size=2 * PACKED.size)
-    | st.binary(min_size=PACKED.size - 4, max_size=PACKED.size - 4).map(b"tls1".__add__)
+    | st.binary(min_size=PACKED.size - 4, max_size=PACKED.size - 4).map(b"tls2".__add__)
 )
 def test_garbage_is_counted_and_not_reported(noise):
     receiver = StepReceiver("127.0.0.1:0", kv_blocks=100)
@@ -116,6 +125,68 @@ def test_lost_and_repeated_datagrams_and_those_of_another_boot_are_counted():
     assert receiver.take(replace(STEP, sequence=5, step=4).pack()) is None
     assert receiver.take(replace(STEP, sequence=6, step=5, boot=8).pack()) is None
     assert (receiver.received, receiver.garbage, receiver.other_boots) == (2, 1, 1)
+
+
+@given(position=st.integers(0, PACKED.size + 31), bit=st.integers(0, 7))
+def test_a_changed_bit_is_garbage_where_there_is_a_secret(position, bit):
+    datagram = bytearray(STEP.pack(SECRET))
+    datagram[position] ^= 1 << bit
+    receiver = StepReceiver("127.0.0.1:0", kv_blocks=100, secret=SECRET)
+    assert receiver.take(bytes(datagram)) is None
+    assert receiver.take(STEP.pack()) is None
+    assert (receiver.garbage, receiver.received) == (2, 0)
+    assert receiver.take(STEP.pack(SECRET)) is not None
+
+
+@pytest.mark.parametrize("boot", [6, 8])
+def test_steps_of_another_start_than_the_engine_reports_never_count(boot):
+    receiver = StepReceiver("127.0.0.1:0", kv_blocks=100, boot=7)
+    assert receiver.take(replace(STEP, boot=boot, sequence=9, step=10**6).pack()) is None
+    assert receiver.take(STEP.pack()) is not None
+    assert (receiver.received, receiver.other_boots) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "step", "elapsed_s", "counts"),
+    [
+        (2, 1, 0.0, True),
+        (4097, 4096, 0.0, True),
+        (4098, 4097, 0.0, False),
+        (4098, 4097, 1.0, True),
+        (2, 2, 60.0, False),
+        (3, 0, 60.0, False),
+        (MOST_STEPS - 1, 1, 60.0, False),
+    ],
+)
+def test_numbers_jump_no_further_than_an_engine_steps(sequence, step, elapsed_s, counts):
+    receiver = StepReceiver("127.0.0.1:0", kv_blocks=100)
+    receiver.take(STEP.pack(), 100.0)
+    report = receiver.take(replace(STEP, sequence=sequence, step=step).pack(), 100.0 + elapsed_s)
+    assert (report is not None) is counts
+    if not counts:  # it did not take the place of the next true one
+        assert receiver.take(replace(STEP, sequence=3, step=1).pack(), 100.0 + elapsed_s) is not None
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "words"),
+    [(0o640, "0123456789abcdef", "chmod 600"), (0o600, "short", "16 bytes"), (None, "", "No such file")],
+)
+def test_a_secret_that_is_none_is_refused(tmp_path, mode, text, words):
+    path = tmp_path / "secret"
+    if mode is not None:
+        path.write_text(text)
+        path.chmod(mode)
+    with pytest.raises(ValueError, match=words):
+        read_secret(path)
+
+
+def test_a_socket_is_not_put_where_others_can_write(tmp_path):
+    folder = tmp_path / "made"
+    check_address(str(folder / "steps"))
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o1777)
+    with pytest.raises(OSError, match="other users can write"):
+        check_address(str(folder / "steps"))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +235,12 @@ def test_datagrams_arrive(tmp_path, kind, loop):
         with receiver.listening(reports.append):
             assert receiver.is_listening
             send(
-                address, STEP.pack(), b"garbage", STEP.pack()[:-1], STEP.pack() + b"x", replace(STEP, sequence=2).pack()
+                address,
+                STEP.pack(),
+                b"garbage",
+                STEP.pack()[:-1],
+                STEP.pack() + b"x",
+                replace(STEP, sequence=2, step=1).pack(),
             )
             await eventually(lambda: receiver.garbage == 3 and len(reports) == 2)
         assert not receiver.is_listening

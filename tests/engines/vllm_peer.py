@@ -12,7 +12,7 @@ from throttllem.engines.base import RemoteOptions
 from throttllem.engines.openai import OpenaiEngine
 
 INFO = (
-    'throttllem_engine_info{{chunked_prefill="1",engines="{engines}",api_servers="{servers}",'
+    'throttllem_engine_info{{boot="{boot}",chunked_prefill="1",engines="{engines}",api_servers="{servers}",'
     'max_num_batched_tokens="2048",max_num_seqs="64",stats="{stats}"}} 1.0\n'
 )
 
@@ -41,7 +41,7 @@ class VllmPeer:
         lines = [f'vllm:{name}{{engine="0",model_name="tiny"}} {value}\n' for name, value in state.items()]
         lines.append(f"process_start_time_seconds {self.started}\n")
         lines.append(f'vllm:cache_config_info{{engine="0",{self.cache}}} 1.0\n')
-        return "".join(lines) + (INFO.format(**self.info) if self.info else "")
+        return "".join(lines) + (INFO.format(**{"boot": 7, **self.info}) if self.info else "")
 
     async def _health(self, request):
         self.headers.append(dict(request.headers))

@@ -130,11 +130,12 @@ class PromptCount:
 class Report:
     """The state that an engine reports, at the end of a step or in between.
 
-    `running` and `waiting` requests, and the `kv_blocks` in use (None: not reported). A report of a step (`step` is
-    its number, from 0, since the engine started; None: of no step in particular) may name its `seconds`, its prompt
-    and generated tokens, and the requests that started, finished and were preempted in it (None: not reported).
-    `prefills` are (request id, prompt tokens). `prefix_hit_tokens`: prompt tokens that its prefix cache has had so
-    far. `joules` only where the engine is simulated.
+    `running` and `waiting` requests, and the `kv_blocks` in use (None: not reported). A report of a step (`step` is its
+    number, from 0, since the engine started; None: of no step in particular) may name its `seconds`, its prompt and
+    generated tokens, the prompt tokens looked up in the prefix cache (`prefix_queries`) and those found there
+    (`prefix_hits`), the tokens that speculation drafted and those accepted, and the requests that started, finished and
+    were preempted in it (None: not reported). `prefills` are (request id, prompt tokens). `prefix_hit_tokens`: prompt
+    tokens that its prefix cache has had so far. `joules` only where the engine is simulated.
     """
 
     running: int
@@ -144,6 +145,10 @@ class Report:
     seconds: float | None = None
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
+    prefix_queries: int | None = None
+    prefix_hits: int | None = None
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
     started: tuple[int, ...] | None = None
     finished: tuple[int, ...] | None = None
     preempted: tuple[int, ...] = ()
@@ -175,7 +180,9 @@ class LiveEngine(Protocol):
 
 
 Kind = Literal["openai", "triton"]
-_VALUES = MappingProxyType({"stats": "HOST:PORT", "tokenizer": "FILE", "metrics_url": "URL", "model": "NAME"})
+_VALUES = MappingProxyType(
+    {"stats": "SOCKET", "stats_secret": "FILE", "tokenizer": "FILE", "metrics_url": "URL", "model": "NAME"}
+)
 
 
 def in_configuration(*keys: str, number: int = 0) -> str:
@@ -188,15 +195,16 @@ def in_configuration(*keys: str, number: int = 0) -> str:
 class RemoteOptions:
     """Where an engine runs and how it is reached. The numbers stand in for what it does not report itself.
 
-    `served_as`: the model's name there (Triton). `stats`: where vLLM's plug-in sends its steps. `tokenizer`: the
-    model's tokenizer.json. `scrape_s`: seconds between two looks at the engine's metrics. `flags`: how the command that
-    was called sets the options of these keys, for errors and notes.
+    `served_as`: the model's name there (Triton). `stats`: where vLLM's plug-in sends its steps, over UDP with the
+    secret in `stats_secret`. `tokenizer`: the model's tokenizer.json. `scrape_s`: seconds between two looks at the
+    engine's metrics. `flags`: how the command that was called sets the options of these keys, for errors and notes.
     """
 
     url: str
     kind: Kind
     served_as: str | None = None
     stats: str | None = None
+    stats_secret: Path | None = None
     tokenizer: Path | None = None
     metrics_url: str | None = None
     api_key: str | None = field(default=None, repr=False)

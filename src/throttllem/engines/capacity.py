@@ -24,7 +24,8 @@ PLUGIN_INFO = "throttllem_engine_info"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportedCapacities:
     """What the engine reports of itself; None: it does not. `engines` (data parallel) and `api_servers` are those
-    behind the address; `sends_to` is where the plug-in sends its steps (None: no plug-in).
+    behind the address; `sends_to` is where the plug-in sends its steps (None: no plug-in), `boot` the start of the
+    engine that they are of.
     """
 
     models: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class ReportedCapacities:
     chunked: bool = True
     prefix_caching: bool = False
     sends_to: str | None = None
+    boot: int | None = None
     engines: int = 1
     api_servers: int = 1
     metrics: bool = False
@@ -184,6 +186,7 @@ def _plugin(page: bytes) -> dict[str, Any]:
     engines = int(labels.get("engines", "1"))
     return {
         "sends_to": labels.get("stats", ""),
+        "boot": int(boot) if (boot := labels.get("boot", "")).isdecimal() and len(boot) < 20 else None,
         "max_batch": int(labels["max_num_seqs"]) * engines,
         "prefill_budget_tokens": int(labels["max_num_batched_tokens"]),
         "chunked": labels.get("chunked_prefill") == "1",

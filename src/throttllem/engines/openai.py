@@ -15,7 +15,7 @@ from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Connected, EngineError, RemoteOptions, Report
 from throttllem.engines.capacity import ReportedCapacities, engine_spec, metrics_page, read_capacities, total
 from throttllem.engines.http import Upstream
-from throttllem.engines.step_reports import StepReceiver, check_address
+from throttllem.engines.step_reports import StepReceiver, check_address, read_secret
 from throttllem.engines.tokens import TokenCounter
 from throttllem.openai_api.requests import COMPLETION_TOKENS
 
@@ -83,10 +83,15 @@ class OpenaiEngine:
         with ExitStack() as stack:
             receiver = None
             if self._has_steps and self._options.stats is not None:
-                receiver = StepReceiver(self._options.stats, kv_blocks=self._reported.kv_blocks or 0)
                 try:
+                    receiver = StepReceiver(
+                        self._options.stats,
+                        kv_blocks=self._reported.kv_blocks or 0,
+                        boot=self._reported.boot,
+                        secret=self._secret(),
+                    )
                     stack.enter_context(receiver.listening(report))
-                except OSError as error:
+                except (OSError, ValueError) as error:
                     raise EngineError(str(error), status=503) from error
                 self.steps = receiver
             failures, received = 0, 0
@@ -134,6 +139,10 @@ class OpenaiEngine:
             step=None if has_steps or not iterations else int(iterations) - 1,
         )
 
+    def _secret(self) -> bytes | None:
+        """The secret of step reports, if one is set. Raises ValueError."""
+        return None if self._options.stats_secret is None else read_secret(self._options.stats_secret)
+
     def _why_no_steps(self, reported: ReportedCapacities) -> str | None:
         """Why steps will not come from the plug-in; None: they will."""
         stats = self._options.stats
@@ -143,6 +152,11 @@ class OpenaiEngine:
         if reported.sends_to != stats:
             state = "is not installed in the engine" if reported.sends_to is None else f"sends to {reported.sends_to!r}"
             return f"stats = {stats!r}, but the plug-in {state}: start vLLM with THROTTLLEM_STATS={stats}"
+        if reported.boot is None:
+            return (
+                f"stats = {stats!r}, but the plug-in in the engine is older than this gateway: install the same version"
+            )
+        self._secret()
         if reported.engines > 1 or reported.api_servers > 1:
             return (
                 f"stats: steps of {reported.engines} engines and {reported.api_servers} API servers cannot be put "

@@ -3,10 +3,11 @@
 import asyncio
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 
-from tests.engines.test_step_reports import free_udp, send
+from tests.engines.test_step_reports import send
 from tests.gateway.peer import Peer, answers, stream_and_whole, until, whole
 from throttllem.engines.step_reports import PACKED, StepStats
 
@@ -17,14 +18,15 @@ STEP = StepStats(boot=7, sequence=1, step=1, monotonic_s=1.0, running=0, waiting
 def forged(**numbers):
     """A datagram with these numbers in it; those that the format cannot hold are put in as bits."""
     names = ["magic", "boot", "sequence", "flags", "step", "monotonic_s", "running", "waiting", "kv_usage"]
-    names += ["prompt_tokens", "generated_tokens", "preemptions", "decode_rows", "seconds"]
+    names += ["prompt_tokens", "generated_tokens", "preemptions", "decode_sequences"]
+    names += ["prefix_queries", "prefix_hits", "drafted_tokens", "accepted_tokens", "seconds"]
     fields = dict(zip(names, PACKED.unpack(STEP.pack()), strict=True)) | {"sequence": 2}
     return PACKED.pack(*(fields | numbers).values())
 
 
 def text(value):
     """JSON as long as a datagram of the format."""
-    return b"tls1" + json.dumps({"step": value}).encode()[: PACKED.size - 4].ljust(PACKED.size - 4)
+    return b"tls2" + json.dumps({"step": value}).encode()[: PACKED.size - 4].ljust(PACKED.size - 4)
 
 
 FORGED = {
@@ -42,6 +44,7 @@ FORGED = {
     "counts": [forged(running=2**32 - 1, waiting=2**32 - 1, sequence=n) for n in range(2, 8)],
     "tokens": [forged(prompt_tokens=2**32 - 1, generated_tokens=2**32 - 1)],
     "times": [forged(monotonic_s=value, flags=3, seconds=value) for value in (NAN, INF, -INF, -1.0, 1e300)],
+    "another boot first": [replace(STEP, boot=8, sequence=n, step=10**6 * n).pack() for n in range(1, 4)],
     "usage": [forged(kv_usage=value) for value in (NAN, INF, -1.0, 1.5)],
 }
 
@@ -73,12 +76,14 @@ def received(there, more):
 @pytest.mark.parametrize("name", FORGED)
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_requests_are_served_after_forged_steps(tmp_path, name, busy, caplog):
-    address = free_udp()
+    address = str(tmp_path / "steps.sock")
+
+    first = name == "another boot first"
 
     async def check(there, peer):
         running = stream_and_whole(there, 4, 400) if busy else []
         await until(lambda: peer.open == len(running))
-        send(address, STEP.pack(), *FORGED[name])
+        send(address, *(FORGED[name] if first else ()), STEP.pack(), *(() if first else FORGED[name]))
         await until(lambda: received(there, 1 + len(FORGED[name])))
         for requests in (running, stream_and_whole(there, 4, 3), stream_and_whole(there, 4, 3)):
             assert all(answer.served for answer in await answers(requests))

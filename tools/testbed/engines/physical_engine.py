@@ -95,7 +95,7 @@ vllm:num_requests_running{{engine="0"}} {len(self._decoding)}
 vllm:num_requests_waiting{{engine="0"}} {len(self._prompts)}
 vllm:kv_cache_usage_perc{{engine="0"}} {used:.6f}
 vllm:cache_config_info{{block_size="{BLOCK_TOKENS}",engine="0",num_gpu_blocks="{self._kv_blocks + 1}"}} 1.0
-throttllem_engine_info{{stats="{settings.stats}",max_num_seqs="{settings.max_batch}",\
+throttllem_engine_info{{boot="{self._boot}",stats="{settings.stats}",max_num_seqs="{settings.max_batch}",\
 max_num_batched_tokens="{settings.budget_tokens}",chunked_prefill="0",engines="1",api_servers="1"}} 1.0
 """
 
@@ -159,7 +159,7 @@ def physical_engine(
     machine: Machine, part: Part, folder: Path, *, kind: str, model: str, served: str, max_batch: int, tp: int = 1
 ) -> Iterator[tuple[str, str, Process]]:
     """One in a process: its URL, and the address of its steps. Raises ProcessError."""
-    port, stats = free_port(), f"127.0.0.1:{free_port()}"
+    port, stats = free_port(), str(folder / "steps.sock")
     settings = Settings(
         library=str(machine.library_folder / NAME),
         kind=kind,

@@ -153,7 +153,7 @@ def spelled(*keys: str) -> str:
     from throttllem.engines.base import in_configuration
 
     capacities = {key: f"--capacity {key}=N" for key in CAPACITIES}
-    known = {"stats": "--stats HOST:PORT", "tokenizer": "--tokenizer FILE", "model": "--model NAME", **capacities}
+    known = {"stats": "--stats SOCKET", "tokenizer": "--tokenizer FILE", "model": "--model NAME", **capacities}
     return " ".join(known.get(key) or in_configuration(key) for key in keys)
 
 
@@ -183,6 +183,7 @@ def _remote(entry: EngineEntry) -> RemoteOptions:
         kind=entry.kind,
         served_as=entry.served_as,
         stats=entry.stats,
+        stats_secret=entry.stats_secret,
         tokenizer=entry.tokenizer,
         metrics_url=entry.metrics_url,
         api_key=entry.api_key,

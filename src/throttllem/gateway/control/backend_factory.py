@@ -157,6 +157,7 @@ class BackendFactory:
             kind=entry.kind,
             served_as=entry.served_as,
             stats=entry.stats,
+            stats_secret=entry.stats_secret,
             tokenizer=entry.tokenizer,
             metrics_url=entry.metrics_url,
             api_key=entry.api_key,
