@@ -285,7 +285,16 @@ def test_cached_prompt_tokens_are_read_where_they_can_be():
 reported = st.none() | st.integers(-3, 60) | st.just(10**30)
 chunk = st.builds(
     lambda delta, index, finish, usage, choice: said(delta, index=index, finish=finish, usage=usage, **choice),
-    st.sampled_from([{"content": "x"}, {}, {"role": "assistant"}, {"reasoning_content": "x"}, {"content": ""}]),
+    st.sampled_from(
+        [
+            {"content": "x"},
+            {"content": 'say "x"'},
+            {},
+            {"role": "assistant"},
+            {"reasoning_content": "x"},
+            {"content": ""},
+        ]
+    ),
     st.integers(0, 3),
     st.sampled_from([None, None, None, "stop"]),
     reported,
@@ -300,12 +309,14 @@ chunk = st.builds(
     st.sampled_from(["\n\n", "\r\n\r\n"]),
 )
 def test_counts_are_the_same_wherever_bytes_are_cut_and_never_more_than_there_can_be(chunks, sequences, cuts, blank):
-    data = "".join(f": ping{blank}data: {json.dumps(one)}{blank}" for one in chunks).encode() + DONE
+    events = [f"data: {json.dumps(one)}{blank}".encode() for one in chunks]
+    data = b"".join(events) + DONE
+    whole = [0, *itertools.accumulate(map(len, events)), len(data)]
     cuts = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     found = []
-    for edges in ([0, len(data)], cuts):
+    for edges in ([0, len(data)], whole, cuts):
         meter = Meter(sequences=sequences, most_tokens=50)
         tokens = [meter.feed(data[start:end]) for start, end in pairwise(edges)]
         assert min(tokens) >= 0 and meter.done and sum(tokens) <= 50 + len(chunks)  # each event may be one more
         found.append((sum(tokens), meter.counted))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]

@@ -23,7 +23,11 @@ _DATA = re.compile(rb"(?:^|[\r\n])data:")
 _ERROR_EVENT = re.compile(rb"(?:^|[\r\n])event: ?error[ \t]*[\r\n]")
 _ERROR = re.compile(rb'"error"\s*:\s*[{"]|"object"\s*:\s*"error"')
 _FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
-_COUNTED = re.compile(rb'"(?:usage|logprobs)"\s*:\s*\{|"(?:token_ids"\s*:\s*\[|choices"\s*:\s*\[\s*\])')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_LOGPROBS = re.compile(rb'"logprobs"\s*:\s*\{')
+_TOKEN_IDS = re.compile(rb'"token_ids"\s*:\s*\[')
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_TEXT = re.compile(rb'"(?:text|content)"\s*:\s*"([^"\\]+)"')
 _EMPTY_DELTA = re.compile(rb'"delta"\s*:\s*\{\s*(?:(?:"role"\s*:\s*"\w+"|"\w+"\s*:\s*(?:""|null|\[\]))[\s,]*)*\}')
 
 
@@ -96,6 +100,7 @@ class Meter:
         "_estimated",
         "_events",
         "_last",
+        "_like",
         "_most_tokens",
         "_native",
         "_per_choice",
@@ -118,6 +123,8 @@ class Meter:
         self._most_tokens = most_tokens
         self._echo = echo
         self._last = b""
+        self._like = b"\0", b"\0"
+        """Of the last event that was taken for a token, what stands before its text and behind it."""
         self._booked = self._events = 0
         self._estimated = False
         self._by_choice: dict[int, int] = {}
@@ -153,6 +160,14 @@ class Meter:
         """The tokens in the events that this chunk completes."""
         # As in `Splitter.feed`: a chunk is one whole event, in most cases.
         if not self._splitter.tail and chunk.find(b"\n\n") + 2 == len(chunk) > 1 and b"\r" not in chunk:
+            head, tail = self._like
+            end = len(chunk) - len(tail)
+            if chunk.startswith(head) and chunk.endswith(tail) and chunk.find(b'"', len(head)) == end > len(head):
+                # The last one over again, but for its text: most chunks are.
+                self._last = chunk
+                self._events += 1
+                self._booked += 1
+                return 1
             return self._event(chunk)
         tokens = 0
         for event in self._splitter.feed(chunk):
@@ -182,8 +197,14 @@ class Meter:
             if found is None:
                 return 0
             event = event[found.end() - 5 :]
+        counted = (
+            (b'"usage"' in event and _USAGE.search(event))
+            or (b'"logprobs"' in event and b'"logprobs":null' not in event and _LOGPROBS.search(event))
+            or (b'"token_ids"' in event and _TOKEN_IDS.search(event))
+            or (b"[]" in event and _NO_CHOICES.search(event))
+        )
         if b'"delta"' in event:
-            if _COUNTED.search(event) or event.count(b'"delta"') > 1:
+            if counted or event.count(b'"delta"') > 1:
                 return self._parsed(event)
             self._last = event
             empty = _EMPTY_DELTA.search(event)
@@ -191,7 +212,7 @@ class Meter:
             if empty is not None and (b'"role"' in empty[0] or b'"content"' not in empty[0]):
                 return 0
         elif self._answer in event:
-            if not self._native and (_COUNTED.search(event) or event.count(b'"text"') > 1):
+            if not self._native and (counted or event.count(b'"text"') > 1):
                 return self._parsed(event)
             self._last = event
         elif is_done(event):
@@ -201,10 +222,12 @@ class Meter:
             self.failed = True
             return 0
         else:
-            return self._parsed(event) if _COUNTED.search(event) else 0
+            return self._parsed(event) if counted else 0
         self._estimated = True
         self._events += 1
         self._booked += 1
+        if (text := _TEXT.search(event)) is not None:
+            self._like = event[: text.start(1)], event[text.end(1) :]
         return 1
 
     def _parsed(self, event: bytes) -> int:
