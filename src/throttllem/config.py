@@ -90,7 +90,7 @@ class LimitOptions:
     header_bytes: int = 64 * 1024
     """Most bytes of a request's headers."""
     connections: int = 4096
-    """Most connections that are open at once."""
+    """Most connections that are open at once; fewer where the limit of open files has no room for two a request."""
     queue_wait_s: float = 600.0
     """Longest time in the admission queue; then the request is rejected (503)."""
     engine_wait_s: float = 30.0

@@ -1,10 +1,11 @@
 import asyncio
+import errno
 import socket
 
 import pytest
 
 from tests.engines.upstreams import call, raw, whole
-from throttllem.engines.base import EngineError
+from throttllem.engines.base import EngineError, OwnLimitError
 from throttllem.engines.http import Upstream
 
 
@@ -52,6 +53,39 @@ def test_an_unreachable_engine_is_502():
             return raised.value.status, raised.value.message
 
     assert asyncio.run(run()) == (502, "the engine cannot be reached")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL])
+def test_a_limit_of_this_machine_is_503_and_not_the_engines_fault(monkeypatch, number):
+    async def run():
+        async def create_connection(*_, **__):
+            raise OSError(number, "none left")
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", create_connection)
+        with pytest.raises(OwnLimitError) as raised:
+            await whole(Upstream("http://127.0.0.1:9"), call())
+        return raised.value.status, raised.value.unreachable, dict(raised.value.headers)
+
+    assert asyncio.run(run()) == (503, False, {b"retry-after": b"1"})
+
+
+def test_a_name_that_cannot_be_looked_up_for_want_of_a_descriptor_is_503(monkeypatch):
+    async def run():
+        async def create_connection(*_, **__):
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+
+        def none_left(*_):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", create_connection)
+        with pytest.raises(EngineError) as named:
+            await whole(Upstream("http://engine:9"), call())
+        monkeypatch.setattr("throttllem.engines.http.socket.socket", none_left)
+        with pytest.raises(OwnLimitError):
+            await whole(Upstream("http://engine:9"), call())
+        return named.value.status
+
+    assert asyncio.run(run()) == 502
 
 
 def test_no_connection_in_time_is_504():

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from throttllem.core.types import EngineSpec
-from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.errors import SERVER_ERROR, ApiError
 
 if TYPE_CHECKING:
     from throttllem.openai_api.requests import ParsedRequest
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Headers = tuple[tuple[str, str], ...]
 """Names in lower case, in order; a name may be repeated."""
 
+_OWN_LIMIT_RETRY_S = 1
 _MESSAGES = {
     502: "the engine failed",
     503: "the engine is not ready",
@@ -44,6 +45,16 @@ class EngineError(ApiError):
         while error is not None and not isinstance(error, ConnectionError):
             error = error.__cause__
         return error is not None
+
+
+class OwnLimitError(EngineError):
+    """503: this machine has no descriptor, memory or port left for a connection. No evidence against the engine."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, status=503, message="the gateway has no room for another connection to an engine")
+        self.kind, self.code = SERVER_ERROR, "own_limit"
+        self.retry_after_s = _OWN_LIMIT_RETRY_S
+        self.headers = ((b"retry-after", str(_OWN_LIMIT_RETRY_S).encode()),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import EngineError, RemoteOptions
+from throttllem.engines.base import EngineError, OwnLimitError, RemoteOptions
 from throttllem.engines.http import Upstream
 
 ASSUMED_BATCH = 256
@@ -199,6 +199,8 @@ async def _server_info(upstream: Upstream) -> dict[str, Any]:
     """vLLM's whole configuration, where it runs in development mode."""
     try:
         info = await upstream.get_json("/server_info?config_format=json", timeout_s=10.0)
+    except OwnLimitError:
+        raise
     except EngineError:
         return {}
     config = info.get("vllm_config") if isinstance(info, dict) else None

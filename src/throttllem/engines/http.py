@@ -8,7 +8,9 @@ passes here: aiohttp costs 0.35 ms a request more, httpx more than that (docs/de
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
+import socket
 import ssl
 import time
 from collections import deque
@@ -20,7 +22,7 @@ from urllib.parse import urlsplit
 import httptools
 from pydantic_core import from_json
 
-from throttllem.engines.base import Call, EngineError, Headers, Reply
+from throttllem.engines.base import Call, EngineError, Headers, OwnLimitError, Reply
 
 HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"}
@@ -32,6 +34,7 @@ NOT_SENT = HOP_BY_HOP | {"host", "content-length", "expect"}
 OURS = ("x-slo-", "x-throttllem-")
 """How the gateway's own headers begin; engines do not get them."""
 _USER = re.compile(r"(?:[^/?#]*:)?(?://)?[^/?#]*@")
+_OWN_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 KEEP_ALIVE_S = 1.5
 """Below the idle time after which common servers close a connection (2 to 5 s): none is closed under a request."""
 
@@ -89,6 +92,8 @@ class _UnreachedError(Exception):
 
 def engine_error(url: str, error: Exception) -> EngineError:
     """A failure with its status, and in words for the log and for clients."""
+    if (limit := _own_limit(error)) is not None:
+        return OwnLimitError(f"no connection to the engine at {url}: {limit.strerror or limit}")
     if isinstance(error, _UnreachedError):
         message = "the engine cannot be reached"
         if isinstance(error.cause, TimeoutError):
@@ -100,6 +105,20 @@ def engine_error(url: str, error: Exception) -> EngineError:
         return EngineError(f"the engine at {url} broke off the connection", message="the engine broke off")
     message = "the engine does not speak HTTP as it should"
     return EngineError(f"the engine at {url} does not speak HTTP as it should: {error}", message=message)
+
+
+def _own_limit(error: Exception) -> OSError | None:
+    """The system's word that this machine has no room for a connection; None: the failure has another cause."""
+    cause = error.cause if isinstance(error, _UnreachedError) else error
+    if isinstance(cause, OSError) and cause.errno in _OWN_LIMITS:
+        return cause
+    if not isinstance(cause, socket.gaierror):
+        return None
+    try:  # a name cannot be looked up without a descriptor, and the error does not say so
+        socket.socket().close()
+    except OSError as found:
+        return found
+    return None
 
 
 def parsed(where: str, body: bytes) -> object:
@@ -247,7 +266,8 @@ class Connection(asyncio.Protocol):
             if exc is None and self._status is not None and not self._bounded():
                 self._whole = True
             elif self._error is None:
-                self._error = ConnectionResetError("broken off")
+                own_limit = isinstance(exc, OSError) and exc.errno in _OWN_LIMITS
+                self._error = exc if own_limit else ConnectionResetError("broken off")
         self._wake()
 
     def _bounded(self) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Connected, EngineError, RemoteOptions, Report
+from throttllem.engines.base import Connected, EngineError, OwnLimitError, RemoteOptions, Report
 from throttllem.engines.capacity import ReportedCapacities, engine_spec, metrics_page, read_capacities, total
 from throttllem.engines.http import Upstream
 from throttllem.engines.step_reports import StepReceiver, check_address, read_secret
@@ -104,6 +104,8 @@ class OpenaiEngine:
                         scraped = await self._scraped(has_steps=receiver is not None)
                 except _RestartedError:
                     raise
+                except OwnLimitError:
+                    pass
                 except EngineError:
                     failures += 1
                     if failures == FAILURES:

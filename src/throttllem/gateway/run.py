@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 from throttllem.config import Options
 from throttllem.core.lengths.online import OnlineLengthPredictor
 from throttllem.files import hold_dir
+from throttllem.gateway.bounds.descriptors import fitted, raise_limit
 from throttllem.gateway.build import Gateway, Progress, build_gateway
 from throttllem.gateway.check import open_doors
 from throttllem.gateway.http.app import Gateway as Front
@@ -186,6 +187,8 @@ def _failed(task: asyncio.Task[None]) -> None:
 
 def run_gateway(options: Options, cache_dir: Path, *, progress: Progress = lambda *_: None) -> Prepared:
     """Take the ports, then do what is slow. Raises ValueError and OSError for what cannot be."""
+    connections = fitted(options.limits.connections, raise_limit())
+    options = options.model_copy(update={"limits": replace(options.limits, connections=connections)})
     sockets = bind(options.server)
     held: int | None = None
     try:

@@ -10,7 +10,7 @@ import pytest
 from gateway.rig import outcome, rig, virtually
 from throttllem.config import LimitOptions
 from throttllem.core.types import Cancelled, ClockRead, EngineLost, EngineReady, FrequencyPlan, Reason, Stepped
-from throttllem.engines.base import EngineError
+from throttllem.engines.base import EngineError, OwnLimitError
 
 
 def plan(mhz):
@@ -253,6 +253,8 @@ LATE = EngineError("did not answer in time", status=504)
         ([LATE, LATE, LATE], "starting", 3),
         ([LATE, refused()], "starting", 2),
         ([refused()], "starting", 1),
+        ([OwnLimitError("no descriptor")] * 3, "up", 3),
+        ([OwnLimitError("no descriptor"), refused()], "starting", 2),
     ],
 )
 def test_one_failed_check_loses_no_engine_unless_the_connection_is_refused(outcomes, state, checks):

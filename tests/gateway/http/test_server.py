@@ -198,6 +198,9 @@ def test_connections_are_bounded():
         async with running(limits=LimitOptions(connections=2)) as there:
             host, port = there.url.removeprefix("http://").split(":")
             idle = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
+            for _, writer in idle:
+                writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n")
+            await until(lambda: len(there.gateway._open) == 2)
             crowded = await there.get("/v1/models")
             health = await there.get("/health")
             for _, writer in idle:

@@ -21,6 +21,7 @@ from throttllem.engines.base import (
     Call,
     Connected,
     EngineError,
+    OwnLimitError,
     PromptCount,
     RemoteOptions,
     Reply,
@@ -146,6 +147,8 @@ class TritonEngine:
             try:
                 await self.well()
                 failed = 0
+            except OwnLimitError:
+                pass
             except EngineError:
                 failed += 1
                 if failed >= FAILURES:

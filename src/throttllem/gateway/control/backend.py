@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from throttllem.core.types import EngineLost, EngineReady, Event, Uncontrolled
-from throttllem.engines.base import Connected, EngineError, LiveEngine, Report
+from throttllem.engines.base import Connected, EngineError, LiveEngine, OwnLimitError, Report
 from throttllem.engines.prefix_cache import Blocks, PrefixCache
 from throttllem.engines.progress import Progress
 from throttllem.gateway.control.clock_setter import ClockSetter
@@ -246,6 +246,8 @@ class Backend:
             try:
                 await self.engine.well()
                 return None
+            except OwnLimitError:
+                pass
             except EngineError as error:
                 if not left or error.unreachable:
                     return str(error)

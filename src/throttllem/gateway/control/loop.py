@@ -39,7 +39,7 @@ from throttllem.core.types import (
     Timer,
     Uncontrolled,
 )
-from throttllem.engines.base import EngineError
+from throttllem.engines.base import EngineError, OwnLimitError
 from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.retry_after import RetryEstimator
@@ -197,7 +197,7 @@ class ControlLoop:
         """
         session.ended = True
         request_id, backend = session.request.id, session.backend
-        engine_failed = isinstance(error, EngineError)
+        engine_failed = isinstance(error, EngineError) and not isinstance(error, OwnLimitError)
         if backend is not None and backend.state == "up" and engine_failed:
             # Its place stays taken until the engine is known to be well, or the next request would follow it there.
             self._sessions.pop(request_id, None)

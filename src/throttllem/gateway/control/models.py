@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from throttllem.core.types import Request, Slo
-from throttllem.engines.base import Connected, EngineError, PromptCount
+from throttllem.engines.base import Connected, EngineError, OwnLimitError, PromptCount
 from throttllem.engines.prefix_cache import Prefix
 from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
@@ -102,6 +102,8 @@ class Models:
                 backend = await self._connected(parsed.model)
             async with backend.counting_large if len(parsed.body) > LARGE_BYTES else backend.counting:
                 found = await backend.engine.count(parsed)
+        except OwnLimitError:
+            raise
         except EngineError as error:
             if backend is not None:
                 backend.suspect()

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from throttllem.config import Options
 from throttllem.engines.base import Call, Headers
+from throttllem.gateway.bounds.connections import too_many_connections
 from throttllem.gateway.control.models import Models
 from throttllem.gateway.http import relay
 from throttllem.gateway.http.auth import KEY_HEADERS, Access
@@ -43,7 +44,6 @@ from throttllem.openai_api.requests import PATHS, check_sequences, is_controlled
 
 _log = logging.getLogger("throttllem.gateway")
 _NATIVE_MODEL = re.compile(r"/v2/models/([^/]+)(?:/.*)?")
-_CROWDED_RETRY_S = 1
 _REDIRECTED = ("/v1/", "/v2/", "/health", "/metrics", "/dashboard", OPENAPI)
 _ODD = re.compile("[\\\\?#\ufffd]")
 
@@ -164,7 +164,7 @@ class Gateway:
         if exchange.head_bytes > self._limits.header_bytes:
             raise headers_too_large(self._limits.header_bytes)
         if CROWDED in scope.get("extensions", {}) and scope["path"] != "/health":
-            raise unavailable("too many connections", code="too_many_connections", retry_after_s=_CROWDED_RETRY_S)
+            raise too_many_connections()
         transfer_encoding = exchange.headers.get("transfer-encoding")
         if transfer_encoding is not None or scope["http_version"] != "1.1":
             check_framing(scope["http_version"], transfer_encoding)

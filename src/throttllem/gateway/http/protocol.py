@@ -192,6 +192,19 @@ class BoundedProtocol(HttpToolsProtocol):
         self._aside_bytes = 0
         super().on_message_complete()
 
+    @property
+    def idle_since_s(self) -> float | None:
+        """When it began to wait for a request, or for the rest of a head, on the loop's clock; None: it does not."""
+        for timer, allowed_s in ((self.timeout_keep_alive_task, self.timeout_keep_alive), (self._head_timer, HEAD_S)):
+            if timer is not None and not self._broken_off:
+                return timer.when() - allowed_s
+        return None
+
+    def close_idle(self) -> None:
+        """Close it, for a new client; it counts no more."""
+        self.connections.discard(self)
+        self.transport.abort()
+
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection, without waiting for a client that does not take what it was sent."""
         if self.transport.get_write_buffer_size():

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
 from throttllem.config import LimitOptions, Options, ServerOptions
+from throttllem.gateway.bounds.connections import Crowd
 from throttllem.gateway.http.app import Gateway
 from throttllem.gateway.http.protocol import BoundedConfig, BoundedProtocol
 
@@ -133,7 +134,9 @@ class _Listener:
         state = ServerState()
         loop = asyncio.get_running_loop()
         try:
-            server = await loop.create_server(partial(BoundedProtocol, config, state), sock=sock, backlog=_BACKLOG)
+            make = partial(BoundedProtocol, config, state)
+            crowd = Crowd(limits.connections, state.connections)
+            server = await loop.create_server(lambda: crowd.accept(make), sock=sock, backlog=_BACKLOG)
         except OSError as error:
             raise _taken(error, "port", *sock.getsockname()[:2]) from error
         return cls(server, state)

@@ -1,0 +1,1 @@
+"""What all clients together may make the gateway hold: descriptors, connections, bytes."""
