@@ -87,6 +87,10 @@ class LimitOptions:
 
     body_bytes: int = 32 * 1024 * 1024
     """Largest body of a request."""
+    held_bytes: int = 1024 * 1024 * 1024
+    """Most bytes of requests and held replies in all; then a request is refused (503). One client gets half at most."""
+    body_bytes_per_s: int = 4096
+    """Slowest body, on average over `slow_reader_s`; then it has failed (408)."""
     header_bytes: int = 64 * 1024
     """Most bytes of a request's headers."""
     connections: int = 4096
@@ -107,6 +111,8 @@ class LimitOptions:
 
     def __post_init__(self) -> None:
         check("limits", body_bytes=(self.body_bytes, 1024, 1 << 30), header_bytes=(self.header_bytes, 1024, 1 << 20))
+        check("limits", held_bytes=(self.held_bytes, 1 << 20, 1 << 50))
+        check("limits", body_bytes_per_s=(self.body_bytes_per_s, 0, 1 << 30))
         check("limits", connections=(self.connections, 1, 1 << 20), queue_wait_s=(self.queue_wait_s, 0.1, 86400))
         check("limits", engine_wait_s=(self.engine_wait_s, 0, 86400), silence_s=(self.silence_s, 0.1, 86400))
         check("limits", request_s=(self.request_s, 0.1, 7 * 86400))

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from throttllem.config import Options
 from throttllem.engines.base import Call, Headers
 from throttllem.gateway.bounds.connections import too_many_connections
+from throttllem.gateway.bounds.held_bytes import HeldBytes
 from throttllem.gateway.control.models import Models
 from throttllem.gateway.http import relay
 from throttllem.gateway.http.auth import KEY_HEADERS, Access
@@ -39,7 +40,7 @@ from throttllem.gateway.http.protocol import CROWDED
 from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
 from throttllem.gateway.http.uncontrolled import Use, methods, use_of
 from throttllem.openai_api.errors import ApiError, as_api_error, invalid
-from throttllem.openai_api.large_bodies import OFF_LOOP_BYTES
+from throttllem.openai_api.large_bodies import LARGE_BYTES, OFF_LOOP_BYTES
 from throttllem.openai_api.requests import PATHS, check_sequences, is_controlled, model_of, parse_request
 
 _log = logging.getLogger("throttllem.gateway")
@@ -64,6 +65,7 @@ class Gateway:
         self._pages = pages
         self._on_response = on_response
         self._open: set[Exchange] = set()
+        self._budget = HeldBytes(options.limits.held_bytes)
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request on the port of the API."""
@@ -95,8 +97,13 @@ class Gateway:
             exchange.cut(Cause.DRAINED)
 
     async def watch(self) -> None:
-        """Cut off clients that take, or give, nothing for `limits.slow_reader_s`; runs until it is cancelled."""
+        """Cut off clients that take, or give, nothing for `limits.slow_reader_s`, or whose body is slower than
+        `limits.body_bytes_per_s`; runs until it is cancelled.
+        """
         seen: dict[Exchange, tuple[int, float]] = {}
+        bodies: dict[Exchange, tuple[int, float]] = {}
+        window_s = self._limits.slow_reader_s
+        least_bytes = self._limits.body_bytes_per_s * window_s
         while True:
             now_s = time.monotonic()
             stuck = {exchange: exchange.moves for exchange in self._open if exchange.blocked}
@@ -107,6 +114,12 @@ class Gateway:
             for exchange, (_, since_s) in seen.items():
                 if now_s - since_s >= self._limits.slow_reader_s:
                     exchange.cut(Cause.SLOW)
+            bodies = {one: bodies.get(one, (one.received_bytes, now_s)) for one in self._open if one.reading}
+            for exchange, (received, since_s) in bodies.items():
+                if now_s - since_s >= window_s:
+                    if exchange.received_bytes - received < least_bytes:
+                        exchange.cut(Cause.SLOW)
+                    bodies[exchange] = (exchange.received_bytes, now_s)
             await asyncio.sleep(min(1.0, self._limits.slow_reader_s / 4))
 
     # ---- every request ---------------------------------------------------------------------------------------
@@ -117,7 +130,7 @@ class Gateway:
         """One exchange from its head to its end, whatever happens in between."""
         if scope["type"] != "http":
             return
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self._budget)
         self._open.add(exchange)
         try:
             try:
@@ -131,7 +144,9 @@ class Gateway:
                     _log.exception("request %s: %s %s", exchange.request_id, exchange.method, scope["path"])
                 elif seen.status > 500:
                     _log.warning("request %s: %d %s", exchange.request_id, seen.status, error)
+                _let_go(error)
                 await exchange.fail(seen)
+                del seen
         except asyncio.CancelledError:
             if exchange.cause is None:
                 raise
@@ -221,6 +236,8 @@ class Gateway:
             parsed = parse_request(path, body, key_name=key_name, metrics=metrics)
         else:
             parsed = await asyncio.to_thread(parse_request, path, body, key_name=key_name, metrics=metrics)
+        if len(body) > LARGE_BYTES:
+            exchange.hold(2 * len(body))  # what is built of it, until it is counted
         del body
         check_sequences(parsed, self._models.max_sequences())
         exchange.attend()
@@ -228,6 +245,8 @@ class Gateway:
             exchange.keep_alive(every_s)
         count = await self._models.count(parsed)
         parsed = parsed.counted()
+        if len(parsed.body) > LARGE_BYTES:
+            exchange.hold(len(parsed.body))
         async with self._models.session(parsed, count, slo) as session:
             backend = await session.placed()
             call = Call(
@@ -309,6 +328,13 @@ def build_app(
 def build_private_app(gateway: Gateway) -> ASGIApp:
     """Health, metrics and the further routes of a gateway, for a port of their own."""
     return gateway.private
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Forget where an error came from: its frames hold bodies, and it is on its way to the client for a while."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _path(exchange: Exchange) -> str:

@@ -14,6 +14,7 @@ from enum import StrEnum
 from starlette.types import Message, Receive, Scope, Send
 
 from throttllem.engines.http import OURS
+from throttllem.gateway.bounds.held_bytes import HeldBytes
 from throttllem.gateway.http.errors import too_large
 from throttllem.openai_api.content_coding import LEAST_BYTES, accepts_gzip, coding_of, compressed, decoded
 from throttllem.openai_api.errors import ApiError, ByteHeaders, error_body, error_event
@@ -23,6 +24,7 @@ ABORT = "throttllem.abort"
 """The scope's extension that ends a connection without waiting for what its client has not taken."""
 BUFFERED = "throttllem.buffered"
 """The scope's extension that returns the bytes which the client has not taken."""
+_PIECE_BYTES = 256 * 1024
 DISCARD_S = 1.0
 """How long an unwanted body is read on, so that its sender gets to see the response."""
 _EVENTS: ByteHeaders = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
@@ -48,10 +50,11 @@ class Exchange:
     `fields` are the request's header fields in order, `own` those meant for the gateway (`x-slo-...`), `head_bytes` the
     size of its head without the request line's words. `request_id` is the client's if it is sane, else a new one.
     `started`: the response has begun; `finished`: its last byte was handed over; `events`: it is an event stream that
-    can still take an event; `last`: the last bytes written to it.
+    can still take an event; `last`: the last bytes written to it. `reading`: its body is being read, of which
+    `received_bytes` came; `budget` counts what is held for it.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, budget: HeldBytes | None = None) -> None:
         self.scope = scope
         self.method: str = scope["method"]
         self.fields: list[tuple[str, str]] = []
@@ -74,6 +77,11 @@ class Exchange:
         self.cause: Cause | None = None
         self.receive = receive
         self.send = send
+        self.reading = False
+        self.received_bytes = 0
+        self._budget = budget
+        self._held_bytes = 0
+        self._client: str = (scope.get("client") or ("",))[0]
         self._unread = True
         self.last = b""
         self._task = asyncio.current_task()
@@ -91,8 +99,9 @@ class Exchange:
         announced = self.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > most_bytes:
             raise too_large(most_bytes)
-        parts, size = [], 0
-        while self._unread and size <= most_bytes:
+        first, body = b"", bytearray()
+        self.reading = True
+        while self._unread and len(body) <= most_bytes:
             self.blocked = True
             message = await self.receive()
             self.blocked = False
@@ -100,18 +109,37 @@ class Exchange:
             if message["type"] == "http.disconnect":
                 raise GoneError
             self._unread = bool(message.get("more_body"))
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-        if size > most_bytes:
+            part = message.get("body", b"")
+            self.received_bytes += len(part)
+            try:
+                self.hold(self.received_bytes)
+            except ApiError:
+                self.reading = False
+                body = bytearray()  # the error is on its way for a while, and keeps this frame
+                raise
+            if not body and not self._unread:
+                first = part  # most bodies come in one part
+            else:
+                body += part
+        self.reading = False
+        if self.received_bytes > most_bytes:
+            body = bytearray()
             raise too_large(most_bytes)
-        body = b"".join(parts) if len(parts) > 1 else parts[0]
-        return body if coding is None or not body else await self._decoded(body, coding, most_bytes)
+        whole = first or bytes(body)
+        return whole if coding is None or not whole else await self._decoded(whole, coding, most_bytes)
+
+    def hold(self, count: int) -> None:
+        """So many bytes are held for this request from now on. Raises ApiError 503 if that is too much."""
+        if self._budget is not None:
+            self._budget.change(self._client, self._held_bytes, count)
+            self._held_bytes = count
 
     async def _decoded(self, body: bytes, coding: str, most_bytes: int) -> bytes:
         """The body as the engine gets it, without the header."""
         plain = await decoded(body, coding, most_bytes)
         if plain is None:
             raise too_large(most_bytes)
+        self.hold(len(plain))
         self.fields = [field for field in self.fields if field[0] != "content-encoding"]
         return plain
 
@@ -202,7 +230,11 @@ class Exchange:
         if long and accepts_gzip(self.headers.get("accept-encoding")) and (shorter := await compressed(body, headers)):
             body, headers = shorter, (*headers, (b"content-encoding", b"gzip"), (b"vary", b"accept-encoding"))
         await self.start(status, (*headers, (b"content-length", str(len(body)).encode())))
-        await self.finish(body)
+        at = 0
+        while len(body) - at > _PIECE_BYTES:  # what a slow client has not taken yet stays ours to count
+            await self.write(body[at : at + _PIECE_BYTES])
+            at += _PIECE_BYTES
+        await self.finish(body[at:] if at else body)
 
     async def fail(self, error: ApiError) -> None:
         """Send an error in the way that is still open: as the response, as an event, or by breaking off."""
@@ -253,6 +285,8 @@ class Exchange:
     def release(self) -> None:
         """The task is done with it."""
         self._task = None
+        self.hold(0)
         for task in (self._listener, self._keeper):
             if task is not None:
                 task.cancel()
+        self._listener = self._keeper = None

@@ -109,6 +109,7 @@ ERRORS = (
         status=503, kind="engine_error", code="draining", when="the gateway shuts down; `type` may be server_error"
     ),
     ErrorCase(status=503, kind="server_error", code="own_limit", when="no descriptor or port is left for an engine"),
+    ErrorCase(status=503, kind="server_error", code="too_many_bytes", when="more than limits.held_bytes"),
     ErrorCase(status=503, kind="server_error", code="too_many_connections", when="more than limits.connections"),
     ErrorCase(
         status=504, kind="engine_error", code="engine_silent", when="the engine showed no life for limits.silence_s"

@@ -15,6 +15,7 @@ import pydantic_core
 
 from throttllem.core.types import Request
 from throttllem.engines.base import EngineError, Reply
+from throttllem.gateway.bounds.held_bytes import SMALL_BYTES
 from throttllem.gateway.control.session import Receipt, Session
 from throttllem.gateway.http.exchange import Exchange
 from throttllem.openai_api.errors import ByteHeaders
@@ -170,6 +171,8 @@ async def _whole(
         session.heard()
         parts.append(chunk)
         size += len(chunk)
+        if size > SMALL_BYTES:
+            exchange.hold(exchange.received_bytes + size)
         if size > held_bytes:
             await _unread(exchange, reply, session, parts, status, _head(reply, drop_length=False)[2])
             return
