@@ -40,18 +40,20 @@ def test_the_least_recently_used_blocks_go_first_and_of_one_prompt_its_end():
     assert cache.find(blocks(), 40).cached_tokens == 28
 
 
-@pytest.mark.parametrize("by_metrics", [True, False])
-def test_reported_hits_scale_predictions(by_metrics):
+@pytest.mark.parametrize("by", ["metrics", "steps", "replies"])
+def test_reported_hits_scale_predictions(by):
     cache = PrefixCache(block_tokens=4, kv_blocks=100)
-    if by_metrics:
+    if by != "replies":
         cache.reported(5000)
     for request_id in range(200):
         cache.sent(request_id, blocks())
-        if by_metrics:
+        if by == "steps":
+            cache.looked_up(20)
+        if by != "replies":
             cache.reported(5000 + 20 * request_id)
-        else:
-            cache.served(request_id, 20)
+        cache.served(request_id, 20)
         cache.left(request_id)
     assert cache.find(blocks(), 40).cached_tokens == pytest.approx(20, abs=4)
-    cache.reported(0)  # a counter that began again is no evidence
+    for odd in (0, float("inf"), float("nan"), float("inf")):  # a counter that began again, and what is no count
+        cache.reported(odd)
     assert cache.find(blocks(), 40).cached_tokens == pytest.approx(20, abs=4)

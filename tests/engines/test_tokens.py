@@ -125,6 +125,35 @@ def test_pictures_are_no_text():
     assert counted(peer, parse_request(CHAT, json.dumps(chat).encode()))[0][1:] == ("the engine", True)
 
 
+def test_the_blocks_of_prompts_are_known_where_the_engine_caches_them():
+    async def run(cache):
+        peer = VllmPeer()
+        peer.cache += cache
+        requests = [completion("a " * 300), completion("a " * 300), completion("a " * 300, cache_salt="x")]
+        requests += [completion(tuple(range(300))), chat_of({"messages": [{"role": "user", "content": "a " * 300}]})]
+        async with engine_of(peer) as engine:
+            return (await engine.connect()).spec.prefix_caching, [(await engine.count(one)).blocks for one in requests]
+
+    there, (one, same, salted, ids, chat) = asyncio.run(run(',enable_prefix_caching="True"'))
+    assert there and len(one) == 300 // 128
+    assert one == same == ids == chat and not {*one} & {*salted}
+    assert asyncio.run(run(',enable_prefix_caching="False"')) == (False, [()] * 5)
+
+
+def test_pictures_that_no_endpoint_counts_are_parts():
+    async def run():
+        peer = VllmPeer()
+        peer.tokenize = False
+        async with engine_of(peer) as engine:
+            await engine.connect()
+            return await engine.count(parse_request(CHAT, json.dumps(chat).encode()))
+
+    parts = [{"type": "text", "text": '"type": "image_url"'}, {"type": "image_url", "image_url": {"url": "x"}}] * 2
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": parts}]}
+    count = asyncio.run(run())
+    assert (count.parts, count.exact) == (2, False)
+
+
 def test_a_large_prompt_that_is_not_counted_in_time_is_estimated(monkeypatch):
     async def run():
         async with engine_of(VllmPeer()) as engine:

@@ -128,13 +128,18 @@ class Connected:
 class PromptCount:
     """Tokens of each prompt, their mean if there are several. `by` names the counter; `exact` False: an estimate.
 
-    `blocks` are the prompt's full KV blocks (engines/prefix_cache.py), none if the engine does not cache them.
+    `blocks` are the prompt's full KV blocks (engines/prefix_cache.py), none if the engine does not cache them. `parts`
+    of it are no text (pictures, sound), and their tokens not counted.
     """
 
     tokens: int
     by: str
     exact: bool
     blocks: tuple[int, ...] = ()
+    parts: int = 0
+
+
+NO_COUNT = PromptCount(tokens=0, by="nothing", exact=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

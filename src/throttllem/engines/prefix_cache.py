@@ -6,6 +6,7 @@ least recently used go first here too, and the share of predicted hits that it r
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
@@ -54,6 +55,7 @@ class PrefixCache:
         self._sent_tokens = 0
         """Predicted hits since the engine's counter was read last."""
         self._last_hits: float | None = None
+        self._by_steps = False
 
     @property
     def hit_share(self) -> float:
@@ -96,15 +98,23 @@ class PrefixCache:
         """The request is no longer in the engine; its blocks stay until others need the room."""
         self._running.pop(request_id, None)
 
+    def looked_up(self, hit_tokens: int) -> None:
+        """The engine reported a step that looked prompts up, and how many of their tokens were hits."""
+        self._by_steps = True
+        self._learn(self._sent_tokens, hit_tokens)
+        self._sent_tokens = 0
+
     def reported(self, hit_tokens: float) -> None:
-        """The engine's counter of tokens that were hits."""
+        """The engine's counter of tokens that were hits; its steps, where it reports them, show the same."""
+        if self._by_steps or not math.isfinite(hit_tokens):
+            return
         if self._last_hits is not None and hit_tokens >= self._last_hits:
             self._learn(self._sent_tokens, hit_tokens - self._last_hits)
         self._last_hits, self._sent_tokens = hit_tokens, 0
 
     def served(self, request_id: int, cached_tokens: int) -> None:
         """The engine reported this of one request, which is still there. Its counter, where it has one, knows more."""
-        if self._last_hits is None and (found := self._running.get(request_id)) is not None:
+        if self._last_hits is None and not self._by_steps and (found := self._running.get(request_id)) is not None:
             self._learn(found[1], cached_tokens)
 
     def _learn(self, predicted_tokens: int, hit_tokens: float) -> None:

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Raw
 from pydantic_core import to_json
 
-from throttllem.engines.base import EngineError, PromptCount
+from throttllem.engines.base import NO_COUNT, EngineError, PromptCount
 from throttllem.engines.http import Upstream, parsed
 from throttllem.engines.prefix_cache import Blocks, blocks_of
 from throttllem.openai_api.conversations import texts_in
@@ -42,7 +42,7 @@ _PROBE = "Does it count alike? def f(x): return 2 * x  # déjà vu, 東京\n"
 _REMEMBERED = 512
 _LONGEST_BYTES = 16
 """Bytes of a token, on average over a prompt that is worth counting: text has 3 to 5, long runs of one character 16."""
-_PARTS = re.compile(rb'"(?:image|audio|video|input_image|input_audio|file)(?:_url|_pil|_embeds|_data)?"')
+_PARTS = re.compile(rb'"type"\s*:\s*"(?:image|audio|video|input_image|input_audio)(?:_url|_pil|_embeds)?"')
 """Parts of a chat that are no text: their placeholders are the same whatever they hold."""
 _MEDIA = re.compile(rb'"data(?:"\s*:\s*"|:)')
 _ESTIMATED = (
@@ -189,7 +189,12 @@ class TokenCounter:
         messages = request.chat.get("messages")
         if isinstance(messages, Raw):
             messages = await asyncio.to_thread(read_value, "messages", messages)
-        return await self._file.count("\n".join(_texts(messages)), exact=False)
+        return await self._without_parts(request, "\n".join(_texts(messages)))
+
+    async def _without_parts(self, request: ParsedRequest, text: str) -> PromptCount:
+        """The tokens of a conversation's text, and how many parts of it are none."""
+        found = await self._file.count(text, exact=False)
+        return replace(found, parts=len(_PARTS.findall(request.body)))
 
     async def _estimate(self, request: ParsedRequest) -> PromptCount:
         """The tokens of the texts of a conversation that is not known whole."""
@@ -197,7 +202,7 @@ class TokenCounter:
         for name in ("instructions", "system", "input", "messages"):
             value = request.fields.get(name)
             texts += texts_in(await asyncio.to_thread(read_value, name, value) if isinstance(value, Raw) else value)
-        return await self._file.count("\n".join(texts), exact=False)
+        return await self._without_parts(request, "\n".join(texts))
 
     def _blocks(self, request: ParsedRequest, token_ids: object) -> Blocks:
         """The prompt's blocks as the engine's cache knows them; none of one that is not text alone."""
@@ -254,7 +259,7 @@ def _text_bytes(request: ParsedRequest) -> int:
 def mean_count(counts: list[PromptCount]) -> PromptCount:
     """One count for several prompts: the mean, rounded up; by the least exact counter."""
     tokens = math.ceil(sum(count.tokens for count in counts) / max(1, len(counts)))
-    worst = min(counts, key=lambda count: count.exact, default=PromptCount(tokens=0, by="nothing", exact=True))
+    worst = min(counts, key=lambda count: count.exact, default=NO_COUNT)
     return PromptCount(tokens=tokens, by=worst.by, exact=worst.exact)
 
 

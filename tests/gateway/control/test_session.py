@@ -98,6 +98,24 @@ def test_cached_prompt_tokens_are_neither_computed_nor_charged():
     assert after_a_restart.request.cached_prompt_tokens == 0
 
 
+def test_tokens_of_pictures_are_learned_from_what_the_engine_reports():
+    """Of a text of 40 tokens with two pictures the engine reports 1,640 in all: 800 a picture."""
+
+    async def run():
+        async with rig(mute=True, kv_blocks=4000, max_context_tokens=8000) as it:
+            await it.up()
+            pictures, seen = PromptCount(tokens=40, by="test", exact=False, parts=2), []
+            for _ in range(20):
+                async with it.models.session(parsed(), pictures, Slo()) as session:
+                    await session.placed()
+                    seen.append(session.request.prompt_tokens)
+                    session.finish(8, Usage(output_tokens=8, prompt_tokens=1640))
+            return seen
+
+    first, *_, last = virtually(run())
+    assert first == 40 + 2 * 256 and last == pytest.approx(1640, rel=0.01)
+
+
 # ---- its end -------------------------------------------------------------------------------------------------------
 
 

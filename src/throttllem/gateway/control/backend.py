@@ -32,6 +32,8 @@ _COUNTS_AT_A_TIME = 64
 _LARGE_COUNTS_AT_A_TIME = 2
 _STALLED_AFTER_S = 10.0
 _UNKNOWN_STEP_S = 0.05
+_LEARNED = 0.25
+"""Of a new value in a mean that follows."""
 _SHORTEST_STEP_S = 0.005
 
 
@@ -59,6 +61,8 @@ class Backend:
     connected: Connected | None = None
     progress: Progress | None = None
     report: Report | None = None
+    part_tokens: float = 256.0
+    """Prompt tokens of a picture or sound, learned from what the engine reports of whole prompts; before, a guess."""
     prefixes: PrefixCache | None = None
     """What its prefix cache holds; None: it has none."""
     last_sign_s: float = 0.0
@@ -311,6 +315,10 @@ class Backend:
         if self.key is not None and self.state == "up" and self._emit is not None:
             self._emit(Uncontrolled(engine=self.key, requests=self.uncontrolled_requests))
 
+    def took(self, parts: int, tokens: int) -> None:
+        """The engine reported a prompt whose `parts` that are no text were `tokens`."""
+        self.part_tokens += _LEARNED * (max(0, tokens) / parts - self.part_tokens)
+
     def estimated(self, by: str) -> None:
         """A prompt's tokens were estimated, not counted."""
         self.estimated_prompts += 1
@@ -331,8 +339,11 @@ class Backend:
         if _counts(report) != _counts(before) or (report.running and not self._numbers_steps):
             self.last_sign_s = now_s
         self._compare_counts()
-        if self.prefixes is not None and report.prefix_hit_tokens is not None:
-            self.prefixes.reported(report.prefix_hit_tokens)
+        if self.prefixes is not None:
+            if report.prefix_queries:
+                self.prefixes.looked_up(report.prefix_hits or 0)
+            elif report.prefix_hit_tokens is not None:
+                self.prefixes.reported(report.prefix_hit_tokens)
         if report.joules is not None:
             self.accounting.measured(report)
         elif report.prompt_tokens:

@@ -184,6 +184,8 @@ class ControlLoop:
                 session.generated_tokens = max(session.generated_tokens, backend.progress.seen_tokens(request_id))
             if backend.prefixes is not None and session.usage.cached_tokens is not None:
                 backend.prefixes.served(request_id, session.usage.cached_tokens)
+            if session.count.parts and session.usage.prompt_tokens:
+                backend.took(session.count.parts, session.usage.prompt_tokens - session.count.tokens)
             backend.ended(request_id, tokens)
             session.energy_j = backend.left(request_id)
         self._retry.ended(self.now())
@@ -324,7 +326,7 @@ class ControlLoop:
                     streams=session.streams,
                     sequences=request.sequences,
                     prompt_tokens=request.computed_prompt_tokens,
-                    blocks=session.blocks,
+                    blocks=session.count.blocks,
                 )
                 session.dispatched(backend, self.now())
             case SetClock(engine=key, plan=plan):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from throttllem.core.types import Request, Slo
 from throttllem.engines.base import Connected, EngineError, OwnLimitError, PromptCount
@@ -123,6 +123,9 @@ class Models:
             connected = next((backend.connected for backend in loop.backends if backend.connected), None)
         if connected is None:
             raise rejections.no_engine(None)
+        counted = count
+        if count.parts and serving is not None:
+            count = replace(count, tokens=count.tokens + round(count.parts * serving.part_tokens))
         max_tokens = parsed.max_tokens or _default_max_tokens(parsed, count, connected)
         prompt_tokens = count.tokens
         if not count.exact:  # whether it fits is the engine's to say
@@ -149,9 +152,7 @@ class Models:
             caller=parsed.caller,
             model=parsed.model or connected.models[0],
         )
-        return Session(
-            loop=loop, request=request, streams=parsed.stream, chat=parsed.is_conversation, blocks=count.blocks
-        )
+        return Session(loop=loop, request=request, streams=parsed.stream, chat=parsed.is_conversation, count=counted)
 
     def uncontrolled_backend(self, model: str | None) -> Backend:
         """The backend of a request without control (None: the first model). Raises ApiError (404, 503)."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from throttllem.core.types import Event, Request
-from throttllem.engines.base import EngineError
+from throttllem.engines.base import NO_COUNT, EngineError, PromptCount
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.slo_attainment import Latencies
 from throttllem.openai_api.errors import ApiError
@@ -71,14 +71,15 @@ class Receipt:
 @dataclass(slots=True, eq=False)
 class Session:
     """Seconds on the control loop's time line; None: not yet. `heard_s`: when the engine last sent bytes of it
-    without a token. `usage`: what the engine counted itself; `blocks`: the prompt's, as PromptCount has them.
-    `failure` is what the control loop ended it with.
+    without a token. `count`: of the prompt, before it was sent; `usage`: what the engine counted itself. `failure`
+    is what the control loop ended it with.
     """
 
     loop: Loop
     request: Request
     streams: bool
     chat: bool = False
+    count: PromptCount = NO_COUNT
     backend: Backend | None = None
     dispatched_s: float | None = None
     first_token_s: float | None = None
@@ -86,7 +87,6 @@ class Session:
     heard_s: float | None = None
     generated_tokens: int = 0
     usage: Usage = NO_USAGE
-    blocks: tuple[int, ...] = ()
     energy_j: float | None = None
     ended: bool = False
     failure: ApiError | None = None
