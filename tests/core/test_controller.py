@@ -22,6 +22,7 @@ from throttllem.core.types import (
     Fail,
     Observed,
     Progressed,
+    RateChanged,
     Reason,
     Reject,
     SetClock,
@@ -318,3 +319,28 @@ def test_progress_of_an_unknown_request_is_ignored():
     assert live.send(Progressed(engine=5, request_id=1, tokens=4)) == []
     assert live.send(Observed(engine=5, running=4, waiting=0)) == []
     assert live.controller.snapshot() == before
+
+
+# ---- engines that speculate --------------------------------------------------------------------------------------
+
+
+def test_what_only_speculation_makes_in_time_is_not_lost_and_runs_below_the_maximum_clock():
+    """At 14 ms a step and a token a step, 100 tokens take 1.4 s."""
+    tight = Slo(e2e_s=1.2)
+    plain, speculates = world(), world()
+    speculates.send(RateChanged(engine=0, tokens_per_step=3.0))
+    for live in (plain, speculates):
+        arrive(live, 1, 4, 100, slo=tight)
+    assert (view(plain).lost_requests, view(speculates).lost_requests) == (1, 0)
+    assert plain.up[0].set_mhz == TOP_MHZ > speculates.up[0].set_mhz
+    # It stops: the next plan knows.
+    speculates.send(RateChanged(engine=0, tokens_per_step=1.0))
+    assert speculates.up[0].set_mhz == TOP_MHZ
+
+
+def test_the_time_between_tokens_is_that_part_of_a_step():
+    live = world()
+    live.send(RateChanged(engine=0, tokens_per_step=3.0))
+    arrive(live, 1, 4, 100, slo=Slo(tbt_s=0.008))
+    assert view(live).lost_requests == 0
+    live.send(RateChanged(engine=99, tokens_per_step=3.0))

@@ -1,6 +1,6 @@
 """From tokens to iterations, by hand, for each kind of engine; the one record of each request in flight."""
 
-from throttllem.core.types import Observed, Progressed, Stepped
+from throttllem.core.types import Observed, Progressed, RateChanged, Stepped
 from throttllem.engines.base import Report
 from throttllem.engines.progress import JUMP_STEPS, STEPS_PER_S, Progress
 
@@ -340,3 +340,60 @@ def test_a_jump_that_time_allows_is_followed():
     assert at(progress, 0) == 0
     assert at(progress, JUMP_STEPS) == JUMP_STEPS
     assert at(progress, 2 * JUMP_STEPS + STEPS_PER_S * 60, 60.0) == 2 * JUMP_STEPS + STEPS_PER_S * 60
+
+
+# ---- engines that speculate --------------------------------------------------------------------------------------
+
+
+def speculated(step, generated, accepted):
+    return Report(running=2, waiting=0, step=step, generated_tokens=generated, accepted_tokens=accepted)
+
+
+def test_steps_of_several_tokens_are_as_many_iterations():
+    progress = Progress(3, exact=False)
+    sent(progress, 1, 2)
+    progress.report(speculated(0, 2, 0))
+    progress.token(1)
+    progress.token(2)
+    began = progress.iteration
+    for number in range(1, 101):  # 3, then 4 tokens for each sequence
+        tokens = 3 + number % 2
+        progress.report(speculated(number, 2 * tokens, 2 * tokens - 2))
+        for key in (1, 2):
+            progress.token(key, tokens)
+    assert progress.iteration == began + 350
+    assert [progress.output_tokens(progress.in_flight[key]) for key in (1, 2)] == [351, 351]
+
+
+def test_the_rate_is_reported_when_it_changes_and_not_else():
+    progress = Progress(3, exact=False)
+    found = []
+    for number in range(300):
+        accepted = 4 if 100 <= number < 200 else 0
+        found += [
+            event.tokens_per_step
+            for event in progress.report(speculated(number, 2 + accepted, accepted))
+            if isinstance(event, RateChanged)
+        ]
+    assert 2.0 < max(found) <= 3.0
+    assert found[-1] < 1.1
+    assert len(found) < 40
+
+
+def test_streams_whose_tokens_are_not_counted_are_of_the_mean_length():
+    progress = Progress(3, exact=False)
+    sent(progress, 1)
+    progress.report(speculated(0, 1, 0))
+    progress.token(1)
+    for number in range(1, 91):
+        progress.report(speculated(number, 4, 3))
+        assert not any(isinstance(event, Progressed) for event in progress.token(1))
+    (*_, finished) = progress.ended(1, None)
+    assert finished.iteration - progress.in_flight[1].start + 1 == 361
+
+
+def test_an_engine_that_drafts_in_vain_is_one_that_does_not_speculate():
+    plain, drafts = Progress(3, exact=False), Progress(3, exact=False)
+    for number in range(50):
+        expected = plain.report(Report(running=2, waiting=0, step=number, generated_tokens=2))
+        assert drafts.report(speculated(number, 2, 0)) == expected

@@ -17,7 +17,18 @@ from rich.console import Console
 
 from tools.testbed.report import ROOT, MissingError, Section, Workspace, print_table, write_document, write_results
 
-PARTS = ("clients", "identity", "scoreboard", "triton", "cost", "overload", "faults", "quick", "new_user")
+PARTS = (
+    "clients",
+    "identity",
+    "scoreboard",
+    "speculation",
+    "triton",
+    "cost",
+    "overload",
+    "faults",
+    "quick",
+    "new_user",
+)
 
 
 def main() -> int:

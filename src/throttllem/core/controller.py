@@ -35,6 +35,7 @@ from throttllem.core.types import (
     Fail,
     Observed,
     Progressed,
+    RateChanged,
     Reason,
     Reject,
     Request,
@@ -89,6 +90,8 @@ class Controller:
                 changed = self._stepped(event, now_s)
             case Observed():
                 changed = self._observed(event)
+            case RateChanged():
+                changed = self._rate_changed(event)
             case Uncontrolled():
                 changed = self._uncontrolled(event)
             case Progressed():
@@ -272,6 +275,16 @@ class Controller:
             return False
         state.drift.corrections += 1
         state.planned_external = board.external
+        self._load_changed(state)
+        return True
+
+    def _rate_changed(self, event: RateChanged) -> bool:
+        """Iterations of an engine that speculates take another part of a step than was planned."""
+        state = self._engines.by_id.get(event.engine)
+        if state is None or state.table is None:
+            return False
+        state.table = state.table.at_rate(event.tokens_per_step)
+        state.table_drift.span, state.steady_at_s = None, -math.inf
         self._load_changed(state)
         return True
 

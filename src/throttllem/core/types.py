@@ -266,12 +266,32 @@ class Uncontrolled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RateChanged:
+    """An engine gives this many tokens per sequence and step now, as far as deadlines may count on it: it speculates.
+    Its iterations are numbered by tokens, so each takes that part of a step.
+    """
+
+    engine: int
+    tokens_per_step: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timer:
     """The core's deadline has come."""
 
 
 Event = (
-    Arrived | Cancelled | Stepped | Progressed | Observed | Uncontrolled | EngineReady | EngineLost | ClockRead | Timer
+    Arrived
+    | Cancelled
+    | Stepped
+    | Progressed
+    | Observed
+    | RateChanged
+    | Uncontrolled
+    | EngineReady
+    | EngineLost
+    | ClockRead
+    | Timer
 )
 
 

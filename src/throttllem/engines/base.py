@@ -220,7 +220,7 @@ class RemoteOptions:
     kind: Kind
     served_as: str | None = None
     stats: str | None = None
-    stats_secret: Path | None = None
+    stats_secret: Path | None = field(default=None, repr=False)
     tokenizer: Path | None = None
     metrics_url: str | None = None
     api_key: str | None = field(default=None, repr=False)

@@ -41,6 +41,8 @@ class OpenaiEngine:
         """Leaving the block closes the connection, upon which the engine aborts the request."""
         self.close = self._upstream.close
         self._reported = ReportedCapacities()
+        self._counted: tuple[int, int] | None = None
+        """Tokens generated and accepted of drafts, at the last scrape of an engine that speculates."""
         self._has_steps = False
         self.steps: StepReceiver | None = None
         """The receiver of the plug-in's steps while `watch` runs, with the count of those that were lost."""
@@ -133,13 +135,27 @@ class OpenaiEngine:
         blocks = None
         if usage is not None and reported.kv_blocks is not None:
             blocks = round(usage * reported.kv_blocks / max(1, reported.engines))
+        generated, accepted = self._speculated(page)
         return Report(
             running=int(running),
             waiting=int(waiting),
+            generated_tokens=generated,
+            accepted_tokens=accepted,
             kv_blocks=blocks,
             prefix_hit_tokens=total(page, "vllm:prefix_cache_hits_total") if reported.prefix_caching else None,
             step=None if has_steps or not iterations else int(iterations) - 1,
         )
+
+    def _speculated(self, page: bytes) -> tuple[int | None, int | None]:
+        """Tokens generated and accepted of drafts since the last scrape; None: it does not speculate."""
+        generated = total(page, "vllm:generation_tokens_total")
+        accepted = total(page, "vllm:spec_decode_num_accepted_tokens_total")
+        if generated is None or accepted is None or not 0 <= accepted <= generated < math.inf:
+            return None, None
+        before, self._counted = self._counted, (int(generated), int(accepted))
+        if before is None or generated < before[0] or accepted < before[1]:
+            return None, None
+        return int(generated) - before[0], int(accepted) - before[1]
 
     def _secret(self) -> bytes | None:
         """The secret of step reports, if one is set. Raises ValueError."""

@@ -1,7 +1,9 @@
 """From tokens and an engine's own reports to events of the core, and the one record of each request in the engine.
 
 No clock, no I/O. An engine that names the requests of each step needs no inference. Of any other engine the iteration
-is inferred from the streams: a sequence gets at most one token an iteration, so each token proves an iteration.
+is inferred from the streams: a sequence gets at most one token an iteration, so each token proves an iteration. Where
+an engine speculates, an iteration is a token: a step counts as many as it gave each sequence
+(`core.forecast.token_rate`).
 """
 
 # The theory of the inference. The token of a request that stands in iteration p is of p + 1 at the earliest; a first
@@ -18,13 +20,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from throttllem.core.types import Event, Observed, Progressed, Stepped
+from throttllem.core.forecast.token_rate import MOST_TOKENS_PER_STEP, TokenRate
+from throttllem.core.types import Event, Observed, Progressed, RateChanged, Stepped
 from throttllem.engines.base import Report
 
 _CORRECT_EVERY = 8
 """Iterations between two corrections of one request."""
 _TOLERATED_TOKENS = 2
 """A request that is this far from its iterations is corrected; one token is the blur of a burst."""
+_RATE_STEP = 0.1
+"""A change of the tokens per step by less than this part is not reported: each report makes a table."""
 _TRUSTED_AHEAD = 8
 """Streams may run this many iterations ahead of step numbers, which come late. Further ahead they prove nothing:
 engines that speculate give more than one token an iteration."""
@@ -84,6 +89,10 @@ class Progress:
         self._first_step: int | None = None
         self._last_step: int | None = None
         self._streams_prove = True
+        self._rate = TokenRate()
+        self._reported_rate = 1.0
+        self._beyond_steps = 0.0
+        """Tokens that steps gave a sequence beyond the first of each."""
 
     @property
     def needs_timer(self) -> bool:
@@ -180,13 +189,16 @@ class Progress:
 
     def report(self, report: Report, *, elapsed_s: float = 0.0) -> Sequence[Event]:
         """What the engine reported of itself, `elapsed_s` after the last step that it reported."""
-        step = None if report.step is None else self._numbered(report.step, elapsed_s)
+        step = None if report.step is None else self._numbered(report, report.step, elapsed_s)
         if self.exact:
             return () if step is None else self._named(report, step)
         self._reports = True
         at = self.iteration if step is None else max(self.iteration, step)
         began = self._covered(report.running) if self._silent_waiting else []
         events = self._reach(max(at, 0) if began else at, began)
+        if abs(self._rate.low / self._reported_rate - 1.0) >= _RATE_STEP:
+            self._reported_rate = self._rate.low
+            events.append(RateChanged(engine=self.engine, tokens_per_step=self._reported_rate))
         events.append(
             Observed(engine=self.engine, running=report.running, waiting=report.waiting, kv_blocks=report.kv_blocks)
         )
@@ -221,19 +233,31 @@ class Progress:
             )
         ]
 
-    def _numbered(self, step: int, elapsed_s: float) -> int:
+    def _numbered(self, report: Report, step: int, elapsed_s: float) -> int:
         """The iteration that a step number stands for. A number that goes back, or further ahead than the engine can
         have come since, starts the numbering from the iteration at hand.
         """
         most = JUMP_STEPS + STEPS_PER_S * elapsed_s
         restarted = self._last_step is not None and not 0 <= step - self._last_step <= most
         if self._first_step is None or restarted:
-            self._first_step = step - max(0, self.iteration)
-        elif self.iteration - (step - self._first_step) > _TRUSTED_AHEAD:
-            self._streams_prove = False
-            self._first_step = step - self.iteration
+            self._first_step, self._beyond_steps = step - max(0, self.iteration), 0.0
+        else:
+            if report.accepted_tokens is not None and self._last_step is not None:
+                self._speculated(report, step - self._last_step)
+            if self.iteration - (step - self._first_step + int(self._beyond_steps)) > _TRUSTED_AHEAD:
+                self._streams_prove = False
+                self._first_step, self._beyond_steps = step - self.iteration, 0.0
         self._last_step = step
-        return step - self._first_step
+        return step - self._first_step + int(self._beyond_steps)
+
+    def _speculated(self, report: Report, steps: int) -> None:
+        """Count what these steps of an engine that speculates gave: each sequence a token, and the accepted ones."""
+        generated, accepted = report.generated_tokens or 0, report.accepted_tokens or 0
+        self._streams_prove = False
+        sequences = generated - accepted
+        self._rate.learn(generated, sequences, steps)
+        if sequences > 0:
+            self._beyond_steps += steps * min(accepted / sequences, MOST_TOKENS_PER_STEP)
 
     def _reach(self, iteration: int, began: list[InFlight], *, assumed: bool = False) -> list[Event]:
         """Report that this iteration is over, if that is news, and which requests started in it. `assumed`: nothing but

@@ -97,3 +97,12 @@ def test_held_down_every_higher_clock_is_what_the_limit_is() -> None:
     assert held.capped(300).at(1410, 1, 1, 0) == (3.0, 10.0)
     assert held.capped(100).at(1410, 1, 1, 0) == (3.0, 10.0)  # below what was profiled: the lowest
     assert held.capped(None) is whole and held.capped(1410) is whole and whole.capped(None) is whole
+
+
+def test_at_a_rate_decoding_takes_a_part_of_a_step_and_prompts_a_whole_one():
+    plain = table()
+    fast = plain.at_rate(4.0)
+    assert fast.at(1410, 2, 3, 0)[0] == pytest.approx(plain.at(1410, 2, 3, 0)[0] / 4)
+    assert fast.at(1410, 2, 3, 5) == plain.at(1410, 2, 3, 5)
+    assert fast.capped(210).capped(None).at(1410, 2, 3, 0) == fast.at(1410, 2, 3, 0)
+    assert fast.at_rate(1.0) is plain

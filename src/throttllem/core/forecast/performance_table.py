@@ -96,6 +96,7 @@ class PerformanceTable:
     model: str | None = None
     limit_mhz: int | None = field(default=None, init=False)
     factors: tuple[float, ...] = field(default=(), init=False)
+    tokens_per_step: float = field(default=1.0, init=False)
     base: PerformanceTable | None = field(default=None, init=False, repr=False)
     _slowest: Steps = field(init=False, repr=False)
     _kv_offset: Ints = field(init=False, repr=False)
@@ -124,22 +125,31 @@ class PerformanceTable:
         """The same engine while its GPUs cannot exceed a limit (None: no limit): every clock above it is no faster, and
         draws no more, than the highest profiled one below it (the lowest of all, where none is).
         """
-        return self._adjusted(limit_mhz, self.factors)
+        return self._adjusted(limit_mhz, self.factors, self.tokens_per_step)
 
     def corrected(self, factors: tuple[float, ...]) -> PerformanceTable:
         """The same engine with the seconds of each clock band times its factor, in place of the factors before."""
-        return self._adjusted(self.limit_mhz, factors)
+        return self._adjusted(self.limit_mhz, factors, self.tokens_per_step)
 
-    def _adjusted(self, limit_mhz: int | None, factors: tuple[float, ...]) -> PerformanceTable:
+    def at_rate(self, tokens_per_step: float) -> PerformanceTable:
+        """The same engine with iterations of one token each, where a step gives a sequence several. Those with prompts
+        stay whole: a prompt takes as many steps as ever.
+        """
+        return self._adjusted(self.limit_mhz, self.factors, tokens_per_step)
+
+    def _adjusted(self, limit_mhz: int | None, factors: tuple[float, ...], tokens_per_step: float) -> PerformanceTable:
         base, clocks = self.base or self, self.clocks_mhz
         limit_mhz = None if limit_mhz is None or limit_mhz >= clocks[-1] else limit_mhz
-        if (limit_mhz, factors) == (self.limit_mhz, self.factors):
+        if (limit_mhz, factors, tokens_per_step) == (self.limit_mhz, self.factors, self.tokens_per_step):
             return self
-        if limit_mhz is None and not factors:
+        if limit_mhz is None and not factors and tokens_per_step == 1.0:
             return base
         seconds, watts = base.seconds, base.watts
         if factors:
             seconds = seconds * np.array([factors[self.band(column)] for column in range(len(clocks))], np.float32)
+        if tokens_per_step != 1.0:
+            decoding = seconds.shape[0] // (int(base.prefill_bin[-1]) + 1)
+            seconds = np.concatenate([seconds[:decoding] / np.float32(tokens_per_step), seconds[decoding:]])
         if limit_mhz is not None:
             column = max(0, int(np.searchsorted(clocks, limit_mhz, side="right")) - 1)
             columns = np.minimum(np.arange(len(clocks)), column)
@@ -147,6 +157,7 @@ class PerformanceTable:
         held = replace(base, seconds=seconds, watts=watts)
         object.__setattr__(held, "limit_mhz", limit_mhz)
         object.__setattr__(held, "factors", factors)
+        object.__setattr__(held, "tokens_per_step", tokens_per_step)
         object.__setattr__(held, "base", base)
         return held
 

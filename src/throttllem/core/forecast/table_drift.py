@@ -120,7 +120,9 @@ class TableDrift:
             return False
         plain, steps = table.base or table, iteration - span.first
         grown = span.kv_blocks + steps * span.batch // (2 * block_tokens)
-        predicted_s = steps * float(plain.seconds[plain.cell(span.batch, grown, 0), span.column])
+        predicted_s = (
+            steps / table.tokens_per_step * float(plain.seconds[plain.cell(span.batch, grown, 0), span.column])
+        )
         if not self.bands:
             self.bands = tuple(Band() for _ in plain.bands())
         here = self.bands[plain.band(span.column)]

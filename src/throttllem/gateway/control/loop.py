@@ -30,6 +30,7 @@ from throttllem.core.types import (
     Fail,
     Observed,
     Progressed,
+    RateChanged,
     Reason,
     Reject,
     SetClock,
@@ -402,7 +403,7 @@ class ControlLoop:
             case Arrived() | Dispatch():
                 self._faulty_requests += 1
                 return self.backends if self._faulty_requests >= _FAULTY_REQUESTS else ()
-            case Stepped() | Progressed() | Observed() | Uncontrolled() | ClockRead() | EngineReady():
+            case Stepped() | Progressed() | Observed() | RateChanged() | Uncontrolled() | ClockRead() | EngineReady():
                 return tuple(backend for backend in self.backends if backend.key == what.engine)
             case Timer() if isinstance(error, PlanningError):
                 return tuple(backend for backend in self.backends if backend.key == error.engine)

@@ -15,12 +15,13 @@ from typing import cast
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.table_drift import LEAST_FACTOR, MOST_FACTOR, tolerance
+from throttllem.core.forecast.token_rate import MOST_TOKENS_PER_STEP
 from throttllem.core.options import ControllerOptions
 from throttllem.core.state import ControllerState
 from throttllem.gateway.flight import wire
 from throttllem.profiling.storage import ARRAYS, TableFileError
 
-_NAME = re.compile(r"([0-9a-f]{16})(?:@(\d{1,5}))?(?:\*([0-9.,]{1,120}))?")
+_NAME = re.compile(r"([0-9a-f]{16})(?:@(\d{1,5}))?(?:\*([0-9.,]{1,120}))?(?:~([0-9.]{1,20}))?")
 
 
 class CheckpointError(ValueError):
@@ -42,13 +43,14 @@ def save(controller: Controller, digest_of: Callable[[PerformanceTable], str]) -
     """`options`, `predictor` and `state` of a controller, plain and nothing of it shared with the controller.
 
     A table is its digest; one that is held down by a limit is "digest@MHz" of the whole one, one whose clock bands are
-    corrected "digest*FACTOR,...". Raises CheckpointError.
+    corrected "digest*FACTOR,...", one of an engine that speculates "digest~TOKENS" a step. Raises CheckpointError.
     """
 
     def name(table: PerformanceTable) -> str:
         limit = "" if table.limit_mhz is None else f"@{table.limit_mhz}"
         factors = f"*{','.join(map(repr, table.factors))}" if table.factors else ""
-        return digest_of(table.base or table) + limit + factors
+        rate = "" if table.tokens_per_step == 1.0 else f"~{table.tokens_per_step!r}"
+        return digest_of(table.base or table) + limit + factors + rate
 
     try:
         options = wire.plain(controller.options, name)
@@ -66,6 +68,15 @@ def _factors(text: str, table: PerformanceTable) -> tuple[float, ...]:
     return found
 
 
+def _rate(text: str) -> float:
+    rate = float(text)
+    if not 1.0 <= rate <= MOST_TOKENS_PER_STEP:
+        raise CheckpointError(
+            f"the checkpoint has a table for {text} tokens a step: 1 to {MOST_TOKENS_PER_STEP:g} can be"
+        )
+    return rate
+
+
 def load(data: Mapping[str, object], table: Callable[[str], PerformanceTable]) -> Controller:
     """The controller that `save` wrote; `table` finds a performance table by its digest.
 
@@ -77,11 +88,12 @@ def load(data: Mapping[str, object], table: Callable[[str], PerformanceTable]) -
         match = _NAME.fullmatch(name)
         if match is None:
             raise CheckpointError(f"the checkpoint names a table {name[:40]!r}, which is no digest")
-        digest, limit_mhz, factors = match.groups()
+        digest, limit_mhz, factors, rate = match.groups()
         if digest not in found:
             found[digest] = table(digest)
         held = found[digest].capped(None if limit_mhz is None else int(limit_mhz))
-        return held if factors is None else held.corrected(_factors(factors, held))
+        held = held if factors is None else held.corrected(_factors(factors, held))
+        return held if rate is None else held.at_rate(_rate(rate))
 
     try:
         written = {**cast(dict[str, object], data["options"]), "predictor": data["predictor"]}
