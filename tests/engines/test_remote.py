@@ -14,4 +14,4 @@ def test_the_kind_decides_the_engine(kind):
 
 
 def test_no_key_is_shown():
-    assert "secret" not in repr(RemoteOptions(url="http://127.0.0.1:1", kind="openai", api_key="secret"))
+    assert "sk-7" not in repr(RemoteOptions(url="http://127.0.0.1:1", kind="openai", api_key="sk-7"))

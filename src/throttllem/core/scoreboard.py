@@ -370,7 +370,7 @@ class Scoreboard:
                 del board.pending[sequence.request.id]
                 board._count_pending(sequence, -sequence.request.sequences)
                 board._enter(sequence)
-        board.shared.relink(state.shared)
+        board.shared.relink(link for link in state.shared if link[0] in board and link[1] in board)
         board._saved = None
         return board
 
