@@ -182,7 +182,10 @@ class ControlLoop:
         self._sessions.pop(request_id, None)
         if backend is not None:
             if tokens is None and backend.progress is not None:
-                session.generated_tokens = max(session.generated_tokens, backend.progress.seen_tokens(request_id))
+                seen = min(
+                    backend.progress.seen_tokens(request_id), session.request.max_tokens * session.request.sequences
+                )
+                session.generated_tokens = max(session.generated_tokens, seen)
             if backend.prefixes is not None and session.usage.cached_tokens is not None:
                 backend.prefixes.served(request_id, session.usage.cached_tokens)
             if session.count.parts and session.usage.prompt_tokens:
