@@ -1,14 +1,18 @@
+import asyncio
 import math
 
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from tests.engines.vllm_peer import SPEC, VllmPeer, connected
+from tests.engines.vllm_peer import SPEC, VllmPeer, connected, engine_of
 from throttllem.cli.commands.profile import spelled
+from throttllem.core.admission import never_fits
+from throttllem.core.types import Request, Slo
 from throttllem.engines.base import EngineError
-from throttllem.engines.capacity import samples, total
+from throttllem.engines.capacity import MOST_BATCH, MOST_CONTEXT_TOKENS, MOST_KV_BLOCKS, samples, total
 
 NO_STEPS = (
     "progress is counted from streams and /metrics: "
@@ -86,18 +90,76 @@ def test_tokens_that_take_blocks_of_several_kinds():
     assert connected(peer).spec.block_tokens == 4
 
 
+def test_what_is_neither_reported_nor_set_is_unknown_and_named():
+    peer = VllmPeer()
+    peer.metrics, peer.tokenize, peer.models = False, False, [{"id": "kin"}]
+    found = connected(peer, max_context_tokens=100)
+    assert (found.spec.unknown, found.spec.max_context_tokens) == (("kv_blocks", "max_batch"), 100)
+    assert [note for note in found.notes if "give --set engines.0.kv_blocks=N --set engines.0.max_batch=N" in note]
+    assert never_fits(Request(id=1, arrival_s=0.0, prompt_tokens=10, max_tokens=91, slo=Slo()), found.spec)
+    bare = connected(peer, flags=spelled)
+    assert bare.spec.unknown == ("kv_blocks", "max_context_tokens", "max_batch")
+    assert [note for note in bare.notes if "--capacity kv_blocks=N --capacity max_context_tokens=N" in note]
+    assert never_fits(Request(id=1, arrival_s=0.0, prompt_tokens=10**5, max_tokens=10**5, slo=Slo()), bare.spec) is None
+
+
 def test_an_engine_without_metrics_takes_the_configuration():
     peer = VllmPeer()
     peer.metrics, peer.tokenize, peer.models = False, False, [{"id": "kin"}]
-    with pytest.raises(EngineError, match=r"kv_blocks: give --set engines\.0\.kv_blocks=N \(in TOML: kv_blocks of"):
-        connected(peer, max_context_tokens=100)
-    missing = r"report kv_blocks and max_context_tokens: give --capacity kv_blocks=N --capacity max_context_tokens=N$"
-    with pytest.raises(EngineError, match=missing):
-        connected(peer, flags=spelled)
     found = connected(peer, kv_blocks=10, max_context_tokens=100, max_batch=4)
     assert (found.spec.kv_blocks, found.spec.block_tokens, found.spec.max_batch) == (10, 16, 4)
+    assert found.spec.unknown == ()
     assert [note for note in found.notes if "block_tokens: 16 is assumed" in note]
     assert [note for note in found.notes if "no /tokenize and no tokenizer" in note]
+
+
+KINDS = {
+    "llama.cpp": (
+        "/props",
+        {"default_generation_settings": {"n_ctx": 4096}, "total_slots": 4},
+        (MOST_KV_BLOCKS, 1, 4, 4096, ("kv_blocks",)),
+    ),
+    "sglang": (
+        "/get_server_info",
+        {"max_total_num_tokens": 8000, "page_size": 16, "context_length": 4096, "max_running_requests": 32},
+        (500, 16, 32, 4096, ()),
+    ),
+    "tgi": (
+        "/info",
+        {"max_total_tokens": 2048, "max_batch_total_tokens": 8192, "max_concurrent_requests": 128},
+        (8192, 1, 256, 2048, ()),
+    ),
+    "ollama": (
+        "/api/ps",
+        {"models": [{"name": "other", "context_length": 7}, {"name": "kin", "context_length": 4096}]},
+        (MOST_KV_BLOCKS, 1, MOST_BATCH, 4096, ("kv_blocks", "max_batch")),
+    ),
+    "nonsense": (
+        "/props",
+        {"default_generation_settings": {"n_ctx": 10**30}, "total_slots": "4"},
+        (MOST_KV_BLOCKS, 1, MOST_BATCH, MOST_CONTEXT_TOKENS, ("kv_blocks", "max_context_tokens", "max_batch")),
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "page", "capacities"), KINDS.values(), ids=KINDS)
+def test_other_kinds_report_on_pages_of_theirs(path, page, capacities):
+    async def answer(request):
+        return web.json_response(page)
+
+    async def tokens(request):
+        return web.json_response({"tokens": []})
+
+    async def run():
+        peer = VllmPeer()
+        peer.metrics, peer.models = False, [{"id": "kin"}]
+        routes = {("GET", path): answer, ("POST", "/tokenize"): tokens}
+        async with engine_of(peer, routes) as engine:
+            return (await engine.connect()).spec
+
+    spec = asyncio.run(run())
+    found = (spec.kv_blocks, spec.block_tokens, spec.max_batch, spec.max_context_tokens, spec.unknown)
+    assert found == capacities
 
 
 def test_the_key_goes_with_every_request():

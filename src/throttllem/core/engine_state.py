@@ -104,7 +104,7 @@ class Engines:
         state = self.by_id.get(engine) or self._add(engine, spec.tp)
         if state.spec is not None:
             return None
-        table = self._tables.get(spec.tp)
+        table = None if spec.unknown else self._tables.get(spec.tp)
         if table is not None and table.clocks_mhz != spec.clocks_mhz:  # clocks that were never profiled are not used
             spec = replace(spec, clocks_mhz=table.clocks_mhz)
         state.spec, state.table, state.board = spec, table, Scoreboard(spec.block_tokens)

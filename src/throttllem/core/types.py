@@ -92,6 +92,9 @@ class EngineSpec:
     whole (TensorRT-LLM). `no_evict`: the engine reserves prompt + max_tokens before it starts a request
     (TensorRT-LLM's GUARANTEED_NO_EVICT), otherwise it preempts by recomputation when blocks run out.
     `clocks_mhz` ascending. `prefix_caching`: KV blocks of prompts with a common beginning are shared and kept.
+
+    `unknown` names the capacities that the engine does not report and no option sets. Their values are more than any
+    engine has, so that they bind no request; no performance table holds for such an engine.
     """
 
     gpu: str
@@ -108,6 +111,7 @@ class EngineSpec:
     idle_w: float
     startup_s: float
     prefix_caching: bool = False
+    unknown: tuple[str, ...] = ()
 
 
 class Reason(StrEnum):

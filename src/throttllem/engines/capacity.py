@@ -1,4 +1,7 @@
-"""The capacities of a vLLM-like engine: read from its metrics and other pages, completed by options and defaults."""
+"""The capacities of an engine with an OpenAI API: read from the pages that its kind has, completed by options.
+
+What is neither reported nor set is unknown (`EngineSpec.unknown`): such an engine is served without checks of it.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,16 @@ from prometheus_client.samples import Sample
 from throttllem.core.types import EngineSpec
 from throttllem.engines.base import EngineError, OwnLimitError, RemoteOptions
 from throttllem.engines.http import Upstream
+from throttllem.engines.kinds import capacities_of_others
 
 ASSUMED_BATCH = 256
 ASSUMED_BUDGET_TOKENS = 2048
 ASSUMED_BLOCK_TOKENS = 16
 """vLLM's own defaults on most GPUs."""
+MOST_BATCH = 1 << 16
+MOST_CONTEXT_TOKENS = 1 << 20
+MOST_KV_BLOCKS = 1 << 40
+"""More than any engine has, for capacities that are unknown."""
 PLUGIN_INFO = "throttllem_engine_info"
 """The metric that the plug-in adds to the engine's own."""
 
@@ -60,6 +68,11 @@ async def read_capacities(upstream: Upstream, *, need_batch: bool) -> ReportedCa
     numbers = {**_cache(page), **_plugin(page)}
     if need_batch and "max_batch" not in numbers:
         numbers |= await _server_info(upstream)
+    if "kv_blocks" not in numbers:
+        others = await capacities_of_others(upstream, names[0])
+        context = context or others.pop("max_context_tokens", None)
+        others.pop("max_context_tokens", None)
+        numbers |= others
     return ReportedCapacities(
         models=names,
         roots=roots,
@@ -74,7 +87,7 @@ async def read_capacities(upstream: Upstream, *, need_batch: bool) -> ReportedCa
 def engine_spec(reported: ReportedCapacities, options: RemoteOptions, spec: EngineSpec) -> tuple[EngineSpec, list[str]]:
     """The catalogue's `spec` with this engine's capacities, and notes on what the engine did not report.
 
-    Raises EngineError if a capacity that has no default is neither reported nor set.
+    Without the KV cache or the context the engine is none of vLLM's kin: no default of theirs is assumed then.
     """
     notes: list[str] = []
 
@@ -90,16 +103,36 @@ def engine_spec(reported: ReportedCapacities, options: RemoteOptions, spec: Engi
         notes.append(f"the engine does not report {name}: {value} is assumed")
         return value
 
-    batch = capped("max_batch", reported.max_batch, options.max_batch) or assumed("max_batch", ASSUMED_BATCH)
+    batch = capped("max_batch", reported.max_batch, options.max_batch)
     blocks = capped("kv_blocks", reported.kv_blocks, options.kv_blocks)
     block_tokens = reported.block_tokens or options.block_tokens
     context = capped("max_context_tokens", reported.max_context_tokens, options.max_context_tokens)
+    capacities = {"kv_blocks": blocks, "max_context_tokens": context, "max_batch": batch}
+    unknown = tuple(name for name, value in capacities.items() if value is None)
     if blocks is None or context is None:
-        missing = [key for key, value in (("kv_blocks", blocks), ("max_context_tokens", context)) if value is None]
-        raise EngineError(
-            f"the engine at {options.url} does not report {' and '.join(missing)}: give {options.flags(*missing)}",
-            status=503,
+        notes.append(
+            f"the engine does not report {', '.join(unknown)}: requests are admitted without checks of that, and the "
+            f"clock stays at the maximum; give {options.flags(*unknown)}"
         )
+    else:
+        batch, unknown = batch or assumed("max_batch", ASSUMED_BATCH), ()
+    if unknown:
+        return (
+            replace(
+                spec,
+                kv_blocks=blocks or MOST_KV_BLOCKS,
+                block_tokens=block_tokens or 1,
+                max_batch=batch or MOST_BATCH,
+                max_context_tokens=context or MOST_CONTEXT_TOKENS,
+                prefill_budget_tokens=reported.prefill_budget_tokens or MOST_CONTEXT_TOKENS,
+                chunked=reported.chunked,
+                no_evict=False,
+                startup_s=0.0,
+                unknown=unknown,
+            ),
+            notes,
+        )
+    assert blocks is not None and context is not None and batch is not None
     budget = reported.prefill_budget_tokens
     found = replace(
         spec,

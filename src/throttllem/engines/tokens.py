@@ -129,7 +129,8 @@ class TokenCounter:
         await self._file.load()
         body = to_json({"model": model, "prompt": _PROBE})
         status, answer = await self._upstream.post("/tokenize", body, timeout_s=5.0)
-        self._has_endpoint, self._file_counts = status == 200, self._file.exact
+        # llama.cpp's takes another body, and gives no count for this one.
+        self._has_endpoint, self._file_counts = status == 200 and _has_count(answer), self._file.exact
         if not self._has_endpoint:
             return (_NO_TEMPLATE if self._file.exact else _ESTIMATED.format(set_by=self._set_by),)
         self._file_counts = self._file.exact and _count_in(answer)[0] == self._file.tokens(_PROBE)
@@ -261,6 +262,13 @@ def mean_count(counts: list[PromptCount]) -> PromptCount:
     tokens = math.ceil(sum(count.tokens for count in counts) / max(1, len(counts)))
     worst = min(counts, key=lambda count: count.exact, default=NO_COUNT)
     return PromptCount(tokens=tokens, by=worst.by, exact=worst.exact)
+
+
+def _has_count(answer: bytes) -> bool:
+    try:
+        return _count_in(answer)[0] > 0
+    except EngineError:
+        return False
 
 
 def _count_in(answer: bytes) -> tuple[int, object]:

@@ -188,7 +188,7 @@ async def _engine(backend: Backend, core: ControllerOptions, options: Options) -
 
 def _described(backend: Backend, connected: Connected, core: ControllerOptions, options: Options) -> str:
     spec, clocks = connected.spec, connected.spec.clocks_mhz
-    table = core.tables.get(backend.tp)
+    table = None if spec.unknown else core.tables.get(backend.tp)
     if table is not None:
         clocks = table.clocks_mhz
     chosen = f"would choose among {len(clocks)} clocks, {clocks[0]} to {clocks[-1]} MHz,"
@@ -199,11 +199,15 @@ def _described(backend: Backend, connected: Connected, core: ControllerOptions, 
     elif core.throttle.policy is ClockPolicy.TOP or (core.slo_aware and _without_choice(backend, table)):
         chosen = "would keep to the top clock"
     simulated = "a simulated " if backend.clock.mode == "simulated" else ""
-    return (
-        f"engine {backend.name} serves {', '.join(connected.models)}: "
-        f"{spec.kv_blocks} KV blocks of {spec.block_tokens} tokens, {spec.max_batch} requests, "
-        f"context {spec.max_context_tokens}; policy {options.policy} {chosen} of {simulated}{backend.catalogue_gpu}"
-    )
+    if spec.unknown:
+        capacities = f"{', '.join(spec.unknown)} unknown"
+    else:
+        capacities = (
+            f"{spec.kv_blocks} KV blocks of {spec.block_tokens} tokens, {spec.max_batch} requests, "
+            f"context {spec.max_context_tokens}"
+        )
+    serves = f"engine {backend.name} serves {', '.join(connected.models)}: {capacities}"
+    return f"{serves}; policy {options.policy} {chosen} of {simulated}{backend.catalogue_gpu}"
 
 
 def _model(backend: Backend, connected: Connected) -> Iterator[Finding]:

@@ -1,9 +1,8 @@
+import re
 from dataclasses import replace
 
-import pytest
-
 from engines.triton_peer import PAGE, SPEC
-from throttllem.engines.base import EngineError, RemoteOptions
+from throttllem.engines.base import RemoteOptions
 from throttllem.engines.simulated.fleet import UNKNOWN
 from throttllem.engines.triton.facts import ENSEMBLE, Metrics, ModelFacts, engine_spec, metrics, model_facts
 
@@ -61,12 +60,11 @@ def test_every_assumption_is_noted():
     assert len(notes) == 3
 
 
-def test_a_model_that_is_not_known_gives_no_capacity():
+def test_a_model_that_is_not_known_gives_no_capacity_but_is_served():
     unknown, remote = replace(SPEC, model=UNKNOWN), RemoteOptions(url="http://127.0.0.1:1", kind="triton")
-    with pytest.raises(
-        EngineError, match=r"0\.metrics_url=URL .* engines\.0\.model=NAME .* or --set engines\.0\.kv_blocks=N"
-    ):
-        engine_spec(unknown, remote, ModelFacts(), Metrics())
+    found, (note,) = engine_spec(unknown, remote, ModelFacts(max_batch=8), Metrics())
+    assert (found.unknown, found.max_batch) == (("kv_blocks", "max_context_tokens"), 8)
+    assert re.search(r"0\.metrics_url=URL .* engines\.0\.model=NAME .* or --set engines\.0\.kv_blocks=N", note)
     found, _ = engine_spec(unknown, replace(remote, kv_blocks=9, max_context_tokens=512), ModelFacts(), Metrics())
     assert (found.kv_blocks, found.max_context_tokens) == (9, 512)
     found, notes = engine_spec(unknown, remote, ModelFacts(max_batch=8), metrics(PAGE))

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import EngineError, RemoteOptions
-from throttllem.engines.capacity import samples
+from throttllem.engines.base import RemoteOptions
+from throttllem.engines.capacity import MOST_BATCH, MOST_CONTEXT_TOKENS, MOST_KV_BLOCKS, samples
 from throttllem.engines.simulated.fleet import UNKNOWN
 
 ENSEMBLE = frozenset(
@@ -73,16 +73,30 @@ def engine_spec(
     """The engine as the core needs it, and notes on what was assumed.
 
     Metrics go before options, which go before the configuration (Triton's max_batch_size is near TensorRT-LLM's, but
-    not the same), which goes before `spec`, the catalogue's engine. Raises EngineError where nothing gives a capacity.
+    not the same), which goes before `spec`, the catalogue's engine. Where nothing gives the KV cache, it is unknown.
     """
     notes = []
     unknown, kv_blocks = spec.model == UNKNOWN, measured.kv_blocks or options.kv_blocks
     if unknown and kv_blocks is None:
         metrics_url, model, blocks = (options.flags(key) for key in ("metrics_url", "model", "kv_blocks"))
-        raise EngineError(
-            f"the server at {options.url} reports neither its model nor its KV cache: give {metrics_url}, {model}, or "
-            f"{blocks}",
-            status=503,
+        notes.append(
+            f"the server reports neither its model nor its KV cache: requests are admitted without checks of that, and "
+            f"the clock stays at the maximum; give {metrics_url}, {model}, or {blocks}"
+        )
+        context, batch = options.max_context_tokens, measured.max_requests or options.max_batch or facts.max_batch
+        capacities = {"kv_blocks": None, "max_context_tokens": context, "max_batch": batch}
+        return (
+            replace(
+                spec,
+                kv_blocks=MOST_KV_BLOCKS,
+                block_tokens=1,
+                max_batch=batch or MOST_BATCH,
+                max_context_tokens=context or MOST_CONTEXT_TOKENS,
+                chunked=bool(facts.chunked),
+                no_evict=False,
+                unknown=tuple(name for name, value in capacities.items() if value is None),
+            ),
+            notes,
         )
     max_batch = measured.max_requests or options.max_batch or facts.max_batch
     if max_batch is None:

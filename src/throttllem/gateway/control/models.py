@@ -79,11 +79,11 @@ class Models:
         return tuple(dict.fromkeys(name for model in self.served for name in model.all_names()))
 
     def max_sequences(self) -> int | None:
-        """Sequences side by side that the largest engine can run; None: not all engines have reported it yet."""
+        """Sequences side by side that the largest engine can run; None: not all engines have reported it."""
         most = 0
         for model in self.served:
             for backend in model.loop.backends:
-                if backend.connected is None:
+                if backend.connected is None or "max_batch" in backend.connected.spec.unknown:
                     return None
                 most = max(most, backend.connected.spec.max_batch)
         return most

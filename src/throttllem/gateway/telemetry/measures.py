@@ -134,12 +134,12 @@ _ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (
     (
         "throttllem_kv_capacity_blocks",
         "KV blocks that the engine has.",
-        lambda engine: engine.spec.kv_blocks if engine.spec else None,
+        lambda engine: engine.spec.kv_blocks if engine.spec and "kv_blocks" not in engine.spec.unknown else None,
     ),
     (
         "throttllem_max_batch_requests",
         "Most requests that the engine runs at once.",
-        lambda engine: engine.spec.max_batch if engine.spec else None,
+        lambda engine: engine.spec.max_batch if engine.spec and "max_batch" not in engine.spec.unknown else None,
     ),
     (
         "throttllem_reported_running_sequences",

@@ -69,6 +69,8 @@ async def profile_live(
     However it ends, all measured points are in `out` and in the checkpoint beside it.
     """
     connected = await engine.connect()
+    if connected.spec.unknown:
+        raise EngineError(next(iter(connected.notes), "the engine's capacities are not known"), status=503)
     _introduce(connected, device, say)
     checkpoint = open_checkpoint(out, _identity(connected, device, plan), resume=resume)
     if checkpoint.points:
