@@ -66,7 +66,7 @@ def hold_dir(path: Path) -> int | None:
 
     Raises WriteError where it cannot be made. The lock ends with the process, however it ends.
     """
-    handle = os.open(ensure_writable_dir(path) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = os.open(ensure_writable_dir(path) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -45,6 +45,15 @@ def test_gpus_of_a_dead_keeper_are_restored(dead, restored, machine):
     assert restored()[1] == ["ok no keeper left anything locked"]
 
 
+def test_a_damaged_journal_is_said_and_kept(dead, restored, ward, machine):
+    for path in dead.copies:
+        path.write_bytes(b"torn")
+    code, report = restored()
+    assert (code, report) == (1, ["!! the journal was damaged: a GPU that it named may still be locked"])
+    assert restored() == (0, ["ok no keeper left anything locked"])
+    assert ward.doctor("--no-measure", machine=machine)[1].count("a damaged journal is kept as") == 2
+
+
 def test_baselines_of_an_older_journal_are_ignored(dead, restored, machine):
     body = json.dumps([99, BOOT, {uuid: [705, 705] for uuid in dead.uuids}]).encode()
     dead.copies[0].write_bytes(b"%08x %s\n" % (zlib.crc32(body), body))

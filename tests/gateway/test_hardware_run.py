@@ -20,6 +20,7 @@ from throttllem.config import ClockOptions, EngineEntry
 from throttllem.gateway.check import check_configuration
 from throttllem.gateway.run import run_gateway
 from tools.nvml.machine import a100, h100
+from tools.testbed.private import private_folder
 
 
 @pytest.fixture
@@ -30,12 +31,18 @@ def machine(make_gpus_here):
 
 
 @pytest.fixture
-def keeper(machine, tmp_path):
+def keeper_folder():
+    with private_folder("keeper-") as made:
+        yield made
+
+
+@pytest.fixture
+def keeper(machine, keeper_folder):
     """The socket of a keeper in another process."""
-    socket = tmp_path / "keeper.sock"
+    socket = keeper_folder / "keeper.sock"
     command = [sys.executable, "-m", "throttllem.keeper", "--gpu", f"{machine.gpus[0].uuid}=210-1410"]
     process = subprocess.Popen(
-        [*command, "--socket", str(socket), "--state", str(tmp_path), "--user", str(os.getuid())]
+        [*command, "--socket", str(socket), "--state", str(keeper_folder), "--user", str(os.getuid())]
     )
     end_s = time.monotonic() + 20
     while not socket.exists():

@@ -15,6 +15,7 @@ from tests.keeper.client import Client
 from tests.keeper.processes import keeper_processes
 from throttllem.keeper.journal import Journal, boot_id, journal_paths
 from tools.nvml.machine import Machine, a100
+from tools.testbed.private import private_folder
 
 BOOT = boot_id()
 SWEEP_S = 0.05
@@ -58,10 +59,8 @@ def processes(library):
 @pytest.fixture
 def folder():
     """With a short path, since those of sockets are limited, and open to other users."""
-    made = Path(tempfile.mkdtemp(prefix="keeper"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made, ignore_errors=True)
+    with private_folder("keeper") as made:
+        yield made
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ OURS = {
     "throttllem.gpu.nvml",
     "throttllem.keeper",
     "throttllem.keeper.__main__",
+    "throttllem.keeper.folder",
     "throttllem.keeper.journal",
     "throttllem.keeper.leases",
     "throttllem.keeper.log",

@@ -9,15 +9,18 @@ import zlib
 
 import pytest
 
+from tests.keeper.rig import NOBODY, needs_root
 from throttllem.gpu.clock_range import ClockRange
 from throttllem.keeper.journal import Journal
+from tools.testbed.private import private_folder
 
 BASELINES = {"GPU-a": None, "GPU-b": ClockRange(600, 1410)}
 
 
 @pytest.fixture
-def paths(tmp_path):
-    return tmp_path / "one.journal", tmp_path / "two.journal"
+def paths():
+    with private_folder("journal-") as folder:
+        yield folder / "one.journal", folder / "two.journal"
 
 
 def read(paths, boot="now"):
@@ -125,7 +128,17 @@ def test_a_flipped_bit_is_detected(paths):
         b'[1, "now", []]',
         b'[1, "now", {"GPU-a": [0, 5]}, true]',
         b'[1, "now", 5]',
+        b'[1, "now", {}, true, "later"]',
+        b'[true, "now", {}, true]',
+        b'[4294967297, "now", {}, true]',
+        b'[1, "now", {"GPU-a": [true, 5]}, true]',
+        b'[1, "now", {"GPU-a": [1.5, 5]}, true]',
+        b'[1, "now", {"\\u001b[2J": null}, true]',
+        b'[1, "now", ' + json.dumps(dict.fromkeys(map(str, range(33)))).encode() + b", true]",
+        b"[" * 40_000,
+        b" " * 70_000,
     ],
+    ids=lambda body: repr(body[:40]),
 )
 def test_an_intact_copy_with_wrong_content_is_ignored(paths, logged, body):
     paths[0].write_bytes(lines(body))
@@ -145,8 +158,69 @@ def test_a_folder_at_its_path_is_logged(paths, logged):
 
 
 def full(path):
-    """A disk with no space for this copy."""
-    path.with_suffix(".part").symlink_to("/dev/full")
+    """A disk to which this copy cannot be written."""
+    path.with_suffix(".part").mkdir()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775], ids=oct)
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_folder_that_others_can_write_to_is_not_used(paths, logged, mode, level):
+    """Whether it is the journal's own folder or one above, sticky or not."""
+    folder = paths[0].parent / "above" / "own"
+    folder.mkdir(parents=True)
+    journal = folder / "keeper.journal"
+    Journal((journal,), "now").write(BASELINES)
+    journal.parents[level].chmod(mode)
+    assert read((journal,)) == {}
+    assert "other users can write there" in "".join(logged())
+    with pytest.raises(OSError, match="no lock without a journal"):
+        Journal((journal,), "now").write({})
+
+
+@needs_root
+@pytest.mark.parametrize("case", ["owner", "mode", "link", "second name", "pipe", "folder's link", "folder's owner"])
+def test_a_copy_that_is_not_roots_alone_is_not_used(paths, logged, case):
+    folder = paths[0].parent / "own"
+    folder.mkdir()
+    journal, other = folder / "keeper.journal", paths[1]
+    Journal((journal,), "now").write(BASELINES)
+    match case:
+        case "owner":
+            os.chown(journal, NOBODY, NOBODY)
+        case "mode":
+            journal.chmod(0o666)
+        case "link":
+            journal.symlink_to(journal.replace(other))
+        case "second name":
+            other.hardlink_to(journal)
+        case "pipe":
+            journal.unlink()
+            os.mkfifo(journal)
+        case "folder's link":
+            folder.symlink_to(folder.rename(paths[0].parent / "real"))
+        case "folder's owner":
+            os.chown(folder, NOBODY, NOBODY)
+    assert read((journal,)) == {}
+    assert len(logged()) == 1
+
+
+def test_a_journal_is_written_with_the_same_mode_under_any_umask(paths):
+    before = os.umask(0)
+    try:
+        Journal(paths, "now").write(BASELINES)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o644}
+
+
+def test_a_damaged_copy_is_kept_beside_its_replacement(paths):
+    paths[0].write_bytes(b"torn")
+    journal = Journal(paths, "now")
+    assert journal.read() == {}
+    journal.replace_damaged(BASELINES)
+    assert read(paths) == BASELINES
+    (kept,) = paths[0].parent.glob("one.journal.damaged-*")
+    assert kept.read_bytes() == b"torn"
 
 
 def test_a_full_disk_leaves_the_other_copy(paths, logged):
@@ -155,7 +229,7 @@ def test_a_full_disk_leaves_the_other_copy(paths, logged):
     journal = Journal(paths, "now")
     journal.read()
     journal.write(BASELINES)
-    assert os.strerror(errno.ENOSPC) in "".join(logged())
+    assert os.strerror(errno.EISDIR) in "".join(logged())
     assert read(paths) == BASELINES
 
 

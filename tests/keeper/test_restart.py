@@ -12,10 +12,9 @@ LOCK, RESET = "nvmlDeviceSetGpuLockedClocks", "nvmlDeviceResetGpuLockedClocks"
 
 
 def full(*journals):
-    """No space for these copies."""
+    """These copies cannot be written."""
     for path in journals:
-        path.with_suffix(".part").unlink(missing_ok=True)
-        path.with_suffix(".part").symlink_to("/dev/full")
+        path.with_suffix(".part").mkdir()
 
 
 def test_the_next_keeper_restores_the_baseline_and_resets_other_gpus(keepers, machine):
@@ -90,6 +89,28 @@ def test_one_missing_or_torn_copy_loses_no_lock(keepers, machine, copy, torn):
     assert ("is not used" in second.logged) is torn
 
 
+def test_what_a_damaged_journal_named_is_restored_and_the_copies_are_kept(keepers, machine):
+    first = keepers(baselines={1: (705, 705)})
+    with first.holds(mhz=900):
+        first.kill()
+    for path in first.copies:
+        path.write_bytes(b"\0" * 100)
+    second = keepers(baselines={1: (705, 705)})
+    until(lambda: locks(machine) == [None, (705, 705)] and second.journal == {})
+    assert second.logged.count("is kept as") == 2
+    assert all([*path.parent.glob(f"{path.name}.damaged-*")] for path in first.copies)
+    second.kill()
+    assert "is not used" not in keepers(baselines={1: (705, 705)}).logged[len(second.logged) :], "once is enough"
+
+
+def test_a_folder_that_others_can_write_to_is_refused(keepers, folder):
+    (folder / "state").mkdir()
+    (folder / "state").chmod(0o1777)
+    refused = keepers(wait=False)
+    assert refused.wait() == 1
+    assert "has mode 1777: other users can write there" in refused.logged
+
+
 def test_nothing_is_locked_without_a_journal(keeper, client, machine):
     client.ok("lease", gpus=keeper.uuids, ttl_s=LONG_S)
     full(*keeper.copies)
@@ -98,7 +119,7 @@ def test_nothing_is_locked_without_a_journal(keeper, client, machine):
     assert machine.writes() == []
     assert keeper.status()["before"] == {}
     for path in keeper.copies:
-        path.with_suffix(".part").unlink()
+        path.with_suffix(".part").rmdir()
     client.ok("set", mhz=900)
 
 
@@ -107,7 +128,7 @@ def test_one_copy_is_enough_to_lock_and_the_failure_is_logged(keepers, machine, 
     first = keepers()
     full(first.copies[copy])
     with first.holds(mhz=900):
-        assert "No space left" in first.logged
+        assert "Is a directory" in first.logged
         first.kill()
     keepers()
     until(lambda: locks(machine) == [None, None])

@@ -16,8 +16,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from throttllem.gpu.locks import LockableGpu
 from throttllem.keeper import __main__ as keeper
@@ -133,55 +132,52 @@ class _Traps:
         return OSError(self.board.error, os.strerror(self.board.error))
 
 
-class _File:
+def _around_files(traps: _Traps) -> None:
     """A file that is to become a copy of the journal; half of it is on the disk when the trap in the middle springs."""
+    real_open, real_write, real_close, real_rename = os.open, os.write, os.close, os.rename
+    written: dict[int, int] = {}
 
-    def __init__(self, file: Any, copy: int, traps: _Traps) -> None:
-        self._file, self._copy, self._traps = file, copy, traps
+    def place(name: str, folder: int | None) -> Path:
+        return Path(name) if folder is None else Path(f"/proc/self/fd/{folder}").readlink() / name
 
-    def __enter__(self) -> Self:
-        return self
+    def opened(name: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        copy = traps.copy(place(name, dir_fd)) if flags & os.O_CREAT and dir_fd is not None else None
+        if copy is None:
+            return real_open(name, flags, mode, dir_fd=dir_fd)
+        traps(f"open.before.{copy}")
+        handle = real_open(name, flags, mode, dir_fd=dir_fd)
+        written[handle] = copy
+        traps(f"open.after.{copy}")
+        return handle
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
-
-    def write(self, text: bytes) -> int:
-        self._traps(f"write.before.{self._copy}")
-        time.sleep(self._traps.board.slow_s)
-        error = self._traps.fails(self._copy)
-        if error and not (self._traps.board.short and error.errno == errno.ENOSPC):
+    def wrote(handle: int, text: bytes) -> int:
+        copy = written.get(handle)
+        if copy is None:
+            return real_write(handle, text)
+        traps(f"write.before.{copy}")
+        time.sleep(traps.board.slow_s)
+        error = traps.fails(copy)
+        if error and not (traps.board.short and error.errno == errno.ENOSPC):
             raise error
-        self._file.write(text[: len(text) // 2])
-        self._file.flush()
+        done = real_write(handle, text[: len(text) // 2])
         if error:
             raise error
-        self._traps(f"write.half.{self._copy}")
-        self._file.write(text[len(text) // 2 :])
-        self._file.flush()
-        self._traps(f"write.after.{self._copy}")
-        return len(text)
+        traps(f"write.half.{copy}")
+        done += real_write(handle, text[len(text) // 2 :])
+        traps(f"write.after.{copy}")
+        return done
 
+    def closed(handle: int) -> None:
+        written.pop(handle, None)
+        real_close(handle)
 
-def _around_files(traps: _Traps) -> None:
-    real_open, real_replace = Path.open, Path.replace
-
-    def opened(path: Path, *how: Any, **more: Any) -> Any:
-        copy = traps.copy(path)
-        if copy is None:
-            return real_open(path, *how, **more)
-        traps(f"open.before.{copy}")
-        file = _File(real_open(path, *how, **more), copy, traps)
-        traps(f"open.after.{copy}")
-        return file
-
-    def replaced(path: Path, target: Path) -> Path:
-        copy = traps.copy(path)
+    def renamed(name: Any, new: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
+        copy = traps.copy(place(name, src_dir_fd))
         traps(f"replace.before.{copy}")
-        found = real_replace(path, target)
+        real_rename(name, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
         traps(f"replace.after.{copy}")
-        return found
 
-    Path.open, Path.replace = opened, replaced  # type: ignore[method-assign, assignment]
+    os.open, os.write, os.close, os.rename = opened, wrote, closed, renamed  # type: ignore[assignment]
 
 
 def _between(traps: _Traps, point: str, real: Callable[..., Any]) -> Callable[..., Any]:

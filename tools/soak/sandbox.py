@@ -21,13 +21,12 @@ from tools.nvml import build
 from tools.nvml.machine import Part, a100
 from tools.soak.evidence import Gap
 from tools.testbed.fork_server import ForkServer, fork_server
+from tools.testbed.private import private_base
 from tools.testbed.processes import free_port
 
 MOST_GPUS = 6
 SWITCH_MS = (9.0, 26.0)
 """Twice what was measured: no reader may trust a clock that is still switching."""
-MEMORY = Path("/dev/shm")
-"""A disk that is never slow, but where a fault makes it so."""
 PULSE_S, GAP_S = 0.02, 0.1
 _SMALL_KIB = 64
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE, _MNT_DETACH = 0x20000, 0x4000, 0x40000, 2
@@ -76,7 +75,7 @@ def sandboxes(
     `mounts`: this thread may have its own, for ever.
     """
     with ExitStack() as stack:
-        folder = _folder(stack, MEMORY if os.access(MEMORY, os.W_OK) else None)
+        folder = _folder(stack, private_base())
         built = build.library(library or _folder(stack, None))
         places, small = [folder / str(number) for number in range(count)], mounts and _own_mounts()
         for place in places:

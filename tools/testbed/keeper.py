@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.testbed.private import private_folder
 from tools.testbed.processes import Process, started
 
 
@@ -24,16 +25,16 @@ class Keeper:
 def keeper(
     ranges_mhz: Mapping[str, tuple[int, int]], folder: Path, *, environment: Mapping[str, str] | None = None
 ) -> Iterator[Keeper]:
-    """Keeps the GPUs of these UUIDs within their ranges, for this user; socket, state and log in `folder`.
+    """Keeps the GPUs of these UUIDs within their ranges, for this user; its log is in `folder`.
 
     `environment` makes it see the GPUs (`Machine.environment`). Raises ProcessError.
     """
-    socket = folder / "keeper.sock"
-    command = [sys.executable, "-m", "throttllem.keeper", "--user", str(os.getuid()), "--socket", str(socket)]
-    command += ["--state", str(folder / "keeper")]
+    command = [sys.executable, "-m", "throttllem.keeper", "--user", str(os.getuid())]
     for uuid, (low, high) in ranges_mhz.items():
         command += ["--gpu", f"{uuid}={low}-{high}"]
-    with started(
-        command, folder / "keeper.log", ready=socket.exists, within_s=10.0, environment=environment
-    ) as process:
-        yield Keeper(socket=socket, process=process)
+    with private_folder("keeper-") as private:
+        socket = private / "keeper.sock"
+        command += ["--socket", str(socket), "--state", str(private / "state")]
+        log = folder / "keeper.log"
+        with started(command, log, ready=socket.exists, within_s=10.0, environment=environment) as process:
+            yield Keeper(socket=socket, process=process)

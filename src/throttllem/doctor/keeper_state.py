@@ -41,7 +41,7 @@ class SocketState(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeeperState:
     """`status`: the keeper's answer. `left`: the GPUs in its journal, which it has locked or may have, with their
-    baselines. `journal_errors`: what is wrong with the journal.
+    baselines. `journal_errors`: what is wrong with the journal. `kept`: damaged copies that a keeper has set aside.
     """
 
     path: Path
@@ -49,6 +49,7 @@ class KeeperState:
     status: Mapping[str, Any] = field(default_factory=dict)
     left: Mapping[str, ClockRange | None] = field(default_factory=dict)
     journal_errors: tuple[str, ...] = ()
+    kept: tuple[Path, ...] = ()
 
     @property
     def runs(self) -> bool:
@@ -92,7 +93,17 @@ def read_keeper_state(state: Path, socket: Path) -> KeeperState:
         found, status = SocketState.ANSWERS, asyncio.run(keeper_status(socket))
     except KeeperError as error:
         found, status = _socket_state(error), {}
-    return KeeperState(path=socket, socket=found, status=status, left=left, journal_errors=tuple(errors))
+    kept = [path for copy in journal_paths(state, socket) for path in sorted(_kept(copy))]
+    return KeeperState(
+        path=socket, socket=found, status=status, left=left, journal_errors=tuple(errors), kept=tuple(kept)
+    )
+
+
+def _kept(copy: Path) -> list[Path]:
+    try:
+        return list(copy.parent.glob(f"{copy.name}.damaged-*"))
+    except OSError:  # a folder that this user may not enter
+        return []
 
 
 def open_journal(state: Path, socket: Path) -> Journal:
@@ -158,6 +169,8 @@ def keeper_findings(keeper: KeeperState, here: Mapping[str, str] | None, user: s
     yield from _socket_findings(keeper)
     for error in keeper.journal_errors:
         yield note("journal", error)
+    for path in keeper.kept:
+        yield note("journal", f"a damaged journal is kept as {path}", "remove it when its cause is known")
     for uuid in keeper.status.get("allowed", ()):
         if here is not None and uuid not in here:
             yield trouble("keeper", f"may set {uuid}, which is not here", "remove it from the service's options")

@@ -84,7 +84,14 @@ def _restore(gpus: _Gpus, state: Path, socket: Path, named: Sequence[str]) -> It
 
 def _restore_journaled(gpus: _Gpus, journal: Journal) -> Iterator[Finding]:
     left = journal.read()
-    if not left:
+    if journal.damaged:
+        journal.replace_damaged(left)
+        yield trouble(
+            "restore",
+            "the journal was damaged: a GPU that it named may still be locked",
+            "start the keeper, which restores every GPU that it may set, or reset one with `--restore --gpu UUID`",
+        )
+    elif not left:
         yield ok("restore", "no keeper left anything locked")
         return
     remaining = dict(left)

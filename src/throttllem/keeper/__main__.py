@@ -1,16 +1,17 @@
 """The keeper's process, from its start to its end. It runs as root, and loads only what it needs for that."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from throttllem.files import hold_dir
 from throttllem.gpu.nvml import Nvml
 from throttllem.keeper import systemd
+from throttllem.keeper.folder import UnsafeError, open_folder
 from throttllem.keeper.journal import Journal, boot_id, journal_paths
 from throttllem.keeper.leases import SWEEP_S, Leases
 from throttllem.keeper.log import RateLimit, log
@@ -72,14 +73,28 @@ def end_process(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
             os._exit(1)
 
 
+def _make(folder: Path) -> None:
+    """Make a folder where absent. Raises UnsafeError; any other failure is none yet: one copy of the journal is enough,
+    and without the socket's folder there is no start.
+    """
+    try:
+        with open_folder(folder, make=True):
+            pass
+    except UnsafeError:
+        raise
+    except OSError as error:
+        log.warning("%s: %s", folder, error)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the keeper; does not return."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     log.addFilter(RateLimit())
     options = parse_options(arguments)
     try:
-        with contextlib.suppress(OSError):  # one copy of the journal is enough
-            options.state.mkdir(parents=True, exist_ok=True)
+        os.umask(0o022)
+        for folder in (options.socket.parent, options.state):
+            _make(folder)
         if hold_dir(options.socket.parent) is None:
             raise OSError(f"{options.socket.parent}: another keeper runs there")
         with Nvml() as nvml, asyncio.Runner() as runner:

@@ -83,8 +83,8 @@ class Leases:
 
     `held`: the lease of each GPU that has one. `restoring`: the GPUs that are being restored. `restore_to`: the content
     of the journal, the GPUs that may be locked now and the baseline of each (None: reset). At first these are the GPUs
-    that the last keeper may have left locked. A GPU that the options name has the baseline that the options state now,
-    any other GPU the one that was stated to the keeper that locked it.
+    that the last keeper may have left locked (all that may be set, if the journal is damaged). A GPU that the options
+    name has the baseline that the options state now, any other GPU the one stated to the keeper that locked it.
     """
 
     def __init__(
@@ -96,6 +96,9 @@ class Leases:
         self.restore_to = {
             uuid: baselines.get(uuid) if uuid in allowed else baseline for uuid, baseline in journal.read().items()
         }
+        if journal.damaged:  # what it named is not known: each GPU that may be set
+            self.restore_to |= {uuid: baselines.get(uuid) for uuid in allowed}
+            journal.replace_damaged(self.restore_to)
         self._journal, self._writing = journal, asyncio.Lock()
         self._sets_left = dict.fromkeys(allowed, SETS_AT_ONCE)
         self._gpus = {uuid: (LockableGpu(nvml, uuid), ThreadPoolExecutor(1)) for uuid in {*allowed, *self.restore_to}}
