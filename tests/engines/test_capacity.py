@@ -227,3 +227,20 @@ def test_reads_what_the_client_library_writes(value, other, number):
 @given(st.binary(max_size=200))
 def test_no_bytes_raise(noise):
     samples(b"x" + noise + b'\nx{a="' + noise, "x")
+
+
+def test_models_come_and_go_and_odd_names_are_left_out():
+    async def run():
+        peer = VllmPeer()
+        async with engine_of(peer) as engine:
+            before = (await engine.connect()).models
+            peer.models = [{"id": name} for name in ("tiny", "late", "\x1b[2J", "x" * 513, "", 3)]
+            after = await engine.names()
+            peer.models = [{"id": f"m{number}"} for number in range(5000)]
+            many = len(await engine.names())
+            peer.models_status = 503
+            with pytest.raises(EngineError):
+                await engine.names()
+            return before, after, many
+
+    assert asyncio.run(run()) == (("tiny", "lora"), ("tiny", "late"), 4096)

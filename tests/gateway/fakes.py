@@ -135,7 +135,10 @@ class Models:
         self.sessions.append(session)
         return session
 
-    def uncontrolled_backend(self, model):
+    async def read_names(self):
+        pass
+
+    async def uncontrolled_backend(self, model):
         self._known("tiny" if model is None else model)
         return SimpleNamespace(engine=self.engine, uncontrolled=self._working)
 

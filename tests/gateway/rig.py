@@ -110,6 +110,8 @@ class Killable:
         self.gone = False
         self.connects = 0
         self.checks = 0
+        self.models = None
+        self.asked_names = 0
 
     async def connect(self):
         self.connects += 1
@@ -122,6 +124,12 @@ class Killable:
         if self.gone:
             raise EngineError("connection refused", status=503)
         await self.inner.well()
+
+    async def names(self):
+        self.asked_names += 1
+        if self.models is None:
+            raise EngineError("it does not say")
+        return self.models
 
     async def count(self, parsed):
         return await self.inner.count(parsed)

@@ -185,6 +185,9 @@ class LiveEngine(Protocol):
     async def well(self) -> None:
         """A health check that changes nothing. Raises EngineError if it fails."""
 
+    async def names(self) -> tuple[str, ...]:
+        """The models that it serves now, adapters included. Raises EngineError if it does not say."""
+
     async def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens of a prompt, by the engine's own tokenizer where there is one."""
 

@@ -25,6 +25,9 @@ MOST_BATCH = 1 << 16
 MOST_CONTEXT_TOKENS = 1 << 20
 MOST_KV_BLOCKS = 1 << 40
 """More than any engine has, for capacities that are unknown."""
+MOST_NAMES = 4096
+LONGEST_NAME = 512
+"""Characters; longer names of models, and those with control characters, are left out."""
 PLUGIN_INFO = "throttllem_engine_info"
 """The metric that the plug-in adds to the engine's own."""
 
@@ -82,6 +85,11 @@ async def read_capacities(upstream: Upstream, *, need_batch: bool) -> ReportedCa
         started_s=total(page, "process_start_time_seconds"),
         **numbers,
     )
+
+
+async def read_names(upstream: Upstream, *, timeout_s: float) -> tuple[str, ...]:
+    """The models in `/v1/models`. Raises EngineError if there is none."""
+    return _models(upstream.url, await upstream.get_json("/v1/models", timeout_s=timeout_s))[0]
 
 
 def engine_spec(reported: ReportedCapacities, options: RemoteOptions, spec: EngineSpec) -> tuple[EngineSpec, list[str]]:
@@ -182,7 +190,8 @@ def _models(url: str, answer: object) -> tuple[tuple[str, ...], tuple[str, ...],
     """Names, the checkpoints behind them (adapters left out), and the least context of those that report one."""
     listed = answer.get("data") if isinstance(answer, dict) else None
     models = [model for model in listed if isinstance(model, dict)] if isinstance(listed, list) else []
-    names = tuple(name for model in models if isinstance(name := model.get("id"), str))
+    found = (name for model in models if isinstance(name := model.get("id"), str))
+    names = tuple(name for name in found if name.isprintable() and 0 < len(name) <= LONGEST_NAME)[:MOST_NAMES]
     if not names:
         raise EngineError(f"the engine at {url} names no model in /v1/models", status=503)
     roots = (model.get("root") for model in models if not model.get("parent"))

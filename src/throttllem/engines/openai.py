@@ -13,7 +13,14 @@ from contextlib import ExitStack
 
 from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Connected, EngineError, OwnLimitError, RemoteOptions, Report
-from throttllem.engines.capacity import ReportedCapacities, engine_spec, metrics_page, read_capacities, total
+from throttllem.engines.capacity import (
+    ReportedCapacities,
+    engine_spec,
+    metrics_page,
+    read_capacities,
+    read_names,
+    total,
+)
 from throttllem.engines.http import Upstream
 from throttllem.engines.step_reports import StepReceiver, check_address, read_secret
 from throttllem.engines.tokens import TokenCounter
@@ -77,6 +84,10 @@ class OpenaiEngine:
         if status >= 500:
             url = self._upstream.url
             raise EngineError(f"the engine at {url} is not healthy (/health answers {status})", status=503)
+
+    async def names(self) -> tuple[str, ...]:
+        """The models that it serves now: adapters come and go while it runs. Raises EngineError if it names none."""
+        return await read_names(self._upstream, timeout_s=SCRAPE_LIMIT_S)
 
     async def watch(self, report: Callable[[Report], None]) -> None:
         """Report steps and scrapes until cancelled. Raises EngineError when the engine is gone or was restarted."""

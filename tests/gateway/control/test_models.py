@@ -31,10 +31,32 @@ def test_a_name_that_no_engine_serves():
             await it.up()
             assert it.models.names() == ("toy",)
             with pytest.raises(ApiError, match="there is: toy"):
-                it.models.uncontrolled_backend("other")
+                await it.models.uncontrolled_backend("other")
             return await rejection(it.models.count(parsed(model="other")))
 
     assert virtually(run()) == (404, "model_not_found")
+
+
+def test_names_are_read_again_when_one_is_unknown():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            engine, seen = it.backend.engine, []
+            engine.models = ("toy", "adapter")
+            seen.append((await it.models.count(parsed(model="adapter"))).tokens)
+            asked = engine.asked_names
+            flood = await asyncio.gather(*(rejection(it.models.count(parsed(model=f"no-{n}"))) for n in range(100)))
+            seen += [set(flood), engine.asked_names - asked, it.models.names()]
+            engine.models = ("toy",)
+            await asyncio.sleep(1.1)
+            seen += [await rejection(it.models.uncontrolled_backend("other")), it.models.names()]
+            engine.models = None
+            await asyncio.sleep(1.1)
+            seen += [await rejection(it.models.count(parsed(model="adapter"))), it.models.names()]
+            return seen
+
+    unknown = (404, "model_not_found")
+    assert virtually(run()) == [4, {unknown}, 0, ("toy", "adapter"), unknown, ("toy",), unknown, ("toy",)]
 
 
 def test_a_client_that_names_no_model_gets_the_only_one():
@@ -117,7 +139,7 @@ def test_an_engine_that_does_not_come_up():
             gateway_status(it.models)
             found = await rejection(it.models.count(parsed()))
             with pytest.raises(ApiError, match="no engine is up") as caught:
-                it.models.uncontrolled_backend(None)
+                await it.models.uncontrolled_backend(None)
             assert (caught.value.message, str(caught.value)) == (
                 "no engine is up",
                 "no engine is up: connection refused",
@@ -187,7 +209,7 @@ def test_a_model_may_be_served_under_another_name():
         async with rig() as it:
             it.models.served = (ServedModel(loop=it.loop, names=("mine",)),)
             await it.up()
-            assert it.models.uncontrolled_backend("mine") is it.models.uncontrolled_backend(None)
+            assert await it.models.uncontrolled_backend("mine") is await it.models.uncontrolled_backend(None)
             return it.models.names(), it.models.uncontrolled, await rejection(it.models.count(parsed()))
 
     assert virtually(run()) == (("mine",), 2, (404, "model_not_found"))

@@ -38,6 +38,8 @@ def test_models_are_listed_and_found():
     async def check(there):
         _, _, listed = await there.get("/v1/models")
         _, _, one = await there.get("/v1/models/org/other")
+        assert (await there.get("/v1/models/org%2Fother"))[2] == one
+        assert [(await there.get(path))[0] for path in ("/v1%2Fmodels", "/v1/models/org%2F..%2Fother")] == [404, 404]
         status, _, none = await there.get("/v1/models/none")
         return json.loads(listed), json.loads(one), status, error_of(none)
 

@@ -116,6 +116,10 @@ class RealtimeEngine:
         """Raises EngineError once it was closed."""
         self._check_alive()
 
+    async def names(self) -> tuple[str, ...]:
+        """Its one model."""
+        return (self.name,)
+
     async def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens by its own tokenizer: exact, unless the prompt is far too long to be served."""
         if len(request.body) > LARGE_BYTES:

@@ -122,6 +122,10 @@ class TritonEngine:
         if status != 200:
             raise EngineError(f"{self._upstream.url}: the model {self._model!r} is not ready ({status})", status=503)
 
+    async def names(self) -> tuple[str, ...]:
+        """The one model that is configured."""
+        return (self._model,)
+
     async def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens of the prompt by the tokenizer.json, or an estimate from its bytes that is marked as one."""
         check_translated(request, "Triton")

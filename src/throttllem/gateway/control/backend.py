@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from throttllem.core.types import EngineLost, EngineReady, Event, Uncontrolled
 from throttllem.engines.base import Connected, EngineError, LiveEngine, OwnLimitError, Report
@@ -31,6 +32,8 @@ _NEXT_CHECK_S = 0.5
 _COUNTS_AT_A_TIME = 64
 _LARGE_COUNTS_AT_A_TIME = 2
 _STALLED_AFTER_S = 10.0
+_NAMES_AGAIN_S = 1.0
+"""An engine is asked for its models no sooner after the last time, however many unknown names clients send."""
 _UNKNOWN_STEP_S = 0.05
 _LEARNED = 0.25
 """Of a new value in a mean that follows."""
@@ -58,6 +61,9 @@ class Backend:
     """The key of its last start."""
     state: str = "down"
     own_trouble: str | None = None
+    named_s: float = -math.inf
+    """When the engine was last asked for the models that it serves, since it is up."""
+    naming: asyncio.Lock = field(default_factory=asyncio.Lock)
     connected: Connected | None = None
     progress: Progress | None = None
     report: Report | None = None
@@ -178,6 +184,7 @@ class Backend:
 
     async def _take_into_use(self, key: int, connected: Connected, emit: Emit) -> None:
         self.connected, self.report, self.own_trouble, self.lacking_s = connected, None, None, None
+        self.named_s = -math.inf
         if self.kind != "simulated":
             self.model.reached(connected)
         self.progress = Progress(key, exact=connected.named)
@@ -318,6 +325,24 @@ class Backend:
     def took(self, parts: int, tokens: int) -> None:
         """The engine reported a prompt whose `parts` that are no text were `tokens`."""
         self.part_tokens += _LEARNED * (max(0, tokens) / parts - self.part_tokens)
+
+    async def read_names(self) -> None:
+        """Ask the engine which models it serves now, if that was not done just before; if it does not say, the names
+        stay as they are.
+        """
+        async with self.naming:
+            connected = self.connected
+            if connected is None or self.state != "up" or self.now() - self.named_s < _NAMES_AGAIN_S:
+                return
+            self.named_s = self.now()
+            try:
+                names = await self.engine.names()
+            except EngineError as error:
+                log.warning("engine %s: its models cannot be read again: %s", self.name, error)
+                return
+            if self.connected is connected and names != connected.models:
+                self.connected = replace(connected, models=names)
+                log.info("engine %s serves other models now: %s", self.name, ", ".join(names))
 
     def estimated(self, by: str) -> None:
         """A prompt's tokens were estimated, not counted."""

@@ -16,6 +16,7 @@ from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.session import Session
+from throttllem.openai_api.errors import ApiError
 from throttllem.openai_api.large_bodies import LARGE_BYTES
 from throttllem.openai_api.requests import ParsedRequest
 
@@ -78,6 +79,11 @@ class Models:
         """Names that clients may use."""
         return tuple(dict.fromkeys(name for model in self.served for name in model.all_names()))
 
+    async def read_names(self) -> None:
+        """Ask the engines which models they serve now; one that was asked just before is not asked again."""
+        backends = [backend for model in self.served if not model.names for backend in model.loop.backends]
+        await asyncio.gather(*(backend.read_names() for backend in backends))
+
     def max_sequences(self) -> int | None:
         """Sequences side by side that the largest engine can run; None: not all engines have reported it."""
         most = 0
@@ -92,7 +98,7 @@ class Models:
         """Tokens of a prompt. Raises ApiError (404 unknown model, 429 too many are counted, 502 to 504 engine)."""
         if self.draining:
             raise rejections.draining()
-        loop = self._loop(parsed.model)
+        loop = await self._loop_now(parsed.model)
         if loop.counting >= loop.controller.options.admission.queue_limit:
             raise rejections.queue_full(loop.retry_after_s())
         loop.counting += 1
@@ -154,9 +160,9 @@ class Models:
         )
         return Session(loop=loop, request=request, streams=parsed.stream, chat=parsed.is_conversation, count=counted)
 
-    def uncontrolled_backend(self, model: str | None) -> Backend:
+    async def uncontrolled_backend(self, model: str | None) -> Backend:
         """The backend of a request without control (None: the first model). Raises ApiError (404, 503)."""
-        loop = self.served[0].loop if model is None else self._loop(model)
+        loop = self.served[0].loop if model is None else await self._loop_now(model)
         backend = loop.serving()
         if backend is None:
             raise rejections.no_engine(next((other.trouble for other in loop.backends if other.trouble), None))
@@ -177,6 +183,16 @@ class Models:
             draining=self.draining,
             version=self.version,
         )
+
+    async def _loop_now(self, name: str) -> ControlLoop:
+        """As `_loop`; the engines are asked before a name counts as unknown, as adapters are loaded at any time."""
+        try:
+            return self._loop(name)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+        await self.read_names()
+        return self._loop(name)
 
     def _loop(self, name: str) -> ControlLoop:
         """The loop that serves this name, else that of the one model whose engine has not reported a name yet. A client

@@ -286,7 +286,7 @@ class Gateway:
             model = await asyncio.to_thread(model_of, body, exchange.headers.get("content-type", ""))
         else:
             model = model_of(body, exchange.headers.get("content-type", ""))
-        backend = self._models.uncontrolled_backend(model)
+        backend = await self._models.uncontrolled_backend(model)
         exchange.attend()
         call = Call(method=exchange.method, path=_target(exchange), headers=self._headers(exchange), body=body)
         works = use is Use.WORK
@@ -346,8 +346,9 @@ def _path(exchange: Exchange) -> str:
         return raw
     path = unquote(raw, errors="replace")
     segments = path.split("/")
-    odd = "." in segments or ".." in segments or "" in segments[1:-1] or _ODD.search(path) is not None
-    if odd or len(segments) != raw.count("/") + 1 or not path.startswith("/") or not path.isprintable():
+    joined = raw.count("/") + 1 != len(segments) and not raw.startswith(MODELS + "/")  # a name may have a slash
+    odd = joined or "." in segments or ".." in segments or "" in segments[1:-1] or _ODD.search(path) is not None
+    if odd or not path.startswith("/") or not path.isprintable():
         raise not_found(exchange.method, raw)
     if path.endswith("/") and path[:-1].startswith(_REDIRECTED):
         query = exchange.scope["query_string"].decode("latin-1")

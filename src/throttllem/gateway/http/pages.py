@@ -66,6 +66,7 @@ class Pages:
     async def models(self, exchange: Exchange, path: str) -> None:
         """`/v1/models` and `/v1/models/NAME`."""
         _only(exchange, "GET")
+        await self._models.read_names()
         entries = [
             {"id": name, "object": "model", "created": self._since_s, "owned_by": "throttllem"}
             for name in self._models.names()
