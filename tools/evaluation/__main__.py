@@ -28,6 +28,7 @@ PARTS = (
     "faults",
     "quick",
     "new_user",
+    "bounds",
 )
 
 

@@ -7,6 +7,8 @@ that `/health` is served then too.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -20,6 +22,7 @@ _OVER = 32
 _LINGERING = 64
 """Refused clients that are given time to read the answer."""
 _LINGER_S = 0.5
+_READ_BYTES = 64 * 1024
 _LOOK_AGAIN_S = 0.05
 
 
@@ -82,13 +85,19 @@ class _Refusal(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.write(_REFUSED)
+        # Closing with bytes unread would reset the connection, and the client might never see why.
         if len(self._lingering) >= _LINGERING:
+            with contextlib.suppress(OSError):
+                os.read(self._transport.get_extra_info("socket").fileno(), _READ_BYTES)
             self._transport.close()
             return
-        # Closing with bytes unread would reset the connection, and the client might never see why.
         self._transport.write_eof()
         self._lingering.add(transport)
         asyncio.get_running_loop().call_later(_LINGER_S, self._transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        assert self._transport is not None
+        self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._transport is not None:
