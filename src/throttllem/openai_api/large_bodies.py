@@ -105,9 +105,9 @@ def prompt_lengths(raw: Raw) -> tuple[Any, ...]:
     """The prompts in a large value: one text, undecoded; the texts of a list; or a `range` as long as each list of
     token ids (lists have the mean of their lengths). Raises ApiError 400 for anything else.
     """
-    content = bytes(raw)
-    if content[:1] == b'"':
+    if memoryview(raw)[0] == ord('"'):
         return (raw,)
+    content = bytes(raw)
     if content.count(b'"') == 0:
         commas = content.count(b",")
         shape = content.translate(None, b"0123456789," + _BLANK)
@@ -148,7 +148,8 @@ def without(body: bytes, name: str) -> bytes:
         while body[before] in _BLANK:
             before -= 1
         key = before if body[before] == ord(",") else key
-    rest = body[:key] + body[end:]
+    seen = memoryview(body)
+    rest = b"".join((seen[:key], seen[end:]))
     if getattr(_NAMED.decode(rest), name):
         raise invalid(f"{name}: is in the body twice", name)
     return rest
