@@ -397,3 +397,13 @@ def test_an_engine_that_drafts_in_vain_is_one_that_does_not_speculate():
     for number in range(50):
         expected = plain.report(Report(running=2, waiting=0, step=number, generated_tokens=2))
         assert drafts.report(speculated(number, 2, 0)) == expected
+
+
+def test_a_stream_that_ended_since_the_last_report_has_the_tokens_of_its_events():
+    progress = Progress(3, exact=False)
+    for number in range(50):
+        progress.report(speculated(number, 6, 4))
+    sent(progress, 1)
+    for _ in range(20):
+        progress.token(1)
+    assert progress.seen_tokens(1) == 60

@@ -184,7 +184,8 @@ class Progress:
         if flight is None:
             return 0
         if flight.start is not None and self._first_step is not None:
-            return self.output_tokens(flight)
+            # Its events hold a step's tokens at least; numbers that are scraped come late.
+            return max(self.output_tokens(flight), round(flight.tokens * self._rate.mean))
         return max(flight.tokens, flight.done_tokens) if flight.streams or self.exact else 0
 
     def report(self, report: Report, *, elapsed_s: float = 0.0) -> Sequence[Event]:

@@ -47,6 +47,11 @@ class TokenRate:
         self._short.learn(tokens, sequences, math.exp(-steps / _SHORT_STEPS))
 
     @property
+    def mean(self) -> float:
+        """The long mean: what to expect."""
+        return self._long.value()
+
+    @property
     def low(self) -> float:
         """What deadlines may count on: the lower of a long and a short mean."""
         return min(self._long.value(), self._short.value())
