@@ -102,7 +102,7 @@ def test_tokens_of_pictures_are_learned_from_what_the_engine_reports():
     """Of a text of 40 tokens with two pictures the engine reports 1,640 in all: 800 a picture."""
 
     async def run():
-        async with rig(mute=True, kv_blocks=4000, max_context_tokens=8000) as it:
+        async with rig(mute=True, kv_blocks=600, max_context_tokens=2400, tables=False) as it:
             await it.up()
             pictures, seen = PromptCount(tokens=40, by="test", exact=False, parts=2), []
             for _ in range(20):
