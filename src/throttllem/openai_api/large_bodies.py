@@ -38,6 +38,7 @@ _NAMES = (
 
 class _Model(msgspec.Struct):
     model: Raw = Raw(b"null")
+    throttllem: Raw = Raw()
 
 
 _MODEL = msgspec.json.Decoder(_Model)
@@ -80,14 +81,20 @@ def named_values(body: bytes, *, decoded: bool = False) -> dict[str, Any]:
 
 
 def model_in(body: bytes) -> str | None:
-    """The text in `model` of a JSON object; None if it is no such thing. Raises ApiError 400 for too many elements."""
+    """The text in `model` of a JSON object; None if it is no such thing. Raises ApiError 400 for too many elements, and
+    for the gateway's own field: only requests under control have metrics.
+    """
     if _OBJECT.match(body) is None:
         return None
     _check_elements(body)
     try:
-        model = _ANY.decode(_MODEL.decode(body).model)
+        read = _MODEL.decode(body)
+        model = _ANY.decode(read.model)
     except _NOT_JSON:
         return None
+    if memoryview(read.throttllem):
+        message = "throttllem: only requests under control have metrics; send this one without the field"
+        raise invalid(message, "throttllem")
     return model if isinstance(model, str) else None
 
 

@@ -59,12 +59,30 @@ def test_work_is_noted_while_it_runs_and_reading_is_none():
     assert within(check) == [(1, 0), (0, 0), (0, 0)]
 
 
-def test_an_slo_that_cannot_be_met_is_an_error():
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/embeddings"),
+        ("POST", "/tokenize"),
+        ("POST", "/v1/messages/count_tokens"),
+        ("GET", "/v1/responses/resp_1"),
+        ("DELETE", "/v1/responses/resp_1"),
+    ],
+)
+def test_an_slo_that_cannot_be_met_is_an_error(method, path):
     async def check(there):
-        refused = await there.post("/v1/embeddings", {}, headers={"x-slo-class": "fast"})
-        return refused[0], json.loads(refused[2])["error"]["param"], len(there.engine.seen)
+        status, _, body = await there.get(path, method, headers={"x-slo-class": "fast"})
+        return status, "x-slo-class" in json.loads(body)["error"]["message"], len(there.engine.seen)
 
-    assert within(check) == (400, "x-slo-class", 0)
+    assert within(check) == (400, True, 0)
+
+
+def test_metrics_that_cannot_be_given_are_an_error():
+    async def check(there):
+        status, _, body = await there.post("/v1/embeddings", {"model": "tiny", "throttllem": {"metrics": True}})
+        return status, json.loads(body)["error"]["param"], len(there.engine.seen)
+
+    assert within(check) == (400, "throttllem", 0)
 
 
 SOUND = bytes(range(256)) * 99

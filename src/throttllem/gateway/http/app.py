@@ -274,7 +274,7 @@ class Gateway:
         """Without control: the engine that serves the model, the bytes as they are."""
         if self.draining:
             raise self._drained()
-        if use is Use.WORK and exchange.own:
+        if exchange.own:
             name = next(iter(exchange.own))
             message = f"{name[:80]}: {path} runs without control, so that no SLO can be met and no metrics be given"
             raise invalid(message, name[:80])
