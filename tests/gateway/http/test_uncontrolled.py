@@ -127,3 +127,13 @@ def test_a_form_goes_to_the_engine_of_its_model():
         return statuses
 
     assert within(check) == [200, 404]
+
+
+def test_a_form_of_too_many_parts_is_not_parsed():
+    async def check(there):
+        form = b'--b\r\ncontent-disposition: form-data; name="x"\r\n\r\n\r\n' * 102
+        headers = {"content-type": "multipart/form-data; boundary=b"}
+        status, _, body = await there.post("/v1/audio/transcriptions", form, headers=headers)
+        return status, json.loads(body)["error"]["message"], len(there.engine.seen)
+
+    assert within(check) == (400, "the form has more than 100 parts, the most that are read: send fewer", 0)
