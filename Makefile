@@ -8,7 +8,7 @@ WORKERS := $(shell expr $$(nproc) + 1)
 # Tests start hundreds of processes: each would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup docs demo test test-slow test-slow-compute test-slow-timed test-real engines check bench fidelity lengths numbers evaluation loop soak lock clean
+.PHONY: setup docs demo test test-slow test-slow-compute test-slow-timed test-real engines check bench fidelity lengths numbers evaluation loop soak fuzz lock clean
 
 setup: $(STAMP)
 
@@ -81,6 +81,10 @@ loop: $(STAMP)
 # Faults by the thousand against the keeper of clocks: about 35 minutes. SOAK="--schedules 2000" runs fewer.
 soak: $(STAMP)
 	$(BIN)/python -m tools.soak $(or $(SOAK),--schedules 10000)
+
+# Properties of everything that reads what others wrote, for an hour. FUZZ="--minutes 10 streams" runs less of it.
+fuzz: $(STAMP)
+	$(BIN)/python -m tools.fuzz $(FUZZ)
 
 lock:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra all --extra dev --extra docs pyproject.toml -o requirements.lock

@@ -31,6 +31,12 @@ ARRAYS = {
     "watts": np.float32,
 }
 
+_DAMAGED = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError),
+    *(MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error),
+)
+"""numpy, zipfile and zlib have different errors for a truncated file, for another format, and for sizes that lie."""
+
 
 class TableFileError(ValueError):
     """A file that is not a performance table, or of an unknown version; the message names it."""
@@ -69,8 +75,7 @@ def load_table(path: Path) -> PerformanceTable:
             return _table(path, dict(loaded))
     except FileNotFoundError as error:
         raise TableFileError(f"{path}: no such file") from error
-    # numpy, zipfile and zlib have different errors for a truncated file and for another format.
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         if isinstance(error, TableFileError):
             raise
         raise TableFileError(f"{path}: not a performance table, or damaged ({error}); bake it again") from error

@@ -118,6 +118,18 @@ def test_an_error_column_that_names_no_error_leaves_no_row_out(tmp_path, none):
         load(tmp_path / "t", content.replace(f";{none}\r\n".encode(), b";boom\r\n"), columns)
 
 
+@pytest.mark.parametrize("gone", [b'"was_cancelled": false', b'"input_sequence_length"', b'"output_sequence_length"'])
+def test_an_export_of_aiperf_that_lacks_a_field_is_read_or_refused(tmp_path, gone):
+    content = written.aiperf(SIMPLE)
+    assert load(tmp_path / "t", content.replace(gone, b'"x": 0' if b":" in gone else b'"x"', 1)).requests in (2, 3)
+    try:
+        found = load(tmp_path / "t", content.replace(gone, b'"x": 0' if b":" in gone else b'"x"'))
+    except TraceError as error:
+        assert b"cancelled" not in gone and "rows left out: 3 no" in str(error)
+        return
+    assert found.requests == 3
+
+
 @pytest.mark.parametrize(("operation", "requests"), [("responses", 3), ("execute_tool", 2)])
 def test_spans_that_generate_are_requests_and_others_are_counted(tmp_path, operation, requests):
     found = load(tmp_path / "t", changed(written.opentelemetry, '"chat"', f'"{operation}"'))

@@ -192,7 +192,9 @@ def _csv(path: Path, header: str, columns: Columns) -> TraceFile:
         glob=False,
     )
     places = {name: f"{place} {name}" for place, name in reversed(list(enumerate(names)))}
-    selected = scanned.select(*_selected(layout, lambda name: pl.col(places[name])), junk=pl.lit(None, pl.String))
+    selected = scanned.select(
+        *_selected(layout, lambda name: pl.col(places.get(name, name))), junk=pl.lit(None, pl.String)
+    )
     found = partial(_csv_blocks, path, selected, separator, len(names))
     samples = next(found(), pl.DataFrame(schema=SCHEMA))["arrival"].to_list()
     layout = _with_unit(layout, f"{path}:2", samples)
@@ -286,7 +288,7 @@ def _flat_json(
     paths = {name: path for found in objects for name, path in _paths(found)}
     layout = recognised(paths, columns, where)
     selected = lines.filter(pl.col("text").str.strip_chars() != "").select(
-        *_selected(layout, lambda name: pl.col("text").str.json_path_match(paths[name])),
+        *_selected(layout, lambda name: pl.col("text").str.json_path_match(paths.get(name) or _path(name))),
         junk=pl.when(~pl.col("text").str.json_path_match("$").str.starts_with("{").fill_null(value=False)).then("text"),
     )
     layout = _with_unit(layout, where, selected.head(_PEEK_LINES).collect()["arrival"].to_list())
@@ -308,6 +310,11 @@ def _paths(found: Mapping[str, Any], before: str = "", path: str = "$") -> Itera
         yield before + key, here
         if isinstance(value, dict):
             yield from _paths(value, f"{before}{key}.", here)
+
+
+def _path(name: str) -> str:
+    """The JSON path of a name of a known format, which the first objects may lack."""
+    return "$" + "".join(f"['{key}']" for key in name.split("."))
 
 
 def _texts(path: Path) -> Iterator[tuple[int, str]]:

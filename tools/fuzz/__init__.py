@@ -1,0 +1,1 @@
+"""Runs the properties of tests/fuzz for as long as it is told."""
