@@ -129,6 +129,11 @@ def test_json_in_other_encodings(coding):
     assert parse_request(COMPLETIONS, body).prompts == ("ü",)
 
 
+def test_a_lone_surrogate_is_read_as_engines_in_python_read_it():
+    body = b'{"model": "tiny", "prompt": "x", "user": "\\ud800"}'
+    assert parse_request(COMPLETIONS, body).body == body
+
+
 @pytest.mark.parametrize("messages", [None, "x", [], ["x"], [None], {}])
 def test_messages_are_a_list_of_objects(messages):
     assert refusal(CHAT, {"model": "tiny", "messages": messages}).param == "messages"

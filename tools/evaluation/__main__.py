@@ -20,6 +20,7 @@ from tools.testbed.report import ROOT, MissingError, Section, Workspace, print_t
 PARTS = (
     "clients",
     "identity",
+    "differential",
     "scoreboard",
     "speculation",
     "triton",
