@@ -5,6 +5,7 @@ What is neither reported nor set is unknown (`EngineSpec.unknown`): such an engi
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,16 +16,18 @@ from prometheus_client.samples import Sample
 from throttllem.core.types import EngineSpec
 from throttllem.engines.base import EngineError, OwnLimitError, RemoteOptions
 from throttllem.engines.http import Upstream
-from throttllem.engines.kinds import capacities_of_others
+from throttllem.engines.kinds import MOST_BATCH, MOST_KV_BLOCKS, capacities_of_others, capacity
 
 ASSUMED_BATCH = 256
 ASSUMED_BUDGET_TOKENS = 2048
 ASSUMED_BLOCK_TOKENS = 16
 """vLLM's own defaults on most GPUs."""
-MOST_BATCH = 1 << 16
 MOST_CONTEXT_TOKENS = 1 << 20
-MOST_KV_BLOCKS = 1 << 40
-"""More than any engine has, for capacities that are unknown."""
+"""More than most engines have, for a context that is unknown."""
+MOST_COUNT = 1 << 53
+MOST_SAMPLES = 1024
+LONGEST_SAMPLE = 16 * 1024
+"""Bytes of a line, and lines of one name, that are read of an engine's metrics; others are left out."""
 MOST_NAMES = 4096
 LONGEST_NAME = 512
 """Characters; longer names of models, and those with control characters, are left out."""
@@ -169,21 +172,29 @@ async def metrics_page(upstream: Upstream, *, timeout_s: float = 5.0) -> bytes:
 
 
 def samples(page: bytes, name: str) -> list[Sample]:
-    """The samples of exactly this name, in order. Only their lines are parsed, as pages are long and read often."""
-    found: list[Sample] = []
-    for line in re.findall(rb"^%s[{ \t].*$" % re.escape(name.encode()), page, re.MULTILINE):
+    """The samples of exactly this name, in order; of those with the same labels the last. Only their lines are parsed,
+    as pages are long and read often.
+    """
+    found: dict[frozenset[tuple[str, str]], Sample] = {}
+    line_of = rb"^%s[{ \t].{0,%d}$" % (re.escape(name.encode()), LONGEST_SAMPLE)
+    for match in itertools.islice(re.finditer(line_of, page, re.MULTILINE), MOST_SAMPLES):
         try:
-            (family,) = text_string_to_metric_families(line.decode(errors="replace"))
-        except ValueError:  # not a sample
+            (family,) = text_string_to_metric_families(match[0].decode(errors="replace"))
+        except (ValueError, LookupError):  # not a sample
             continue
-        found += family.samples
-    return found
+        for sample in family.samples:
+            found[frozenset(sample.labels.items())] = sample
+    return list(found.values())
 
 
 def total(page: bytes, name: str) -> float | None:
-    """The sum over all samples of this name (one per engine behind an address); None: there is none."""
-    values = [sample.value for sample in samples(page, name)]
-    return float(sum(values)) if values else None
+    """The sum over all samples of this name (one per engine behind an address); None: there is none. Raises EngineError
+    for what is no count, nor a share or a time.
+    """
+    values = [float(sample.value) for sample in samples(page, name)]
+    if not all(0 <= value <= MOST_COUNT for value in values):
+        raise EngineError(f"/metrics: {name} holds a value that is no number from 0 to 2^53")
+    return sum(values) if values else None
 
 
 def _models(url: str, answer: object) -> tuple[tuple[str, ...], tuple[str, ...], int | None]:
@@ -191,27 +202,35 @@ def _models(url: str, answer: object) -> tuple[tuple[str, ...], tuple[str, ...],
     listed = answer.get("data") if isinstance(answer, dict) else None
     models = [model for model in listed if isinstance(model, dict)] if isinstance(listed, list) else []
     found = (name for model in models if isinstance(name := model.get("id"), str))
-    names = tuple(name for name in found if name.isprintable() and 0 < len(name) <= LONGEST_NAME)[:MOST_NAMES]
+    names = tuple(name for name in found if _is_name(name))[:MOST_NAMES]
     if not names:
         raise EngineError(f"the engine at {url} names no model in /v1/models", status=503)
     roots = (model.get("root") for model in models if not model.get("parent"))
-    loaded = dict.fromkeys(root for root in roots if isinstance(root, str) and root)
-    contexts = [length for model in models if isinstance(length := model.get("max_model_len"), int) and length > 0]
-    return names, tuple(loaded), min(contexts, default=None)
+    loaded = dict.fromkeys(root for root in roots if isinstance(root, str) and _is_name(root))
+    lengths = (capacity("max_context_tokens", model.get("max_model_len")) for model in models)
+    contexts = [length for length in lengths if length is not None]
+    return names, tuple(loaded)[:MOST_NAMES], min(contexts, default=None)
+
+
+def _is_name(text: str) -> bool:
+    return text.isprintable() and 0 < len(text) <= LONGEST_NAME
 
 
 def _cache(page: bytes) -> dict[str, Any]:
     """Blocks of all engines behind the address, without the one that vLLM keeps for padding in each."""
     labels = [sample.labels for sample in samples(page, "vllm:cache_config_info")]
-    counts = [int(each["num_gpu_blocks"]) for each in labels if each.get("num_gpu_blocks", "").isdecimal()]
-    if not counts or not labels[0].get("block_size", "").isdecimal():
+    reported = [capacity("kv_blocks", each.get("num_gpu_blocks")) for each in labels]
+    counts = [count for count in reported if count is not None]
+    blocks = capacity("kv_blocks", sum(counts) - len(counts))
+    block_tokens = capacity("block_tokens", labels[0].get("block_size")) if labels else None
+    if blocks is None or block_tokens is None:
         return {}
-    block_tokens, size = int(labels[0]["block_size"]), labels[0].get("kv_cache_size_tokens", "")
-    if size.isdecimal():
+    size_tokens = capacity("kv_blocks", labels[0].get("kv_cache_size_tokens"))
+    if size_tokens is not None:
         # A model with several kinds of layers takes blocks of each kind for a token.
-        block_tokens = min(block_tokens, max(1, int(size) // counts[0]))
+        block_tokens = min(block_tokens, max(1, size_tokens // counts[0]))
     return {
-        "kv_blocks": sum(counts) - len(counts),
+        "kv_blocks": blocks,
         "block_tokens": block_tokens,
         "engines": len(counts),
         # Of several engines behind one address it is not known which has a prompt's blocks.
@@ -225,15 +244,16 @@ def _plugin(page: bytes) -> dict[str, Any]:
     # A gateway in front of the engine has a metric of that name too.
     if labels is None or "max_num_seqs" not in labels:
         return {}
-    engines = int(labels.get("engines", "1"))
+    engines = capacity("max_batch", labels.get("engines")) or 1
+    batch = capacity("max_batch", labels["max_num_seqs"])
     return {
         "sends_to": labels.get("stats", ""),
         "boot": int(boot) if (boot := labels.get("boot", "")).isdecimal() and len(boot) < 20 else None,
-        "max_batch": int(labels["max_num_seqs"]) * engines,
-        "prefill_budget_tokens": int(labels["max_num_batched_tokens"]),
+        "max_batch": capacity("max_batch", batch and batch * engines),
+        "prefill_budget_tokens": capacity("prefill_budget_tokens", labels.get("max_num_batched_tokens")),
         "chunked": labels.get("chunked_prefill") == "1",
         "engines": engines,
-        "api_servers": int(labels.get("api_servers", "1")),
+        "api_servers": capacity("max_batch", labels.get("api_servers")) or 1,
     }
 
 
@@ -247,12 +267,12 @@ async def _server_info(upstream: Upstream) -> dict[str, Any]:
         return {}
     config = info.get("vllm_config") if isinstance(info, dict) else None
     scheduler = config.get("scheduler_config") if isinstance(config, dict) else None
-    if not isinstance(scheduler, dict) or not isinstance(scheduler.get("max_num_seqs"), int):
+    batch = capacity("max_batch", scheduler.get("max_num_seqs")) if isinstance(scheduler, dict) else None
+    if batch is None or not isinstance(scheduler, dict):
         return {}
-    budget = scheduler.get("max_num_batched_tokens")
     return {
-        "max_batch": scheduler["max_num_seqs"],
-        "prefill_budget_tokens": budget if isinstance(budget, int) else None,
+        "max_batch": batch,
+        "prefill_budget_tokens": capacity("prefill_budget_tokens", scheduler.get("max_num_batched_tokens")),
         "chunked": scheduler.get("enable_chunked_prefill") is not False,
     }
 
@@ -263,4 +283,4 @@ async def _version(upstream: Upstream) -> str:
     except EngineError:
         return ""
     version = answer.get("version") if isinstance(answer, dict) else None
-    return version if isinstance(version, str) else ""
+    return version if isinstance(version, str) and _is_name(version) else ""
