@@ -20,8 +20,11 @@ MOST_S = 1.0
 """CPU time of one example, of inputs of a few kilobytes: beyond it something grows faster than its input."""
 
 
-def fuzzed(**strategies):
-    """A property over these strategies and the examples in the corpus; few of them, but for the fuzzer's own runs."""
+def fuzzed(cost=1, /, **strategies):
+    """A property over these strategies and the examples in the corpus; few of them, but for the fuzzer's own runs.
+
+    `cost`: how many times as long as others an example takes.
+    """
 
     def decorate(check):
         def bounded(**given_):
@@ -32,7 +35,7 @@ def fuzzed(**strategies):
 
         bounded.__name__ = bounded.__qualname__ = check.__name__
         bounded.__doc__, bounded.__module__ = check.__doc__, check.__module__
-        few = settings.default.max_examples // FEWER
+        few = max(1, settings.default.max_examples // FEWER // cost)
         health = list(HealthCheck)
         test = settings(max_examples=few, deadline=None, suppress_health_check=health)(given(**strategies)(bounded))
         for path in sorted(CORPUS.glob(f"{check.__name__}-*.txt")):

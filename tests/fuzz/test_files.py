@@ -104,7 +104,8 @@ def changed(array, how):
 def test_a_table_of_other_arrays_is_read_or_refused(changes):
     parts = dict(np.load(io.BytesIO(saved_table())))
     for name, how in changes:
-        parts[name] = changed(parts.get(name, np.array([1, 2])), how)
+        before = parts.get(name)
+        parts[name] = changed(np.array([1, 2]) if before is None else before, how)
     out = io.BytesIO()
     np.savez(out, **{name: part for name, part in parts.items() if part is not None})
     read_table(out.getvalue())
@@ -155,7 +156,7 @@ def test_a_damaged_flight_record_is_replayed_or_refused(in_header, at, cut, new)
         try:
             replay(path)
         except ReplayError as error:
-            assert str(path) in str(error)
+            assert str(path.parent) in str(error)  # the record, or a table beside it
 
 
 TOML = b"""policy = "throttllem"

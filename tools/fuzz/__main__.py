@@ -101,7 +101,7 @@ def _run(target: Target, ends_s: float) -> int:
     return target.failures
 
 
-def _round(each: Property, ends_s: float) -> Exception | None:
+def _round(each: Property, ends_s: float) -> BaseException | None:
     """Some examples of one property. Its failure, with its smallest arguments in `each`."""
     original: Callable[..., None] = each.test.hypothesis.inner_test
     failed = False
@@ -113,21 +113,23 @@ def _round(each: Property, ends_s: float) -> Exception | None:
         each.executions += 1
         try:
             original(**arguments)
-        except Exception:
+        except BaseException:  # Schemathesis' failures are no Exception
             failed, each.arguments = True, arguments
             raise
 
     each.test.hypothesis.inner_test = counted
     try:
         each.test()
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
         return error
     finally:
         each.test.hypothesis.inner_test = original
     return None
 
 
-def _report(target: str, each: Property, error: Exception) -> None:
+def _report(target: str, each: Property, error: BaseException) -> None:
     """What failed, the file that holds it, and the command that repeats it."""
     traceback.print_exception(error, file=sys.stdout)
     path = (

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from throttllem.core.types import EngineSpec
 from throttllem.openai_api.errors import SERVER_ERROR, ApiError
-from throttllem.printable import printable
 
 if TYPE_CHECKING:
     from throttllem.openai_api.requests import ParsedRequest
@@ -37,8 +36,7 @@ class EngineError(ApiError):
 
     def __init__(self, detail: str, *, status: int = 502, message: str | None = None) -> None:
         message = message or _MESSAGES.get(status, _MESSAGES[502])
-        kind = "engine_error"
-        super().__init__(status, printable(message), kind=kind, code=kind, detail=printable(detail))
+        super().__init__(status, message, kind="engine_error", code="engine_error", detail=detail)
 
     @property
     def unreachable(self) -> bool:

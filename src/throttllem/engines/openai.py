@@ -141,9 +141,11 @@ class OpenaiEngine:
         if total(page, "process_start_time_seconds") != reported.started_s:
             raise _RestartedError(f"the engine at {url} was restarted")
         usage, iterations = total(page, "vllm:kv_cache_usage_perc"), total(page, "vllm:iteration_tokens_total_count")
+        if not all(math.isfinite(value) for value in (running, waiting, usage or 0.0, iterations or 0.0)):
+            raise EngineError(f"the metrics of the engine at {url} hold a value that is no number")
         blocks = None
         if usage is not None and reported.kv_blocks is not None:
-            blocks = round(min(1.0, usage / reported.engines) * reported.kv_blocks)
+            blocks = round(usage * reported.kv_blocks / max(1, reported.engines))
         generated, accepted = self._speculated(page)
         return Report(
             running=int(running),

@@ -18,6 +18,7 @@ from throttllem.gateway.http.slo_headers import CLASS_HEADER, METRICS_HEADER, TA
 from throttllem.gateway.http.uncontrolled import ELSEWHERE
 from throttllem.openai_api.errors import MESSAGES, RESPONSES
 from throttllem.openai_api.requests import CHAT, COMPLETIONS
+from throttllem.openai_api.usage import MOST_TOKENS
 
 Json = dict[str, Any]
 
@@ -130,7 +131,7 @@ ERRORS = (
 _ANYWHERE = (401, 403, 431, 500, 503)
 _BODY = (400, 408, 413, 415)
 _CONTROLLED = (*_BODY, 404, 429, 502, 504)
-_PASSED = (*_BODY, 404, 502, 504)
+_PASSED = (*_BODY, 404, 405, 502, 504)
 _RETRY = (429, 503)
 
 
@@ -216,7 +217,7 @@ def _controlled(summary: str, schema: str) -> Json:
                 "headers": _id_header(),
                 "content": {
                     "application/json": {"schema": answer},
-                    "text/event-stream": {"schema": {"type": "string"}},
+                    "text/event-stream": {},
                 },
             },
             **_error_refs((*_CONTROLLED, *_ANYWHERE)),
@@ -279,7 +280,7 @@ def _header(name: str, schema: Json, description: str) -> Json:
 
 
 def _schemas() -> Json:
-    count = {"type": "integer", "minimum": 1}
+    count = {"type": "integer", "minimum": 1, "maximum": MOST_TOKENS}
     flag = {"type": "boolean"}
     own = {"type": "object", "properties": {"metrics": flag}, "additionalProperties": False}
     shared = {"model": {"type": "string", "minLength": 1}, "max_tokens": count, "n": count, "stream": flag}
@@ -299,6 +300,7 @@ def _schemas() -> Json:
         "param": {"type": ["string", "null"]},
         "code": {"type": ["string", "null"]},
     }
+    named = ("type", "message")
     health = {
         "status": {"enum": ["ok", "degraded", "draining"]},
         "engines_up": {"type": "integer"},
@@ -331,7 +333,9 @@ def _schemas() -> Json:
             {"model": shared["model"], "messages": messages, "max_tokens": count, "stream": flag, "throttllem": own},
             ("messages", "max_tokens"),
         ),
-        "NativeRequest": _object({"text_input": {"type": "string"}, "max_tokens": count, "stream": flag}, ()),
+        "NativeRequest": _object(
+            {"text_input": {"type": "string"}, "max_tokens": count, "stream": flag}, ("text_input",)
+        ),
         "Answer": _object({"metrics": {"$ref": "#/components/schemas/Metrics"}}, ()),
         "Metrics": _object(receipt, ()) | {"description": "what is not known is absent"},
         "Model": _object(
@@ -339,6 +343,11 @@ def _schemas() -> Json:
         ),
         "Health": _object(health, tuple(health)),
         "Error": _object({"error": _object(error, tuple(error))}, ("error",)),
+        "MessagesError": _object(
+            {"type": {"const": "error"}, "error": _object({name: {"type": "string"} for name in named}, named)},
+            ("type", "error"),
+        )
+        | {"description": f"on {MESSAGES} and the paths below it: Anthropic's shape"},
     }
 
 
@@ -356,7 +365,8 @@ def _error_response(status: int) -> Json:
     headers = _id_header()
     if status in _RETRY:
         headers["retry-after"] = {"$ref": "#/components/headers/retry-after"}
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    shapes = [{"$ref": f"#/components/schemas/{name}"} for name in ("Error", "MessagesError")]
+    content = {"application/json": {"schema": {"anyOf": shapes}}}
     return {"description": text, "headers": headers, "content": content}
 
 
