@@ -101,6 +101,11 @@ class Progress:
             return False
         return self._sequences > 0 or (self._silent_waiting > 0 and not self._reports)
 
+    @property
+    def tokens_per_step(self) -> float:
+        """Iterations in one step of the engine: what it gave a sequence of late on the mean; 1 without speculation."""
+        return self._rate.mean
+
     def dispatched(self, request_id: int, *, streams: bool, sequences: int = 1, prompt_tokens: int = 0) -> None:
         """A request is about to be sent; `streams`: its tokens will be seen as they come."""
         at = self.iteration

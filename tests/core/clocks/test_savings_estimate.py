@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from gateway.rig import rig, virtually
@@ -138,3 +139,16 @@ def test_it_never_falls():
 def test_a_clock_between_those_of_the_table_counts_as_the_one_below():
     estimate = SavingsEstimate(table=table(spec()), spec=spec())
     assert [estimate._column(mhz) for mhz in (None, 1400, 1399, 700, 600, 300)] == [4, 4, 3, 0, 0, 0]
+
+
+def test_an_iteration_of_an_engine_that_speculates_is_a_part_of_a_step():
+    some = spec(max_batch=8, kv_blocks=2000)
+    law, found = table(some), []
+    short = replace(law, seconds=law.at_rate(4.0).seconds)
+    for held, rate in ((law, 1.0), (law, 4.0), (short, 1.0)):
+        estimate = SavingsEstimate(table=held, spec=some)
+        for number in range(6000):
+            worked(estimate, seconds=0.02, joules=4.0, prompts=number % 50 == 0, clock_mhz=800, tokens_per_step=rate)
+        found.append(estimate.joules())
+    assert found[1] == pytest.approx(found[2])
+    assert abs(found[1] / found[0] - 1.0) > 0.05

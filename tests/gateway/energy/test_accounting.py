@@ -14,6 +14,7 @@ from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.control.engine_model import EngineModel
 from throttllem.gateway.energy.accounting import Energy, EnergyAccounting
+from throttllem.gateway.energy.table_meter import TableMeter
 from throttllem.gpu.device import Reading
 from throttllem.gpu.simulated import SimulatedGpu
 
@@ -434,3 +435,30 @@ def test_joules_of_requests_without_control_are_not_idle():
     assert [(type(event).__name__, event.requests) for event in desk.events] == [
         ("Uncontrolled", 1), ("Uncontrolled", 2), ("Uncontrolled", 1), ("Uncontrolled", 0)
     ]  # fmt: skip
+
+
+def test_an_engine_that_speculates_keeps_to_its_table_and_is_compared_by_whole_steps():
+    """Four tokens a step in the time of one: no bias, and a lower clock that only holds the load so saves."""
+
+    def served(*, accepted):
+        gpu, made = Counter(), spec(max_batch=64, kv_blocks=2000)
+        law = table(made)
+        meter = TableMeter(table=law)
+        desk = Desk(gpu=gpu, meter=meter, dry_run=SavingsEstimate(table=law))
+        desk.accounting.begin(made, desk.backend.progress)
+        step_s, step_w = law.at(CLOCKS_MHZ[-1], 1, 3, 0)
+        for number in range(2000):
+            if number % 50 == 0:
+                desk.left(number - 50)
+                desk.dispatched(number, prompt_tokens=4)
+            gpu.rose(step_s * step_w, clock_mhz=CLOCKS_MHZ[-1], dry_run_mhz=CLOCKS_MHZ[0])
+            report = Report(running=1, waiting=0, step=number, generated_tokens=1 + accepted, accepted_tokens=accepted)
+            desk.after(step_s).backend.progress.report(report)
+            desk.tokens(number - number % 50, count=1 + accepted)
+            desk.settle()
+        return meter.view()[-1].seconds_bias, desk.accounting.energy().would_save
+
+    (plain_bias, plain), (fast_bias, fast) = served(accepted=0), served(accepted=3)
+    assert plain_bias == pytest.approx(1.0, rel=0.02)
+    assert fast_bias == pytest.approx(1.0, rel=0.02)
+    assert fast == pytest.approx(plain, abs=0.05)

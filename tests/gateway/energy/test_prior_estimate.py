@@ -18,11 +18,12 @@ def estimate(slo=LOOSE, *, known=True):
     return made
 
 
-def serve(made, requests_per_s=2.0, seconds=60):
+def serve(made, requests_per_s=2.0, seconds=60, **more):
     """Chats of 1,000 prompt and 200 output tokens, second by second."""
     for _ in range(seconds):
         count = round(requests_per_s)
-        made.worked(seconds=1.0, joules=900.0, output_tokens=200 * count, prompts=count, prompt_tokens=1000 * count)
+        tokens = {"output_tokens": 200 * count, "prompts": count, "prompt_tokens": 1000 * count}
+        made.worked(seconds=1.0, joules=900.0, **tokens, **more)
 
 
 def test_a_load_that_lower_clocks_hold_would_save_within_a_range():
@@ -52,3 +53,10 @@ def test_idle_time_saves_nothing_and_an_unknown_model_says_nothing():
     assert 0 < made.saving().saving < before
     serve(unknown)
     assert unknown.saving() is None
+
+
+def test_an_engine_that_speculates_has_room_for_lower_clocks():
+    plain, fast = estimate(TIGHT), estimate(TIGHT)
+    serve(plain)
+    serve(fast, tokens_per_step=3.0)
+    assert fast.saving().saving > plain.saving().saving

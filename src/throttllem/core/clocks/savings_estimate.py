@@ -34,12 +34,16 @@ _SLICE_S = 30.0
 
 @dataclass(slots=True)
 class _Slice:
-    """What ran in some seconds; `busy_s` by column of the table: of the clock in force, and of the other."""
+    """What ran in some seconds; `steps` are iterations, `sequence_steps` sum the decoding sequences over the engine's
+    steps (fewer than `tokens` where it speculates). `busy_s` by column of the table: of the clock in force, and of the
+    other.
+    """
 
     seconds: float = 0.0
     joules: float = 0.0
     steps: int = 0
     tokens: int = 0
+    sequence_steps: float = 0.0
     kv_blocks: int = 0
     prompts: int = 0
     prompt_tokens: int = 0
@@ -77,9 +81,10 @@ class SavingsEstimate:
         kv_block_steps: int,
         clock_mhz: int | None,
         other_mhz: int | None = None,
+        tokens_per_step: float = 1.0,
     ) -> None:
         """`steps` iterations in `seconds` at a clock (None: unknown, taken for the maximum), which would else have run
-        at `other_mhz` (None: the maximum).
+        at `other_mhz` (None: the maximum). A step of the engine gives a sequence `tokens_per_step`, an iteration one.
         """
         here = self._slice
         columns = self._column(clock_mhz), self._column(other_mhz)
@@ -87,6 +92,7 @@ class SavingsEstimate:
         here.joules += joules
         here.steps += steps
         here.tokens += output_tokens
+        here.sequence_steps += output_tokens / tokens_per_step
         here.kv_blocks += kv_block_steps
         here.prompts += prompts
         here.prompt_tokens += prompt_tokens
@@ -148,7 +154,8 @@ class SavingsEstimate:
             burst=1.0,
             e2e_s=None,
         )
-        watts: list[float] = steady(load, self.table, spec, reserve=0.0).watts.tolist()
+        rate = here.tokens / here.sequence_steps if here.tokens else 1.0
+        watts: list[float] = steady(load, self.table.at_rate(rate), spec, reserve=0.0).watts.tolist()
         return watts
 
     def _same_steps(self, here: _Slice, busy_s: float, spec: EngineSpec) -> float:

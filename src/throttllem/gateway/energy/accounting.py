@@ -240,7 +240,7 @@ class EnergyAccounting:
         else:
             done = self._unmeasured(progress, output_tokens, prompts, prompt_tokens)
         self._iteration = progress.iteration
-        reading = self.reading()
+        reading, rate = self.reading(), progress.tokens_per_step
         joules = self._rise(reading)
         self.total_j += joules
         for flight, tokens in shares:
@@ -253,6 +253,7 @@ class EnergyAccounting:
                 output_tokens=done.output_tokens,
                 kv_block_steps=done.kv_block_steps,
                 clock_mhz=reading.clock_mhz,
+                tokens_per_step=rate,
             )
         self._dry_runs = self._dry_runs or reading.dry_run_mhz is not None
         if self.prior is not None:
@@ -262,6 +263,7 @@ class EnergyAccounting:
                 output_tokens=done.output_tokens,
                 prompts=done.prompts,
                 prompt_tokens=done.prompt_tokens,
+                tokens_per_step=rate,
             )
         for estimate, other_mhz in ((self.at_maximum, None), (self.dry_run, reading.planned_on_mhz)):
             if estimate is not None:
@@ -275,21 +277,25 @@ class EnergyAccounting:
                     kv_block_steps=done.kv_block_steps,
                     clock_mhz=reading.clock_mhz,
                     other_mhz=other_mhz,
+                    tokens_per_step=rate,
                 )
         return True
 
     def _unmeasured(self, progress: Progress, output_tokens: int, prompts: int, prompt_tokens: int) -> _Done:
-        """The time since the last settlement as equal steps, which a simulated GPU draws power by."""
+        """The time since the last settlement as equal steps, which a simulated GPU draws power by. An iteration is an
+        output token of each sequence; prompts take whole steps of the engine, which are fewer where it speculates.
+        """
         now_s = self.now()
         seconds, self._settled_s = now_s - self._settled_s, now_s
         steps, kv_blocks = max(1, progress.iteration - self._iteration), self.kv_blocks()
+        engine_steps = max(1.0, steps / progress.tokens_per_step)
         self.gpu.worked(
             Work(
                 seconds=seconds,
                 decode_sequences=round(output_tokens / steps),
                 kv_tokens=kv_blocks * self._block_tokens,
-                prefill_tokens=round(prompt_tokens / steps),
-                prefill_pairs=prompt_tokens * prompt_tokens / (2.0 * max(1, prompts) * steps),
+                prefill_tokens=round(prompt_tokens / engine_steps),
+                prefill_pairs=prompt_tokens * prompt_tokens / (2.0 * max(1, prompts) * engine_steps),
             )
         )
         return _Done(

@@ -64,6 +64,7 @@ class PriorEstimate:
     _seconds: float = 0.0
     _joules: float = 0.0
     _tokens: int = 0
+    _sequence_steps: float = 0.0
     _prompts: int = 0
     _prompt_tokens: int = 0
 
@@ -73,11 +74,21 @@ class PriorEstimate:
         self._joules += joules
         self._close()
 
-    def worked(self, *, seconds: float, joules: float, output_tokens: int, prompts: int, prompt_tokens: int) -> None:
-        """Iterations at the maximum clock."""
+    def worked(
+        self,
+        *,
+        seconds: float,
+        joules: float,
+        output_tokens: int,
+        prompts: int,
+        prompt_tokens: int,
+        tokens_per_step: float = 1.0,
+    ) -> None:
+        """Iterations at the maximum clock; a step of the engine gives a sequence `tokens_per_step`."""
         self._seconds += seconds
         self._joules += joules
         self._tokens += output_tokens
+        self._sequence_steps += output_tokens / tokens_per_step
         self._prompts += prompts
         self._prompt_tokens += prompt_tokens
         self._close()
@@ -100,7 +111,7 @@ class PriorEstimate:
         elif self._laws:
             self._left_j = [left_j + self._joules for left_j in self._left_j]
             self._taken_j += self._joules
-        self._seconds = self._joules = 0.0
+        self._seconds = self._joules = self._sequence_steps = 0.0
         self._tokens = self._prompts = self._prompt_tokens = 0
 
     def _known(self) -> bool:
@@ -135,7 +146,8 @@ class PriorEstimate:
             burst=1.2,
             e2e_s=min((limit for limit in limits if limit is not None), default=None),
         )
-        watts = steady(load, table, self.spec, reserve=0.05).watts
+        rate = self._tokens / self._sequence_steps if self._tokens else 1.0
+        watts = steady(load, table.at_rate(rate), self.spec, reserve=0.05).watts
         return float(watts.min() / watts[-1]) if math.isfinite(watts[-1]) else 1.0
 
 

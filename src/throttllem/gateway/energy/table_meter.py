@@ -52,8 +52,9 @@ class TableMeter:
         output_tokens: int,
         kv_block_steps: int,
         clock_mhz: int | None,
+        tokens_per_step: float = 1.0,
     ) -> None:
-        """`steps` iterations in `seconds` at a clock, of decoding alone."""
+        """`steps` iterations in `seconds` at a clock, of decoding alone; each is a step's part of one token."""
         column = self._column(clock_mhz)
         if column is None or seconds <= 0 or steps < 1:
             return
@@ -61,7 +62,9 @@ class TableMeter:
         sums = self._bands.setdefault(self.table.band(column), _Sums())
         keep = _FADE_S / (_FADE_S + seconds)
         sums.seconds = sums.seconds * keep + seconds
-        sums.table_seconds = sums.table_seconds * keep + steps * float(self.table.seconds[cell, column])
+        sums.table_seconds = (
+            sums.table_seconds * keep + steps * float(self.table.seconds[cell, column]) / tokens_per_step
+        )
         sums.joules = sums.joules * keep + joules
         sums.table_joules = sums.table_joules * keep + seconds * float(self.table.watts[cell, column])
 
