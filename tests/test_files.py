@@ -153,7 +153,7 @@ def test_a_folder_that_not_even_root_can_write(path):
     [(errno.EACCES, "allow this user to write there"), (errno.EROFS, "the file system is read-only")],
 )
 def test_errors_that_root_never_gets(tmp_path, monkeypatch, number, remedy):
-    def refuse(self, **_):
+    def refuse(self, *_, **__):
         raise OSError(number, "no")
 
     monkeypatch.setattr(Path, "touch", refuse)

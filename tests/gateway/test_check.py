@@ -142,3 +142,19 @@ def test_the_exit_code_follows_from_the_marks():
     assert verdict([fine, known]) == (0, "nothing to correct")
     assert verdict([fine, wrong, known, wrong]) == (1, "2 to correct; serve would start all the same")
     assert verdict([wrong, fatal]) == (2, "2 to correct; serve would not start")
+
+
+def test_folders_that_others_can_write_to_and_keys_that_they_can_read_are_named(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").chmod(0o1777)
+    file = tmp_path / "x.toml"
+    file.write_text("")
+    file.chmod(0o644)
+    text = text_of(found(tmp_path, {"engines.0.api_key": f"{file}:3", "server.port": f"{file}:1"}))
+    assert f"!! cache_dir: {tmp_path / 'cache'} can be written by other users (mode 0777): chmod go-w" in text
+    assert f"!! state_dir: {tmp_path / 'state'} can be written by other users (mode 1777)" in text
+    assert f"!! {file} holds keys, and other users can read or write it (mode 0644): chmod 600 {file}" in text
+    file.chmod(0o600)
+    assert "holds keys" not in text_of(found(tmp_path, {"engines.0.api_key": f"{file}:3"}))

@@ -141,3 +141,24 @@ def test_a_second_gateway_keeps_its_state_elsewhere(tmp_path, caplog):
     for prepared in (first, second):
         prepared.sockets.close()
         os.close(prepared.held)
+
+
+def test_state_and_records_are_closed_to_other_users_and_a_folder_that_is_open_is_warned_of(tmp_path, caplog):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    before = os.umask(0)
+    try:
+        with caplog.at_level(logging.WARNING, logger="throttllem.gateway"):
+            prepared = run_gateway(options(tmp_path), cache)
+
+        async def nothing(http, api, private):
+            pass
+
+        lived(prepared, nothing)
+    finally:
+        os.umask(before)
+    made = [tmp_path / "state", *(tmp_path / "state").rglob("*")]
+    assert {"flight", "lengths-llama-3-8b.json"} <= {path.name for path in made}
+    assert [path for path in made if path.stat().st_mode & 0o077] == []
+    assert f"cache_dir: {cache} can be written by other users" in caplog.text

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,28 @@ def test_a_file_that_cannot_be_read_or_written_is_reported(tmp_path: Path) -> No
     assert "cannot be read" in (load_lengths(tmp_path).trouble or "")
     assert "is a directory" in (save_lengths(trained(), tmp_path) or "")
     assert "make the folder" in (save_lengths(trained(), tmp_path / "none" / "lengths.json") or "")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0])
+def test_lengths_are_readable_to_their_user_only(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        assert save_lengths(trained(), tmp_path / "lengths.json") is None
+    finally:
+        os.umask(before)
+    assert (tmp_path / "lengths.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_link_under_the_name_is_neither_read_nor_written_through(tmp_path: Path) -> None:
+    ours, link, other = tmp_path / "lengths.json", tmp_path / "link.json", tmp_path / "other.json"
+    save_lengths(trained(), ours)
+    link.symlink_to(ours)
+    other.symlink_to(tmp_path / "elsewhere")
+    assert "cannot be read" in (load_lengths(link).trouble or "")
+    assert save_lengths(trained(), other) is None
+    assert not other.is_symlink() and not (tmp_path / "elsewhere").exists()
+
+
+def test_a_pipe_under_the_name_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lengths.json")
+    assert "no regular file" in (load_lengths(tmp_path / "lengths.json").trouble or "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.forecast.performance_table import Calibrated, PerformanceTable, TableVerdict
 from throttllem.core.options import ControllerOptions
 from throttllem.engines.base import Connected, EngineError
-from throttllem.files import WriteError, writable_dir
+from throttllem.files import WriteError, open_to_others, writable_dir
 from throttllem.gateway.build import Gateway, build_gateway
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.http.server import bind
@@ -41,7 +42,8 @@ async def check_configuration(options: Options, origins: dict[str, str], cache_d
         *_values(options, origins),
         *_ports(options),
         *_access(options),
-        *_folders(options),
+        *_secrets(origins),
+        *_folders(options, cache_dir),
         *_slos(options),
     ]
     try:
@@ -97,6 +99,27 @@ def open_doors(server: ServerOptions) -> Iterator[str]:
     yield from filter(None, (_keyless(server), _public_metrics(server)))
 
 
+def exposed(options: Options, cache_dir: Path) -> Iterator[str]:
+    """Folders that another user of this machine can write to, and so decide: the state, and the performance tables."""
+    named = {"state_dir": options.state_dir.expanduser(), "cache_dir": cache_dir}
+    named |= {f"engines.{index}.tables": entry.tables for index, entry in enumerate(options.engines) if entry.tables}
+    if options.recorder.enabled:
+        named["recorder.folder"] = (options.recorder.folder or options.state_dir / "flight").expanduser()
+    for name, folder in named.items():
+        if text := open_to_others(folder):
+            yield f"{name}: {text}"
+
+
+def _secrets(origins: dict[str, str]) -> Iterator[Finding]:
+    """Files from which a key was read that other users of this machine can read or change."""
+    from_file = {origin.rpartition(":")[0] for name, origin in origins.items() if "_key" in name and ":" in origin}
+    for file in sorted(from_file):
+        mode = Path(file).expanduser().stat().st_mode
+        if mode & 0o077:
+            text = f"{file} holds keys, and other users can read or write it (mode {stat.S_IMODE(mode):04o})"
+            yield Finding(mark="!!", text=f"{text}: chmod 600 {file}")
+
+
 def _keyless(server: ServerOptions) -> str | None:
     if server.api_keys or _is_loopback(server.host):
         return None
@@ -116,7 +139,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _folders(options: Options) -> Iterator[Finding]:
+def _folders(options: Options, cache_dir: Path) -> Iterator[Finding]:
     state = options.state_dir.expanduser()
     try:
         writable_dir(state)
@@ -124,6 +147,8 @@ def _folders(options: Options) -> Iterator[Finding]:
         yield Finding(mark="!!", text=f"state_dir: {error}", fatal=True)
         return
     yield Finding(mark="ok", text=f"learned output lengths are stored in {state}")
+    for text in exposed(options, cache_dir):
+        yield Finding(mark="!!", text=text)
     recorder = options.recorder
     if recorder.enabled:
         folder = (recorder.folder or options.state_dir / "flight").expanduser()

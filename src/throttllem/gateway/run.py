@@ -26,7 +26,7 @@ from throttllem.core.lengths.online import OnlineLengthPredictor
 from throttllem.files import hold_dir
 from throttllem.gateway.bounds.descriptors import fitted, raise_limit
 from throttllem.gateway.build import Gateway, Progress, build_gateway
-from throttllem.gateway.check import open_doors
+from throttllem.gateway.check import exposed, open_doors
 from throttllem.gateway.http.app import Gateway as Front
 from throttllem.gateway.http.app import build_app, build_private_app
 from throttllem.gateway.http.server import Sockets, bind, run
@@ -194,6 +194,8 @@ def run_gateway(options: Options, cache_dir: Path, *, progress: Progress = lambd
     try:
         folder, held = _own_folder(options.state_dir.expanduser(), sockets.addresses()[0][1])
         options = options.model_copy(update={"state_dir": folder})
+        for text in exposed(options, cache_dir):
+            log.warning("%s", text)
         gateway = build_gateway(
             options, cache_dir, version=version("throttllem"), now=time.monotonic, progress=progress
         )
@@ -208,7 +210,7 @@ def run_gateway(options: Options, cache_dir: Path, *, progress: Progress = lambd
 def _own_folder(state_dir: Path, port: int) -> tuple[Path, int]:
     """A folder that no other gateway uses, and the hold on it: the configured one, else one for this port in it."""
     for folder in (state_dir, state_dir / f"port-{port}"):
-        held = hold_dir(folder)
+        held = hold_dir(folder, private=True)
         if held is not None:
             return folder, held
         log.warning("%s: another gateway keeps its state there", folder)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
-from throttllem.files import write_aside
+from throttllem.files import read_own, write_aside
 
 MARK = "throttllem lengths"
 _HEAD = f'{{"mark": "{MARK}"'.encode()
@@ -28,7 +28,7 @@ class Restored:
 def load_lengths(path: Path, options: OnlineLengthOptions | None = None) -> Restored:
     """The saved predictor, or a new one. Raises nothing, whatever the file contains."""
     try:
-        content = path.read_bytes()
+        content = read_own(path)
     except FileNotFoundError:
         return Restored(predictor=OnlineLengthPredictor(options))
     except OSError as error:
@@ -48,13 +48,13 @@ def save_lengths(predictor: OnlineLengthPredictor, path: Path) -> str | None:
     Another program's file is not overwritten: the path may be a mistake.
     """
     try:
-        if path.is_file() and not _ours(path):
+        if path.is_file() and not path.is_symlink() and not _ours(path):
             return f"{path}: lengths not saved: the path holds another file; choose another path, or remove it"
         empty = OnlineLengthPredictor(predictor.options).state()
         # Group by group: one long call would delay every other thread.
         groups = ", ".join([json.dumps(group, allow_nan=False) for group in predictor.groups()])
         front = json.dumps({"mark": MARK, "lengths": empty}, allow_nan=False).removesuffix("]}}")
-        with write_aside(path) as aside:
+        with write_aside(path, private=True) as aside:
             aside.write_text(f"{front}{groups}]}}}}")
     except OSError as error:
         return f"lengths not saved: {error}"

@@ -178,7 +178,7 @@ class Recorder:
         if self._handle is not None:
             self._write()
         self._shut()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(0o700, parents=True, exist_ok=True)
         fields = self._header()
         if self._aside is None:
             self._begin(self._open(fields))
@@ -189,7 +189,7 @@ class Recorder:
         """A new file with its header: what is slow and does not need the controller."""
         header = (wire.dumps(fields) + "\n").encode()
         path = self._recordings.next_path()
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
         try:
             write_all(handle, header)
             self._recordings.remove_old(path)
