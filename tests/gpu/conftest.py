@@ -9,6 +9,7 @@ from throttllem.gpu.nvml import Nvml
 from throttllem.keeper.__main__ import keep
 from throttllem.keeper.options import parse_options
 from tools.nvml.machine import a100
+from tools.testbed.private import private_folder
 
 
 @pytest.fixture
@@ -48,5 +49,6 @@ class Testbed:
 
 
 @pytest.fixture
-def testbed(machine, tmp_path):
-    return Testbed(machine, tmp_path)
+def testbed(machine):
+    with private_folder("gpu-") as folder:
+        yield Testbed(machine, folder)
