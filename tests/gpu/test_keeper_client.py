@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import signal
+import socket
 import time
 from contextlib import asynccontextmanager
 
@@ -196,6 +197,22 @@ async def test_sets_at_once_are_made_in_order(keeper, machine):
         done = await asyncio.gather(*(clocks.set(600 + 15 * step) for step in range(10)))
         assert done == [600 + 15 * step for step in range(10)]
         assert locks(machine) == [(735, 735)] * 2
+
+
+@run
+async def test_a_full_queue_is_waited_for(folder):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "keeper.sock"))
+        listener.listen(0)
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(str(folder / "keeper.sock"))
+            status = asyncio.create_task(keeper_status(folder / "keeper.sock"))
+            await asyncio.sleep(0.02)
+            listener.accept()[0].close()
+            accepted = await asyncio.to_thread(listener.accept)
+            with accepted[0] as end:
+                end.sendall(b'{"ok": true, "allowed": {}}\n')
+                assert (await status)["allowed"] == {}
 
 
 @run

@@ -1,9 +1,11 @@
 """Keepers, and processes of other users, forked on demand: what they need is imported once, and each is real."""
 
+import collections
 import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -102,6 +104,20 @@ def speak(order):
         time.sleep(order.get("stay_s", 0.0))
 
 
+def flood(order):
+    """Another user's process: for as long as it lives it connects, without waiting, and sends lines that never end."""
+    become(order["uid"])
+    held = collections.deque(maxlen=100)
+    print("flooding", flush=True)
+    while True:
+        one = socket.socket(socket.AF_UNIX)
+        one.setblocking(False)
+        with contextlib.suppress(OSError):
+            one.connect(order["socket"])
+            one.send(b'{"op":"status"}\n' * order["lines"] + b"x" * 500)
+        held.append(one)
+
+
 def touch(order):
     """Another user's process: which of these files it can write, remove or read."""
     become(order["uid"])
@@ -130,7 +146,9 @@ def hold_on(order):
     time.sleep(0 if order["fork"] else 30)
 
 
-ROLES = {each.__name__: each for each in (keep, keep_until_told_to_hang, keep_watched, examine, speak, touch, hold_on)}
+ROLES = {
+    each.__name__: each for each in (keep, keep_until_told_to_hang, keep_watched, examine, speak, flood, touch, hold_on)
+}
 
 
 class Processes:

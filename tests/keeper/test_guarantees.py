@@ -17,7 +17,7 @@ import pytest
 from tests.keeper.rig import LONG_S, NOBODY, TTL_S, locks, needs_root, until
 from tests.keeper.test_imports import OURS, SOURCES, modules_of_the_process
 from throttllem.keeper.leases import SETS_AT_ONCE, SETS_PER_S
-from throttllem.keeper.server import CONNECTIONS, LINE_BYTES, Server
+from throttllem.keeper.server import CONNECTIONS, LINE_BYTES, Connection
 from throttllem.keeper.unit import unit_text
 from tools.nvml.machine import Op
 
@@ -282,17 +282,10 @@ def test_connections_are_bounded(keeper):
 class AcceptingWriter:
     """The writer of a client that takes every answer."""
 
-    def __init__(self, end):
-        self.get_extra_info = lambda _: end
-        self.transport = self
-
     def write(self, answer):
         pass
 
     async def drain(self):
-        pass
-
-    def abort(self):
         pass
 
 
@@ -309,12 +302,10 @@ async def rounds_of_other_tasks(requests):
     reader = asyncio.StreamReader(limit=LINE_BYTES)
     reader.feed_data(b'{"op":"beat"}\n' * requests)
     reader.feed_eof()
-    ours, theirs = socket.socketpair(socket.AF_UNIX)
-    with ours, theirs:
-        others = asyncio.ensure_future(other())
-        await Server(None, frozenset([os.geteuid()])).serve_client(reader, AcceptingWriter(ours))
-        done = True
-        await others
+    others = asyncio.ensure_future(other())
+    await Connection(None, "a test", reader.at_eof).serve(reader, AcceptingWriter())
+    done = True
+    await others
     return rounds
 
 

@@ -1,5 +1,8 @@
 """What clients do to the socket: malformed lines, floods, slow readers; and a socket file that is removed."""
 
+import asyncio
+import os
+import signal
 import socket
 import threading
 import time
@@ -8,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.keeper.client import Client
-from tests.keeper.rig import LONG_S, TTL_S, locks, until
+from tests.keeper.rig import LONG_S, NOBODY, TTL_S, locks, needs_root, until
+from throttllem.keeper import server
 from throttllem.keeper.server import LINE_BYTES
 
 
@@ -82,6 +86,43 @@ def test_a_flood_of_connections_delays_no_lease(keeper, machine):
             for each in connecting:
                 each.join()
     until(lambda: machine.gpus[0].lock is None)
+
+
+@needs_root
+@pytest.mark.parametrize(("uid", "lines"), [(NOBODY - 1, 0), (NOBODY, 1000)])
+def test_a_flood_of_one_user_keeps_no_other_out(keepers, processes, machine, uid, lines):
+    """Neither of a user that may not connect, nor of one that may, which can take all of its places."""
+    keeper = keepers(users=[NOBODY, NOBODY - 2])
+    pid, log = keeper.begun("flood", socket=str(keeper.socket), uid=uid, lines=lines)
+    try:
+        until(lambda: log.exists() and "flooding" in log.read_text())
+        time.sleep(0.1)
+        for mhz in (900, 1005):
+            begun_s = time.monotonic()
+            with keeper.holds(0, mhz=mhz):
+                assert machine.gpus[0].lock == (mhz, mhz)
+            assert time.monotonic() - begun_s < 1.0
+            until(lambda: machine.gpus[0].lock is None)
+            until(lambda: not keeper.status()["returning"])
+        sets = [{"op": "lease", "gpus": keeper.uuids[:1], "ttl_s": LONG_S}, {"op": "set", "mhz": 900}]
+        answers = keeper.other("speak", socket=str(keeper.socket), uid=NOBODY - 2, lines=sets)
+        assert answers == [{"ok": True}] * 2
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        processes.wait(pid)
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"op": "sta'], ids=["nothing", "half a line"])
+def test_a_connection_without_a_line_ends(sent, monkeypatch):
+    monkeypatch.setattr(server, "IDLE_S", 0.05)
+
+    async def serve():
+        reader = asyncio.StreamReader()
+        reader.feed_data(sent)
+        await server.Connection(None, "a test", reader.at_eof).serve(reader, None)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(serve())
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced", "folder removed"])

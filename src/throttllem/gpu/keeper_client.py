@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 SOCKET = Path("/run/throttllem/keeper.sock")
 TTL_S = 3.0
 HEARTBEATS_PER_TTL = 3.0
+CONNECT_AGAIN_S = 0.001
 
 
 class KeeperError(OSError):
@@ -26,9 +28,9 @@ class KeeperError(OSError):
         self.code = code
 
 
-async def keeper_status(socket: Path, timeout_s: float = 2.0) -> dict[str, Any]:
-    """What the keeper may set, and which client holds what. Raises KeeperError."""
-    connection = _Connection(socket)
+async def keeper_status(path: Path, timeout_s: float = 2.0) -> dict[str, Any]:
+    """What the keeper may set, and which client holds what. `path`: its socket. Raises KeeperError."""
+    connection = _Connection(path)
     try:
         return await connection.request({"op": "status"}, timeout_s)
     finally:
@@ -42,8 +44,8 @@ class KeeperClient:
     the event loop was blocked for longer than the TTL. Then the next `set` takes another lease.
     """
 
-    def __init__(self, socket: Path, gpus: tuple[str, ...], ttl_s: float = TTL_S) -> None:
-        self._socket, self._gpus, self._ttl_s = socket, gpus, ttl_s
+    def __init__(self, path: Path, gpus: tuple[str, ...], ttl_s: float = TTL_S) -> None:
+        self._path, self._gpus, self._ttl_s = path, gpus, ttl_s
         self._one_request = asyncio.Lock()
         self._connection: _Connection | None = None
         self._range = (0, 0)
@@ -100,7 +102,7 @@ class KeeperClient:
         return allowed_mhz
 
     async def _lease(self) -> _Connection:
-        connection = _Connection(self._socket)
+        connection = _Connection(self._path)
         try:
             await connection.request({"op": "lease", "gpus": self._gpus, "ttl_s": self._ttl_s}, self._ttl_s)
             allowed = (await connection.request({"op": "status"}, self._ttl_s))["allowed"]
@@ -130,8 +132,8 @@ class _Connection:
     good, and so ends the lease: its answer may still come, and would be taken for that of the next request.
     """
 
-    def __init__(self, socket: Path) -> None:
-        self._socket = socket
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._closed = False
 
@@ -143,7 +145,7 @@ class _Connection:
             raise KeeperError("lost", "keeper: the connection was closed")
         try:
             async with asyncio.timeout(timeout_s):
-                reader, writer = self._streams = self._streams or await asyncio.open_unix_connection(self._socket)
+                reader, writer = self._streams = self._streams or await _connect(self._path)
                 writer.write(json.dumps(fields).encode() + b"\n")
                 await writer.drain()
                 if sent is not None:
@@ -158,9 +160,9 @@ class _Connection:
         except (OSError, ValueError) as error:
             self.close()
             why = f"no answer in {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
-            option = "" if self._socket == SOCKET else f" --socket {self._socket}"
+            option = "" if self._path == SOCKET else f" --socket {self._path}"
             raise KeeperError(
-                "unreachable", f"keeper {self._socket}: {why}; `throttllem doctor{option}` shows what is missing"
+                "unreachable", f"keeper {self._path}: {why}; `throttllem doctor{option}` shows what is missing"
             ) from error
         if not answer.get("ok"):
             raise KeeperError(str(answer.get("code")), f"keeper: {answer.get('error')}")
@@ -172,3 +174,20 @@ class _Connection:
         if self._streams is not None:
             self._streams[1].close()
             self._streams = None
+
+
+async def _connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect; again while the queue of the socket is full, as under a flood of another user. Raises OSError."""
+    opened = socket.socket(socket.AF_UNIX)
+    try:
+        opened.setblocking(False)
+        while True:
+            try:
+                opened.connect(str(path))
+                break
+            except BlockingIOError:
+                await asyncio.sleep(CONNECT_AGAIN_S)
+        return await asyncio.open_unix_connection(sock=opened)
+    except BaseException:
+        opened.close()
+        raise

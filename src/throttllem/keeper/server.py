@@ -4,7 +4,6 @@ Knows nothing of GPUs.
 """
 
 import asyncio
-import contextlib
 import json
 import socket
 import struct
@@ -23,54 +22,103 @@ from throttllem.keeper.log import log
 #   it is read.
 # - A request is one line of JSON with few fields, each of one type. Anything else disconnects the client, without an
 #   answer: there is no state to recover, and nothing is guessed.
-# - Lines, connections and unread answers are bounded: a client that does not read is not read from (`drain`).
-# - After each line the other tasks run, so that a flood delays no heartbeat and no end of a lease.
+# - Each user that may connect has CONNECTIONS places, and so has root: no user can keep another one out. A user that
+#   may not connect takes no place.
+# - Lines, connections and unread answers are bounded, in size and in time: a client that does not read is not read from
+#   (`drain`), and a connection without a whole line for IDLE_S ends.
+# - After ACCEPTED_AT_ONCE connections, and after each line, the other tasks run, so that a flood delays no heartbeat
+#   and no end of a lease. The connections that wait to be accepted wait in the kernel, where all users share one queue;
+#   a client that finds it full (EAGAIN) tries again.
 #
 # A connection has at most one lease, which ends with it.
 
 LINE_BYTES = 4096
 CONNECTIONS = 32
+"""Of each user."""
+IDLE_S = 60.0
+"""The longest time for one line to come, or for one answer to be taken."""
+WAITING = 4096
+"""Connections that wait to be accepted; the kernel's net.core.somaxconn may allow fewer."""
+ACCEPTED_AT_ONCE = 64
 CHECK_SOCKET_S = 0.1
 
 
 class Server:
-    """Answers root and the users in `uids`, up to CONNECTIONS at a time."""
+    """Answers root and the users in `uids`, up to CONNECTIONS of each at a time."""
 
     def __init__(self, leases: Leases, uids: frozenset[int]) -> None:
-        self._leases, self._uids = leases, uids
-        self._open = 0
+        self._leases = leases
+        self._places = dict.fromkeys((0, *uids), CONNECTIONS)
+        self._serving: set[asyncio.Task[None]] = set()
 
     async def listen(self, path: Path, stop: asyncio.Event) -> None:
         """Listen at `path` until `stop`. A socket file that was removed or replaced is made again."""
         while not stop.is_set():
             try:
                 path.unlink(missing_ok=True)
-                with contextlib.closing(await asyncio.start_unix_server(self.serve_client, path, limit=LINE_BYTES)):
+                with socket.socket(socket.AF_UNIX) as listener:
+                    listener.setblocking(False)
+                    listener.bind(str(path))
                     path.chmod(0o666)  # every user may connect; which ones stay is decided by SO_PEERCRED
                     made_ns = path.stat().st_ctime_ns
+                    listener.listen(WAITING)
                     systemd.notify(systemd.READY)
-                    while not stop.is_set() and path.stat().st_ctime_ns == made_ns:
-                        await asyncio.sleep(CHECK_SOCKET_S)
+                    async with asyncio.TaskGroup() as group:
+                        accepting = group.create_task(self._accept(listener))
+                        while not stop.is_set() and _made(path) == made_ns:
+                            await asyncio.sleep(CHECK_SOCKET_S)
+                        accepting.cancel()
             except OSError as error:
                 log.warning("no client can connect: %s", error)
             await asyncio.sleep(CHECK_SOCKET_S)
 
-    async def serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self, listener: socket.socket) -> None:
+        """Until it is cancelled: take connections, and close those of users that may not connect."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                for _ in range(ACCEPTED_AT_ONCE):  # `sock_accept` does not wait while connections are there
+                    client, _ = await loop.sock_accept(listener)
+                    self._admit(client)
+            except OSError as error:
+                log.warning("a client cannot connect now: %s", error)
+                await asyncio.sleep(CHECK_SOCKET_S)
+            await asyncio.sleep(0)
+
+    def _admit(self, client: socket.socket) -> None:
+        pid, uid, _ = struct.unpack("iII", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if not self._places.get(uid):
+            client.close()
+            if uid in self._places:
+                log.warning("process %d of user %d is disconnected: that user has %d already", pid, uid, CONNECTIONS)
+            return
+        self._places[uid] -= 1
+        serving = asyncio.get_running_loop().create_task(self._serve(client, pid, uid))
+        self._serving.add(serving)
+        serving.add_done_callback(self._serving.discard)
+
+    async def _serve(self, client: socket.socket, pid: int, uid: int) -> None:
         """Serve one connection until it ends."""
-        pid, uid, _ = struct.unpack(
-            "3i", writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        )
-        connection = Connection(self._leases, f"process {pid} of user {uid}", reader.at_eof)
-        self._open += 1
         try:
-            if (uid == 0 or uid in self._uids) and self._open <= CONNECTIONS:
+            reader, writer = await asyncio.open_unix_connection(sock=client, limit=LINE_BYTES)
+            connection = Connection(self._leases, f"process {pid} of user {uid}", reader.at_eof)
+            try:
                 await connection.serve(reader, writer)
+            finally:
+                connection.end_lease("its client disconnected")
+                writer.transport.abort()  # a close would keep the socket open until the client has read every answer
         except (Exception, asyncio.CancelledError) as error:  # whatever it is, it ends only this connection
-            log.warning("%s is disconnected: %.200r", connection.client, error)
+            log.warning("process %d of user %d is disconnected: %.200r", pid, uid, error)
         finally:
-            self._open -= 1
-            connection.end_lease("its client disconnected")
-            writer.transport.abort()  # a close would keep the socket open until the client has read every answer
+            self._places[uid] += 1
+
+
+def _made(path: Path) -> int:
+    """When the file was made or changed, in ns; 0: there is none."""
+    try:
+        return path.stat().st_ctime_ns
+    except OSError:
+        return 0
 
 
 @dataclass(slots=True)
@@ -84,14 +132,19 @@ class Connection:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer requests, in order, until the client disconnects. Raises any exception for what is no request."""
-        while line := await reader.readline():
+        while True:
+            async with asyncio.timeout(IDLE_S):
+                line = await reader.readline()
+            if not line:
+                return
             await asyncio.sleep(0)  # `readline` does not wait while lines are buffered: let the other tasks run
             try:
                 answer = {"ok": True, **await self.answer(json.loads(line.decode()))}
             except RejectedError as error:
                 answer = {"ok": False, "code": error.code, "error": str(error)}
             writer.write(json.dumps(answer).encode() + b"\n")
-            await writer.drain()
+            async with asyncio.timeout(IDLE_S):
+                await writer.drain()
 
     async def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Carry out one request; the fields of its answer. Raises RejectedError."""
