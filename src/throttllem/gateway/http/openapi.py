@@ -281,14 +281,15 @@ def _header(name: str, schema: Json, description: str) -> Json:
 
 def _schemas() -> Json:
     count = {"type": "integer", "minimum": 1, "maximum": MOST_TOKENS}
+    token = {"type": "integer", "minimum": 0, "maximum": MOST_TOKENS}
     flag = {"type": "boolean"}
     own = {"type": "object", "properties": {"metrics": flag}, "additionalProperties": False}
     shared = {"model": {"type": "string", "minLength": 1}, "max_tokens": count, "n": count, "stream": flag}
     text_or_ids = [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        {"type": "array", "items": {"type": "integer"}, "minItems": 1},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "minItems": 1}, "minItems": 1},
+        {"type": "array", "items": token, "minItems": 1},
+        {"type": "array", "items": {"type": "array", "items": token, "minItems": 1}, "minItems": 1},
     ]
     messages = {"type": "array", "items": {"type": "object"}, "minItems": 1}
     receipt = {
