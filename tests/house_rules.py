@@ -28,7 +28,7 @@ BELOW = {
 }
 """What each layer may import besides itself. Outside: `cli` and its parts; the foundation serves all but core;
 `vllm_stats` runs inside vLLM."""
-FOUNDATION = {"config", "did_you_mean", "files", "option_sources"}
+FOUNDATION = {"config", "did_you_mean", "files", "option_sources", "printable"}
 CLI = {"cli", "vllm_stats"}
 SETS_CLOCKS = "throttllem.gpu.locks"
 MAY_SET_CLOCKS = {"keeper", "doctor"}

@@ -12,7 +12,8 @@ from throttllem.cli.commands.profile import spelled
 from throttllem.core.admission import never_fits
 from throttllem.core.types import Request, Slo
 from throttllem.engines.base import EngineError
-from throttllem.engines.capacity import MOST_BATCH, MOST_CONTEXT_TOKENS, MOST_KV_BLOCKS, samples, total
+from throttllem.engines.capacity import CARD_CHARACTERS, MOST_CONTEXT_TOKENS, samples, total
+from throttllem.engines.kinds import MOST_BATCH, MOST_KV_BLOCKS
 
 NO_STEPS = (
     "progress is counted from streams and /metrics: "
@@ -205,7 +206,8 @@ def test_only_samples_of_exactly_this_name():
 def test_lines_that_are_no_samples_are_passed_over():
     assert [(sample.labels, sample.value) for sample in samples(PAGE, "odd")] == [({"a": "1"}, 5.0)]
     assert total(PAGE, "up") == 1.0
-    assert total(PAGE, "bare") == math.inf
+    with pytest.raises(EngineError, match="no number from 0"):
+        total(PAGE, "bare")
 
 
 @pytest.mark.parametrize("name", ["running", "vllm", "down", "nothing"])
@@ -235,12 +237,24 @@ def test_models_come_and_go_and_odd_names_are_left_out():
         async with engine_of(peer) as engine:
             before = (await engine.connect()).models
             peer.models = [{"id": name} for name in ("tiny", "late", "\x1b[2J", "x" * 513, "", 3)]
-            after = await engine.names()
+            after = tuple(await engine.cards())
             peer.models = [{"id": f"m{number}"} for number in range(5000)]
-            many = len(await engine.names())
+            many = len(await engine.cards())
             peer.models_status = 503
             with pytest.raises(EngineError):
-                await engine.names()
+                await engine.cards()
             return before, after, many
 
     assert asyncio.run(run()) == (("tiny", "lora"), ("tiny", "late"), 4096)
+
+
+def test_the_engines_cards_are_kept_whole_up_to_a_bound():
+    peer = VllmPeer()
+    card = {"id": "tiny", "object": "model", "root": "/m", "parent": None, "permission": [{"id": "p"}], "odd": {"a": 1}}
+    peer.models = [card, {"id": "long", "text": "x" * CARD_CHARACTERS}, {"id": "odd", "max_model_len": math.nan}]
+
+    async def run():
+        async with engine_of(peer) as engine:
+            return (await engine.connect()).cards, await engine.cards()
+
+    assert asyncio.run(run()) == ({"tiny": card, "long": {}, "odd": {}},) * 2

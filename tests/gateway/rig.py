@@ -125,11 +125,11 @@ class Killable:
             raise EngineError("connection refused", status=503)
         await self.inner.well()
 
-    async def names(self):
+    async def cards(self):
         self.asked_names += 1
         if self.models is None:
             raise EngineError("it does not say")
-        return self.models
+        return {name: {} for name in self.models}
 
     async def count(self, parsed):
         return await self.inner.count(parsed)

@@ -5,7 +5,7 @@ Implementations: `simulated.realtime`, `openai`, `triton.engine`. Knows nothing 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from throttllem.core.types import EngineSpec
 from throttllem.openai_api.errors import SERVER_ERROR, ApiError
+from throttllem.printable import printable
 
 if TYPE_CHECKING:
     from throttllem.openai_api.requests import ParsedRequest
 
+Card = Mapping[str, object]
+"""What an engine says of one model in `/v1/models`, as it is; empty: nothing."""
 Headers = tuple[tuple[str, str], ...]
 """Names in lower case, in order; a name may be repeated."""
 
@@ -36,7 +39,8 @@ class EngineError(ApiError):
 
     def __init__(self, detail: str, *, status: int = 502, message: str | None = None) -> None:
         message = message or _MESSAGES.get(status, _MESSAGES[502])
-        super().__init__(status, message, kind="engine_error", code="engine_error", detail=detail)
+        kind = "engine_error"
+        super().__init__(status, printable(message), kind=kind, code=kind, detail=printable(detail))
 
     @property
     def unreachable(self) -> bool:
@@ -106,7 +110,8 @@ def error_reply(error: ApiError) -> Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connected:
-    """What an engine reports when it is reached. `models` are the names that it serves; `default_max_tokens` is its
+    """What an engine reports when it is reached. `models` are the names that it serves, `cards` what it says of them;
+    `default_max_tokens` is its
     limit where a completion names none (None: what the context leaves). `roots` are the checkpoints that it loaded
     (OWNER/NAME, or a folder), as far as it names them; `kv_cache_dtype` is "fp8" where it says so. `exact`: `watch`
     will report every step; `named`: its reports name the requests that started and finished in it. `notes` are for
@@ -115,6 +120,7 @@ class Connected:
 
     spec: EngineSpec
     models: tuple[str, ...]
+    cards: Mapping[str, Card] = field(default_factory=dict)
     default_max_tokens: int | None = None
     exact: bool = False
     named: bool = False
@@ -185,8 +191,8 @@ class LiveEngine(Protocol):
     async def well(self) -> None:
         """A health check that changes nothing. Raises EngineError if it fails."""
 
-    async def names(self) -> tuple[str, ...]:
-        """The models that it serves now, adapters included. Raises EngineError if it does not say."""
+    async def cards(self) -> Mapping[str, Card]:
+        """The models that it serves now by name, adapters included. Raises EngineError if it does not say."""
 
     async def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens of a prompt, by the engine's own tokenizer where there is one."""

@@ -5,30 +5,35 @@ What is neither reported nor set is unknown (`EngineSpec.unknown`): such an engi
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import EngineError, OwnLimitError, RemoteOptions
+from throttllem.engines.base import Card, EngineError, OwnLimitError, RemoteOptions
 from throttllem.engines.http import Upstream
-from throttllem.engines.kinds import capacities_of_others, count_in
+from throttllem.engines.kinds import MOST_BATCH, MOST_KV_BLOCKS, capacities_of_others, capacity
 
 ASSUMED_BATCH = 256
 ASSUMED_BUDGET_TOKENS = 2048
 ASSUMED_BLOCK_TOKENS = 16
 """vLLM's own defaults on most GPUs."""
-MOST_BATCH = 1 << 16
 MOST_CONTEXT_TOKENS = 1 << 20
-MOST_KV_BLOCKS = 1 << 40
-"""More than any engine has, for capacities that are unknown."""
+"""More than most engines have, for a context that is unknown."""
+MOST_COUNT = 1 << 53
+MOST_SAMPLES = 1024
+LONGEST_SAMPLE = 16 * 1024
+"""Bytes of a line, and lines of one name, that are read of an engine's metrics; others are left out."""
 MOST_NAMES = 4096
 LONGEST_NAME = 512
 """Characters; longer names of models, and those with control characters, are left out."""
+CARD_CHARACTERS = 16 * 1024
+"""What an engine says of one model; of a longer card only the name is kept."""
 PLUGIN_INFO = "throttllem_engine_info"
 """The metric that the plug-in adds to the engine's own."""
 
@@ -40,7 +45,7 @@ class ReportedCapacities:
     engine that they are of.
     """
 
-    models: tuple[str, ...] = ()
+    models: dict[str, Card] = field(default_factory=dict)
     roots: tuple[str, ...] = ()
     kv_cache_dtype: str = "auto"
     version: str = ""
@@ -67,18 +72,18 @@ async def read_capacities(upstream: Upstream, *, need_batch: bool) -> ReportedCa
     status, _ = await upstream.get("/health")
     if status >= 500:
         raise EngineError(f"the engine at {upstream.url} is not healthy (/health answers {status})", status=503)
-    names, roots, context = _models(upstream.url, await upstream.get_json("/v1/models"))
+    cards, roots, context = _models(upstream.url, await upstream.get_json("/v1/models"))
     page = await metrics_page(upstream)
     numbers = {**_cache(page), **_plugin(page)}
     if need_batch and "max_batch" not in numbers:
         numbers |= await _server_info(upstream)
     if "kv_blocks" not in numbers:
-        others = await capacities_of_others(upstream, names[0])
+        others = await capacities_of_others(upstream, next(iter(cards)))
         context = context or others.pop("max_context_tokens", None)
         others.pop("max_context_tokens", None)
         numbers |= others
     return ReportedCapacities(
-        models=names,
+        models=cards,
         roots=roots,
         version=await _version(upstream),
         max_context_tokens=context,
@@ -88,7 +93,7 @@ async def read_capacities(upstream: Upstream, *, need_batch: bool) -> ReportedCa
     )
 
 
-async def read_names(upstream: Upstream, *, timeout_s: float) -> tuple[str, ...]:
+async def read_cards(upstream: Upstream, *, timeout_s: float) -> dict[str, Card]:
     """The models in `/v1/models`. Raises EngineError if there is none."""
     return _models(upstream.url, await upstream.get_json("/v1/models", timeout_s=timeout_s))[0]
 
@@ -170,49 +175,73 @@ async def metrics_page(upstream: Upstream, *, timeout_s: float = 5.0) -> bytes:
 
 
 def samples(page: bytes, name: str) -> list[Sample]:
-    """The samples of exactly this name, in order. Only their lines are parsed, as pages are long and read often."""
-    found: list[Sample] = []
-    for line in re.findall(rb"^%s[{ \t].*$" % re.escape(name.encode()), page, re.MULTILINE):
+    """The samples of exactly this name, in order; of those with the same labels the last. Only their lines are parsed,
+    as pages are long and read often.
+    """
+    found: dict[frozenset[tuple[str, str]], Sample] = {}
+    line_of = rb"^%s[{ \t].{0,%d}$" % (re.escape(name.encode()), LONGEST_SAMPLE)
+    for match in itertools.islice(re.finditer(line_of, page, re.MULTILINE), MOST_SAMPLES):
         try:
-            (family,) = text_string_to_metric_families(line.decode(errors="replace"))
-        except ValueError:  # not a sample
+            (family,) = text_string_to_metric_families(match[0].decode(errors="replace"))
+        except (ValueError, LookupError):  # not a sample
             continue
-        found += family.samples
-    return found
+        for sample in family.samples:
+            found[frozenset(sample.labels.items())] = sample
+    return list(found.values())
 
 
 def total(page: bytes, name: str) -> float | None:
-    """The sum over all samples of this name (one per engine behind an address); None: there is none."""
-    values = [sample.value for sample in samples(page, name)]
-    return float(sum(values)) if values else None
+    """The sum over all samples of this name (one per engine behind an address); None: there is none. Raises EngineError
+    for what is no count, nor a share or a time.
+    """
+    values = [float(sample.value) for sample in samples(page, name)]
+    if not all(0 <= value <= MOST_COUNT for value in values):
+        raise EngineError(f"/metrics: {name} holds a value that is no number from 0 to 2^53")
+    return sum(values) if values else None
 
 
-def _models(url: str, answer: object) -> tuple[tuple[str, ...], tuple[str, ...], int | None]:
-    """Names, the checkpoints behind them (adapters left out), and the least context of those that report one."""
+def _models(url: str, answer: object) -> tuple[dict[str, Card], tuple[str, ...], int | None]:
+    """Cards by name, the checkpoints behind them (adapters left out), and the least context of those that have one."""
     listed = answer.get("data") if isinstance(answer, dict) else None
     models = [model for model in listed if isinstance(model, dict)] if isinstance(listed, list) else []
-    found = (name for model in models if isinstance(name := model.get("id"), str))
-    names = tuple(name for name in found if name.isprintable() and 0 < len(name) <= LONGEST_NAME)[:MOST_NAMES]
-    if not names:
+    found = ((name, model) for model in models if isinstance(name := model.get("id"), str) and _is_name(name))
+    cards = {name: _card(model) for name, model in itertools.islice(found, MOST_NAMES)}
+    if not cards:
         raise EngineError(f"the engine at {url} names no model in /v1/models", status=503)
     roots = (model.get("root") for model in models if not model.get("parent"))
-    loaded = dict.fromkeys(root for root in roots if isinstance(root, str) and root)
-    contexts = [length for model in models if (length := count_in(model.get("max_model_len"))) is not None]
-    return names, tuple(loaded), min(contexts, default=None)
+    loaded = dict.fromkeys(root for root in roots if isinstance(root, str) and _is_name(root))
+    lengths = (capacity("max_context_tokens", model.get("max_model_len")) for model in models)
+    contexts = [length for length in lengths if length is not None]
+    return cards, tuple(loaded)[:MOST_NAMES], min(contexts, default=None)
+
+
+def _card(model: dict[str, object]) -> Card:
+    """The card as it came; nothing of one that is too large, or no JSON."""
+    try:
+        return model if len(json.dumps(model, allow_nan=False)) <= CARD_CHARACTERS else {}
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _is_name(text: str) -> bool:
+    return text.isprintable() and 0 < len(text) <= LONGEST_NAME
 
 
 def _cache(page: bytes) -> dict[str, Any]:
     """Blocks of all engines behind the address, without the one that vLLM keeps for padding in each."""
     labels = [sample.labels for sample in samples(page, "vllm:cache_config_info")]
-    counts = [count for each in labels if (count := _labelled(each, "num_gpu_blocks")) is not None and count > 1]
-    block_tokens = _labelled(labels[0], "block_size") if labels else None
-    if not counts or block_tokens is None:
+    reported = [capacity("kv_blocks", each.get("num_gpu_blocks")) for each in labels]
+    counts = [count for count in reported if count is not None and count > 1]
+    blocks = capacity("kv_blocks", sum(counts) - len(counts))
+    block_tokens = capacity("block_tokens", labels[0].get("block_size")) if labels else None
+    if blocks is None or block_tokens is None:
         return {}
-    if (size := _labelled(labels[0], "kv_cache_size_tokens")) is not None:
+    size_tokens = capacity("kv_blocks", labels[0].get("kv_cache_size_tokens"))
+    if size_tokens is not None:
         # A model with several kinds of layers takes blocks of each kind for a token.
-        block_tokens = min(block_tokens, max(1, size // counts[0]))
+        block_tokens = min(block_tokens, max(1, size_tokens // counts[0]))
     return {
-        "kv_blocks": min(MOST_KV_BLOCKS, sum(counts) - len(counts)),
+        "kv_blocks": blocks,
         "block_tokens": block_tokens,
         "engines": len(counts),
         # Of several engines behind one address it is not known which has a prompt's blocks.
@@ -224,25 +253,19 @@ def _cache(page: bytes) -> dict[str, Any]:
 def _plugin(page: bytes) -> dict[str, Any]:
     labels = next((sample.labels for sample in samples(page, PLUGIN_INFO)), None)
     # A gateway in front of the engine has a metric of that name too.
-    batch = None if labels is None else _labelled(labels, "max_num_seqs")
-    if labels is None or batch is None:
+    if labels is None or "max_num_seqs" not in labels:
         return {}
-    engines = _labelled(labels, "engines") or 1
+    engines = capacity("max_batch", labels.get("engines")) or 1
+    batch = capacity("max_batch", labels["max_num_seqs"])
     return {
         "sends_to": labels.get("stats", ""),
         "boot": int(boot) if (boot := labels.get("boot", "")).isdecimal() and len(boot) < 20 else None,
-        "max_batch": min(MOST_KV_BLOCKS, batch * engines),
-        "prefill_budget_tokens": _labelled(labels, "max_num_batched_tokens"),
+        "max_batch": capacity("max_batch", batch and batch * engines),
+        "prefill_budget_tokens": capacity("prefill_budget_tokens", labels.get("max_num_batched_tokens")),
         "chunked": labels.get("chunked_prefill") == "1",
         "engines": engines,
-        "api_servers": _labelled(labels, "api_servers") or 1,
+        "api_servers": capacity("max_batch", labels.get("api_servers")) or 1,
     }
-
-
-def _labelled(labels: Mapping[str, str], name: str) -> int | None:
-    """The whole number in a label; None: it holds none that a capacity can be."""
-    text = labels.get(name, "")
-    return count_in(int(text)) if text.isdecimal() and len(text) < 20 else None
 
 
 async def _server_info(upstream: Upstream) -> dict[str, Any]:
@@ -255,12 +278,12 @@ async def _server_info(upstream: Upstream) -> dict[str, Any]:
         return {}
     config = info.get("vllm_config") if isinstance(info, dict) else None
     scheduler = config.get("scheduler_config") if isinstance(config, dict) else None
-    batch = count_in(scheduler.get("max_num_seqs")) if isinstance(scheduler, dict) else None
-    if not isinstance(scheduler, dict) or batch is None:
+    batch = capacity("max_batch", scheduler.get("max_num_seqs")) if isinstance(scheduler, dict) else None
+    if batch is None or not isinstance(scheduler, dict):
         return {}
     return {
         "max_batch": batch,
-        "prefill_budget_tokens": count_in(scheduler.get("max_num_batched_tokens")),
+        "prefill_budget_tokens": capacity("prefill_budget_tokens", scheduler.get("max_num_batched_tokens")),
         "chunked": scheduler.get("enable_chunked_prefill") is not False,
     }
 
@@ -271,4 +294,4 @@ async def _version(upstream: Upstream) -> str:
     except EngineError:
         return ""
     version = answer.get("version") if isinstance(answer, dict) else None
-    return version if isinstance(version, str) else ""
+    return version if isinstance(version, str) and _is_name(version) else ""

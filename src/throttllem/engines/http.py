@@ -131,6 +131,11 @@ def parsed(where: str, body: bytes) -> object:
 
 HEADER_BYTES = 64 * 1024
 """A reply's head must be whole in so many bytes."""
+MOST_HEADERS = 256
+PAGE_BYTES = 4 * 1024 * 1024
+"""The largest page that an engine may answer to the gateway's own questions; a vLLM's metrics have 0.1 MB."""
+ANSWER_BYTES = 64 * 1024 * 1024
+"""The same for an answer to a document: the token ids of a prompt as large as a body may be."""
 _HELD_BYTES = 64 * 1024
 _JOINED_BYTES = 64 * 1024
 
@@ -288,15 +293,25 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, or one behind the body."""
-        if self._status is None:
-            self._headers.append((name.decode("latin-1").lower(), value.decode("latin-1")))
+        if self._status is not None:
+            return
+        self._head_bytes += len(name) + len(value) + len(": \r\n")
+        if self._head_bytes > HEADER_BYTES or len(self._headers) >= MOST_HEADERS:
+            raise ProtocolError("too many headers, or too large ones")
+        self._headers.append((name.decode("latin-1").lower(), value.decode("latin-1")))
 
     def on_headers_complete(self) -> None:
-        """The head is whole, if it is not one of those that announce it."""
+        """The head is whole, if it is not one of those that announce it. The parser has refused control characters, and
+        a length beside chunks.
+        """
         if self._whole:
             raise ProtocolError("a reply too many")
         assert self._parser is not None
         status = self._parser.get_status_code()
+        if status > 599:
+            raise ProtocolError(f"a status of {status}")
+        if any(name == "transfer-encoding" and value.lower() != "chunked" for name, value in self._headers):
+            raise ProtocolError("a transfer encoding that is not chunked")
         if status >= 200:
             self._status = status
 
@@ -328,15 +343,15 @@ class Upstream:
 
     async def get(self, path: str, *, timeout_s: float = 5.0) -> tuple[int, bytes]:
         """Status and body. Raises EngineError if there is no answer in `timeout_s`."""
-        return await self._ask("GET", path, None, timeout_s)
+        return await self._ask("GET", path, None, timeout_s, PAGE_BYTES)
 
     async def get_json(self, path: str, *, timeout_s: float = 5.0) -> object:
         """The JSON at `path`. Raises EngineError for anything but a 200 with JSON."""
-        return self._json(path, *await self._ask("GET", path, None, timeout_s))
+        return self._json(path, *await self._ask("GET", path, None, timeout_s, PAGE_BYTES))
 
     async def post(self, path: str, content: bytes, *, timeout_s: float = 30.0) -> tuple[int, bytes]:
         """Status and body of the answer to a JSON document. Raises EngineError if there is none in `timeout_s`."""
-        return await self._ask("POST", path, content, timeout_s)
+        return await self._ask("POST", path, content, timeout_s, ANSWER_BYTES)
 
     def open(self, call: Call) -> AbstractAsyncContextManager[Reply]:
         """Send `call`; its reply lasts as long as the block. Leaving early closes the connection."""
@@ -434,7 +449,9 @@ class Upstream:
                 self._drop(connection)
                 raise
 
-    async def _ask(self, method: str, path: str, body: bytes | None, timeout_s: float) -> tuple[int, bytes]:
+    async def _ask(
+        self, method: str, path: str, body: bytes | None, timeout_s: float, most_bytes: int
+    ) -> tuple[int, bytes]:
         pairs = [("Accept", "*/*") if body is None else ("Content-Type", "application/json")]
         if self.api_key is not None:
             pairs.append(("Authorization", f"Bearer {self.api_key}"))
@@ -442,9 +459,12 @@ class Upstream:
             async with asyncio.timeout(timeout_s):
                 connection, status, _ = await self.sent(method, path, pairs, body or b"")
                 try:
-                    parts = []
+                    parts, left_bytes = [], most_bytes
                     while part := await connection.read():
                         parts.append(part)
+                        left_bytes -= len(part)
+                        if left_bytes < 0:
+                            raise EngineError(f"{self.url}{path} answers more than {most_bytes} bytes")
                 finally:
                     self.keep(connection)
         except (_UnreachedError, ProtocolError, OSError) as error:

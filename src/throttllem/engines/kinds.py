@@ -12,7 +12,11 @@ from typing import Any
 from throttllem.engines.base import EngineError
 from throttllem.engines.http import Upstream
 
-_MOST = 1 << 40
+MOST_BATCH = 1 << 16
+MOST_TOKENS = 1 << 27
+MOST_KV_BLOCKS = 1 << 40
+"""The largest capacities that are taken for true: a larger one counts as not reported."""
+_MOST = {"max_batch": MOST_BATCH, "kv_blocks": MOST_KV_BLOCKS}
 Page = Mapping[str, object]
 
 
@@ -24,7 +28,7 @@ async def capacities_of_others(upstream: Upstream, model: str) -> dict[str, int]
         except EngineError:
             continue
         found = read(page, model) if isinstance(page, dict) else {}
-        numbers = {name: number for name, value in found.items() if (number := count_in(value)) is not None}
+        numbers = {name: number for name, value in found.items() if (number := capacity(name, value)) is not None}
         if numbers:
             return numbers
     return {}
@@ -33,12 +37,13 @@ async def capacities_of_others(upstream: Upstream, model: str) -> dict[str, int]
 def _llama_cpp(page: Page, _: str) -> dict[str, Any]:
     """`n_ctx` is that of one slot. Whether slots share one cache of that size or have their own is not reported."""
     settings = page.get("default_generation_settings")
-    context = count_in(settings.get("n_ctx")) if isinstance(settings, dict) else None
+    context = capacity("max_context_tokens", settings.get("n_ctx")) if isinstance(settings, dict) else None
     return {} if context is None else {"max_context_tokens": context, "max_batch": page.get("total_slots")}
 
 
 def _sglang(page: Page, _: str) -> dict[str, Any]:
-    block_tokens, tokens = count_in(page.get("page_size")) or 1, count_in(page.get("max_total_num_tokens"))
+    block_tokens = capacity("block_tokens", page.get("page_size")) or 1
+    tokens = capacity("kv_blocks", page.get("max_total_num_tokens"))
     return {
         "kv_blocks": tokens and tokens // block_tokens,
         "block_tokens": tokens and block_tokens,
@@ -73,6 +78,10 @@ _PAGES: tuple[tuple[str, Callable[[Page, str], dict[str, Any]]], ...] = (
 )
 
 
-def count_in(value: object) -> int | None:
-    """A whole number that a capacity can be; None for anything else."""
-    return value if type(value) is int and 0 < value <= _MOST else None
+def capacity(name: str, value: object) -> int | None:
+    """A capacity of this name in `EngineSpec`, as an engine sent it: a JSON number, or a text of digits; None: it is no
+    such number, or a larger one than any engine has.
+    """
+    if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+        value = int(value)
+    return value if type(value) is int and 0 < value <= _MOST.get(name, MOST_TOKENS) else None

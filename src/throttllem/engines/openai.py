@@ -12,13 +12,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Connected, EngineError, OwnLimitError, RemoteOptions, Report
+from throttllem.engines.base import Card, Connected, EngineError, OwnLimitError, RemoteOptions, Report
 from throttllem.engines.capacity import (
     ReportedCapacities,
     engine_spec,
     metrics_page,
     read_capacities,
-    read_names,
+    read_cards,
     total,
 )
 from throttllem.engines.http import Upstream
@@ -60,7 +60,7 @@ class OpenaiEngine:
         spec, notes = engine_spec(reported, self._options, self._spec)
         try:
             notes += await self._tokens.begin(
-                reported.models[0], spec.max_context_tokens, spec.block_tokens if spec.prefix_caching else None
+                next(iter(reported.models)), spec.max_context_tokens, spec.block_tokens if spec.prefix_caching else None
             )
             trouble = self._why_no_steps(reported)
         except ValueError as error:
@@ -70,7 +70,8 @@ class OpenaiEngine:
         self._reported, self._has_steps = reported, trouble is None
         return Connected(
             spec=spec,
-            models=reported.models,
+            models=tuple(reported.models),
+            cards=reported.models,
             roots=reported.roots,
             kv_cache_dtype=reported.kv_cache_dtype,
             default_max_tokens=COMPLETION_TOKENS,
@@ -85,9 +86,9 @@ class OpenaiEngine:
             url = self._upstream.url
             raise EngineError(f"the engine at {url} is not healthy (/health answers {status})", status=503)
 
-    async def names(self) -> tuple[str, ...]:
+    async def cards(self) -> dict[str, Card]:
         """The models that it serves now: adapters come and go while it runs. Raises EngineError if it names none."""
-        return await read_names(self._upstream, timeout_s=SCRAPE_LIMIT_S)
+        return await read_cards(self._upstream, timeout_s=SCRAPE_LIMIT_S)
 
     async def watch(self, report: Callable[[Report], None]) -> None:
         """Report steps and scrapes until cancelled. Raises EngineError when the engine is gone or was restarted."""
@@ -141,11 +142,9 @@ class OpenaiEngine:
         if total(page, "process_start_time_seconds") != reported.started_s:
             raise _RestartedError(f"the engine at {url} was restarted")
         usage, iterations = total(page, "vllm:kv_cache_usage_perc"), total(page, "vllm:iteration_tokens_total_count")
-        if not all(math.isfinite(value) for value in (running, waiting, usage or 0.0, iterations or 0.0)):
-            raise EngineError(f"the metrics of the engine at {url} hold a value that is no number")
         blocks = None
         if usage is not None and reported.kv_blocks is not None:
-            blocks = round(usage * reported.kv_blocks / max(1, reported.engines))
+            blocks = round(min(1.0, usage / reported.engines) * reported.kv_blocks)
         generated, accepted = self._speculated(page)
         return Report(
             running=int(running),

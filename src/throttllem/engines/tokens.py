@@ -40,6 +40,7 @@ _ADDED_FIELDS = ("add_special_tokens", "mm_processor_kwargs", "media_io_kwargs")
 """Fields of a request that change its prompt, as vLLM's `/tokenize` knows them."""
 _PROBE = "Does it count alike? def f(x): return 2 * x  # déjà vu, 東京\n"
 _REMEMBERED = 512
+_MOST_TOKENS = 1 << 31
 _LONGEST_BYTES = 16
 """Bytes of a token, on average over a prompt that is worth counting: text has 3 to 5, long runs of one character 16."""
 _PARTS = re.compile(rb'"type"\s*:\s*"(?:image|audio|video|input_image|input_audio)(?:_url|_pil|_embeds)?"')
@@ -275,7 +276,7 @@ def _count_in(answer: bytes) -> tuple[int, object]:
     """The count, and what should be the token ids."""
     found = parsed("/tokenize", answer)
     count, ids = (found.get("count"), found.get("tokens")) if isinstance(found, dict) else (None, None)
-    if not isinstance(count, int) or count < 0:
+    if type(count) is not int or not 0 <= count <= _MOST_TOKENS:
         raise EngineError(f"/tokenize answers no count: {answer[:200].decode(errors='replace')}")
     return count, ids
 

@@ -46,6 +46,7 @@ def test_models_are_listed_and_found():
     listed, one, status, none = within(check)
     assert [entry["id"] for entry in listed["data"]] == ["tiny", "org/other"]
     assert one == listed["data"][1] and one["owned_by"] == "throttllem"
+    assert (one["max_model_len"], one["odd"]) == (4096, [1])
     assert (status, none["code"]) == (404, "model_not_found")
 
 

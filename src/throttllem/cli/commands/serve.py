@@ -108,11 +108,12 @@ def _explain(loaded: Loaded) -> int:
     import asyncio
 
     from throttllem.gateway.check import check_configuration, verdict
+    from throttllem.printable import printable
 
     options = loaded.options
     findings = asyncio.run(check_configuration(options, dict(loaded.origins), options.cache_dir.expanduser()))
     for finding in findings:
-        typer.echo(f"{finding.mark} {finding.text}")
+        typer.echo(f"{finding.mark} {printable(finding.text)}")
     code, summary = verdict(findings)
     typer.echo(summary)
     return code
@@ -121,4 +122,8 @@ def _explain(loaded: Loaded) -> int:
 def _log_to_stderr(level: str) -> None:
     import logging
 
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    from throttllem.printable import PrintableFormatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])

@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 from throttllem.config import Noise
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Call, Connected, EngineError, PromptCount, Reply, Report, error_reply
+from throttllem.engines.base import Call, Card, Connected, EngineError, PromptCount, Reply, Report, error_reply
 from throttllem.engines.simulated.batcher import Iteration, Outcome
 from throttllem.engines.simulated.engine import Physics, SimulatedEngine
 from throttllem.engines.simulated.replies import Answer, SimulatedApi
@@ -116,9 +116,9 @@ class RealtimeEngine:
         """Raises EngineError once it was closed."""
         self._check_alive()
 
-    async def names(self) -> tuple[str, ...]:
+    async def cards(self) -> dict[str, Card]:
         """Its one model."""
-        return (self.name,)
+        return {self.name: {}}
 
     async def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens by its own tokenizer: exact, unless the prompt is far too long to be served."""

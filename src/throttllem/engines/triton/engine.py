@@ -19,6 +19,7 @@ from pydantic_core import from_json, to_json
 from throttllem.core.types import EngineSpec
 from throttllem.engines.base import (
     Call,
+    Card,
     Connected,
     EngineError,
     OwnLimitError,
@@ -122,9 +123,9 @@ class TritonEngine:
         if status != 200:
             raise EngineError(f"{self._upstream.url}: the model {self._model!r} is not ready ({status})", status=503)
 
-    async def names(self) -> tuple[str, ...]:
+    async def cards(self) -> dict[str, Card]:
         """The one model that is configured."""
-        return (self._model,)
+        return {self._model: {}}
 
     async def count(self, request: ParsedRequest) -> PromptCount:
         """Tokens of the prompt by the tokenizer.json, or an estimate from its bytes that is marked as one."""

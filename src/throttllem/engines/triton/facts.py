@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from throttllem.core.types import EngineSpec
 from throttllem.engines.base import RemoteOptions
-from throttllem.engines.capacity import MOST_BATCH, MOST_CONTEXT_TOKENS, MOST_KV_BLOCKS, samples
+from throttllem.engines.capacity import MOST_CONTEXT_TOKENS, MOST_COUNT, samples
+from throttllem.engines.kinds import MOST_BATCH, MOST_KV_BLOCKS
 from throttllem.engines.simulated.fleet import UNKNOWN
 
 ENSEMBLE = frozenset(
@@ -128,7 +129,7 @@ def engine_spec(
 def _values(page: bytes, name: str, label: str) -> dict[str, int]:
     values: dict[str, int] = {}
     for sample in samples(page, name):
-        if label in sample.labels:
+        if label in sample.labels and 0 <= sample.value <= MOST_COUNT:
             values.setdefault(sample.labels[label], round(sample.value))
     return values
 

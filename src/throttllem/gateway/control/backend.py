@@ -336,13 +336,14 @@ class Backend:
                 return
             self.named_s = self.now()
             try:
-                names = await self.engine.names()
+                cards = await self.engine.cards()
             except EngineError as error:
                 log.warning("engine %s: its models cannot be read again: %s", self.name, error)
                 return
-            if self.connected is connected and names != connected.models:
-                self.connected = replace(connected, models=names)
-                log.info("engine %s serves other models now: %s", self.name, ", ".join(names))
+            if self.connected is connected:
+                self.connected = replace(connected, models=tuple(cards), cards=cards)
+                if self.connected.models != connected.models:
+                    log.info("engine %s serves other models now: %s", self.name, ", ".join(cards))
 
     def estimated(self, by: str) -> None:
         """A prompt's tokens were estimated, not counted."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from throttllem.core.types import Request, Slo
-from throttllem.engines.base import Connected, EngineError, OwnLimitError, PromptCount
+from throttllem.engines.base import Card, Connected, EngineError, OwnLimitError, PromptCount
 from throttllem.engines.prefix_cache import Prefix
 from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
@@ -51,6 +51,13 @@ class ServedModel:
                 found.update(dict.fromkeys(backend.connected.models))
         return tuple(found)
 
+    def card(self, name: str) -> Card:
+        """What its engines say of one of its names, the one that serves first."""
+        for backend in (self.loop.serving(), *self.loop.backends):
+            if backend is not None and backend.connected and (card := backend.connected.cards.get(name)):
+                return card
+        return {}
+
 
 @dataclass(slots=True)
 class Models:
@@ -78,6 +85,10 @@ class Models:
     def names(self) -> tuple[str, ...]:
         """Names that clients may use."""
         return tuple(dict.fromkeys(name for model in self.served for name in model.all_names()))
+
+    def cards(self) -> dict[str, Card]:
+        """What engines say of each of these names."""
+        return {name: model.card(name) for model in reversed(self.served) for name in model.all_names()}
 
     async def read_names(self) -> None:
         """Ask the engines which models they serve now; one that was asked just before is not asked again."""

@@ -67,10 +67,8 @@ class Pages:
         """`/v1/models` and `/v1/models/NAME`."""
         _only(exchange, "GET")
         await self._models.read_names()
-        entries = [
-            {"id": name, "object": "model", "created": self._since_s, "owned_by": "throttllem"}
-            for name in self._models.names()
-        ]
+        cards, ours = self._models.cards(), {"object": "model", "created": self._since_s, "owned_by": "throttllem"}
+        entries = [{"id": name, **ours, **cards[name]} for name in self._models.names()]
         if path == MODELS:
             body: object = {"object": "list", "data": entries}
         else:
