@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import socket
+import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -41,7 +42,7 @@ def test_scrapes_without_the_plugin():
 
 def test_steps_of_the_plugin_and_scrapes_while_it_is_silent(tmp_path):
     address = str(tmp_path / "steps")
-    step = StepStats(boot=7, sequence=1, step=41, monotonic_s=1.0, running=5, waiting=0, kv_usage=0.5)
+    step = StepStats(boot=7, sequence=1, step=41, monotonic_s=time.monotonic(), running=5, waiting=0, kv_usage=0.5)
 
     async def run():
         peer = VllmPeer()

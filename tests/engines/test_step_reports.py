@@ -5,16 +5,19 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engines.upstreams import eventually
+from throttllem.engines import step_reports
 from throttllem.engines.step_reports import (
     MOST_REQUESTS,
     MOST_STEPS,
     MOST_TOKENS,
+    OLDEST_S,
     PACKED,
     StepReceiver,
     StepStats,
@@ -26,6 +29,16 @@ from throttllem.engines.step_reports import (
 
 STEP = StepStats(boot=7, sequence=1, step=0, monotonic_s=5.0, running=2, waiting=1, kv_usage=0.25, generated_tokens=2)
 SECRET = b"0123456789abcdef"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_time_of_the_steps():
+    """Steps are received when they were sent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_reports, "time", SimpleNamespace(monotonic=lambda: STEP.monotonic_s))
+        yield
+
+
 NUMBER = st.integers(0, MOST_STEPS - 1)
 REQUESTS = st.integers(0, MOST_REQUESTS)
 TOKENS = st.integers(0, MOST_TOKENS)
@@ -160,11 +173,24 @@ def test_steps_of_another_start_than_the_engine_reports_never_count(boot):
 )
 def test_numbers_jump_no_further_than_an_engine_steps(sequence, step, elapsed_s, counts):
     receiver = StepReceiver("127.0.0.1:0", kv_blocks=100)
-    receiver.take(STEP.pack(), 100.0)
-    report = receiver.take(replace(STEP, sequence=sequence, step=step).pack(), 100.0 + elapsed_s)
+    receiver.take(STEP.pack(), 5.0)
+    report = receiver.take(replace(STEP, sequence=sequence, step=step).pack(), 5.0 + elapsed_s)
     assert (report is not None) is counts
     if not counts:  # it did not take the place of the next true one
-        assert receiver.take(replace(STEP, sequence=3, step=1).pack(), 100.0 + elapsed_s) is not None
+        assert receiver.take(replace(STEP, sequence=3, step=1).pack(), 5.0 + elapsed_s) is not None
+
+
+@pytest.mark.parametrize("boot", [None, 7])
+def test_a_first_datagram_that_was_recorded_does_not_count(boot, caplog):
+    receiver = StepReceiver("127.0.0.1:0", kv_blocks=100, boot=boot)
+    now_s = STEP.monotonic_s + OLDEST_S + 1.0
+    for late_s in (now_s, 0.0, now_s):  # long ago, and by another machine's clock
+        sent = replace(STEP, monotonic_s=1e6 if not late_s else STEP.monotonic_s, boot=7)
+        assert receiver.take(sent.pack(), now_s) is None
+    assert (receiver.garbage, receiver.boot, len(caplog.records)) == (3, boot, 1)
+    assert receiver.take(replace(STEP, monotonic_s=now_s).pack(), now_s) is not None
+    # One that waited in the socket while the gateway was busy counts, as its number is new.
+    assert receiver.take(replace(STEP, sequence=2, step=1, monotonic_s=now_s).pack(), now_s + 60.0) is not None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import hmac
 import ipaddress
+import logging
 import os
 import socket
 import stat
@@ -23,6 +24,8 @@ from pathlib import Path
 
 from throttllem.engines.base import Report
 
+log = logging.getLogger("throttllem.gateway")
+
 MAGIC = b"tls2"
 PACKED = struct.Struct("<4sQQBqdIIdIIIIIIIId")
 MAC_BYTES = 32
@@ -34,6 +37,9 @@ LONGEST_SECRET = 4096
 BURST_STEPS = 4096
 STEPS_PER_S = 2000
 """Sequence numbers may rise by so many at once, and by so many a second: more than any engine steps."""
+OLDEST_S = 5.0
+"""The first datagram was sent this long ago at most, by the monotonic clock, which all processes of a machine share: a
+recorded one does not count. Later ones need higher numbers."""
 BUFFER_BYTES = 1 << 20
 DRAINED = 256
 """The most datagrams that are read before other tasks run."""
@@ -212,9 +218,10 @@ def _clear(path: str) -> None:
 class StepReceiver:
     """Listens for the steps of one engine, whose KV cache has `kv_blocks`.
 
-    Counts `received` and `lost` datagrams (gaps in the sequence), `garbage` (no step, no right MAC, repeated, or a
-    number that no engine can have reached since), and those of `other_boots`: of another engine, or of another start of
-    this one. `boot` is the start that the engine itself reports; without it that of the first datagram counts.
+    Counts `received` and `lost` datagrams (gaps in the sequence), `garbage` (no step, no right MAC, repeated, a first
+    one that is old, or a number that no engine can have reached since), and those of `other_boots`: of another engine,
+    or of another start of this one. `boot` is the start that the engine itself reports; without it that of the first
+    datagram counts.
     """
 
     def __init__(self, address: str, *, kv_blocks: int, boot: int | None = None, secret: bytes | None = None) -> None:
@@ -231,6 +238,7 @@ class StepReceiver:
         self._secret = secret
         self._size = PACKED.size + (0 if secret is None else MAC_BYTES)
         self._received_s = 0.0
+        self._said_old = False
         self._numbered: tuple[int, int] | None = None
         """Number and sequence number of the last datagram of a step."""
 
@@ -268,11 +276,13 @@ class StepReceiver:
         if step is None:
             self.garbage += 1
             return None
-        if self.boot is None:
-            self.boot = step.boot
-        if step.boot != self.boot:
+        if self.boot is not None and step.boot != self.boot:
             self.other_boots += 1
             return None
+        if before is None and abs(at_s - step.monotonic_s) > OLDEST_S:
+            self._refuse_old(at_s - step.monotonic_s)
+            return None
+        self.boot = step.boot
         if before is not None and not self._follows(step, before, at_s - self._received_s):
             self.garbage += 1
             return None
@@ -283,6 +293,13 @@ class StepReceiver:
             self._numbered = step.step, step.sequence
         self.preemptions += step.preemptions
         return self._report(step, None if gap else before)
+
+    def _refuse_old(self, age_s: float) -> None:
+        self.garbage += 1
+        if not self._said_old:
+            self._said_old = True
+            why = "the first to count must be newer, by the monotonic clock of this machine"
+            log.warning("a step report at %s was sent %.0f s ago: %s", self.address, age_s, why)
 
     def _follows(self, step: StepStats, before: StepStats, elapsed_s: float) -> bool:
         """Whether one start of an engine can have sent `step` after `before`: a datagram a step, none twice."""

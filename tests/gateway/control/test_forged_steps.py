@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from tests.engines.test_step_reports import send
+from tests.engines.test_step_reports import send, the_time_of_the_steps  # noqa: F401
 from tests.gateway.peer import Peer, answers, stream_and_whole, until, whole
 from throttllem.engines.step_reports import PACKED, StepStats
 
 NAN, INF = float("nan"), float("inf")
-STEP = StepStats(boot=7, sequence=1, step=1, monotonic_s=1.0, running=0, waiting=0, kv_usage=0.0)
+STEP = StepStats(boot=7, sequence=1, step=1, monotonic_s=5.0, running=0, waiting=0, kv_usage=0.0)
 
 
 def forged(**numbers):
