@@ -6,6 +6,7 @@ import asyncio
 import json
 
 import pytest
+from core.toy import CLOCKS_MHZ
 
 from gateway.rig import outcome, rig, virtually
 from tests.gateway.peer import answers, stream_and_whole, until, with_peer
@@ -18,8 +19,10 @@ from throttllem.core.types import (
     EngineReady,
     Observed,
     Progressed,
+    RateChanged,
     Stepped,
     Timer,
+    Uncontrolled,
 )
 
 
@@ -296,3 +299,80 @@ def test_a_core_that_always_fails_is_degraded_and_the_engine_is_left_in_peace():
             return len(failed)
 
     assert virtually(run()) == 20
+
+
+KINDS = [Arrived, Stepped, Progressed, Observed, Uncontrolled, RateChanged, ClockRead, Timer, Cancelled, EngineReady]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nth", [1, 3])
+def test_after_a_fault_at_the_nth_event_of_a_kind_service_goes_on_without_a_restart(kind, nth):
+    """Three faults in a row."""
+
+    async def run():
+        async with rig(numbered=True, max_batch=2) as it:
+            await it.up()
+            count, doubts = 0, 0
+
+            def fails(event):
+                nonlocal count
+                count += isinstance(event, kind)
+                return isinstance(event, kind) and nth <= count < nth + 3
+
+            failed = failing(it, fails)
+            for turn in range(12):
+                key = it.backend.key or 0
+                if kind is Progressed:
+                    it.loop.handle(Progressed(engine=key, request_id=99, tokens=1))
+                if kind is Uncontrolled:
+                    it.loop.handle(Uncontrolled(engine=key, requests=turn % 2))
+                if kind is ClockRead:
+                    it.loop.handle(ClockRead(engine=key, mhz=CLOCKS_MHZ[-1]))
+                if kind is RateChanged:
+                    it.loop.handle(RateChanged(engine=key, tokens_per_step=1.0 + turn % 2))
+                if kind is EngineReady and len(failed) < 3:
+                    await it.backend.engine.kill()
+                await asyncio.sleep(0.1)
+                doubts += it.models.health().degraded
+                leaves = {"disconnect_after": 2} if turn < 8 and kind is Cancelled else {}
+                await asyncio.wait_for(outcome(it.request(tokens=10, **leaves)), 10.0)
+            await asyncio.sleep(3.0)
+            began_s = it.loop.now()
+            ends = await asyncio.gather(*(outcome(it.request(tokens=5)) for _ in range(4)))
+            seconds = it.loop.now() - began_s
+            return len(failed), doubts, ends, seconds, it.models.health(), it.loop
+
+    failed, doubts, ends, seconds, health, loop = virtually(run())
+    assert failed == loop.core_faults == 3
+    assert (ends, health.up, health.degraded) == (["served"] * 4, 1, False)
+    assert seconds < 5.0
+    assert loop.engine_rebuilds >= 1 and doubts >= (kind is not Arrived)
+
+
+def test_a_state_in_doubt_runs_at_the_maximum_clock_until_it_is_built_again():
+    """The second fault comes within a second of the first, so that the engine is not connected again at once."""
+
+    async def run():
+        async with rig() as it:
+            await it.up()
+            requests = [asyncio.ensure_future(outcome(it.request(tokens=150))) for _ in range(2)]
+            device = it.backend.accounting.gpu
+            while device.read().clock_mhz == CLOCKS_MHZ[-1]:
+                await asyncio.sleep(0.01)
+            below_mhz = device.read().clock_mhz
+            it.loop._rebuilt_s[it.backend.name] = it.loop.now()
+            failed = failing(it, lambda event: isinstance(event, ClockRead) and not failed)
+            it.loop.handle(ClockRead(engine=it.backend.key, mhz=below_mhz))
+            healed(it)
+            seen = []
+            for _ in range(8):
+                await asyncio.sleep(0.1)
+                seen.append(device.read().clock_mhz)
+            await asyncio.gather(*requests)
+            await asyncio.sleep(3.0)
+            return below_mhz, seen, await outcome(it.request())
+
+    below_mhz, seen, after = virtually(run())
+    assert below_mhz < CLOCKS_MHZ[-1]
+    assert seen == [CLOCKS_MHZ[-1]] * 8
+    assert after == "served"

@@ -121,6 +121,11 @@ def test_a_table_that_is_far_from_its_engine_is_something_wrong() -> None:
             await tab.until(LIVE)
             wrong = await tab.value("document.getElementById('answer-wrong').textContent")
             assert "A performance table is wrong" in wrong and UP.name in wrong
+        doubtful = replace(STATUS, models=(replace(MODEL, engines=(replace(UP, trouble=None),), doubtful=True),))
+        async with served(Still(doubtful)) as address, browse(f"{address}/dashboard") as tab:
+            await tab.until(LIVE)
+            wrong = await tab.value("document.getElementById('answer-wrong').textContent")
+            assert "The control core failed" in wrong and MODEL.names[0] in wrong
 
     asyncio.run(run())
 

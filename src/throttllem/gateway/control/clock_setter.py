@@ -65,7 +65,10 @@ class ClockSetter:
             self._report(reading.planned_on_mhz)
 
     def free(self) -> None:
-        """Nothing runs on these GPUs now: restore their clocks in the background."""
+        """Restore the clocks in the background: nothing runs on these GPUs, or the core's state is in doubt. The last
+        command is void.
+        """
+        self._wanted_mhz = None
         self._in_background(self.restore())
 
     async def restore(self) -> None:

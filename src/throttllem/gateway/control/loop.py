@@ -112,6 +112,10 @@ class ControlLoop:
         """Requests whose prompts are being counted, before they arrive."""
         self.doubtful = False
         """The core failed, and no request that came since was served."""
+        self.core_faults = 0
+        """Events at which the core raised an exception."""
+        self.engine_rebuilds = 0
+        """Engines whose state in the core was built again after one."""
         self._observer = observer
         self._sessions: dict[int, Session] = {}
         self._next_id = 0
@@ -130,6 +134,8 @@ class ControlLoop:
         self._failed_s = -math.inf
         self._faulty_requests = 0
         self._rebuilt_s: dict[str, float] = {}
+        self._in_doubt: set[int] = set()
+        """Keys of engines whose state is to be built again: no clock is set by it."""
 
     # ---- life ------------------------------------------------------------------------------------------------
 
@@ -287,6 +293,7 @@ class ControlLoop:
                     commands = self.controller.handle(event, now_s)
                 except Exception as error:
                     log.exception("the control core failed at %s", type(event).__name__)
+                    self.core_faults += 1
                     self._calls.append(Handled(now_s, event, None, perf_counter() - began_s))
                     self._could_not(event, error)
                     continue
@@ -334,7 +341,7 @@ class ControlLoop:
                 )
                 session.dispatched(backend, self.now())
             case SetClock(engine=key, plan=plan):
-                if backend := self._by_key(key):
+                if key not in self._in_doubt and (backend := self._by_key(key)):
                     backend.clock.set(plan, since_s)
             case Reject(request_id=request_id, why=why) | Fail(request_id=request_id, why=why):
                 self._reject(request_id, why)
@@ -410,6 +417,8 @@ class ControlLoop:
                 return tuple(backend for backend in self.backends if backend.key == what.engine)
             case Timer() if isinstance(error, PlanningError):
                 return tuple(backend for backend in self.backends if backend.key == error.engine)
+            case Timer() | Cancelled():
+                return self.backends
             case EngineLost():
                 self._later(_AFTER_FAULT_S, lambda: self.handle(what))
                 self._later(0.0, self._ensure_engine)
@@ -433,13 +442,20 @@ class ControlLoop:
         return ()
 
     def _rebuild(self, backend: Backend) -> None:
-        """Build the core's state of an engine again, soon: the task that watches the engine may run this very call."""
+        """Build the core's state of an engine again, soon: the task that watches the engine may run this very call.
+
+        Until then its clocks are restored, as what the core knows of it may be wrong.
+        """
         key = backend.key
-        if key is None:
+        if key is None or key in self._in_doubt:
             return
+        self._in_doubt.add(key)
+        backend.clock.free()
 
         def rebuild() -> None:
+            self._in_doubt.discard(key)
             if backend.key == key:
+                self.engine_rebuilds += 1
                 self._rebuilt_s[backend.name], self._faulty_requests = self.now(), 0
                 backend.lose("the control core failed at one of its events; its state is built again")
                 self._ensure_engine()

@@ -70,6 +70,16 @@ _MODEL_COUNTERS: tuple[tuple[str, str, ModelRead], ...] = (
         "Prompts whose tokens were estimated, not counted.",
         lambda model: model.estimated_prompts,
     ),
+    (
+        "throttllem_core_faults",
+        "Events at which the control core raised an exception.",
+        lambda model: model.core_faults,
+    ),
+    (
+        "throttllem_engine_rebuilds",
+        "Engines that were connected again because the control core failed at their events.",
+        lambda model: model.engine_rebuilds,
+    ),
     ("throttllem_length_predictions", "Answers that predictions were held against.", lambda model: model.length.seen),
 )
 _ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (

@@ -96,7 +96,9 @@ class LengthStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """One model that is served: its queue, its engines, what the core decided."""
+    """One model that is served: its queue, its engines, what the core decided. `doubtful`: the core failed, and no
+    request that came since was served.
+    """
 
     names: tuple[str, ...]
     queue: int
@@ -111,6 +113,9 @@ class ModelStatus:
     generated_tokens: int = 0
     estimated_outputs: int = 0
     estimated_prompts: int = 0
+    doubtful: bool = False
+    core_faults: int = 0
+    engine_rebuilds: int = 0
 
     @property
     def title(self) -> str:
@@ -169,6 +174,9 @@ def _model_status(loop: ControlLoop, names: tuple[str, ...]) -> ModelStatus:
         generated_tokens=loop.generated_tokens,
         estimated_outputs=loop.estimated_outputs,
         estimated_prompts=sum(backend.estimated_prompts for backend in loop.backends),
+        doubtful=loop.doubtful,
+        core_faults=loop.core_faults,
+        engine_rebuilds=loop.engine_rebuilds,
     )
 
 
