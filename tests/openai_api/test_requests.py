@@ -250,3 +250,8 @@ def test_caller_is_the_key_else_the_user():
 )
 def test_model_of_an_uncontrolled_body(body, model):
     assert model_of(body) == model
+
+
+def test_a_clients_broken_form_writes_nothing_into_the_log(caplog):
+    assert model_of(b"--x no boundary", "multipart/form-data; boundary=x") is None
+    assert caplog.records == []

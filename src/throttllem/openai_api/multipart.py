@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 
 from python_multipart.exceptions import MultipartParseError
@@ -10,6 +11,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from throttllem.openai_api.errors import invalid
 
 _FORM = b"multipart/form-data"
+_SILENT = logging.Logger("multipart", logging.CRITICAL)
+"""The parser would log every fault of a client's form."""
 _LONGEST_NAME_BYTES = 1024
 _MOST_PARTS = 100
 """Several times what engines read; with the longest headers this many take about 25 ms to parse."""
@@ -26,7 +29,9 @@ def model_in_form(body: bytes, content_type: str) -> str | None:
         raise invalid(f"the form has more than {_MOST_PARTS} parts, the most that are read: send fewer")
     fields = _Fields()
     with suppress(MultipartParseError):  # the engine says what is wrong; the model may be known by then
-        MultipartParser(boundary, fields.callbacks()).write(body)  # type: ignore[arg-type]
+        parser = MultipartParser(boundary, fields.callbacks())  # type: ignore[arg-type]
+        parser.logger = _SILENT
+        parser.write(body)
     return fields.model
 
 
