@@ -7,6 +7,7 @@ import typer
 from gateway.flight.test_replay import edit, first_line, flown, is_dispatch
 from typer.testing import CliRunner
 
+from throttllem.cli.app import app as whole
 from throttllem.cli.commands.replay import replay
 from throttllem.gateway.flight.replay import ReplayError
 
@@ -74,3 +75,21 @@ def test_the_record_is_not_written_over(record):
     found = run(record, "--json", record)
     assert isinstance(found.exception, ValueError)
     assert record.read_bytes() == before
+
+
+def test_control_characters_of_a_record_do_not_reach_the_terminal(record):
+    evil = "\x1b]0;owned\x07\x1b[2Jtoy\u202e\x9b31m"
+    edit(record, 1, lambda line: line.update(model=evil, policy=evil, build=evil, made_with={"numpy": evil}))
+    number = first_line(record, is_dispatch)
+    edit(record, number, lambda line: line["c"][0].update(request_id=4711, k=evil))
+    found = run(record)
+    assert found.exit_code == 1 and "4711" in found.output and r"\x1b]0;owned\x07" in found.output
+    assert [letter for letter in found.output if not letter.isprintable() and letter != "\n"] == []
+
+
+def test_control_characters_in_an_error_do_not_reach_the_terminal(tmp_path):
+    path = tmp_path / "\x1b[2J.jsonl"
+    path.write_text('{"schema": "\\u001b[2J"}\n')
+    found = CliRunner().invoke(whole, ["replay", str(path)])
+    assert found.exit_code == 2
+    assert [letter for letter in found.output if not letter.isprintable() and letter != "\n"] == []

@@ -24,6 +24,7 @@ from throttllem.cli.commands.reproduce import reproduce
 from throttllem.cli.commands.serve import serve
 from throttllem.cli.commands.simulate import simulate
 from throttllem.cli.commands.train import train
+from throttllem.cli.terminal import printable
 
 OPTIONAL = frozenset({"lightgbm", "plotly", "polars", "scipy"})
 """Packages that serving does not need."""
@@ -49,7 +50,7 @@ class Commands(TyperGroup):
                 text = _explained(str(ctx.invoked_subcommand), package)
             if ctx.params["debug"]:
                 raise
-            typer.echo(f"error: {text}", err=True)
+            typer.echo(f"error: {printable(text)}", err=True)
             raise typer.Exit(2) from error
 
 

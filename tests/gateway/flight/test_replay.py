@@ -1,6 +1,7 @@
 """Replay of a flight record: the same commands from any of its files, or the first difference, or what is wrong."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.flight.flights import OPTIONS, SPECS, busy, deeds, fly, recorded_world
+from throttllem.core.controller import Controller
 from throttllem.core.types import Arrived, Request, Slo, Timer
+from throttllem.gateway.flight import replay as replay_module
 from throttllem.gateway.flight.recordings import build
 from throttllem.gateway.flight.replay import ReplayError, replay
 
@@ -308,3 +311,28 @@ def test_a_table_that_an_engine_still_uses_is_kept_too(tmp_path):
 def replace_seconds(one):
     names = ("clocks_mhz", "batch_bin", "kv_bin", "prefill_bin", "watts", "hull")
     return type(one)(seconds=one.seconds * 2, **{name: getattr(one, name) for name in names})
+
+
+def test_an_event_that_hangs_the_core_is_an_error_that_names_its_line(tmp_path, monkeypatch):
+    _, (path,) = flown(tmp_path)
+
+    def hang(self, event, now_s):
+        while True:
+            try:
+                time.sleep(0.001)
+            except Exception:  # the core's own handlers do not keep it from ending
+                continue
+
+    monkeypatch.setattr(replay_module, "LONGEST_S", 0.05)
+    monkeypatch.setattr(Controller, "handle", hang)
+    with pytest.raises(ReplayError, match=r"jsonl:2: takes the core more than 0.05 s"):
+        replay(path)
+
+
+@pytest.mark.parametrize("at", ["NaN", "Infinity", "-1e308", "1e999"])
+def test_a_time_that_is_none_is_refused(tmp_path, at):
+    _, (path,) = flown(tmp_path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:5], f'{{"t":{at},"e":{{"k":"Timer"}}}}\n', *lines[5:]]))
+    with pytest.raises(ReplayError, match=r"jsonl:6: t: .* is no time after"):
+        replay(path)

@@ -11,6 +11,7 @@ import typer
 
 from throttllem.cli.arguments import Json, check_target, write_json
 from throttllem.cli.progress import progress
+from throttllem.cli.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +53,7 @@ def _show(result: ReplayResult) -> None:
 
     console, aside = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
     for doubt in result.doubts:
-        aside.print(f"warning: {doubt}", markup=False, highlight=False)
+        aside.print(f"warning: {printable(doubt)}", markup=False, highlight=False)
     if result.cut_off:
         aside.print("warning: the file ends within a line (cut off): that line is left out", markup=False)
     console.print(_counts(result))
@@ -68,14 +69,14 @@ def _counts(result: ReplayResult) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"{result.model}, policy {result.policy}, build {result.build}"))
+    table = Table(title=Text(printable(f"{result.model}, policy {result.policy}, build {result.build}")))
     for name in ("event", "command"):
         table.add_column(name)
         table.add_column("count", justify="right")
     events, commands = list(result.events.items()), list(result.commands.items())
     for index in range(max(len(events), len(commands))):
         cells = [pair for some in (events, commands) for pair in (some[index] if index < len(some) else ("", ""))]
-        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else Text(cell) for cell in cells))
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else Text(printable(cell)) for cell in cells))
     return table
 
 
@@ -85,7 +86,11 @@ def _show_difference(console: Console, found: Difference) -> None:
 
     console.print(f"line {found.line}, at {found.at_s!r} s, event {json.dumps(found.event)}", markup=False)
     recorded = ["handle raised"] if found.recorded is None else [json.dumps(command) for command in found.recorded]
-    ours = [f"handle raised {found.error}"] if found.ours is None else [json.dumps(command) for command in found.ours]
+    ours = (
+        [printable(f"handle raised {found.error}")]
+        if found.ours is None
+        else [json.dumps(command) for command in found.ours]
+    )
     table = Table()
     table.add_column("recorded", overflow="fold")
     table.add_column("this build", overflow="fold")

@@ -7,9 +7,13 @@ engines or HTTP: what they did is in the record.
 from __future__ import annotations
 
 import json
+import math
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -24,9 +28,16 @@ from throttllem.profiling.storage import TableFileError, load_table
 
 Json = list[dict[str, object]]
 
+LONGEST_S = 10.0
+"""The core may take this long for one event or checkpoint; those of a gateway take milliseconds."""
+
 
 class ReplayError(ValueError):
     """A file that cannot be replayed; the message names it, the line, and what is wrong."""
+
+
+class _TooLong(BaseException):
+    """The core took too long; no part of it may catch this as an error of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,15 +98,19 @@ def replay(path: Path, *, progress: Callable[[float], None] = lambda share: None
     try:
         with path.open("rb") as file:
             header = _header(path, file)
-            controller = _controller(path, header)
+            with _bounded(path, 1):
+                controller = _controller(path, header)
             lines = _Lines(path, file, progress)
             first_s = last_s = None
             for entry in lines.entries():
+                if not math.isfinite(entry.at_s) or (last_s is not None and entry.at_s < last_s):
+                    raise ReplayError(f"{path}:{entry.line}: t: {entry.at_s!r} is no time after {last_s!r}")
                 first_s = entry.at_s if first_s is None else first_s
                 last_s = entry.at_s
                 events[type(entry.event).__name__] += 1
                 commands.update(str(command.get("k")) for command in entry.commands or ())
-                difference = _compare(controller, entry)
+                with _bounded(path, entry.line):
+                    difference = _compare(controller, entry)
                 if difference is not None:
                     break
     except OSError as error:
@@ -114,6 +129,29 @@ def replay(path: Path, *, progress: Callable[[float], None] = lambda share: None
         seconds=time.perf_counter() - began_s,
         cut_off=lines.cut_off,
     )
+
+
+@contextmanager
+def _bounded(path: Path, line: int) -> Iterator[None]:
+    """Raise ReplayError where the block takes more than `LONGEST_S`; signals reach the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
+    try:
+        yield
+    except _TooLong:
+        raise ReplayError(f"{path}:{line}: takes the core more than {LONGEST_S:g} s: no gateway recorded it") from None
+    except MemoryError as error:
+        raise ReplayError(f"{path}:{line}: takes more memory than there is: no gateway recorded it") from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _compare(controller: Controller, entry: Call) -> Difference | None:
