@@ -113,6 +113,26 @@ def test_a_keeper_that_is_restarted_is_used_again(testbed):
     assert asyncio.run(run()) == [None, None]
 
 
+def test_a_lease_that_is_lost_is_reported_and_taken_again(testbed, caplog):
+    """Nothing is decided meanwhile, and the next heartbeat is in 20 s."""
+
+    async def run():
+        async with hardware(testbed, ttl_s=60.0) as gpu:
+            async with testbed.keeper():
+                await gpu.set_clock(900)
+            await until(lambda: gpu.read().trouble, 0.5)
+            gone = locks(testbed), gpu.read()
+            async with testbed.keeper():
+                await until(lambda: locks(testbed) == [(900, 900)] * 2)
+                await until(lambda: gpu.read().trouble is None)
+            return gone, gpu.read()
+
+    (free, reading), _ = asyncio.run(run())
+    assert free == [None, None] and reading.dry_run_mhz == 900
+    assert "keeper" in reading.trouble
+    assert "clocks are no longer set: keeper" in caplog.text and "clocks are set again" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("limit", "lift", "reason"),
     [

@@ -94,11 +94,37 @@ async def test_a_lease_lost_by_a_blocked_event_loop_is_taken_again(keeper, machi
 
 
 @run
-async def test_a_lost_lease_is_noticed_by_the_heartbeat(keeper, machine):
-    async with clocks_of(keeper) as clocks:
-        await clocks.set(900)
-        until(lambda: locks(machine) == [None, None])
-        await soon(lambda: not clocks.held)
+async def test_a_lease_that_has_expired_is_noticed_by_the_heartbeat(keeper, machine):
+    losses = []
+    clocks = KeeperClient(keeper.socket, tuple(keeper.uuids), TTL_S, losses.append)
+    await clocks.set(900)
+    until(lambda: locks(machine) == [None, None])
+    await soon(lambda: losses, 0.2)
+    assert "no heartbeat" in losses[0] and not clocks.held
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@run
+async def test_a_lease_that_ends_while_nothing_is_sent_is_noticed_at_once(keeper, how):
+    losses = []
+    clocks = KeeperClient(keeper.socket, tuple(keeper.uuids), 60.0, losses.append)  # the next heartbeat is in 20 s
+    await clocks.set(900)
+    keeper.signal(how)
+    await soon(lambda: losses, 1.0)
+    assert "closed the connection" in losses[0] and not clocks.held
+
+
+@run
+async def test_a_lease_that_was_given_up_is_not_lost(keeper):
+    losses = []
+    clocks = KeeperClient(keeper.socket, tuple(keeper.uuids), TTL_S, losses.append)
+    await clocks.set(900)
+    await clocks.restore()
+    until(lambda: not keeper.status()["returning"])
+    await clocks.set(900)
+    clocks.close()
+    await asyncio.sleep(0.05)
+    assert losses == []
 
 
 @run

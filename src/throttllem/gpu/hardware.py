@@ -21,7 +21,7 @@ from throttllem.gpu.clock_limit import OTHER_CONTROLLER, LimitDetector, follows
 from throttllem.gpu.device import Reading, Work
 from throttllem.gpu.nvml import Nvml, NvmlError, NvmlGpu
 from throttllem.gpu.sampler import Sampler
-from throttllem.gpu.setters import ClockClient
+from throttllem.gpu.setters import ClockClient, MakeClient
 
 log = logging.getLogger("throttllem.gpu")
 
@@ -34,7 +34,8 @@ log = logging.getLogger("throttllem.gpu")
 # Afterwards the GPU may leave that clock at any time (power cap, heat, another program), or the keeper may be gone. A
 # task looks at every reading and keeps two things up to date: the limit that holds the clocks down, with its reason,
 # and the trouble that the setter had. Both are in `Reading`, so that the core plans with the clock that really is in
-# force. The task also sets the decided clock again after a failure, and where another program has changed it.
+# force. The task also sets the decided clock again after a failure, where another program has changed it, and at once
+# where the keeper has ended the lease (`_lose`).
 #
 # While clocks cannot be set, the mode "on" is a dry run: nothing is lost but the saving, and serving goes on.
 
@@ -69,7 +70,7 @@ class HardwareGpu:
         names: tuple[str, ...],
         *,
         mode: Mode,
-        setter: Callable[[tuple[NvmlGpu, ...]], ClockClient],
+        setter: MakeClient,
         clocks_mhz: tuple[int, ...],
         url: str | None = None,
     ) -> None:
@@ -87,6 +88,8 @@ class HardwareGpu:
         self._allowed_mhz: int | None = None
         """The highest clock that the keeper may set, where more was decided."""
         self._trouble: str | None = None
+        self._lost = asyncio.Event()
+        """The keeper has ended the lease: the clock is set again at once."""
         self._set_s = self._failed_s = -math.inf
         self._retry_s = RETRY_S
         self._limits = LimitDetector()
@@ -113,7 +116,7 @@ class HardwareGpu:
             sampler = Sampler(gpus)
             stack.callback(lambda: library.pop_all() if sampler.hung else None)  # closing NVML would hang, too
             self._sampler = await stack.enter_async_context(sampler)
-            self._setter = self._make_setter(gpus)
+            self._setter = self._make_setter(gpus, self._lose)
             stack.push_async_callback(self._restore)
             if self._url is not None:
                 await self._place(nvml, self._url)
@@ -220,6 +223,13 @@ class HardwareGpu:
         with contextlib.suppress(OSError):  # a GPU that cannot be read is reported by `read`
             await self._wait_until_followed(set_mhz, mhz)
 
+    def _lose(self, why: str) -> None:
+        """The keeper has ended the lease without being asked: the clock that was set is no longer in force."""
+        if self._decided_mhz is not None:
+            log.error("clocks are no longer set: %s", why)
+            self._set_mhz, self._allowed_mhz, self._trouble = None, None, why
+            self._lost.set()
+
     async def _wait_until_followed(self, set_mhz: int, decided_mhz: int) -> None:
         """Return when the GPUs run at that clock, when FOLLOW_S have passed, or when another clock is decided."""
         sampler = self._running_sampler()
@@ -249,7 +259,10 @@ class HardwareGpu:
     async def _watch(self) -> None:
         """Until it is cancelled: retry what failed, and look at every reading."""
         while True:
-            await asyncio.sleep(WATCH_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._lost.wait(), WATCH_S)
+            lost = self._lost.is_set()
+            self._lost.clear()
             try:
                 limit = self._limits.limit
                 taken = limit is not None and limit.reason == OTHER_CONTROLLER
@@ -258,7 +271,7 @@ class HardwareGpu:
                     self._retry_s = RETRY_S
                 if self._decided_mhz is None or self.mode is not Mode.ON:
                     pass
-                elif (self._trouble is not None and since_s > RETRY_S) or (taken and since_s > self._retry_s):
+                elif lost or (self._trouble is not None and since_s > RETRY_S) or (taken and since_s > self._retry_s):
                     self._retry_s = min(2 * self._retry_s, MOST_RETRY_S) if taken else RETRY_S
                     await self.set_clock(self._decided_mhz)
                 self._detect_limit()

@@ -9,6 +9,7 @@ import asyncio
 import json
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,19 @@ class KeeperClient:
     """Sets the clocks of some GPUs, named by UUID, through the keeper. All methods belong to one event loop.
 
     A lease is taken with the first `set`. It can be lost without a fault of this process: the keeper was restarted, or
-    the event loop was blocked for longer than the TTL. Then the next `set` takes another lease.
+    the event loop was blocked for longer than the TTL. Then `lost` is called with the reason, as soon as the keeper
+    closes the connection or rejects a heartbeat, and the next `set` takes another lease. A loss that a `set` notices is
+    its own matter.
     """
 
-    def __init__(self, path: Path, gpus: tuple[str, ...], ttl_s: float = TTL_S) -> None:
-        self._path, self._gpus, self._ttl_s = path, gpus, ttl_s
+    def __init__(
+        self,
+        path: Path,
+        gpus: tuple[str, ...],
+        ttl_s: float = TTL_S,
+        lost: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._path, self._gpus, self._ttl_s, self._lost = path, gpus, ttl_s, lost
         self._one_request = asyncio.Lock()
         self._connection: _Connection | None = None
         self._range = (0, 0)
@@ -102,7 +111,7 @@ class KeeperClient:
         return allowed_mhz
 
     async def _lease(self) -> _Connection:
-        connection = _Connection(self._path)
+        connection = _Connection(self._path, self._disconnected)
         try:
             await connection.request({"op": "lease", "gpus": self._gpus, "ttl_s": self._ttl_s}, self._ttl_s)
             allowed = (await connection.request({"op": "status"}, self._ttl_s))["allowed"]
@@ -120,20 +129,29 @@ class KeeperClient:
             async with self._one_request:
                 try:
                     await connection.request({"op": "beat"}, self._ttl_s)
-                except KeeperError:
-                    if self._connection is connection:
-                        connection.close()
-                        self._connection = self._heartbeat = None
+                except KeeperError as error:
+                    self._lose(connection, str(error))
                     return
+
+    def _disconnected(self, connection: _Connection) -> None:
+        """The keeper closed the connection. A request that is under way, or about to be, notices it by itself."""
+        if not self._one_request.locked():
+            self._lose(connection, "keeper: it closed the connection, and so ended the lease; is it restarted?")
+
+    def _lose(self, connection: _Connection, why: str) -> None:
+        if self._connection is connection:
+            self.close()
+            self._lost(why)
 
 
 class _Connection:
     """One connection to the keeper, opened with the first request. A request without an answer in time closes it for
     good, and so ends the lease: its answer may still come, and would be taken for that of the next request.
+    `disconnected` is called when it is closed, by either end.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, disconnected: Callable[[_Connection], None] = lambda _: None) -> None:
+        self._path, self._disconnected = path, disconnected
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._closed = False
 
@@ -145,7 +163,9 @@ class _Connection:
             raise KeeperError("lost", "keeper: the connection was closed")
         try:
             async with asyncio.timeout(timeout_s):
-                reader, writer = self._streams = self._streams or await _connect(self._path)
+                reader, writer = self._streams = self._streams or await _connect(
+                    self._path, partial(self._disconnected, self)
+                )
                 writer.write(json.dumps(fields).encode() + b"\n")
                 await writer.drain()
                 if sent is not None:
@@ -176,8 +196,26 @@ class _Connection:
             self._streams = None
 
 
-async def _connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+class _Protocol(asyncio.StreamReaderProtocol):
+    """Of a stream, and calls `closed` when its connection is closed. The end of what is read closes it."""
+
+    def __init__(self, reader: asyncio.StreamReader, closed: Callable[[], None]) -> None:
+        super().__init__(reader)
+        self._on_closed = closed
+
+    def eof_received(self) -> bool:
+        super().eof_received()
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self._on_closed()
+
+
+async def _connect(path: Path, closed: Callable[[], None]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect; again while the queue of the socket is full, as under a flood of another user. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
     opened = socket.socket(socket.AF_UNIX)
     try:
         opened.setblocking(False)
@@ -187,7 +225,8 @@ async def _connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWrit
                 break
             except BlockingIOError:
                 await asyncio.sleep(CONNECT_AGAIN_S)
-        return await asyncio.open_unix_connection(sock=opened)
+        transport, protocol = await loop.create_unix_connection(lambda: _Protocol(reader, closed), sock=opened)
     except BaseException:
         opened.close()
         raise
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)

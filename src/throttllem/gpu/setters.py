@@ -23,12 +23,15 @@ class ClockClient(Protocol):
         """Undo every `set`. Raises OSError."""
 
 
-def clock_setter(
-    *, keeper: Path, zeusd: Path | None = None, ttl_s: float = TTL_S
-) -> Callable[[tuple[NvmlGpu, ...]], ClockClient]:
+MakeClient = Callable[[tuple[NvmlGpu, ...], Callable[[str], None]], ClockClient]
+"""Makes the client of a group of GPUs. It calls its second argument, with the reason, when they were restored without
+being asked while no command was under way (zeusd never restores)."""
+
+
+def clock_setter(*, keeper: Path, zeusd: Path | None = None, ttl_s: float = TTL_S) -> MakeClient:
     """Makes the client for a group of GPUs, once they are found: of zeusd if its socket is given, else of the keeper.
     Connects to neither yet.
     """
     if zeusd is not None:
-        return lambda gpus: ZeusdClient(zeusd, gpus)
-    return lambda gpus: KeeperClient(keeper, tuple(gpu.uuid for gpu in gpus), ttl_s)
+        return lambda gpus, lost: ZeusdClient(zeusd, gpus)
+    return lambda gpus, lost: KeeperClient(keeper, tuple(gpu.uuid for gpu in gpus), ttl_s, lost)

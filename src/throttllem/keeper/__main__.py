@@ -45,11 +45,13 @@ async def keep(options: Options, nvml: Nvml, boot: str, stop: asyncio.Event) -> 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
+    server = Server(leases, options.uids)
     sweeping = asyncio.ensure_future(sweep_for_ever(leases))
-    listening = asyncio.ensure_future(Server(leases, options.uids).listen(options.socket, stop))
+    listening = asyncio.ensure_future(server.listen(options.socket, stop))
     ended, _ = await asyncio.wait([sweeping, listening], return_when=asyncio.FIRST_COMPLETED)
 
     leases.stop()
+    server.disconnect_holders()
     await asyncio.wait([*ended, *leases.restoring.values()], timeout=RESTORE_S)
     await asyncio.gather(*ended)  # raises what ended them, if it was not `stop`
 

@@ -50,6 +50,7 @@ class Server:
         self._leases = leases
         self._places = dict.fromkeys((0, *uids), CONNECTIONS)
         self._serving: set[asyncio.Task[None]] = set()
+        self._open: dict[asyncio.StreamWriter, Connection] = {}
 
     async def listen(self, path: Path, stop: asyncio.Event) -> None:
         """Listen at `path` until `stop`. A socket file that was removed or replaced is made again."""
@@ -71,6 +72,12 @@ class Server:
             except OSError as error:
                 log.warning("no client can connect: %s", error)
             await asyncio.sleep(CHECK_SOCKET_S)
+
+    def disconnect_holders(self) -> None:
+        """Close the connections with a lease, so that their clients notice that it has ended."""
+        for writer, connection in self._open.items():
+            if connection.lease is not None:
+                writer.transport.abort()
 
     async def _accept(self, listener: socket.socket) -> None:
         """Until it is cancelled: take connections, and close those of users that may not connect."""
@@ -102,9 +109,11 @@ class Server:
         try:
             reader, writer = await asyncio.open_unix_connection(sock=client, limit=LINE_BYTES)
             connection = Connection(self._leases, f"process {pid} of user {uid}", reader.at_eof)
+            self._open[writer] = connection
             try:
                 await connection.serve(reader, writer)
             finally:
+                del self._open[writer]
                 connection.end_lease("its client disconnected")
                 writer.transport.abort()  # a close would keep the socket open until the client has read every answer
         except (Exception, asyncio.CancelledError) as error:  # whatever it is, it ends only this connection
