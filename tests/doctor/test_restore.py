@@ -45,6 +45,16 @@ def test_gpus_of_a_dead_keeper_are_restored(dead, restored, machine):
     assert restored()[1] == ["ok no keeper left anything locked"]
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_a_folder_that_others_can_write_to_is_not_used(dead, restored, machine, mode):
+    (dead.run / ".lock").unlink()
+    dead.run.chmod(mode)
+    code, (line,) = restored()
+    assert code == 1 and f"has mode {mode:04o}: other users can write there" in line
+    assert not (dead.run / ".lock").exists()
+    assert locks(machine) == [(900, 900)] * 2
+
+
 def test_a_damaged_journal_is_said_and_kept(dead, restored, ward, machine):
     for path in dead.copies:
         path.write_bytes(b"torn")

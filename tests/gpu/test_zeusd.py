@@ -2,14 +2,18 @@
 
 import asyncio
 import http.server
+import os
+import socket
 import socketserver
 import threading
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from tests.keeper.rig import NOBODY, needs_root
 from throttllem.gpu.hardware import HardwareGpu, Mode
 from throttllem.gpu.setters import clock_setter
+from throttllem.gpu.zeusd import ZeusdError, reach
 
 FIELDS = {
     "/gpu/set_gpu_locked_clocks": {"gpu_ids", "min_clock_mhz", "max_clock_mhz", "block"},
@@ -88,6 +92,21 @@ def test_without_it_it_is_a_dry_run(machine, tmp_path):
 
     read, reading = asyncio.run(run())
     assert read == 900 and "is it running" in reading.trouble and reading.dry_run_mhz == 900
+
+
+@needs_root
+def test_a_socket_of_another_user_is_not_used(tmp_path):
+    """The process that listens counts, not the owner of the file, which that user's folder may have lent."""
+    path = tmp_path / "zeusd.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        os.seteuid(NOBODY)
+        try:
+            listener.listen(1)
+        finally:
+            os.seteuid(0)
+        with pytest.raises(ZeusdError, match=f"user {NOBODY} listens there"):
+            reach(path)
 
 
 @pytest.mark.parametrize("denied", [0, 1])

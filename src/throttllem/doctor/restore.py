@@ -19,6 +19,7 @@ from throttllem.files import hold_dir
 from throttllem.gpu.clock_range import ClockRange
 from throttllem.gpu.locks import LockableGpu
 from throttllem.gpu.nvml import Nvml, NvmlError
+from throttllem.keeper.folder import UnsafeError, open_folder
 from throttllem.keeper.journal import Journal
 
 _REMEDY = "try again; a reset of the GPU or a reboot unlocks it, too"
@@ -69,6 +70,12 @@ def _restore(gpus: _Gpus, state: Path, socket: Path, named: Sequence[str]) -> It
         if uuid not in here:
             unreadable = "".join(f"; {error}" for error in found if isinstance(error, NvmlError))
             raise ValueError(f"--gpu {uuid}: is not here; here are {', '.join(here) or 'none'}{unreadable}")
+    try:
+        with open_folder(socket.parent, make=True):
+            pass
+    except UnsafeError as error:
+        yield trouble("restore", f"not done: {error}", "no keeper runs there; name the folder of its socket (--socket)")
+        return
     hold = hold_dir(socket.parent)
     try:
         if named:

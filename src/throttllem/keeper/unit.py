@@ -77,6 +77,7 @@ SystemCallArchitectures=native
 MemoryDenyWriteExecute=yes
 LockPersonality=yes
 KeyringMode=private
+PrivateIPC=yes
 PrivateMounts=yes
 ProtectClock=yes
 ProtectControlGroups=yes
@@ -89,7 +90,7 @@ RestrictNamespaces=yes
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
 LimitCORE=0
-LimitNOFILE=1024
+LimitNOFILE=4096
 MemoryMax=256M
 MemorySwapMax=0
 TasksMax=64
@@ -122,26 +123,12 @@ def unit_text(command: Sequence[str], socket: Path, state: Path, warnings: Seque
 
 def program_warnings(paths: Sequence[Path] | None = None) -> Iterator[str]:
     """One for each file or folder where another user than root could change what the keeper runs."""
-    for path in _writable_by_others(paths or _program_paths()):
-        yield f"{path} can be changed by other users than root, who so become root; install where only root can write"
-
-
-def folder_warnings(*folders: Path) -> Iterator[str]:
-    """One for each folder where another user than root could remove what the keeper writes. They need not exist yet."""
-    existing = [
-        next(path for path in (folder, *folder.parents) if path.exists()) for folder in map(Path.absolute, folders)
-    ]
-    for path in _writable_by_others(existing):
-        yield f"{path} can be changed by other users than root, who can remove journal and socket; use other folders"
-
-
-def _writable_by_others(paths: Sequence[Path]) -> Iterator[Path]:
-    """Of these paths and their parents, those that another user than root may write to."""
-    for each in dict.fromkeys(each for path in paths for each in (path, *path.parents)):
-        found = each.stat()
-        open_to_all = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
-        if found.st_uid or open_to_all:
-            yield each
+    below = paths or _program_paths()
+    for path in dict.fromkeys(each for leaf in below for each in (leaf, *leaf.parents)):
+        found = path.stat()
+        if found.st_uid or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):  # sticky, too: modules can be added there
+            why = "can be changed by other users than root, who so become root"
+            yield f"{path} {why}; install where only root can write"
 
 
 def _program_paths() -> tuple[Path, ...]:

@@ -47,7 +47,6 @@ def keeper(
         PROGRAM,
         STATE,
         check_options,
-        folder_warnings,
         program_warnings,
         unit_text,
         user_id,
@@ -66,14 +65,9 @@ def keeper(
             "`throttllem keeper --unit` prints; `throttllem doctor` needs no rights"
         )
     warnings = [*program_warnings()]
-    if not unit:  # systemd makes the folders of a unit
-        warnings += folder_warnings(socket.parent, state)
     for warning in warnings:
         typer.echo(f"!! {warning}", err=True)
     if unit:
         typer.echo(unit_text(command, socket, state, warnings), nl=False)
         return
-    if not socket.parent.exists():
-        socket.parent.mkdir(parents=True)
-        socket.parent.chmod(0o755)
     os.execv(command[0], command)
