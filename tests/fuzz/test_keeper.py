@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import socket
 import zlib
 
@@ -64,8 +65,8 @@ class Gpu:
 async def _answers(server, data, cuts):
     """What a client gets that sends this and hangs up: the lines, or what came before the keeper closed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX)
-    reader, writer = await asyncio.open_unix_connection(sock=theirs, limit=LINE_BYTES)
-    serving = asyncio.create_task(server.serve_client(reader, writer))
+    theirs.setblocking(False)
+    serving = asyncio.create_task(server._serve(theirs, os.getpid(), 0))
     client, sender = await asyncio.open_unix_connection(sock=ours)
     got = b""
     try:
