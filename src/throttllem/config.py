@@ -140,6 +140,9 @@ class EngineEntry:
     other runs at the maximum clock."""
     served_as: str | None = None
     """Model name that clients use. Without it the engine's own name; for Triton the name in its model repository."""
+    aliases: tuple[str, ...] = ()
+    """Other names that clients may use for its models: `ALIAS=NAME` each, as in `gpt-4o=Qwen/Qwen3-8B`. The engine gets
+    its own name."""
     tokenizer: Path | None = None
     """A tokenizer.json, for an engine that cannot count tokens."""
     stats: str | None = None
@@ -190,6 +193,11 @@ class EngineEntry:
                 "set stats_secret to a file with a shared secret (and THROTTLLEM_STATS_SECRET in vLLM's process)"
             )
             raise OptionError("engines", "stats", repr(self.stats), problem)
+        for each in self.aliases:
+            alias, _, name = each.partition("=")
+            if not (alias.strip() and name.strip()):
+                problem = "must be ALIAS=NAME: the name that clients use, and the engine's own, as gpt-4o=Qwen/Qwen3-8B"
+                raise OptionError("engines", "aliases", repr(each), problem)
         if self.gpus is not None:
             self._check_gpus(self.gpus)
 
@@ -417,6 +425,31 @@ class Options(BaseSettings):
                 problem = f"there is no engines.{index}; number engines from 0"
                 raise OptionError("engines", max(value, key=int), "", problem, secret=True)
         return [value[key] for key in sorted(value, key=int)]
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The engine's name of a model by each other name of it."""
+        pairs = [each.partition("=") for entry in self.engines for each in entry.aliases]
+        return {alias.strip(): name.strip() for alias, _, name in pairs}
+
+    @model_validator(mode="after")
+    def _aliases_are_apart(self) -> Options:
+        aliases, own = self.aliases, {entry.served_as for entry in self.engines}
+        for index, entry in enumerate(self.engines):
+            for each in entry.aliases:
+                alias, name = (part.strip() for part in each.split("=", 1))
+                problem = None
+                if aliases[alias] != name:
+                    problem = f"{alias} stands for {aliases[alias]} too; an alias has one meaning in all engines"
+                elif alias in own or name in aliases:
+                    problem = "an alias is neither the name (served_as) nor the alias of another model"
+                elif entry.served_as is not None and name != entry.served_as:
+                    problem = (
+                        f"clients know this engine as {entry.served_as} (served_as): write {alias}={entry.served_as}"
+                    )
+                if problem is not None:
+                    raise OptionError("", f"engines.{index}.aliases", repr(each), problem)
+        return self
 
     @model_validator(mode="after")
     def _clocks_have_gpus(self) -> Options:

@@ -145,6 +145,16 @@ def _named(body: bytes) -> dict[str, Raw]:
     return {name: raw for part in parts for name, raw in part.items() if raw}
 
 
+def with_model(body: bytes, model: str) -> bytes:
+    """The object with another value in `model`, every other byte as it was. Raises ApiError 400 for what is no JSON."""
+    try:
+        raw = _MODEL.decode(body).model
+    except _NOT_JSON as error:
+        raise invalid(f"the body is not JSON: {str(error)[:200]}") from None
+    start, seen = _address(raw) - _address(body), memoryview(body)
+    return b"".join((seen[:start], msgspec.json.encode(model), seen[start + len(memoryview(raw)) :]))
+
+
 def without(body: bytes, name: str) -> bytes:
     """The object without one field, every other byte as it was. Raises ApiError 400 if the field is there twice."""
     raw = _named(body)[name]

@@ -21,7 +21,7 @@ from pydantic_core import from_json
 
 from throttllem.openai_api.conversations import chat_of_message, chat_of_response
 from throttllem.openai_api.errors import MESSAGES, RESPONSES, ApiError, invalid
-from throttllem.openai_api.large_bodies import LARGE_BYTES, model_in, named_values, prompt_lengths, without
+from throttllem.openai_api.large_bodies import LARGE_BYTES, model_in, named_values, prompt_lengths, with_model, without
 from throttllem.openai_api.lax import token_ids, truth, whole_number
 from throttllem.openai_api.multipart import model_in_form
 
@@ -98,6 +98,12 @@ class ParsedRequest:
     def sequences(self) -> int:
         """Sequences that the engine generates side by side."""
         return max(1, len(self.prompts)) * self.choices
+
+    def named(self, model: str) -> ParsedRequest:
+        """The same for the model of another name: only the value of `model` in the body differs. Raises ApiError."""
+        if self.api is Api.NATIVE or "model" not in self.fields:
+            return self
+        return replace(self, model=model, fields={**self.fields, "model": model}, body=with_model(self.body, model))
 
     def counted(self) -> ParsedRequest:
         """The same once its tokens are counted: a large body is kept as its bytes alone (`whole` reads it again)."""

@@ -40,7 +40,7 @@ from throttllem.gateway.http.protocol import CROWDED
 from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
 from throttllem.gateway.http.uncontrolled import Use, methods, use_of
 from throttllem.openai_api.errors import ApiError, as_api_error, invalid
-from throttllem.openai_api.large_bodies import LARGE_BYTES, OFF_LOOP_BYTES
+from throttllem.openai_api.large_bodies import LARGE_BYTES, OFF_LOOP_BYTES, with_model
 from throttllem.openai_api.requests import PATHS, check_sequences, is_controlled, model_of, parse_request
 
 _log = logging.getLogger("throttllem.gateway")
@@ -61,6 +61,7 @@ class Gateway:
         self._guard = None if guarded else Guard(options.server)
         self._with_cors = None if origins is None else with_cors(self._public, origins)
         self._access = Access(options.server.api_keys or ())
+        self._aliases = options.aliases
         self._admin = Access(options.server.admin_keys or ())
         self._pages = pages
         self._on_response = on_response
@@ -236,6 +237,8 @@ class Gateway:
             parsed = parse_request(path, body, key_name=key_name, metrics=metrics)
         else:
             parsed = await asyncio.to_thread(parse_request, path, body, key_name=key_name, metrics=metrics)
+        if (name := self._aliases.get(parsed.model)) is not None:
+            parsed = await asyncio.to_thread(parsed.named, name) if len(body) > OFF_LOOP_BYTES else parsed.named(name)
         if len(body) > LARGE_BYTES:
             exchange.hold(2 * len(body))  # what is built of it, until it is counted
         del body
@@ -286,6 +289,11 @@ class Gateway:
             model = await asyncio.to_thread(model_of, body, exchange.headers.get("content-type", ""))
         else:
             model = model_of(body, exchange.headers.get("content-type", ""))
+        if model is not None and native is None and (own := self._aliases.get(model)) is not None:
+            if exchange.headers.get("content-type", "")[:10].lower() == "multipart/":
+                raise invalid(f"model: {model} is an alias, which is not replaced in a form: send {own}", "model")
+            model = own
+            body = await asyncio.to_thread(with_model, body, own)
         backend = await self._models.uncontrolled_backend(model)
         exchange.attend()
         call = Call(method=exchange.method, path=_target(exchange), headers=self._headers(exchange), body=body)
@@ -322,7 +330,7 @@ def build_app(
     on_response: Callable[[int], None] = lambda _: None,
 ) -> Gateway:
     """The gateway in front of `models`; `extra_routes` are served where `/metrics` is; `on_response`: each status."""
-    return Gateway(models, options, Pages(models, metrics_page, extra_routes), on_response)
+    return Gateway(models, options, Pages(models, metrics_page, extra_routes, options.aliases), on_response)
 
 
 def build_private_app(gateway: Gateway) -> ASGIApp:

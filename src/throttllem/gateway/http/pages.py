@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from starlette.routing import Match, Route
 
@@ -26,10 +26,17 @@ _JSON: ByteHeaders = ((b"content-type", b"application/json"),)
 class Pages:
     """`/health`, `/metrics` and further routes, on whichever port they are wanted."""
 
-    def __init__(self, models: Models, metrics_page: MetricsPage, extra_routes: Sequence[Route]) -> None:
+    def __init__(
+        self,
+        models: Models,
+        metrics_page: MetricsPage,
+        extra_routes: Sequence[Route],
+        aliases: Mapping[str, str],
+    ) -> None:
         self._models = models
         self._metrics_page = metrics_page
         self._extra = tuple(extra_routes)
+        self._aliases = aliases
         self._since_s = int(time.time())
 
     async def health(self, exchange: Exchange, *, draining: bool) -> None:
@@ -68,7 +75,10 @@ class Pages:
         _only(exchange, "GET")
         await self._models.read_names()
         cards, ours = self._models.cards(), {"object": "model", "created": self._since_s, "owned_by": "throttllem"}
-        entries = [{"id": name, **ours, **cards[name]} for name in self._models.names()]
+        entries = [{"id": name, **ours, **cards[name]} for name in self._models.names() if name not in self._aliases]
+        for alias, name in self._aliases.items():
+            if name in cards:
+                entries.append({**ours, **cards[name], "id": alias, "root": name})
         if path == MODELS:
             body: object = {"object": "list", "data": entries}
         else:
