@@ -74,6 +74,13 @@ def test_what_is_odd_and_may_be_right_refuses_nothing(column, factor, doubt):
     assert verdict().doubts == ()
 
 
+def test_a_profile_says_whether_the_engine_speculated():
+    plain, fast = (PROFILE.with_columns(tokens_per_step=pl.lit(rate)) for rate in (1.0, 2.5))
+    assert [verdict(each).tokens_per_step for each in (PROFILE, plain, fast)] == [None, 1.0, 2.5]
+    assert [verdict(each).doubts for each in (PROFILE, plain)] == [(), ()]
+    assert "the engine speculated in the profile (2.5 tokens a step)" in verdict(fast).doubts[0]
+
+
 def test_clocks_that_were_not_in_force():
     """All rows at the maximum clock, whatever their column says."""
     spec = replace(FLEET.specs[4], clocks_mhz=(1410,))

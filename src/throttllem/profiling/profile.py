@@ -54,6 +54,7 @@ LIVE = (
     Column(name="seconds_by", dtype=pl.String),
     Column(name="watts_by", dtype=pl.String),
     Column(name="any_clock", dtype=pl.Int64, least=0),
+    Column(name="tokens_per_step", dtype=pl.Float64, least=1.0),
     Column(name="quick", dtype=pl.Int64, least=0),
 )
 """Read likewise: the capacities that a live engine reported, which rows were measured together, and how."""
@@ -131,6 +132,14 @@ def spec_of(profile: pl.DataFrame, spec: EngineSpec) -> EngineSpec:
 def is_quick(profile: pl.DataFrame) -> bool:
     """Whether it was measured at a few clocks and batches only, for a law to be calibrated on."""
     return "quick" in profile.columns and bool((profile["quick"] == 1).any())
+
+
+def tokens_per_step_of(profile: pl.DataFrame) -> float | None:
+    """Tokens that the engine gave a sequence in a step of decoding alone, on the mean; None: the file does not say."""
+    if "tokens_per_step" not in profile.columns:
+        return None
+    decoded = profile.filter(pl.col("prefill_tokens") == 0)["tokens_per_step"].to_list()
+    return sum(decoded) / len(decoded) if decoded else None
 
 
 def capacities_of(spec: EngineSpec) -> dict[str, int]:

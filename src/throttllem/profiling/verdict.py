@@ -32,6 +32,7 @@ import polars as pl
 from throttllem.core.forecast.performance_table import TableVerdict
 from throttllem.physics.engine import EnginePhysics
 from throttllem.physics.model import Weights
+from throttllem.profiling.profile import tokens_per_step_of
 from throttllem.profiling.score import CLOCK_BAND, FOLDS, Score, ScoreCard
 
 MOST_ERROR = 0.15
@@ -59,6 +60,8 @@ _ROWS = 3000
 """Rows that are held against physics; of a larger profile every n-th."""
 _UNIT_FACTOR = 100.0
 """Medians that are further from physics than this are in another unit."""
+_SPECULATES = 1.05
+"""Tokens a step from which an engine counts as one that speculates."""
 _SECONDS = ((1e6, "microseconds"), (1e3, "milliseconds"))
 _WATTS = ((1e6, "microwatts"), (1e3, "milliwatts"), (1e-3, "kilowatts"))
 
@@ -76,6 +79,7 @@ def judge(profile: pl.DataFrame, card: ScoreCard | None, physics: EnginePhysics,
         accepted=accept and bool(faults),
         seconds_error=max((score.mape_seconds for score in judged), default=None),
         watts_error=max((score.mape_watts for score in judged), default=None),
+        tokens_per_step=tokens_per_step_of(rows),
     )
 
 
@@ -94,6 +98,7 @@ def judge_law(
         accepted=accept and bool(faults),
         seconds_error=errors[0],
         watts_error=errors[1],
+        tokens_per_step=tokens_per_step_of(profile),
     )
 
 
@@ -150,6 +155,8 @@ def _doubts(rows: pl.DataFrame, physics: EnginePhysics) -> Iterator[str]:
     ratio = float(np.median(rows["seconds"].to_numpy() / law_s))
     if ratio > _SLOW_DOUBT:
         yield f"iterations take {ratio:.1f} times as long as {at} would need: a slow engine, or another --model, --gpu"
+    if (rate := tokens_per_step_of(rows)) is not None and rate > _SPECULATES:
+        yield f"the engine speculated in the profile ({rate:.1f} tokens a step): the table is of steps with its drafts"
     ratio = float(np.median(rows["watts"].to_numpy() / law_w))
     if not 1 / _WATTS_DOUBT < ratio < _WATTS_DOUBT:
         yield f"watts are {ratio:.2f} times those of {at} by physics: check the reading, and --gpu"

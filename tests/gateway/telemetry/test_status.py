@@ -2,12 +2,15 @@
 
 import asyncio
 import re
+from dataclasses import replace
 
 import pytest
 
 from gateway.rig import rig, virtually
 from throttllem.config import LimitOptions
+from throttllem.core.forecast.performance_table import TableVerdict
 from throttllem.core.types import FrequencyPlan, Observed, Reason, Slo
+from throttllem.engines.base import Report
 from throttllem.gateway.telemetry.metrics import Histograms, metrics_page
 from throttllem.gateway.telemetry.status import decision, gateway_status
 
@@ -98,6 +101,36 @@ def test_external_load_is_noted():
             return gateway_status(it.models).models[0].engines[0].notes
 
     assert any("5 sequences in this engine are not ours" in note for note in virtually(run()))
+
+
+@pytest.mark.parametrize(
+    ("accepted", "profiled", "words"),
+    [
+        (0, None, []),
+        (0, 1.0, []),
+        (4, None, ["3.00 tokens a step .* an estimate.*may not have been measured with speculation"]),
+        (4, 1.0, ["3.00 tokens a step .* an estimate.*was not measured with speculation"]),
+        (4, 3.0, ["3.00 tokens a step lately, by its own counts .scraped from its metrics: an estimate.$"]),
+        (0, 3.0, ["table was measured with speculation .3.00 tokens a step., and the engine shows none"]),
+    ],
+)
+def test_speculation_is_noted_with_what_it_rests_on(accepted, profiled, words):
+    async def run():
+        async with rig(mute=True) as it:
+            await it.up()
+            options = it.loop.controller.options
+            verdict = TableVerdict(tokens_per_step=profiled)
+            tables = {tp: replace(table, verdict=verdict) for tp, table in options.tables.items()}
+            it.loop.controller.options = replace(options, tables=tables)
+            for number in range(9):
+                report = Report(
+                    running=2, waiting=0, step=number, generated_tokens=2 + accepted, accepted_tokens=accepted
+                )
+                it.backend.progress.report(report)
+            return gateway_status(it.models).models[0].engines[0].notes
+
+    found = [note for note in virtually(run()) if "tokens a step" in note]
+    assert [bool(re.search(word, note)) for word, note in zip(words, found, strict=True)] == [True] * len(words)
 
 
 async def loaded(it, seconds):

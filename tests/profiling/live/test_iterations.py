@@ -1,5 +1,6 @@
 """Iterations from step reports, timed by the engine or late, and from the arrival of tokens."""
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -46,6 +47,17 @@ def test_steps_timed_by_the_engine_are_an_iteration_each():
     found = decode_steps(reports, Decoding(batch=BATCH, exact=True))
     assert [each.seconds for each in found] == [0.01, 0.012, 0.013], "no prompt, and no sequence that ended"
     assert {(each.batch, each.kv_blocks, each.prompts, each.by) for each in found} == {(BATCH, 30, 0, "steps")}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_steps_of_an_engine_that_speculates_are_whole_steps(exact):
+    reports = [replace(step(), generated_tokens=BATCH + 4, accepted_tokens=4) for _ in range(16)]
+    found = decode_steps(reports, Decoding(batch=BATCH, exact=exact))
+    assert [each.seconds for each in found] == [pytest.approx(STEP_S)] * (16 if exact else 3)
+    assert [each.tokens_per_step for each in found] == [pytest.approx((BATCH + 4) / BATCH)] * len(found)
+    assert {each.tokens_per_step for each in decode_steps([step()] * 16, LATE)} == {1.0}
+    burst = [*reports[:2], replace(step(prompts=(40,)), generated_tokens=BATCH + 3, accepted_tokens=2), *reports[:2]]
+    assert [each.prefill_tokens for each in prefill_steps(burst, [40], BLOCK, LATE)] == [40]
 
 
 def test_late_reports_are_averaged_over_a_window():

@@ -41,7 +41,8 @@ class Hull:
 class TableVerdict:
     """What `train` found of a table. `faults` are the reasons why no clock of a GPU may be set by it, `accepted`: the
     user overruled them. `doubts` are to be known, and refuse nothing. The errors are mean relative ones of held-out
-    rows (0.05 = 5 %; None: none could be held out).
+    rows (0.05 = 5 %; None: none could be held out). `tokens_per_step`: what a sequence got in the steps that were
+    profiled (1: no speculation; None: not known).
     """
 
     faults: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ class TableVerdict:
     accepted: bool = False
     seconds_error: float | None = None
     watts_error: float | None = None
+    tokens_per_step: float | None = None
 
     @property
     def sound(self) -> bool:

@@ -22,6 +22,9 @@ from throttllem.gateway.control.slo_attainment import SloCounts
 from throttllem.gateway.energy.accounting import Energy
 from throttllem.gpu.device import Reading
 
+_SPECULATES = 1.05
+"""Tokens a step from which an engine counts as one that speculates."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ahead:
@@ -232,6 +235,7 @@ def _engine_status(loop: ControlLoop, backend: Backend, snapshot: Snapshot) -> E
         notes.append(
             f"{view.external_sequences} sequences in this engine are not ours: does another gateway or client use it?"
         )
+    notes += _speculation_notes(loop, backend)
     table = _table(backend, view)
     notes += _table_notes(table, beyond=view is not None and view.beyond_table)
     state, trouble = backend.health(loop.limits.silence_s)
@@ -287,6 +291,26 @@ def _table(backend: Backend, view: EngineView | None) -> tuple[TableBand, ...]:
             )
         )
     return tuple(found)
+
+
+def _speculation_notes(loop: ControlLoop, backend: Backend) -> Iterator[str]:
+    """What times rest on where the engine speculates, or its table was measured while it did."""
+    rate = 1.0 if backend.progress is None else backend.progress.tokens_per_step
+    table = loop.controller.options.tables.get(backend.tp)
+    profiled = None if table is None or table.verdict is None else table.verdict.tokens_per_step
+    if rate > _SPECULATES:
+        steps = getattr(backend.engine, "steps", None)
+        counted = "of each step" if steps is not None and steps.received else "scraped from its metrics: an estimate"
+        text = f"the engine speculates: {rate:.2f} tokens a step lately, by its own counts ({counted})"
+        if table is not None and (profiled is None or profiled <= _SPECULATES):
+            of = "may not have been" if profiled is None else "was not"
+            text += f"; its performance table {of} measured with speculation, whose steps take longer: profile again"
+        yield text
+    elif profiled is not None and profiled > _SPECULATES and backend.progress is not None:
+        yield (
+            f"the performance table was measured with speculation ({profiled:.2f} tokens a step), and the engine shows "
+            "none now"
+        )
 
 
 def _table_notes(table: tuple[TableBand, ...], *, beyond: bool) -> Iterator[str]:

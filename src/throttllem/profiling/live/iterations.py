@@ -38,7 +38,9 @@ MOST_NEIGHBOURS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Iteration:
-    """`batch` requests, of which `prompts` are new with `prefill_tokens` in all. `by`: STEPS or STREAMS."""
+    """`batch` requests, of which `prompts` are new with `prefill_tokens` in all. `by`: STEPS or STREAMS. An engine that
+    speculates gave each sequence `tokens_per_step` in it, on the mean.
+    """
 
     batch: int
     kv_blocks: int
@@ -47,6 +49,7 @@ class Iteration:
     prefill_pairs: float
     seconds: float
     by: str
+    tokens_per_step: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +80,16 @@ class Decoding:
 
 def decode_steps(reports: Sequence[Report], decoding: Decoding) -> list[Iteration]:
     """Iterations with exactly `decoding.batch` sequences and no prompt."""
-    found, steps, seconds = [], 0, 0.0
+    found, steps, seconds, tokens = [], 0, 0.0, 0
     for report in reports:
         if not report.seconds or not report.kv_blocks or not _only_decodes(report, decoding.batch):
-            steps, seconds = 0, 0.0
+            steps, seconds, tokens = 0, 0.0, 0
             continue
-        steps, seconds = steps + 1, seconds + report.seconds
+        steps, seconds, tokens = steps + 1, seconds + report.seconds, tokens + (report.generated_tokens or 0)
         if decoding.exact or _is_window(steps, seconds):
-            found.append(_iteration(decoding.batch, report.kv_blocks, (), seconds / steps, STEPS))
-            steps, seconds = 0, 0.0
+            rate = tokens / (steps * decoding.batch)
+            found.append(_iteration(decoding.batch, report.kv_blocks, (), seconds / steps, STEPS, rate))
+            steps, seconds, tokens = 0, 0.0, 0
     usual_s = statistics.median(each.seconds for each in found) if found else 0.0
     return [each for each in found if each.seconds > usual_s / IMPLAUSIBLE]
 
@@ -111,13 +115,18 @@ def prefill_steps(
 
 
 def _only_decodes(report: Report, batch: int) -> bool:
-    # Fewer running than tokens generated: some sequences ended with the step, and their blocks are freed.
-    return not report.prompt_tokens and report.generated_tokens == report.running == batch
+    # Fewer running than sequences: some ended with the step, and their blocks are freed.
+    return not report.prompt_tokens and _sequences(report) == report.running == batch
+
+
+def _sequences(report: Report) -> int:
+    """Sequences that the step gave tokens: one each, and those accepted of drafts."""
+    return (report.generated_tokens or 0) - (report.accepted_tokens or 0)
 
 
 def _prompts_in(report: Report, lengths: Sequence[int], batch: int) -> Sequence[int] | None:
     """The prompts of a step; None if there are none, or which ones is not known."""
-    count = (report.generated_tokens or 0) - batch
+    count = _sequences(report) - batch
     known = report.running in (batch, batch + count) and report.decode_sequences in (None, batch)
     if not 0 < count <= len(lengths) or not known:
         return None
@@ -216,7 +225,9 @@ def _is_window(steps: int, seconds: float) -> bool:
     return steps >= WINDOW_STEPS or (steps > 0 and seconds >= WINDOW_S)
 
 
-def _iteration(batch: int, held: int, lengths: Sequence[int], seconds: float, by: str) -> Iteration:
+def _iteration(
+    batch: int, held: int, lengths: Sequence[int], seconds: float, by: str, tokens_per_step: float = 1.0
+) -> Iteration:
     return Iteration(
         batch=batch,
         kv_blocks=held,
@@ -225,4 +236,5 @@ def _iteration(batch: int, held: int, lengths: Sequence[int], seconds: float, by
         prefill_pairs=sum(tokens * tokens for tokens in lengths) / 2,
         seconds=seconds,
         by=by,
+        tokens_per_step=tokens_per_step,
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from throttllem.core.types import EngineSpec
-from throttllem.engines.base import Connected, LiveEngine
+from throttllem.engines.base import Connected, EngineError, LiveEngine
 from throttllem.gpu.device import ClockError, Gpu, Work
 from throttllem.profiling.live.iterations import (
     STEPS,
@@ -43,6 +43,10 @@ METER_S = 1.0
 """A quick profile has one reading of watts for each batch and burst: for this long at least, as energy counters are
 refreshed every 0.1 s."""
 MOST_COPIES = 40
+_NO_STEPS = (
+    "the engine speculates and reports no steps, so tokens do not show how long a step takes: install the plug-in, or "
+    "profile without speculation"
+)
 MOSTLY = 0.5
 """Least share of a burst's time in its prompts' steps, where the watts of the other steps are subtracted."""
 
@@ -180,6 +184,8 @@ class LiveProfiler:
                 await self._load.idle()
                 rows = await (self._batch(point) if point.batch else self._lone(point))
                 self._load.check()
+                if self.summary.by == STREAMS and any(report.accepted_tokens for report in self._load.reports):
+                    raise EngineError(_NO_STEPS, status=503)
                 break
             except ExternalLoadError:
                 self.summary.repeated += 1
@@ -221,6 +227,7 @@ class LiveProfiler:
             return found
         # Contexts grow, and a step takes longer with them: the decode step is measured again before each burst.
         recent_s = [statistics.median(each.seconds for each in decoded)]
+        rate = statistics.mean(each.tokens_per_step for each in decoded)
         for burst in point.bursts:
             if _any_ended(streams):
                 break
@@ -229,7 +236,7 @@ class LiveProfiler:
                 began_s = now()
                 await self._further(streams, 2 * decoding.neighbours)
                 if step_s := decode_seconds(streams, began_s, now()):
-                    recent_s.append(step_s)
+                    recent_s.append(step_s * rate)
                 decoding = dataclasses.replace(decoding, decode_s=statistics.mean(recent_s[-RECENT:]))
             lengths = [burst.tokens] * burst.count
             rows = await self._burst(streams, lengths, decoding, decode_w)

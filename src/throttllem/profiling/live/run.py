@@ -261,6 +261,7 @@ def _row(number: int, clock_mhz: int, row: Mapping[str, Any], spec: EngineSpec, 
         "seconds_by": row["by"],
         "watts_by": COUNTED if modelled is None else MODELLED,
         "any_clock": int(modelled is not None),
+        "tokens_per_step": row.get("tokens_per_step", 1.0),
     }
 
 
