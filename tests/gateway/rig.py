@@ -99,13 +99,15 @@ class Seen:
 
 class Killable:
     """A simulated engine that can be killed and brought back. `mute`: it reports no steps, `numbered`: it reports no
-    more of them than vLLM's plug-in does.
+    more of them than vLLM's plug-in does. `speculates`: each step that it reports is of so many iterations.
     """
 
-    def __init__(self, *arguments, mute=False, numbered=False, **options):
+    def __init__(self, *arguments, mute=False, numbered=False, speculates=1, **options):
         self.make = lambda: RealtimeEngine(*arguments, **options)
         self.inner = self.make()
         self.named = not (mute or numbered)
+        self.speculates = speculates
+        self.numbers, self.step = 0, []
         self.mute = mute
         self.gone = False
         self.connects = 0
@@ -139,7 +141,12 @@ class Killable:
 
     async def watch(self, emit):
         def some(report):
-            if not self.mute:
+            if self.speculates > 1:
+                self.step.append(report)
+                if len(self.step) == self.speculates or not report.running:
+                    emit(one_step(self.numbers, self.step))
+                    self.numbers, self.step = self.numbers + 1, []
+            elif not self.mute:
                 emit(report if self.named else anonymous(report))
 
         await self.inner.watch(some)
@@ -153,6 +160,14 @@ class Killable:
 def anonymous(report):
     """What vLLM's plug-in reports of a step: counts, no names, no joules."""
     return replace(report, started=None, finished=None, prefills=(), joules=None)
+
+
+def one_step(number, iterations):
+    """Iterations of one token each as the step of an engine whose drafts were accepted."""
+    last, sequences = iterations[-1], max(report.running for report in iterations)
+    generated = sum((report.decode_sequences or 0) + len(report.started or ()) for report in iterations)
+    accepted = max(0, generated - max(1, sequences))
+    return replace(anonymous(last), step=number, generated_tokens=generated, accepted_tokens=accepted)
 
 
 @dataclass
@@ -202,9 +217,11 @@ class Rig:
         return self.models.session(parsed(**more), PromptCount(tokens=count, by="test", exact=True), slo or Slo())
 
 
-def toy_backend(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, name="toy", slower=1.0, **changes):
+def toy_backend(
+    now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, name="toy", slower=1.0, speculates=1, **changes
+):
     some = spec(tp=tp, **({"kv_blocks": 200, "max_batch": 8, "no_evict": False, "chunked": True} | changes))
-    physics, trained = ToyPhysics(spec=some, slower=slower), table_ or table(some)
+    physics, trained = ToyPhysics(spec=some, slower=slower / speculates), table_ or table(some)
     device = gpu or SimulatedGpu(
         CLOCKS_MHZ,
         switch_latency_s=0.05,
@@ -223,7 +240,8 @@ def toy_backend(now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False,
         name=name,
         now=now,
         mute=mute,
-        numbered=numbered,
+        numbered=numbered or speculates > 1,
+        speculates=speculates,
     )
     accounting = EnergyAccounting(
         gpu=device,
