@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import datetime
+import io
+import math
 import re
+import tempfile
 from pathlib import Path
 
 import polars as pl
 import pytest
+from hypothesis import given, settings
 
+from tests.fuzz.properties import mutated
 from throttllem.profiling.profile import COLUMNS, OPTIONAL, ProfileError, read_profile, spec_of, write_profile
 
 from .analytic import spec
@@ -119,3 +125,62 @@ def test_the_documented_example_is_a_profile(tmp_path: Path) -> None:
     example = text.split("```csv\n")[1].split("```")[0]
     assert read_profile(write(tmp_path, *example.splitlines())).height >= 3
     assert all(f"`{column.name}`" in text for column in (*COLUMNS, *OPTIONAL))
+
+
+# ---- damage ------------------------------------------------------------------------------------------------------
+
+
+def packed() -> bytes:
+    names = HEADER.split(",")
+    values: list[object] = ["a100-40gb-sxm", "llama-2-13b", 2, 64, 32, 410, 1410, 0, 0.0187, 612.0]
+    out = io.BytesIO()
+    pl.DataFrame({name: [value] * 20 for name, value in zip(names, values, strict=True)}).write_parquet(out)
+    return out.getvalue()
+
+
+CSV_TEXT = "\n".join([HEADER, GOOD, GOOD]).encode()
+ODD = [b"nan", b"inf", b"1e999", b"9" * 400, b"", b'"', b",", b"\x00", b"\xff", b"\n"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(parquet=mutated(packed()), text=mutated(CSV_TEXT, tokens=ODD))
+def test_a_damaged_profile_is_read_or_refused_with_its_name(parquet: bytes, text: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in (("p.parquet", parquet), ("p.csv", text)):
+            path = Path(folder) / name
+            path.write_bytes(content)
+            try:
+                read_profile(path)
+            except ProfileError as error:
+                assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[[2]], [{"a": 2}], [b"2"], [None], [datetime.date(2020, 1, 1)], [True], [math.nan], [math.inf], [1e300], [-1], []],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["gpu", "tp", "seconds"])
+def test_a_column_of_another_type_is_read_or_refused_with_its_name(
+    tmp_path: Path, values: list[object], name: str
+) -> None:
+    path = tmp_path / "p.parquet"
+    good = pl.read_parquet(io.BytesIO(packed())).head(len(values))
+    good.with_columns(pl.Series(name, values)).write_parquet(path)
+    try:
+        read_profile(path)
+    except ProfileError as error:
+        assert str(path) in str(error)
+
+
+def test_a_parquet_file_that_makes_its_reader_panic_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(path: Path) -> pl.DataFrame:
+        raise pl.exceptions.PanicException("index out of bounds")
+
+    path = tmp_path / "p.parquet"
+    path.write_bytes(packed())
+    monkeypatch.setattr(pl, "read_parquet", panic)
+    with pytest.raises(ProfileError, match=r"p.parquet: cannot be read as parquet: index out of bounds"):
+        read_profile(path)

@@ -172,20 +172,27 @@ def _read(path: Path) -> pl.DataFrame:
         raise ProfileError(f"{path}: no such file")
     try:
         return pl.read_csv(path, infer_schema=False) if ending == CSV else pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path}: cannot be read as {ending[1:]}: {str(error).splitlines()[0]}") from error
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ProfileError(f"{path}: cannot be read as {ending[1:]}: {why}") from error
 
 
 def _checked(path: Path, values: pl.Series, column: Column) -> pl.Series:
     _refuse(path, values, values.is_null(), "no value")
+    if values.dtype.is_nested():
+        wanted_type = "texts" if column.dtype == pl.String else "numbers"
+        raise ProfileError(f"{path}, column {column.name}: holds {values.dtype}, not {wanted_type}")
     wanted = values.str.strip_chars() if values.dtype == pl.String else values
     if column.dtype == pl.String:
-        wanted = wanted.cast(pl.String)
+        try:
+            wanted = wanted.cast(pl.String)
+        except pl.exceptions.PolarsError as error:
+            raise ProfileError(f"{path}, column {column.name}: holds {values.dtype}, not texts") from error
         _refuse(path, values, wanted.str.len_chars() == 0, "no value")
         return wanted
     try:
         numbers = wanted.cast(pl.Float64, strict=False)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise ProfileError(f"{path}, column {column.name}: holds {values.dtype}, not numbers") from error
     _refuse(path, values, numbers.is_null() | ~numbers.is_finite().fill_null(False), "not a finite number")
     if column.dtype == pl.Int64:

@@ -1,8 +1,12 @@
 import json
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
 
+from tests.fuzz.properties import mutated
 from throttllem.engines.triton.chat_template import TemplateError, chat_template, plain, text_messages
 from throttllem.openai_api.errors import ApiError
 
@@ -81,3 +85,48 @@ def test_a_template_that_fails_is_an_error(tmp_path, template):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     with pytest.raises(ApiError, match="chat template"):
         chat_template(tmp_path / "tokenizer.json")[0](MESSAGES)
+
+
+CONFIG = json.dumps({"chat_template": [{"name": "default", "template": TEMPLATE}], "bos_token": {"content": "<s>"}})
+TOKENS = [b"[]", b"{}", b"null", b"7", b"[" * 2000, b"\xff", b"{{", b"{% for", b"}}", b"1e999"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=mutated(CONFIG.encode(), b"[]", b'{"chat_template": [7]}', tokens=TOKENS))
+@example(config=b"[]")
+@example(config=b'{"chat_template": [7]}')
+@example(config=b'{"chat_template": [{"name": "default"}]}')
+@example(config=b"[" * 100_000)
+def test_a_damaged_template_is_read_or_refused_with_its_name(config):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokenizer_config.json"
+        file.write_bytes(config)
+        try:
+            render, _ = chat_template(Path(folder) / "tokenizer.json")
+        except TemplateError as error:
+            assert str(file) in str(error)
+            return
+        try:
+            assert isinstance(render(MESSAGES), str)
+        except ApiError as error:
+            assert error.status == 400
+
+
+@pytest.mark.parametrize("source", [b"\xff", b"{{ 1/0 }}", b"{{ (" + b"(" * 5000])
+def test_a_template_file_that_cannot_be_read_is_named(tmp_path, source):
+    (tmp_path / "chat_template.jinja").write_bytes(source)
+    try:
+        render, _ = chat_template(tmp_path / "tokenizer.json")
+    except TemplateError as error:
+        assert "chat_template.jinja" in str(error)
+    else:
+        with pytest.raises(ApiError):
+            render(MESSAGES)
+
+
+@pytest.mark.parametrize("source", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"])
+def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path, source):
+    (tmp_path / "chat_template.jinja").write_text(source)
+    render, _ = chat_template(tmp_path / "tokenizer.json")
+    with pytest.raises(ApiError, match="the chat template fails on them"):
+        render(MESSAGES)

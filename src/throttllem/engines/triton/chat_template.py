@@ -41,13 +41,19 @@ def chat_template(tokenizer: Path | None) -> tuple[Template, Path | None]:
     path, beside = tokenizer.parent / "tokenizer_config.json", tokenizer.parent / "chat_template.jinja"
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise TemplateError(f"{path}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise TemplateError(f"{path}: must hold a JSON object")
     source = config.get("chat_template")
     if isinstance(source, list):
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-    if beside.is_file():
-        source, path = beside.read_text(encoding="utf-8"), beside
+        named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = named[0].get("template") if named else None
+    try:
+        if beside.is_file():
+            source, path = beside.read_text(encoding="utf-8"), beside
+    except (ValueError, OSError) as error:
+        raise TemplateError(f"{beside}: {error}") from error
     if not isinstance(source, str):
         return plain, None
     special = {name: config.get(name) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -87,7 +93,7 @@ def _jinja(source: str, special: dict[str, Any], path: Path) -> Template:
     environment.globals["raise_exception"] = fail
     try:
         template = environment.from_string(source)
-    except jinja.TemplateError as error:
+    except (jinja.TemplateError, RecursionError, ArithmeticError, ValueError, TypeError) as error:
         raise TemplateError(f"{path}: {error}") from error
 
     def render(messages: Sequence[Message]) -> str:
