@@ -6,7 +6,7 @@ import pytest
 
 from tests.engines.vllm_peer import VllmPeer, connected, engine_of
 from throttllem.engines.base import EngineError
-from throttllem.engines.tokens import TokenizerFile
+from throttllem.engines.tokens import TokenizerFile, _written
 from throttllem.openai_api.requests import CHAT, COMPLETIONS, Api, ParsedRequest, parse_request
 
 
@@ -26,6 +26,11 @@ def completion(*prompts, **fields):
 
 def chat_of(fields):
     return ParsedRequest(api=Api.CHAT, path=CHAT, model="tiny", fields=fields, body=b"", chat=fields)
+
+
+def test_a_lone_surrogate_goes_to_the_engine_as_an_escape():
+    assert json.loads(_written({"prompt": "\ud800"})) == {"prompt": "\ud800"}
+    assert b"\\ud800" in _written({"prompt": "\ud800"})
 
 
 def test_the_engine_counts_each_prompt_once():

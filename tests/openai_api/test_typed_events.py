@@ -46,6 +46,13 @@ def test_a_delta_of_any_output_is_a_token(event, tokens):
     assert measured([event]) == (tokens, False, False, None)
 
 
+def test_without_event_lines_the_type_in_the_data_counts():
+    for events in STREAMS.values():
+        plain = [b"data: " + event.partition(b"data: ")[2] for event in events]
+        moved = [event.replace(b'{"type"', b'{"sequence_number": 1, "type"', 1) for event in plain]
+        assert measured(plain) == measured(moved) == (5, True, False, 5)
+
+
 @pytest.mark.parametrize("kind", ["error", "response.failed"])
 def test_a_failure_is_found(kind):
     assert measured([typed(kind, message="oh")]) == (0, False, True, None)
@@ -59,6 +66,12 @@ def test_cached_tokens_are_part_of_the_prompt():
     details = {"input_tokens": 9, "output_tokens": 4, "input_tokens_details": {"cached_tokens": 8}}
     meter.feed(typed("response.completed", response={"usage": details}))
     assert meter.counted == Usage(output_tokens=4, prompt_tokens=9, cached_tokens=8)
+
+
+def test_anthropics_first_event_counts_the_prompt_and_no_output():
+    meter = TypedMeter()
+    meter.feed(typed("message_start", message={"usage": {"input_tokens": 3, "output_tokens": 1}}))
+    assert meter.counted == Usage(prompt_tokens=3)
 
 
 @pytest.mark.parametrize("count", [10**30, -1, 1.5, "4", None, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
 import re
 from collections import OrderedDict
@@ -225,7 +226,7 @@ class TokenCounter:
             content = await asyncio.to_thread(msgspec.json.encode, body)
             key = await asyncio.to_thread(_digest, content)
         else:
-            content = to_json(body)
+            content = _written(body)
             salt = request.fields.get("cache_salt") if self._block_tokens else None
             key = _digest(content if salt is None else content + str(salt).encode())
         if (known := self._known.get(key)) is not None:
@@ -239,6 +240,14 @@ class TokenCounter:
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         return counted
+
+
+def _written(body: dict[str, object]) -> bytes:
+    """The body as JSON; a lone surrogate, which UTF-8 cannot hold, as an escape."""
+    try:
+        return to_json(body)
+    except ValueError:
+        return json.dumps(body).encode()
 
 
 def _digest(content: bytes) -> bytes:

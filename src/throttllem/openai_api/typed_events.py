@@ -7,6 +7,8 @@ arguments of a function. The last event of a stream has the engine's own count, 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 from pydantic_core import from_json
 
@@ -14,11 +16,10 @@ from throttllem.openai_api.event_stream import Meter, data_of
 from throttllem.openai_api.usage import usage_in
 
 _TYPE = re.compile(rb"(?:^|[\r\n])event: ?([\w.]+)")
-_DATA_TYPE = re.compile(rb'(?:^|[\r\n])data: ?\{"type": ?"([\w.]+)"')
 _NO_TEXT = re.compile(rb'"(?:delta|text|thinking|partial_json)"\s*:\s*""')
 _LAST = frozenset({b"response.completed", b"response.incomplete", b"message_stop"})
 _FAILED = frozenset({b"response.failed", b"error"})
-_COUNTED = frozenset({b"response.completed", b"response.incomplete", b"message_delta"})
+_COUNTED = frozenset({b"response.completed", b"response.incomplete", b"message_start", b"message_delta"})
 
 
 class TypedMeter(Meter):
@@ -32,10 +33,8 @@ class TypedMeter(Meter):
         return self.done
 
     def _event(self, event: bytes) -> int:
-        found = _TYPE.search(event) or _DATA_TYPE.search(event)
-        if found is None:
-            return 0
-        kind = found[1]
+        found = _TYPE.search(event)
+        kind = self._type_of(event) if found is None else found[1]
         is_delta = kind == b"content_block_delta" or (kind.startswith(b"response.") and kind.endswith(b".delta"))
         if is_delta:
             if b'"signature_delta"' in event or _NO_TEXT.search(event) or self._booked >= self._most_tokens:
@@ -50,16 +49,30 @@ class TypedMeter(Meter):
         self.failed = self.failed or kind in _FAILED
         return 0
 
+    @staticmethod
+    def _type_of(event: bytes) -> bytes:
+        """The type that an event without an `event:` line has in its data; empty if it has none."""
+        kind = _fields(event).get("type")
+        return kind.encode(errors="replace") if isinstance(kind, str) else b""
+
     def _take_in(self, event: bytes) -> None:
         """The engine's own counts in an event."""
-        try:
-            fields = from_json(data_of(event) or b"")
-        except ValueError:
-            return
-        if not isinstance(fields, dict):
+        fields = _fields(event)
+        begun = fields.get("message")
+        if isinstance(begun, dict):  # Anthropic's first event: the prompt is counted, the output is not yet
+            self._usage = replace(usage_in(begun.get("usage")), output_tokens=None)
             return
         response = fields.get("response")
         usage = usage_in((response if isinstance(response, dict) else fields).get("usage"), self._most_tokens)
         self._usage = self._usage.updated(usage)
         if usage.output_tokens is not None:
             self._total = usage.output_tokens
+
+
+def _fields(event: bytes) -> dict[str, Any]:
+    """The object in the data of an event; empty if there is none."""
+    try:
+        fields = from_json(data_of(event) or b"")
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) else {}

@@ -361,8 +361,10 @@ class ControlLoop:
             return
         if session.backend is not None:
             session.energy_j = session.backend.left(request_id)
-        session.fail(rejections.rejected(why, session.request, self.spec(), self.retry_after_s()))
-        self._count(session, served=False)
+        failure = rejections.rejected(why, session.request, self.spec(), self.retry_after_s())
+        session.fail(failure)
+        # What no engine could serve is the client's error, as a malformed body is: no SLO was violated.
+        self._count(session, served=None if failure.status == 400 else False)
 
     def _arm(self) -> None:
         """A timer for the core's deadline, never early. A deadline that has come is handled in the loop's next round:

@@ -62,7 +62,7 @@ class Gateway:
         self._with_cors = None if origins is None else with_cors(self._public, origins)
         self._access = Access(options.server.api_keys or ())
         self._aliases = options.aliases
-        self._admin = Access(options.server.admin_keys or ())
+        self._admin = Access(options.server.admin_keys or (), "server.admin_keys")
         self._pages = pages
         self._on_response = on_response
         self._open: set[Exchange] = set()

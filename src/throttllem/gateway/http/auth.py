@@ -16,9 +16,10 @@ KEY_HEADERS = frozenset({"authorization", "x-api-key"})
 
 
 class Access:
-    """The keys that open the gateway; none: every client is served."""
+    """The keys of one option, which open what it guards; none: every client is served."""
 
-    def __init__(self, keys: tuple[str, ...]) -> None:
+    def __init__(self, keys: tuple[str, ...], option: str = "server.api_keys") -> None:
+        self._option = option
         self._digests = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
         self.guarded = bool(keys)
         """Whether a key is needed at all."""
@@ -32,7 +33,7 @@ class Access:
         # Every key is compared, so that the time shows nothing of which came close.
         known = sum(hmac.compare_digest(shown, digest) for digest in self._digests)
         if scheme.lower() != "bearer" or not known:
-            what = "no API key was given" if not key else "the API key is not known here"
+            what = "no API key was given" if not key else f"the API key is not one of {self._option}"
             raise ApiError(
                 401,
                 f"{what}; send one as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",

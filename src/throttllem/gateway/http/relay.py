@@ -63,7 +63,7 @@ def relay(
             native = api is Api.NATIVE
             meter = Meter(native=native, sequences=request.sequences, most_tokens=most_tokens, echo=echo)
         return _events(exchange, reply, session, meter, held, status, headers)
-    return _whole(exchange, reply, session, status, headers, metrics=metrics, held_bytes=held_bytes)
+    return _whole(exchange, reply, session, status, headers, metrics=metrics, held_bytes=held_bytes, echo=echo)
 
 
 async def _error(exchange: Exchange, reply: Reply, api: Api) -> None:
@@ -161,6 +161,7 @@ async def _whole(
     *,
     metrics: bool,
     held_bytes: int,
+    echo: bool,
 ) -> None:
     """A body that is not streamed: held until it is whole, so that the client of an engine that dies gets an error.
     One that is too long to be held passes as it comes, and is not read.
@@ -178,7 +179,7 @@ async def _whole(
             return
     body = b"".join(parts)
     fields = _object(body)
-    usage = _usage(fields, session.request)
+    usage = _usage(fields, session.request, echo)
     receipt = session.finish(usage.output_tokens, usage)
     if metrics and fields is not None:
         body = json.dumps(_with_metrics(fields, receipt), separators=(",", ":")).encode()
@@ -267,13 +268,15 @@ def _object(body: bytes) -> dict[str, object] | None:
     return fields if isinstance(fields, dict) else None
 
 
-def _usage(fields: dict[str, object] | None, request: Request) -> Usage:
-    """What the engine counted itself: in usage, else in the choices' ids or log probabilities."""
+def _usage(fields: dict[str, object] | None, request: Request, echo: bool) -> Usage:
+    """What the engine counted itself: in usage, else in the choices' ids or log probabilities; with `echo` the latter
+    are the prompt's too.
+    """
     if fields is None:
         return NO_USAGE
     usage = usage_in(fields.get("usage"), request.max_tokens * request.sequences)
     if usage.output_tokens is None:
-        counts = [tokens_in(choice, echo=True) for choice in choices_in(fields)]
+        counts = [tokens_in(choice, echo=echo) for choice in choices_in(fields)]
         if counts and None not in counts:
             return replace(usage, output_tokens=sum(count for count in counts if count is not None))
     return usage

@@ -26,8 +26,10 @@ ELSEWHERE = (*_WORK, *_LIGHT_ELSEWHERE)
 """Paths beside `/v1` that take a POST."""
 _LIGHT = re.compile(r"/v1/messages/count_tokens|/v1/(?:chat/)?completions/render|/v1/responses/[^/]+/cancel")
 _ADMIN = re.compile(
-    r"/v1/(?:un)?load_lora_adapter|/pause|/resume|/sleep|/wake_up|/reset_(?:prefix|mm|encoder)_cache"
-    r"|/(?:start|stop)_profile|/v2/repository/models/[^/]+/(?:un)?load"
+    # Loading and unloading, under whatever name other engines have for it (TabbyAPI, text-generation-webui).
+    r"/v1/(?:.*/)?(?:un)?load(?:_\w+)?(?:[^\w-].*)?|/v1/(?:internal|admin)/.*|/pause|/resume|/sleep|/wake_up|/reset_(?:prefix|mm|encoder)_cache"
+    r"|/(?:start|stop)_profile|/v2/repository/models/[^/]+/(?:un)?load",
+    re.IGNORECASE,
 )
 
 
