@@ -145,6 +145,21 @@ def test_the_blocks_of_prompts_are_known_where_the_engine_caches_them():
     assert asyncio.run(run(',enable_prefix_caching="False"')) == (False, [()] * 5)
 
 
+def test_the_blocks_of_a_large_prompt_depend_on_its_salt():
+    async def run():
+        peer = VllmPeer()
+        peer.cache += ',enable_prefix_caching="True"'
+        peer.models = [{"id": "tiny", "max_model_len": 1_000_000}]
+        async with engine_of(peer) as engine:
+            await engine.connect()
+            asked = [large("a " * 40_000), large("a " * 40_000), large("a " * 40_000, cache_salt="x")]
+            return [(await engine.count(one)).blocks for one in asked]
+
+    one, same, salted = asyncio.run(run())
+    assert len(one) == 40_000 // 128
+    assert one == same and not {*one} & {*salted}
+
+
 def test_pictures_that_no_endpoint_counts_are_parts():
     async def run():
         peer = VllmPeer()

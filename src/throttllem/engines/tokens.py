@@ -146,8 +146,6 @@ class TokenCounter:
             return await self._large(request)
         if request.is_conversation:
             return await self._chat(request)
-        if len(request.prompts) == 1:
-            return await self._prompt(request, request.prompts[0])
         return mean_count([await self._prompt(request, prompt) for prompt in request.prompts])
 
     async def _large(self, request: ParsedRequest) -> PromptCount:
@@ -222,13 +220,13 @@ class TokenCounter:
         """The engine's count and the prompt's blocks; None: it has none, as for a body that it would refuse."""
         if not self._has_endpoint:
             return None
+        salt = str(request.fields.get("cache_salt")) if self._block_tokens else ""
         if any(isinstance(part, Raw) for part in body.values()):
             content = await asyncio.to_thread(msgspec.json.encode, body)
-            key = await asyncio.to_thread(_digest, content)
+            key = await asyncio.to_thread(_digest, content, salt)
         else:
             content = _written(body)
-            salt = request.fields.get("cache_salt") if self._block_tokens else None
-            key = _digest(content if salt is None else content + str(salt).encode())
+            key = _digest(content, salt)
         if (known := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return known
@@ -250,8 +248,10 @@ def _written(body: dict[str, object]) -> bytes:
         return json.dumps(body).encode()
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+def _digest(content: bytes, salt: str) -> bytes:
+    digest = hashlib.blake2b(content, digest_size=16)
+    digest.update(salt.encode(errors="surrogatepass"))
+    return digest.digest()
 
 
 def _text_bytes(request: ParsedRequest) -> int:
@@ -268,7 +268,11 @@ def _text_bytes(request: ParsedRequest) -> int:
 
 
 def mean_count(counts: list[PromptCount]) -> PromptCount:
-    """One count for several prompts: the mean, rounded up; by the least exact counter."""
+    """One count for several prompts: the mean, rounded up; by the least exact counter. One alone is returned as it
+    is, with its blocks and parts.
+    """
+    if len(counts) == 1:
+        return counts[0]
     tokens = math.ceil(sum(count.tokens for count in counts) / max(1, len(counts)))
     worst = min(counts, key=lambda count: count.exact, default=NO_COUNT)
     return PromptCount(tokens=tokens, by=worst.by, exact=worst.exact)
