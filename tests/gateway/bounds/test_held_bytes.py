@@ -136,3 +136,53 @@ def test_the_rest_of_a_long_reply_is_held_until_the_client_takes_it():
 
     same, largest = asyncio.run(main())
     assert same and largest <= 256 * 1024
+
+
+@pytest.mark.parametrize("clients", [1, 8])
+def test_of_uploads_that_exceed_the_budget_together_those_that_fit_are_served(clients):
+    async def main():
+        async with running(limits=LimitOptions(held_bytes=8 * MB)) as there:
+            host, port = there.url.removeprefix("http://").split(":")
+            body = json.dumps({"model": "tiny", "prompt": "x", "padding": "y" * MB}).encode()
+            head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+
+            async def upload(number):
+                reader, writer = await asyncio.open_connection(
+                    host, int(port), local_addr=(f"127.0.0.{2 + number % clients}", 0)
+                )
+                try:
+                    writer.write(head)
+                    for at in range(0, len(body), 16 * 1024):  # all grow together
+                        writer.write(body[at : at + 16 * 1024])
+                        await asyncio.sleep(0)
+                    return (await reader.readuntil(b"\r\n"))[9:12]
+                finally:
+                    writer.close()
+
+            return await asyncio.gather(*map(upload, range(16)))
+
+    served = asyncio.run(main()).count(b"200")
+    assert 3 <= served < 16
+
+
+def test_a_refused_upload_is_given_back_while_its_rest_is_discarded():
+    async def main():
+        async with running(limits=LimitOptions(held_bytes=8 * MB)) as there:
+            host, port = there.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n".encode())
+            for _ in range(80):
+                writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
+                await asyncio.sleep(0)
+                if there.gateway._budget.held_bytes > 3 * MB:
+                    break
+            while (held := there.gateway._budget.held_bytes) and there.gateway._open:
+                writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
+                await asyncio.sleep(0.001)
+            given_back = not held and len(there.gateway._open) == 1
+            answer = await reader.readuntil(b"}}")
+            writer.close()
+            return given_back, answer
+
+    given_back, answer = asyncio.run(main())
+    assert given_back and answer.startswith(b"HTTP/1.1 503 ")

@@ -1,8 +1,8 @@
 """One budget of bytes over everything that requests make the gateway hold: uploads, queued bodies, replies held whole.
 
 A client may hold as much as is still free (the dynamic threshold of Choudhury and Hahne, 1998): one alone gets half of
-the budget, and something is left for the next client in any case. Small holdings are bounded by the whole budget only,
-an eighth of which large ones cannot take.
+the budget, and something is left for the next client in any case. Small holdings, and what a request that was let in
+needs besides its body, are bounded by the whole budget only, an eighth of which large bodies cannot take.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ class HeldBytes:
         self.held_bytes = 0
         self._of_clients: dict[str, int] = {}
 
-    def change(self, client: str, before: int, now: int) -> None:
-        """A holding of this client becomes `now` bytes. Raises ApiError 503 if there is no room; then it stays."""
+    def change(self, client: str, before: int, now: int, granted: int = 0) -> None:
+        """A holding of this client becomes `now` bytes, of which `granted` need no more than room in the whole budget.
+        Raises ApiError 503 if there is no room; then it stays.
+        """
         more, of_client = now - before, self._of_clients.get(client, 0)
         if more > 0:
             free = self.most_bytes - self.held_bytes - more
-            if free < 0 or (now > SMALL_BYTES and free < max(self.most_bytes // 8, of_client + more)):
+            if free < 0 or (now > granted + SMALL_BYTES and free < max(self.most_bytes // 8, of_client + more)):
                 raise _no_room()
         self.held_bytes += more
         if of_client + more:

@@ -240,7 +240,7 @@ class Gateway:
         if (name := self._aliases.get(parsed.model)) is not None:
             parsed = await asyncio.to_thread(parsed.named, name) if len(body) > OFF_LOOP_BYTES else parsed.named(name)
         if len(body) > LARGE_BYTES:
-            exchange.hold(2 * len(body))  # what is built of it, until it is counted
+            await exchange.hold_soon(2 * len(body))  # what is built of it, until it is counted
         del body
         check_sequences(parsed, self._models.max_sequences())
         exchange.attend()

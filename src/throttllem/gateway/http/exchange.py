@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import time
 from email.utils import formatdate
 from enum import StrEnum
 
@@ -27,6 +28,8 @@ BUFFERED = "throttllem.buffered"
 _PIECE_BYTES = 256 * 1024
 DISCARD_S = 1.0
 """How long an unwanted body is read on, so that its sender gets to see the response."""
+_ROOM_S = 5.0
+_ROOM_AGAIN_S = 0.02
 _EVENTS: ByteHeaders = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
 _KEEP_ALIVE = b": keep-alive\n\n"
 _SANE_ID = re.compile(r"[!-~]{1,128}")
@@ -99,6 +102,8 @@ class Exchange:
         announced = self.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > most_bytes:
             raise too_large(most_bytes)
+        if announced.isdecimal():
+            self.hold(int(announced))  # all of it now: of uploads that do not fit together, the first ones still fit
         first, body = b"", bytearray()
         self.reading = True
         while self._unread and len(body) <= most_bytes:
@@ -112,7 +117,8 @@ class Exchange:
             part = message.get("body", b"")
             self.received_bytes += len(part)
             try:
-                self.hold(self.received_bytes)
+                if self.received_bytes > self._held_bytes:
+                    self.hold(self.received_bytes)
             except ApiError:
                 self.reading = False
                 body = bytearray()  # the error is on its way for a while, and keeps this frame
@@ -128,11 +134,25 @@ class Exchange:
         whole = first or bytes(body)
         return whole if coding is None or not whole else await self._decoded(whole, coding, most_bytes)
 
-    def hold(self, count: int) -> None:
-        """So many bytes are held for this request from now on. Raises ApiError 503 if that is too much."""
+    def hold(self, count: int, granted: int = 0) -> None:
+        """So many bytes are held for this request from now on. Raises ApiError 503 if that is too much; `granted` bytes
+        are only where the whole budget is used up.
+        """
         if self._budget is not None:
-            self._budget.change(self._client, self._held_bytes, count)
+            self._budget.change(self._client, self._held_bytes, count, granted)
             self._held_bytes = count
+
+    async def hold_soon(self, count: int) -> None:
+        """Hold `count` bytes as soon as the whole budget has room. Raises ApiError 503 if it has none for a while."""
+        until_s = time.monotonic() + _ROOM_S
+        while True:
+            try:
+                self.hold(count, granted=count)
+                return
+            except ApiError:
+                if time.monotonic() > until_s:
+                    raise
+            await asyncio.sleep(_ROOM_AGAIN_S)
 
     async def _decoded(self, body: bytes, coding: str, most_bytes: int) -> bytes:
         """The body as the engine gets it, without the header."""
@@ -238,6 +258,7 @@ class Exchange:
 
     async def fail(self, error: ApiError) -> None:
         """Send an error in the way that is still open: as the response, as an event, or by breaking off."""
+        self.hold(0)  # its body is forgotten, and the error may be on its way for a while
         if self.finished:
             return
         if not self.started:

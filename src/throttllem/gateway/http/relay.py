@@ -173,7 +173,7 @@ async def _whole(
         parts.append(chunk)
         size += len(chunk)
         if size > SMALL_BYTES:
-            exchange.hold(exchange.received_bytes + size)
+            exchange.hold(exchange.received_bytes + size, granted=exchange.received_bytes)
         if size > held_bytes:
             await _unread(exchange, reply, session, parts, status, _head(reply, drop_length=False)[2])
             return
