@@ -5,34 +5,58 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from throttllem.openai_api.errors import invalid
+from throttllem.openai_api.large_bodies import PIECE_BYTES, find
 
 _FORM = b"multipart/form-data"
 _SILENT = logging.Logger("multipart", logging.CRITICAL)
 """The parser would log every fault of a client's form."""
 _LONGEST_NAME_BYTES = 1024
+_LONGEST_TYPE_BYTES = 1024
+"""Of a content-type that is read: the longest boundary and some; 1 ms at worst."""
 _MOST_PARTS = 100
-"""Several times what engines read; with the longest headers this many take about 25 ms to parse."""
+"""Several times what engines read."""
+_MOST_OPTIONS = 8
+"""Of a part's content-disposition that is read: `name`, `filename`, `filename*` and some."""
+_MOST_BLANKS = 64
+"""Behind a boundary, where the parser goes byte by byte."""
 
 
 def model_in_form(body: bytes, content_type: str) -> str | None:
     """The text of the field `model`; None if the body is no such form, or the form has no such field. Raises ApiError
-    400 for a form of too many parts.
+    400 for a form that would take too long to read.
     """
+    if len(content_type) > _LONGEST_TYPE_BYTES:
+        message = f"content-type: is over {_LONGEST_TYPE_BYTES} bytes, the most that is read of a form's: shorten it"
+        raise invalid(message, "content-type")
     kind, options = parse_options_header(content_type)
     if kind != _FORM or not (boundary := options.get(b"boundary")):
         return None
-    if body.count(b"\r\n--" + boundary) > _MOST_PARTS:
-        raise invalid(f"the form has more than {_MOST_PARTS} parts, the most that are read: send fewer")
+    _check_parts(body, b"\r\n--" + boundary)
     fields = _Fields()
-    with suppress(MultipartParseError):  # the engine says what is wrong; the model may be known by then
+    with suppress(FormParserError):  # the engine says what is wrong; the model may be known by then
         parser = MultipartParser(boundary, fields.callbacks())  # type: ignore[arg-type]
         parser.logger = _SILENT
-        parser.write(body)
+        for at in range(0, len(body), PIECE_BYTES):
+            parser.write(body[at : at + PIECE_BYTES])
+            if fields.model is not None:
+                break
     return fields.model
+
+
+def _check_parts(body: bytes, delimiter: bytes) -> None:
+    parts, at = 0, find(body, delimiter, 0)
+    while at >= 0:
+        parts, end = parts + 1, at + len(delimiter)
+        if parts > _MOST_PARTS:
+            raise invalid(f"the form has more than {_MOST_PARTS} parts, the most that are read: send fewer")
+        behind = body[end : end + _MOST_BLANKS + 1]
+        if len(behind) > _MOST_BLANKS and not behind.strip(b" \t"):
+            raise invalid(f"the form has more than {_MOST_BLANKS} blanks behind a boundary: send none")
+        at = find(body, delimiter, end)
 
 
 class _Fields:
@@ -68,7 +92,8 @@ class _Fields:
 
     def _header_end(self) -> None:
         if self._name.lower() == b"content-disposition":
-            _, options = parse_options_header(self._value)
+            short = self._value.count(b";") <= _MOST_OPTIONS
+            _, options = parse_options_header(self._value) if short else (b"", {})
             self._is_model = options.get(b"name") == b"model" and b"filename" not in options
         self._name = self._value = b""
 
