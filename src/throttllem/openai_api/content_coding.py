@@ -51,8 +51,8 @@ def _decoded(body: bytes, coding: str, most_bytes: int) -> bytes | None:
         try:
             return _inflated(body, window, most_bytes)
         except zlib.error as error:
-            fault = error
-    raise invalid(f"the body is not {coding}, as content-encoding has it: {fault}", "content-encoding")
+            why = str(error)  # the error's frames hold the body, and this one would hold the error
+    raise invalid(f"the body is not {coding}, as content-encoding has it: {why}", "content-encoding")
 
 
 def _inflated(body: bytes, window: int, most_bytes: int) -> bytes | None:

@@ -1,15 +1,22 @@
 """Bounds on what one client can make the gateway do, and on what an error shows of the inside."""
 
 import asyncio
+import gc
+import gzip
 import json
 import logging
+import random
+from types import FrameType
 
 import pytest
 
 from tests.gateway.fakes import running
+from throttllem.engines.base import Call
+from throttllem.openai_api.requests import ParsedRequest
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": "tiny", "prompt": "x"}
+HOLDING = (bytes, bytearray, list, ParsedRequest, Call)
 
 
 def within(check):
@@ -69,3 +76,42 @@ def test_an_engines_address_is_logged_and_not_shown(caplog):
         status, _, body = within(check)
     assert (status, error_of(body)["message"]) == (502, "the engine cannot be reached")
     assert "find-me" in caplog.text and "127.0.0.1" in caplog.text
+
+
+def test_no_body_outlives_its_error():
+    """Without the collector of cycles: an error that its own frames hold would keep what they read."""
+    long = "x" * 100_000
+    cut = gzip.compress(random.Random(1).randbytes(100_000))[:-9]
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": long}]}
+    broken = json.dumps(chat).encode()[:-1]
+
+    async def check(there):
+        for body, headers in (
+            *((cut, {"content-encoding": coding}) for coding in ("gzip", "deflate")),
+            *((data, {}) for data in (broken, b"\xff" * 100_000, b'{"model": %s}' % (b"[" * 60_000))),
+        ):
+            async with there.http.post(there.url + COMPLETIONS, data=body, headers=headers) as response:
+                assert response.status == 400
+        for play in ("break-off", "refuse", "garbage", "half", "cut-off", "error-event", "redirect"):
+            await there.post("/v1/chat/completions", chat | {"play": play, "stream": True})
+            await there.post("/v1/chat/completions", chat | {"play": play})
+        await there.post("/v1/chat/completions", chat | {"model": "none"})
+
+    gc.collect()
+    gc.disable()
+    try:
+        within(check)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        frames = [found for found in gc.garbage if isinstance(found, FrameType)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    held = {
+        (frame.f_code.co_qualname, name)
+        for frame in frames
+        for name, value in frame.f_locals.items()
+        if "/throttllem/" in frame.f_code.co_filename and isinstance(value, HOLDING)
+    }
+    assert held == set()
