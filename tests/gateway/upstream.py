@@ -119,6 +119,16 @@ async def redirected():
     return web.Response(status=307, headers={"location": "http://10.0.0.1:8000/v1/completions"})
 
 
+async def slow_whole(request):
+    """JSON whose head comes long before its end."""
+    response = web.StreamResponse(headers={"content-type": "application/json"})
+    await response.prepare(request)
+    await response.write(b'{"choices":')
+    await asyncio.sleep(0.3)
+    await response.write(b"[]}")
+    return response
+
+
 async def after(seconds, answer):
     await asyncio.sleep(seconds)
     return await answer
@@ -195,6 +205,7 @@ class Engine:
             "late": lambda: after(0.3, self.stream(request, events)),
             "late-refuse": lambda: after(0.3, overloaded()),
             "late-whole": lambda: after(0.3, self.generate(request, fields | {"stream": False}, words)),
+            "slow-whole": lambda: slow_whole(request),
             "redirect": redirected,
             "agent": lambda: self.stream(request, agent_events()),
             "refuse": overloaded,

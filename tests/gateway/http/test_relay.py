@@ -256,6 +256,11 @@ def test_an_error_behind_a_comment_is_an_event(play, message):
     assert json.loads(event[6:])["error"]["message"] == message and session.ends == ["cancelled"]
 
 
+def test_a_slow_reply_in_one_piece_is_no_event_stream():
+    status, headers, got, *_ = served(CHAT, chat(play="slow-whole"), server=KEPT)
+    assert (status, headers["content-type"], got) == (200, "application/json", b'{"choices":[]}')
+
+
 @pytest.mark.parametrize(("play", "kept"), [("hang", True), ("hang-event", False)])
 def test_comments_stand_between_events_only(play, kept):
     async def main():

@@ -196,6 +196,11 @@ class Exchange:
         """
         self._keeper = asyncio.create_task(self._keep_alive(every_s))
 
+    def stop_keeping(self) -> None:
+        """The response is to be no event stream after all."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+
     async def _keep_alive(self, every_s: float) -> None:
         buffered = self.scope.get("extensions", {}).get(BUFFERED, int)
         seen = self.moves

@@ -49,9 +49,11 @@ def relay(
     status, is_stream, headers = _head(reply)
     session.attended(exchange)
     is_coded = any(name == b"content-encoding" for name, _ in headers)
-    if exchange.started and (is_coded or not is_stream):  # to keep the client's connection alive
-        message = "the engine did not stream plain events"
-        raise EngineError(message, message=message)
+    if is_coded or not is_stream:
+        if exchange.started:  # to keep the client's connection alive
+            message = "the engine did not stream plain events"
+            raise EngineError(message, message=message)
+        exchange.stop_keeping()
     if is_stream and is_coded:
         return _unread(exchange, reply, session, [], status, headers)
     if is_stream:
