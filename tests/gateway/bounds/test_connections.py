@@ -62,3 +62,17 @@ def test_refused_clients_get_an_answer_without_a_parser(monkeypatch):
     answers, sessions, after = with_room_for(2, check)
     assert all(answer.startswith(b"HTTP/1.1 503 ") and b"too_many_connections" in answer for answer in answers[:64])
     assert len(answers) == 100 and sessions == 0 and after == b"200"
+
+
+def test_a_stream_before_a_begun_head_is_not_idle():
+    body = b'{"model":"tiny","messages":[{"role":"user","content":"x"}],"stream":true,"play":"hang"}'
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+
+    async def check(there):
+        reader, _ = await opened(there, head + body + b"GET /health HT")
+        await reader.readuntil(b"data: ")
+        newcomer = await ask(*await opened(there))
+        await asyncio.sleep(0.05)
+        return newcomer, [list(session.ends) for session in there.models.sessions]
+
+    assert with_room_for(1, check) == (b"200", [[]])

@@ -23,6 +23,7 @@ PREFLIGHT = {
     "access-control-request-method": "POST",
     "access-control-request-headers": "authorization, content-type, x-slo-class, x-slo-ttft-ms, x-api-key",
 }
+METHOD = "access-control-request-method"
 ALLOWED = "access-control-allow-origin"
 
 
@@ -54,7 +55,10 @@ def test_a_preflight_of_an_allowed_page_needs_no_key(keys):
     assert allowed[0] == 200 and allowed[1][ALLOWED] == PAGE and "POST" in allowed[1]["access-control-allow-methods"]
     asked_for = PREFLIGHT["access-control-request-headers"]
     assert allowed[1]["access-control-allow-headers"] == asked_for and "Origin" in allowed[1]["vary"]
-    assert other[0] == 400 and ALLOWED not in other[1] and seen == []
+    assert error_code(other) == (400, "origin_not_allowed") and b"--allowed-origins " + OTHER.encode() in other[2]
+    assert ALLOWED not in other[1] and seen == []
+    ((odd,), _) = asked((PATH, "OPTIONS", PREFLIGHT | {"origin": PAGE, METHOD: "odd"}), allowed_origins=(PAGE,))
+    assert error_code(odd) == (400, "method_not_allowed")
 
 
 def test_a_page_may_read_outputs_streams_and_errors():

@@ -358,7 +358,7 @@ def _path(exchange: Exchange) -> str:
     odd = joined or "." in segments or ".." in segments or "" in segments[1:-1] or _ODD.search(path) is not None
     if odd or not path.startswith("/") or not path.isprintable():
         raise not_found(exchange.method, raw)
-    if path.endswith("/") and path[:-1].startswith(_REDIRECTED):
+    if raw.endswith("/") and (path[:-1].startswith(_REDIRECTED) or methods(path[:-1])):
         query = exchange.scope["query_string"].decode("latin-1")
         raise moved(raw[:-1] + (f"?{query}" if query else ""))
     return path

@@ -12,11 +12,13 @@ import re
 import socket
 from collections.abc import Mapping
 
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from throttllem.config import ServerOptions
-from throttllem.openai_api.errors import ApiError
+from throttllem.openai_api.errors import ApiError, invalid
 
 _EXPOSED = ("x-request-id", "retry-after")
 """Headers of a reply that a page may read, beside those that it always may."""
@@ -30,7 +32,7 @@ _SHOWN = 80
 
 def with_cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
     """`app` with CORS for pages of these origins ("*": all), as vLLM has it."""
-    return CORSMiddleware(
+    return _Cors(
         app,
         allow_origins=origins,
         allow_methods=["*"],
@@ -38,6 +40,22 @@ def with_cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
         allow_private_network=True,
         expose_headers=_EXPOSED,
     )
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's, with errors in the API's shape."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer to a browser that asks before it sends."""
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        origin, method = request_headers["origin"], request_headers["access-control-request-method"]
+        error = invalid(f"no path here has the method {method[:_SHOWN]!r}", code="method_not_allowed")
+        if not self.is_allowed_origin(origin):
+            error = _refused(origin, response.status_code)
+        kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        return Response(error.body, error.status, kept, "application/json")
 
 
 class Guard:
@@ -71,12 +89,7 @@ class Guard:
             if len(self._seen) < _REMEMBERED:
                 self._seen.add(host)
         if origin is not None and not (origin in self._origins or "*" in self._origins or _is_same(origin, host)):
-            raise ApiError(
-                403,
-                f"pages of {origin[:_SHOWN]!r} may not call this gateway, and no API key is needed: name the origin in "
-                f"server.allowed_origins (--allowed-origins {origin[:_SHOWN]})",
-                code="origin_not_allowed",
-            )
+            raise _refused(origin, 403, ", and no API key is needed")
 
     def _is_known(self, host: str) -> bool:
         name = _name(host)
@@ -87,6 +100,15 @@ class Guard:
         except ValueError:
             return False
         return True
+
+
+def _refused(origin: str, status: int, why: str = "") -> ApiError:
+    return ApiError(
+        status,
+        f"pages of {origin[:_SHOWN]!r} may not call this gateway{why}: name the origin in server.allowed_origins "
+        f"(--allowed-origins {origin[:_SHOWN]})",
+        code="origin_not_allowed",
+    )
 
 
 def _name(host: str) -> str:

@@ -194,7 +194,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def idle_since_s(self) -> float | None:
-        """When it began to wait for a request, or for the rest of a head, on the loop's clock; None: it does not."""
+        """When it began to wait for a request, or for the rest of a head, on the loop's clock; None: it does not, or a
+        request before it is not answered yet.
+        """
+        if self.cycle is not None and not self.cycle.response_complete:
+            return None
         for timer, allowed_s in ((self.timeout_keep_alive_task, self.timeout_keep_alive), (self._head_timer, HEAD_S)):
             if timer is not None and not self._broken_off:
                 return timer.when() - allowed_s
