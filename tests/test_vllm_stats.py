@@ -153,7 +153,9 @@ def test_an_address_elsewhere_is_refused_and_said(logger, monkeypatch, caplog, a
     assert "no steps are sent" in caplog.text
 
 
-def test_capacities_are_on_the_metrics_page(plugin, logger, listener):
+def test_capacities_are_on_the_metrics_page(plugin, logger, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("THROTTLLEM_STATS", "./s")
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=64, max_num_batched_tokens=2048, enable_chunked_prefill=True),
         parallel_config=SimpleNamespace(data_parallel_size=1, _api_process_count=2),
@@ -165,7 +167,7 @@ def test_capacities_are_on_the_metrics_page(plugin, logger, listener):
         (found,) = samples(generate_latest(REGISTRY), plugin.INFO)
     finally:
         REGISTRY.unregister(REGISTRY._names_to_collectors[plugin.INFO])
-    assert found.labels.pop("stats").endswith("/s")
+    assert found.labels.pop("stats") == str(tmp_path / "s")
     assert int(found.labels.pop("boot")) > 0
     assert found.labels == {
         "max_num_seqs": "64",

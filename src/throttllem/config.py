@@ -189,8 +189,9 @@ class EngineEntry:
                 _check_url(name, url)
         if self.stats is not None and "/" not in self.stats and self.stats_secret is None:
             problem = (
-                "any user of this machine could send to it: use the path of a Unix socket, as in ./run/steps.sock, or "
-                "set stats_secret to a file with a shared secret (and THROTTLLEM_STATS_SECRET in vLLM's process)"
+                "any user of this machine could send to it: use the path of a Unix socket, as in "
+                "~/.throttllem/steps.sock, or set stats_secret to a file with a shared secret (and "
+                "THROTTLLEM_STATS_SECRET in vLLM's process)"
             )
             raise OptionError("engines", "stats", repr(self.stats), problem)
         for each in self.aliases:

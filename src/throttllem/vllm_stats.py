@@ -39,6 +39,8 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
         self._socket: socket.socket | None = None
         self._address: str | tuple[str, int] = ""
         self._secret: bytes | None = None
+        self._shown = ""
+        """The address as the gateway can compare it: a relative path would be another one there."""
         try:
             self._open(os.environ.get(VARIABLE, ""))
         except (OSError, ValueError) as error:
@@ -55,6 +57,7 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
             self._secret = read_secret(Path(file))
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
+        self._shown = self._address if isinstance(self._address, str) else text
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
@@ -117,7 +120,7 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
             return
         scheduler = self._config.scheduler_config
         labels = {
-            "stats": os.environ.get(VARIABLE, "") if self._socket is not None else "",
+            "stats": self._shown,
             "boot": str(self._boot),
             "max_num_seqs": str(scheduler.max_num_seqs),
             "max_num_batched_tokens": str(scheduler.max_num_batched_tokens),

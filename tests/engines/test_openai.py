@@ -85,6 +85,33 @@ def test_a_second_gateway_on_the_engine_is_noted(tmp_path):
         assert "another gateway" in connected(peer, stats=address).notes[-1]
 
 
+def test_a_folder_of_others_is_no_second_gateway(tmp_path):
+    peer = VllmPeer()
+    peer.info = {"engines": 1, "servers": 1, "stats": str(tmp_path / "open/steps")}
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    note = connected(peer, stats=peer.info["stats"]).notes[-1]
+    assert "chmod go-w" in note and "another gateway" not in note
+
+
+def test_paths_are_compared_as_absolute_ones(tmp_path, monkeypatch):
+    def noted(sent_to):
+        peer.info = {"engines": 1, "servers": 1, "stats": sent_to}
+        return connected(peer, stats="./steps").notes
+
+    peer = VllmPeer()
+    monkeypatch.chdir(tmp_path)
+    assert noted(f"{tmp_path}/steps") == ()
+    (elsewhere,) = noted("./steps")
+    assert f"sends to './steps': start vLLM with THROTTLLEM_STATS={tmp_path}/steps" in elsewhere
+    assert len(noted("/else/steps")) == 1
+
+
+def test_over_udp_the_note_names_both_variables():
+    peer = VllmPeer()
+    assert "THROTTLLEM_STATS=127.0.0.1:9 THROTTLLEM_STATS_SECRET=" in connected(peer, stats="127.0.0.1:9").notes[-1]
+
+
 def test_an_address_that_is_none_is_refused():
     peer = VllmPeer()
     peer.info = {"engines": 1, "servers": 1, "stats": "192.0.2.1:1"}

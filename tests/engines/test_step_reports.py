@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -219,7 +220,7 @@ def test_a_socket_is_not_put_where_others_can_write(tmp_path):
     ("text", "family", "address"),
     [
         ("/run/x.sock", socket.AF_UNIX, "/run/x.sock"),
-        ("./x", socket.AF_UNIX, "./x"),
+        ("./x", socket.AF_UNIX, str(Path.cwd() / "x")),
         ("127.0.0.1:9911", socket.AF_INET, ("127.0.0.1", 9911)),
         ("localhost:1", socket.AF_INET, ("127.0.0.1", 1)),
         ("[::1]:2", socket.AF_INET6, ("::1", 2)),

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -158,3 +159,19 @@ def test_folders_that_others_can_write_to_and_keys_that_they_can_read_are_named(
     assert f"!! {file} holds keys, and other users can read or write it (mode 0644): chmod 600 {file}" in text
     file.chmod(0o600)
     assert "holds keys" not in text_of(found(tmp_path, {"engines.0.api_key": f"{file}:3"}))
+
+
+def test_step_reports_that_cannot_be_received_are_named_before_the_engine_is_up(tmp_path):
+    def text(**entry):
+        engine = EngineEntry(kind="openai", url="http://127.0.0.1:9", **entry)
+        return text_of(found(tmp_path, engines=(engine,)))
+
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    assert f"!! engines.0.stats: other users can write in its folder {tmp_path}/open" in text(
+        stats=f"{tmp_path}/open/steps"
+    )
+    assert "!! engines.0.stats: the secret of step reports, /none" in text(
+        stats="127.0.0.1:9", stats_secret=Path("/none")
+    )
+    assert "engines.0.stats:" not in text(stats=f"{tmp_path}/made/later/steps")

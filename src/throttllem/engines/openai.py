@@ -7,6 +7,7 @@ installed, else from `/metrics`; which requests were in a step is never reported
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from throttllem.engines.capacity import (
     total,
 )
 from throttllem.engines.http import Upstream
-from throttllem.engines.step_reports import StepReceiver, check_address, read_secret
+from throttllem.engines.step_reports import StepReceiver, check_address, parse_address, read_secret, same_address
 from throttllem.engines.tokens import TokenCounter
 from throttllem.openai_api.requests import COMPLETION_TOKENS
 
@@ -177,9 +178,11 @@ class OpenaiEngine:
         if stats is None:
             way = self._options.flags("stats")
             return f"progress is counted from streams and /metrics: give {way} and install the plug-in in vLLM"
-        if reported.sends_to != stats:
-            state = "is not installed in the engine" if reported.sends_to is None else f"sends to {reported.sends_to!r}"
-            return f"stats = {stats!r}, but the plug-in {state}: start vLLM with THROTTLLEM_STATS={stats}"
+        sends_to, address = reported.sends_to, parse_address(stats)[1]
+        if sends_to is None or not same_address(sends_to, stats):
+            state = "is not installed in the engine" if sends_to is None else f"sends to {sends_to!r}"
+            set_to = f"{address}" if isinstance(address, str) else f"{stats} THROTTLLEM_STATS_SECRET=FILE"
+            return f"stats = {stats!r}, but the plug-in {state}: start vLLM with THROTTLLEM_STATS={set_to}"
         if reported.boot is None:
             return (
                 f"stats = {stats!r}, but the plug-in in the engine is older than this gateway: install the same version"
@@ -194,5 +197,6 @@ class OpenaiEngine:
             try:
                 check_address(stats)
             except OSError as error:
-                return f"{error.strerror}; is another gateway on this engine?"
+                taken = "; is another gateway on this engine?" if error.errno == errno.EADDRINUSE else ""
+                return f"{error.strerror}{taken}"
         return None

@@ -136,9 +136,11 @@ def unpack(datagram: bytes, secret: bytes | None = None) -> StepStats | None:
 
 
 def parse_address(text: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
-    """A Unix socket's path (it holds a slash) or HOST:PORT of loopback. Raises ValueError for anything else."""
+    """A Unix socket's absolute path (the text holds a slash) or HOST:PORT of loopback. Raises ValueError for anything
+    else.
+    """
     if "/" in text:
-        return socket.AF_UNIX, text
+        return socket.AF_UNIX, os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111 (".." as Path keeps it)
     host, colon, port = text.rpartition(":")
     host = "127.0.0.1" if host == "localhost" else host.strip("[]")
     try:
@@ -149,6 +151,19 @@ def parse_address(text: str) -> tuple[socket.AddressFamily, str | tuple[str, int
     if not colon or not address.is_loopback or not 0 <= number < 65536:
         raise ValueError(f"stats = {text!r}: must be an address of this machine only, as in 127.0.0.1:9911")
     return (socket.AF_INET if address.version == 4 else socket.AF_INET6), (host, number)
+
+
+def same_address(sent_to: str, text: str) -> bool:
+    """Whether the plug-in's address is the one that `text` names here. A relative path of another process is not known.
+    Raises ValueError if `text` is no address.
+    """
+    ours = parse_address(text)
+    if isinstance(ours[1], str):
+        return sent_to.startswith("/") and os.path.realpath(sent_to) == os.path.realpath(ours[1])
+    try:
+        return "/" not in sent_to and parse_address(sent_to) == ours
+    except ValueError:
+        return False
 
 
 def read_secret(path: Path) -> bytes:
@@ -191,13 +206,30 @@ def bind(text: str) -> socket.socket:
 def check_address(text: str) -> None:
     """Raise OSError if the address cannot be bound now, ValueError if it is none."""
     bind(text).close()
-    if parse_address(text)[0] == socket.AF_UNIX:
-        Path(text).unlink(missing_ok=True)
+    if isinstance(address := parse_address(text)[1], str):
+        Path(address).unlink(missing_ok=True)
+
+
+def check_folder(text: str) -> None:
+    """Raise OSError if the folder of a Unix socket cannot be used, ValueError if this is no address. Makes nothing."""
+    if not isinstance(address := parse_address(text)[1], str):
+        return
+    folder = Path(address).parent
+    if folder.exists():
+        _check_owner(folder)
+        return
+    above = next(each for each in folder.parents if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"its folder {folder} cannot be made: use a folder of this user")
 
 
 def _check_folder(folder: Path) -> None:
     """Make the folder if it is missing. Raises OSError if another user could put a socket of its own there."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_owner(folder)
+
+
+def _check_owner(folder: Path) -> None:
     found = folder.stat()
     if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         how = f"use a folder of this user, or chmod go-w {folder}"

@@ -15,6 +15,7 @@ from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.forecast.performance_table import Calibrated, PerformanceTable, TableVerdict
 from throttllem.core.options import ControllerOptions
 from throttllem.engines.base import Connected, EngineError
+from throttllem.engines.step_reports import check_folder, read_secret
 from throttllem.files import WriteError, open_to_others, writable_dir
 from throttllem.gateway.build import Gateway, build_gateway
 from throttllem.gateway.control.backend import Backend
@@ -45,6 +46,7 @@ async def check_configuration(options: Options, origins: dict[str, str], cache_d
         *_secrets(origins),
         *_folders(options, cache_dir),
         *_slos(options),
+        *_step_reports(options),
     ]
     try:
         gateway = build_gateway(options, cache_dir, version="", now=time.monotonic, learn=False)
@@ -164,6 +166,20 @@ def _slos(options: Options) -> Iterator[Finding]:
             if getattr(slo, part)
         ]
         yield Finding(mark="ok" if parts else "--", text=f"SLO {name}: {', '.join(parts) or 'none'}")
+
+
+def _step_reports(options: Options) -> Iterator[Finding]:
+    """Where steps of a plug-in could not be received or believed, whether or not its engine is up."""
+    for index, entry in enumerate(options.engines):
+        if entry.stats is None:
+            continue
+        try:
+            check_folder(entry.stats)
+            if entry.stats_secret is not None:
+                read_secret(entry.stats_secret)
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            yield Finding(mark="!!", text=f"engines.{index}.stats: {why or error}")
 
 
 async def _engines(gateway: Gateway, options: Options, origins: dict[str, str]) -> list[Finding]:
