@@ -5,8 +5,10 @@ import sys
 import pytest
 
 from tests.engines.vllm_peer import VllmPeer, connected, engine_of
+from throttllem.engines import tokens
 from throttllem.engines.base import EngineError
 from throttllem.engines.tokens import TokenizerFile, _written
+from throttllem.openai_api.large_bodies import LARGE_BYTES
 from throttllem.openai_api.requests import CHAT, COMPLETIONS, Api, ParsedRequest, parse_request
 
 
@@ -128,6 +130,46 @@ def test_pictures_are_no_text():
     parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 400_000}}]
     chat = {"model": "tiny", "messages": [{"role": "user", "content": parts}]}
     assert counted(peer, parse_request(CHAT, json.dumps(chat).encode()))[0][1:] == ("the engine", True)
+
+
+class Searched:
+    """A pattern that keeps how many bytes each search was over: one call holds the interpreter's lock."""
+
+    def __init__(self, pattern):
+        self.pattern, self.longest = pattern, 0
+
+    def search(self, body, start=0, end=sys.maxsize):
+        self.longest = max(self.longest, min(end, len(body)) - start)
+        return self.pattern.search(body, start, end)
+
+    def findall(self, body):
+        self.longest = max(self.longest, len(body))
+        return self.pattern.findall(body)
+
+
+def test_pictures_in_a_large_chat_are_sought_in_pieces(monkeypatch):
+    async def run(cache, tokenize):
+        peer = VllmPeer()
+        peer.tokenize, peer.cache = tokenize, peer.cache + cache
+        peer.models = [{"id": "tiny", "max_model_len": 1_000_000}]
+        async with engine_of(peer) as engine:
+            await engine.connect()
+            return await engine.count(parse_request(CHAT, json.dumps(chat).encode()))
+
+    patterns = [Searched(tokens._PARTS), Searched(tokens._MEDIA)]
+    monkeypatch.setattr(tokens, "_PARTS", patterns[0])
+    monkeypatch.setattr(tokens, "_MEDIA", patterns[1])
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": [part]}], "other": ["data", "type"] * 20_000}
+    chat["later"] = part
+    assert asyncio.run(run("", False)).parts == 2
+    assert not asyncio.run(run(',enable_prefix_caching="True"', True)).blocks
+    assert all(0 < pattern.longest <= LARGE_BYTES + 100 for pattern in patterns)
+
+
+@pytest.mark.parametrize("shift", range(0, 30, 4))
+def test_a_picture_is_found_wherever_the_pieces_end(shift):
+    assert tokens._parts_in(b"x" * (LARGE_BYTES - shift) + b'"type" : "image_url"' * 2) == 2
 
 
 def test_the_blocks_of_prompts_are_known_where_the_engine_caches_them():

@@ -22,7 +22,7 @@ from throttllem.engines.base import NO_COUNT, EngineError, PromptCount
 from throttllem.engines.http import Upstream, parsed
 from throttllem.engines.prefix_cache import Blocks, blocks_of
 from throttllem.openai_api.conversations import texts_in
-from throttllem.openai_api.large_bodies import LARGE_BYTES, read_value
+from throttllem.openai_api.large_bodies import LARGE_BYTES, PIECE_BYTES, read_value
 from throttllem.openai_api.requests import ParsedRequest
 
 BYTES_PER_TOKEN = 4
@@ -44,9 +44,13 @@ _REMEMBERED = 512
 _MOST_TOKENS = 1 << 31
 _LONGEST_BYTES = 16
 """Bytes of a token, on average over a prompt that is worth counting: text has 3 to 5, long runs of one character 16."""
-_PARTS = re.compile(rb'"type"\s*:\s*"(?:image|audio|video|input_image|input_audio)(?:_url|_pil|_embeds)?"')
+_PARTS = re.compile(rb'"type"\s{0,8}:\s{0,8}"(?:image|audio|video|input_image|input_audio)(?:_url|_pil|_embeds)?"')
 """Parts of a chat that are no text: their placeholders are the same whatever they hold."""
-_MEDIA = re.compile(rb'"data(?:"\s*:\s*"|:)')
+_MEDIA = re.compile(rb'"data(?:"\s{0,8}:\s{0,8}"|:)')
+_LONGEST_MATCH_BYTES = 64
+"""Of both."""
+_MOST_PARTS = 10_000
+"""Of one conversation that are counted: far more than any context holds."""
 _ESTIMATED = (
     "the engine has no /tokenize and no tokenizer is set: 4 bytes of a prompt count as a token, which shifts KV and "
     "prefill predictions; with the model's tokenizer.json: {set_by}"
@@ -167,7 +171,9 @@ class TokenCounter:
 
     async def _prompt(self, request: ParsedRequest, prompt: str | Raw | Sequence[int]) -> PromptCount:
         if not isinstance(prompt, str | Raw):
-            return PromptCount(tokens=len(prompt), by="its token ids", exact=True, blocks=self._blocks(request, prompt))
+            return PromptCount(
+                tokens=len(prompt), by="its token ids", exact=True, blocks=await self._blocks(request, prompt)
+            )
         if not self._file_counts:
             fields = {name: request.fields[name] for name in _ADDED_FIELDS if name in request.fields}
             counted = await self._endpoint(request, {"model": request.model, "prompt": prompt, **fields})
@@ -178,7 +184,9 @@ class TokenCounter:
         found = await self._file.count(text, special=special, exact=self._file_counts)
         if not self._block_tokens or not self._file_counts:
             return found
-        return replace(found, blocks=self._blocks(request, await asyncio.to_thread(self._file.ids, text, special)))
+        return replace(
+            found, blocks=await self._blocks(request, await asyncio.to_thread(self._file.ids, text, special))
+        )
 
     async def _chat(self, request: ParsedRequest) -> PromptCount:
         if request.chat is None:
@@ -195,6 +203,8 @@ class TokenCounter:
     async def _without_parts(self, request: ParsedRequest, text: str) -> PromptCount:
         """The tokens of a conversation's text, and how many parts of it are none."""
         found = await self._file.count(text, exact=False)
+        if len(request.body) > LARGE_BYTES:
+            return replace(found, parts=await asyncio.to_thread(_parts_in, request.body))
         return replace(found, parts=len(_PARTS.findall(request.body)))
 
     async def _estimate(self, request: ParsedRequest) -> PromptCount:
@@ -205,16 +215,13 @@ class TokenCounter:
             texts += texts_in(await asyncio.to_thread(read_value, name, value) if isinstance(value, Raw) else value)
         return await self._without_parts(request, "\n".join(texts))
 
-    def _blocks(self, request: ParsedRequest, token_ids: object) -> Blocks:
+    async def _blocks(self, request: ParsedRequest, token_ids: object) -> Blocks:
         """The prompt's blocks as the engine's cache knows them; none of one that is not text alone."""
         if not self._block_tokens or not isinstance(token_ids, list | tuple):
             return ()
-        if not request.prompts and _PARTS.search(request.body):
-            return ()
-        try:
-            return blocks_of(token_ids, self._block_tokens, (request.model, str(request.fields.get("cache_salt"))))
-        except (TypeError, OverflowError):  # no token ids
-            return ()
+        if len(request.body) > LARGE_BYTES:
+            return await asyncio.to_thread(_blocks_of, request, token_ids, self._block_tokens)
+        return _blocks_of(request, token_ids, self._block_tokens)
 
     async def _endpoint(self, request: ParsedRequest, body: dict[str, object]) -> tuple[int, Blocks] | None:
         """The engine's count and the prompt's blocks; None: it has none, as for a body that it would refuse."""
@@ -234,7 +241,7 @@ class TokenCounter:
         if status != 200:
             return None
         tokens, ids = _count_in(answer)
-        counted = self._known[key] = tokens, self._blocks(request, ids)
+        counted = self._known[key] = tokens, await self._blocks(request, ids)
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         return counted
@@ -254,14 +261,38 @@ def _digest(content: bytes, salt: str) -> bytes:
     return digest.digest()
 
 
+def _blocks_of(request: ParsedRequest, token_ids: Sequence[int], block_tokens: int) -> Blocks:
+    if not request.prompts and _search(_PARTS, request.body, 0) is not None:
+        return ()
+    try:
+        return blocks_of(token_ids, block_tokens, (request.model, str(request.fields.get("cache_salt"))))
+    except (TypeError, OverflowError):  # no token ids
+        return ()
+
+
+def _search(pattern: re.Pattern[bytes], body: bytes, at: int) -> re.Match[bytes] | None:
+    """The next match from `at` on, in pieces: one call would hold up the event loop, even from a thread."""
+    while at < len(body):
+        if (found := pattern.search(body, at, at + PIECE_BYTES + _LONGEST_MATCH_BYTES)) is not None:
+            return found
+        at += PIECE_BYTES
+    return None
+
+
+def _parts_in(body: bytes) -> int:
+    parts, found = 0, _search(_PARTS, body, 0)
+    while found is not None and parts < _MOST_PARTS:
+        parts, found = parts + 1, _search(_PARTS, body, found.end())
+    return parts
+
+
 def _text_bytes(request: ParsedRequest) -> int:
     """The most bytes that a large request's prompts can have: of its body all that is no picture, sound or token id."""
     body, size_bytes, at = request.body, len(request.body), 0
     if not request.is_conversation:
         return size_bytes
-    while (found := _MEDIA.search(body, at)) is not None:
-        at = body.find(b'"', found.end())
-        if at < 0:
+    for _ in range(_MOST_PARTS):
+        if (found := _search(_MEDIA, body, at)) is None or (at := body.find(b'"', found.end())) < 0:
             break
         size_bytes -= at - found.start()
     return size_bytes
