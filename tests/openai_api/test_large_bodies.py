@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from throttllem.openai_api.errors import ApiError
-from throttllem.openai_api.large_bodies import LARGE_BYTES, MOST_ELEMENTS
+from throttllem.openai_api.large_bodies import LARGE_BYTES, MOST_ELEMENTS, PIECE_BYTES
 from throttllem.openai_api.requests import CHAT, COMPLETIONS, model_of, parse_request
 
 PADDING = " " * LARGE_BYTES
@@ -100,6 +100,34 @@ def test_the_own_field_is_cut_out_of_a_large_body(own, shape, first):
     rest = '"model":"tiny","prompt":"%s"' % ('\\"throttllem\\":{},' * 5000)
     request = parse_request(COMPLETIONS, (shape % ((own, rest) if first else (rest, own))).encode())
     assert request.metrics and json.loads(request.body) == json.loads("{" + rest + "}")
+
+
+class Read(bytes):
+    """Counts how often bytes are taken out of it."""
+
+    times = 0
+
+    def __getitem__(self, at):
+        self.times += 1
+        return super().__getitem__(at)
+
+
+@pytest.mark.parametrize("blanks", [PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 5 * PIECE_BYTES])
+@pytest.mark.parametrize(
+    "shape", [b'{"a":1,%s"throttllem":{}%s}', b'{"a":1%s,"throttllem":{}}%s', b'{%s"throttllem":{}%s,"a":1}']
+)
+def test_blanks_around_the_own_field_are_not_read_one_by_one(shape, blanks):
+    fields = b'{"model":"tiny","prompt":"x",'
+    body = fields + (shape % (b" " * blanks, b"\n" * blanks))[1:]
+    request = parse_request(COMPLETIONS, read := Read(body))
+    assert read.times < 50
+    assert json.loads(request.body) == {"model": "tiny", "prompt": "x", "a": 1}
+
+
+@pytest.mark.parametrize("blanks", [0, 1, PIECE_BYTES, 2 * PIECE_BYTES + 1])
+def test_the_model_is_found_behind_blanks(blanks):
+    assert model_of(b" " * blanks + b'{"model":"tiny"}') == "tiny"
+    assert model_of(b"\n" * blanks) is None
 
 
 def test_the_own_field_twice_is_refused():

@@ -53,7 +53,6 @@ _ALL = msgspec.json.Decoder(dict[str, Raw])
 _TEXTS = msgspec.json.Decoder(list[str])
 _ANY = msgspec.json.Decoder()
 _TOKEN_LISTS = re.compile(rb"\[\[(?:\]\[)*\]\]")
-_OBJECT = re.compile(rb"\s*\{")
 _NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 _BLANK = b" \t\r\n"
 
@@ -66,7 +65,7 @@ def named_values(body: bytes, *, decoded: bool = False) -> dict[str, Any]:
     try:
         values: dict[str, Raw]
         if decoded:
-            if body.count(b'":') + body.count(b'" :') > MOST_OBJECTS:
+            if _occurrences(body, b'":') + _occurrences(body, b'" :') > MOST_OBJECTS:
                 raise invalid(f"the body has more keys than {MOST_OBJECTS}, the most that are translated")
             values = _ALL.decode(body)
         else:
@@ -86,7 +85,8 @@ def model_in(body: bytes) -> str | None:
     """The text in `model` of a JSON object; None if it is no such thing. Raises ApiError 400 for too many elements, and
     for the gateway's own field: only requests under control have metrics.
     """
-    if _OBJECT.match(body) is None:
+    first = _after_blanks(body, 0)
+    if body[first : first + 1] != b"{":
         return None
     _check_elements(body)
     try:
@@ -165,15 +165,11 @@ def without(body: bytes, name: str) -> bytes:
     colon = body.rfind(b":", 0, start)
     key_end = body.rfind(b'"', 0, colon)
     key = body.rfind(b'"', 0, key_end)
-    after = end
-    while body[after] in _BLANK:
-        after += 1
+    after = _after_blanks(body, end)
     if body[after] == ord(","):
         end = after + 1
     else:
-        before = key - 1
-        while body[before] in _BLANK:
-            before -= 1
+        before = _before_blanks(body, key) - 1
         key = before if body[before] == ord(",") else key
     seen = memoryview(body)
     rest = b"".join((seen[:key], seen[end:]))
@@ -189,6 +185,31 @@ def find(body: bytes, text: bytes, at: int) -> int:
             return found
         at += PIECE_BYTES
     return -1
+
+
+def _after_blanks(body: bytes, at: int) -> int:
+    """Where the blanks that begin at `at` end."""
+    while at < len(body):
+        piece = body[at : at + PIECE_BYTES]
+        if rest := piece.lstrip(_BLANK):
+            return at + len(piece) - len(rest)
+        at += len(piece)
+    return at
+
+
+def _before_blanks(body: bytes, end: int) -> int:
+    """Where the blanks that end at `end` begin."""
+    while end > 0:
+        start = max(0, end - PIECE_BYTES)
+        if rest := body[start:end].rstrip(_BLANK):
+            return start + len(rest)
+        end = start
+    return end
+
+
+def _occurrences(body: bytes, text: bytes) -> int:
+    """How often a short text is in the body, about; in pieces."""
+    return sum(body.count(text, at, at + PIECE_BYTES + len(text) - 1) for at in range(0, len(body), PIECE_BYTES))
 
 
 def _check_elements(body: bytes) -> None:
