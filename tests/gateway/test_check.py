@@ -159,6 +159,8 @@ def test_folders_that_others_can_write_to_and_keys_that_they_can_read_are_named(
     assert f"!! {file} holds keys, and other users can read or write it (mode 0644): chmod 600 {file}" in text
     file.chmod(0o600)
     assert "holds keys" not in text_of(found(tmp_path, {"engines.0.api_key": f"{file}:3"}))
+    file.unlink()
+    assert "holds keys" not in text_of(found(tmp_path, {"engines.0.api_key": f"{file}:3"}))
 
 
 def test_step_reports_that_cannot_be_received_are_named_before_the_engine_is_up(tmp_path):

@@ -116,7 +116,10 @@ def _secrets(origins: dict[str, str]) -> Iterator[Finding]:
     """Files from which a key was read that other users of this machine can read or change."""
     from_file = {origin.rpartition(":")[0] for name, origin in origins.items() if "_key" in name and ":" in origin}
     for file in sorted(from_file):
-        mode = Path(file).expanduser().stat().st_mode
+        try:
+            mode = Path(file).expanduser().stat().st_mode
+        except OSError:  # It was removed or replaced since it was read: nothing is exposed there.
+            continue
         if mode & 0o077:
             text = f"{file} holds keys, and other users can read or write it (mode {stat.S_IMODE(mode):04o})"
             yield Finding(mark="!!", text=f"{text}: chmod 600 {file}")

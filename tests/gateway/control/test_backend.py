@@ -3,6 +3,7 @@ nothing else shows them.
 """
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,23 @@ def test_it_first_reports_its_spec_and_its_clock():
     (ready, clock), in_force = virtually(run())
     assert isinstance(ready, EngineReady)
     assert (clock, in_force) == (ClockRead(engine=0, mhz=1400), 1400)
+
+
+def test_what_an_engine_lacks_is_logged_when_it_is_up(caplog):
+    async def run():
+        async with rig() as it:
+            connect = it.backend.engine.connect
+
+            async def with_a_note():
+                return replace(await connect(), notes=("max_batch: 256 is assumed",))
+
+            it.backend.engine.connect = with_a_note
+            await it.up()
+            return it.backend.name
+
+    with caplog.at_level("INFO"):
+        name = virtually(run())
+    assert f"engine {name}: max_batch: 256 is assumed" in caplog.text
 
 
 def test_a_lost_engine_is_connected_again_under_another_key_and_logged_once(caplog):

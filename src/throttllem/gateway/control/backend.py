@@ -197,6 +197,8 @@ class Backend:
         self.accounting.begin(connected.spec, self.progress)
         self.state = "up"
         log.info("engine %s is up: %s", self.name, ", ".join(connected.models))
+        for note in connected.notes:
+            log.info("engine %s: %s", self.name, note)
         emit(EngineReady(engine=key, spec=connected.spec))
         if self.uncontrolled_requests:
             emit(Uncontrolled(engine=key, requests=self.uncontrolled_requests))
