@@ -70,6 +70,15 @@ def test_large_prompts_have_their_lengths(prompt, lengths):
 
 
 @pytest.mark.parametrize(
+    "ids", ["[1.0,true,2]", '["4",5]', "[[1.0,2],[false,3]]", "[1e2]", "[1.5]", "[-1]", "[null]", '["a",1]']
+)
+def test_token_ids_are_taken_in_a_large_prompt_as_in_a_small_one(ids):
+    large = ids[0] + PADDING + ids[1:]
+    found = [read(COMPLETIONS, b'{"model":"tiny","prompt":%s}' % value.encode()) for value in (ids, large)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
     "prompt", ["[" + "[]," * 90_000 + "[]]", "[" + '"a",' * 90_000 + "1]", "[" + "{}," * 90_000 + "1]"]
 )
 def test_large_prompts_of_another_shape_are_refused(prompt):

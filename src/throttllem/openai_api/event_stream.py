@@ -162,7 +162,8 @@ class Meter:
         if not self._splitter.tail and chunk.find(b"\n\n") + 2 == len(chunk) > 1 and b"\r" not in chunk:
             head, tail = self._like
             end = len(chunk) - len(tail)
-            if chunk.startswith(head) and chunk.endswith(tail) and chunk.find(b'"', len(head)) == end > len(head):
+            alike = chunk.startswith(head) and chunk.endswith(tail) and chunk.find(b'"', len(head)) == end > len(head)
+            if alike and self._booked < self._most_tokens:
                 # The last one over again, but for its text: most chunks are.
                 self._last = chunk
                 self._events += 1
@@ -225,6 +226,8 @@ class Meter:
             return self._parsed(event) if counted else 0
         self._estimated = True
         self._events += 1
+        if self._booked >= self._most_tokens:
+            return 0
         self._booked += 1
         if (text := _TEXT.search(event)) is not None:
             self._like = event[: text.start(1)], event[text.end(1) :]

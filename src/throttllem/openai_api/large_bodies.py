@@ -28,6 +28,8 @@ MOST_OBJECTS = 200_000
 """Lists, objects, texts or keys that are built of one value: about 30 ms."""
 _DECODED_BYTES = 12 * 1024 * 1024
 """The most bytes of one value that is decoded: a text of escapes takes 30 ms."""
+_DECODED_LISTS = 20_000
+"""The most lists of a prompt that are decoded: these take about 25 ms."""
 _NAMES = (
     "model prompt messages text_input max_tokens max_completion_tokens n best_of stream stream_options user throttllem "
     "echo tools tool_choice add_generation_prompt continue_final_message chat_template chat_template_kwargs "
@@ -112,9 +114,10 @@ def read_value(name: str, raw: Raw) -> Any:
         raise invalid(f"{name}: is not JSON: {str(error)[:200]}", name) from None
 
 
-def prompt_lengths(raw: Raw) -> tuple[Any, ...]:
+def prompt_lengths(raw: Raw) -> tuple[Any, ...] | None:
     """The prompts in a large value: one text, undecoded; the texts of a list; or a `range` as long as each list of
-    token ids (lists have the mean of their lengths). Raises ApiError 400 for anything else.
+    token ids (lists have the mean of their lengths). None for anything else. Raises ApiError 400 for
+    that with too many lists.
     """
     if memoryview(raw)[0] == ord('"'):
         return (raw,)
@@ -134,11 +137,10 @@ def prompt_lengths(raw: Raw) -> tuple[Any, ...]:
             return tuple(_TEXTS.decode(content))
         except _NOT_JSON:
             pass
-    raise invalid(
-        "prompt: must be a string, a list of strings, token ids, or a list of lists of token ids "
-        f"(lists of strings of at most {MOST_OBJECTS} strings and {_DECODED_BYTES} bytes)",
-        "prompt",
-    )
+    if content.count(b"[") > _DECODED_LISTS:
+        message = f"prompt: is over {_DECODED_LISTS} lists, the most that are read unless all are token ids in digits"
+        raise invalid(message, "prompt")
+    return None
 
 
 def _named(body: bytes) -> dict[str, Raw]:

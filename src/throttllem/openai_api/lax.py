@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from pydantic import TypeAdapter, ValidationError
+from typing import Annotated
+
+from pydantic import FailFast, TypeAdapter, ValidationError
 
 _WHOLE = TypeAdapter(int).validator
 _TRUTH = TypeAdapter(bool).validator
-_TOKEN_IDS = TypeAdapter(list[int]).validator
+_TOKEN_IDS = TypeAdapter(Annotated[list[Annotated[list[int], FailFast()]], FailFast()]).validator
 
 
 def whole_number(value: object) -> int | None:
@@ -30,10 +32,10 @@ def truth(value: object) -> bool | None:
     return found
 
 
-def token_ids(value: object) -> list[int] | None:
-    """The whole numbers that a list stands for."""
+def token_ids(lists: object) -> list[list[int]] | None:
+    """The whole numbers that lists stand for; in one call, as there may be many."""
     try:
-        found: list[int] = _TOKEN_IDS.validate_python(value)
+        found: list[list[int]] = _TOKEN_IDS.validate_python(lists)
     except ValidationError:
         return None
     return found

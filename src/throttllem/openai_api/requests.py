@@ -21,7 +21,15 @@ from pydantic_core import from_json
 
 from throttllem.openai_api.conversations import chat_of_message, chat_of_response
 from throttllem.openai_api.errors import MESSAGES, RESPONSES, ApiError, invalid
-from throttllem.openai_api.large_bodies import LARGE_BYTES, model_in, named_values, prompt_lengths, with_model, without
+from throttllem.openai_api.large_bodies import (
+    LARGE_BYTES,
+    model_in,
+    named_values,
+    prompt_lengths,
+    read_value,
+    with_model,
+    without,
+)
 from throttllem.openai_api.lax import token_ids, truth, whole_number
 from throttllem.openai_api.multipart import model_in_form
 
@@ -273,7 +281,7 @@ def _native_request(path: str, fields: dict[str, Any], body: bytes, caller: str,
         raise ApiError(404, f"{path} takes no completion and no chat", code="not_found")
     texts, limit, stream = fields.get("text_input"), fields.get("max_tokens"), fields.get("stream")
     if isinstance(texts, Raw):
-        texts = list(prompt_lengths(texts))
+        texts = list(prompt_lengths(texts) or ())
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str | Raw) for text in texts):
         raise invalid("text_input must be a text", "text_input")
@@ -330,24 +338,18 @@ def _are_messages(value: Any) -> bool:
 def _prompts(value: Any) -> Prompts:
     """The three shapes of a prompt besides a text: texts, token ids, lists of token ids."""
     if isinstance(value, Raw):
-        return prompt_lengths(value)
+        if (lengths := prompt_lengths(value)) is not None:
+            return lengths
+        value = read_value("prompt", value)  # ids may be written otherwise, as `1.0`
     if isinstance(value, list) and value:
         if {*map(type, value)} == {str}:
             return tuple(value)
         each = value if isinstance(value[0], list) else [value]
-        read = [_token_ids(ids) for ids in each]
-        if None not in read:
-            return tuple(ids for ids in read if ids is not None)
+        read = token_ids(each)
+        if read is not None and all(read) and min(map(min, read)) >= 0 and max(map(max, read)) <= _LARGEST:
+            return tuple(map(tuple, read))
     message = "prompt: must be a string, a list of strings, token ids, or a list of lists of token ids"
     raise invalid(message, "prompt")
-
-
-def _token_ids(ids: Any) -> tuple[int, ...] | None:
-    if not isinstance(ids, list) or not ids:
-        return None
-    if {*map(type, ids)} != {int}:
-        ids = token_ids(ids)
-    return tuple(ids) if ids is not None and min(ids) >= 0 and max(ids) <= _LARGEST else None
 
 
 def _caller(user: object) -> str:
