@@ -53,6 +53,12 @@ ERRORS = (
         code="too_many_sequences",
         when="more answers side by side than the engine runs",
     ),
+    ErrorCase(
+        status=400,
+        kind="invalid_request_error",
+        code="method_not_allowed",
+        when="a web page's preflight asks for a method that no path has",
+    ),
     ErrorCase(status=401, kind="invalid_request_error", code="invalid_api_key", when="no API key, or an unknown one"),
     ErrorCase(
         status=403,
