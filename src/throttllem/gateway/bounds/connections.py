@@ -1,7 +1,7 @@
-"""How many clients are connected: over the limit, an idle connection is closed for a new one, or the new one refused.
+"""How many clients are connected: at the limit, idle connections are closed for a new one, or the new one is refused.
 
 A refused connection costs no parser: it gets a fixed answer. A few connections over the limit are read all the same, so
-that `/health` is served then too.
+that `/health` is served then too. A connection that was accepted below the limit is never refused later.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections import deque
-from collections.abc import Callable, Collection
-from typing import Protocol, cast
+from collections.abc import Callable
+from typing import Protocol, TypeVar, cast
 
 from throttllem.openai_api.errors import ApiError
 
@@ -24,6 +23,8 @@ _LINGERING = 64
 _LINGER_S = 0.5
 _READ_BYTES = 64 * 1024
 _LOOK_AGAIN_S = 0.05
+_FRESH_S = 0.1
+"""A connection is not idle yet for this time: its request is on its way."""
 
 
 def too_many_connections() -> ApiError:
@@ -33,71 +34,98 @@ def too_many_connections() -> ApiError:
 
 
 class Client(Protocol):
-    """One connection of the server."""
+    """One connection of the server. `crowded`: it was accepted over the limit."""
+
+    crowded: bool
 
     @property
     def idle_since_s(self) -> float | None:
-        """When it began to wait for a request, on any clock that all share; None: it does not."""
+        """When it began to wait for a request, on the loop's clock; None: it does not."""
 
     def close_idle(self) -> None:
         """Close it, and leave the server's collection."""
 
 
+ClientT = TypeVar("ClientT", bound=Client)
+
+
 class Crowd:
     """The connections of one port. `connections` is the server's own collection."""
 
-    def __init__(self, most: int, connections: Collection[object]) -> None:
+    def __init__(self, most: int, connections: set[Client]) -> None:
         self._most = most
         self._connections = connections
         self._idle: deque[Client] = deque()
         self._looked_s = -1.0
         self._lingering: set[asyncio.BaseTransport] = set()
 
-    def accept(self, make: Callable[[], asyncio.Protocol]) -> asyncio.Protocol:
+    def accept(self, make: Callable[[], ClientT]) -> ClientT | _Refusal:
         """The protocol of a new connection: `make`'s, or one that refuses it."""
+        if len(self._connections) >= self._most:
+            self._close_idle()
         count = len(self._connections)
-        if count < self._most or self._close_idle() or count < self._most + _OVER:
-            return make()
-        return _Refusal(self._lingering)
+        if count >= self._most + _OVER:
+            return _Refusal(self._lingering)
+        client = make()
+        client.crowded = count >= self._most
+        self._connections.add(client)  # now: the loop accepts many before it makes the first connection
+        return client
 
-    def _close_idle(self) -> bool:
-        """Close the connection that has been idle for longest; False if none is."""
-        if not self._idle and time.monotonic() - self._looked_s > _LOOK_AGAIN_S:
-            clients = cast(Collection[Client], self._connections)
-            idle = [(since_s, client) for client in clients if (since_s := client.idle_since_s) is not None]
+    def _close_idle(self) -> None:
+        """Close those that have been idle for longest until there is room for one, or none is left."""
+        now_s = asyncio.get_running_loop().time()
+        if not self._idle and now_s - self._looked_s > _LOOK_AGAIN_S:
+            idle = [(since_s, client) for client in self._connections if (since_s := client.idle_since_s) is not None]
             self._idle = deque(client for _, client in sorted(idle, key=lambda one: one[0]))
-            self._looked_s = time.monotonic()
-        while self._idle:
+            self._looked_s = now_s
+        while self._idle and len(self._connections) >= self._most:
             client = self._idle.popleft()
-            if client.idle_since_s is not None and client in self._connections:
+            since_s = client.idle_since_s
+            if since_s is not None and now_s - since_s >= _FRESH_S and client in self._connections:
                 client.close_idle()
-                return True
-        return False
 
 
 class _Refusal(asyncio.Protocol):
-    """Answers 503 before anything is read, and closes."""
+    """Answers 503 to the first bytes that come, or after a while, and closes."""
 
     def __init__(self, lingering: set[asyncio.BaseTransport]) -> None:
         self._lingering = lingering
         self._transport: asyncio.Transport | None = None
+        self._answered = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.write(_REFUSED)
         # Closing with bytes unread would reset the connection, and the client might never see why.
         if len(self._lingering) >= _LINGERING:
+            self._transport.write(_REFUSED)
             with contextlib.suppress(OSError):
                 os.read(self._transport.get_extra_info("socket").fileno(), _READ_BYTES)
             self._transport.close()
             return
-        self._transport.write_eof()
         self._lingering.add(transport)
-        asyncio.get_running_loop().call_later(_LINGER_S, self._transport.abort)
+        asyncio.get_running_loop().call_later(_LINGER_S, self._end)
 
     def data_received(self, data: bytes) -> None:
+        if not self._answered:  # a client may take an answer before its request for a fault
+            self._answer()
+
+    def eof_received(self) -> None:
+        if not self._answered:
+            self._answer()
+
+    def _answer(self) -> None:
         assert self._transport is not None
-        self._transport.close()
+        self._answered = True
+        self._transport.write(_REFUSED)
+        self._transport.write_eof()
+
+    def _end(self) -> None:
+        assert self._transport is not None
+        if self._answered:
+            self._transport.abort()
+        elif not self._transport.is_closing():
+            self._answer()
+            self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._transport is not None:

@@ -22,7 +22,7 @@ from throttllem.gateway.http.exchange import ABORT, BUFFERED
 from throttllem.openai_api.errors import ApiError
 
 CROWDED = "throttllem.crowded"
-"""The scope's extension that says: more connections are open than limits.connections."""
+"""The scope's extension that says: the connection was accepted over limits.connections, and still is over it."""
 HEAD_S = 30.0
 """A request's head must be whole in this time."""
 LINGER_S = 1.0
@@ -75,6 +75,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, {})
         self._limits = config.limits
 
+    crowded = False
+    """It was accepted over limits.connections."""
     _head_bytes: int | None = None
     """An upper bound on the bytes of the head that is being read; None between heads."""
     _head_timer: asyncio.TimerHandle | None = None
@@ -160,7 +162,7 @@ class BoundedProtocol(HttpToolsProtocol):
             ABORT: self.transport.abort,
             BUFFERED: self.transport.get_write_buffer_size,
         }
-        if len(self.connections) > self._limits.connections:
+        if self.crowded and len(self.connections) > self._limits.connections:
             extensions[CROWDED] = True
         self.scope["extensions"] = extensions  # type: ignore[typeddict-item]
 

@@ -13,12 +13,13 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
 from throttllem.config import LimitOptions, Options, ServerOptions
-from throttllem.gateway.bounds.connections import Crowd
+from throttllem.gateway.bounds.connections import Client, Crowd
 from throttllem.gateway.http.app import Gateway
 from throttllem.gateway.http.protocol import BoundedConfig, BoundedProtocol
 
@@ -135,7 +136,7 @@ class _Listener:
         loop = asyncio.get_running_loop()
         try:
             make = partial(BoundedProtocol, config, state)
-            crowd = Crowd(limits.connections, state.connections)
+            crowd = Crowd(limits.connections, cast(set[Client], state.connections))
             server = await loop.create_server(lambda: crowd.accept(make), sock=sock, backlog=_BACKLOG)
         except OSError as error:
             raise _taken(error, "port", *sock.getsockname()[:2]) from error
@@ -144,16 +145,21 @@ class _Listener:
     async def close(self, flush_s: float) -> None:
         """Take no more connections, close the idle ones, and after `flush_s` break off whatever is left."""
         self._server.close()
-        for connection in tuple(self._state.connections):
+        for connection in self._made():
             connection.shutdown()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(flush_s):
                 while self._state.connections:
                     await asyncio.sleep(0.005)
-        for connection in tuple(self._state.connections):
+        for connection in self._made():
             connection.transport.abort()
         if self._state.tasks:
             await asyncio.wait(self._state.tasks, timeout=_CUT_S)
+
+    def _made(self) -> list[BoundedProtocol]:
+        """The connections, without those that were accepted a moment ago."""
+        connections = cast(set[BoundedProtocol], self._state.connections)
+        return [connection for connection in connections if connection.transport is not None]
 
 
 @contextlib.contextmanager
