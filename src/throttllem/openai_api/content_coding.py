@@ -16,7 +16,7 @@ ACCEPTED = "gzip, deflate"
 LEAST_BYTES = 2048
 """Compressing a shorter reply saves no packet."""
 _IN_THREAD_BYTES = 64 * 1024
-_DENSEST = 1030
+DENSEST = 1030
 """Bytes that one compressed byte can become, at most."""
 _WINDOWS = {"gzip": (zlib.MAX_WBITS | 16,), "deflate": (zlib.MAX_WBITS, -zlib.MAX_WBITS)}
 """By coding. Some clients send deflate without zlib's frame."""
@@ -41,7 +41,7 @@ def coding_of(field: str | None) -> str | None:
 
 async def decoded(body: bytes, coding: str, most_bytes: int) -> bytes | None:
     """The body without its coding; None: over `most_bytes`, of which no more is made. Raises ApiError 400."""
-    if min(most_bytes, len(body) * _DENSEST) > _IN_THREAD_BYTES:
+    if min(most_bytes, len(body) * DENSEST) > _IN_THREAD_BYTES:
         return await asyncio.to_thread(_decoded, body, coding, most_bytes)
     return _decoded(body, coding, most_bytes)
 

@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import gzip
 import json
 import tracemalloc
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tests.gateway.fakes import running, until
 from throttllem.config import LimitOptions
 from throttllem.gateway.bounds.held_bytes import SMALL_BYTES, HeldBytes
+from throttllem.openai_api.content_coding import decoded
 from throttllem.openai_api.errors import ApiError
 
 MB = 1 << 20
@@ -186,3 +188,23 @@ def test_a_refused_upload_is_given_back_while_its_rest_is_discarded():
 
     given_back, answer = asyncio.run(main())
     assert given_back and answer.startswith(b"HTTP/1.1 503 ")
+
+
+def test_room_for_a_compressed_body_is_held_before_it_is_decompressed(monkeypatch):
+    async def main():
+        async with running(limits=LimitOptions(held_bytes=8 * MB)) as there:
+            held = []
+
+            async def noted(*about):
+                held.append(there.gateway._budget.held_bytes)
+                return await decoded(*about)
+
+            monkeypatch.setattr("throttllem.gateway.http.exchange.decoded", noted)
+            body = gzip.compress(b'{"model":"tiny","prompt":"x"}' + b" " * MB)
+            headers = {"content-encoding": "gzip"}
+            async with there.http.post(there.url + COMPLETIONS, data=body, headers=headers) as response:
+                await response.read()
+            return response.status, held, there.gateway._budget.held_bytes
+
+    status, held, after = asyncio.run(main())
+    assert (status, after) == (200, 0) and held[0] > MB

@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from throttllem.engines.http import OURS
 from throttllem.gateway.bounds.held_bytes import HeldBytes
 from throttllem.gateway.http.errors import too_large
-from throttllem.openai_api.content_coding import LEAST_BYTES, accepts_gzip, coding_of, compressed, decoded
+from throttllem.openai_api.content_coding import DENSEST, LEAST_BYTES, accepts_gzip, coding_of, compressed, decoded
 from throttllem.openai_api.errors import ApiError, ByteHeaders, error_body, error_event
 from throttllem.openai_api.event_stream import is_whole
 
@@ -155,10 +155,16 @@ class Exchange:
             await asyncio.sleep(_ROOM_AGAIN_S)
 
     async def _decoded(self, body: bytes, coding: str, most_bytes: int) -> bytes:
-        """The body as the engine gets it, without the header."""
+        """The body as the engine gets it, without the header. Room for the most that it can become is held before, of
+        the eighth that large bodies cannot take; then as much as it became is asked for, as of any body.
+        """
+        if self._budget is not None:
+            most = min(most_bytes, len(body) * DENSEST, self._budget.most_bytes // 8)
+            await self.hold_soon(len(body) + most)
         plain = await decoded(body, coding, most_bytes)
         if plain is None:
             raise too_large(most_bytes)
+        self.hold(len(body))
         self.hold(len(plain))
         self.fields = [field for field in self.fields if field[0] != "content-encoding"]
         return plain
