@@ -79,7 +79,7 @@ class Session:
     def attended(self, client):
         assert not client.blocked
 
-    def heard(self):
+    def received(self):
         assert not self.ends
 
     def finish(self, tokens=None, usage=None):

@@ -270,7 +270,7 @@ class StepReceiver:
         self._secret = secret
         self._size = PACKED.size + (0 if secret is None else MAC_BYTES)
         self._received_s = 0.0
-        self._said_old = False
+        self._logged_old = False
         self._numbered: tuple[int, int] | None = None
         """Number and sequence number of the last datagram of a step."""
 
@@ -328,8 +328,8 @@ class StepReceiver:
 
     def _refuse_old(self, age_s: float) -> None:
         self.garbage += 1
-        if not self._said_old:
-            self._said_old = True
+        if not self._logged_old:
+            self._logged_old = True
             why = "the first to count must be newer, by the monotonic clock of this machine"
             log.warning("a step report at %s was sent %.0f s ago: %s", self.address, age_s, why)
 

@@ -155,7 +155,7 @@ def test_signs_of_life(sign):
                         report = Report(running=1, waiting=0, kv_blocks=3)
                         match sign:
                             case "byte":
-                                session.heard()
+                                session.received()
                             case "step":
                                 it.backend._reported(replace(report, step=number))
                             case "running":

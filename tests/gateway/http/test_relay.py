@@ -324,7 +324,7 @@ class Session:
     def attended(self, client):
         assert client is self.client
 
-    def heard(self):
+    def received(self):
         """Nothing is noted."""
 
     def tokens(self, count=1):

@@ -324,7 +324,7 @@ class Backend:
         if self.key is not None and self.state == "up" and self._emit is not None:
             self._emit(Uncontrolled(engine=self.key, requests=self.uncontrolled_requests))
 
-    def took(self, parts: int, tokens: int) -> None:
+    def learn_parts(self, parts: int, tokens: int) -> None:
         """The engine reported a prompt whose `parts` that are no text were `tokens`."""
         self.part_tokens += _LEARNED * (max(0, tokens) / parts - self.part_tokens)
 

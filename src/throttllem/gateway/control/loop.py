@@ -195,7 +195,7 @@ class ControlLoop:
             if backend.prefixes is not None and session.usage.cached_tokens is not None:
                 backend.prefixes.served(request_id, session.usage.cached_tokens)
             if session.count.parts and session.usage.prompt_tokens:
-                backend.took(session.count.parts, session.usage.prompt_tokens - session.count.tokens)
+                backend.learn_parts(session.count.parts, session.usage.prompt_tokens - session.count.tokens)
             backend.ended(request_id, tokens)
             session.energy_j = backend.left(request_id)
         self._retry.ended(self.now())

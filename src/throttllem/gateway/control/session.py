@@ -70,7 +70,7 @@ class Receipt:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """Seconds on the control loop's time line; None: not yet. `heard_s`: when the engine last sent bytes of it
+    """Seconds on the control loop's time line; None: not yet. `received_s`: when the engine last sent bytes of it
     without a token. `count`: of the prompt, before it was sent; `usage`: what the engine counted itself. `failure`
     is what the control loop ended it with.
     """
@@ -84,7 +84,7 @@ class Session:
     dispatched_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
-    heard_s: float | None = None
+    received_s: float | None = None
     generated_tokens: int = 0
     usage: Usage = NO_USAGE
     energy_j: float | None = None
@@ -141,13 +141,13 @@ class Session:
     def attended(self, client: Client) -> None:
         """The engine replies, and from now on this client takes what it sends."""
         self._client = client
-        self.heard()
+        self.received()
 
-    def heard(self) -> None:
+    def received(self) -> None:
         """The engine sent something that is no token."""
-        self.heard_s = self.loop.now()
+        self.received_s = self.loop.now()
         if self.backend is not None:
-            self.backend.last_sign_s = self.heard_s
+            self.backend.last_sign_s = self.received_s
 
     @property
     def prompt_tokens(self) -> int:
@@ -199,7 +199,7 @@ class Session:
         """
         if self._client is not None and self._client.blocked:
             return now_s
-        return max(self.dispatched_s or 0.0, self.heard_s or 0.0, self.last_token_s or 0.0)
+        return max(self.dispatched_s or 0.0, self.received_s or 0.0, self.last_token_s or 0.0)
 
     def latencies(self) -> Latencies:
         """What the client saw so far."""

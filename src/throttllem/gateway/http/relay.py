@@ -104,7 +104,7 @@ async def _events(
         if count and counted:
             session.tokens(count)
         else:
-            session.heard()
+            session.received()
         if held is not None and not meter.done and (ready := held.feed(chunk)):
             await exchange.write(ready)
     if not meter.done and (count := meter.close()) and counted:
@@ -171,7 +171,7 @@ async def _whole(
     parts: list[bytes] = []
     size = 0
     while chunk := await reply.read():
-        session.heard()
+        session.received()
         parts.append(chunk)
         size += len(chunk)
         if size > SMALL_BYTES:
@@ -197,7 +197,7 @@ async def _unread(
     await exchange.start(status, headers)
     while chunk := b"".join(parts) or await reply.read():
         parts = []
-        session.heard()
+        session.received()
         await exchange.write(chunk)
     session.finish()
     await exchange.finish()
@@ -252,8 +252,8 @@ async def _next(reply: Reply, silence_s: float | None, works: bool) -> bytes:
 
 def silent(seconds: float, works: bool) -> EngineError:
     """The engine sent nothing for `seconds`; `works`: for a request that computes."""
-    said = f"the engine gave nothing for {seconds:g} s (limits.{'request_s' if works else 'silence_s'})"
-    return EngineError(said, status=504, message=said)
+    message = f"the engine gave nothing for {seconds:g} s (limits.{'request_s' if works else 'silence_s'})"
+    return EngineError(message, status=504, message=message)
 
 
 def _with_metrics(fields: dict[str, object], receipt: Receipt) -> dict[str, object]:
