@@ -1,6 +1,7 @@
 """A table whose clock axis was not measured: no clock of real GPUs is chosen with it, and none below the maximum."""
 
 import dataclasses
+import os
 import shlex
 import time
 from pathlib import Path
@@ -115,7 +116,8 @@ def test_the_commands_in_the_order_of_the_readme(tmp_path, monkeypatch, capsys, 
     said = " ".join(capsys.readouterr().out.split())
     assert "clock axis was not measured" in said
     assert "verdict, tp 1: sound" in said
-    nowhere = [URL if word.startswith("http://") else word for word in serve]
+    monkeypatch.setenv("THROTTLLEM_STATS", str(tmp_path / "steps.sock"))  # as the README's export
+    nowhere = [URL if word.startswith("http://") else os.path.expandvars(word) for word in serve]
     for more in (["--gpus", "0"], ["--gpus", "0", "--clocks", "on"]):
         assert run(monkeypatch, *nowhere, "--port", "0", *more, "--check") == 2
         table = f"{train[-1]}/table-tp1.npz"
