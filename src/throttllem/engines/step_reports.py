@@ -36,7 +36,7 @@ SHORTEST_SECRET = 16
 LONGEST_SECRET = 4096
 BURST_STEPS = 4096
 STEPS_PER_S = 2000
-"""Sequence numbers may rise by so many at once, and by so many a second: more than any engine steps."""
+"""Most that sequence numbers may rise at once, and in a second: more than any engine steps."""
 OLDEST_S = 5.0
 """The first datagram was sent this long ago at most, by the monotonic clock, which all processes of a machine share: a
 recorded one does not count. Later ones need higher numbers."""
@@ -224,7 +224,7 @@ def check_folder(text: str) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Make the folder if it is missing. Raises OSError if another user could put a socket of its own there."""
+    """Make the folder if it is missing. Raises OSError if another user could put another socket there."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_owner(folder)
 

@@ -509,7 +509,7 @@ class ControlLoop:
     def overdue(self, session: Session, up_s: float, now_s: float) -> ApiError | None:
         """What ends a request now, None if nothing does. `up_s`: when an engine was up last.
 
-        A byte of its own is a sign of life of a request, and so is whatever shows that the engine works, as engines
+        A byte of its output is a sign of life of a request, and so is whatever shows that the engine works, as engines
         hold back output (a tool call is parsed whole). That ends where the engine has reported for as long that it
         holds fewer requests than it should, or where no token came for `limits.request_s`.
         """

@@ -139,7 +139,7 @@ class EnergyAccounting:
             self._stepping = True
 
     def uncontrolled(self, requests: int) -> None:
-        """So many requests compute without control from now on."""
+        """The number of requests that compute without control from now on."""
         if self._progress is not None:
             self.settle()
         self._uncontrolled = requests

@@ -37,7 +37,7 @@ class ReplayError(ValueError):
 
 
 class _TooLong(BaseException):
-    """The core took too long; no part of it may catch this as an error of its own."""
+    """The core took too long; no part of it may catch this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -135,7 +135,7 @@ class Exchange:
         return whole if coding is None or not whole else await self._decoded(whole, coding, most_bytes)
 
     def hold(self, count: int, granted: int = 0) -> None:
-        """So many bytes are held for this request from now on. Raises ApiError 503 if that is too much; `granted` bytes
+        """`count` bytes are held for this request from now on. Raises ApiError 503 if that is too much; `granted` bytes
         are only where the whole budget is used up.
         """
         if self._budget is not None:

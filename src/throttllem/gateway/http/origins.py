@@ -1,4 +1,4 @@
-"""Which hosts and web pages a gateway without API keys serves, and what browsers are told of it (CORS).
+"""Which hosts and web pages a gateway without API keys serves, and what browsers get of it (CORS).
 
 A page in a browser that reaches this machine can send requests here: across sites, where the browser hides the reply
 but sends the request (a form, `text/plain`), or as the same site, under a name of its author that resolves to this
