@@ -134,6 +134,13 @@ def test_a_lone_surrogate_is_read_as_engines_in_python_read_it():
     assert parse_request(COMPLETIONS, body).body == body
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_lone_surrogate_in_a_prompt_is_no_text(path):
+    said = {"prompt": "\ud800", "messages": [{"role": "user", "content": "\udc00x"}]}
+    name = "messages" if path == CHAT else "prompt"
+    assert refusal(path, {"model": "tiny", name: said[name]}).param == name
+
+
 @pytest.mark.parametrize("messages", [None, "x", [], ["x"], [None], {}])
 def test_messages_are_a_list_of_objects(messages):
     assert refusal(CHAT, {"model": "tiny", "messages": messages}).param == "messages"

@@ -45,6 +45,8 @@ _MOST_SEQUENCES = 4096
 """Sequences of one request while no engine has reported its batch size."""
 _CALLER_CHARACTERS = 64
 _OBJECTS = re.compile(rb"\[\s*\{")
+_UNREAD_TEXTS = ("user", "metadata")
+"""Fields whose texts no engine tokenizes or hands on."""
 _COMPLETION_COUNTS = ("max_tokens", "n")
 _CHAT_COUNTS = ("max_tokens", "max_completion_tokens", "n")
 
@@ -376,11 +378,23 @@ def _json_object(body: bytes, *, whole: bool) -> dict[str, Any]:
             fields = from_json(body)
         except ValueError:
             fields = json.loads(body)  # as engines in Python read it: UTF-16, UTF-32, lone surrogates
+            _check_texts(fields)
     except (ValueError, RecursionError) as error:
         raise invalid(f"the body is not JSON: {str(error)[:200]}") from error
     if not isinstance(fields, dict):
         raise invalid("the body must be a JSON object")
     return fields
+
+
+def _check_texts(fields: object) -> None:
+    """Refuse a lone surrogate where an engine would use it: no text holds one, and vLLM answers it with a 500."""
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        if name in _UNREAD_TEXTS:
+            continue
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise invalid(f"{name[:80]}: holds half of a surrogate pair, which is no character", name[:80]) from None
 
 
 def _json_bytes(fields: dict[str, Any]) -> bytes:
