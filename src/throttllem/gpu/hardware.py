@@ -120,10 +120,8 @@ class HardwareGpu:
             stack.push_async_callback(self._restore)
             if self._url is not None:
                 await self._place(nvml, self._url)
-                placing = asyncio.get_running_loop().create_task(self._place_again(nvml, self._url))
-                stack.callback(placing.cancel)
-            watching = asyncio.get_running_loop().create_task(self._watch())
-            stack.callback(watching.cancel)
+                stack.push_async_callback(_end, asyncio.create_task(self._place_again(nvml, self._url)))
+            stack.push_async_callback(_end, asyncio.create_task(self._watch()))
             self._stack = stack.pop_all()
         return self
 
@@ -344,3 +342,9 @@ def found_gpu(nvml: Nvml, name: str) -> NvmlGpu:
         unreadable = "".join(f"; {error}" for error in numbered.values() if isinstance(error, NvmlError))
         raise ValueError(f"engines: gpus: {name} is not here; here are {are}{unreadable}")
     return NvmlGpu(nvml, name)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel a task, and return when it has ended: no task outlives what it watches."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
