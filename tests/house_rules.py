@@ -33,6 +33,7 @@ CLI = {"cli", "vllm_stats"}
 SETS_CLOCKS = "throttllem.gpu.locks"
 MAY_SET_CLOCKS = {"keeper", "doctor"}
 """Whoever else reads GPUs has no way to their locks."""
+COMPILES = Path("throttllem/core/compiled.py")
 
 
 def words(text):
@@ -93,6 +94,8 @@ def import_faults(src):
                 faults.append(f"{path.relative_to(src)}:{line}: {layer} imports {module}")
             if module.startswith(SETS_CLOCKS) and layer not in MAY_SET_CLOCKS:
                 faults.append(f"{path.relative_to(src)}:{line}: {layer} could set clocks")
+            if module.split(".")[0] == "numba" and path != src / COMPILES:
+                faults.append(f"{path.relative_to(src)}:{line}: numba is for {COMPILES} alone")
     return faults
 
 
@@ -124,7 +127,7 @@ def purity_faults(src):
         for line, module in imports(path, src):
             parts = module.split(".")
             ours = parts[:2] == ["throttllem", "core"]
-            known = ours or parts[0] == "numpy" or parts[0] in sys.stdlib_module_names
+            known = ours or parts[0] in {"numpy", "numba"} or parts[0] in sys.stdlib_module_names
             if not known or parts[0] in IMPURE_MODULES or (parts[0] == "numpy" and IMPURE_NUMPY & set(parts)):
                 faults.append(f"{where}:{line}: imports {module}")
         faults += [f"{where}:{node.lineno}: {what}" for node in ast.walk(tree) if (what := impurity(node))]
@@ -134,6 +137,30 @@ def purity_faults(src):
             ]
             if isinstance(node, ast.Assign | ast.AnnAssign) and "__all__" not in names and is_mutable(node.value):
                 faults.append(f"{where}:{node.lineno}: {', '.join(names)} is mutable")
+    return faults
+
+
+def kernel_faults(src):
+    """What kernels use of other files of ours: machine code on disk is not renewed when those change."""
+    faults = []
+    for path in sorted((src / "throttllem").rglob("*.py")):
+        tree = ast.parse(path.read_text(), str(path))
+        ours = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.level or str(node.module).split(".")[0] == "throttllem")
+            for alias in node.names
+        }
+        for function in ast.walk(tree):
+            decorated = isinstance(function, ast.FunctionDef) and any(
+                getattr(decorator, "id", "") == "compiled" for decorator in function.decorator_list
+            )
+            if decorated:
+                used = {node.id for part in function.body for node in ast.walk(part) if isinstance(node, ast.Name)}
+                faults += [
+                    f"{path.relative_to(src)}:{function.lineno}: kernel {function.name} uses {name} of another file"
+                    for name in sorted(used & ours)
+                ]
     return faults
 
 

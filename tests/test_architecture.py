@@ -5,7 +5,17 @@ that can no longer fail is noticed.
 """
 
 import pytest
-from house_rules import ROOT, SRC, command_faults, crowded_folders, import_faults, purity_faults, tracked, word_faults
+from house_rules import (
+    ROOT,
+    SRC,
+    command_faults,
+    crowded_folders,
+    import_faults,
+    kernel_faults,
+    purity_faults,
+    tracked,
+    word_faults,
+)
 
 # ---- the rules, over this repository --------------------------------------------------------------------------
 
@@ -16,6 +26,10 @@ def test_imports_point_one_way():
 
 def test_the_core_is_pure():
     assert purity_faults(SRC) == []
+
+
+def test_kernels_keep_to_their_file():
+    assert kernel_faults(SRC) == []
 
 
 def test_folders_are_small():
@@ -68,6 +82,9 @@ def put(root, name, text):
         ("keeper/a.py", "from throttllem.gateway import control", False),
         ("gateway/a.py", "from throttllem.gpu.locks import LockableGpu", False),
         ("gpu/a.py", "from throttllem.gpu import locks", False),
+        ("core/compiled.py", "def f():\n    from numba import njit", True),
+        ("core/a.py", "import numba", False),
+        ("sim/a.py", "from numba import njit", False),
     ],
 )
 def test_import_rule_sees(tmp_path, name, text, fine):
@@ -99,6 +116,21 @@ def test_import_rule_sees(tmp_path, name, text, fine):
 def test_purity_rule_sees(tmp_path, text, fine):
     put(tmp_path, "throttllem/core/a.py", text)
     assert len(purity_faults(tmp_path)) == (0 if fine else 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "fine"),
+    [
+        ("return np.int64(LIMIT + own(value))", True),
+        ("return other(value)", False),
+        ("return value + THEIRS", False),
+    ],
+)
+def test_kernel_rule_sees(tmp_path, body, fine):
+    head = "import numpy as np\nfrom throttllem.core.compiled import compiled\nfrom throttllem.core.a import other\n"
+    head += "from ..core.a import THEIRS\nLIMIT = 3\n@compiled\ndef own(value):\n    return value\n"
+    put(tmp_path, "throttllem/core/b.py", f"{head}@compiled\ndef kernel(value):\n    {body}\n")
+    assert len(kernel_faults(tmp_path)) == (0 if fine else 1)
 
 
 def test_folder_rule_sees(tmp_path):
