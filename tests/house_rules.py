@@ -24,6 +24,7 @@ BELOW = {
     "sim": {"core", "physics", "gpu", "openai_api", "engines", "profiling"},
     "gateway": {"core", "physics", "gpu", "openai_api", "engines", "profiling"},
     "report": {"core", "physics", "gpu", "openai_api", "engines", "profiling", "sim", "gateway"},
+    "arena": {"core", "physics", "gpu", "engines", "profiling", "sim", "report"},
     "reproduce": {"core", "physics", "gpu", "engines", "profiling", "sim", "report"},
 }
 """What each layer may import besides itself. Outside: `cli` and its parts; the foundation serves all but core;

@@ -33,7 +33,8 @@ TraceName = Annotated[
     typer.Option(
         "--trace",
         help="CSV, JSON or Parquet file (Azure, BurstGPT, Mooncake, ServeGen, vLLM, aiperf, OpenTelemetry), or "
-        "azure-conv-like[:seconds=..], azure-code-like[..], poisson:rate=2,input=1023,output=99,seconds=300.",
+        "azure-conv-like[:seconds=..], azure-code-like[..], mooncake-like[..], "
+        "poisson:rate=2,input=1023,output=99,seconds=300.",
     ),
 ]
 TraceColumns = Annotated[

@@ -36,6 +36,25 @@ def test_code_comes_in_bursts_and_chat_does_not():
     assert 0.02 < conv < 0.08
 
 
+def test_long_prompts_have_the_published_means():
+    """Mooncake's synthetic trace: prompts of 15,325 tokens, outputs of 149; means to 5 %."""
+    trace = generate("mooncake-like", {"seconds": "4000"}, 1)
+    assert trace.prompt_tokens.mean() == pytest.approx(15_325, rel=0.05)
+    assert trace.output_tokens.mean() == pytest.approx(149, rel=0.05)
+    assert np.median(trace.prompt_tokens) == pytest.approx(11_587, rel=0.05)
+
+
+def test_a_day_rises_and_falls():
+    """The same requests, at a fifth of the mean rate at its ends and 1.8 times it in the middle."""
+    options = {"seconds": "6000", "rate": "5"}
+    flat, day = (generate("poisson", {**options, **more}, 1).arrival_s for more in ({}, {"day": "3000"}))
+    assert flat.size == day.size
+    counts, _ = np.histogram(day, np.arange(0, 6001, 300))
+    rates = (counts / 1500).reshape(2, 10)
+    assert rates[:, 0] == pytest.approx(0.2, abs=0.15)
+    assert rates[:, 4:6].mean() == pytest.approx(1.75, abs=0.15)
+
+
 def test_poisson_is_not_modulated():
     trace = generate("poisson", {"rate": "5", "seconds": "3600", "input": "7", "output": "3"}, 1)
     assert trace.arrival_s.size == pytest.approx(18_000, abs=4 * 18_000**0.5)

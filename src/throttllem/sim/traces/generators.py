@@ -1,4 +1,4 @@
-"""Built-in traces: `azure-conv-like`, `azure-code-like` (published statistics, no data) and `poisson`.
+"""Built-in traces: `azure-conv-like`, `azure-code-like`, `mooncake-like` (published statistics, no data), `poisson`.
 
 Same name, options and seed give the same requests. Knows nothing of files.
 """
@@ -9,6 +9,8 @@ Same name, options and seed give the same requests. Knows nothing of files.
 # distributed lengths, and the level of each is drawn from a gamma distribution of mean 1. The squared coefficient of
 # variation of that level (`spread`) makes the bursts, `episode_s` their length. Given the rate over time, the number of
 # requests is Poisson and their arrivals are independent, so they are placed evenly over the cumulative rate.
+#
+# A `day` of so many seconds warps the time: the rate swings between a minimum and a maximum once in each, as a cosine.
 #
 # Lengths: a workload is a mixture of kinds of request; within a kind, prompt and output lengths are independent, each
 # drawn from a quantile curve whose knots are published quantiles.
@@ -135,7 +137,37 @@ _CODE = Workload(
     ),
 )
 
-_WORKLOADS = MappingProxyType({"azure-conv-like": _CONV, "azure-code-like": _CODE})
+# Mooncake's synthetic trace (kvcache-ai/Mooncake, Apache-2.0; Qin et al., FAST 2025): 3,993 requests in 1,022 s, with
+# prompts of 15,325 and outputs of 149 tokens on the mean. The knots are its rounded quantiles, prompts above 98,304
+# tokens left out. The variance of its count is that of a Poisson process, from windows of 2 s to 30 s. Prompt and
+# output are drawn independently, and no prefix is shared.
+_MOONCAKE = Workload(
+    rate_rps=3_993 / 1022,
+    seconds=1022.0,
+    spread=0.0,
+    episode_s=1.0,
+    kinds=(
+        Kind(
+            share=1.0,
+            prompt=Quantiles(
+                knots=(
+                    *((0, 13), (0.05, 22), (0.25, 277), (0.4, 6_000), (0.5, 11_600), (0.6, 15_900)),
+                    *((0.75, 23_200), (0.9, 38_600), (0.95, 48_900), (0.99, 66_500), (1, 98_304)),
+                )
+            ),
+            output=Quantiles(
+                knots=(
+                    *((0, 1), (0.05, 2), (0.25, 11), (0.5, 69), (0.75, 250)),
+                    *((0.9, 389), (0.95, 519), (0.99, 768), (1, 893)),
+                )
+            ),
+        ),
+    ),
+)
+_SWING = 0.8
+"""How far the rate of a `day` swings about its mean: 0.2 to 1.8 of it, as production services do (ServeGen, 2025)."""
+
+_WORKLOADS = MappingProxyType({"azure-conv-like": _CONV, "azure-code-like": _CODE, "mooncake-like": _MOONCAKE})
 _POISSON = "poisson"
 NAMES = (*_WORKLOADS, _POISSON)
 """The generators, as `--trace` names them."""
@@ -144,11 +176,12 @@ NAMES = (*_WORKLOADS, _POISSON)
 def generate(name: str, options: Mapping[str, str], seed: int) -> Arrays:
     """The requests of one generator; `options` are the texts after the colon, and a `seed` among them wins.
 
-    `azure-*-like` take `seconds`, `rate` (mean requests/s), `seed`; `poisson` also `input` and `output` (tokens of
-    every request; 1,023 and 99 by default) and runs at 2 requests/s for 300 s by default. Raises TraceError for an
+    All take `seconds`, `rate` (mean requests/s), `seed` and `day` (seconds of a compressed day, over which the rate
+    rises from its minimum and falls back; the mean holds for whole days); `poisson` also `input` and `output` (tokens
+    of every request; 1,023 and 99 by default) and runs at 2 requests/s for 300 s by default. Raises TraceError for an
     unknown option, a value out of range, and options that give no request or more than MAX_REQUESTS.
     """
-    known = ("seconds", "rate", "seed") + (("input", "output") if name == _POISSON else ())
+    known = ("seconds", "rate", "seed", "day") + (("input", "output") if name == _POISSON else ())
     for key in options:
         if key not in known:
             raise TraceError(f"{name}: unknown option {key!r}; {did_you_mean(key, known)}")
@@ -162,6 +195,8 @@ def generate(name: str, options: Mapping[str, str], seed: int) -> Arrays:
         raise TraceError(f"{name}: rate {rate_rps:g} for {seconds:g} seconds is over {MAX_REQUESTS:,} requests")
     rng = np.random.default_rng(seed)
     arrival_s = _arrivals(workload, rate_rps, seconds, rng)
+    if "day" in options:
+        arrival_s = _over_a_day(arrival_s, _positive(name, options, "day", seconds), seconds)
     if not arrival_s.size:
         raise TraceError(f"{name}: rate {rate_rps:g} for {seconds:g} seconds and seed {seed} gives no request")
     kind_of = rng.choice(len(workload.kinds), arrival_s.size, p=[kind.share for kind in workload.kinds])
@@ -199,6 +234,17 @@ def _arrivals(workload: Workload, rate_rps: float, seconds: float, rng: np.rando
     cumulative = np.concatenate(([0.0], np.cumsum(levels * np.diff(edges_s))))
     arrival_s: NDArray[np.float64] = np.interp(placed * cumulative[-1], cumulative, edges_s)
     return arrival_s
+
+
+def _over_a_day(arrival_s: NDArray[np.float64], day_s: float, seconds: float) -> NDArray[np.float64]:
+    """The same arrivals in time that runs fast where the day's rate is high: the cumulative rate of
+    1 - _SWING cos(2 pi t / day), inverted on a grid of a thousand points a day or more.
+    """
+    time_s = np.linspace(0.0, seconds, 1 + max(1000, math.ceil(1000 * seconds / day_s)))
+    turn = 2 * math.pi / day_s
+    cumulative = time_s - _SWING / turn * np.sin(turn * time_s)
+    warped_s: NDArray[np.float64] = np.interp(arrival_s, cumulative * (seconds / cumulative[-1]), time_s)
+    return warped_s
 
 
 def _positive(name: str, options: Mapping[str, str], key: str, default: float) -> float:
