@@ -54,6 +54,18 @@ def test_trace_is_simulated(tmp_path):
     assert (tmp_path / "out/report.html").stat().st_size > 100_000
 
 
+@pytest.mark.slow
+def test_own_policy_is_simulated(tmp_path):
+    shutil.copy(EXAMPLES / "own_policy.py", tmp_path)
+    policies = "triton,own_policy:LowestInTime"
+    words = ["throttllem", "simulate", "--policy", policies, "--seconds", "60", "--json", "result.json"]
+    run(tmp_path, *words)
+    top, own = json.loads((tmp_path / "result.json").read_text())["runs"]
+    assert own["completed"] == top["completed"]
+    assert own["energy_j"] < top["energy_j"]
+    assert own["clock_switches"] > 0
+
+
 def test_client_sets_slos_and_reads_its_metrics(tmp_path):
     variables = environment(tmp_path, tmp_path / "cache")
     with serving(tmp_path, "throttllem serve --policy triton", variables):

@@ -77,6 +77,7 @@ def simulate(
     queue_limit=10_000,
     specs=None,
     slower=1.0,
+    own=None,
 ):
     specs = specs or specs_of()
     scale = AutoscaleOptions(capacity_rps={1: 4.0, 2: 9.0}, interval_s=1.0, window_s=2.0, grace_s=2.0)
@@ -90,7 +91,8 @@ def simulate(
             specs=specs,
             tables={tp: table(found) for tp, found in specs.items()},
             load_window_s=2.0,
-        )
+        ),
+        own=own,
     )
     physics = {tp: LoggedPhysics(spec=found, slower=slower) for tp, found in specs.items()}
     machine = Machine(

@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 from throttllem.core.admission import AdmissionQueue, refused_by_all
 from throttllem.core.clocks.controller import ClockController
+from throttllem.core.clocks.own_policy import OwnClock, OwnPolicy
 from throttllem.core.clocks.sizing import Autoscaler
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import Engines, EngineState, Phase
@@ -60,9 +61,12 @@ class PlanningError(Exception):
 
 
 class Controller:
-    """The control core. `handle` is its only way in; all its state is a function of the events so far."""
+    """The control core. `handle` is its only way in; all its state is a function of the events so far.
 
-    def __init__(self, options: ControllerOptions) -> None:
+    `own` chooses clocks in place of the policy of `options`; a controller that has one cannot be recorded.
+    """
+
+    def __init__(self, options: ControllerOptions, own: OwnPolicy | None = None) -> None:
         self.options = options
         self._engines = Engines(options.specs if options.autoscale else {}, options.tables)
         self._load = LoadEstimator(window_s=options.load_window_s)
@@ -70,6 +74,8 @@ class Controller:
         self._length_score = LengthScore()
         self._queue = AdmissionQueue(options)
         self._clocks = ClockController(options.throttle, self._load)
+        latency_s = options.throttle.switch_latency_s
+        self._own = OwnClock(policy=own, switch_latency_s=latency_s) if own is not None else None
         self._autoscaler = Autoscaler(options=options.autoscale) if options.autoscale else None
         self._counts = asdict(Counts())
         self._unplanned: dict[int, EngineState] = {}
@@ -227,6 +233,8 @@ class Controller:
         for request_id in event.started:
             if request_id in board.pending:
                 board.begin(request_id, iteration, now_s)
+                if self._own is not None:
+                    self._own.started(board.running[request_id], now_s)
         for request_id in event.finished:
             if request_id in board:
                 sequence = board.remove(request_id)
@@ -234,6 +242,8 @@ class Controller:
                 self._counts["finished"] += 1
                 self._counts["lost"] += sequence.lost
                 self._load.finished(sequence.predicted_tokens, tokens)
+                if self._own is not None:
+                    self._own.finished(sequence, tokens, now_s)
                 self._learn(sequence, tokens)
 
     def _learn(self, sequence: SequenceState, tokens: int) -> None:
@@ -332,6 +342,8 @@ class Controller:
         if why is not None:
             self._reject(request.id, why, commands)
             return
+        if self._own is not None:
+            self._own.arrived(request, now_s)
         sequence = SequenceState.planned(request, self._predictor.predict(request), self.options.inflation)
         self._queue.push(sequence)
         self._load.arrived(now_s, request.prompt_tokens, sequence.predicted_tokens, request.slo, request.sequences)
@@ -461,6 +473,10 @@ class Controller:
                 commands.append(StopEngine(engine=state.engine))
                 continue
             state.planned_external = state.board.external
+            if self._own is not None:
+                asked = self._own.plan(state, self._queue.waiting.values(), now_s)
+                commands += [asked] if asked else []
+                continue
             waiting = len(self._queue.waiting) > 0 and state.phase is Phase.SERVING
             try:
                 command = self._clocks.plan(state, now_s, waiting=waiting)

@@ -132,6 +132,7 @@ class Reason(StrEnum):
     NO_ENGINE = "no engine is ready"
     FITS = "every check passed"
     FIXED = "the policy fixes the clock"
+    OWN_POLICY = "a policy of the public interface chose the clock"
     LOST_RUNNING = "a lost request is running"
     OUTSIDE_HULL = "the load is outside the profiled range"
     NO_TABLE = "there is no performance table"

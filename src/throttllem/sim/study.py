@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from throttllem.config import LengthOptions, Options
-from throttllem.core.clocks.policy import Policy, parse_policy
+from throttllem.core.clocks.policy import Policy
 from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.core.controller import Controller
 from throttllem.core.forecast.performance_table import PerformanceTable
@@ -30,6 +30,7 @@ from throttllem.profiling.tables import Progress, performance_tables
 from throttllem.sim import parallel
 from throttllem.sim.characterize import Capacity, capacities, limited
 from throttllem.sim.driver import Machine, Simulation, Watch
+from throttllem.sim.own_policy import named_policy
 from throttllem.sim.recorder import Recorder
 from throttllem.sim.result import RunResult
 from throttllem.sim.traces.trace import Trace, load_trace
@@ -84,7 +85,7 @@ class Study:
         if len(set(self.policies)) < len(self.policies):
             raise ValueError(f"--policy {','.join(self.policies)}: a policy is named twice")
         fleet = build_fleet(catalogue, self.gpu, self.model, self.sizes, self.options.batching)
-        policies = [parse_policy(name, fleet.clocks_mhz, fleet.sizes) for name in self.policies]
+        policies = [named_policy(name, fleet.clocks_mhz, fleet.sizes) for name in self.policies]
         rate = None if self.peak_rps in (None, MAXIMUM) else float(self.peak_rps or 0)
         whole = load_trace(self.trace, columns=self.columns, seed=self.seed, rescaled=self.peak_rps is not None)
         trace = self._cut(whole if rate is None else whole.scaled(peak_rps=rate))
@@ -98,8 +99,8 @@ class Study:
                     "--slo-tbt or --slo-ttft, or give a rate"
                 )
             trace = self._cut(whole.scaled(peak_rps=largest.max_rps))
-        # Last, as training takes longest; only SLO-aware policies need predictions.
-        trained = any(policy.slo_aware for policy in policies)
+        # Last, as training takes longest; the baselines need no predictions.
+        trained = any(policy.needs_tables for policy in policies)
         tables = performance_tables(fleet, cache_dir, seed=self.seed, progress=progress) if trained else {}
         length = replace(self.options.length, predictor=self.options.length.simulated)
         scenario = Scenario(
@@ -191,7 +192,8 @@ class Scenario:
                 inflation=self.options.length.factor,
                 specs=self.fleet.specs,
                 tables=self.tables,
-            )
+            ),
+            own=policy.own() if policy.own is not None else None,
         )
 
     def _predictor(self) -> LengthPredictor:

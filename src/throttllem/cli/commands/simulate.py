@@ -45,7 +45,12 @@ def simulate(
     trace: TraceName = "azure-conv-like",
     columns: TraceColumns = None,
     policy: Annotated[
-        str, typer.Option("--policy", help="triton, throttllem, least-energy, fixed:<MHz>; each also with +autoscale.")
+        str,
+        typer.Option(
+            "--policy",
+            help="triton, throttllem, least-energy, fixed:<MHz>, each also with +autoscale; or a class of your own, as "
+            "in package.module:Class.",
+        ),
     ] = "triton,throttllem,least-energy",
     lengths: Annotated[
         str | None,

@@ -8,12 +8,14 @@ nothing of switching: dwell and latency belong to the clock controller.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 
+from throttllem.core.clocks.own_policy import OwnPolicy
 from throttllem.core.forecast.horizon import Horizon
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.scoreboard import Scoreboard, SequenceState
@@ -42,17 +44,26 @@ class PolicyError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """One policy: how clocks are chosen, whether SLOs are checked, whether engines are sized to the load."""
+    """One policy: how clocks are chosen, whether SLOs are checked, whether engines are sized to the load.
+
+    `own` makes a policy of the public interface, a new one for each run; it then chooses in place of `clock`.
+    """
 
     name: str
     clock: ClockPolicy
     fixed_mhz: int | None
     autoscale: bool
+    own: Callable[[], OwnPolicy] | None = None
 
     @property
     def slo_aware(self) -> bool:
         """Whether admission control runs. The baselines are first come first served."""
         return self.clock in (ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY)
+
+    @property
+    def needs_tables(self) -> bool:
+        """Whether performance tables are asked for clocks or SLOs."""
+        return self.slo_aware or self.own is not None
 
 
 def parse_policy(name: str, clocks_mhz: tuple[int, ...], sizes: tuple[int, ...]) -> Policy:

@@ -1,0 +1,44 @@
+"""Policies by their names: those of the core, and classes of the public interface as `package.module:Class`."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from throttllem.core.clocks.own_policy import OwnPolicy
+from throttllem.core.clocks.policy import ClockPolicy, Policy, PolicyError, parse_policy
+
+_CLASS = re.compile(r"(?!fixed:)([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+
+
+def named_policy(name: str, clocks_mhz: tuple[int, ...], sizes: tuple[int, ...]) -> Policy:
+    """The policy of that name on a GPU with these clocks and engines of these sizes. Raises PolicyError.
+
+    A class is looked for in the working folder too. Its policy admits requests first come, first served.
+    """
+    match = _CLASS.fullmatch(name)
+    if match is None:
+        return parse_policy(name, clocks_mhz, sizes)
+    own = _load(name, *match.groups())
+    return Policy(name=name, clock=ClockPolicy.TOP, fixed_mhz=None, autoscale=False, own=own)
+
+
+def _load(name: str, module: str, attribute: str) -> Callable[[], OwnPolicy]:
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        raise PolicyError(
+            f"policy {name!r}: there is no module {error.name}; it is looked for in {folder} and among the packages "
+            "that are installed"
+        ) from error
+    except Exception as error:
+        raise PolicyError(f"policy {name!r}: importing {module} failed: {error!r}") from error
+    if not isinstance(found, type) or not callable(getattr(found, "clock_mhz", None)):
+        raise PolicyError(f"policy {name!r}: {module} has no class {attribute} with a method clock_mhz(self, view)")
+    return found
