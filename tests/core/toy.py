@@ -96,8 +96,8 @@ def table(spec: EngineSpec, *, kv_step: int = 4, prefill_step: int = 16, **hull_
     )
 
 
-def flat_table(ticks) -> PerformanceTable:
-    """A table of one cell: one number of 1/1024 s for each clock, whatever runs."""
+def flat_table(ticks, watts=(100,) * 5) -> PerformanceTable:
+    """A table of one cell: one number of 1/1024 s for each clock, and its watts, whatever runs."""
     one = np.zeros(40, dtype=np.int32)
     return PerformanceTable(
         clocks_mhz=CLOCKS_MHZ,
@@ -105,7 +105,7 @@ def flat_table(ticks) -> PerformanceTable:
         kv_bin=one,
         prefill_bin=one,
         seconds=np.array([ticks], dtype=np.float32) / 1024,
-        watts=np.full((1, len(CLOCKS_MHZ)), 100, dtype=np.float32),
+        watts=np.array([watts], dtype=np.float32),
         hull=hull(SPEC),
     )
 

@@ -245,7 +245,7 @@ class World:
         assert deadline_s is None or math.isfinite(deadline_s)
 
     def check_clock(self, up: Up, view):
-        """Whatever is not known, or is late already, means the top clock."""
+        """Whatever is not known, or under the paper's policy late already, means the top clock."""
         top = up.spec.clocks_mhz[-1]
         if view.plan is not None:
             assert view.plan.mhz in {up.set_mhz, up.read_mhz}
@@ -256,7 +256,8 @@ class World:
         table = self.options.tables.get(view.tp)
         busy = view.running + view.pending
         projection = self.controller.projection(view.engine)
-        unknown = up.unknown or view.clock_mhz is None or (busy and (table is None or view.lost_requests))
+        late = view.lost_requests and self.options.throttle.policy is ClockPolicy.THROTTLLEM
+        unknown = up.unknown or view.clock_mhz is None or (busy and (table is None or late))
         if busy and table is not None and projection is not None and projection.horizon:
             peaks = (projection.batch, projection.kv_blocks, projection.prefill_tokens)
             unknown = unknown or not table.inside(*(int(peak.max()) for peak in peaks))

@@ -477,7 +477,7 @@ class Controller:
                 asked = self._own.plan(state, self._queue.waiting.values(), now_s)
                 commands += [asked] if asked else []
                 continue
-            waiting = len(self._queue.waiting) > 0 and state.phase is Phase.SERVING
+            waiting = len(self._queue.waiting) if state.phase is Phase.SERVING else 0
             try:
                 command = self._clocks.plan(state, now_s, waiting=waiting)
             except Exception as error:

@@ -15,6 +15,8 @@ from throttllem.core.types import ClockRead, FrequencyPlan, Reason, SetClock, Sl
 
 TICKS = flat_table([16, 12, 9, 8, 7])
 """One number of 1/1024 s for each clock, whatever runs."""
+STEEP = flat_table([16, 12, 9, 8, 7], watts=(100, 130, 180, 230, 300))
+"""The same, with less energy at each lower clock."""
 
 
 def controller(policy=ClockPolicy.THROTTLLEM, **changes):
@@ -32,9 +34,9 @@ def engine(*pending, table=TICKS, clock_mhz=TOP_MHZ, target_mhz=TOP_MHZ, **chang
     )
 
 
-def within(ticks, key=1):
+def within(ticks, key=1, arrival_s=0.0):
     """32 tokens within `ticks` times 32/1024 s."""
-    return sequence(key, 4, 32, slo=Slo(e2e_s=ticks * 32 / 1024))
+    return sequence(key, 4, 32, arrival_s=arrival_s, slo=Slo(e2e_s=ticks * 32 / 1024))
 
 
 def planned(clocks, engine, now_s=0.0, waiting=False):
@@ -84,13 +86,20 @@ def test_what_is_not_known_means_the_maximum_clock(policy):
     assert planned(clocks, engine(relaxed, table=table(SPEC, max_kv_blocks=9), **low)).why is not Reason.OUTSIDE_HULL
 
 
-@pytest.mark.parametrize("policy", [ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY])
-def test_an_unmeetable_request_is_lost_and_runs_at_the_maximum_clock(policy):
+def test_an_unmeetable_request_is_lost_and_the_paper_runs_it_at_the_maximum_clock():
     late = engine(within(6.9), sequence(2, 4, 32), clock_mhz=600, target_mhz=600)
-    assert planned(controller(policy), late) == plan(TOP_MHZ, Reason.LOST_RUNNING)
+    assert planned(controller(), late) == plan(TOP_MHZ, Reason.LOST_RUNNING)
     assert (late.board.lost_requests, late.board.pending[1].lost, late.board.pending[2].lost) == (1, True, False)
     late.board.remove(1)
-    assert planned(controller(policy), late).why is not Reason.LOST_RUNNING
+    assert planned(controller(), late).why is not Reason.LOST_RUNNING
+
+
+def test_least_energy_runs_a_lost_request_at_the_clock_that_suits_a_known_load():
+    late = engine(within(6.9), within(9, key=2), table=STEEP, clock_mhz=600, target_mhz=600)
+    assert planned(controller(ClockPolicy.LEAST_ENERGY), late) == plan(TOP_MHZ, Reason.LOST_RUNNING)
+    late = engine(within(6.9, 1, 50.0), within(9, 2, 50.0), table=STEEP, clock_mhz=600, target_mhz=600)
+    assert planned(loaded(rate=0.5), late, 50.0) == plan(1000, Reason.LOWEST_FEASIBLE, 2)
+    assert (late.board.lost_requests, late.board.pending[1].lost, late.board.pending[2].lost) == (1, True, False)
 
 
 def test_a_waiting_request_means_the_maximum_clock():
@@ -222,6 +231,33 @@ def test_a_known_load_prices_the_clocks_by_steady_power():
     assert busy.steady is not first
 
 
+def loaded(rate=4.0, **changes):
+    """A controller of least energy that knows a load, and may switch at once."""
+    load = LoadEstimator(window_s=10.0)
+    for n in range(int(50 * rate)):
+        load.arrived(n / rate, 16, 16, Slo())
+    plain = {"switch_latency_s": 0.0, "dwell_s": 0.0, "margin": 0.0, "reserve": 0.0}
+    return ClockController(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY, **plain | changes), load)
+
+
+def test_waiting_requests_count_as_requests_and_do_not_force_the_maximum_clock():
+    busy = engine(sequence(1, 4, 32), table=table(SPEC), clock_mhz=600, target_mhz=600)
+    for waiting in range(9):
+        chosen = planned(loaded(rate=16.0), busy, 50.0, waiting=waiting)
+        assert chosen == plan(
+            CLOCKS_MHZ[busy.steady.by_requests[min(1 + waiting, SPEC.max_batch)]], Reason.LEAST_ENERGY
+        )
+        busy.target_mhz = 600
+    assert busy.steady.by_requests[-1] > busy.steady.by_requests[1]
+
+
+@pytest.mark.parametrize(("above", "why"), [(1, Reason.NOT_WORTH), (2, Reason.LEAST_ENERGY)])
+def test_one_clock_lower_is_not_worth_a_switch(above, why):
+    at = {"clock_mhz": CLOCKS_MHZ[above], "target_mhz": CLOCKS_MHZ[above]}
+    busy = engine(sequence(1, 4, 32), table=table(SPEC), **at)
+    assert planned(loaded(), busy, 50.0) == plan(CLOCKS_MHZ[1 if above == 1 else 0], why)
+
+
 def test_while_requests_run_the_clock_is_planned_again_in_time():
     busy = engine(within(16))
     planned(controller(replan_s=0.75), busy, 2.0 / 1024)
@@ -235,6 +271,16 @@ def test_time_is_left_for_the_first_token_of_the_next_request():
         for _ in range(2):
             clocks._load.arrived(0.0, 4, 32, Slo(ttft_s=ticks / 1024))
         assert planned(clocks, engine(sequence(1, 4, 32))).mhz == mhz
+
+
+def test_least_energy_leaves_time_for_a_prompt_a_switch_and_the_first_token_at_the_maximum_clock():
+    """Ticks at each clock: 16, 12, 9, 8, 7; then 3 for the switch, and 7."""
+    for ticks, mhz in ((26, CLOCKS_MHZ[0]), (22, CLOCKS_MHZ[1]), (18, CLOCKS_MHZ[3]), (14, TOP_MHZ)):
+        clocks = controller(ClockPolicy.LEAST_ENERGY, switch_latency_s=3 / 1024)
+        for _ in range(2):
+            clocks._load.arrived(0.0, 4, 32, Slo(ttft_s=ticks / 1024))
+        busy = engine(sequence(1, 4, 32), table=STEEP)
+        assert planned(clocks, busy).mhz == mhz
 
 
 def test_a_first_token_that_no_clock_gives_in_time_binds_no_clock():

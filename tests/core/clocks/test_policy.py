@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.toy import SPEC, flat_table, hull, sequence, spec
-from throttllem.core.clocks.policy import feasible, least_energy, lowest_feasible, unmeetable
+from throttllem.core.clocks.policy import at_least, feasible, least_energy, lowest_feasible, unmeetable
 from throttllem.core.forecast.horizon import look_ahead
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import project
@@ -182,3 +182,19 @@ def test_least_energy(holds, cost, mhz, why):
     plan = least_energy(np.array([c == "1" for c in holds]), np.array(cost, dtype=float), spec(), binding)
     assert (plan.mhz, plan.why) == (mhz, why)
     assert plan.binding == (7 if why in {Reason.LOWEST_FEASIBLE, Reason.INFEASIBLE} else None)
+
+
+@pytest.mark.parametrize(
+    ("holds", "column", "mhz", "why"),
+    [
+        ("11111", 2, 1000, Reason.LEAST_ENERGY),
+        ("00011", 2, 1200, Reason.LOWEST_FEASIBLE),
+        ("11000", 2, 800, Reason.LEAST_ENERGY),
+        ("00000", 2, 1400, Reason.INFEASIBLE),
+    ],
+)
+def test_at_least(holds, column, mhz, why):
+    binding = sequence(7, 1, 1)
+    plan = at_least(np.array([c == "1" for c in holds]), column, spec(), binding)
+    assert (plan.mhz, plan.why) == (mhz, why)
+    assert plan.binding == (None if why is Reason.LEAST_ENERGY else 7)

@@ -1,33 +1,40 @@
 """The clock of each engine: plans it, and decides when a planned clock is worth a switch.
 
-A higher clock is set at once; a lower one only after the minimum dwell and, where energy is the aim, only for a saving
-that is large enough. What is not known (clock, table, hull) means the maximum clock, and the plan gives the reason.
+A higher clock is set at once; a lower one only after the minimum dwell and, where energy is the aim, only if it is
+worth a switch. What is not known (clock, table, hull) means the maximum clock, and the plan gives the reason.
 Knows nothing of the queue but that a request waits.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
+from throttllem.core.clocks.first_tokens import late_first_tokens
 from throttllem.core.clocks.policy import (
     Bools,
     ClockPolicy,
     Floats,
     ThrottleOptions,
+    at_least,
     feasible,
     least_energy,
     lowest_feasible,
     unmeetable,
 )
-from throttllem.core.clocks.steady_load import LoadEstimator, Steady, steady
+from throttllem.core.clocks.request_chain import chain, least_energy_pace, open_clocks
+from throttllem.core.clocks.steady_load import Load, LoadEstimator, Steady, steady
 from throttllem.core.engine_state import EngineState
 from throttllem.core.forecast.horizon import Horizon, look_ahead
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import project
 from throttllem.core.forecast.table_drift import Span
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, SetClock
+
+_LEAST_STEPS_DOWN = 2
+_LATE_FIRST_TOKENS = 0.005
 
 
 class ClockController:
@@ -37,10 +44,10 @@ class ClockController:
         self.options = options
         self._load = load
 
-    def plan(self, engine: EngineState, now_s: float, *, waiting: bool) -> SetClock | None:
+    def plan(self, engine: EngineState, now_s: float, *, waiting: int) -> SetClock | None:
         """Plan the clock of a ready engine after a change; a command if another clock is to be set.
 
-        `waiting`: a request that this engine should serve could not be admitted.
+        `waiting`: requests that this engine should serve and that could not be admitted yet.
         """
         spec, policy = engine.spec, self.options.policy
         assert spec is not None
@@ -100,41 +107,55 @@ class ClockController:
             )
 
     def _plan_busy(
-        self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, now_s: float, waiting: bool
+        self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, now_s: float, waiting: int
     ) -> FrequencyPlan:
         """The plan for an engine that runs requests and has a performance table."""
         board, maximum = engine.board, spec.clocks_mhz[-1]
         base_s = now_s if engine.began_s is None else engine.began_s
         engine.replan_s = now_s + self.options.replan_s
         engine.projection = projection = project(board, spec, first=engine.iteration)
+        least = self.options.policy is ClockPolicy.LEAST_ENERGY
         # Ours: the batch stays as it is, since others come as these go. The paper: it empties.
-        replenishes = self.options.policy is ClockPolicy.LEAST_ENERGY
-        expected = projection.replenished() if replenishes else projection
+        expected = projection.replenished() if least else projection
         ahead = look_ahead(board, spec, table, expected, base_s=base_s)
         if not ahead.inside_hull:
             return FrequencyPlan(mhz=maximum, why=Reason.OUTSIDE_HULL)
         if engine.table_drift.beyond_since_s is not None:
             return FrequencyPlan(mhz=maximum, why=Reason.TABLE_DRIFT)
-        plan = FrequencyPlan(mhz=maximum, why=Reason.WAITING)
-        if not waiting and not board.lost_requests:
-            plan = self._choose(engine, spec, table, ahead, now_s)
+        steady = self._steady(engine, spec, table, now_s) if least else None
+        if steady is None and (waiting or board.lost_requests):
+            plan = FrequencyPlan(mhz=maximum, why=Reason.WAITING)
+        else:
+            plan = self._choose(engine, spec, table, ahead, steady, now_s, waiting)
             if plan.why is not Reason.INFEASIBLE:
                 return plan
-        if replenishes:
-            ahead = look_ahead(board, spec, table, projection, base_s=base_s)
+        emptying = look_ahead(board, spec, table, projection, base_s=base_s) if least else ahead
         delay_s = engine.maximum_clock_delay_s(now_s, self.options.switch_latency_s)
-        for sequence in unmeetable(ahead, board, table, delay_s):
+        lost = unmeetable(emptying, board, table, delay_s)
+        for sequence in lost:
             board.mark_lost(sequence)
-        return FrequencyPlan(mhz=maximum, why=Reason.LOST_RUNNING) if board.lost_requests else plan
+        if steady is None:
+            return FrequencyPlan(mhz=maximum, why=Reason.LOST_RUNNING) if board.lost_requests else plan
+        if lost:  # they bind no clock now, and are served at the one that suits the load
+            ahead = look_ahead(board, spec, table, expected, base_s=base_s)
+            return self._choose(engine, spec, table, ahead, steady, now_s, waiting)
+        return plan
 
     def _choose(
-        self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, ahead: Horizon, now_s: float
+        self,
+        engine: EngineState,
+        spec: EngineSpec,
+        table: PerformanceTable,
+        ahead: Horizon,
+        steady: Steady | None,
+        now_s: float,
+        waiting: int,
     ) -> FrequencyPlan:
-        """The paper: the lowest clock that meets every SLO of the requests at hand. Ours: the cheapest at the present
-        load, of those that meet every SLO though requests go on coming.
+        """The paper: the lowest clock that meets every SLO of the requests at hand. Ours: the one of least mean power
+        for so many requests at the present load, or the next higher one that meets every SLO though requests go on
+        coming.
         """
         least = self.options.policy is ClockPolicy.LEAST_ENERGY
-        steady = self._steady(engine, spec, table, now_s) if least else None
         delay_s = self._delays(engine, spec, now_s)
         # The reserve for requests yet to come may be used when nothing else will do.
         tries = [(self.options.reserve, 1.0 if steady is None else steady.stretch), *([(0.0, 1.0)] if least else [])]
@@ -148,24 +169,35 @@ class ClockController:
                 reserve=reserve,
                 stretch=stretch,
             )
-            holds = holds & self._first_token_in_time(ahead, table)
+            if steady is None:
+                holds = holds & self._first_token_in_time(ahead, table)
             if holds.any():
                 break
         binding = None if run is None else ahead.binding(engine.board, run)
         if not least:
             return self._after_dwell(engine, lowest_feasible(holds, spec, binding), now_s)
-        cost = ahead.joules(table, spec.idle_w) if steady is None else steady.watts
-        plan = self._after_dwell(engine, least_energy(holds, cost, spec, binding), now_s)
-        return self._if_worth_it(engine, spec, plan, cost)
+        if steady is None:
+            cost = ahead.joules(table, spec.idle_w)
+            plan = self._after_dwell(engine, least_energy(holds, cost, spec, binding), now_s)
+            return self._if_worth_it(engine, spec, plan, cost)
+        requests = min(len(engine.board) + waiting, steady.by_requests.size - 1)
+        plan = at_least(holds, int(steady.by_requests[requests]), spec, binding)
+        return self._if_steps_down(engine, spec, self._after_dwell(engine, plan, now_s))
 
     def _first_token_in_time(self, ahead: Horizon, table: PerformanceTable) -> Bools:
-        """Clocks at which the next request has its first token in time: one prompt is under way, then two are taken,
-        its own among them. A TTFT SLO that its own prompt alone violates at the maximum clock binds no clock.
+        """Clocks at which the next request has its first token in time: a prompt is under way at this clock, then the
+        clock is switched, and its own runs at the maximum. A TTFT SLO that its own prompt alone violates there binds no
+        clock. The paper, which knows no TTFT: three prompts at this clock.
         """
         ttft_s, prompt_tokens = self._load.first_token
         prompt_s = table.seconds[table.with_prompt(int(ahead.cells[0]), prompt_tokens)]
         unmeetable = float(prompt_s[-1]) > ttft_s
-        in_time: Bools = (3.0 * prompt_s <= ttft_s * (1.0 - self.options.margin)) | unmeetable
+        if self.options.policy is ClockPolicy.LEAST_ENERGY:
+            needed_s = prompt_s + prompt_s[-1]
+            needed_s[:-1] += self.options.switch_latency_s
+        else:
+            needed_s = 3.0 * prompt_s
+        in_time: Bools = (needed_s <= ttft_s * (1.0 - self.options.margin)) | unmeetable
         return in_time
 
     def _delays(self, engine: EngineState, spec: EngineSpec, now_s: float) -> Floats:
@@ -179,10 +211,31 @@ class ClockController:
         """What the load means if it goes on; None while it is unknown, or too much for every clock."""
         if now_s - engine.steady_at_s >= self.options.replan_s:
             load = self._load.load(now_s)
-            found = None if load is None else steady(load, table, spec, reserve=self.options.reserve)
-            engine.steady = found if found is not None and np.isfinite(found.watts).any() else None
+            engine.steady = None if load is None else self._settled(engine, spec, table, load)
             engine.steady_at_s = now_s
         return engine.steady
+
+    def _settled(self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, load: Load) -> Steady:
+        found = steady(load, table, spec, reserve=self.options.reserve)
+        states = chain(load, table, spec)
+        if states is None:
+            return replace(found, by_requests=np.full(1, len(spec.clocks_mhz) - 1, dtype=np.int64))
+        is_open = open_clocks(load, states, engine.board.tightest_tbt_s() * (1.0 - self.options.margin))
+        pace = least_energy_pace(load, states, is_open, spec, reserve=self.options.reserve)
+        if math.isfinite(self._load.first_token[0]):
+            batch = max(1, min(round(pace.mean_requests), spec.max_batch))
+            late = late_first_tokens(
+                self._load.recent,
+                table,
+                spec,
+                batch=batch,
+                kv_blocks=round(batch * states.kv_blocks),
+                keep=1.0 - self.options.margin,
+                switch_latency_s=self.options.switch_latency_s,
+            )
+            is_open &= late <= late[-1] + _LATE_FIRST_TOKENS
+            pace = least_energy_pace(load, states, is_open, spec, reserve=self.options.reserve)
+        return replace(found, by_requests=np.concatenate([pace.column[:1], pace.column]))
 
     def _after_dwell(self, engine: EngineState, plan: FrequencyPlan, now_s: float) -> FrequencyPlan:
         """A lower clock waits until the last one has been in force for the minimum dwell."""
@@ -191,6 +244,15 @@ class ClockController:
             return plan
         engine.replan_s = min(engine.replan_s, dwells_until_s)
         return FrequencyPlan(mhz=engine.target_mhz, why=Reason.DWELL, binding=plan.binding)
+
+    def _if_steps_down(self, engine: EngineState, spec: EngineSpec, plan: FrequencyPlan) -> FrequencyPlan:
+        """A lower clock is set only if it is `_LEAST_STEPS_DOWN` profiled clocks lower at least."""
+        if engine.target_mhz is None or plan.mhz >= engine.target_mhz:
+            return plan
+        lower, present = np.searchsorted(spec.clocks_mhz, (plan.mhz, engine.target_mhz))
+        if present - lower >= _LEAST_STEPS_DOWN:
+            return plan
+        return FrequencyPlan(mhz=engine.target_mhz, why=Reason.NOT_WORTH, binding=plan.binding)
 
     def _if_worth_it(self, engine: EngineState, spec: EngineSpec, plan: FrequencyPlan, cost: Floats) -> FrequencyPlan:
         """A lower clock is set only if it saves `min_saving` of the cost at least."""

@@ -178,5 +178,19 @@ def least_energy(holds: Bools, cost: Floats, spec: EngineSpec, binding: Sequence
     )
 
 
+def at_least(holds: Bools, column: int, spec: EngineSpec, binding: SequenceState | None) -> FrequencyPlan:
+    """The lowest feasible clock from `column` on; if there is none, the highest feasible one below."""
+    if not holds.any():
+        return FrequencyPlan(mhz=spec.clocks_mhz[-1], why=Reason.INFEASIBLE, binding=_id(binding))
+    feasible_columns = np.flatnonzero(holds)
+    index = int(feasible_columns[min(int(np.searchsorted(feasible_columns, column)), feasible_columns.size - 1)])
+    stopped = index > column
+    return FrequencyPlan(
+        mhz=spec.clocks_mhz[index],
+        why=Reason.LOWEST_FEASIBLE if stopped else Reason.LEAST_ENERGY,
+        binding=_id(binding) if stopped else None,
+    )
+
+
 def _id(sequence: SequenceState | None) -> int | None:
     return sequence.request.id if sequence else None

@@ -35,10 +35,12 @@ from throttllem.core.types import EngineSpec, Slo
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
 
 _RECENT = 512
 _REFRESH = 32
 _LONG = 0.99
+_FEW = 8
 _ENOUGH = 32  # finished requests before their lengths are believed more than the predictions
 _MEAN_SEQUENCES = np.concatenate([[0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7], 1.15 ** np.arange(0, 48)])
 
@@ -66,8 +68,8 @@ class LoadEstimator:
     Long outputs and tight SLOs are looked for among the last `_RECENT` requests. Predictions are inflated on purpose;
     the inflation that finished requests show is taken out again, or a safe prediction would look like a high load.
     `first_s`, `last_s`: the first and the last arrival. `sums`: weighted requests, prompt tokens, output tokens.
-    `recent` requests: output tokens, E2E SLO, prompt tokens, TTFT SLO. `first_token`: the tightest TTFT SLO among them,
-    seconds (inf: none), and their long prompts, tokens.
+    `recent` requests: output tokens, E2E SLO, prompt tokens, TTFT SLO, arrival. `first_token`: the tightest TTFT SLO
+    among them, seconds (inf: none), and their long prompts, tokens.
     """
 
     window_s: float
@@ -75,7 +77,7 @@ class LoadEstimator:
     last_s: float = 0.0
     sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
     seen: int = 0
-    recent: deque[tuple[int, float, int, float]] = field(default_factory=deque)
+    recent: deque[tuple[int, float, int, float, float]] = field(default_factory=deque)
     first_token: tuple[float, int] = (math.inf, 0)
     done: int = 0
     predicted_tokens: float = 0.0
@@ -86,10 +88,10 @@ class LoadEstimator:
 
     def arrived(self, now_s: float, prompt_tokens: int, output_tokens: int, slo: Slo, sequences: int = 1) -> None:
         """One request came in, with its predicted output and its SLOs; it counts as many requests as `sequences`."""
-        self.recent.append((output_tokens, slo.e2e_s or math.inf, prompt_tokens, slo.ttft_s or math.inf))
+        self.recent.append((output_tokens, slo.e2e_s or math.inf, prompt_tokens, slo.ttft_s or math.inf, now_s))
         self.seen += 1
         if self.seen % _REFRESH == 1:
-            prompts_tokens, ttft_s = np.array(self.recent)[:, 2:].T
+            prompts_tokens, ttft_s = np.array(self.recent)[:, 2:4].T
             self.first_token = (float(ttft_s.min()), math.ceil(np.quantile(prompts_tokens, _LONG)))
         if self.first_s is None:
             self.first_s = self.last_s = now_s
@@ -110,8 +112,10 @@ class LoadEstimator:
         self.output_tokens = keep * self.output_tokens + output_tokens
 
     def load(self, now_s: float) -> Load | None:
-        """The load as it stands; None before half a window has been seen."""
-        if self.first_s is None or now_s - self.first_s < self.window_s / 2:
+        """The load as it stands; None before half a window has been seen, or `_FEW` requests."""
+        if self.first_s is None or now_s <= self.first_s:
+            return None
+        if now_s - self.first_s < self.window_s / 2 and self.seen < _FEW:
             return None
         n, prompts, outputs = self.sums
         seen_s = self.window_s * (1.0 - math.exp(-(now_s - self.first_s) / self.window_s))
@@ -139,10 +143,14 @@ def _burst(output_tokens: Floats, requests: float) -> float:
 class Steady:
     """What a load means if it goes on: mean watts of the engine at each clock, inf where the clock does not hold it,
     and the factor by which prompts that are yet to come stretch every iteration, shape (clocks,) each.
+
+    `by_requests`: column of the clock for 0, 1, ... requests in the system (`request_chain`); beyond its end the last
+    counts.
     """
 
     watts: Floats
     stretch: Floats
+    by_requests: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 def steady(load: Load, table: PerformanceTable, spec: EngineSpec, *, reserve: float) -> Steady:

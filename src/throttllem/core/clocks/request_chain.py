@@ -1,0 +1,191 @@
+"""Which clock for how many requests: of all ways to choose a clock by the number of requests in the engine, the one of
+least mean power.
+
+Knows nothing of the requests at hand, their deadlines or when they end: the clock controller checks those.
+"""
+
+# The theory. Requests come at rate r (Poisson) and share the engine as they would share a processor. With n of them in
+# flight at clock c, one leaves after every s(n, c) + L / n x t(n, c) seconds: its prompt lengthens one iteration by s,
+# and L tokens of an output take L / n iterations of t, since each iteration gives a token to all n. So the number of
+# requests is a birth-death chain with mu(n, c), the inverse of that, as its rate of leaving. Its stationary
+# distribution depends on the mean of L only (processor sharing is insensitive to the distribution), so exponential
+# rates stand for any lengths. Beyond N, the most that fit the engine, requests wait and mu stays mu(N, c).
+#
+# A clock for each n then is a Markov decision process with a rate of cost: the watts w(n, c), idle watts at n = 0, and
+# a price h on every request in flight (George and Harrison, "Dynamic control of a queue with adjustable service rate",
+# Operations Research 49, 2001). With g its mean and v(n) the cost that the n-th request adds until there are n - 1,
+#
+#     v(n) = min over c of (w(n, c) + h n - g + r v(n + 1)) / mu(n, c),
+#
+# solved by policy iteration: g of a policy from the stationary distribution, v from N down (beyond N, where mu is
+# constant, v is linear in n: v(n) = a n + b with a = h / (mu - r), b = (w - g + r a) / (mu - r)), then for each n the
+# clock that minimises w(n, c) - mu(n, c) v(n). Racing to idle comes out where it pays: v(1) is then worth a fast and
+# costly end.
+#
+# SLOs bind means, not each n: a request that meets slow iterations and fast ones gets its tokens at the mean pace. By
+# Little's law mean time in flight is E[n] / r, and with processor sharing that of a request with x tokens is
+# proportional to x. So a long output meets its E2E SLO if E[n] is small enough, and h, watts per request in flight, is
+# raised by bisection until it is. Where no clock does, the maximum it is.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from throttllem.core.clocks.steady_load import Load
+from throttllem.core.compiled import compiled
+from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.types import EngineSpec
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+_MOST_REQUESTS = 160
+_MOST_USE = 0.97
+"""Of what the engine can do at the maximum clock: a higher load is taken for that, as no chain settles under it."""
+_PRICES_W = 2.0 ** np.arange(-4, 13)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Chain:
+    """What the engine does with n = 1, 2, ... requests in flight, at each clock, shape (requests, clocks) each:
+    requests that leave per second, watts, seconds by which a prompt lengthens an iteration, seconds of an iteration.
+    `kv_blocks`: those of a mean request.
+    """
+
+    kv_blocks: float
+    leave_per_s: Floats
+    watts: Floats
+    prompt_s: Floats
+    step_s: Floats
+
+
+def chain(load: Load, table: PerformanceTable, spec: EngineSpec) -> Chain | None:
+    """The chain of a load; None if not even two of its requests fit the engine."""
+    blocks = (load.prompt_tokens + load.output_tokens / 2) / spec.block_tokens + 0.5
+    most = int(min(spec.max_batch, 0.9 * spec.kv_blocks / blocks, _MOST_REQUESTS))
+    if most < 2:
+        return None
+    requests = np.arange(1, most + 1)
+    kv = (requests * blocks).astype(np.int64)
+    decode = table.cells(requests, kv, np.zeros_like(requests))
+    mixed = table.cells(requests, kv, np.full(most, max(1, round(load.prompt_tokens)), dtype=np.int64))
+    step_s = table.seconds[decode].astype(np.float64)
+    prompt_s = np.maximum(table.seconds[mixed] - step_s, 0.0)
+    decode_s = load.output_tokens / requests[:, None] * step_s
+    leave_per_s = 1.0 / (prompt_s + decode_s)
+    mixed_s = np.minimum(prompt_s + step_s, prompt_s + decode_s)
+    share = mixed_s * leave_per_s
+    watts = table.watts[mixed] * share + table.watts[decode] * (1.0 - share)
+    return Chain(kv_blocks=blocks, leave_per_s=leave_per_s, watts=watts, prompt_s=prompt_s, step_s=step_s)
+
+
+def open_clocks(load: Load, states: Chain, tbt_s: float) -> Bools:
+    """Clocks at which tokens come `tbt_s` apart at most in the mean, prompts of others included; (requests, clocks)."""
+    if not math.isfinite(tbt_s):
+        return np.ones_like(states.step_s, dtype=np.bool_)
+    in_time: Bools = states.step_s <= tbt_s * (1.0 - load.requests_per_s * states.prompt_s)
+    return in_time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pace:
+    """A clock for each number of requests, and what comes of it: requests in flight, and seconds of a prompt, in the
+    mean.
+    """
+
+    column: Ints
+    mean_requests: float
+    prompt_s: float
+
+
+def least_energy_pace(load: Load, states: Chain, is_open: Bools, spec: EngineSpec, *, reserve: float) -> Pace:
+    """The pace of least mean power at which a long output meets its E2E SLO less `reserve` of it.
+
+    `is_open` (requests, clocks): which clocks may be chosen; the maximum is where none may.
+    """
+    rate = min(load.requests_per_s, _MOST_USE * float(states.leave_per_s[-1].max()))
+    is_open = is_open.copy()
+    is_open[:, -1] |= ~is_open.any(axis=1)
+
+    def priced(price_w: float) -> tuple[Pace, bool]:
+        pace = Pace(
+            *least_mean_watts(rate, states.leave_per_s, states.watts, states.prompt_s, is_open, spec.idle_w, price_w)
+        )
+        token_s = (pace.mean_requests / rate - pace.prompt_s) / load.output_tokens
+        whole_s = pace.prompt_s + load.long_output_tokens * token_s
+        return pace, load.e2e_s is None or whole_s <= load.e2e_s * (1.0 - reserve)
+
+    pace, in_time = priced(0.0)
+    low, high = 0, _PRICES_W.size - 1
+    while not in_time and low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if priced(float(_PRICES_W[middle]))[1] else (middle + 1, high)
+    return pace if in_time else priced(float(_PRICES_W[low]))[0]
+
+
+@compiled
+def least_mean_watts(
+    rate: float, leave_per_s: Floats, watts: Floats, prompt_s: Floats, is_open: Bools, idle_w: float, price_w: float
+) -> tuple[Ints, float, float]:
+    """Policy iteration from the maximum clock on: the column for each number of requests, the mean number of requests
+    in flight, and the mean seconds of a prompt.
+    """
+    most, clocks = leave_per_s.shape
+    column = np.full(most, clocks - 1)
+    added = np.empty(most)
+    likely = np.empty(most + 1)
+    mean_requests = mean_prompt_s = 0.0
+    for _ in range(40):
+        likely[0] = 1.0
+        whole, cost = 1.0, idle_w
+        mean_requests = mean_prompt_s = busy = 0.0
+        for n in range(1, most + 1):
+            c = column[n - 1]
+            ratio = rate / leave_per_s[n - 1, c]
+            likely[n] = likely[n - 1] * ratio
+            if likely[n] > 1e200:
+                scale = likely[n]
+                whole /= scale
+                cost /= scale
+                mean_requests /= scale
+                mean_prompt_s /= scale
+                busy /= scale
+                likely[n] = 1.0
+            here, further = likely[n], float(n)
+            if n == most:  # and all beyond, a geometric tail
+                here /= 1.0 - ratio
+                further = n + ratio / (1.0 - ratio)
+            whole += here
+            busy += here
+            cost += here * (watts[n - 1, c] + price_w * further)
+            mean_requests += here * further
+            mean_prompt_s += here * prompt_s[n - 1, c]
+        mean_cost = cost / whole
+        mean_requests /= whole
+        mean_prompt_s /= busy
+        c = column[most - 1]
+        drift = leave_per_s[most - 1, c] - rate
+        slope = price_w / drift
+        added[most - 1] = slope * most + (watts[most - 1, c] - mean_cost + rate * slope) / drift
+        for n in range(most - 1, 0, -1):
+            c = column[n - 1]
+            added[n - 1] = (watts[n - 1, c] + price_w * n - mean_cost + rate * added[n]) / leave_per_s[n - 1, c]
+        changed = False
+        for n in range(1, most + 1):
+            best, best_w = column[n - 1], np.inf
+            for c in range(clocks - 1, -1, -1):
+                if is_open[n - 1, c] and (n < most or leave_per_s[n - 1, c] > rate):
+                    here = watts[n - 1, c] - leave_per_s[n - 1, c] * added[n - 1]
+                    if here < best_w:
+                        best, best_w = c, here
+            if best != column[n - 1]:
+                column[n - 1] = best
+                changed = True
+        if not changed:
+            break
+    return column, mean_requests, mean_prompt_s
