@@ -111,8 +111,8 @@ def test_projection_error_is_the_mean_over_iterations():
     )
     for index, rows, blocks in ((5, 4, 8), (6, 4, 30), (7, 1, 5)):
         now = iteration(index=index, decode_sequences=rows, kv_blocks=blocks)
-        here = recorder.iteration(0.0, now, 0.1, 1.0, 1000, serving=True)
-        recorder.projected(here, now, 0.1, projection, serving=True)
+        recorder.iteration(0.0, now, 0.1, 1.0, 1000, serving=True)
+        recorder.projected(now, projection)
     # Batch: right, half, all missed (the projection had ended). KV: 2 of 8 too many, right, all missed.
     error = result(recorder).projection_error
     assert (error.batch, error.kv) == (pytest.approx((0 + 0.5 + 1) / 3), pytest.approx((0.25 + 0 + 1) / 3))

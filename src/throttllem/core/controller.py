@@ -145,6 +145,15 @@ class Controller:
         """The engine that takes new requests."""
         return self._engines.serving.engine if self._engines.serving else None
 
+    def unchanged_until(self, engine: int) -> float:
+        """The first iteration at which a sequence of the engine may have outgrown its prediction (inf: none will).
+
+        Until then one `Stepped` may stand for several iterations in which no request started, finished or was
+        preempted, if no other event came in between. O(1).
+        """
+        state = self._engines.by_id.get(engine)
+        return math.inf if state is None else 0 if state.stale else state.board.next_end
+
     def waiting(self) -> int:
         """Requests in the queue. O(1)."""
         return len(self._queue.waiting)

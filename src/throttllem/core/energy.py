@@ -41,6 +41,14 @@ class EnergyLedger:
         for request_id, share in chunks:
             self._own_j[request_id] = self._own_j.get(request_id, 0.0) + each * share
 
+    def iterations(self, joules: Iterable[float], decode_sequences: int) -> None:
+        """Energy of iterations in which the same sequences, at least one, only decode."""
+        total_j, per_sequence_j = self.total_j, self._per_sequence_j
+        for each_j in joules:
+            total_j += each_j
+            per_sequence_j += each_j / decode_sequences
+        self.total_j, self._per_sequence_j = total_j, per_sequence_j
+
     def join(self, request_id: int, sequences: int = 1) -> None:
         """A request decodes `sequences` side by side from the next iteration on."""
         self._joined_at[request_id] = self._per_sequence_j

@@ -95,28 +95,31 @@ class Simulation:
         self._agenda: list[tuple[float, int, int, int, int]] = []
         self._scheduled = 0
         self._open = 0
+        self._arrival_s = 0.0
         self._freed_since_s = 0.0
 
     def run(self, requests: Iterable[Request], tp: int, progress: Callable[[int], None] = lambda _: None) -> None:
         """Serve all requests, beginning with one engine of size `tp` that is up; `progress` gets how many arrived."""
-        self._bring_up(0, tp)
         upcoming = iter(requests)
         request = next(upcoming, None)
+        self._arrival_s = request.arrival_s if request else math.inf
+        self._bring_up(0, tp)
         arrived = 0
         while request is not None or self._open:
-            arrival_s = request.arrival_s if request else math.inf
             agenda_s = self._agenda[0][0] if self._agenda else math.inf
             timer_s = self._controller.next_deadline()
-            next_s = min(arrival_s, agenda_s, math.inf if timer_s is None else timer_s)
+            next_s = min(self._arrival_s, agenda_s, math.inf if timer_s is None else timer_s)
             assert next_s < math.inf, "requests are open and no event is to come"
             self.now_s = max(self.now_s, next_s)
             if agenda_s <= self.now_s:
                 self._take_from_agenda()
-            elif request is not None and arrival_s <= self.now_s:
+            elif request is not None and self._arrival_s <= self.now_s:
+                event = Arrived(request=request)
                 self._open += 1
                 self._recorder.arrived(request)
-                self._handle(Arrived(request=request))
                 request = next(upcoming, None)
+                self._arrival_s = request.arrival_s if request else math.inf
+                self._handle(event)
                 arrived += 1
                 if arrived % 64 == 0:
                     progress(arrived)
@@ -155,13 +158,13 @@ class Simulation:
             self._recorder.decisions_s.add(perf_counter() - before)
         for command in commands:
             self._do(command)
+        if commands or isinstance(event, Arrived):
+            gpus = sum(up.tp for up in self._engines.values()) + sum(tp for tp, _ in self._starting.values())
+            self._recorder.state(self.now_s, self._controller.waiting(), gpus)
         for key, up in self._engines.items():
             if up.idle_since_s is not None and len(up.engine.batcher):
                 self._end_idle(up)
                 self._begin_iteration(key, up)
-        if commands or isinstance(event, Arrived):
-            gpus = sum(up.tp for up in self._engines.values()) + sum(tp for tp, _ in self._starting.values())
-            self._recorder.state(self.now_s, self._controller.waiting(), gpus)
 
     def _commands(self, event: Event) -> list[Command]:
         commands = self._controller.handle(event, self.now_s)
@@ -208,19 +211,41 @@ class Simulation:
         self._handle(EngineReady(engine=key, spec=spec))
 
     def _begin_iteration(self, key: int, up: Running) -> None:
+        if self._watch is None and len(self._engines) == 1:
+            self._decode(key, up)
         step = up.engine.step()
         if step is None:
             up.idle_since_s = self.now_s
             return
         iteration, seconds, watts = step
         serving = key == self._controller.serving()
-        here = self._recorder.iteration(
-            self.now_s, iteration, seconds, seconds * watts, up.engine.clock_mhz, serving=serving
-        )
+        self._recorder.iteration(self.now_s, iteration, seconds, seconds * watts, up.engine.clock_mhz, serving=serving)
         projection = self._controller.projection(key)
         if projection is not None:
-            self._recorder.projected(here, iteration, seconds, projection, serving=serving)
+            self._recorder.projected(iteration, projection)
         self._schedule(self.now_s + seconds, _END_OF_ITERATION, key)
+
+    def _decode(self, key: int, up: Running) -> None:
+        """Run iterations of the only engine at once that change nothing: none starts or ends a request, and nothing
+        else comes in before the end of the last one. The core hears of that one alone.
+        """
+        timer_s = self._controller.next_deadline()
+        agenda_s = self._agenda[0][0] if self._agenda else math.inf
+        first = up.engine.batcher.iteration
+        ran, end_s = up.engine.decode(
+            self.now_s,
+            limit_s=min(self._arrival_s, agenda_s, math.inf if timer_s is None else timer_s),
+            before=self._controller.unchanged_until(key),
+            steps=self._recorder.steps,
+            filled=self._recorder.filled,
+        )
+        if not ran:
+            return
+        serving, projection = key == self._controller.serving(), self._controller.projection(key)
+        self._recorder.decoded(ran, up.engine.clock_mhz, first, projection, serving=serving)
+        self.now_s = end_s
+        commands = self._controller.handle(Stepped(engine=key, iteration=first + ran - 1), end_s)
+        assert not commands, f"nothing changed, yet {commands}"
 
     def _end_iteration(self, key: int, up: Running) -> None:
         outcome, energies = up.engine.finish()

@@ -1,5 +1,8 @@
 """Measures one run, and makes its result, in memory that does not grow with the run. Knows nothing of policies."""
 
+# Iterations are written down one after the other and summed up many at a time, by a compiled loop that adds in their
+# order. What must come between two of them (idle time, another number of GPUs) sums up those before it first.
+
 from __future__ import annotations
 
 import math
@@ -8,13 +11,32 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from throttllem.core.clocks.savings_estimate import SavingsEstimate
+from throttllem.core.compiled import compiled
 from throttllem.core.forecast.projection import Projection
 from throttllem.core.types import Request, Slo
 from throttllem.engines.simulated.batcher import Iteration
+from throttllem.physics.iterations import STEP, Floats, Records
 from throttllem.sim.result import Distributions, ProjectionError, RunResult, Series, SloOutcome
 from throttllem.sim.samples import Samples
 
 _GAP_EDGES_S = np.concatenate([[0.0], np.geomspace(1e-3, 10.0, 161), [math.inf]])
+_STEPS = 4096
+"""Iterations that are written down before they are summed up."""
+_SUMS = np.dtype(
+    [
+        ("busy_s", np.float64),
+        ("clock", np.float64),
+        ("joules", np.float64),
+        ("batch", np.float64),
+        ("batch_projected", np.float64),
+        ("kv", np.float64),
+        ("kv_projected", np.float64),
+        ("projected_s", np.float64),
+    ]
+)
+"""Sums over the iterations of one bin of the run's time."""
+_MARKS = np.dtype([("serving", np.bool_), ("projects", np.bool_), ("batch", np.int64), ("kv_blocks", np.int64)])
+"""Of an iteration: whether its engine takes new requests, and what was projected of it, if anything."""
 
 
 @dataclass(slots=True)
@@ -28,22 +50,6 @@ class Life:
     paused_s: float | None = None
     """Since when a preempted request has given no token."""
     energy_j: float = 0.0
-
-
-@dataclass(slots=True)
-class Bin:
-    """Sums over one bin of the run's time."""
-
-    busy_s: float = 0.0
-    clock: float = 0.0
-    joules: float = 0.0
-    batch: float = 0.0
-    batch_projected: float = 0.0
-    kv: float = 0.0
-    kv_projected: float = 0.0
-    projected_s: float = 0.0
-    queue: float = 0.0
-    tp: int | None = None
 
 
 @dataclass(slots=True)
@@ -117,14 +123,24 @@ class Recorder:
     sizes: list[tuple[float, int]] = field(default_factory=list)
     decisions_s: Samples = field(default_factory=Samples)
     switches: int = 0
+    steps: Records = field(default_factory=lambda: np.zeros(_STEPS, STEP))
+    filled: int = 0
+    """Of `steps`: iterations that are written down; an engine that runs many at once writes behind them."""
+    _marks: Records = field(default_factory=lambda: np.zeros(_STEPS, _MARKS))
     _gpus: int | None = None
-    _bins: list[Bin] = field(default_factory=list)
+    _sums: Records = field(default_factory=lambda: np.zeros(64, _SUMS))
+    _queue: list[float] = field(default_factory=list)
+    """The longest queue of each bin; as long as there are bins."""
+    _tp: list[int | None] = field(default_factory=list)
     _requests: Requests = field(default_factory=Requests)
     _gaps_s: Samples = field(default_factory=Samples)
-    _busy_s: dict[int, float] = field(default_factory=dict)
+    _clocks: dict[int, None] = field(default_factory=dict)
+    """In order of their first iteration."""
+    _busy_s: Floats = field(default_factory=lambda: np.zeros(4096))
+    """By clock in MHz."""
     _projected: int = 0
-    _batch_error: float = 0.0
-    _kv_error: float = 0.0
+    _errors: Floats = field(default_factory=lambda: np.zeros(2))
+    """Sums of the relative errors of batch and KV blocks."""
 
     def arrived(self, request: Request) -> None:
         """A request arrived."""
@@ -145,36 +161,74 @@ class Recorder:
 
     def iteration(
         self, at_s: float, iteration: Iteration, seconds: float, joules: float, clock_mhz: int, serving: bool
-    ) -> Bin:
-        """One iteration of one engine; returns its bin, for the projection of the same iteration."""
-        here = self._bin(int(at_s / self.bin_s))
-        here.joules += joules
-        if serving:
-            here.busy_s += seconds
-            here.clock += clock_mhz * seconds
-            here.batch += iteration.batch * seconds
-            here.kv += iteration.kv_blocks * seconds
-        self._busy_s[clock_mhz] = self._busy_s.get(clock_mhz, 0.0) + seconds
-        if self.estimate is not None:
-            self.estimate.worked(
-                seconds=seconds,
-                joules=joules,
-                steps=1,
-                output_tokens=iteration.decode_sequences,
-                prompts=len(iteration.prefills),
-                prompt_tokens=sum(tokens for _, tokens in iteration.prefills),
-                kv_block_steps=iteration.kv_blocks,
-                clock_mhz=clock_mhz,
-            )
-        if iteration.decode_sequences:
-            self._gaps_s.add(seconds, iteration.decode_sequences)
+    ) -> None:
+        """One iteration of one engine."""
+        if self.filled == _STEPS:
+            self._sum_up()
+        self.steps[self.filled] = (
+            at_s,
+            seconds,
+            joules,
+            clock_mhz,
+            iteration.decode_sequences,
+            len(iteration.prefills),
+            iteration.prefill_tokens,
+            iteration.kv_blocks,
+        )
+        self._mark(1, clock_mhz, serving)
         for request_id in iteration.preempted:
             self.lives[request_id].paused_s = at_s
         for request_id, _ in iteration.prefills:
             life = self.lives[request_id]
             if life.begun_s is None:
                 life.begun_s = at_s
-        return here
+
+    def decoded(self, ran: int, clock_mhz: int, first: int, projection: Projection | None, *, serving: bool) -> None:
+        """Iterations from `first` on that only decoded, which their engine wrote to `steps`, and their projection."""
+        self._mark(ran, clock_mhz, serving)
+        if projection is not None:
+            self._compare(ran, first, projection)
+
+    def projected(self, iteration: Iteration, projection: Projection) -> None:
+        """Compare the last iteration with its projection; one that ended too early projects 0."""
+        self._compare(1, iteration.index, projection)
+
+    def _mark(self, ran: int, clock_mhz: int, serving: bool) -> None:
+        if clock_mhz not in self._clocks:
+            self._clocks[clock_mhz] = None
+            if clock_mhz >= self._busy_s.size:
+                self._busy_s = np.append(self._busy_s, np.zeros(clock_mhz))
+        self._marks[self.filled : self.filled + ran] = (serving, False, 0, 0)
+        self.filled += ran
+
+    def _compare(self, ran: int, first: int, projection: Projection) -> None:
+        marks, offset = self._marks[self.filled - ran : self.filled], first - projection.first
+        marks["projects"] = True
+        inside = slice(max(0, offset), max(0, offset + ran))
+        batch, skipped = projection.batch[inside], max(0, -offset)
+        marks["batch"][skipped : skipped + batch.size] = batch
+        marks["kv_blocks"][skipped : skipped + batch.size] = projection.kv_blocks[inside]
+
+    def _sum_up(self) -> None:
+        """Sum up the iterations that are written down."""
+        if not self.filled:
+            return
+        steps, marks = self.steps[: self.filled], self._marks[: self.filled]
+        self.filled = 0
+        self._bin(int(steps["begin_s"].max() / self.bin_s))
+        self._projected += _add(steps, marks, self.bin_s, self._sums, self._busy_s, self._errors)
+        decodes = steps["sequences"] > 0
+        self._gaps_s.extend(steps["seconds"][decodes], steps["sequences"][decodes])
+        if self.estimate is not None:
+            self.estimate.stepped(
+                seconds=steps["seconds"],
+                joules=steps["joules"],
+                output_tokens=steps["sequences"],
+                prompts=steps["prompts"],
+                prompt_tokens=steps["prompt_tokens"],
+                kv_blocks=steps["kv_blocks"],
+                clocks_mhz=steps["clock_mhz"],
+            )
 
     def token(self, request_id: int, at_s: float) -> None:
         """A request gave its first token, or its first after a preemption: that wait is a gap like any other."""
@@ -182,38 +236,29 @@ class Recorder:
         if life.first_token_s is None:
             life.first_token_s = at_s
         elif life.paused_s is not None:
+            self._sum_up()
             self._gaps_s.add(at_s - life.paused_s)
         life.paused_s = None
 
-    def projected(self, here: Bin, iteration: Iteration, seconds: float, projection: Projection, serving: bool) -> None:
-        """Compare this iteration with its projection; one that ended too early projects 0."""
-        offset = iteration.index - projection.first
-        inside = 0 <= offset < projection.batch.size
-        batch = int(projection.batch[offset]) if inside else 0
-        kv = int(projection.kv_blocks[offset]) if inside else 0
-        self._projected += 1
-        self._batch_error += abs(batch - iteration.batch) / iteration.batch
-        self._kv_error += abs(kv - iteration.kv_blocks) / iteration.kv_blocks
-        if serving:
-            here.projected_s += seconds
-            here.batch_projected += batch * seconds
-            here.kv_projected += kv * seconds
-
     def idle(self, from_s: float, to_s: float, watts: float) -> None:
         """Power without an iteration, spread over the bins that it covers."""
+        self._sum_up()
         if self.estimate is not None:
             self.estimate.idle(to_s - from_s, watts * (to_s - from_s))
         for index in range(int(from_s / self.bin_s), int(to_s / self.bin_s) + 1):
             begin_s, end_s = max(from_s, index * self.bin_s), min(to_s, (index + 1) * self.bin_s)
             if end_s > begin_s:
-                self._bin(index).joules += watts * (end_s - begin_s)
+                self._bin(index)
+                self._sums["joules"][index] += watts * (end_s - begin_s)
 
     def state(self, at_s: float, queue: int, gpus: int) -> None:
         """Queue length and GPUs that are up, at a change."""
+        if gpus != self._gpus:
+            self._sum_up()
         here = self._bin(int(at_s / self.bin_s))
-        here.queue = max(here.queue, queue)
+        self._queue[here] = max(self._queue[here], queue)
         self._gpus = gpus
-        here.tp = max(here.tp or 0, gpus)
+        self._tp[here] = max(self._tp[here] or 0, gpus)
 
     def result(
         self,
@@ -227,9 +272,11 @@ class Recorder:
         preemptions: int,
     ) -> RunResult:
         """All measurements of the run."""
+        self._sum_up()
         of = self._requests
         gaps, sequences = self._gaps_s.points()
-        busy_s = sum(self._busy_s.values())
+        busy_s_by_mhz = {mhz: float(self._busy_s[mhz]) for mhz in self._clocks}
+        busy_s = sum(busy_s_by_mhz.values())
         return RunResult(
             policy=policy,
             requests=of.arrived,
@@ -243,8 +290,8 @@ class Recorder:
             idle_energy_j=idle_energy_j,
             saved_estimate=self._saved_estimate(energy_j),
             tokens_per_joule=of.generated_tokens / energy_j if energy_j else 0.0,
-            mean_clock_mhz=sum(mhz * s for mhz, s in self._busy_s.items()) / busy_s if busy_s else 0.0,
-            busy_s_by_mhz=dict(sorted(self._busy_s.items())),
+            mean_clock_mhz=sum(mhz * s for mhz, s in busy_s_by_mhz.items()) / busy_s if busy_s else 0.0,
+            busy_s_by_mhz=dict(sorted(busy_s_by_mhz.items())),
             clock_switches=self.switches,
             preemptions=preemptions,
             ttft_s=of.ttft_s.quantiles(),
@@ -266,10 +313,14 @@ class Recorder:
             ),
         )
 
-    def _bin(self, index: int) -> Bin:
-        while len(self._bins) <= index:
-            self._bins.append(Bin(tp=self._gpus))
-        return self._bins[index]
+    def _bin(self, index: int) -> int:
+        """The bin, made if it was not there."""
+        while len(self._tp) <= index:
+            self._tp.append(self._gpus)
+            self._queue.append(0.0)
+        if index >= self._sums.size:
+            self._sums = np.append(self._sums, np.zeros(index + 1, _SUMS))
+        return index
 
     def _saved_estimate(self, energy_j: float) -> float | None:
         top_j = self.estimate.joules() if self.estimate is not None else 0.0
@@ -278,18 +329,55 @@ class Recorder:
     def _projection_error(self) -> ProjectionError | None:
         if not self._projected:
             return None
-        return ProjectionError(batch=self._batch_error / self._projected, kv=self._kv_error / self._projected)
+        batch, kv = (self._errors / self._projected).tolist()
+        return ProjectionError(batch=batch, kv=kv)
 
     def _series(self) -> Series:
-        bins = self._bins
+        bins = len(self._tp)
+        sums = self._sums[:bins]
+        busy_s, projected_s = sums["busy_s"].tolist(), sums["projected_s"].tolist()
+        means = {name: _means(sums[name].tolist(), busy_s) for name in ("clock", "batch", "kv")}
+        projected = {name: _means(sums[name].tolist(), projected_s) for name in ("batch_projected", "kv_projected")}
         return Series(
-            time_s=[index * self.bin_s for index in range(len(bins))],
-            clock_mhz=[b.clock / b.busy_s if b.busy_s else None for b in bins],
-            power_w=[b.joules / self.bin_s for b in bins],
-            batch=[b.batch / b.busy_s if b.busy_s else None for b in bins],
-            batch_projected=[b.batch_projected / b.projected_s if b.projected_s else None for b in bins],
-            kv_blocks=[b.kv / b.busy_s if b.busy_s else None for b in bins],
-            kv_projected=[b.kv_projected / b.projected_s if b.projected_s else None for b in bins],
-            queue=[b.queue for b in bins],
-            tp=[b.tp for b in bins],
+            time_s=[index * self.bin_s for index in range(bins)],
+            clock_mhz=means["clock"],
+            power_w=[joules / self.bin_s for joules in sums["joules"].tolist()],
+            batch=means["batch"],
+            batch_projected=projected["batch_projected"],
+            kv_blocks=means["kv"],
+            kv_projected=projected["kv_projected"],
+            queue=self._queue,
+            tp=self._tp,
         )
+
+
+def _means(sums: list[float], seconds: list[float]) -> list[float | None]:
+    """Of each bin; None where no time counts."""
+    return [total / over_s if over_s else None for total, over_s in zip(sums, seconds, strict=True)]
+
+
+@compiled
+def _add(steps: Records, marks: Records, bin_s: float, sums: Records, busy_s: Floats, errors: Floats) -> int:
+    """Add iterations to the sums of their bins, the time at their clocks, and the errors of their projections; how many
+    were projected.
+    """
+    projected = 0
+    for number in range(steps.size):
+        step, mark = steps[number], marks[number]
+        here, batch = sums[int(step.begin_s / bin_s)], step.sequences + step.prompts
+        here.joules += step.joules
+        busy_s[step.clock_mhz] += step.seconds
+        if mark.serving:
+            here.busy_s += step.seconds
+            here.clock += step.clock_mhz * step.seconds
+            here.batch += batch * step.seconds
+            here.kv += step.kv_blocks * step.seconds
+        if mark.projects:
+            projected += 1
+            errors[0] += abs(mark.batch - batch) / batch
+            errors[1] += abs(mark.kv_blocks - step.kv_blocks) / step.kv_blocks
+            if mark.serving:
+                here.projected_s += step.seconds
+                here.batch_projected += mark.batch * step.seconds
+                here.kv_projected += mark.kv_blocks * step.seconds
+    return projected

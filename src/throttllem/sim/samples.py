@@ -42,6 +42,17 @@ class Samples:
         if len(self._values) >= MOST_VALUES:
             self._fold()
 
+    def extend(self, values_s: Floats, times: Counts) -> None:
+        """Count values, each so often."""
+        first = 0
+        while first < len(values_s):
+            last = first + MOST_VALUES - len(self._values)
+            self._values.frombytes(values_s[first:last].tobytes())
+            self._times.frombytes(times[first:last].tobytes())
+            first = last
+            if len(self._values) >= MOST_VALUES:
+                self._fold()
+
     @property
     def exact(self) -> bool:
         """Whether percentiles come from the values themselves."""

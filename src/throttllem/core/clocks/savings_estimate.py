@@ -24,12 +24,16 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from throttllem.core.clocks.steady_load import Load, steady
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.types import EngineSpec
 
 _SLICE_S = 30.0
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -102,6 +106,45 @@ class SavingsEstimate:
             here.ran.append((*each, columns[0], seconds))
         self._close()
 
+    def stepped(
+        self,
+        *,
+        seconds: Floats,
+        joules: Floats,
+        output_tokens: Ints,
+        prompts: Ints,
+        prompt_tokens: Ints,
+        kv_blocks: Ints,
+        clocks_mhz: Ints,
+    ) -> None:
+        """Iterations of an engine that gives a sequence one token a step, shape (steps,) each; as if `worked` were told
+        of one after the other.
+        """
+        top, first = self._column(None), 0
+        columns = np.maximum(np.searchsorted(self.table.clocks_mhz, clocks_mhz, side="right") - 1, 0)
+        while first < seconds.size:
+            here = self._slice
+            elapsed_s = _running_sums(here.seconds, seconds[first:])
+            last = first + min(int(np.searchsorted(elapsed_s, _SLICE_S)) + 1, seconds.size - first)
+            part = slice(first, last)
+            here.seconds = float(elapsed_s[last - first - 1])
+            here.joules = float(_running_sums(here.joules, joules[part])[-1])
+            here.steps += last - first
+            here.tokens += int(output_tokens[part].sum())
+            here.sequence_steps += float(output_tokens[part].sum())
+            here.kv_blocks += int(kv_blocks[part].sum())
+            here.prompts += int(prompts[part].sum())
+            here.prompt_tokens += int(prompt_tokens[part].sum())
+            for column in dict.fromkeys(columns[part].tolist()):
+                at = seconds[part][columns[part] == column]
+                before_s = here.busy_s.get((column, top), 0.0)
+                here.busy_s[column, top] = float(_running_sums(before_s, at)[-1])
+            batch = output_tokens[part] + prompts[part]
+            each = (batch, kv_blocks[part], prompt_tokens[part], columns[part], seconds[part])
+            here.ran.extend(zip(*(values.tolist() for values in each), strict=True))
+            self._close()
+            first = last
+
     def joules(self) -> float:
         """What everything so far would have taken, the slice under way as the last one. It never falls."""
         self._shown_j = max(self._shown_j, self._closed_j + self._slice.joules * self._ratio)
@@ -169,3 +212,9 @@ class SavingsEstimate:
             joules += here.joules * spent_s / busy_s * longer * float(watts[other] / watts[column])
             idle_s += spent_s * max(0.0, 1.0 - longer)
         return joules + idle_s * spec.idle_w
+
+
+def _running_sums(before: float, values: Floats) -> Floats:
+    """The sums after each value, added in their order."""
+    sums: Floats = np.cumsum(np.concatenate(([before], values)))[1:]
+    return sums

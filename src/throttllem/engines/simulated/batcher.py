@@ -4,40 +4,32 @@
 preempted), `end` counts its tokens. Knows nothing of seconds, watts or texts.
 """
 
-# Both are O(1) while the batch is unchanged. All running sequences gain one token an iteration, so
-# - their KV tokens are a sum (of prompt tokens minus start iteration) plus batch size times iteration;
-# - a sequence needs a new KV block in every `block_tokens`-th iteration, so the sequences that need one in iteration k
-#   are those of one residue class modulo `block_tokens`, and a counter per class is enough;
-# - the iteration of a sequence's last token is known when it starts, and is entered in `_finish_at`.
-# A token's keys and values are written in the iteration after the one that made it: the start iteration of a prompt of
-# q tokens holds q, the j-th one after it q + j.
+# The state is in arrays, and what changes it is compiled: `physics.iterations`, which also explains how an iteration is
+# O(1) while the batch is unchanged. Here is what Python sees of it, by the requests' ids.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
-from throttllem.core.forecast.projection import pack
+import numpy as np
+
 from throttllem.core.types import EngineSpec
-
-
-@dataclass(slots=True)
-class Sequence:
-    """One request inside the engine. The batcher is its only writer.
-
-    `prompt_tokens` includes the tokens generated before a preemption; `left_tokens` are still to be generated;
-    `prefilled_tokens` of the prompt are in the KV cache; `start` is the iteration of the first token since the last
-    (re)start.
-    """
-
-    request_id: int
-    prompt_tokens: int
-    left_tokens: int
-    reserved_blocks: int
-    prefilled_tokens: int = 0
-    start: int = -1
+from throttllem.physics.iterations import (
+    CHUNK_TOKENS,
+    CHUNKS,
+    COUNTS,
+    FINISHED,
+    NEVER,
+    PREEMPTED,
+    RULES,
+    SEQUENCE,
+    STARTED,
+    Batch,
+    begin,
+    cancel,
+    end,
+    join,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,38 +68,49 @@ class Outcome:
     preempted: tuple[int, ...]
 
 
+_SLOTS = 64
+
+
 class Batcher:
     """Paged KV blocks, whole or chunked prompts, reservation or preemption by recomputation, by the engine's spec."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
-        self.iteration = 0
-        self.used_blocks = 0
-        self.preemptions = 0
-        self._reserved_blocks = 0
-        self._waiting: deque[Sequence] = deque()
-        self._prefilling: list[Sequence] = []
-        self._running: dict[int, Sequence] = {}
-        self._tokens_ahead = 0
-        self._by_residue = [0] * spec.block_tokens
-        self._finish_at: dict[int, list[Sequence]] = {}
-        self._chunks: list[tuple[Sequence, int]] = []
-        self._preempted: tuple[int, ...] = ()
+        self.state = new_batch(spec, _SLOTS)
+        self._counts = self.state.counts[0]
+        self._requests = [0] * _SLOTS
+        self._slots: dict[int, int] = {}
+        self._free = list(reversed(range(_SLOTS)))
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._prefilling) + len(self._running)
+        return len(self._slots)
+
+    @property
+    def iteration(self) -> int:
+        """The iteration under way, or the next to begin."""
+        return int(self._counts["iteration"])
+
+    @property
+    def used_blocks(self) -> int:
+        """KV blocks in use."""
+        return int(self._counts["used_blocks"])
+
+    @property
+    def preemptions(self) -> int:
+        """Sequences that were preempted so far."""
+        return int(self._counts["preemptions"])
 
     @property
     def waiting(self) -> int:
         """Requests that hold no KV blocks."""
-        return len(self._waiting)
+        return int(self._counts["waiting"])
 
     def add(self, request_id: int, *, prompt_tokens: int, output_tokens: int, max_tokens: int) -> None:
         """Add a request that will generate `output_tokens`, which the engine learns only with the last one.
 
         Raises ValueError if its prompt and max_tokens can never fit.
         """
-        blocks = self._blocks(prompt_tokens + max_tokens)
+        blocks = -(-(prompt_tokens + max_tokens) // self.spec.block_tokens)
         if not 1 <= output_tokens <= max_tokens or prompt_tokens < 1:
             raise ValueError(
                 f"request {request_id}: prompt {prompt_tokens}, answer {output_tokens}, max_tokens {max_tokens}: "
@@ -115,156 +118,78 @@ class Batcher:
             )
         if blocks > self.spec.kv_blocks or prompt_tokens + max_tokens > self.spec.max_context_tokens:
             raise ValueError(f"request {request_id}: {prompt_tokens} + {max_tokens} tokens can never fit this engine")
-        self._waiting.append(
-            Sequence(
-                request_id=request_id, prompt_tokens=prompt_tokens, left_tokens=output_tokens, reserved_blocks=blocks
-            )
-        )
+        if not self._free:
+            self._extend()
+        slot = self._slots[request_id] = self._free.pop()
+        self._requests[slot] = request_id
+        join(self.state, slot, prompt_tokens, output_tokens, blocks)
 
     def cancel(self, request_id: int) -> None:
         """Remove a request before its end, between two iterations. Raises KeyError if it is not here."""
-        if request_id in self._running:
-            sequence = self._running[request_id]
-            self._finish_at[sequence.start + sequence.left_tokens - 1].remove(sequence)
-            self._leave(sequence, self.iteration - 1)
-            return
-        for sequence in (*self._prefilling, *self._waiting):
-            if sequence.request_id == request_id:
-                if sequence in self._prefilling:
-                    self._drop_prompt(sequence)
-                else:
-                    self._waiting.remove(sequence)
-                return
-        raise KeyError(request_id)
+        slot = self._slots.pop(request_id)
+        cancel(self.state, slot)
+        self._free.append(slot)
 
     def begin(self) -> Iteration | None:
         """Compose the next iteration; None if there is nothing to run."""
-        if not len(self):
+        if not self._slots:
             return None
-        k = self.iteration
-        self._preempted = preempted = tuple(self._grow(k))
-        decode_sequences = len(self._running)
-        self._chunks = list(self._take_prompts(decode_sequences, admit=not preempted))
-        prefill_tokens, pairs = 0, 0.0
-        for sequence, tokens in self._chunks:
-            prefill_tokens += tokens
-            pairs += tokens * (sequence.prefilled_tokens + tokens / 2)
+        (decode_sequences, kv_tokens, prefill_tokens, pairs), (index, used_blocks, chunks, preempted) = begin(
+            self.state
+        )
         return Iteration(
-            index=k,
+            index=index,
             decode_sequences=decode_sequences,
-            kv_tokens=self._tokens_ahead + decode_sequences * k,
-            kv_blocks=self.used_blocks,
-            prefills=tuple((sequence.request_id, tokens) for sequence, tokens in self._chunks),
+            kv_tokens=kv_tokens,
+            kv_blocks=used_blocks,
+            prefills=tuple(zip(self._named(CHUNKS, chunks), self._tokens(chunks), strict=True)) if chunks else (),
             prefill_tokens=prefill_tokens,
             prefill_pairs=pairs,
-            preempted=preempted,
+            preempted=self._named(PREEMPTED, preempted),
         )
 
     def end(self) -> Outcome:
         """Count the tokens of the iteration that `begin` composed."""
-        k = self.iteration
-        started = []
-        for sequence, tokens in self._chunks:
-            sequence.prefilled_tokens += tokens
-            if sequence.prefilled_tokens == sequence.prompt_tokens:
-                started.append(sequence.request_id)
-                self._prefilling.remove(sequence)
-                self._run(sequence, k)
-        self._chunks = []
-        finished = self._finish_at.pop(k, [])
-        for sequence in finished:
-            self._leave(sequence, k)
-        self.iteration = k + 1
+        index, preempted, started, finished = end(self.state)
+        ended = self._named(FINISHED, finished)
+        for request_id in ended:
+            self._free.append(self._slots.pop(request_id))
         return Outcome(
-            index=k,
-            started=tuple(started),
-            finished=tuple(sequence.request_id for sequence in finished),
-            preempted=self._preempted,
+            index=index,
+            started=self._named(STARTED, started),
+            finished=ended,
+            preempted=self._named(PREEMPTED, preempted),
         )
 
-    # ---- KV blocks -------------------------------------------------------------------------------------------
+    def _named(self, which: int, count: int) -> tuple[int, ...]:
+        """The requests of one list."""
+        if not count:
+            return ()
+        return tuple(self._requests[slot] for slot in self.state.lists[which, :count].tolist())
 
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.spec.block_tokens)
+    def _tokens(self, chunks: int) -> list[int]:
+        tokens: list[int] = self.state.lists[CHUNK_TOKENS, :chunks].tolist()
+        return tokens
 
-    def _residue(self, sequence: Sequence) -> int:
-        """The iterations (modulo the block size) in which a running sequence needs a new block."""
-        return (1 - (sequence.prompt_tokens - sequence.start)) % self.spec.block_tokens
+    def _extend(self) -> None:
+        """Twice as many slots."""
+        slots = len(self._requests)
+        self.state = self.state._replace(sequences=np.concatenate([self.state.sequences, np.zeros(slots, SEQUENCE)]))
+        self._requests.extend([0] * slots)
+        self._free.extend(reversed(range(slots, 2 * slots)))
 
-    def _grow(self, k: int) -> Iterator[int]:
-        """Allocate the new blocks of iteration k, preempting the latest sequences where blocks run out."""
-        while self._by_residue[k % self.spec.block_tokens] > self.spec.kv_blocks - self.used_blocks:
-            victim = self._prefilling[-1] if self._prefilling else self._running[next(reversed(self._running))]
-            self._preempt(victim, k)
-            yield victim.request_id
-        self.used_blocks += self._by_residue[k % self.spec.block_tokens]
 
-    def _preempt(self, victim: Sequence, k: int) -> None:
-        """Recompute later: the generated tokens become part of the prompt."""
-        self.preemptions += 1
-        if victim.start < 0:
-            self._drop_prompt(victim)
-        else:
-            last = victim.start + victim.left_tokens - 1
-            self._finish_at[last].remove(victim)
-            self._leave(victim, k - 1)
-            done = k - victim.start
-            victim.prompt_tokens += done
-            victim.left_tokens -= done
-        victim.prefilled_tokens, victim.start = 0, -1
-        self._waiting.appendleft(victim)
-
-    # ---- sequences -------------------------------------------------------------------------------------------
-
-    def _take_prompts(self, decode_sequences: int, *, admit: bool) -> Iterator[tuple[Sequence, int]]:
-        """The prompt tokens of this iteration, first come first served; no prompt starts right after a preemption."""
-        spec = self.spec
-        partial = len(self._prefilling)
-        candidates = chain(self._prefilling, self._waiting) if admit else iter(tuple(self._prefilling))
-        slots = spec.max_batch - decode_sequences if admit else partial
-        taken = pack(
-            (sequence.prompt_tokens - sequence.prefilled_tokens for sequence in candidates),
-            decode_sequences,
-            budget=spec.prefill_budget_tokens,
-            slots=slots,
-            chunked=spec.chunked,
-        )
-        for sequence, tokens in zip(self._prefilling[:], taken, strict=False):
-            yield sequence, tokens
-        for tokens in taken[partial:]:
-            sequence = self._waiting[0]
-            if not self._hold_prompt(sequence):
-                return
-            self._prefilling.append(self._waiting.popleft())
-            yield sequence, tokens
-
-    def _hold_prompt(self, sequence: Sequence) -> bool:
-        """Allocate the blocks of a whole prompt (and its reservation), if they are free."""
-        spec, blocks = self.spec, self._blocks(sequence.prompt_tokens)
-        reserved = self._reserved_blocks + sequence.reserved_blocks
-        if self.used_blocks + blocks > spec.kv_blocks or (spec.no_evict and reserved > spec.kv_blocks):
-            return False
-        self.used_blocks += blocks
-        self._reserved_blocks = reserved
-        return True
-
-    def _drop_prompt(self, sequence: Sequence) -> None:
-        """Free the blocks of a prompt that is not processed yet."""
-        self._prefilling.remove(sequence)
-        self.used_blocks -= self._blocks(sequence.prompt_tokens)
-        self._reserved_blocks -= sequence.reserved_blocks
-
-    def _run(self, sequence: Sequence, k: int) -> None:
-        sequence.start = k
-        self._running[sequence.request_id] = sequence
-        self._tokens_ahead += sequence.prompt_tokens - k
-        self._by_residue[self._residue(sequence)] += 1
-        self._finish_at.setdefault(k + sequence.left_tokens - 1, []).append(sequence)
-
-    def _leave(self, sequence: Sequence, k: int) -> None:
-        """Free the blocks of a running sequence after iteration k."""
-        del self._running[sequence.request_id]
-        self._tokens_ahead -= sequence.prompt_tokens - sequence.start
-        self._by_residue[self._residue(sequence)] -= 1
-        self.used_blocks -= self._blocks(sequence.prompt_tokens + k - sequence.start)
-        self._reserved_blocks -= sequence.reserved_blocks
+def new_batch(spec: EngineSpec, slots: int) -> Batch:
+    """An engine in which nothing runs, with room for that many requests."""
+    rules, counts = np.zeros(1, RULES), np.zeros(1, COUNTS)
+    for name in RULES.names or ():
+        rules[name] = getattr(spec, name)
+    counts["next_finish"], counts["first_waiting"], counts["last_waiting"] = NEVER, -1, -1
+    at_once = min(spec.max_batch, spec.kv_blocks)
+    return Batch(
+        rules=rules,
+        counts=counts,
+        sequences=np.zeros(slots, SEQUENCE),
+        lists=np.zeros((FINISHED + 1, at_once), np.int64),
+        residues=np.zeros(spec.block_tokens, np.int64),
+    )

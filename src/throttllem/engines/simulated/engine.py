@@ -6,6 +6,7 @@ applies from the next iteration on.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,10 @@ from throttllem.config import Noise
 from throttllem.core.energy import EnergyLedger
 from throttllem.core.types import EngineSpec
 from throttllem.engines.simulated.batcher import Batcher, Iteration, Outcome
+from throttllem.physics.engine import EnginePhysics
+from throttllem.physics.iterations import NEVER, Floats, Records, decode
+
+_DRAWN_AT_ONCE = 2048
 
 
 class Physics(Protocol):
@@ -41,7 +46,8 @@ class SimulatedEngine:
         self._physics = physics
         self._noise = noise
         self._rng = np.random.default_rng(seed)
-        self._draws: list[tuple[float, ...]] = []
+        self._scatter: Floats = np.zeros((0, 2))
+        self._drawn = 0
 
     def step(self) -> tuple[Iteration, float, float] | None:
         """Begin the next iteration: the iteration, its seconds, its watts (all GPUs). None: nothing to run."""
@@ -55,15 +61,32 @@ class SimulatedEngine:
             iteration.prefill_tokens,
             iteration.prefill_pairs,
         )
-        if not self._draws:
-            scatter = self._rng.standard_normal((2048, 2)) * (self._noise.time, self._noise.power)
-            self._draws = list(map(tuple, np.exp(scatter).tolist()))
-        slower, hotter = self._draws.pop()
+        slower, hotter = self._draw()[0].tolist()
+        self._drawn += 1
         seconds, watts = seconds * slower, watts * hotter
         for request_id in iteration.preempted:
             self.ledger.pause(request_id)
         self.ledger.iteration(seconds * watts, iteration.decode_sequences, iteration.prefills)
         return iteration, seconds, watts
+
+    def decode(
+        self, begin_s: float, *, limit_s: float, before: float, steps: Records, filled: int
+    ) -> tuple[int, float]:
+        """Run iterations from `begin_s` on while they only decode: none starts, finishes or preempts a request, all end
+        before `limit_s`, and the one after the last is earlier than iteration `before`. They are written to `steps`
+        (`physics.iterations.STEP`) from entry `filled` on. How many ran, and when the last one ended.
+        """
+        physics = self._physics
+        if not isinstance(physics, EnginePhysics):
+            return 0, begin_s
+        row, last = physics.row(self.clock_mhz), NEVER if before == math.inf else int(before)
+        scatter = self._draw()
+        ran, end_s = decode(self.batcher.state, physics.law(), row, scatter, begin_s, limit_s, last, steps, filled)
+        if ran:
+            self._drawn += ran
+            joules = steps["joules"][filled : filled + ran].tolist()
+            self.ledger.iterations(joules, int(steps["sequences"][filled]))
+        return ran, end_s
 
     def finish(self) -> tuple[Outcome, dict[int, float]]:
         """End the running iteration: its outcome, and the joules of the requests that finished."""
@@ -75,3 +98,15 @@ class SimulatedEngine:
     def idle(self, seconds: float) -> None:
         """Account for time in which nothing ran."""
         self.ledger.idle(seconds * self._physics.idle_w())
+
+    def _draw(self) -> Floats:
+        """Factors on the seconds and watts of coming iterations, at least one."""
+        if self._drawn == len(self._scatter):
+            self._scatter, self._drawn = draw(self._rng, self._noise), 0
+        return self._scatter[self._drawn :]
+
+
+def draw(rng: np.random.Generator, noise: Noise) -> Floats:
+    """Factors on the seconds and watts of an engine's next iterations, shape (iterations, 2)."""
+    scatter = rng.standard_normal((_DRAWN_AT_ONCE, 2)) * (noise.time, noise.power)
+    return np.exp(scatter)[::-1].copy()
