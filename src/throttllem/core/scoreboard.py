@@ -207,6 +207,11 @@ class Scoreboard:
     # ---- columns of the running sequences, shape (running,) each ------------------------------------------------
 
     @property
+    def columns(self) -> Ints:
+        """`start`, `tokens_at_start`, `end` and `widths`, shape (4, running and perhaps more), for compiled loops."""
+        return self._columns
+
+    @property
     def start(self) -> Ints:
         """Iteration of the first token."""
         return self._columns[0, : len(self._slots)]

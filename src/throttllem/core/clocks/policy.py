@@ -16,12 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from throttllem.core.clocks.own_policy import OwnPolicy
+from throttllem.core.compiled import compiled
 from throttllem.core.forecast.horizon import Horizon
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.scoreboard import Scoreboard, SequenceState
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, check
 
+Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Steps = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 _NAMES = ("triton", "throttllem", "least-energy", "fixed:<MHz>")
@@ -132,17 +135,56 @@ def feasible(
     to come lengthen every iteration. Time between tokens is checked on every iteration without prompts (the paper's
     step-by-step check) and, as a deadline, on each request's mean.
     """
-    keep = 1.0 - margin
-    tbt_s = board.tightest_tbt_s() * keep
-    steps = table.seconds[ahead.cells] * np.asarray(stretch, dtype=np.float32)
-    spent_s = np.cumsum(steps * ahead.length[:, None], axis=0, dtype=np.float64) + delay_s
-    late = spent_s > (ahead.slack_s(reserve) * keep)[:, None]
-    if np.isfinite(tbt_s):
-        late |= (steps > tbt_s) & ~ahead.prefills[:, None]
-    holds: Bools = np.logical_not(late.any(axis=0))
+    tbt_s = board.tightest_tbt_s() * (1.0 - margin)
+    first_late = _first_late(
+        table.seconds,
+        ahead.cells,
+        ahead.length,
+        ahead.prefills,
+        ahead.slack_s(reserve) * (1.0 - margin),
+        delay_s,
+        np.full(delay_s.size, stretch, dtype=np.float32),
+        np.float32(tbt_s),
+    )
+    holds: Bools = first_late == ahead.cells.size
     lowest = int(holds.argmax()) if holds.any() else holds.size
-    binding = int(late[:, lowest - 1].argmax()) if lowest > 0 else None
-    return holds, binding
+    return holds, int(first_late[lowest - 1]) if lowest > 0 else None
+
+
+@compiled
+def _first_late(
+    seconds: Steps,
+    cells: Ints,
+    length: Ints,
+    prefills: Bools,
+    deadline_s: Floats,
+    delay_s: Floats,
+    stretch: Steps,
+    tbt_s: np.float32,
+) -> Ints:
+    """The first run that is late at each clock, the number of runs where none is, shape (clocks,).
+
+    A run is late if it ends after `deadline_s` (runs,), or if its iterations hold no prompts and take longer than
+    `tbt_s`. All clocks are walked through the runs together, but those below the lowest that may still hold.
+    """
+    runs, clocks = cells.size, delay_s.size
+    spent_s = np.zeros(clocks)
+    first_late = np.full(clocks, runs)
+    lowest = 0
+    for run in range(runs):
+        row, iterations, until_s = seconds[cells[run]], length[run], deadline_s[run]
+        checked = not prefills[run]
+        for clock in range(lowest, clocks):
+            step_s = row[clock] * stretch[clock]
+            spent_s[clock] += step_s * iterations
+            late = (spent_s[clock] + delay_s[clock] > until_s) | (checked & (step_s > tbt_s))
+            if late and first_late[clock] == runs:
+                first_late[clock] = run
+        while lowest < clocks and first_late[lowest] < runs:
+            lowest += 1
+        if lowest == clocks:
+            break
+    return first_late
 
 
 def unmeetable(ahead: Horizon, board: Scoreboard, table: PerformanceTable, delay_s: float) -> list[SequenceState]:

@@ -115,6 +115,9 @@ class PerformanceTable:
         shape = (prefill_bins * batch_bins * kv_bins, len(clocks))
         for name in ("seconds", "watts"):
             _check_steps(name, getattr(self, name), shape)
+            # One layout for all tables: compiled loops are compiled again for another.
+            kept = np.require(getattr(self, name), np.float32, ["C", "ALIGNED", "WRITEABLE", "ENSUREARRAY"])
+            object.__setattr__(self, name, kept)
         slowest = self.seconds[:, -1].reshape(prefill_bins, batch_bins, kv_bins)
         for axis in range(3):
             slowest = np.maximum.accumulate(slowest, axis=axis)
@@ -122,6 +125,13 @@ class PerformanceTable:
         object.__setattr__(self, "_kv_offset", self.kv_bin.astype(np.int64))
         object.__setattr__(self, "_batch_offset", self.batch_bin.astype(np.int64) * kv_bins)
         object.__setattr__(self, "_prefill_offset", self.prefill_bin.astype(np.int64) * (kv_bins * batch_bins))
+
+    @property
+    def offsets(self) -> tuple[Ints, Ints, Ints]:
+        """What each batch, each number of KV blocks and of prefill tokens adds to the cell, for compiled loops; beyond
+        either end the end counts.
+        """
+        return self._batch_offset, self._kv_offset, self._prefill_offset
 
     def capped(self, limit_mhz: int | None) -> PerformanceTable:
         """The same engine while its GPUs cannot exceed a limit (None: no limit): every clock above it is no faster, and

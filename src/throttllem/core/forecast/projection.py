@@ -11,21 +11,24 @@ Knows nothing of seconds, clocks or SLOs.
 
 # How it is computed. A loop over sequences and iterations costs their product, 100 x 1000 at every decision. But both
 # sums change at few places: a sequence adds 1 to the batch and ceil(q/N) blocks where it begins, one block every N
-# iterations from then on, and takes all of it away where it ends. So the differences are counted per iteration
-# (bincount), and one cumulative sum gives each array. Cost: O(sequences x output / N + horizon), vectorised.
+# iterations from then on, and takes all of it away where it ends. So only these changes are noted (of the growth, the
+# first block and the first that does not come), and one pass over the iterations sums them up: a block that came N
+# iterations ago comes again. Cost: O(sequences + horizon), a few microseconds, compiled.
 #
 # Running sequences are in the batch from offset 0. Pending ones are not: the engine takes prompts as its own batching
-# rules allow, so `_place` plays those rules forward (`pack`, the same function that the simulated engine runs). A
-# prompt that is processed in chunks holds all its blocks from its first chunk on, but grows only from its first token.
+# rules allow, so `_placed` plays those rules forward (`pack`, which the simulated engine runs, without its lists; a
+# test compares them). A prompt that is processed in chunks holds all its blocks from its first chunk on, but grows only
+# from its first token.
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from throttllem.core.compiled import compiled
 from throttllem.core.scoreboard import Scoreboard, SequenceState
 from throttllem.core.shared_blocks import saved_blocks
 from throttllem.core.types import EngineSpec
@@ -53,8 +56,14 @@ class Projection:
         """The same requests, if others come as these go: neither batch nor KV ever falls below what it is now."""
         if not self.batch.size:
             return self
-        batch, kv = np.maximum(self.batch, self.batch[0]), np.maximum(self.kv_blocks, self.kv_blocks[0])
-        return replace(self, batch=batch, kv_blocks=kv)
+        return Projection(
+            first=self.first,
+            batch=np.maximum(self.batch, self.batch[0]),
+            kv_blocks=np.maximum(self.kv_blocks, self.kv_blocks[0]),
+            prefill_tokens=self.prefill_tokens,
+            ends=self.ends,
+            starts=self.starts,
+        )
 
     @property
     def horizon(self) -> int:
@@ -71,36 +80,50 @@ def project(board: Scoreboard, spec: EngineSpec, *, first: int, extra: SequenceS
     pending = list(board.pending.values())
     if extra is not None:
         pending.append(extra)
-    multi = board.multi_sequence > 0 or (extra is not None and extra.sequences > 1)
-    decoding = board.running_sequences + max(0, board.external.batch)
-    place = _place_multi_sequence if multi else _place
-    begins, starts, prefill = place(pending, decoding, spec, first)
-    tokens_now = board.tokens_at_start + (first - board.start)
-    left = np.maximum(board.end - first, 1)
-    running = len(left)
-    if pending:
-        prompts = np.array([sequence.prefill_tokens for sequence in pending], dtype=np.int64)
-        remaining = np.array([sequence.remaining_tokens for sequence in pending], dtype=np.int64)
-        left = np.concatenate([left, starts + remaining])
-        tokens_now = np.concatenate([tokens_now, prompts])
-    begin = np.zeros(left.size, dtype=np.int64)
-    begin[running:] = begins
-    grow_from = np.zeros(left.size, dtype=np.int64)
-    grow_from[running:] = starts
-    widths = None
-    if multi:
-        widths = np.concatenate([board.widths, [sequence.sequences for sequence in pending]]).astype(np.int64)
-    batch, kv_blocks = _accumulate(tokens_now, begin, grow_from, left, spec.block_tokens, widths)
+    external = board.external
+    decoding = board.running_sequences + max(0, external.batch)
+    begins, starts, prefill = _placed(
+        _prompts(pending, first), decoding, spec.prefill_budget_tokens, spec.max_batch, spec.chunked
+    )
+    if board.multi_sequence > 0 or (extra is not None and extra.sequences > 1):
+        widths = np.array([sequence.sequences for sequence in pending], dtype=np.int64)
+        after = np.cumsum(widths)  # a request begins with its first prompt, and gives its first token with its last one
+        begins, starts = begins[after - widths], starts[after - 1]
+    sizes = [(each.prefill_tokens, each.remaining_tokens, each.sequences) for each in pending]
+    begin, ends, batch, kv_blocks, padded = _accumulated(
+        board.columns,
+        len(board.running),
+        first,
+        np.array(sizes, dtype=np.int64).reshape(-1, 3),
+        begins,
+        starts,
+        prefill,
+        spec.block_tokens,
+    )
     joins = extra is not None and (extra.request.common_prompt_tokens or extra.request.prefix_of is not None)
     if board.sharing or joins:
-        kv_blocks = kv_blocks - _saved(board, pending, extra, begin, left)
-    external = board.external
+        kv_blocks = kv_blocks - _saved(board, pending, extra, begin, ends)
     if external.batch or external.kv_blocks:
         batch = np.maximum(batch + external.batch, 1)
         kv_blocks = np.maximum(kv_blocks + external.kv_blocks, 1)
-    padded = np.zeros(batch.size, dtype=np.int64)
-    padded[: len(prefill)] = prefill
-    return Projection(first=first, batch=batch, kv_blocks=kv_blocks, prefill_tokens=padded, ends=left, starts=starts)
+    return Projection(first=first, batch=batch, kv_blocks=kv_blocks, prefill_tokens=padded, ends=ends, starts=starts)
+
+
+def _prompts(pending: Sequence[SequenceState], first: int) -> Ints:
+    """The prompts that wait, shape (sequences, 2): tokens to compute, and the first offset that can hold them. The
+    sequences of one request may share a prompt.
+    """
+    prompts: list[tuple[int, int]] = []
+    for sequence in pending:
+        earliest = sequence.earliest - first
+        if sequence.request.sequences == 1:
+            prompts.append((sequence.computed_tokens, earliest))
+            continue
+        request, own = sequence.request, min(sequence.request.prompts, sequence.sequences)
+        shared = max(request.common_prompt_tokens, request.cached_prompt_tokens)
+        prompts += [(sequence.computed_tokens, earliest)] * own
+        prompts += [(max(1, sequence.prefill_tokens - shared), earliest)] * (sequence.sequences - own)
+    return np.array(prompts, dtype=np.int64).reshape(-1, 2)
 
 
 def _saved(
@@ -119,93 +142,101 @@ def _saved(
     return saved_blocks(links, own, places, begin, end)
 
 
-def _accumulate(
-    tokens: Ints, begin: Ints, grow_from: Ints, end: Ints, block: int, widths: Ints | None
-) -> tuple[Ints, Ints]:
-    """Batch and KV blocks per offset, from each request's tokens at `grow_from`; shapes (requests,) in, (horizon,) out.
+@compiled
+def _accumulated(
+    running: Ints,
+    count: int,
+    first: int,
+    pending: Ints,
+    begins: Ints,
+    starts: Ints,
+    prefill: Ints,
+    block: int,
+) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """Offsets where each request begins and ends, shape (requests,), then batch, KV blocks and prefill tokens of each
+    offset, shape (horizon,).
 
-    `widths` are the sequences of each request, None if all have one.
+    `running` are the scoreboard's columns, of which the first `count` are in use; `pending` (requests, 3) are tokens
+    of the prompt, tokens to come, and sequences of those that wait, `begins` and `starts` their offsets of first chunk
+    and first token.
     """
-    horizon = int(end.max(initial=0))
-    size = horizon + 1
-    if horizon == 0:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    batch = _sums(begin, widths, size) - _sums(end, widths, size)
-    # A sequence needs a new block where its tokens go from a multiple of `block` to one more.
-    first_growth = grow_from + (-tokens) % block + 1
-    growths = np.maximum((end - first_growth + block - 1) // block, 0)
-    nth = np.arange(int(growths.sum())) - np.repeat(np.cumsum(growths) - growths, growths)
-    each = None if widths is None else np.repeat(widths, growths)
-    kv = _sums(np.repeat(first_growth, growths) + block * nth, each, size)
-    blocks = -(-tokens // block)
-    gone = blocks + growths
-    if widths is not None:
-        blocks, gone = blocks * widths, gone * widths
-    kv = kv + np.bincount(begin, weights=blocks, minlength=size).astype(np.int64)
-    kv -= np.bincount(end, weights=gone, minlength=size).astype(np.int64)
-    return np.cumsum(batch)[:horizon], np.cumsum(kv)[:horizon]
+    requests = count + starts.size
+    begin, end = np.zeros(requests, dtype=np.int64), np.empty(requests, dtype=np.int64)
+    horizon = 0
+    for i in range(requests):
+        if i < count:
+            end[i] = max(running[2, i] - first, 1)
+        else:
+            begin[i] = begins[i - count]
+            end[i] = starts[i - count] + pending[i - count, 1]
+        horizon = max(horizon, end[i])
+    batch, kv_blocks = np.zeros(horizon + 1, dtype=np.int64), np.zeros(horizon + 1, dtype=np.int64)
+    grows = np.zeros(horizon + 1, dtype=np.int64)
+    for i in range(requests):
+        if i < count:
+            tokens, grow_from, width = running[1, i] + first - running[0, i], 0, running[3, i]
+        else:
+            tokens, grow_from, width = pending[i - count, 0], starts[i - count], pending[i - count, 2]
+        blocks = -(-tokens // block)
+        # A sequence needs a new block where its tokens go from a multiple of `block` to one more.
+        first_growth = grow_from + (-tokens) % block + 1
+        growths = max((end[i] - first_growth + block - 1) // block, 0)
+        if growths:
+            grows[first_growth] += width
+            if first_growth + growths * block <= horizon:
+                grows[first_growth + growths * block] -= width
+        batch[begin[i]] += width
+        batch[end[i]] -= width
+        kv_blocks[begin[i]] += blocks * width
+        kv_blocks[end[i]] -= (blocks + growths) * width
+    prefill_tokens = np.zeros(horizon, dtype=np.int64)
+    prefill_tokens[: prefill.size] = prefill
+    now, in_use = 0, 0
+    for offset in range(horizon):
+        if offset >= block:
+            grows[offset] += grows[offset - block]
+        now += batch[offset]
+        in_use += kv_blocks[offset] + grows[offset]
+        batch[offset], kv_blocks[offset] = now, in_use
+    return begin, end, batch[:horizon], kv_blocks[:horizon], prefill_tokens
 
 
-def _sums(at: Ints, weights: Ints | None, size: int) -> Ints:
-    """How much falls on each offset, shape (size,)."""
-    if weights is None:
-        return np.bincount(at, minlength=size)
-    return np.bincount(at, weights=weights, minlength=size).astype(np.int64)
-
-
-def _place(
-    pending: Sequence[SequenceState], running: int, spec: EngineSpec, first: int, prompts: list[int] | None = None
-) -> tuple[list[int], Ints, list[int]]:
+@compiled
+def _placed(waiting: Ints, decoding: int, budget: int, max_batch: int, chunked: bool) -> tuple[Ints, Ints, Ints]:
     """Where the engine's packing puts each waiting prompt: offset of its first chunk, of its first token, and the
     prefill tokens of each offset. An engine with whole prompts begins and starts them in the same iteration.
 
-    `prompts`: the tokens of each that it must compute, None: what each would alone.
+    `waiting` (prompts, 2) are the tokens to compute of each, and the first offset that can hold it; `decoding`
+    sequences run already.
     """
-    begins: list[int] = []
-    starts: list[int] = []
-    prefill: list[int] = []
-    left = [sequence.computed_tokens for sequence in pending] if prompts is None else prompts
-    while len(starts) < len(left):
-        done, offset = len(starts), len(prefill)
-        there = [
-            tokens
-            for sequence, tokens in zip(pending[done:], left[done:], strict=True)
-            if sequence.earliest <= first + offset
-        ]
-        slots = max(1, spec.max_batch - running - done)
-        taken = pack(there, running + done, budget=spec.prefill_budget_tokens, slots=slots, chunked=spec.chunked)
-        if there and not taken:  # decoding alone fills the budget: the engine will give the first prompt what it can
-            taken = [there[0]]
-        for position, tokens in enumerate(taken, start=done):
-            if position == len(begins):
-                begins.append(offset)
-            left[position] -= tokens
-            if left[position] == 0:
-                starts.append(offset)
-        prefill.append(sum(taken))
-    return begins, np.array(starts, dtype=np.int64), prefill
-
-
-def _place_multi_sequence(
-    pending: Sequence[SequenceState], running: int, spec: EngineSpec, first: int
-) -> tuple[list[int], Ints, list[int]]:
-    """The same where requests have several sequences, of which those of one prompt may share it: a request begins with
-    its first prompt and gives its first token with its last one.
-    """
-    each = [sequence for sequence in pending for _ in range(sequence.sequences)]
-    prompts = [tokens for sequence in pending for tokens in _prompts(sequence)]
-    begins, starts, prefill = _place(each, running, spec, first, prompts)
-    after = np.cumsum([sequence.sequences for sequence in pending], dtype=np.int64)
-    firsts = [int(last) - sequence.sequences for last, sequence in zip(after, pending, strict=True)]
-    return [begins[index] for index in firsts], starts[after - 1], prefill
-
-
-def _prompts(sequence: SequenceState) -> list[int]:
-    """Tokens that each sequence of a request must compute."""
-    request, first = sequence.request, min(sequence.request.prompts, sequence.sequences)
-    shared = max(request.common_prompt_tokens, request.cached_prompt_tokens)
-    further = max(1, sequence.prefill_tokens - shared)
-    return [sequence.computed_tokens] * first + [further] * (sequence.sequences - first)
+    prompts = waiting.shape[0]
+    begins, starts = np.empty(prompts, dtype=np.int64), np.empty(prompts, dtype=np.int64)
+    left, prefill = waiting[:, 0].copy(), np.zeros(16, dtype=np.int64)
+    begun = started = offset = 0
+    while started < prompts:
+        if offset == prefill.size:
+            prefill = np.concatenate((prefill, np.zeros_like(prefill)))
+        done, room = started, budget - decoding - started
+        last = min(prompts, done + max(1, max_batch - decoding - done))
+        for prompt in range(done, last):
+            if waiting[prompt, 1] > offset:
+                break
+            share = min(left[prompt], room) if chunked else left[prompt]
+            if share <= 0 or (share > room and prompt > done):
+                if prompt > done:
+                    break
+                share = left[prompt]  # decoding alone fills the budget: the first prompt is given what it needs
+            if prompt == begun:
+                begins[prompt] = offset
+                begun += 1
+            left[prompt] -= share
+            room -= share
+            prefill[offset] += share
+            if left[prompt] == 0:
+                starts[prompt] = offset
+                started += 1
+        offset += 1
+    return begins, starts, prefill[:offset]
 
 
 def pack(prompt_tokens: Iterable[int], decode_sequences: int, *, budget: int, slots: int, chunked: bool) -> list[int]:
