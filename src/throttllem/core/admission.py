@@ -15,7 +15,9 @@ from collections.abc import Iterable
 from itertools import islice
 
 import numpy as np
+import numpy.typing as npt
 
+from throttllem.core.compiled import compiled
 from throttllem.core.engine_state import EngineState
 from throttllem.core.forecast.horizon import Horizon, look_ahead
 from throttllem.core.forecast.performance_table import PerformanceTable
@@ -24,9 +26,13 @@ from throttllem.core.options import ControllerOptions
 from throttllem.core.scoreboard import Scoreboard, SequenceState
 from throttllem.core.types import EngineSpec, Reason, Request, Verdict, VerdictKind
 
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Steps = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
 ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
 LOST = Verdict(kind=VerdictKind.LOST, why=Reason.OWN_DEADLINE)
-_MAXIMUM_CLOCK = slice(-1, None)
 _ROUNDING = 1 + 1e-6
 """The projection adds up and compares in other orders and in single precision than the bound."""
 _MOST_WAIT_VERDICTS = 8
@@ -300,25 +306,73 @@ def _check_times(
     """The checks on time: between tokens, then the deadlines of the others, then the newcomer's own."""
     own_tbt_s = newcomer.limits().tbt_s
     tbt_s = min(board.tightest_tbt_s(), own_tbt_s)
-    step_s = table.seconds[ahead.cells, -1]
-    slow = step_s[~ahead.prefills] > (tbt_s if alone else tbt_s * (1.0 - margin))
+    slowest_s, late, first_late, in_time = _lateness(
+        table.maximum_s,
+        ahead.cells,
+        ahead.length,
+        ahead.prefills,
+        ahead.finish_run,
+        ahead.deadline_s,
+        ahead.first_token_run,
+        ahead.first_token_deadline_s,
+        ahead.base_s,
+        delay_s,
+        1.0 - margin,
+    )
     lightest_s, _ = table.at(table.clocks_mhz[-1], 1, 1, 0)
     unmeetable = lightest_s > tbt_s  # not even a sequence alone meets it: no request need wait for it
-    if bool(slow.any()) and (alone or (patient and not unmeetable)):
+    slow = np.float32(slowest_s) > np.float32(tbt_s if alone else tbt_s * (1.0 - margin))
+    if slow and (alone or (patient and not unmeetable)):
         return LOST if alone else Verdict(kind=VerdictKind.WAIT, why=Reason.TBT)
-    spent_s = ahead.seconds(table, _MAXIMUM_CLOCK)[:, 0] + delay_s
-    own_s, own_first_s = ahead.deadline_s[-1] - ahead.base_s, ahead.first_token_deadline_s[-1] - ahead.base_s
-    ahead.deadline_s[-1] = ahead.first_token_deadline_s[-1] = np.inf
-    late = np.flatnonzero(spent_s > ahead.slack_s() * (1.0 - margin))
-    first_late = spent_s[ahead.first_token_run] > (ahead.first_token_deadline_s - ahead.base_s) * (1.0 - margin)
-    if bool(first_late.any()) and patient:
-        binding = ahead.pending[int(first_late.argmax())].request.id
-        return Verdict(kind=VerdictKind.WAIT, why=Reason.TTFT, binding=binding)
-    if late.size and patient:
-        sequence = ahead.binding(board, int(late[0]))
+    if first_late >= 0 and patient:
+        return Verdict(kind=VerdictKind.WAIT, why=Reason.TTFT, binding=ahead.pending[first_late].request.id)
+    if late >= 0 and patient:
+        ahead.deadline_s[-1] = ahead.first_token_deadline_s[-1] = np.inf  # the others' alone
+        sequence = ahead.binding(board, late)
         return Verdict(kind=VerdictKind.WAIT, why=Reason.E2E, binding=sequence.request.id if sequence else None)
-    in_time = spent_s[ahead.finish_run[-1]] <= own_s and spent_s[ahead.first_token_run[-1]] <= own_first_s
     return ADMIT if in_time and not newcomer.lost and lightest_s <= own_tbt_s else LOST
+
+
+@compiled
+def _lateness(
+    maximum_s: Steps,
+    cells: Ints,
+    length: Ints,
+    prefills: Bools,
+    finish_run: Ints,
+    deadline_s: Floats,
+    first_token_run: Ints,
+    first_token_deadline_s: Floats,
+    base_s: float,
+    delay_s: float,
+    keep: float,
+) -> tuple[float, int, int, bool]:
+    """The longest iteration without prompts; the first run at whose end a request is late, and the first pending
+    request whose first token is (-1: none), both among the others, which keep a part of their time in reserve; whether
+    the newcomer, the last of all, is in time.
+    """
+    slowest_s, spent_s = 0.0, np.empty(cells.size)
+    now_s = 0.0
+    for run in range(cells.size):
+        step_s = maximum_s[cells[run]]
+        if not prefills[run]:
+            slowest_s = max(slowest_s, step_s)
+        now_s += step_s * length[run]
+        spent_s[run] = now_s + delay_s
+    own, own_first = finish_run.size - 1, first_token_run.size - 1
+    late = first_late = -1
+    for i in range(own):
+        run = finish_run[i]
+        if spent_s[run] > (deadline_s[i] - base_s) * keep and (late < 0 or run < late):
+            late = run
+    for i in range(own_first):
+        run = first_token_run[i]
+        if spent_s[run] > (first_token_deadline_s[i] - base_s) * keep:
+            first_late = i if first_late < 0 else first_late
+            late = run if late < 0 or run < late else late
+    in_time = spent_s[finish_run[own]] <= deadline_s[own] - base_s
+    in_time &= spent_s[first_token_run[own_first]] <= first_token_deadline_s[own_first] - base_s
+    return slowest_s, late, first_late, in_time
 
 
 def surely_fits(
@@ -335,40 +389,91 @@ def surely_fits(
     """A bound that admits most requests without a projection: as if no sequence ever left, and every iteration were as
     slow as the fullest one.
 
-    A request that passes here would pass the projection too; one that does not may still. O(sequences), in a few array
-    operations. Requests with several sequences are left to the projection.
+    A request that passes here would pass the projection too; one that does not may still. O(sequences), compiled.
+    Requests with several sequences are left to the projection.
     """
     if board.multi_sequence or newcomer.request.sequences > 1 or newcomer.lost:
         return False
-    batch, keep = len(board) + 1 + max(0, board.external.batch), 1.0 - margin
-    own = newcomer.limits()
-    if newcomer.remaining_tokens * table.slowest_s(batch, 0, 0) > (own.deadline_s - base_s) * keep:
+    waiting = [
+        (sequence.prefill_tokens, sequence.remaining_tokens, sequence.earliest, *sequence.limits()[:3])
+        for sequence in (*board.pending.values(), newcomer)
+    ]
+    hull = table.hull
+    return _surely_fits(
+        board.columns,
+        board.limits,
+        len(board.running),
+        np.array(waiting, dtype=np.float64),
+        max(0, board.external.batch),
+        max(0, board.external.kv_blocks),
+        first,
+        base_s,
+        delay_s,
+        1.0 - margin,
+        (spec.block_tokens, spec.kv_blocks, spec.prefill_budget_tokens, int(spec.chunked)),
+        (hull.max_batch, hull.max_kv_blocks, hull.max_prefill_tokens),
+        table.slowest,
+        *table.offsets,
+    )
+
+
+@compiled
+def _surely_fits(
+    running: Ints,
+    limits: Floats,
+    count: int,
+    waiting: Floats,
+    external_batch: int,
+    external_blocks: int,
+    first: int,
+    base_s: float,
+    delay_s: float,
+    keep: float,
+    engine: tuple[int, int, int, int],
+    hull: tuple[int, int, int],
+    slowest: Steps,
+    batch_offset: Ints,
+    kv_offset: Ints,
+    prefill_offset: Ints,
+) -> bool:
+    """The bound over the scoreboard's columns, of which the first `count` are in use, and the requests that wait.
+
+    `waiting` (requests, 6), the newcomer last: tokens of the prompt, tokens to come, earliest iteration, deadline,
+    that of the first token, SLO on time between tokens. `engine`: block tokens, KV blocks, prefill budget, chunked.
+    """
+    block, capacity, prefill_budget, chunked = engine
+    requests, own = waiting.shape[0], waiting.shape[0] - 1
+    batch = count + requests + external_batch
+    at_batch = batch_offset[min(batch, batch_offset.size - 1)]
+    if waiting[own, 1] * slowest[at_batch] > (waiting[own, 3] - base_s) * keep:
         return False  # most that fail, fail here
-    waiting, block = [*board.pending.values(), newcomer], spec.block_tokens
-    left, kv_blocks = board.end, max(0, board.external.kv_blocks)
-    if board.running:
-        left = np.maximum(left - first, 1)
-        tokens = left + (board.tokens_at_start + (first - board.start))
-        kv_blocks += int(((tokens + (block - 1)) // block).sum())
-    kv_blocks += sum(-(-(sequence.prefill_tokens + sequence.remaining_tokens) // block) for sequence in waiting)
-    prompts = sum(sequence.prefill_tokens for sequence in waiting)
-    longest = 0 if spec.chunked else max(sequence.prefill_tokens for sequence in waiting)
-    prefill = min(prompts, max(longest, spec.prefill_budget_tokens))
-    budget = spec.prefill_budget_tokens - batch
-    if budget < 1 or kv_blocks > spec.kv_blocks or not table.inside(batch, kv_blocks, prefill):
+    kv_blocks, prompts, longest, later, tbt_s = external_blocks, 0, 0, 0, np.inf
+    for i in range(count):
+        tokens = max(running[2, i] - first, 1) + running[1, i] + first - running[0, i]
+        kv_blocks += (tokens + block - 1) // block
+        tbt_s = min(tbt_s, limits[1, i])
+    for i in range(requests):
+        prompt = int(waiting[i, 0])
+        kv_blocks += (prompt + int(waiting[i, 1]) + block - 1) // block
+        prompts, longest, later = prompts + prompt, max(longest, prompt), max(later, int(waiting[i, 2]) - first)
+        tbt_s = min(tbt_s, waiting[i, 5])
+    prefill = min(prompts, prefill_budget if chunked else max(longest, prefill_budget))
+    budget = prefill_budget - batch
+    if budget < 1 or kv_blocks > capacity or batch > hull[0] or kv_blocks > hull[1] or prefill > hull[2]:
         return False
-    step_s = table.slowest_s(batch, kv_blocks, 0) * _ROUNDING
-    prompt_s = table.slowest_s(batch, kv_blocks, prefill) * _ROUNDING
-    if step_s > min(board.tightest_tbt_s(), own.tbt_s) * keep:
+    at_step = at_batch + kv_offset[min(kv_blocks, kv_offset.size - 1)]
+    step_s = slowest[at_step] * _ROUNDING
+    prompt_s = slowest[at_step + prefill_offset[min(prefill, prefill_offset.size - 1)]] * _ROUNDING
+    if step_s > tbt_s * keep:
         return False
     # Until all have started, an iteration takes `budget` prompt tokens, or finishes a prompt, or none is there yet.
-    later = max(0, *(sequence.earliest - first for sequence in waiting))
-    started_s = delay_s + (later + len(waiting) - (-prompts // budget)) * prompt_s
-    if board.running and bool((started_s + left * step_s > (board.deadline_s - base_s) * keep).any()):
-        return False
-    limits = [sequence.limits() for sequence in waiting]
-    return all(
-        started_s + sequence.remaining_tokens * step_s <= (limit.deadline_s - base_s) * keep
-        and started_s <= (limit.first_token_deadline_s - base_s) * keep
-        for sequence, limit in zip(waiting, limits, strict=True)
-    )
+    started_s = delay_s + (later + requests - (-prompts // budget)) * prompt_s
+    for i in range(count):
+        if started_s + max(running[2, i] - first, 1) * step_s > (limits[0, i] - base_s) * keep:
+            return False
+    for i in range(requests):
+        if started_s + waiting[i, 1] * step_s > (waiting[i, 3] - base_s) * keep:
+            return False
+        if started_s > (waiting[i, 4] - base_s) * keep:
+            return False
+    return True

@@ -212,6 +212,11 @@ class Scoreboard:
         return self._columns
 
     @property
+    def limits(self) -> Floats:
+        """`deadline_s`, the SLO on the time between tokens, `reserve_s` and `e2e_s`, shape (4, running and more)."""
+        return self._limits
+
+    @property
     def start(self) -> Ints:
         """Iteration of the first token."""
         return self._columns[0, : len(self._slots)]

@@ -1,9 +1,11 @@
-"""Projection, horizon and feasible clocks in numpy and plain Python, as they were before they were compiled."""
+"""Projection, horizon, feasible clocks and admission in numpy, as they were before they were compiled."""
 
 import numpy as np
 
+from throttllem.core.admission import ADMIT, LOST
 from throttllem.core.forecast.horizon import Horizon
 from throttllem.core.forecast.projection import Projection, _saved, pack
+from throttllem.core.types import Reason, Verdict, VerdictKind
 
 
 def project(board, spec, *, first, extra=None):
@@ -154,3 +156,65 @@ def feasible(ahead, board, table, *, delay_s, margin, reserve, stretch=1.0):
     lowest = int(holds.argmax()) if holds.any() else holds.size
     binding = int(late[:, lowest - 1].argmax()) if lowest > 0 else None
     return (holds, binding)
+
+
+def check_times(ahead, board, table, newcomer, delay_s, margin, *, alone, patient):
+    own_tbt_s = newcomer.limits().tbt_s
+    tbt_s = min(board.tightest_tbt_s(), own_tbt_s)
+    step_s = table.seconds[ahead.cells, -1]
+    slow = step_s[~ahead.prefills] > (tbt_s if alone else tbt_s * (1.0 - margin))
+    lightest_s, _ = table.at(table.clocks_mhz[-1], 1, 1, 0)
+    unmeetable = lightest_s > tbt_s
+    if bool(slow.any()) and (alone or (patient and (not unmeetable))):
+        return LOST if alone else Verdict(kind=VerdictKind.WAIT, why=Reason.TBT)
+    spent_s = np.cumsum(step_s * ahead.length, dtype=np.float64) + delay_s
+    own_s, own_first_s = (ahead.deadline_s[-1] - ahead.base_s, ahead.first_token_deadline_s[-1] - ahead.base_s)
+    ahead.deadline_s[-1] = ahead.first_token_deadline_s[-1] = np.inf
+    late = np.flatnonzero(spent_s > ahead.slack_s() * (1.0 - margin))
+    first_late = spent_s[ahead.first_token_run] > (ahead.first_token_deadline_s - ahead.base_s) * (1.0 - margin)
+    if bool(first_late.any()) and patient:
+        binding = ahead.pending[int(first_late.argmax())].request.id
+        return Verdict(kind=VerdictKind.WAIT, why=Reason.TTFT, binding=binding)
+    if late.size and patient:
+        sequence = ahead.binding(board, int(late[0]))
+        return Verdict(kind=VerdictKind.WAIT, why=Reason.E2E, binding=sequence.request.id if sequence else None)
+    in_time = spent_s[ahead.finish_run[-1]] <= own_s and spent_s[ahead.first_token_run[-1]] <= own_first_s
+    return ADMIT if in_time and (not newcomer.lost) and (lightest_s <= own_tbt_s) else LOST
+
+
+def surely_fits(board, spec, table, newcomer, *, first, base_s, delay_s, margin):
+    if board.multi_sequence or newcomer.request.sequences > 1 or newcomer.lost:
+        return False
+    batch, keep = (len(board) + 1 + max(0, board.external.batch), 1.0 - margin)
+    own = newcomer.limits()
+    if newcomer.remaining_tokens * table.slowest_s(batch, 0, 0) > (own.deadline_s - base_s) * keep:
+        return False
+    waiting, block = ([*board.pending.values(), newcomer], spec.block_tokens)
+    left, kv_blocks = (board.end, max(0, board.external.kv_blocks))
+    if board.running:
+        left = np.maximum(left - first, 1)
+        tokens = left + (board.tokens_at_start + (first - board.start))
+        kv_blocks += int(((tokens + (block - 1)) // block).sum())
+    kv_blocks += sum(-(-(sequence.prefill_tokens + sequence.remaining_tokens) // block) for sequence in waiting)
+    prompts = sum(sequence.prefill_tokens for sequence in waiting)
+    longest = 0 if spec.chunked else max(sequence.prefill_tokens for sequence in waiting)
+    prefill = min(prompts, max(longest, spec.prefill_budget_tokens))
+    budget = spec.prefill_budget_tokens - batch
+    if budget < 1 or kv_blocks > spec.kv_blocks or (not table.inside(batch, kv_blocks, prefill)):
+        return False
+    step_s = table.slowest_s(batch, kv_blocks, 0) * (1 + 1e-6)
+    prompt_s = table.slowest_s(batch, kv_blocks, prefill) * (1 + 1e-6)
+    if step_s > min(board.tightest_tbt_s(), own.tbt_s) * keep:
+        return False
+    later = max(0, *(sequence.earliest - first for sequence in waiting))
+    started_s = delay_s + (later + len(waiting) - -prompts // budget) * prompt_s
+    if board.running and bool((started_s + left * step_s > (board.deadline_s - base_s) * keep).any()):
+        return False
+    limits = [sequence.limits() for sequence in waiting]
+    return all(
+        (
+            started_s + sequence.remaining_tokens * step_s <= (limit.deadline_s - base_s) * keep
+            and started_s <= (limit.first_token_deadline_s - base_s) * keep
+            for sequence, limit in zip(waiting, limits, strict=True)
+        )
+    )

@@ -29,7 +29,6 @@ Bools = npt.NDArray[np.bool_]
 
 _NAMES = ("triton", "throttllem", "least-energy", "fixed:<MHz>")
 _AUTOSCALE = "+autoscale"
-_MAXIMUM_CLOCK = slice(-1, None)
 
 
 class ClockPolicy(StrEnum):
@@ -189,7 +188,7 @@ def _first_late(
 
 def unmeetable(ahead: Horizon, board: Scoreboard, table: PerformanceTable, delay_s: float) -> list[SequenceState]:
     """Requests that miss a deadline even at the maximum clock, `delay_s` from now: the paper calls them lost."""
-    spent_s = ahead.seconds(table, _MAXIMUM_CLOCK)[:, 0] + delay_s + ahead.base_s
+    spent_s = ahead.seconds(table) + delay_s + ahead.base_s
     running = ahead.finish_run.size - len(ahead.pending)
     late = np.flatnonzero(spent_s[ahead.finish_run] > ahead.deadline_s)
     found = [board.at(int(i)) if i < running else ahead.pending[int(i) - running] for i in late]

@@ -55,9 +55,9 @@ class Horizon:
     kv_peak: int
     inside_hull: bool
 
-    def seconds(self, table: PerformanceTable, clocks: slice) -> Floats:
-        """When each run ends at each of the table's `clocks`, seconds after `base_s`, shape (S, clocks)."""
-        spent: Floats = np.cumsum(table.seconds[self.cells, clocks] * self.length[:, None], axis=0, dtype=np.float64)
+    def seconds(self, table: PerformanceTable) -> Floats:
+        """When each run ends at the table's maximum clock, seconds after `base_s`, shape (S,)."""
+        spent: Floats = np.cumsum(table.maximum_s[self.cells] * self.length, dtype=np.float64)
         return spent
 
     def joules(self, table: PerformanceTable, idle_w: float) -> Floats:

@@ -81,7 +81,8 @@ class PerformanceTable:
     `calibrated`: basis of a calibrated law's table, whose lowest clock is the lowest that was measured. `gpu`: the kind
     of GPU that was profiled, `model`: the figures of the model, as JSON of `physics.model.Model` (None: not known).
     `limit_mhz`: the GPUs are held down to that clock; `factors`: seconds of each clock band are corrected by these
-    ((): by none); `base` is the table without both. Raises ValueError where the parts do not fit together.
+    ((): by none); `base` is the table without both. `maximum_s` are the seconds at the maximum clock, `slowest` those
+    that no cell up to a cell exceeds, shape (cells,). Raises ValueError where the parts do not fit together.
     """
 
     clocks_mhz: tuple[int, ...]
@@ -100,7 +101,8 @@ class PerformanceTable:
     factors: tuple[float, ...] = field(default=(), init=False)
     tokens_per_step: float = field(default=1.0, init=False)
     base: PerformanceTable | None = field(default=None, init=False, repr=False)
-    _slowest: Steps = field(init=False, repr=False)
+    maximum_s: Steps = field(init=False, repr=False)
+    slowest: Steps = field(init=False, repr=False)
     _kv_offset: Ints = field(init=False, repr=False)
     _batch_offset: Ints = field(init=False, repr=False)
     _prefill_offset: Ints = field(init=False, repr=False)
@@ -118,10 +120,12 @@ class PerformanceTable:
             # One layout for all tables: compiled loops are compiled again for another.
             kept = np.require(getattr(self, name), np.float32, ["C", "ALIGNED", "WRITEABLE", "ENSUREARRAY"])
             object.__setattr__(self, name, kept)
-        slowest = self.seconds[:, -1].reshape(prefill_bins, batch_bins, kv_bins)
+        maximum_s = self.seconds[:, -1].copy()
+        slowest = maximum_s.reshape(prefill_bins, batch_bins, kv_bins)
         for axis in range(3):
             slowest = np.maximum.accumulate(slowest, axis=axis)
-        object.__setattr__(self, "_slowest", slowest.ravel())
+        object.__setattr__(self, "maximum_s", maximum_s)
+        object.__setattr__(self, "slowest", slowest.ravel())
         object.__setattr__(self, "_kv_offset", self.kv_bin.astype(np.int64))
         object.__setattr__(self, "_batch_offset", self.batch_bin.astype(np.int64) * kv_bins)
         object.__setattr__(self, "_prefill_offset", self.prefill_bin.astype(np.int64) * (kv_bins * batch_bins))
@@ -206,7 +210,7 @@ class PerformanceTable:
 
     def slowest_s(self, batch: int, kv_blocks: int, prefill_tokens: int) -> float:
         """Seconds at the maximum clock that no iteration of at most this batch, KV and prefill exceeds."""
-        return self._slowest.item(self.cell(batch, kv_blocks, prefill_tokens))
+        return self.slowest.item(self.cell(batch, kv_blocks, prefill_tokens))
 
     def with_prompt(self, cell: int, prefill_tokens: int) -> int:
         """The row of the same batch and KV use with `prefill_tokens` prompt tokens instead."""
