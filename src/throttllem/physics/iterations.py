@@ -590,12 +590,13 @@ def takes_waiting(batch: Batch) -> bool:
 REQUEST = np.dtype(
     [
         ("release_s", np.float64),
+        ("slot", np.int64),
         ("prompt_tokens", np.int64),
         ("output_tokens", np.int64),
         ("reserved_blocks", np.int64),
     ]
 )
-"""A request to be served, which reaches the engine at `release_s`."""
+"""A request to be served, which reaches the engine at `release_s`; `slot` is its place in `SERVED`."""
 
 SERVED = np.dtype([("first_token_s", np.float64), ("ended_s", np.float64)])
 """When a request gave its first and its last token; nan: not yet."""
@@ -623,8 +624,8 @@ def serve(
 ) -> bool:
     """Serve requests in order of their release, first come, first served: the iterations that begin before `until_s`.
 
-    The clock of `rows[i]` is in force for iterations that begin at `from_s[i]` or later. A request is in the slot of
-    its number. False if `scatter` does not suffice: to be called again with more of it.
+    The clock of `rows[i]` is in force for iterations that begin at `from_s[i]` or later. False if `scatter` does not
+    suffice: to be called again with more of it.
     """
     counts, at, place = batch.counts[0], progress[0], 0
     while True:
@@ -660,7 +661,7 @@ def serve(
 def reach(batch: Batch, requests: Records, number: int) -> None:
     """A request reaches the engine."""
     request = requests[number]
-    join(batch, number, request.prompt_tokens, request.output_tokens, request.reserved_blocks)
+    join(batch, request.slot, request.prompt_tokens, request.output_tokens, request.reserved_blocks)
 
 
 @compiled
