@@ -13,6 +13,7 @@ from core.toy import TOP_MHZ, sequence
 from core.world import World
 from throttllem.core.admission import AdmissionQueue
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
+from throttllem.core.forecast.margins import Margins
 from throttllem.core.options import AdmissionOptions, ControllerOptions, Unmeetable
 from throttllem.core.types import EngineLost, Reason, Reject, Slo, Timer, VerdictKind
 
@@ -33,7 +34,7 @@ def waiting(key, expiry_s):
 class QueueMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.queue = AdmissionQueue(QUEUE_OPTIONS)
+        self.queue = AdmissionQueue(QUEUE_OPTIONS, Margins())
         self.model = []
         self.came = 0
         self.now_s = 0.0
@@ -69,7 +70,7 @@ TestQueue = QueueMachine.TestCase
 
 
 def test_requests_that_left_are_forgotten_though_the_head_stays():
-    queue = AdmissionQueue(QUEUE_OPTIONS)
+    queue = AdmissionQueue(QUEUE_OPTIONS, Margins())
     queue.push(waiting(0, 1e9))
     for key in range(1, 10_000):
         queue.push(waiting(key, 1e6 + key))
@@ -80,7 +81,7 @@ def test_requests_that_left_are_forgotten_though_the_head_stays():
 
 def test_leaving_from_the_middle_is_independent_of_the_others():
     def lines(count):
-        queue = AdmissionQueue(QUEUE_OPTIONS)
+        queue = AdmissionQueue(QUEUE_OPTIONS, Margins())
         for key in range(count):
             queue.push(waiting(key, 100.0 + key))
         return lines_executed(lambda: queue.take(count // 2))

@@ -268,6 +268,7 @@ class World:
                 Reason.OUTSIDE_HULL,
                 Reason.NO_TABLE,
                 Reason.LOST_RUNNING,
+                Reason.TABLE_DRIFT,
             }
 
     def check_end(self):

@@ -133,7 +133,7 @@ class Models:
         self._known(parsed.model)
         return await self.engine.count(parsed)
 
-    def session(self, parsed, count, slo):
+    def session(self, parsed, count, slo, slo_class=""):
         session = Session(models=self, slo=slo, caller=parsed.caller, streams=parsed.stream)
         self.sessions.append(session)
         return session

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from throttllem.core.compiled import compiled
 from throttllem.core.engine_state import EngineState
 from throttllem.core.forecast.horizon import Horizon, look_ahead
+from throttllem.core.forecast.margins import Margins
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import project
 from throttllem.core.options import ControllerOptions
@@ -49,11 +50,13 @@ class AdmissionQueue:
     does); `next_expiry_s` is when the next of them has waited too long (inf: none will).
     """
 
-    def __init__(self, options: ControllerOptions) -> None:
+    def __init__(self, options: ControllerOptions, margins: Margins) -> None:
         self.waiting: OrderedDict[int, SequenceState] = OrderedDict()
         self.head: Verdict | None = None
         self.next_expiry_s = math.inf
         self._options = options
+        self._margins = margins
+        self._margin = options.admission.margin_in_force
         self._rejects = options.slo_aware and options.admission.rejects
         self._expiries: list[tuple[float, int]] = []
 
@@ -142,7 +145,7 @@ class AdmissionQueue:
         if lost and self._rejects:
             return Verdict(kind=VerdictKind.REJECT, why=verdict.why)
         if verdict.kind is not VerdictKind.REJECT:
-            sequence.lost = lost
+            sequence.lost, sequence.in_time = lost, not lost
             engine.board.dispatch(sequence)
         return verdict
 
@@ -168,7 +171,7 @@ class AdmissionQueue:
             first=engine.iteration,
             base_s=now_s if engine.began_s is None else engine.began_s,
             delay_s=engine.maximum_clock_delay_s(now_s, self._options.throttle.switch_latency_s),
-            margin=self._options.admission.margin_in_force,
+            margin=self._margins.of_admission(engine.board.classes, self._margin),
             patient=self._options.admission.is_patient(sequence.request, now_s),
             crowded=crowded,
         )

@@ -13,9 +13,11 @@ from dataclasses import asdict
 from throttllem.core.admission import AdmissionQueue, refused_by_all
 from throttllem.core.clocks.controller import ClockController
 from throttllem.core.clocks.own_policy import OwnClock, OwnPolicy
+from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.clocks.sizing import Autoscaler
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import Engines, EngineState, Phase
+from throttllem.core.forecast.margins import Margins, Outcome
 from throttllem.core.forecast.projection import Projection
 from throttllem.core.lengths.prediction import LengthScore
 from throttllem.core.options import ControllerOptions
@@ -72,8 +74,11 @@ class Controller:
         self._load = LoadEstimator(window_s=options.load_window_s)
         self._predictor = options.predictor
         self._length_score = LengthScore()
-        self._queue = AdmissionQueue(options)
-        self._clocks = ClockController(options.throttle, self._load)
+        # The paper's policy keeps the margins that it begins with.
+        learns = options.throttle.policy is ClockPolicy.LEAST_ENERGY
+        self._margins = Margins(clocks=learns, admission=options.slo_aware and options.admission.rejects)
+        self._queue = AdmissionQueue(options, self._margins)
+        self._clocks = ClockController(options.throttle, self._load, self._margins)
         latency_s = options.throttle.switch_latency_s
         self._own = OwnClock(policy=own, switch_latency_s=latency_s) if own is not None else None
         self._autoscaler = Autoscaler(options=options.autoscale) if options.autoscale else None
@@ -176,6 +181,7 @@ class Controller:
             engines=tuple(view(state) for state in self._engines.by_id.values()),
             counts=Counts(**self._counts),
             lengths=self._length_score,
+            attainment=self._margins.view(),
         )
 
     def state(self) -> ControllerState:
@@ -190,6 +196,7 @@ class Controller:
             autoscaler=self._autoscaler,
             counts=Counts(**self._counts),
             lengths=self._length_score,
+            margins=self._margins,
             unplanned=tuple(self._unplanned),
             unplanned_since_s=self._unplanned_since_s,
             resize_s=self._resize_s,
@@ -200,9 +207,10 @@ class Controller:
         """A controller that continues from `state`, and takes its parts over."""
         made = cls(options)
         made._engines.restore(state.engines, state.serving, state.next_engine)
+        made._load, made._autoscaler, made._margins = state.load, state.autoscaler, state.margins
+        made._queue = AdmissionQueue(options, state.margins)
         made._queue.restore(state.waiting, state.head)
-        made._load, made._autoscaler = state.load, state.autoscaler
-        made._clocks = ClockController(options.throttle, state.load)
+        made._clocks = ClockController(options.throttle, state.load, state.margins)
         made._counts = asdict(state.counts)
         made._length_score = state.lengths
         made._unplanned.update((key, made._engines.by_id[key]) for key in state.unplanned)
@@ -254,6 +262,7 @@ class Controller:
                 if self._own is not None:
                     self._own.finished(sequence, tokens, now_s)
                 self._learn(sequence, tokens)
+                self._judge(state, sequence, tokens, now_s)
 
     def _learn(self, sequence: SequenceState, tokens: int) -> None:
         """An output ended with `tokens`; from one of which none were reported there is nothing to learn."""
@@ -265,6 +274,22 @@ class Controller:
             tokens, predicted_tokens=predicted, expected_tokens=predicted if expected is None else expected
         )
         self._predictor.learn(sequence.request, tokens)
+
+    def _judge(self, state: EngineState, sequence: SequenceState, tokens: int, now_s: float) -> None:
+        """Whether a served request met its SLO, and what that is evidence of."""
+        request, first_s = sequence.request, sequence.first_token_s
+        if not request.slo.binds or first_s is None:
+            return
+        arrival_s = request.arrival_s
+        tbt_s = (now_s - first_s) / max(1, tokens - 1)
+        outcome = Outcome(
+            met=request.slo.met(e2e_s=now_s - arrival_s, ttft_s=first_s - arrival_s, tbt_s=tbt_s),
+            outgrown=tokens > sequence.predicted_tokens,
+            disturbed=state.disturbed or state.disturbed_s >= arrival_s,
+            slowed=state.slowed or state.slowed_s >= arrival_s,
+            in_time=sequence.in_time,
+        )
+        self._margins.ended(request.slo_class, request.slo.attainment, outcome, learns=state.table_drift.followed)
 
     def _progressed(self, event: Progressed, now_s: float) -> bool:
         """Correct one sequence. True if it began; if it only moved, the next iteration is soon enough to plan."""
@@ -482,6 +507,7 @@ class Controller:
                 commands.append(StopEngine(engine=state.engine))
                 continue
             state.planned_external = state.board.external
+            state.note(now_s)
             if self._own is not None:
                 asked = self._own.plan(state, self._queue.waiting.values(), now_s)
                 commands += [asked] if asked else []

@@ -38,6 +38,8 @@ class EngineState:
     planned again at the latest. `steady`: what the load of `steady_at_s` means if it goes on. `stale`: sequences were
     corrected since the last iteration. `uncontrolled` requests compute in it without control. `planned_external` is the
     external load that was last planned for.
+    `slowed_s`: when a lower clock than the maximum was last known in force, `disturbed_s`: when others were last known
+    to use the engine, or its GPUs to be held down; each at a plan (-inf: never).
     `drift` is the scoreboard's distance from the engine's reports, `table_drift` that of the engine's pace from the
     table, which corrects `table`.
     """
@@ -63,6 +65,26 @@ class EngineState:
     planned_external: ExternalLoad = field(default_factory=ExternalLoad)
     drift: DriftMeter = field(default_factory=DriftMeter)
     table_drift: TableDrift = field(default_factory=TableDrift)
+    slowed_s: float = -math.inf
+    disturbed_s: float = -math.inf
+
+    @property
+    def slowed(self) -> bool:
+        """Whether a lower clock than the maximum is in force."""
+        return self.spec is not None and self.clock_mhz is not None and self.clock_mhz < self.spec.clocks_mhz[-1]
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other clients are known to use the engine, or something holds its GPUs down."""
+        held = self.table is not None and self.table.limit_mhz is not None
+        return held or self.board.external.batch > 0 or self.uncontrolled > 0
+
+    def note(self, now_s: float) -> None:
+        """Note what is in force now, for the requests that run through it."""
+        if self.slowed:
+            self.slowed_s = now_s
+        if self.disturbed:
+            self.disturbed_s = now_s
 
     def maximum_clock_delay_s(self, now_s: float, switch_latency_s: float) -> float:
         """Seconds until the maximum clock could be in force."""

@@ -28,7 +28,7 @@ class AdmissionOptions:
     """
 
     margin: float = 0.05
-    """Fraction of every remaining time budget that is reserved for the performance model's error (0: the paper)."""
+    """Fraction of every remaining time budget that admission keeps free for the model's error (0: the paper)."""
     patience: float = 0.2
     """Fraction of its E2E SLO (of its TTFT SLO, if that is shorter) for which a request may wait for the SLOs of
     others; then it joins as soon as KV and batch allow, or a long queue would never drain (infinite: the paper)."""
@@ -39,7 +39,7 @@ class AdmissionOptions:
     paper) or `reject`. A request that was admitted in time is always served. With `reject` no request joins at the cost
     of others: one that has waited for its whole patience is rejected too, and those behind it do not wait for it."""
     reject_margin: float = 0.2
-    """`margin` with `unmeetable = "reject"`."""
+    """`margin` with `unmeetable = "reject"`: what is begun with, and then learned (`slo.attainment`)."""
     reject_patience: float = 0.1
     """`patience` with `unmeetable = "reject"`."""
 

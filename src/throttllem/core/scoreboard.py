@@ -51,7 +51,8 @@ class SequenceState:
     inflated); `output_tokens` the prediction in force. `earliest` is the first iteration that can hold it.
     `done_tokens` were generated before the last (re)start and are part of the prompt now; `start` is the iteration of
     the first token since then, None while it waits inside the engine; `slot` is its index in the scoreboard's columns.
-    `expires_s` is when it has waited in the queue for too long (inf: never).
+    `expires_s` is when it has waited in the queue for too long (inf: never). `in_time`: when it was admitted
+    its SLO could be met.
     A request of several `sequences` counts as that many in the batch and in KV blocks; tokens are those of one of
     them, since all keep pace.
     """
@@ -67,6 +68,7 @@ class SequenceState:
     first_token_s: float | None = None
     slot: int = -1
     expires_s: float = math.inf
+    in_time: bool = True
 
     @classmethod
     def planned(cls, request: Request, prediction: Prediction | None, inflation: float) -> SequenceState:
@@ -154,6 +156,7 @@ class Scoreboard:
     sequences of the pending ones; `reserved_blocks` is what an engine that never evicts has set aside. `external` is
     what the engine holds beside them. `sharing` counts the requests that share KV blocks, which `shared` holds.
     `next_end` is the first iteration at which a sequence may have outgrown its prediction (inf: none will).
+    `classes`: how many of the requests are of each SLO class.
 
     The columns that projections need are compact arrays, shape (running,): the last entry moves into a gap.
     """
@@ -162,6 +165,7 @@ class Scoreboard:
         self.pending: dict[int, SequenceState] = {}
         self.running: dict[int, SequenceState] = {}
         self.lost_requests = 0
+        self.classes: dict[str, int] = {}
         self.multi_sequence = 0
         self.pending_sequences = 0
         self.reserved_blocks = 0
@@ -274,6 +278,7 @@ class Scoreboard:
         """A request goes to the engine and waits for its first token there."""
         self.pending[sequence.request.id] = sequence
         self.lost_requests += sequence.lost
+        self.classes[sequence.request.slo_class] = self.classes.get(sequence.request.slo_class, 0) + 1
         self.multi_sequence += sequence.request.sequences > 1
         self.reserved_blocks += self.reservation(sequence.request)
         if sequence.request.common_prompt_tokens or sequence.request.prefix_of is not None:
@@ -312,6 +317,9 @@ class Scoreboard:
         else:
             self._count_pending(sequence, -sequence.request.sequences)
         self.lost_requests -= sequence.lost
+        self.classes[sequence.request.slo_class] -= 1
+        if not self.classes[sequence.request.slo_class]:
+            del self.classes[sequence.request.slo_class]
         self.multi_sequence -= sequence.request.sequences > 1
         self.reserved_blocks -= self.reservation(sequence.request)
         if self.sharing:

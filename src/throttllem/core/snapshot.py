@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from throttllem.core.engine_state import EngineState, Phase
 from throttllem.core.external_load import Drift
+from throttllem.core.forecast.margins import ClassAttainment
 from throttllem.core.forecast.table_drift import BandBias
 from throttllem.core.lengths.prediction import LengthScore
 from throttllem.core.types import FrequencyPlan, Verdict
@@ -52,7 +53,7 @@ class EngineView:
 class Snapshot:
     """The whole controller. `head` is why the first request in the queue waits, None if none does.
 
-    `lengths`: how the predictions of finished requests came out.
+    `lengths`: how the predictions of finished requests came out. `attainment`: asked and had, by SLO class.
     """
 
     queue: int
@@ -60,6 +61,7 @@ class Snapshot:
     engines: tuple[EngineView, ...]
     counts: Counts
     lengths: LengthScore = field(default_factory=LengthScore)
+    attainment: tuple[ClassAttainment, ...] = ()
 
 
 def view(state: EngineState) -> EngineView:

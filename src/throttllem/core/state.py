@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from throttllem.core.clocks.sizing import Autoscaler
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import EngineState
+from throttllem.core.forecast.margins import Margins
 from throttllem.core.lengths.prediction import LengthScore
 from throttllem.core.scoreboard import SequenceState
 from throttllem.core.snapshot import Counts
@@ -34,6 +35,7 @@ class ControllerState:
     autoscaler: Autoscaler | None
     counts: Counts
     lengths: LengthScore
+    margins: Margins
     unplanned: tuple[int, ...]
     unplanned_since_s: float
     resize_s: float

@@ -40,18 +40,32 @@ class Slo:
     """Mean time between the tokens of one request (TPOT)."""
     ttft_s: float | None = None
     """From arrival to the first token."""
+    attainment: float = 0.99
+    """Fraction of the class's requests that shall meet all of these: margins are learned for it."""
 
     def __post_init__(self) -> None:
         for name in ("e2e_s", "tbt_s", "ttft_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise OptionError("slo", name, value, "must be a positive number of seconds, or absent")
+        check("slo", attainment=(self.attainment, 0.5, 0.9999))
+
+    def met(self, *, e2e_s: float, ttft_s: float, tbt_s: float) -> bool:
+        """Whether a request that took so long met all of them."""
+        had = ((self.e2e_s, e2e_s), (self.ttft_s, ttft_s), (self.tbt_s, tbt_s))
+        return all(due_s is None or had_s <= due_s for due_s, had_s in had)
+
+    @property
+    def binds(self) -> bool:
+        """Whether there is any objective."""
+        return self.e2e_s is not None or self.tbt_s is not None or self.ttft_s is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One request as the gateway or a trace gives it. `output_tokens` is known in simulation only (oracle predictors).
 
+    `slo_class` is the name of the class that the SLO is of, "" the default's.
     `sequences` are generated side by side, over `prompts` different prompts of `prompt_tokens` (their mean). `caller`
     and `model` (as the client named it) are for the prediction of lengths only.
 
@@ -65,6 +79,7 @@ class Request:
     prompt_tokens: int
     max_tokens: int
     slo: Slo
+    slo_class: str = ""
     output_tokens: int | None = None
     sequences: int = 1
     prompts: int = 1

@@ -87,7 +87,7 @@ def _cached(fleet: Fleet, tp: int, trace: Trace, options: Options, cache_dir: Pa
         "noise": asdict(options.noise),
         "method": METHOD,
         "seed": seed,
-        "slo": asdict(slo),
+        "slo": {name: getattr(slo, name) for name in ("e2e_s", "tbt_s", "ttft_s")},
     }
     file = ensure_writable_dir(cache_dir) / f"capacity-{digest(inputs)}.json"
     try:
@@ -106,7 +106,7 @@ def characterize(fleet: Fleet, tp: int, trace: Trace, options: Options, *, seed:
     ValueError if no request of the trace fits the engine.
     """
     found = _bisect(fleet, tp, trace, options, seed=seed, slo=slo)
-    if found.max_rps == 0.0 and slo != Slo():
+    if found.max_rps == 0.0 and slo.binds:
         found = replace(_bisect(fleet, tp, trace, options, seed=seed, slo=Slo()), max_rps=0.0)
     return found
 

@@ -10,6 +10,7 @@ from throttllem.core.clocks.controller import ClockController
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import EngineState
+from throttllem.core.forecast.margins import Margins
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import ClockRead, FrequencyPlan, Reason, SetClock, Slo
 
@@ -21,7 +22,7 @@ STEEP = flat_table([16, 12, 9, 8, 7], watts=(100, 130, 180, 230, 300))
 
 def controller(policy=ClockPolicy.THROTTLLEM, **changes):
     plain = {"switch_latency_s": 0.0, "dwell_s": 0.0, "min_saving": 0.0, "margin": 0.0, "reserve": 0.0}
-    return ClockController(ThrottleOptions(policy=policy, **plain | changes), LoadEstimator(window_s=60.0))
+    return ClockController(ThrottleOptions(policy=policy, **plain | changes), LoadEstimator(window_s=60.0), Margins())
 
 
 def engine(*pending, table=TICKS, clock_mhz=TOP_MHZ, target_mhz=TOP_MHZ, **changes):
@@ -220,7 +221,7 @@ def test_a_known_load_prices_the_clocks_by_steady_power():
     load = LoadEstimator(window_s=10.0)
     for n in range(200):
         load.arrived(n / 4, 16, 16, Slo())
-    clocks = ClockController(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY), load)
+    clocks = ClockController(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY), load, Margins())
     busy = engine(sequence(1, 4, 32), table=table(SPEC))
     planned(clocks, busy, 50.0)
     first = busy.steady
@@ -237,7 +238,7 @@ def loaded(rate=4.0, **changes):
     for n in range(int(50 * rate)):
         load.arrived(n / rate, 16, 16, Slo())
     plain = {"switch_latency_s": 0.0, "dwell_s": 0.0, "margin": 0.0, "reserve": 0.0}
-    return ClockController(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY, **plain | changes), load)
+    return ClockController(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY, **plain | changes), load, Margins())
 
 
 def test_waiting_requests_count_as_requests_and_do_not_force_the_maximum_clock():

@@ -28,6 +28,7 @@ from throttllem.core.clocks.request_chain import chain, least_energy_pace, open_
 from throttllem.core.clocks.steady_load import Load, LoadEstimator, Steady, steady
 from throttllem.core.engine_state import EngineState
 from throttllem.core.forecast.horizon import Horizon, look_ahead
+from throttllem.core.forecast.margins import InForce, Margins
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import project
 from throttllem.core.forecast.table_drift import Span
@@ -40,9 +41,10 @@ _LATE_FIRST_TOKENS = 0.005
 class ClockController:
     """Plans the clocks of one controller's engines."""
 
-    def __init__(self, options: ThrottleOptions, load: LoadEstimator) -> None:
+    def __init__(self, options: ThrottleOptions, load: LoadEstimator, margins: Margins) -> None:
         self.options = options
         self._load = load
+        self._margins = margins
 
     def plan(self, engine: EngineState, now_s: float, *, waiting: int) -> SetClock | None:
         """Plan the clock of a ready engine after a change; a command if another clock is to be set.
@@ -155,22 +157,24 @@ class ClockController:
         for so many requests at the present load, or the next higher one that meets every SLO though requests go on
         coming.
         """
-        least = self.options.policy is ClockPolicy.LEAST_ENERGY
+        least, keep = self.options.policy is ClockPolicy.LEAST_ENERGY, self._in_force(engine)
         delay_s = self._delays(engine, spec, now_s)
         # The reserve for requests yet to come may be used when nothing else will do.
-        tries = [(self.options.reserve, 1.0 if steady is None else steady.stretch), *([(0.0, 1.0)] if least else [])]
-        for reserve, stretch in tries:
+        tries = [(keep.margin, keep.reserve, 1.0 if steady is None else steady.stretch)]
+        if least:
+            tries.append((keep.spent, 0.0, 1.0))
+        for margin, reserve, stretch in tries:
             holds, run = feasible(
                 ahead,
                 engine.board,
                 table,
                 delay_s=delay_s,
-                margin=self.options.margin,
+                margin=margin,
                 reserve=reserve,
                 stretch=stretch,
             )
             if steady is None:
-                holds = holds & self._first_token_in_time(ahead, table)
+                holds = holds & self._first_token_in_time(ahead, table, margin)
             if holds.any():
                 break
         binding = None if run is None else ahead.binding(engine.board, run)
@@ -184,7 +188,7 @@ class ClockController:
         plan = at_least(holds, int(steady.by_requests[requests]), spec, binding)
         return self._if_steps_down(engine, spec, self._after_dwell(engine, plan, now_s))
 
-    def _first_token_in_time(self, ahead: Horizon, table: PerformanceTable) -> Bools:
+    def _first_token_in_time(self, ahead: Horizon, table: PerformanceTable, margin: float) -> Bools:
         """Clocks at which the next request has its first token in time: a prompt is under way at this clock, then the
         clock is switched, and its own runs at the maximum. A TTFT SLO that its own prompt alone violates there binds no
         clock. The paper, which knows no TTFT: three prompts at this clock.
@@ -197,8 +201,15 @@ class ClockController:
             needed_s[:-1] += self.options.switch_latency_s
         else:
             needed_s = 3.0 * prompt_s
-        in_time: Bools = (needed_s <= ttft_s * (1.0 - self.options.margin)) | unmeetable
+        in_time: Bools = (needed_s <= ttft_s * (1.0 - margin)) | unmeetable
         return in_time
+
+    def _in_force(self, engine: EngineState) -> InForce:
+        """The margins that the requests in an engine need."""
+        begun = self.options
+        return self._margins.of_clocks(
+            engine.board.classes, margin=begun.margin, reserve=begun.reserve, disturbed=engine.disturbed
+        )
 
     def _delays(self, engine: EngineState, spec: EngineSpec, now_s: float) -> Floats:
         """Seconds until each clock is in force; a lower one is never late."""
@@ -216,12 +227,13 @@ class ClockController:
         return engine.steady
 
     def _settled(self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, load: Load) -> Steady:
-        found = steady(load, table, spec, reserve=self.options.reserve)
+        keep = self._in_force(engine)
+        found = steady(load, table, spec, reserve=keep.reserve)
         states = chain(load, table, spec)
         if states is None:
             return replace(found, by_requests=np.full(1, len(spec.clocks_mhz) - 1, dtype=np.int64))
-        is_open = open_clocks(load, states, engine.board.tightest_tbt_s() * (1.0 - self.options.margin))
-        pace = least_energy_pace(load, states, is_open, spec, reserve=self.options.reserve)
+        is_open = open_clocks(load, states, engine.board.tightest_tbt_s() * (1.0 - keep.margin))
+        pace = least_energy_pace(load, states, is_open, spec, reserve=keep.reserve)
         if math.isfinite(self._load.first_token[0]):
             batch = max(1, min(round(pace.mean_requests), spec.max_batch))
             late = late_first_tokens(
@@ -230,11 +242,11 @@ class ClockController:
                 spec,
                 batch=batch,
                 kv_blocks=round(batch * states.kv_blocks),
-                keep=1.0 - self.options.margin,
+                keep=1.0 - keep.margin,
                 switch_latency_s=self.options.switch_latency_s,
             )
             is_open &= late <= late[-1] + _LATE_FIRST_TOKENS
-            pace = least_energy_pace(load, states, is_open, spec, reserve=self.options.reserve)
+            pace = least_energy_pace(load, states, is_open, spec, reserve=keep.reserve)
         return replace(found, by_requests=np.concatenate([pace.column[:1], pace.column]))
 
     def _after_dwell(self, engine: EngineState, plan: FrequencyPlan, now_s: float) -> FrequencyPlan:

@@ -131,7 +131,7 @@ class Models:
             backend.estimated(found.by)
         return found
 
-    def session(self, parsed: ParsedRequest, count: PromptCount, slo: Slo) -> Session:
+    def session(self, parsed: ParsedRequest, count: PromptCount, slo: Slo, slo_class: str = "") -> Session:
         """The session of a controlled request, not yet handed to the core. Raises ApiError (404, 503)."""
         loop = self._loop(parsed.model)
         serving = loop.serving()
@@ -160,6 +160,7 @@ class Models:
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
             slo=slo,
+            slo_class=slo_class,
             sequences=parsed.sequences,
             prompts=prompts,
             cached_prompt_tokens=prefix.cached_tokens,

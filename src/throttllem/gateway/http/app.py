@@ -37,7 +37,7 @@ from throttllem.gateway.http.exchange import Cause, Exchange, GoneError
 from throttllem.gateway.http.origins import Guard, with_cors
 from throttllem.gateway.http.pages import MODELS, OPENAPI, MetricsPage, Pages
 from throttllem.gateway.http.protocol import CROWDED
-from throttllem.gateway.http.slo_headers import METRICS_HEADER, read_slo
+from throttllem.gateway.http.slo_headers import CLASS_HEADER, METRICS_HEADER, read_slo
 from throttllem.gateway.http.uncontrolled import Use, methods, use_of
 from throttllem.openai_api.errors import ApiError, as_api_error, invalid
 from throttllem.openai_api.large_bodies import LARGE_BYTES, OFF_LOOP_BYTES, with_model
@@ -228,9 +228,10 @@ class Gateway:
         """A request under control: read, counted, admitted by the core, sent to its engine, the reply relayed."""
         if self.draining:
             raise self._drained()
-        slo, metrics = self._options.slo, False
+        slo, slo_class, metrics = self._options.slo, "", False
         if exchange.own:
             slo = read_slo(exchange.own, slo, self._options.classes)
+            slo_class = exchange.own.get(CLASS_HEADER, "")
             metrics = exchange.own.get(METRICS_HEADER, "").strip() == "1"
         body = await exchange.read(self._limits.body_bytes)
         if len(body) <= OFF_LOOP_BYTES:
@@ -250,7 +251,7 @@ class Gateway:
         parsed = parsed.counted()
         if len(parsed.body) > LARGE_BYTES:
             exchange.hold(len(parsed.body))
-        async with self._models.session(parsed, count, slo) as session:
+        async with self._models.session(parsed, count, slo, slo_class) as session:
             backend = await session.placed()
             call = Call(
                 method="POST",
