@@ -13,16 +13,17 @@ import typer
 from typer.core import TyperGroup
 
 from throttllem.cli.commands.calibrate import calibrate
-from throttllem.cli.commands.characterize import characterize
 from throttllem.cli.commands.demo import demo
 from throttllem.cli.commands.doctor import doctor
 from throttllem.cli.commands.estimate import estimate
 from throttllem.cli.commands.keeper import keeper
 from throttllem.cli.commands.profile import profile
 from throttllem.cli.commands.replay import replay
-from throttllem.cli.commands.reproduce import reproduce
 from throttllem.cli.commands.serve import serve
 from throttllem.cli.commands.simulate import simulate
+from throttllem.cli.commands.studies.arena import arena
+from throttllem.cli.commands.studies.characterize import characterize
+from throttllem.cli.commands.studies.reproduce import reproduce
 from throttllem.cli.commands.train import train
 from throttllem.cli.terminal import printable
 
@@ -69,6 +70,7 @@ for command in (
     replay,
     simulate,
     demo,
+    arena,
     reproduce,
     characterize,
     profile,

@@ -26,6 +26,12 @@ def named_policy(name: str, clocks_mhz: tuple[int, ...], sizes: tuple[int, ...])
     return Policy(name=name, clock=ClockPolicy.TOP, fixed_mhz=None, autoscale=False, own=own)
 
 
+def check_name(name: str) -> None:
+    """Raise PolicyError for a name that is no policy of some GPU."""
+    if not name.startswith("fixed:"):
+        named_policy(name, (0, 1), (1, 2))
+
+
 def _load(name: str, module: str, attribute: str) -> Callable[[], OwnPolicy]:
     folder = str(Path.cwd())
     if folder not in sys.path:

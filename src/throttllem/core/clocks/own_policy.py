@@ -119,6 +119,19 @@ class EngineView:
         full_s = whole * self.iteration_s(self.prefill_budget_tokens) if whole else 0.0
         return np.asarray(full_s + (self.iteration_s(rest) if rest else 0.0), np.float64)
 
+    def token_s(self, *, running: int | None = None) -> Floats:
+        """Seconds between two tokens of a sequence at each clock, shape (clocks,): an iteration, stretched by prompts
+        that arrive meanwhile at the recent rate; inf where prompts alone take all the time.
+        """
+        alone_s = self.iteration_s(running=running)
+        prompt_tokens = round(self.recent.prompt_tokens or 0)
+        chunk = min(prompt_tokens, self.prefill_budget_tokens)
+        if not chunk:
+            return alone_s
+        each_s = (self.iteration_s(chunk, running=running) - alone_s) * (prompt_tokens / chunk)
+        busy = self.recent.requests_per_s * np.maximum(each_s, 0.0)
+        return np.where(busy < 1.0, alone_s / np.maximum(1.0 - busy, 1e-9), np.inf)
+
     def lowest(self, holds: npt.NDArray[np.bool_]) -> int:
         """The lowest clock of those that hold, shape (clocks,); the maximum where none does."""
         return self.clocks_mhz[int(holds.argmax()) if holds.any() else -1]

@@ -1,0 +1,106 @@
+"""Who takes part: policies by name, and rivals with the values that hindsight may choose from.
+
+Knows nothing of cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from throttllem.arena.rivals.agft import Agft
+from throttllem.arena.rivals.biscale import BiScale
+from throttllem.arena.rivals.dynamo_llm import DynamoLlm
+from throttllem.arena.rivals.eco_freq import EcoFreq
+from throttllem.arena.rivals.green_llm import GreenLlm
+from throttllem.arena.rivals.power_cap import PowerCap
+from throttllem.core.clocks.own_policy import OwnPolicy
+from throttllem.core.clocks.policy import ClockPolicy, Policy
+from throttllem.did_you_mean import did_you_mean
+
+BASELINE = "triton"
+OURS = "least-energy"
+STATIC = "static"
+YESTERDAY = "static-yesterday"
+BEFOREHAND = "-beforehand"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rival:
+    """A policy of a paper with one parameter: `values` are tried in every cell, `beforehand` is the best of them on the
+    tuning grid.
+    """
+
+    name: str
+    make: Callable[..., OwnPolicy]
+    parameter: str
+    values: tuple[float, ...]
+    beforehand: float
+
+    def policy(self, value: float) -> Policy:
+        """The policy with that value."""
+        own = partial(self.make, **{self.parameter: value})
+        name = f"{self.name}({self.parameter}={value:g})"
+        return Policy(name=name, clock=ClockPolicy.TOP, fixed_mhz=None, autoscale=False, own=own)
+
+
+RIVALS = (
+    Rival(name="power-cap", make=PowerCap, parameter="share", values=(0.42, 0.5, 0.58, 0.7), beforehand=0.58),
+    Rival(name="eco-freq", make=EcoFreq, parameter="share", values=(0.14, 0.19, 0.25, 0.35), beforehand=0.19),
+    Rival(name="green-llm", make=GreenLlm, parameter="share", values=(0.12, 0.18, 0.25, 0.35), beforehand=0.18),
+    Rival(name="dynamo-llm", make=DynamoLlm, parameter="headroom", values=(1.2, 1.6, 2.2, 3.0), beforehand=1.6),
+    Rival(name="agft", make=Agft, parameter="delay_weight", values=(0.2, 0.4, 0.8), beforehand=0.4),
+    Rival(name="biscale", make=BiScale, parameter="share", values=(0.14, 0.2, 0.28, 0.4), beforehand=0.2),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """The contenders of one arena, in the order of the tables. The baseline always runs."""
+
+    names: tuple[str, ...]
+
+    @property
+    def rivals(self) -> tuple[Rival, ...]:
+        """Rivals of which a row is wanted."""
+        return tuple(rival for rival in RIVALS if {rival.name, rival.name + BEFOREHAND} & set(self.names))
+
+    @property
+    def static(self) -> bool:
+        """Whether static clocks are searched."""
+        return bool({STATIC, YESTERDAY} & set(self.names))
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Policies that run once, by the names that `simulate --policy` knows."""
+        own = {STATIC, YESTERDAY, BASELINE}
+        own |= {rival.name for rival in RIVALS} | {rival.name + BEFOREHAND for rival in RIVALS}
+        return tuple(name for name in self.names if name not in own)
+
+
+KNOWN = (
+    *(OURS, "throttllem", STATIC, YESTERDAY),
+    *(rival.name for rival in RIVALS),
+    *(rival.name + BEFOREHAND for rival in RIVALS),
+)
+"""The rows of an arena without `--policies`."""
+
+
+def field_of(names: str | None, check: Callable[[str], object]) -> Field:
+    """The contenders of `--policies A,B`; all known ones without. `check` raises for a name that `simulate` does not
+    know. Raises ValueError.
+    """
+    if names is None:
+        return Field(names=(BASELINE, *KNOWN))
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise ValueError(f"--policies {names}: name one or more, as in least-energy,static,eco-freq")
+    for name in wanted:
+        if name not in KNOWN and name != BASELINE:
+            try:
+                check(name)
+            except ValueError as error:
+                hint = did_you_mean(name, KNOWN)
+                raise ValueError(f"--policies {name}: {hint} ({error})") from error
+    return Field(names=tuple(dict.fromkeys((BASELINE, *wanted))))

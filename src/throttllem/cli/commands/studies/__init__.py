@@ -1,0 +1,1 @@
+"""Commands that run many simulations: characterize, reproduce, arena."""
