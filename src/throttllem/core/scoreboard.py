@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from throttllem.core.compiled import compiled
 from throttllem.core.external_load import ExternalLoad, OwnLoad
 from throttllem.core.lengths.prediction import Prediction
 from throttllem.core.shared_blocks import Link, SharedBlocks
@@ -265,8 +266,10 @@ class Scoreboard:
 
     def tightest_tbt_s(self) -> float:
         """The strictest SLO on the time between tokens among sequences that are not lost; inf if there is none."""
-        waiting = min((sequence.limits().tbt_s for sequence in self.pending.values()), default=math.inf)
-        return min(waiting, float(self._limits[1, : len(self._slots)].min())) if self._slots else waiting
+        waiting = math.inf
+        for sequence in self.pending.values():
+            waiting = min(waiting, sequence.limits().tbt_s)
+        return min(waiting, _least(self._limits[1], len(self._slots)))
 
     def reservation(self, request: Request) -> int:
         """KV blocks that an engine which never evicts sets aside for a request."""
@@ -496,3 +499,12 @@ class GrowingBlocks:
         size = len(self._by_residue)
         whole, past = divmod(iteration, size)
         return self.sequences * whole + self._whole + sum(self._by_residue[size - past :])
+
+
+@compiled
+def _least(values: Floats, count: int) -> float:
+    """The least of the first `count` values, inf of none."""
+    least = np.inf
+    for i in range(count):
+        least = min(least, values[i])
+    return least

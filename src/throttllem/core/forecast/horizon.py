@@ -14,7 +14,6 @@ microseconds, compiled. Knows nothing of which clock should be chosen.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +22,7 @@ import numpy.typing as npt
 from throttllem.core.compiled import compiled
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import Projection
-from throttllem.core.scoreboard import Limits, Scoreboard, SequenceState
+from throttllem.core.scoreboard import Scoreboard, SequenceState
 from throttllem.core.types import EngineSpec
 
 Ints = npt.NDArray[np.int64]
@@ -71,21 +70,24 @@ class Horizon:
 
         `reserve` is the fraction of a request's E2E SLO that is taken from its deadline, whichever SLO made it.
         """
-        slack = np.full(self.cells.size, math.inf)
-        reserved_s = np.minimum(reserve * self.e2e_s, self.reserve_s)
-        np.minimum.at(slack, self.finish_run, self.deadline_s - reserved_s)
-        np.minimum.at(slack, self.first_token_run, self.first_token_deadline_s)
-        return slack - self.base_s
+        return _slack(
+            self.cells.size,
+            self.finish_run,
+            self.deadline_s,
+            self.e2e_s,
+            self.reserve_s,
+            self.first_token_run,
+            self.first_token_deadline_s,
+            self.base_s,
+            reserve,
+        )
 
     def binding(self, board: Scoreboard, run: int) -> SequenceState | None:
         """The request whose deadline is the tightest at the end of `run`, on the scoreboard that was projected."""
-        ends = np.flatnonzero(self.finish_run == run)
-        first_tokens = np.flatnonzero(self.first_token_run == run)
-        deadlines = np.concatenate([self.deadline_s[ends], self.first_token_deadline_s[first_tokens]])
-        if not deadlines.size or not math.isfinite(float(deadlines.min())):
+        index = _tightest(run, self.finish_run, self.deadline_s, self.first_token_run, self.first_token_deadline_s)
+        if index < 0:
             return None
         running = self.finish_run.size - len(self.pending)
-        index = int(np.concatenate([ends, first_tokens + running])[int(deadlines.argmin())])
         return board.at(index) if index < running else self.pending[index - running]
 
 
@@ -108,12 +110,13 @@ def look_ahead(
         projection.starts,
         *table.offsets,
     )
-    limits = np.array([sequence.limits() for sequence in pending], dtype=np.float64).reshape(-1, len(Limits._fields))
-    deadline_s, e2e_s, reserve_s = board.deadline_s, board.e2e_s, board.reserve_s
+    deadline_s, e2e_s, reserve_s, first_token_deadline_s = board.deadline_s, board.e2e_s, board.reserve_s, np.zeros(0)
     if pending:
+        limits = np.array([sequence.limits() for sequence in pending])
         deadline_s = np.concatenate([deadline_s, limits[:, 0]])
         e2e_s = np.concatenate([e2e_s, limits[:, 4]])
         reserve_s = np.concatenate([reserve_s, limits[:, 3]])
+        first_token_deadline_s = limits[:, 1].copy()
     return Horizon(
         base_s=base_s,
         cells=cells,
@@ -124,7 +127,7 @@ def look_ahead(
         e2e_s=e2e_s,
         reserve_s=reserve_s,
         first_token_run=first_token_run,
-        first_token_deadline_s=limits[:, 1].copy(),
+        first_token_deadline_s=first_token_deadline_s,
         pending=tuple(pending),
         kv_peak=peaks[1],
         inside_hull=table.inside(*peaks),
@@ -170,3 +173,43 @@ def _cut(
     runs = run + 1
     peaks = (batch_peak, kv_peak, prefill_peak)
     return cells[:runs], length[:runs], prefills[:runs], run_until[ends], run_until[starts + 1], peaks
+
+
+@compiled
+def _slack(
+    runs: int,
+    finish_run: Ints,
+    deadline_s: Floats,
+    e2e_s: Floats,
+    reserve_s: Floats,
+    first_token_run: Ints,
+    first_token_deadline_s: Floats,
+    base_s: float,
+    reserve: float,
+) -> Floats:
+    """The tightest deadline at each run's end, as `Horizon.slack_s` has it."""
+    slack = np.full(runs, np.inf)
+    for i in range(finish_run.size):
+        run = finish_run[i]
+        slack[run] = min(slack[run], deadline_s[i] - min(reserve * e2e_s[i], reserve_s[i]))
+    for i in range(first_token_run.size):
+        run = first_token_run[i]
+        slack[run] = min(slack[run], first_token_deadline_s[i])
+    return slack - base_s
+
+
+@compiled
+def _tightest(
+    run: int, finish_run: Ints, deadline_s: Floats, first_token_run: Ints, first_token_deadline_s: Floats
+) -> int:
+    """The request of the tightest deadline at the end of a run, -1 where nothing binds. Ends come before first tokens
+    where deadlines are equal.
+    """
+    index, tightest_s = -1, np.inf
+    for i in range(finish_run.size):
+        if finish_run[i] == run and deadline_s[i] < tightest_s:
+            index, tightest_s = i, deadline_s[i]
+    for i in range(first_token_run.size):
+        if first_token_run[i] == run and first_token_deadline_s[i] < tightest_s:
+            index, tightest_s = finish_run.size - first_token_run.size + i, first_token_deadline_s[i]
+    return index

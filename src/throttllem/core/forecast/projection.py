@@ -81,20 +81,22 @@ def project(board: Scoreboard, spec: EngineSpec, *, first: int, extra: SequenceS
     if extra is not None:
         pending.append(extra)
     external = board.external
-    decoding = board.running_sequences + max(0, external.batch)
-    begins, starts, prefill = _placed(
-        _prompts(pending, first), decoding, spec.prefill_budget_tokens, spec.max_batch, spec.chunked
-    )
+    begins = starts = prefill = np.zeros(0, dtype=np.int64)
+    sizes = np.zeros((0, 3), dtype=np.int64)
+    if pending:
+        sizes = np.array([(each.prefill_tokens, each.remaining_tokens, each.sequences) for each in pending])
+        decoding = board.running_sequences + max(0, external.batch)
+        begins, starts, prefill = _placed(
+            _prompts(pending, first), decoding, spec.prefill_budget_tokens, spec.max_batch, spec.chunked
+        )
     if board.multi_sequence > 0 or (extra is not None and extra.sequences > 1):
-        widths = np.array([sequence.sequences for sequence in pending], dtype=np.int64)
-        after = np.cumsum(widths)  # a request begins with its first prompt, and gives its first token with its last one
-        begins, starts = begins[after - widths], starts[after - 1]
-    sizes = [(each.prefill_tokens, each.remaining_tokens, each.sequences) for each in pending]
+        after = np.cumsum(sizes[:, 2])  # its first prompt begins a request, its last one gives the first token
+        begins, starts = begins[after - sizes[:, 2]], starts[after - 1]
     begin, ends, batch, kv_blocks, padded = _accumulated(
         board.columns,
         len(board.running),
         first,
-        np.array(sizes, dtype=np.int64).reshape(-1, 3),
+        sizes,
         begins,
         starts,
         prefill,
@@ -123,7 +125,7 @@ def _prompts(pending: Sequence[SequenceState], first: int) -> Ints:
         shared = max(request.common_prompt_tokens, request.cached_prompt_tokens)
         prompts += [(sequence.computed_tokens, earliest)] * own
         prompts += [(max(1, sequence.prefill_tokens - shared), earliest)] * (sequence.sequences - own)
-    return np.array(prompts, dtype=np.int64).reshape(-1, 2)
+    return np.array(prompts, dtype=np.int64)
 
 
 def _saved(
