@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.toy import SPEC, spec, table
-from throttllem.core.clocks.request_chain import chain, least_energy_pace, least_mean_watts, open_clocks
+from throttllem.core.clocks.request_chain import (
+    Chain,
+    by_clock,
+    chain,
+    least_energy_pace,
+    least_mean_watts,
+    open_clocks,
+)
 from throttllem.core.clocks.steady_load import Load
 
 TABLE = table(SPEC)
@@ -36,7 +43,9 @@ def test_no_assignment_of_clocks_has_less_mean_power(seed, rate):
     is_open = rng.random((4, 3)) < 0.7
     is_open[:, -1] = True
     leave[-1, -1] += 4.0
-    found = least_mean_watts(rate, leave, watts, np.zeros_like(leave), is_open, 60.0, 0.0)[0]
+    zeros = np.zeros_like(leave)
+    states = Chain(kv_blocks=1.0, leave_per_s=leave, watts=watts, prompt_s=zeros, step_s=zeros)
+    found = least_mean_watts(rate, *by_clock(states, is_open), zeros, 60.0, 0.0)[0]
     assert all(is_open[n, c] for n, c in enumerate(found))
     open_to = [[c for c in range(3) if is_open[n, c] and (n < 3 or leave[n, c] > rate)] for n in range(4)]
     choices = itertools.product(*open_to)

@@ -15,7 +15,7 @@ Knows nothing of the requests at hand, their deadlines or when they end: the clo
 # a price h on every request in flight (George and Harrison, "Dynamic control of a queue with adjustable service rate",
 # Operations Research 49, 2001). With g its mean and v(n) the cost that the n-th request adds until there are n - 1,
 #
-#     v(n) = min over c of (w(n, c) + h n - g + r v(n + 1)) / mu(n, c),
+#     v(n) = min over c of (w(n, c) + h n - g + r v(n + 1)) / mu(n, c),      r v(1) = g - idle watts,
 #
 # solved by policy iteration: g of a policy from the stationary distribution, v from N down (beyond N, where mu is
 # constant, v is linear in n: v(n) = a n + b with a = h / (mu - r), b = (w - g + r a) / (mu - r)), then for each n the
@@ -47,6 +47,7 @@ Bools = npt.NDArray[np.bool_]
 _MOST_REQUESTS = 160
 _MOST_USE = 0.97
 """Of what the engine can do at the maximum clock: a higher load is taken for that, as no chain settles under it."""
+_ROUNDING = 1e-9
 _PRICES_W = 2.0 ** np.arange(-4, 13)
 
 
@@ -111,11 +112,10 @@ def least_energy_pace(load: Load, states: Chain, is_open: Bools, spec: EngineSpe
     rate = min(load.requests_per_s, _MOST_USE * float(states.leave_per_s[-1].max()))
     is_open = is_open.copy()
     is_open[:, -1] |= ~is_open.any(axis=1)
+    leave_per_s, watts = by_clock(states, is_open)
 
     def priced(price_w: float) -> tuple[Pace, bool]:
-        pace = Pace(
-            *least_mean_watts(rate, states.leave_per_s, states.watts, states.prompt_s, is_open, spec.idle_w, price_w)
-        )
+        pace = Pace(*least_mean_watts(rate, leave_per_s, watts, states.prompt_s, spec.idle_w, price_w))
         token_s = (pace.mean_requests / rate - pace.prompt_s) / load.output_tokens
         whole_s = pace.prompt_s + load.long_output_tokens * token_s
         return pace, load.e2e_s is None or whole_s <= load.e2e_s * (1.0 - reserve)
@@ -128,15 +128,28 @@ def least_energy_pace(load: Load, states: Chain, is_open: Bools, spec: EngineSpe
     return pace if in_time else priced(float(_PRICES_W[low]))[0]
 
 
+def by_clock(states: Chain, is_open: Bools) -> tuple[Floats, Floats]:
+    """Requests that leave per second, and watts (inf at a clock that is not open), both (clocks, requests)."""
+    return np.ascontiguousarray(states.leave_per_s.T), np.ascontiguousarray(np.where(is_open, states.watts, np.inf).T)
+
+
 @compiled
 def least_mean_watts(
-    rate: float, leave_per_s: Floats, watts: Floats, prompt_s: Floats, is_open: Bools, idle_w: float, price_w: float
+    rate: float, leave_per_s: Floats, watts: Floats, prompt_s: Floats, idle_w: float, price_w: float
 ) -> tuple[Ints, float, float]:
-    """Policy iteration from the maximum clock on: the column for each number of requests, the mean number of requests
-    in flight, and the mean seconds of a prompt.
+    """Policy iteration from the highest open clocks on: the column for each number of requests, the mean number of
+    requests in flight, and the mean seconds of a prompt.
+
+    `leave_per_s` and `watts` (clocks, requests), as `by_clock` has them, `prompt_s` (requests, clocks). Clocks are
+    compared for all numbers of requests side by side, several in one instruction. A clock is left for one that saves
+    more than rounding may: else two that are equal take turns for ever.
     """
-    most, clocks = leave_per_s.shape
-    column = np.full(most, clocks - 1)
+    clocks, most = leave_per_s.shape
+    column = np.zeros(most, dtype=np.int64)
+    for c in range(clocks):
+        for n in range(most):
+            column[n] = c if watts[c, n] < np.inf else column[n]
+    best, least_w = np.empty_like(column), np.empty(most)
     added = np.empty(most)
     likely = np.empty(most + 1)
     mean_requests = mean_prompt_s = 0.0
@@ -146,7 +159,7 @@ def least_mean_watts(
         mean_requests = mean_prompt_s = busy = 0.0
         for n in range(1, most + 1):
             c = column[n - 1]
-            ratio = rate / leave_per_s[n - 1, c]
+            ratio = rate / leave_per_s[c, n - 1]
             likely[n] = likely[n - 1] * ratio
             if likely[n] > 1e200:
                 scale = likely[n]
@@ -162,29 +175,45 @@ def least_mean_watts(
                 further = n + ratio / (1.0 - ratio)
             whole += here
             busy += here
-            cost += here * (watts[n - 1, c] + price_w * further)
+            cost += here * (watts[c, n - 1] + price_w * further)
             mean_requests += here * further
             mean_prompt_s += here * prompt_s[n - 1, c]
         mean_cost = cost / whole
         mean_requests /= whole
         mean_prompt_s /= busy
         c = column[most - 1]
-        drift = leave_per_s[most - 1, c] - rate
+        drift = leave_per_s[c, most - 1] - rate
         slope = price_w / drift
-        added[most - 1] = slope * most + (watts[most - 1, c] - mean_cost + rate * slope) / drift
-        for n in range(most - 1, 0, -1):
+        added[most - 1] = slope * most + (watts[c, most - 1] - mean_cost + rate * slope) / drift
+        # Each recursion where it damps errors: from beyond down where more leave than come, from 0 up elsewhere.
+        below = 0
+        while below < most - 1 and leave_per_s[column[below], below] < rate:
+            below += 1
+        for n in range(most - 1, below, -1):
             c = column[n - 1]
-            added[n - 1] = (watts[n - 1, c] + price_w * n - mean_cost + rate * added[n]) / leave_per_s[n - 1, c]
+            added[n - 1] = (watts[c, n - 1] + price_w * n - mean_cost + rate * added[n]) / leave_per_s[c, n - 1]
+        spent, gone = idle_w, 0.0
+        for n in range(below):
+            added[n] = (mean_cost - spent + gone) / rate
+            c = column[n]
+            spent, gone = watts[c, n] + price_w * (n + 1), leave_per_s[c, n] * added[n]
+        least_w[:] = np.inf
+        for c in range(clocks - 1, -1, -1):
+            leave, costs = leave_per_s[c], watts[c]
+            last, last_w = best[most - 1], least_w[most - 1]
+            for n in range(most):
+                here_w = costs[n] - leave[n] * added[n]
+                better = here_w < least_w[n]
+                best[n] = c if better else best[n]
+                least_w[n] = here_w if better else least_w[n]
+            if leave[most - 1] <= rate:  # requests beyond would never leave
+                best[most - 1], least_w[most - 1] = last, last_w
         changed = False
-        for n in range(1, most + 1):
-            best, best_w = column[n - 1], np.inf
-            for c in range(clocks - 1, -1, -1):
-                if is_open[n - 1, c] and (n < most or leave_per_s[n - 1, c] > rate):
-                    here = watts[n - 1, c] - leave_per_s[n - 1, c] * added[n - 1]
-                    if here < best_w:
-                        best, best_w = c, here
-            if best != column[n - 1]:
-                column[n - 1] = best
+        for n in range(most):
+            c = column[n]
+            now_w = watts[c, n] - leave_per_s[c, n] * added[n]
+            if least_w[n] < now_w - _ROUNDING * abs(now_w):
+                column[n] = best[n]
                 changed = True
         if not changed:
             break
