@@ -14,6 +14,7 @@ from throttllem.core.admission import AdmissionQueue, refused_by_all
 from throttllem.core.clocks.controller import ClockController
 from throttllem.core.clocks.own_policy import OwnClock, OwnPolicy
 from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.clocks.size_planner import Demand, SizePlanner, Sizes, size_planner
 from throttllem.core.clocks.sizing import Autoscaler
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import Engines, EngineState, Phase
@@ -81,7 +82,12 @@ class Controller:
         self._clocks = ClockController(options.throttle, self._load, self._margins)
         latency_s = options.throttle.switch_latency_s
         self._own = OwnClock(policy=own, switch_latency_s=latency_s) if own is not None else None
-        self._autoscaler = Autoscaler(options=options.autoscale) if options.autoscale else None
+        self._autoscaler: Autoscaler | None = None
+        self._size_planner: SizePlanner | None = None
+        if options.autoscale and options.sized_by_energy:
+            self._size_planner = size_planner(options.autoscale, options.specs, offset_s=options.day_offset_s)
+        elif options.autoscale:
+            self._autoscaler = Autoscaler(options=options.autoscale)
         self._counts = asdict(Counts())
         self._unplanned: dict[int, EngineState] = {}
         self._unplanned_since_s = 0.0
@@ -194,6 +200,7 @@ class Controller:
             head=self._queue.head,
             load=self._load,
             autoscaler=self._autoscaler,
+            size_planner=self._size_planner,
             counts=Counts(**self._counts),
             lengths=self._length_score,
             margins=self._margins,
@@ -207,7 +214,8 @@ class Controller:
         """A controller that continues from `state`, and takes its parts over."""
         made = cls(options)
         made._engines.restore(state.engines, state.serving, state.next_engine)
-        made._load, made._autoscaler, made._margins = state.load, state.autoscaler, state.margins
+        made._load, made._margins = state.load, state.margins
+        made._autoscaler, made._size_planner = state.autoscaler, state.size_planner
         made._queue = AdmissionQueue(options, state.margins)
         made._queue.restore(state.waiting, state.head)
         made._clocks = ClockController(options.throttle, state.load, state.margins)
@@ -369,10 +377,11 @@ class Controller:
         why = refused_by_all(request, self._engines.specs)
         if why is None and len(self._queue.waiting) >= self.options.admission.queue_limit:
             why = Reason.QUEUE_FULL
-        if self._autoscaler:
-            self._autoscaler.arrived(now_s, 1 if why else request.sequences)
+        scaler = self._autoscaler or self._size_planner
+        if scaler:
+            scaler.arrived(now_s, 1 if why else request.sequences)
             if self._resize_s == math.inf:
-                self._resize_s = now_s + self._autoscaler.options.interval_s
+                self._resize_s = now_s + scaler.options.interval_s
         if why is not None:
             self._reject(request.id, why, commands)
             return
@@ -450,12 +459,12 @@ class Controller:
 
     def _resize(self, now_s: float, commands: list[Command]) -> None:
         """Every interval: bring up the size that the load calls for, or go back to one that drains still."""
-        assert self._autoscaler is not None
-        self._resize_s = now_s + self._autoscaler.options.interval_s
+        assert self.options.autoscale is not None
+        self._resize_s = now_s + self.options.autoscale.interval_s
         serving, states = self._engines.serving, self._engines.by_id.values()
         if serving is None or any(state.phase is Phase.STARTING for state in states):
             return
-        wanted = max(self._autoscaler.wanted(now_s, serving.tp), self._queue.least_size())
+        wanted = max(self._wanted_size(serving.tp, now_s), self._queue.least_size())
         if wanted == serving.tp:
             return
         draining = [state for state in states if state.tp == wanted]
@@ -464,6 +473,17 @@ class Controller:
         else:
             self._start(wanted, commands)
 
+    def _wanted_size(self, current_tp: int, now_s: float) -> int:
+        """The size that the load calls for, by energy and risk or by the paper's rule."""
+        if self._size_planner is None:
+            assert self._autoscaler is not None
+            return self._autoscaler.wanted(now_s, current_tp)
+        options = self.options
+        load = self._load.load(now_s)
+        demand = Demand.of(load, self._load.first_token[0], waiting=len(self._queue.waiting))
+        sizes = Sizes(specs=options.specs, tables=options.tables, reserve=options.throttle.reserve)
+        return self._size_planner.wanted(now_s, current_tp, demand, sizes)
+
     def _serve(self, state: EngineState, now_s: float) -> None:
         self._unplanned[state.engine] = state
         before = self._engines.serve(state)
@@ -471,6 +491,8 @@ class Controller:
             self._unplanned[before.engine] = before
             if self._autoscaler:
                 self._autoscaler.changed(now_s)
+            if self._size_planner:
+                self._size_planner.changed()
 
     def _start(self, tp: int, commands: list[Command]) -> None:
         commands.append(StartEngine(engine=self._engines.start(tp).engine, tp=tp))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from throttllem.core.clocks.policy import ThrottleOptions
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.lengths.prediction import LengthPredictor, Oracle
@@ -79,7 +79,8 @@ class ControllerOptions:
     """All that a controller is configured with. `specs` and `tables` by engine size (tensor parallel degree).
 
     `slo_aware` False is the baseline: first come first served, no admission control. `inflation` multiplies every
-    length prediction (open in the paper). `load_window_s` is the time constant of the load estimate.
+    length prediction (open in the paper). `load_window_s` is the time constant of the load estimate, `day_offset_s` the
+    time of day at the driver's time 0.
     """
 
     throttle: ThrottleOptions
@@ -91,3 +92,9 @@ class ControllerOptions:
     specs: Mapping[int, EngineSpec] = field(default_factory=dict)
     tables: Mapping[int, PerformanceTable] = field(default_factory=dict)
     load_window_s: float = 60.0
+    day_offset_s: float = 0.0
+
+    @property
+    def sized_by_energy(self) -> bool:
+        """Whether engine sizes are chosen by energy and risk: with least energy, where every size has a table."""
+        return self.throttle.policy is ClockPolicy.LEAST_ENERGY and set(self.specs) <= set(self.tables)

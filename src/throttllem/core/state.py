@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from throttllem.core.clocks.size_planner import SizePlanner
 from throttllem.core.clocks.sizing import Autoscaler
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import EngineState
@@ -33,6 +34,7 @@ class ControllerState:
     head: Verdict | None
     load: LoadEstimator
     autoscaler: Autoscaler | None
+    size_planner: SizePlanner | None
     counts: Counts
     lengths: LengthScore
     margins: Margins

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -214,6 +215,7 @@ class _Part:
             predictor=predictor,
             specs=specs,
             tables=tables,
+            day_offset_s=time.time() - self.now(),
         )
 
     def _tables(self, entries: tuple[EngineEntry, ...], policy: Policy) -> dict[int, PerformanceTable]:
