@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 from throttllem.core.admission import AdmissionQueue, refused_by_all
 from throttllem.core.clocks.controller import ClockController
+from throttllem.core.clocks.cost_curve import Limits
 from throttllem.core.clocks.own_policy import OwnClock, OwnPolicy
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.clocks.size_planner import Demand, SizePlanner, Sizes, size_planner
@@ -377,11 +378,12 @@ class Controller:
         why = refused_by_all(request, self._engines.specs)
         if why is None and len(self._queue.waiting) >= self.options.admission.queue_limit:
             why = Reason.QUEUE_FULL
-        scaler = self._autoscaler or self._size_planner
-        if scaler:
-            scaler.arrived(now_s, 1 if why else request.sequences)
-            if self._resize_s == math.inf:
-                self._resize_s = now_s + scaler.options.interval_s
+        if self._autoscaler:
+            self._autoscaler.arrived(now_s, 1 if why else request.sequences)
+        if self._size_planner and why in (None, Reason.QUEUE_FULL):
+            self._size_planner.arrived(now_s, request.slo.attainment, request.sequences)
+        if self.options.autoscale and self._resize_s == math.inf:
+            self._resize_s = now_s + self.options.autoscale.interval_s
         if why is not None:
             self._reject(request.id, why, commands)
             return
@@ -479,9 +481,14 @@ class Controller:
             assert self._autoscaler is not None
             return self._autoscaler.wanted(now_s, current_tp)
         options = self.options
-        load = self._load.load(now_s)
-        demand = Demand.of(load, self._load.first_token[0], waiting=len(self._queue.waiting))
-        sizes = Sizes(specs=options.specs, tables=options.tables, reserve=options.throttle.reserve)
+        board = self._engines.serving.board if self._engines.serving else None
+        limits = Limits(
+            tbt_s=math.inf if board is None else board.tightest_tbt_s(),
+            ttft_s=self._load.first_token[0],
+            reserve=options.throttle.reserve,
+        )
+        demand = Demand(load=self._load.load(now_s), limits=limits, waiting=len(self._queue.waiting))
+        sizes = Sizes(specs=options.specs, tables=options.tables)
         return self._size_planner.wanted(now_s, current_tp, demand, sizes)
 
     def _serve(self, state: EngineState, now_s: float) -> None:

@@ -16,6 +16,7 @@ def forecast(**changes):
 def fed(rates, **changes):
     """As many requests in each interval of 10 s as its rate says, evenly."""
     found = forecast(**changes)
+    found.advance(0.0)
     for n, rate in enumerate(rates):
         count = round(10 * rate)
         for k in range(count):
@@ -34,7 +35,7 @@ def test_nothing_is_expected_before_the_first_interval_is_over():
     found = forecast()
     found.arrived(5.0, 1)
     assert found.rate_rps() == 0.0
-    assert found.share_above(0.1) == 0.0
+    assert not found.coming_rps().any()
 
 
 def test_a_request_counts_as_often_as_it_has_sequences():
@@ -45,22 +46,21 @@ def test_a_request_counts_as_often_as_it_has_sequences():
 
 
 def test_a_young_forecast_holds_a_doubling_possible():
-    found = fed([3.0] * 2)
-    assert found.share_above(6.0) == pytest.approx(0.0)
-    # Half, as much and twice: 1.5 of 10.5 requests/s are beyond 4.5.
-    assert found.share_above(4.5) == pytest.approx(1.5 / 10.5)
+    assert fed([3.0] * 2).coming_rps() == pytest.approx([1.5, 3.0, 6.0])
 
 
 def test_what_came_and_was_not_forecast_is_held_possible_again():
-    calm, bursty = fed([3.0] * 120), fed(([3.0] * 9 + [9.0] * 3) * 10)
-    assert calm.share_above(2.0 * calm.rate_rps()) == pytest.approx(0.0)
-    assert bursty.share_above(2.0 * bursty.rate_rps()) > 0.01
+    bursty = fed(([3.0] * 9 + [9.0] * 3) * 10)
+    assert (fed([3.0] * 120).coming_rps() > 6.1).sum() == 0
+    assert (bursty.coming_rps() > 2.1 * bursty.rate_rps()).sum() > 5
 
 
-@given(st.lists(st.floats(0.0, 5.0), min_size=4, max_size=40), st.floats(0.1, 10.0), st.floats(0.0, 10.0))
-def test_the_share_falls_with_the_rate_that_is_served(rates, rate, more):
-    found = fed(rates)
-    assert 0.0 <= found.share_above(rate + more) <= found.share_above(rate) <= 1.0
+@given(st.lists(st.integers(0, 50), min_size=8, max_size=40))
+def test_every_ratio_is_of_what_came_to_what_was_forecast(counts):
+    """The first forecast of 3 intervals is made when the first is over."""
+    found = fed([count / 10 for count in counts])
+    assert found.ratios[0] == pytest.approx((sum(counts[1:4]) + 0.5) / (3 * counts[0] + 0.5))
+    assert len(found.ratios) == len(counts) - 3
 
 
 def test_the_profile_is_the_mean_course_of_the_last_days():

@@ -4,10 +4,13 @@ A pure function of the load's lengths and SLOs, the performance table and the sp
 size that runs now.
 """
 
-# Every rate is priced by `steady_load.steady`, at its cheapest clock among those that hold the load. Lengths and SLOs
-# are those of the present load; only the rate varies, and with it how far bursts go above the mean (relative bursts of
-# independent requests shrink with the square root of the rate). Between two rates the curve is straight, and it ends at
-# the idle watts.
+# Each rate is priced as `least-energy` would run it: by the pace of least mean power over the number of requests in
+# flight (`request_chain`), with the price on requests in flight that a long output needs to meet its E2E SLO. Lengths
+# and SLOs are those of the present load; only the rate varies.
+#
+# A rate is held if a long output (99th percentile) is in time at the fastest pace, and, under a TTFT SLO, if at most
+# one request in a hundred finds the engine full. Congestion is part of the chain: its mean number of requests grows
+# without bound towards the engine's throughput. How far a rate swings is not: that is the forecast's part.
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from throttllem.core.clocks.steady_load import Load, steady
+from throttllem.core.clocks.request_chain import Chain, chain, least_energy_pace, open_clocks
+from throttllem.core.clocks.steady_load import Load
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.types import EngineSpec
 
-_SHARES = (0.03, 0.05, 0.08, 0.13, 0.2, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""Rates at which a curve is evaluated, as shares of the maximum load; closer where it ends."""
+_SHARES = (0.02, 0.05, 0.1, 0.17, 0.25, 0.35, 0.45, 0.55, 0.65, 0.73, 0.8, 0.86, 0.91, 0.95)
+"""Rates at which a curve is evaluated, as shares of the engine's throughput; closer where congestion begins."""
+_MOST_FULL = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,22 +47,46 @@ class CostCurve:
         return float(np.interp(rate_rps, self.rates_rps, self.watts)) * max(1.0, beyond)
 
 
-def cost_curve(
-    load: Load, table: PerformanceTable, spec: EngineSpec, *, capacity_rps: float, reserve: float
-) -> CostCurve:
-    """The curve of a size whose characterised maximum load is `capacity_rps`, for requests like those of `load`.
-
-    `reserve` as in `steady`: the fraction of its E2E SLO that a long output must leave.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The SLOs that bind a curve, seconds (inf: none), besides the load's own E2E SLO; and `reserve`, the fraction of
+    the E2E SLO that a long output must leave.
     """
-    rates = [capacity_rps * share for share in _SHARES]
-    least = [float(steady(_at(load, rate), table, spec, reserve=reserve).watts.min()) for rate in rates]
-    held = [(rate, watts) for rate, watts in zip(rates, least, strict=True) if math.isfinite(watts)]
-    rates_rps, watts = zip((0.0, spec.idle_w), *held, strict=True)
-    return CostCurve(rates_rps=rates_rps, watts=watts, holds_rps=rates_rps[-1])
+
+    tbt_s: float
+    ttft_s: float
+    reserve: float
 
 
-def _at(load: Load, rate_rps: float) -> Load:
-    """The same requests at another rate."""
-    span_s = load.e2e_s or 1.0
-    before, after = max(load.requests_per_s * span_s, 1.0), max(rate_rps * span_s, 1.0)
-    return replace(load, requests_per_s=rate_rps, burst=1.0 + (load.burst - 1.0) * math.sqrt(before / after))
+def cost_curve(load: Load, table: PerformanceTable, spec: EngineSpec, limits: Limits) -> CostCurve:
+    """The curve of a size for requests like those of `load`."""
+    states = chain(load, table, spec)
+    rates, watts = [0.0], [spec.idle_w]
+    if states is not None:
+        most_rps = float(states.leave_per_s[-1].max())
+        for share in _SHARES:
+            priced = _priced(replace(load, requests_per_s=share * most_rps), states, spec, limits)
+            if priced is None:
+                break
+            rates.append(share * most_rps)
+            watts.append(priced)
+    return CostCurve(rates_rps=tuple(rates), watts=tuple(watts), holds_rps=rates[-1])
+
+
+def _priced(load: Load, states: Chain, spec: EngineSpec, limits: Limits) -> float | None:
+    """Mean watts at the load's rate; None if the size does not hold it."""
+    rate = load.requests_per_s
+    pace = least_energy_pace(load, states, open_clocks(load, states, limits.tbt_s), spec, reserve=limits.reserve)
+    token_s = (pace.mean_requests / rate - pace.prompt_s) / load.output_tokens
+    whole_s = pace.prompt_s + load.long_output_tokens * token_s
+    if token_s > limits.tbt_s or (load.e2e_s is not None and whole_s > load.e2e_s):
+        return None
+    rows = np.arange(pace.column.size)
+    ratios = rate / states.leave_per_s[rows, pace.column]
+    logs = np.concatenate([[0.0], np.cumsum(np.log(ratios))])
+    likely = np.exp(logs - logs.max())
+    likely[-1] /= 1.0 - ratios[-1]  # and all beyond, a geometric tail
+    likely /= likely.sum()
+    if math.isfinite(limits.ttft_s) and likely[-1] > _MOST_FULL:
+        return None
+    return float(likely @ np.concatenate([[spec.idle_w], states.watts[rows, pace.column]]))

@@ -9,7 +9,7 @@ returns a size, the controller does the shadow instancing.
 #
 # Risk. A larger engine is up only `startup_s` after it was asked for. Until then requests beyond the rate that the size
 # holds queue up, and every request that comes waits for those before it. At its maximum load 99 of 100 requests meet
-# their SLO (that is how `characterize` defines it); with an exponential tail of what they take, a wait of the fraction
+# their SLO (that is how `cost_curve` defines it); with an exponential tail of what they take, a wait of the fraction
 # u of the SLO makes (100^u - 1) / 99 of them late. A size is enough if on the mean over the rates that may come
 # (`rate_forecast`), and over the time until then, at most 1 - attainment of the requests are late. Where the present
 # size is not enough, the cheapest larger one that is takes over at once; the largest, if none is.
@@ -34,7 +34,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from throttllem.core.clocks.cost_curve import CostCurve, cost_curve
+from throttllem.core.clocks.cost_curve import CostCurve, Limits, cost_curve
 from throttllem.core.clocks.rate_forecast import SLOTS, RateForecast
 from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.clocks.steady_load import Load
@@ -44,6 +44,7 @@ from throttllem.core.types import EngineSpec
 _LEAST_LEAD_S = 30.0  # the least time for which a size must be enough
 _CURVE_S = 600.0  # a curve is drawn again after this time,
 _DRIFT = 0.05  # or once the mean request has changed by this fraction
+_RECENT = 512  # requests whose attainment is asked for
 _NO_SLO_SLACK_S = 60.0
 _MOMENTS = 5  # of the time until another engine could be up, at which lateness is evaluated
 _LN_100 = math.log(100.0)
@@ -65,7 +66,8 @@ class SizePlanner:
     """Forecasts the rate, prices the sizes, and says which is to run.
 
     `priced` by size. `forgone_j`: joules that the present size cost more than each other one since that was last not
-    worth it or not enough. `planned_s`: when it was last asked.
+    worth it or not enough. `planned_s`: when it was last asked. `may_be_late`: fraction of the recent requests that
+    their SLO classes allow to be late.
     """
 
     options: AutoscaleOptions
@@ -73,10 +75,15 @@ class SizePlanner:
     priced: dict[int, Priced] = field(default_factory=dict)
     forgone_j: dict[int, float] = field(default_factory=dict)
     planned_s: float | None = None
+    may_be_late: float | None = None
 
-    def arrived(self, now_s: float, sequences: int = 1) -> None:
-        """Count one request by the `sequences` that it runs, as one if it was rejected. O(1) amortised."""
+    def arrived(self, now_s: float, attainment: float, sequences: int = 1) -> None:
+        """Count one request that an engine can hold by the `sequences` that it runs, with the attainment that its SLO
+        class asks for. O(1) amortised.
+        """
         self.forecast.arrived(now_s, sequences)
+        allowed, before = 1.0 - attainment, self.may_be_late
+        self.may_be_late = allowed if before is None else before + (allowed - before) / _RECENT
 
     def changed(self) -> None:
         """A change of size was completed: what others would have cost is counted from now on."""
@@ -88,10 +95,10 @@ class SizePlanner:
         self.forecast.advance(now_s)
         passed_s = 0.0 if self.planned_s is None else now_s - self.planned_s
         self.planned_s = now_s
-        if load is None or not self._price(now_s, load, sizes):
+        if load is None or self.may_be_late is None or not self._price(now_s, load, demand, sizes):
             return current_tp
         rate = self.forecast.rate_rps()
-        enough = [tp for tp in sorted(sizes.specs) if self._late(tp, demand) <= 1.0 - self.options.attainment]
+        enough = [tp for tp in sorted(sizes.specs) if self._late(tp, demand) <= self.may_be_late]
         watts = {tp: self.priced[tp].curve.watts_at(rate) for tp in sizes.specs}
         if current_tp not in enough:
             larger = [tp for tp in enough if tp > current_tp]
@@ -134,17 +141,11 @@ class SizePlanner:
         held = takewhile(lambda rate: rate <= then.holds_rps, ahead)
         return sum((now.watts_at(rate) - then.watts_at(rate)) * slot_s for rate in held) > cost_j
 
-    def _price(self, now_s: float, load: Load, sizes: Sizes) -> bool:
+    def _price(self, now_s: float, load: Load, demand: Demand, sizes: Sizes) -> bool:
         """Draw the oldest curve that does not hold any more, one at a time. True once there is one of every size."""
         stale = [tp for tp in sizes.specs if self._is_stale(tp, now_s, load)]
         for tp in stale if len(self.priced) < len(sizes.specs) else stale[:1]:
-            curve = cost_curve(
-                load,
-                sizes.tables[tp],
-                sizes.specs[tp],
-                capacity_rps=self.options.capacity_rps[tp],
-                reserve=sizes.reserve,
-            )
+            curve = cost_curve(load, sizes.tables[tp], sizes.specs[tp], demand.limits)
             self.priced[tp] = Priced(
                 curve=curve, at_s=now_s, prompt_tokens=load.prompt_tokens, output_tokens=load.output_tokens
             )
@@ -165,29 +166,28 @@ class SizePlanner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What clients want at one moment: the load (None: not known yet), requests that wait for an engine, and `slack_s`,
-    the tightest E2E or TTFT SLO.
+    """What clients want at one moment: the load (None: not known yet), the SLOs that bind besides its E2E SLO, and how
+    many requests wait for an engine.
     """
 
     load: Load | None
+    limits: Limits
     waiting: int
-    slack_s: float
 
-    @classmethod
-    def of(cls, load: Load | None, ttft_s: float, *, waiting: int) -> Demand:
-        """The demand under a TTFT SLO (inf: none) and the load's E2E SLO; without both, a minute is slack."""
-        e2e_s = None if load is None else load.e2e_s
-        slack_s = min(ttft_s, math.inf if e2e_s is None else e2e_s)
-        return cls(load=load, waiting=waiting, slack_s=slack_s if math.isfinite(slack_s) else _NO_SLO_SLACK_S)
+    @property
+    def slack_s(self) -> float:
+        """The tightest E2E or TTFT SLO; without both, a minute."""
+        e2e_s = None if self.load is None else self.load.e2e_s
+        slack_s = min(self.limits.ttft_s, math.inf if e2e_s is None else e2e_s)
+        return slack_s if math.isfinite(slack_s) else _NO_SLO_SLACK_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What could be started: spec and performance table by tensor parallel degree, and the clock policy's reserve."""
+    """What could be started: spec and performance table by tensor parallel degree."""
 
     specs: Mapping[int, EngineSpec]
     tables: Mapping[int, PerformanceTable]
-    reserve: float
 
     def change_j(self, from_tp: int, to_tp: int, load: Load) -> float:
         """Joules of a change: the new engine starts, about idle, and the old one's last request ends alone."""

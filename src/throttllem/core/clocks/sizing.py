@@ -18,8 +18,9 @@ from throttllem.core.types import check
 class AutoscaleOptions:
     """When an engine of another size takes over (policies with `+autoscale`), where the paper leaves it open.
 
-    `least-energy+autoscale` weighs energy and risk, by `attainment` and `day_s`. Other policies take the paper's rule,
-    by `window_s`, `grace_s` and `headroom`; so does this one where a size has no performance table.
+    `least-energy+autoscale` weighs energy and risk, by `slo.attainment` and `day_s`. Other policies take the paper's
+    rule, by `capacity_rps`, `window_s`, `grace_s` and `headroom`; so does this one where a size has no performance
+    table.
     """
 
     capacity_rps: Mapping[int, float] = field(default_factory=dict)
@@ -33,15 +34,13 @@ class AutoscaleOptions:
     measured in it."""
     headroom: float = 0.9
     """Fraction of its maximum load that a size covers (1: the paper)."""
-    attainment: float = 0.99
-    """Fraction of the requests that the size must serve while a larger engine could not be up yet."""
     day_s: float = 86400.0
     """Time after which the request rate is taken to repeat itself; its course over this time is learned."""
 
     def __post_init__(self) -> None:
         check("autoscale", interval_s=(self.interval_s, 0.01, 3600), window_s=(self.window_s, 0.01, 86400))
         check("autoscale", grace_s=(self.grace_s, 0, 86400), headroom=(self.headroom, 0.01, 10))
-        check("autoscale", attainment=(self.attainment, 0, 1), day_s=(self.day_s, 600, 31622400))
+        check("autoscale", day_s=(self.day_s, 600, 31622400))
 
 
 @dataclass(slots=True, kw_only=True)
