@@ -113,7 +113,7 @@ def test_sizes_follow_the_load_and_no_request_is_lost():
     scale = AutoscaleOptions(capacity_rps={1: 4.0, 2: 400.0}, interval_s=0.2, window_s=0.5, grace_s=1.0)
 
     async def run():
-        async with rig(sizes=(1, 2), core={"autoscale": scale}) as it:
+        async with rig(policy=ClockPolicy.THROTTLLEM, sizes=(1, 2), core={"autoscale": scale}) as it:
             requests = []
             await it.up()
             for gap_s, count in ((0.02, 50), (0.5, 9), (0.02, 50), (0.5, 9)):
