@@ -78,6 +78,7 @@ def simulate(
     specs=None,
     slower=1.0,
     own=None,
+    shifts=(),
 ):
     specs = specs or specs_of()
     scale = AutoscaleOptions(capacity_rps={1: 4.0, 2: 9.0}, interval_s=1.0, window_s=2.0, grace_s=2.0)
@@ -103,6 +104,7 @@ def simulate(
         gpus=GPUS,
         freed_w=freed_w,
         noise=noise,
+        shifts=tuple(shifts),
     )
     log = []
     recorder = Recorder(bin_s=0.5, keep_lives=True)

@@ -23,6 +23,7 @@ from throttllem.core.types import (
     EngineReady,
     EngineSpec,
     Event,
+    Observed,
     Reject,
     Request,
     SetClock,
@@ -33,8 +34,9 @@ from throttllem.core.types import (
 )
 from throttllem.engines.simulated.engine import Physics, SimulatedEngine
 from throttllem.sim.recorder import Recorder
+from throttllem.sim.shifts import ClockLimit, LoadReport, OtherClient, Pace, Shift, ShiftedPhysics
 
-_END_OF_ITERATION, _CLOCK, _READY = range(3)
+_END_OF_ITERATION, _CLOCK, _READY, _SHIFT = range(4)
 
 
 class Watch(Protocol):
@@ -59,16 +61,21 @@ class Machine:
     gpus: int
     freed_w: float | None = None
     noise: Noise = field(default_factory=Noise)
+    shifts: tuple[Shift, ...] = ()
+    """What goes wrong, and when, on the engine that is up at the start."""
 
 
 @dataclass(slots=True)
 class Running:
-    """A simulated engine that is up, and since when it has been idle (None: an iteration is in progress)."""
+    """A simulated engine that is up, since when it has been idle (None: an iteration is in progress), and its clock as
+    it was set.
+    """
 
     engine: SimulatedEngine
     tp: int
     idle_w: float
     idle_since_s: float | None
+    set_mhz: int
 
 
 class Simulation:
@@ -97,12 +104,15 @@ class Simulation:
         self._open = 0
         self._arrival_s = 0.0
         self._freed_since_s = 0.0
+        self._limit_mhz: int | None = None
 
     def run(self, requests: Iterable[Request], tp: int, progress: Callable[[int], None] = lambda _: None) -> None:
         """Serve all requests, beginning with one engine of size `tp` that is up; `progress` gets how many arrived."""
         upcoming = iter(requests)
         request = next(upcoming, None)
         self._arrival_s = request.arrival_s if request else math.inf
+        for number, shift in enumerate(self._machine.shifts):
+            self._schedule(shift.at_s, _SHIFT, 0, number)
         self._bring_up(0, tp)
         arrived = 0
         while request is not None or self._open:
@@ -141,9 +151,41 @@ class Simulation:
             tp, since_s = self._starting.pop(key)
             self._idle_energy(since_s, self._machine.startup_w * tp)
             self._bring_up(key, tp)
+        elif key in self._engines and kind == _SHIFT:
+            self._shift(key, self._engines[key], self._machine.shifts[value])
         elif key in self._engines:
-            self._engines[key].engine.clock_mhz = value
-            self._handle(ClockRead(engine=key, mhz=value))
+            self._engines[key].set_mhz = value
+            self._follow(key, self._engines[key])
+
+    def _follow(self, key: int, up: Running) -> None:
+        """The GPUs run at the clock that was set, as far as nothing holds them down."""
+        mhz = up.set_mhz if self._limit_mhz is None else min(up.set_mhz, self._limit_mhz)
+        up.engine.clock_mhz = mhz
+        self._handle(ClockRead(engine=key, mhz=mhz, limit_mhz=self._limit_mhz))
+
+    def _shift(self, key: int, up: Running, shift: Shift) -> None:
+        plain = self._machine.physics[up.tp]
+        now = up.engine.physics
+        shifted = now if isinstance(now, ShiftedPhysics) else ShiftedPhysics(plain=plain)
+        match shift:
+            case Pace(factor=factor):
+                shifted.pace = factor
+            case OtherClient(sequences=sequences, context_tokens=tokens):
+                shifted.sequences, shifted.kv_tokens = sequences, sequences * tokens
+            case ClockLimit(mhz=mhz):
+                self._limit_mhz = mhz
+                self._follow(key, up)
+            case LoadReport():
+                batcher, others = up.engine.batcher, shifted.kv_tokens // up.engine.spec.block_tokens
+                self._handle(
+                    Observed(
+                        engine=key,
+                        running=len(batcher) - batcher.waiting + shifted.sequences,
+                        waiting=batcher.waiting,
+                        kv_blocks=batcher.used_blocks + others,
+                    )
+                )
+        up.engine.physics = plain if shifted.as_plain else shifted
 
     def _handle(self, event: Event) -> None:
         """Let the core handle an event, and the timer that it makes due at once; carry out the commands, and begin an
@@ -206,7 +248,9 @@ class Simulation:
         engine = SimulatedEngine(
             spec, physics, clock_mhz=spec.clocks_mhz[-1], seed=(self._seed, key), noise=self._machine.noise
         )
-        self._engines[key] = Running(engine=engine, tp=tp, idle_w=physics.idle_w(), idle_since_s=self.now_s)
+        self._engines[key] = Running(
+            engine=engine, tp=tp, idle_w=physics.idle_w(), idle_since_s=self.now_s, set_mhz=engine.clock_mhz
+        )
         self._recorder.sizes.append((self.now_s, tp))
         self._handle(EngineReady(engine=key, spec=spec))
 

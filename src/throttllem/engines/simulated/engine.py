@@ -34,7 +34,7 @@ class Physics(Protocol):
 
 
 class SimulatedEngine:
-    """One running engine. `step` begins an iteration, `finish` ends it."""
+    """One running engine. `step` begins an iteration, `finish` ends it. `physics` may be changed between the two."""
 
     def __init__(
         self, spec: EngineSpec, physics: Physics, *, clock_mhz: int, seed: tuple[int, ...], noise: Noise
@@ -43,7 +43,7 @@ class SimulatedEngine:
         self.clock_mhz = clock_mhz
         self.batcher = Batcher(spec)
         self.ledger = EnergyLedger()
-        self._physics = physics
+        self.physics = physics
         self._noise = noise
         self._rng = np.random.default_rng(seed)
         self._scatter: Floats = np.zeros((0, 2))
@@ -54,7 +54,7 @@ class SimulatedEngine:
         iteration = self.batcher.begin()
         if iteration is None:
             return None
-        seconds, watts = self._physics.iteration(
+        seconds, watts = self.physics.iteration(
             self.clock_mhz,
             iteration.decode_sequences,
             iteration.kv_tokens,
@@ -76,7 +76,7 @@ class SimulatedEngine:
         before `limit_s`, and the one after the last is earlier than iteration `before`. They are written to `steps`
         (`physics.iterations.STEP`) from entry `filled` on. How many ran, and when the last one ended.
         """
-        physics = self._physics
+        physics = self.physics
         if not isinstance(physics, EnginePhysics):
             return 0, begin_s
         row, last = physics.row(self.clock_mhz), NEVER if before == math.inf else int(before)
@@ -97,7 +97,7 @@ class SimulatedEngine:
 
     def idle(self, seconds: float) -> None:
         """Account for time in which nothing ran."""
-        self.ledger.idle(seconds * self._physics.idle_w())
+        self.ledger.idle(seconds * self.physics.idle_w())
 
     def _draw(self) -> Floats:
         """Factors on the seconds and watts of coming iterations, at least one."""
