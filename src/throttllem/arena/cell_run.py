@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from throttllem.arena.cells import SECONDS, Cell
+from throttllem.arena.cells import ATTAINMENT, SECONDS, Cell
 from throttllem.config import LengthOptions, Options
 from throttllem.core.types import Slo
 from throttllem.engines.simulated.fleet import Fleet, build_fleet
@@ -62,7 +62,7 @@ def cell_run(
     engine = cell.engine
     fleet = build_fleet(catalogue, engine.gpu, engine.model, (engine.tp,), options.batching)
     lengths = load_trace(trace, rescaled=True) if trace else _generated(cell, _LENGTHS_S, None, _CHARACTERISED_WITH)
-    slo = Slo(tbt_s=cell.slo_tbt_s, ttft_s=cell.slo_ttft_s)
+    slo = Slo(tbt_s=cell.slo_tbt_s, ttft_s=cell.slo_ttft_s, attainment=ATTAINMENT)
     found = capacities(fleet, lengths, options, cache_dir, seed=_CHARACTERISED_WITH, slo=slo, progress=progress)
     capacity = found[engine.tp]
     tables = performance_tables(fleet, cache_dir, seed=_CHARACTERISED_WITH, progress=progress)

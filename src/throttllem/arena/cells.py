@@ -25,6 +25,11 @@ SLOW_SWITCH_S, FAST_SWITCH_S = 0.2, 0.005
 """Seconds until a clock is in force: the paper's 200 ms, and 5 ms, about the median of an A800 (arXiv 2502.20075)."""
 
 
+ATTAINMENT = 0.997
+"""What is asked of policies that control it: a policy may be half a point below the maximum clock, whose own violations
+and chance are within that too."""
+
+
 class Workload(StrEnum):
     """What the requests are: a generator, with or without an option that compresses a day."""
 
