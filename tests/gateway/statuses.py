@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from throttllem.core.engine_state import Phase
+from throttllem.core.forecast.margins import Cause, ClassAttainment
 from throttllem.core.snapshot import Counts, EngineView
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, Slo, Verdict, VerdictKind
 from throttllem.engines.base import Report
@@ -90,6 +91,17 @@ MODEL = ModelStatus(
     recent=SloCounts(with_slo=200, met=197, e2e_violated=2, tbt_violated=1),
     ever=SloCounts(with_slo=1400, met=1379, e2e_violated=12, tbt_violated=5, ttft_violated=4),
     length=LengthStatus(seen=1470, exceeded=0.094, mean_error_tokens=41.5),
+    classes=(
+        ClassAttainment(
+            name="",
+            asked=0.99,
+            had=0.9875,
+            had_recently=0.985,
+            owed=1.5,
+            ended=1400,
+            learned=((Cause.MODEL, 0.0245), (Cause.LENGTH, 0.05), (Cause.LOAD, -0.01), (Cause.ADMISSION, 0.0)),
+        ),
+    ),
     prompt_tokens=350_000,
     generated_tokens=180_000,
 )

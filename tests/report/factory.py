@@ -27,6 +27,7 @@ def slo(attainment: float) -> SloOutcome:
         e2e_s=16.0,
         tbt_s=0.2,
         ttft_s=None,
+        asked=0.99,
         attainment=attainment,
         e2e_attainment=min(1.0, attainment + 0.002),
         tbt_attainment=min(1.0, attainment + 0.006),

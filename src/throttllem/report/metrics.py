@@ -70,7 +70,8 @@ def slos(slo: SloOutcome) -> str:
         f"mean TBT of a request {milliseconds(slo.tbt_s)} ms" if slo.tbt_s is not None else "",
         f"TTFT {seconds(slo.ttft_s)} s" if slo.ttft_s is not None else "",
     ]
-    return ", ".join(part for part in parts if part) or "none"
+    named = ", ".join(part for part in parts if part)
+    return f"{named}; {percent(slo.asked)} % of requests shall meet it" if named else "none"
 
 
 # ---- the comparison with the baseline --------------------------------------------------------------------------
@@ -273,6 +274,13 @@ METRICS: tuple[Metric, ...] = (
         rank=0,
         text=lambda run, _: percent(run.slo.attainment),
         tone=lambda run, baseline: Tone.PLAIN if slo_met(run, baseline) else Tone.BAD,
+    ),
+    Metric(
+        group="SLOs",
+        title="SLO attainment of served requests, %",
+        header="of\nserved",
+        rank=10,
+        text=lambda run, _: percent(run.slo.completed_attainment),
     ),
     _latency("TTFT p50, s", "TTFT s\np50", 0, lambda run: seconds(run.ttft_s.p50)),
     _latency("TTFT p95, s", "\np95", 0, lambda run: seconds(run.ttft_s.p95)),

@@ -99,6 +99,7 @@ class Requests:
             e2e_s=slo.e2e_s,
             tbt_s=slo.tbt_s,
             ttft_s=slo.ttft_s,
+            asked=slo.attainment,
             attainment=self.met / total,
             e2e_attainment=self.met_e2e / total,
             tbt_attainment=self.met_tbt / total,

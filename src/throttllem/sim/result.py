@@ -26,6 +26,8 @@ class SloOutcome:
     e2e_s: float | None
     tbt_s: float | None
     ttft_s: float | None
+    asked: float
+    """The attainment that was asked of served requests: `least-energy` learns its margins for it."""
     attainment: float
     e2e_attainment: float
     tbt_attainment: float

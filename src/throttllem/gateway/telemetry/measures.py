@@ -1,7 +1,7 @@
 """A gateway's status as metrics: every gauge and counter with its name, its help_text and where it is read.
 
 What is not known has no sample; a zero is a measured zero. Labels: engine, model (the first of its names), state,
-slo, outcome, window, clocks_mhz (a band of clocks).
+slo, slo_class ("": that of requests which name none), cause, outcome, window, clocks_mhz (a band of clocks).
 """
 
 from __future__ import annotations
@@ -232,6 +232,7 @@ class StatusCollector(Collector):
                 CounterMetricFamily(name, help_text, labels=("model",)), [((at,), read(one)) for at, one in models]
             )
         yield from _outcomes(status.models)
+        yield from _classes(status.models)
         engines = [((one.name, model.title), one) for model in status.models for one in model.engines]
         for name, help_text, of_engine in _ENGINE_GAUGES:
             gauge = GaugeMetricFamily(name, help_text, labels=("engine", "model"))
@@ -283,6 +284,25 @@ def _outcomes(models: tuple[ModelStatus, ...]) -> Iterator[Metric]:
             by_slo = (("e2e", over.e2e_violated), ("tbt", over.tbt_violated), ("ttft", over.ttft_violated))
             _filled(family, [((title, slo), count) for slo, count in by_slo])
     yield from (ended, met, violations, recent)
+
+
+def _classes(models: tuple[ModelStatus, ...]) -> Iterator[Metric]:
+    """Attainment asked and had by SLO class; classes are those of the configuration."""
+    of_class = ("model", "slo_class")
+    asked = GaugeMetricFamily("throttllem_slo_asked_ratio", "Of served requests: shall meet all SLOs.", labels=of_class)
+    had = GaugeMetricFamily("throttllem_slo_had_ratio", "Of served requests: met all.", labels=(*of_class, "window"))
+    owed = GaugeMetricFamily("throttllem_slo_owed_requests", "Violations beyond what was asked.", labels=of_class)
+    margin = GaugeMetricFamily(
+        "throttllem_learned_margin_ratio", "Time budget kept free, as learned by cause.", labels=(*of_class, "cause")
+    )
+    for model in models:
+        for one in model.classes:
+            at = (model.title, one.name)
+            _filled(asked, [(at, one.asked)])
+            _filled(had, [((*at, "recent"), one.had_recently), ((*at, "ever"), one.had)])
+            _filled(owed, [(at, one.owed)])
+            _filled(margin, [((*at, cause.value), learned) for cause, learned in one.learned])
+    yield from (asked, had, owed, margin)
 
 
 def _states(engines: list[tuple[tuple[str, str], EngineStatus]]) -> Iterator[Metric]:

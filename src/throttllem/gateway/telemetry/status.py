@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from throttllem.core.external_load import Drift
+from throttllem.core.forecast.margins import ClassAttainment
 from throttllem.core.snapshot import Counts, EngineView, Snapshot
 from throttllem.core.types import EngineSpec, FrequencyPlan, Slo, Verdict
 from throttllem.engines.base import Report
@@ -100,7 +101,7 @@ class LengthStatus:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
     """One model that is served: its queue, its engines, what the core decided. `doubtful`: the core failed, and no
-    request that came since was served.
+    request that came since was served. `classes`: attainment asked and had by SLO class, with what was learned.
     """
 
     names: tuple[str, ...]
@@ -111,6 +112,7 @@ class ModelStatus:
     recent: SloCounts
     ever: SloCounts
     length: LengthStatus
+    classes: tuple[ClassAttainment, ...] = ()
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -172,6 +174,7 @@ def _model_status(loop: ControlLoop, names: tuple[str, ...]) -> ModelStatus:
         recent=loop.slo_attainment.recent(loop.now()),
         ever=loop.slo_attainment.ever,
         length=_length_status(snapshot),
+        classes=snapshot.attainment,
         prompt_tokens=loop.prompt_tokens,
         cached_prompt_tokens=loop.cached_prompt_tokens,
         generated_tokens=loop.generated_tokens,
