@@ -8,7 +8,7 @@ WORKERS := $(shell expr $$(nproc) + 1)
 # Tests start hundreds of processes: each would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup docs demo test test-slow test-slow-compute test-slow-timed test-real engines check bench fidelity lengths numbers arena evaluation loop soak fuzz lock clean
+.PHONY: setup docs demo test test-slow test-slow-compute test-slow-timed test-real engines check bench fidelity lengths numbers shifts arena evaluation loop soak fuzz lock clean
 
 setup: $(STAMP)
 
@@ -73,6 +73,10 @@ numbers: $(STAMP)
 # Policies, rivals and a clairvoyant on the judging grid: docs/evaluation/arena.md. ARENA="--seeds 1" runs less of it.
 arena: $(STAMP)
 	$(BIN)/throttllem arena --grid judging --out out/arena --document docs/evaluation/arena.md $(ARENA)
+
+# Simulated shifts of load, lengths, engine and GPU under learned margins: docs/evaluation/guarantee.md. About half an hour.
+shifts: $(STAMP)
+	$(BIN)/python -m tools.shifts $(SHIFTS)
 
 # The gateway in front of the real engines of `make engines`: about an hour. EVALUATION="--only clients" runs some of it.
 evaluation: $(STAMP)

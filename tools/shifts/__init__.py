@@ -1,0 +1,1 @@
+"""SLO attainment while engines, clients and GPUs change under a policy: docs/evaluation/guarantee.md."""
