@@ -12,13 +12,16 @@ SEED, WINDOW_S = 5, 75.0
 SLO = Slo(e2e_s=12.0, tbt_s=0.2, ttft_s=None)
 
 
-def small_task(*, slo=SLO, requests=60, seed=SEED):
-    fleet = build_fleet(Catalogue.load(), "a100-40gb-sxm", "llama-3-8b", (1,), BatchingOptions())
+FLEET = build_fleet(Catalogue.load(), "a100-40gb-sxm", "llama-3-8b", (1,), BatchingOptions())
+ENGINE = FLEET.specs[1], FLEET.physics[1]
+"""Its spec and its physics."""
+
+
+def small_task(*, slo=SLO, requests=60, seed=SEED, noise=None):
     rng = np.random.default_rng(seed)
     arrival_s = np.sort(np.concatenate([rng.uniform(0, 60, requests // 2), rng.uniform(20, 25, requests // 2)]))
     return task_of(
-        fleet.specs[1],
-        fleet.physics[1],
+        *ENGINE,
         [
             Request(id=i, arrival_s=at_s, prompt_tokens=prompt, output_tokens=output, max_tokens=512, slo=slo)
             for i, (at_s, prompt, output) in enumerate(
@@ -33,5 +36,5 @@ def small_task(*, slo=SLO, requests=60, seed=SEED):
         slo=slo,
         window_s=WINDOW_S,
         seed=seed,
-        noise=Noise(),
+        noise=noise or Noise(),
     )
