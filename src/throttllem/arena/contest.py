@@ -16,14 +16,13 @@ from throttllem.arena.cells import Cell, Grid
 from throttllem.arena.contenders import BASELINE, BEFOREHAND, STATIC, YESTERDAY, Field
 from throttllem.arena.outcome import Outcome, best, simulated
 from throttllem.arena.run_cache import RunCache
+from throttllem.arena.static import StaticClocks
 from throttllem.core.clocks.policy import Policy
 from throttllem.physics.catalogue import Catalogue
 from throttllem.sim import parallel
 from throttllem.sim.own_policy import named_policy
 
 Report = Callable[[float], None]
-_COARSE = 8
-"""Static clocks are tried in steps of so many of the GPU's, then in halves of that about the best."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +78,8 @@ def _cell_entries(arena: Arena, cell: Cell, report: Report) -> list[Entry]:
     if YESTERDAY in arena.field.names:
         for index, each in enumerate(runs):
             if len(runs) > 1:
-                clock = found[index - 1].rows[STATIC].setting
-                rows = {**found[index].rows, YESTERDAY: each.run(clock)}
+                of_yesterday = found[index - 1].rows[STATIC].setting.removeprefix("fixed:")
+                rows = {**found[index].rows, YESTERDAY: each.at_clock(int(of_yesterday))}
                 found[index] = replace(found[index], rows=rows)
     for each in runs:
         each.cache.save()
@@ -98,6 +97,7 @@ class _Runs:
     def __init__(self, prepared: CellRun, arena: Arena) -> None:
         self.cell = prepared
         self.field = arena.field
+        self._statics = StaticClocks(prepared)
         inputs = {"cell": asdict(prepared.cell), "seed": prepared.seed, "trace": prepared.scenario.trace.sha256}
         name = f"{prepared.cell.name.replace('/', '-')}-{prepared.seed}"
         self.cache = RunCache(folder=arena.cache_dir / "arena", name=name, inputs=inputs)
@@ -105,7 +105,7 @@ class _Runs:
     def entry(self, report: Report) -> Entry:
         """Every contender. Where hindsight may choose, it chooses for this cell and seed."""
         field, scenario = self.field, self.cell.scenario
-        total = 2 + len(field.plain) + sum(len(rival.values) for rival in field.rivals) + (16 if field.static else 0)
+        total = 1 + len(field.plain) + sum(len(rival.values) for rival in field.rivals) + field.static
         done = 0
 
         def step() -> None:
@@ -119,8 +119,9 @@ class _Runs:
             rows[name] = self.run(name)
             step()
         if field.static:
-            tried[STATIC] = tuple(self._static(baseline, step))
+            tried[STATIC] = tuple(self.at_clock(clock_mhz) for clock_mhz in scenario.fleet.clocks_mhz)
             rows[STATIC] = best(list(tried[STATIC]), baseline)
+            step()
         for rival in field.rivals:
             outcomes = []
             for value in rival.values:
@@ -146,6 +147,10 @@ class _Runs:
         fleet = self.cell.scenario.fleet
         return self.run_policy(named_policy(name, fleet.clocks_mhz, fleet.sizes))
 
+    def at_clock(self, clock_mhz: int) -> Outcome:
+        """A static clock."""
+        return self._statics.at(clock_mhz)
+
     def run_policy(self, policy: Policy) -> Outcome:
         """One simulation, or what is known of it."""
 
@@ -155,31 +160,6 @@ class _Runs:
             return simulated(self.cell, policy, time.process_time() - before_s, run)
 
         return self.cache.outcome(policy, simulate)
-
-    def _static(self, baseline: Outcome, step: Callable[[], None]) -> Sequence[Outcome]:
-        """Fixed clocks from the maximum down in coarse steps, until attainment is gone; then finer about the best."""
-        clocks = self.cell.scenario.fleet.clocks_mhz
-        found: dict[int, Outcome] = {}
-
-        def at(index: int) -> Outcome:
-            if index not in found:
-                found[index] = self.run(f"fixed:{clocks[index]}")
-                step()
-            return found[index]
-
-        failed = 0
-        for index in range(len(clocks) - 1, -1, -_COARSE):
-            failed += not at(index).meets(baseline)
-            if failed == 2:
-                break
-        width = _COARSE // 2
-        while width:
-            centre = next(index for index, outcome in found.items() if outcome is best(list(found.values()), baseline))
-            for index in (centre - width, centre + width):
-                if 0 <= index < len(clocks):
-                    at(index)
-            width //= 2
-        return list(found.values())
 
 
 def rows_of(entries: Sequence[Entry]) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ least once a second, and checks what comes back. How a class is found by its nam
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -24,6 +23,7 @@ Floats = npt.NDArray[np.float64]
 
 RECENT_S = 60.0
 """What a view calls recent."""
+_MOST_PAST = 10_000
 ASK_S = 1.0
 """Longest time between two questions while the engine is up."""
 
@@ -41,18 +41,73 @@ class PromptView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recent:
+    """Values of the last RECENT_S seconds, in order: a part of a list that only grows, so that a view costs nothing."""
+
+    every: list[tuple[float, ...]]
+    begin: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+    def column(self, index: int) -> tuple[float, ...]:
+        """One value of each."""
+        return tuple(row[index] for row in self.every[self.begin : self.end])
+
+    def mean(self, index: int) -> float | None:
+        """The mean of a value that is kept as a running sum; None where there are none."""
+        if not len(self):
+            return None
+        before = self.every[self.begin - 1][index] if self.begin else 0.0
+        return (self.every[self.end - 1][index] - before) / len(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RecentView:
     """The last RECENT_S seconds: when requests arrived, their mean lengths in tokens (None: none arrived, none ended),
     and the latencies of requests: TTFT as first tokens came out, TPOT and E2E as requests ended.
     """
 
-    arrivals_s: tuple[float, ...]
-    requests_per_s: float
-    prompt_tokens: float | None
-    output_tokens: float | None
-    ttft_s: tuple[float, ...]
-    tpot_s: tuple[float, ...]
-    e2e_s: tuple[float, ...]
+    seen_s: float
+    arrivals: Recent
+    first_tokens: Recent
+    ended: Recent
+
+    @property
+    def arrivals_s(self) -> tuple[float, ...]:
+        """When requests arrived, ascending."""
+        return self.arrivals.column(0)
+
+    @property
+    def requests_per_s(self) -> float:
+        """Their rate; over one second at least."""
+        return len(self.arrivals) / max(1.0, self.seen_s)
+
+    @property
+    def prompt_tokens(self) -> float | None:
+        """Prompt of a mean request that arrived."""
+        return self.arrivals.mean(1)
+
+    @property
+    def output_tokens(self) -> float | None:
+        """Output of a mean request that ended."""
+        return self.ended.mean(1)
+
+    @property
+    def ttft_s(self) -> tuple[float, ...]:
+        """TTFT of each first token."""
+        return self.first_tokens.column(1)
+
+    @property
+    def tpot_s(self) -> tuple[float, ...]:
+        """Mean time between tokens of each request that ended."""
+        return self.ended.column(2)
+
+    @property
+    def e2e_s(self) -> tuple[float, ...]:
+        """E2E time of each request that ended."""
+        return self.ended.column(3)
 
 
 def percentile(values_s: Collection[float], share: float) -> float | None:
@@ -160,34 +215,56 @@ class OwnPolicy(Protocol):
         """The clock to set now: one of `view.clocks_mhz`."""
 
 
+@dataclass(slots=True)
+class _Log:
+    """What happened, each with its time first; `begin` is the first recent one."""
+
+    rows: list[tuple[float, ...]] = field(default_factory=list)
+    begin: int = 0
+
+    def recent(self, now_s: float) -> Recent:
+        """The recent part. Long-past rows are dropped from a list of its own now and then: views keep theirs."""
+        while self.begin < len(self.rows) and self.rows[self.begin][0] < now_s - RECENT_S:
+            self.begin += 1
+        if self.begin > _MOST_PAST:
+            self.rows, self.begin = self.rows[self.begin - 1 :], 1
+        return Recent(every=self.rows, begin=self.begin, end=len(self.rows))
+
+    def sum(self, index: int) -> float:
+        """The running sum so far."""
+        return self.rows[-1][index] if self.rows else 0.0
+
+
 @dataclass(slots=True, kw_only=True)
 class OwnClock:
     """Asks a policy for the clock of every engine, and remembers what its views call recent."""
 
     policy: OwnPolicy
     switch_latency_s: float
-    _arrivals: deque[tuple[float, Request]] = field(default_factory=deque)
-    _first_tokens: deque[tuple[float, float]] = field(default_factory=deque)
-    _ended: deque[tuple[float, int, float, float]] = field(default_factory=deque)
+    _arrivals: _Log = field(default_factory=_Log)
+    _first_tokens: _Log = field(default_factory=_Log)
+    _ended: _Log = field(default_factory=_Log)
+    _slos: dict[Slo, float] = field(default_factory=dict)
+    """When a request with these SLOs arrived last."""
     _began_s: float | None = None
-    _tokens: int = 0
 
     def arrived(self, request: Request, now_s: float) -> None:
         """A request arrived."""
         self._began_s = now_s if self._began_s is None else self._began_s
-        self._arrivals.append((now_s, request))
+        self._slos[request.slo] = now_s
+        self._arrivals.rows.append((now_s, self._arrivals.sum(1) + request.prompt_tokens))
 
     def started(self, sequence: SequenceState, now_s: float) -> None:
         """A request gave its first token, or its first after a preemption, which is no first token."""
         if sequence.first_token_s == now_s:
-            self._first_tokens.append((now_s, now_s - sequence.request.arrival_s))
+            self._first_tokens.rows.append((now_s, now_s - sequence.request.arrival_s))
 
     def finished(self, sequence: SequenceState, tokens: int, now_s: float) -> None:
         """A request gave its last token."""
         first_s = now_s if sequence.first_token_s is None else sequence.first_token_s
         tpot_s = (now_s - first_s) / max(1, tokens - 1)
-        self._tokens += tokens
-        self._ended.append((now_s, tokens, tpot_s, now_s - sequence.request.arrival_s))
+        e2e_s = now_s - sequence.request.arrival_s
+        self._ended.rows.append((now_s, self._ended.sum(1) + tokens, tpot_s, e2e_s))
 
     def plan(self, engine: EngineState, queue: Collection[SequenceState], now_s: float) -> SetClock | None:
         """Ask the policy; a command if it wants another clock. Raises OwnPolicyError."""
@@ -247,32 +324,21 @@ class OwnClock:
                 PromptView(age_s=now_s - waits.request.arrival_s, prompt_tokens=waits.computed_tokens)
                 for waits in (*board.pending.values(), *queue)
             ),
-            slo=self._tightest(),
-            recent=self._recent(now_s),
-            tokens=self._tokens + generated,
+            slo=self._tightest(now_s),
+            recent=RecentView(
+                seen_s=min(RECENT_S, now_s - self._began_s) if self._began_s is not None else 0.0,
+                arrivals=self._arrivals.recent(now_s),
+                first_tokens=self._first_tokens.recent(now_s),
+                ended=self._ended.recent(now_s),
+            ),
+            tokens=int(self._ended.sum(1)) + generated,
             idle_w=spec.idle_w,
             table=table,
         )
 
-    def _recent(self, now_s: float) -> RecentView:
-        for remembered in (self._arrivals, self._first_tokens, self._ended):
-            while remembered and remembered[0][0] < now_s - RECENT_S:
-                remembered.popleft()
-        seen_s = min(RECENT_S, now_s - self._began_s) if self._began_s is not None else 0.0
-        prompts = [request.prompt_tokens for _, request in self._arrivals]
-        outputs = [tokens for _, tokens, _, _ in self._ended]
-        return RecentView(
-            arrivals_s=tuple(at_s for at_s, _ in self._arrivals),
-            requests_per_s=len(prompts) / max(seen_s, 1.0),
-            prompt_tokens=sum(prompts) / len(prompts) if prompts else None,
-            output_tokens=sum(outputs) / len(outputs) if outputs else None,
-            ttft_s=tuple(ttft_s for _, ttft_s in self._first_tokens),
-            tpot_s=tuple(tpot_s for _, _, tpot_s, _ in self._ended),
-            e2e_s=tuple(e2e_s for _, _, _, e2e_s in self._ended),
-        )
-
-    def _tightest(self) -> Slo:
-        slos = [request.slo for _, request in self._arrivals]
+    def _tightest(self, now_s: float) -> Slo:
+        self._slos = {slo: at_s for slo, at_s in self._slos.items() if at_s >= now_s - RECENT_S}
+        slos = self._slos
         return Slo(
             e2e_s=min((slo.e2e_s for slo in slos if slo.e2e_s is not None), default=None),
             tbt_s=min((slo.tbt_s for slo in slos if slo.tbt_s is not None), default=None),
