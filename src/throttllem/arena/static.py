@@ -1,7 +1,7 @@
 """Static clocks of a cell: runs of one clock from beginning to end, without a controller, so fast that all are tried.
 
-They agree with `simulate --policy fixed:<MHz>`, the switch at the beginning included: energy to 0.01 %, attainment to one
-request.
+They agree with `simulate --policy fixed:<MHz>`, the switch at the beginning included: energy to 0.01 %, attainment to
+one request.
 """
 
 from __future__ import annotations

@@ -39,11 +39,11 @@ def arena(
 ) -> None:
     """Which clock policy needs least? Policies, rivals and a clairvoyant on a grid of cells, simulated."""
     loaded = load(flags={"catalogue": ("--catalogue", catalogue)})
-    from throttllem.arena import document as text
     from throttllem.arena.cells import GRIDS
     from throttllem.arena.contenders import field_of
     from throttllem.arena.contest import Arena
-    from throttllem.arena.page import write_page
+    from throttllem.arena.results import document as text
+    from throttllem.arena.results.page import write_page
     from throttllem.arena.run_cache import tree
     from throttllem.did_you_mean import did_you_mean
     from throttllem.files import ensure_writable_dir, write_aside

@@ -3,7 +3,7 @@
 from arena.made import CELLS, entry, outcome
 
 from throttllem.arena.cells import Grid
-from throttllem.arena.page import write_page
+from throttllem.arena.results.page import write_page
 
 GRID = Grid(name="judging", cells=CELLS, first_seed=1001)
 

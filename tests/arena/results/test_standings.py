@@ -7,7 +7,15 @@ from arena.made import CELLS, entry, outcome
 from scipy.stats import t
 
 from throttllem.arena.outcome import best
-from throttllem.arena.standings import _student_95, least, online, saving, share_of_reference, shortfall, targets
+from throttllem.arena.results.standings import (
+    _student_95,
+    least,
+    online,
+    saving,
+    share_of_reference,
+    shortfall,
+    targets,
+)
 
 
 def judged(entries):

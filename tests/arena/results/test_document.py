@@ -7,7 +7,7 @@ from arena.made import CELLS, entry, outcome
 
 from throttllem.arena.cells import JUDGING, TUNING, Grid
 from throttllem.arena.contenders import RIVALS, Field
-from throttllem.arena.document import best_beforehand, markdown, picture, results_json, terminal
+from throttllem.arena.results.document import best_beforehand, markdown, picture, results_json, terminal
 
 GRID = Grid(name="judging", cells=CELLS, first_seed=1001)
 ENTRIES = [

@@ -9,7 +9,7 @@ from html import escape
 from throttllem.arena.cells import Cell, Grid
 from throttllem.arena.contenders import BASELINE, OURS, RIVALS, STATIC, Field
 from throttllem.arena.contest import Entry, rows_of
-from throttllem.arena.standings import (
+from throttllem.arena.results.standings import (
     REFERENCE,
     REFERENCE_HOLDING,
     Mean,

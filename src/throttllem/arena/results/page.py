@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from throttllem.arena.cells import Grid
 from throttllem.arena.contenders import BASELINE, STATIC
 from throttllem.arena.contest import Entry, rows_of
-from throttllem.arena.standings import CLAIRVOYANT, REFERENCE, by_cell, saving, share_of_reference, targets
+from throttllem.arena.results.standings import CLAIRVOYANT, REFERENCE, by_cell, saving, share_of_reference, targets
 from throttllem.files import ensure_writable_dir, write_aside
 from throttllem.report.figure import label, new_figure
 from throttllem.report.palette import policy_inks
@@ -31,7 +31,7 @@ def write_page(folder: Path, entries: Sequence[Entry], grid: Grid, tree: str) ->
     figures = {"savings": _savings(entries, grid), "pareto": _pareto(entries)}
     if REFERENCE in rows_of(entries):
         figures["shares"] = _shares(entries, grid)
-    text = Template(files("throttllem.arena").joinpath("page.html").read_text(encoding="utf-8")).substitute(
+    text = Template(files("throttllem.arena.results").joinpath("page.html").read_text(encoding="utf-8")).substitute(
         lead=escape(
             f"{len(grid.cells)} cells of the {grid.name} grid, {len({entry.seed for entry in entries})} seeds, sources "
             f"{tree}. Requests, clocks and SLOs are simulated in virtual time; seconds and watts are modelled."

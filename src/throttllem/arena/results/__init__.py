@@ -1,0 +1,1 @@
+"""What an arena found: judged, as text, as a page."""
