@@ -2,6 +2,7 @@
 
 from core.toy import request, spec, table
 from core.world import World
+from throttllem.core.clocks.gathering import HoldPlan
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.options import ControllerOptions
@@ -24,6 +25,11 @@ def world(found=None, tp=1):
     made = World(found or options())
     made.ready(0, SIZES[tp])
     return made
+
+
+def hold_plan(world, *, hold_s, start_s=0.0, token_s=0.02):
+    """Requests that can wait are held from now on, whatever the load."""
+    world.hold(HoldPlan(hold_s=hold_s, start_s=start_s, token_s=token_s, watts=50.0, watts_at_once=100.0))
 
 
 def names(commands):

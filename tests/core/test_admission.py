@@ -186,15 +186,15 @@ def test_without_patience_a_request_joins_over_the_slos_of_others_but_not_over_k
 def test_patience_is_a_share_of_the_shortest_slo():
     options = AdmissionOptions(patience=0.2)
     hurried, relaxed = (request(1, 8, 8, slo=slo, arrival_s=5.0) for slo in (Slo(e2e_s=10, ttft_s=1), Slo(e2e_s=10)))
-    assert [options.is_patient(hurried, 5.0 + waited) for waited in (0.19, 0.21)] == [True, False]
-    assert [options.is_patient(relaxed, 5.0 + waited) for waited in (1.99, 2.01)] == [True, False]
-    assert options.is_patient(request(1, 8, 8, slo=Slo(tbt_s=0.1)), 1e9)
+    assert [options.is_patient(hurried, 5.0, 5.0 + waited) for waited in (0.19, 0.21)] == [True, False]
+    assert [options.is_patient(relaxed, 5.0, 5.0 + waited) for waited in (1.99, 2.01)] == [True, False]
+    assert options.is_patient(request(1, 8, 8, slo=Slo(tbt_s=0.1)), 0.0, 1e9)
 
 
 def test_rejecting_has_its_own_margin_and_patience():
     serves, rejects = AdmissionOptions(), AdmissionOptions(unmeetable=Unmeetable.REJECT)
     made = request(1, 8, 8, slo=Slo(e2e_s=10))
-    assert [options.patient_until_s(made) for options in (serves, rejects)] == [2.0, 1.0]
+    assert [options.patient_until_s(made, 0.0) for options in (serves, rejects)] == [2.0, 1.0]
     assert [options.margin_in_force for options in (serves, rejects)] == [0.05, 0.2]
 
 

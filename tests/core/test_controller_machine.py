@@ -5,6 +5,7 @@ forgotten or starves, nothing overflows, and what is not known means the maximum
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from core.stories import hold_plan
 from core.toy import CLOCKS_MHZ, spec, table
 from core.world import World
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
@@ -12,14 +13,14 @@ from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import MaxTokens, Noisy, Oracle
 from throttllem.core.options import AdmissionOptions, ControllerOptions, Unmeetable
-from throttllem.core.types import Cancelled, Observed, Progressed, Request, Slo
+from throttllem.core.types import Cancelled, Observed, Progressed, Request, ShuttingDown, Slo
 
 SIZES = (1, 2, 4)
 CONTEXT = 80
 moments = st.sampled_from([0.0, 0.001, 0.02, 0.3, 2.0])
 limits = st.none() | st.floats(0.02, 3.0)
 sequences = st.sampled_from([1, 1, 1, 2, 3, 4])
-slos = st.builds(Slo, e2e_s=limits, tbt_s=st.none() | st.floats(0.005, 0.1), ttft_s=limits)
+slos = st.builds(Slo, e2e_s=limits, tbt_s=st.none() | st.floats(0.005, 0.1), ttft_s=limits, batch=st.booleans())
 
 
 def tables(specs, kind):
@@ -187,6 +188,16 @@ class ControllerMachine(RuleBasedStateMachine):
     @rule(seconds=moments)
     def time_passes(self, seconds):
         self.world.advance(seconds)
+
+    @rule(hold_s=st.floats(0.1, 5.0), start_s=st.floats(0.0, 0.5), token_s=st.floats(0.001, 0.1))
+    def requests_that_can_wait_are_held(self, hold_s, start_s, token_s):
+        """As if the load had called for it; it is planned again by the load itself."""
+        hold_plan(self.world, hold_s=hold_s, start_s=start_s, token_s=token_s)
+
+    @rule()
+    def shuts_down(self):
+        self.world.send(ShuttingDown())
+        assert not self.world.controller.snapshot().held
 
     # ---- always ----------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from core.lanes import Lanes
+from throttllem.core.clocks.gathering import HoldPlan
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.controller import Controller
 from throttllem.core.engine_state import Phase
@@ -92,6 +93,11 @@ class World:
         commands = self.controller.handle(event, self.now_s)
         self.log.append((self.now_s, event, commands))
         return commands
+
+    def hold(self, plan: HoldPlan):
+        """Requests that can wait are held by this plan from now on, whatever the load calls for."""
+        self.log.append((self.now_s, plan, []))
+        _plan_hold(self.controller, plan, self.now_s)
 
     def arrive(self, request: Request):
         self.requests[request.id] = request
@@ -205,10 +211,12 @@ class World:
                 assert len(up.batcher) == sum(len(up.lanes.open[request_id]) for request_id in up.disconnected)
 
     def may_be_passed(self, request_id: int) -> bool:
-        """Where requests that cannot meet their SLO are rejected, one that expires holds up no other."""
-        options = self.controller.options
-        until_s = options.admission.patient_until_s(self.requests[request_id])
-        return options.slo_aware and options.admission.rejects and until_s < math.inf
+        """Where requests that cannot meet their SLO are rejected, one that expires holds up no other; nor does one that
+        can wait, which may be held.
+        """
+        options, request = self.controller.options, self.requests[request_id]
+        until_s = options.admission.patient_until_s(request, request.arrival_s)
+        return request.slo.batch or (options.slo_aware and options.admission.rejects and until_s < math.inf)
 
     def disconnect(self, up: Up, request_id: int):
         """Between two iterations at once, during one at its end."""
@@ -281,5 +289,13 @@ class World:
         assert counts.failed == sum(how in {"failed", "cancelled"} for how in self.ended.values())
         again = Controller(self.fresh())
         for now_s, event, commands in self.log:
-            assert again.handle(event, now_s) == commands
+            if isinstance(event, HoldPlan):
+                _plan_hold(again, event, now_s)
+            else:
+                assert again.handle(event, now_s) == commands
         assert again.snapshot() == self.controller.snapshot()
+
+
+def _plan_hold(controller: Controller, plan: HoldPlan, now_s: float) -> None:
+    gathering = controller.state().gathering
+    gathering.plan, gathering.planned_at_s = plan, now_s

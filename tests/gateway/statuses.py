@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from throttllem.core.clocks.gathering import HoldPlan
 from throttllem.core.engine_state import Phase
 from throttllem.core.forecast.margins import Cause, ClassAttainment
 from throttllem.core.snapshot import Counts, EngineView
@@ -85,6 +86,8 @@ DOWN = EngineStatus(
 MODEL = ModelStatus(
     names=("llama", "alias"),
     queue=5,
+    held=2,
+    hold=HoldPlan(hold_s=7.5, start_s=0.8, token_s=0.04, watts=210.0, watts_at_once=260.0),
     head=Verdict(kind=VerdictKind.WAIT, why=Reason.E2E, binding=4100),
     counts=Counts(arrived=1511, dispatched=1500, finished=1470, rejected=6, failed=7, lost=8),
     engines=(UP, DOWN),

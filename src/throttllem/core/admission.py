@@ -33,6 +33,7 @@ Steps = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
+GATHERED = Verdict(kind=VerdictKind.WAIT, why=Reason.GATHERING)
 LOST = Verdict(kind=VerdictKind.LOST, why=Reason.OWN_DEADLINE)
 _ROUNDING = 1 + 1e-6
 """The projection adds up and compares in other orders and in single precision than the bound."""
@@ -47,18 +48,36 @@ class AdmissionQueue:
     """The queue of one controller, its only writer. It decides, and keeps the engine's scoreboard.
 
     `waiting` holds the requests by id, in order of arrival; `head` is why the first of them waits (None: nothing
-    does); `next_expiry_s` is when the next of them has waited too long (inf: none will).
+    does); `next_expiry_s` is when the next of them has waited too long (inf: none will). `held` are requests that can
+    wait, in order of arrival: they ask for no place before they are released, all at `release_s` (inf: none is held).
     """
 
     def __init__(self, options: ControllerOptions, margins: Margins) -> None:
         self.waiting: OrderedDict[int, SequenceState] = OrderedDict()
         self.head: Verdict | None = None
         self.next_expiry_s = math.inf
+        self.held: OrderedDict[int, SequenceState] = OrderedDict()
+        self.release_s = math.inf
         self._options = options
         self._margins = margins
         self._margin = options.admission.margin_in_force
         self._rejects = options.slo_aware and options.admission.rejects
         self._expiries: list[tuple[float, int]] = []
+
+    def hold(self, sequence: SequenceState) -> None:
+        """A request that can wait is held."""
+        self.held[sequence.request.id] = sequence
+        self.release_s = min(self.release_s, sequence.hold_until_s)
+
+    def release(self, now_s: float, *, remaining_tokens: float = math.inf) -> bool:
+        """Held requests that need no more than `remaining_tokens` join at the end; whether there were any."""
+        released = [sequence for sequence in self.held.values() if sequence.remaining_tokens <= remaining_tokens]
+        for sequence in released:
+            del self.held[sequence.request.id]
+            sequence.released_s = now_s
+            self.push(sequence)
+        self._find_release()
+        return bool(released)
 
     def push(self, sequence: SequenceState) -> None:
         """A request joins at the end. Where requests are rejected it expires: when it can no longer meet its own SLO
@@ -67,19 +86,24 @@ class AdmissionQueue:
         self.waiting[sequence.request.id] = sequence
         if not self._rejects:
             return
-        patient_until_s = self._options.admission.patient_until_s(sequence.request)
+        patient_until_s = self._patient_until_s(sequence)
         sequence.expires_s = min(expiry_s(sequence, self._options.tables.values()), patient_until_s)
         self._note_expiry(sequence)
 
-    def restore(self, waiting: Iterable[SequenceState], head: Verdict | None) -> None:
+    def restore(self, waiting: Iterable[SequenceState], head: Verdict | None, held: Iterable[SequenceState]) -> None:
         """Continue, in a new queue, from what another one held."""
         self.head = head
+        for sequence in held:
+            self.hold(sequence)
         for sequence in waiting:
             self.waiting[sequence.request.id] = sequence
             self._note_expiry(sequence)
 
     def take(self, request_id: int) -> SequenceState | None:
         """A request leaves, from anywhere in the queue; None if it is not in it. O(log n) amortised."""
+        if (held := self.held.pop(request_id, None)) is not None:
+            self._find_release()
+            return held
         sequence = self.waiting.pop(request_id, None)
         if sequence is not None and self._expiries:
             self._forget_expiries()
@@ -91,7 +115,7 @@ class AdmissionQueue:
         while self.next_expiry_s <= now_s:
             sequence = self.take(self._expiries[0][1])
             assert sequence is not None, "the first expiry is always of a request that waits"
-            held_back = now_s >= self._options.admission.patient_until_s(sequence.request)
+            held_back = now_s >= self._patient_until_s(sequence)
             expired.append((sequence, Reason.HELD_BACK if held_back else Reason.OWN_DEADLINE))
         return expired
 
@@ -109,14 +133,14 @@ class AdmissionQueue:
         Those that leave the queue are returned: rejected ones (REJECT), and the others, which are on the engine's
         scoreboard already.
         """
-        self.head = None
+        self.head = GATHERED if self.held else None
         if engine is None or engine.spec is None:
             self.head = Verdict(kind=VerdictKind.WAIT, why=Reason.NO_ENGINE)
             return []
         left: list[tuple[SequenceState, Verdict]] = []
-        held: list[SequenceState] = []
+        blocked: list[SequenceState] = []
         for sequence in islice(self.waiting.values(), _MOST_EXAMINED if self._rejects else None):
-            if held and any(_is_no_lighter(sequence, other) for other in held):
+            if blocked and any(_is_no_lighter(sequence, other) for other in blocked):
                 if not self._may_be_passed(sequence):
                     break
                 continue
@@ -125,9 +149,10 @@ class AdmissionQueue:
             if verdict.kind is not VerdictKind.WAIT:
                 left.append((sequence, self._join(engine, sequence, verdict)))
                 continue
-            self.head = self.head or verdict
-            held.append(sequence)
-            if len(held) == _MOST_WAIT_VERDICTS or not self._may_be_passed(sequence):
+            if not blocked:
+                self.head = verdict
+            blocked.append(sequence)
+            if len(blocked) == _MOST_WAIT_VERDICTS or not self._may_be_passed(sequence):
                 break
         for sequence, _ in left:
             del self.waiting[sequence.request.id]
@@ -137,7 +162,14 @@ class AdmissionQueue:
 
     def _may_be_passed(self, sequence: SequenceState) -> bool:
         """A request that expires soon anyway holds up no other; one that waits without end would starve."""
-        return self._rejects and self._options.admission.patient_until_s(sequence.request) < math.inf
+        return self._rejects and self._patient_until_s(sequence) < math.inf
+
+    def _patient_until_s(self, sequence: SequenceState) -> float:
+        """Until when it may be held back for others; time in which it was held for company does not count."""
+        return self._options.admission.patient_until_s(sequence.request, sequence.queued_s)
+
+    def _find_release(self) -> None:
+        self.release_s = min((sequence.hold_until_s for sequence in self.held.values()), default=math.inf)
 
     def _join(self, engine: EngineState, sequence: SequenceState, verdict: Verdict) -> Verdict:
         """A request goes to the engine unless it is rejected; what became of it."""
@@ -172,7 +204,7 @@ class AdmissionQueue:
             base_s=now_s if engine.began_s is None else engine.began_s,
             delay_s=engine.maximum_clock_delay_s(now_s, self._options.throttle.switch_latency_s),
             margin=self._margins.of_admission(engine.board.classes, self._margin),
-            patient=self._options.admission.is_patient(sequence.request, now_s),
+            patient=self._options.admission.is_patient(sequence.request, sequence.queued_s, now_s),
             crowded=crowded,
         )
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
-from throttllem.core.admission import AdmissionQueue, refused_by_all
+from throttllem.core.admission import GATHERED, AdmissionQueue, refused_by_all
 from throttllem.core.clocks.controller import ClockController
 from throttllem.core.clocks.cost_curve import Limits
+from throttllem.core.clocks.gathering import Gathering, fills, left_tokens
 from throttllem.core.clocks.own_policy import OwnClock, OwnPolicy
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.clocks.size_planner import Demand, SizePlanner, Sizes, size_planner
@@ -44,6 +45,7 @@ from throttllem.core.types import (
     Reason,
     Reject,
     Request,
+    ShuttingDown,
     StartEngine,
     Stepped,
     StopEngine,
@@ -80,6 +82,7 @@ class Controller:
         learns = options.throttle.policy is ClockPolicy.LEAST_ENERGY
         self._margins = Margins(clocks=learns, admission=options.slo_aware and options.admission.rejects)
         self._queue = AdmissionQueue(options, self._margins)
+        self._gathering = Gathering(window_s=options.load_window_s)
         self._clocks = ClockController(options.throttle, self._load, self._margins)
         latency_s = options.throttle.switch_latency_s
         self._own = OwnClock(policy=own, switch_latency_s=latency_s) if own is not None else None
@@ -129,6 +132,8 @@ class Controller:
                 self._engine_lost(key, now_s, commands)
             case ClockRead():
                 self._clock_read(event, now_s)
+            case ShuttingDown():
+                self._gathering.closing = True
         if changed:
             if now_s >= self._resize_s:
                 self._resize(now_s, commands)
@@ -145,7 +150,7 @@ class Controller:
             return self._unplanned_since_s
         deadline_s, serving = min(self._replan_s, self._resize_s), self._engines.serving
         if serving is None or serving.table is not None:  # without a table it is not known what is too late
-            deadline_s = min(deadline_s, self._queue.next_expiry_s)
+            deadline_s = min(deadline_s, self._queue.next_expiry_s, self._queue.release_s)
         return deadline_s if deadline_s < math.inf else None
 
     def projection(self, engine: int) -> Projection | None:
@@ -167,8 +172,8 @@ class Controller:
         return math.inf if state is None else 0 if state.stale else state.board.next_end
 
     def waiting(self) -> int:
-        """Requests in the queue. O(1)."""
-        return len(self._queue.waiting)
+        """Requests in the queue, held ones too. O(1)."""
+        return len(self._queue.waiting) + len(self._queue.held)
 
     def kv_blocks(self, engine: int) -> int:
         """KV blocks that the scoreboard expects in the engine's last iteration; 0 for an engine that is unknown."""
@@ -183,7 +188,9 @@ class Controller:
     def snapshot(self) -> Snapshot:
         """What telemetry may know, frozen. O(engines)."""
         return Snapshot(
-            queue=len(self._queue.waiting),
+            queue=self.waiting(),
+            held=len(self._queue.held),
+            hold=self._gathering.plan,
             head=self._queue.head,
             engines=tuple(view(state) for state in self._engines.by_id.values()),
             counts=Counts(**self._counts),
@@ -199,6 +206,8 @@ class Controller:
             next_engine=self._engines.next_id,
             waiting=tuple(self._queue.waiting.values()),
             head=self._queue.head,
+            held=tuple(self._queue.held.values()),
+            gathering=self._gathering,
             load=self._load,
             autoscaler=self._autoscaler,
             size_planner=self._size_planner,
@@ -218,7 +227,8 @@ class Controller:
         made._load, made._margins = state.load, state.margins
         made._autoscaler, made._size_planner = state.autoscaler, state.size_planner
         made._queue = AdmissionQueue(options, state.margins)
-        made._queue.restore(state.waiting, state.head)
+        made._queue.restore(state.waiting, state.head, state.held)
+        made._gathering = state.gathering
         made._clocks = ClockController(options.throttle, state.load, state.margins)
         made._counts = asdict(state.counts)
         made._length_score = state.lengths
@@ -270,6 +280,8 @@ class Controller:
                 self._load.finished(sequence.predicted_tokens, tokens)
                 if self._own is not None:
                     self._own.finished(sequence, tokens, now_s)
+                if self._gathering.slos:
+                    self._gathering.finished(tokens)
                 self._learn(sequence, tokens)
                 self._judge(state, sequence, tokens, now_s)
 
@@ -376,7 +388,7 @@ class Controller:
     def _arrived(self, request: Request, now_s: float, commands: list[Command]) -> None:
         self._counts["arrived"] += 1
         why = refused_by_all(request, self._engines.specs)
-        if why is None and len(self._queue.waiting) >= self.options.admission.queue_limit:
+        if why is None and len(self._queue.waiting) + len(self._queue.held) >= self.options.admission.queue_limit:
             why = Reason.QUEUE_FULL
         if self._autoscaler:
             self._autoscaler.arrived(now_s, 1 if why else request.sequences)
@@ -390,8 +402,28 @@ class Controller:
         if self._own is not None:
             self._own.arrived(request, now_s)
         sequence = SequenceState.planned(request, self._predictor.predict(request), self.options.inflation)
-        self._queue.push(sequence)
+        if (request.slo.batch or self._gathering.slos) and self._may_hold(sequence, now_s):
+            self._queue.hold(sequence)
+        else:
+            self._queue.push(sequence)
         self._load.arrived(now_s, request.prompt_tokens, sequence.predicted_tokens, request.slo, request.sequences)
+
+    def _may_hold(self, sequence: SequenceState, now_s: float) -> bool:
+        """Whether a request that has just come is held, and its `hold_until_s`: only with least energy, the policy that
+        the hold is planned for, and by the table of an engine that serves.
+        """
+        self._gathering.arrived(sequence.request, now_s)
+        serving, admission = self._engines.serving, self.options.admission
+        least = self.options.throttle.policy is ClockPolicy.LEAST_ENERGY
+        if not (sequence.request.slo.batch and least and serving and serving.table):
+            return False
+        known = self._margins.of_clocks(
+            (sequence.request.slo_class,), margin=self.options.throttle.margin, reserve=0.0, disturbed=False
+        )
+        margin = max(admission.margin_in_force, known.margin)
+        self._gathering.renew(serving, now_s, most_s=admission.hold_s, margin=margin)
+        sequence.hold_until_s = self._gathering.hold_until_s(sequence, margin=margin)
+        return sequence.hold_until_s > now_s
 
     def _cancelled(self, request_id: int, commands: list[Command]) -> None:
         sequence = self._queue.take(request_id)
@@ -409,15 +441,19 @@ class Controller:
                 return
 
     def _admit(self, now_s: float, commands: list[Command]) -> None:
-        """Take requests out of the queue: those that expired, and those that may join the engine that serves."""
+        """Take requests out of the queue: those that expired, and those that may join the engine that serves; then held
+        ones for which it is cheapest to join these.
+        """
         serving = self._engines.serving
         if self._queue.next_expiry_s <= now_s and (serving is None or serving.table is not None):
             for sequence, why in self._queue.expire(now_s):
                 self._drop(sequence, why, commands)
             if serving:
                 self._load_changed(serving)
+        if self._queue.held:
+            self._release(now_s)
         if not self._queue.waiting:
-            self._queue.head = None
+            self._queue.head = GATHERED if self._queue.held else None
             return
         decided = self._queue.admit(serving, now_s)
         if serving and serving.spec:
@@ -429,6 +465,18 @@ class Controller:
             assert serving is not None, "a request is admitted to an engine only"
             self._counts["dispatched"] += 1
             commands.append(Dispatch(engine=serving.engine, request_id=sequence.request.id))
+        if decided and self._queue.held and self._release(now_s):
+            self._admit(now_s, commands)
+
+    def _release(self, now_s: float) -> bool:
+        """Held requests join the queue: all when the hold ends, and those that the engine runs as long for anyway.
+        Whether there were any.
+        """
+        serving, queue = self._engines.serving, self._queue
+        ends = now_s >= queue.release_s or self._gathering.in_force(now_s) is None
+        if ends or serving is None or serving.table is None or fills(serving, queue.held.values()):
+            return queue.release(now_s)
+        return len(serving.board) > 0 and queue.release(now_s, remaining_tokens=left_tokens(serving))
 
     def _drop(self, sequence: SequenceState, why: Reason, commands: list[Command]) -> None:
         self._predictor.forget(sequence.request)
@@ -542,6 +590,7 @@ class Controller:
                 commands += [asked] if asked else []
                 continue
             waiting = len(self._queue.waiting) if state.phase is Phase.SERVING else 0
+            state.gathers = self._gathering.in_force(now_s) is not None
             try:
                 command = self._clocks.plan(state, now_s, waiting=waiting)
             except Exception as error:

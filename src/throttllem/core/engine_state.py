@@ -36,8 +36,9 @@ class EngineState:
     begin, `began_s` when it began (None: it has not). `clock_mhz` is the clock in force as far as known, `target_mhz`
     the one set at `set_at_s`. `projection` is the one that the plan rests on. `replan_s`: when the clock should be
     planned again at the latest. `steady`: what the load of `steady_at_s` means if it goes on. `stale`: sequences were
-    corrected since the last iteration. `uncontrolled` requests compute in it without control. `planned_external` is the
-    external load that was last planned for.
+    corrected since the last iteration. `gathers`: requests that can wait are held, so that it is idle once those at
+    hand are done. `uncontrolled` requests compute in it without control. `planned_external` is the external load that
+    was last planned for.
     `slowed_s`: when a lower clock than the maximum was last known in force, `disturbed_s`: when others were last known
     to use the engine, or its GPUs to be held down; each at a plan (-inf: never).
     `drift` is the scoreboard's distance from the engine's reports, `table_drift` that of the engine's pace from the
@@ -61,6 +62,7 @@ class EngineState:
     steady: Steady | None = None
     steady_at_s: float = -math.inf
     stale: bool = False
+    gathers: bool = False
     uncontrolled: int = 0
     planned_external: ExternalLoad = field(default_factory=ExternalLoad)
     drift: DriftMeter = field(default_factory=DriftMeter)

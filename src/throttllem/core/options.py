@@ -38,6 +38,9 @@ class AdmissionOptions:
     """What happens to a request that cannot meet its own SLO when it could be admitted, or while it waits: `serve` (the
     paper) or `reject`. A request that was admitted in time is always served. With `reject` no request joins at the cost
     of others: one that has waited for its whole patience is rejected too, and those behind it do not wait for it."""
+    hold_s: float = 60.0
+    """Longest time for which a request that can wait (`batch = true` in its SLO) is held, to run together with others.
+    It is held only as long as its own SLOs allow, and only where the performance table says that it saves energy."""
     reject_margin: float = 0.2
     """`margin` with `unmeetable = "reject"`: what is begun with, and then learned (`slo.attainment`)."""
     reject_patience: float = 0.1
@@ -47,21 +50,21 @@ class AdmissionOptions:
         check("admission", margin=(self.margin, 0, 0.9), patience=(self.patience, 0, math.inf))
         check("admission", reject_margin=(self.reject_margin, 0, 0.9))
         check("admission", reject_patience=(self.reject_patience, 0, math.inf))
-        check("admission", queue_limit=(self.queue_limit, 1, math.inf))
+        check("admission", queue_limit=(self.queue_limit, 1, math.inf), hold_s=(self.hold_s, 0, 3600))
         if self.unmeetable not in list(Unmeetable):
             known = " or ".join(repr(kind.value) for kind in Unmeetable)
             raise OptionError("admission", "unmeetable", repr(self.unmeetable), f"must be {known}")
 
-    def is_patient(self, request: Request, now_s: float) -> bool:
-        """Whether this request may still be held back for others."""
-        return self.rejects or now_s < self.patient_until_s(request)
+    def is_patient(self, request: Request, since_s: float, now_s: float) -> bool:
+        """Whether this request, which waits for a place since then, may still be held back for others."""
+        return self.rejects or now_s < self.patient_until_s(request, since_s)
 
-    def patient_until_s(self, request: Request) -> float:
-        """Until when this request may be held back for others; inf: without end."""
+    def patient_until_s(self, request: Request, since_s: float) -> float:
+        """Until when a request that waits for a place since then may be held back for others; inf: without end."""
         slo = request.slo
         shortest_s = min(slo.e2e_s or math.inf, slo.ttft_s or math.inf)
         patience = self.reject_patience if self.rejects else self.patience
-        return math.inf if shortest_s == math.inf else request.arrival_s + patience * shortest_s
+        return math.inf if shortest_s == math.inf else since_s + patience * shortest_s
 
     @property
     def margin_in_force(self) -> float:

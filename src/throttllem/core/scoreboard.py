@@ -53,7 +53,8 @@ class SequenceState:
     `done_tokens` were generated before the last (re)start and are part of the prompt now; `start` is the iteration of
     the first token since then, None while it waits inside the engine; `slot` is its index in the scoreboard's columns.
     `expires_s` is when it has waited in the queue for too long (inf: never). `in_time`: when it was admitted
-    its SLO could be met.
+    its SLO could be met. One that can wait may be held until `hold_until_s` (-inf: it may not), and was released at
+    `released_s` (None: it was not held).
     A request of several `sequences` counts as that many in the batch and in KV blocks; tokens are those of one of
     them, since all keep pace.
     """
@@ -70,6 +71,8 @@ class SequenceState:
     slot: int = -1
     expires_s: float = math.inf
     in_time: bool = True
+    hold_until_s: float = -math.inf
+    released_s: float | None = None
 
     @classmethod
     def planned(cls, request: Request, prediction: Prediction | None, inflation: float) -> SequenceState:
@@ -86,6 +89,11 @@ class SequenceState:
             predicted = _clipped(prediction.bound_tokens, most)
             expected = _clipped(prediction.expected_tokens, predicted)
         return cls(request=request, predicted_tokens=predicted, output_tokens=predicted, expected_tokens=expected)
+
+    @property
+    def queued_s(self) -> float:
+        """Since when it waits for a place: its arrival, or its release where it was held."""
+        return self.request.arrival_s if self.released_s is None else self.released_s
 
     @property
     def sequences(self) -> int:

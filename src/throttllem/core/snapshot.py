@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from throttllem.core.clocks.gathering import HoldPlan
 from throttllem.core.engine_state import EngineState, Phase
 from throttllem.core.external_load import Drift
 from throttllem.core.forecast.margins import ClassAttainment
@@ -51,12 +52,15 @@ class EngineView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The whole controller. `head` is why the first request in the queue waits, None if none does.
+    """The whole controller. `head` is why the first request in the queue waits, None if none does. `held` of the queue
+    are requests that can wait, by the plan `hold` (None: none are held).
 
     `lengths`: how the predictions of finished requests came out. `attainment`: asked and had, by SLO class.
     """
 
     queue: int
+    held: int
+    hold: HoldPlan | None
     head: Verdict | None
     engines: tuple[EngineView, ...]
     counts: Counts

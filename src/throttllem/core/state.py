@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from throttllem.core.clocks.gathering import Gathering
 from throttllem.core.clocks.size_planner import SizePlanner
 from throttllem.core.clocks.sizing import Autoscaler
 from throttllem.core.clocks.steady_load import LoadEstimator
@@ -23,8 +24,9 @@ class ControllerState:
     """The parts of one controller. They are its own: read them before the controller's next event.
 
     `serving` is the engine that takes new requests, `next_engine` the first unused id, `waiting` the queue in order of
-    arrival and `head` why its first waits. `unplanned` engines need a plan since `unplanned_since_s`; engines are sized
-    again at `resize_s` (inf: never). What the length predictor learned is in the options, with the predictor.
+    arrival and `head` why its first waits; `held` are requests that can wait, by `gathering`. `unplanned` engines need
+    a plan since `unplanned_since_s`; engines are sized again at `resize_s` (inf: never). What the length predictor
+    learned is in the options, with the predictor.
     """
 
     engines: tuple[EngineState, ...]
@@ -32,6 +34,8 @@ class ControllerState:
     next_engine: int
     waiting: tuple[SequenceState, ...]
     head: Verdict | None
+    held: tuple[SequenceState, ...]
+    gathering: Gathering
     load: LoadEstimator
     autoscaler: Autoscaler | None
     size_planner: SizePlanner | None

@@ -42,6 +42,8 @@ class Slo:
     """From arrival to the first token."""
     attainment: float = 0.99
     """Fraction of the class's requests that shall meet all of these: margins are learned for it."""
+    batch: bool = False
+    """Whether the request may be held, as long as its SLOs allow, to run together with others that can wait."""
 
     def __post_init__(self) -> None:
         for name in ("e2e_s", "tbt_s", "ttft_s"):
@@ -143,6 +145,7 @@ class Reason(StrEnum):
     E2E = "an end-to-end SLO would be violated"
     TTFT = "a time-to-first-token SLO would be violated"
     OWN_DEADLINE = "its own SLO can no longer be met"
+    GATHERING = "requests that can wait are gathered"
     HELD_BACK = "it could not join in time without violating the SLOs of others"
     NO_ENGINE = "no engine is ready"
     FITS = "every check passed"
@@ -296,6 +299,11 @@ class RateChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShuttingDown:
+    """No more requests will come: from now on none is held."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timer:
     """The core's deadline has come."""
 
@@ -311,6 +319,7 @@ Event = (
     | EngineReady
     | EngineLost
     | ClockRead
+    | ShuttingDown
     | Timer
 )
 

@@ -168,6 +168,7 @@ def _slos(options: Options) -> Iterator[Finding]:
             for part in ("e2e_s", "tbt_s", "ttft_s")
             if getattr(slo, part)
         ]
+        parts += ["requests can wait, and may be held to run together"] if slo.batch else []
         yield Finding(mark="ok" if parts else "--", text=f"SLO {name}: {', '.join(parts) or 'none'}")
 
 

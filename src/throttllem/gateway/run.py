@@ -136,7 +136,7 @@ class Prepared:
             say(f"warning    {door}")
 
     def _drain(self, say: Say) -> None:
-        self.gateway.models.draining = True
+        self.gateway.models.drain()
         running = sum(len(model.loop.open()) for model in self.gateway.models.served)
         say(f"stopping: {running} requests have up to {self.options.limits.drain_s:g} s; again to stop at once")
 

@@ -35,7 +35,7 @@ _NAMES = (
     "echo tools tool_choice add_generation_prompt continue_final_message chat_template chat_template_kwargs "
     "add_special_tokens cache_salt mm_processor_kwargs media_io_kwargs input instructions store background "
     "previous_response_id max_output_tokens system documents query text_1 text_2 priority logprobs top_logprobs "
-    "prompt_logprobs"
+    "prompt_logprobs service_tier"
 )
 """Fields that the gateway reads, of whichever kind of request."""
 

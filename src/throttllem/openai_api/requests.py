@@ -105,6 +105,12 @@ class ParsedRequest:
         return self.api in (Api.CHAT, Api.RESPONSES, Api.MESSAGES)
 
     @property
+    def service_tier(self) -> str | None:
+        """The service tier that the body names, None if it names none; any other value is the engine's to refuse."""
+        tier = self.fields.get("service_tier")
+        return tier if isinstance(tier, str) else None
+
+    @property
     def sequences(self) -> int:
         """Sequences that the engine generates side by side."""
         return max(1, len(self.prompts)) * self.choices

@@ -60,6 +60,7 @@ class Study:
     slo_e2e_s: float | None = None
     slo_tbt_s: float | None = None
     slo_ttft_s: float | None = None
+    slo_batch: bool = False
     peak_rps: float | str | None = None
     seconds: float | None = None
     columns: str | None = None
@@ -108,7 +109,7 @@ class Study:
             trace=trace,
             tables=tables,
             capacities=found,
-            slo=replace(slo, e2e_s=slo.e2e_s or largest.e2e_p99_s),
+            slo=replace(slo, e2e_s=slo.e2e_s or largest.e2e_p99_s, batch=self.slo_batch),
             slo_assumed=tuple(name for name in ("e2e_s", "tbt_s", "ttft_s") if getattr(self, f"slo_{name}") is None),
             options=self.options.model_copy(update={"length": length}),
             seed=self.seed,

@@ -174,7 +174,7 @@ def test_while_draining_no_request_is_counted():
     async def run():
         async with rig() as it:
             await it.up()
-            it.models.draining = True
+            it.models.drain()
             assert gateway_status(it.models).phase == "draining"
             return await rejection(it.models.count(parsed()))
 

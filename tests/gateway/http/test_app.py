@@ -168,6 +168,26 @@ def test_slos_reach_the_session_but_not_the_engine():
     assert (status, error_of(body)["param"]) == (400, "x-slo-ttft-ms")
 
 
+@pytest.mark.parametrize(
+    ("tier", "headers", "slo"),
+    [
+        ("flex", {}, Slo(e2e_s=120.0, batch=True)),
+        ("flex", {"x-slo-e2e-ms": "5000"}, Slo(e2e_s=5.0, batch=True)),
+        ("flex", {"x-slo-class": "fast"}, Slo(ttft_s=0.1)),
+        ("auto", {}, Slo()),
+        (7, {}, Slo()),
+    ],
+)
+def test_a_service_tier_stands_for_the_class_of_its_name(tier, headers, slo):
+    classes = {"flex": Slo(e2e_s=120.0, batch=True), "fast": Slo(ttft_s=0.1)}
+
+    async def check(there):
+        await there.post(COMPLETIONS, BODY | {"service_tier": tier}, headers)
+        return there.session.slo, json.loads(there.engine.seen[0][3])["service_tier"]
+
+    assert within(check, classes=classes) == (slo, tier)
+
+
 def test_the_engine_gets_the_request_unchanged_with_path_and_query():
     async def check(there):
         body = b'{ "model":"tiny", "prompt":"\\u00e4" }'

@@ -75,6 +75,10 @@ def simulate(
     slo_ttft: Annotated[
         str | None, typer.Option("--slo-ttft", metavar="DURATION", help="TTFT SLO; default: none.")
     ] = None,
+    gather: Annotated[
+        bool,
+        typer.Option("--gather", help="Requests can wait (slo.batch): least-energy may hold them to run together."),
+    ] = False,
     peak_rps: Annotated[
         str | None,
         typer.Option(
@@ -128,6 +132,7 @@ def simulate(
         slo_e2e_s=slo.e2e_s,
         slo_tbt_s=slo.tbt_s,
         slo_ttft_s=slo.ttft_s,
+        slo_batch=slo.batch or gather,
         peak_rps=_peak(peak_rps),
         seconds=parsed_duration("--seconds", seconds),
         seed=seed,

@@ -117,8 +117,8 @@ class ClockController:
         engine.replan_s = now_s + self.options.replan_s
         engine.projection = projection = project(board, spec, first=engine.iteration)
         least = self.options.policy is ClockPolicy.LEAST_ENERGY
-        # Ours: the batch stays as it is, since others come as these go. The paper: it empties.
-        expected = projection.replenished() if least else projection
+        # Ours: the batch stays as it is, since others come as these go. The paper, and a gathering: it empties.
+        expected = projection.replenished() if least and not engine.gathers else projection
         ahead = look_ahead(board, spec, table, expected, base_s=base_s)
         if not ahead.inside_hull:
             return FrequencyPlan(mhz=maximum, why=Reason.OUTSIDE_HULL)
@@ -155,12 +155,13 @@ class ClockController:
     ) -> FrequencyPlan:
         """The paper: the lowest clock that meets every SLO of the requests at hand. Ours: the one of least mean power
         for so many requests at the present load, or the next higher one that meets every SLO though requests go on
-        coming.
+        coming; of a gathering, the one of least energy beyond what the engine would draw idle in that time.
         """
         least, keep = self.options.policy is ClockPolicy.LEAST_ENERGY, self._in_force(engine)
         delay_s = self._delays(engine, spec, now_s)
         # The reserve for requests yet to come may be used when nothing else will do.
-        tries = [(keep.margin, keep.reserve, 1.0 if steady is None else steady.stretch)]
+        stretch = 1.0 if steady is None or engine.gathers else steady.stretch
+        tries = [(keep.margin, keep.reserve, stretch)]
         if least:
             tries.append((keep.spent, 0.0, 1.0))
         for margin, reserve, stretch in tries:
@@ -180,7 +181,7 @@ class ClockController:
         binding = None if run is None else ahead.binding(engine.board, run)
         if not least:
             return self._after_dwell(engine, lowest_feasible(holds, spec, binding), now_s)
-        if steady is None:
+        if steady is None or engine.gathers:
             cost = ahead.joules(table, spec.idle_w)
             plan = self._after_dwell(engine, least_energy(holds, cost, spec, binding), now_s)
             return self._if_worth_it(engine, spec, plan, cost)

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from throttllem.core.types import Request, Slo
+from throttllem.core.types import Request, ShuttingDown, Slo
 from throttllem.engines.base import Card, Connected, EngineError, OwnLimitError, PromptCount
 from throttllem.engines.prefix_cache import Prefix
 from throttllem.gateway.control import rejections
@@ -81,6 +81,12 @@ class Models:
         """End what still runs and disconnect from the engines."""
         for model in self.served:
             await model.loop.stop()
+
+    def drain(self) -> None:
+        """The gateway shuts down: no request is taken any more, and none is held."""
+        self.draining = True
+        for model in self.served:
+            model.loop.handle(ShuttingDown())
 
     def names(self) -> tuple[str, ...]:
         """Names that clients may use."""

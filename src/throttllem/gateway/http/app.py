@@ -240,6 +240,9 @@ class Gateway:
             parsed = await asyncio.to_thread(parse_request, path, body, key_name=key_name, metrics=metrics)
         if (name := self._aliases.get(parsed.model)) is not None:
             parsed = await asyncio.to_thread(parsed.named, name) if len(body) > OFF_LOOP_BYTES else parsed.named(name)
+        tier, classes = parsed.service_tier, self._options.classes
+        if tier is not None and tier in classes and not slo_class:
+            slo, slo_class = read_slo(exchange.own, classes[tier], classes), tier
         if len(body) > LARGE_BYTES:
             await exchange.hold_soon(2 * len(body))  # what is built of it, until it is counted
         del body

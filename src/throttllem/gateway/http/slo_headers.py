@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from throttllem.core.types import Slo
 from throttllem.did_you_mean import did_you_mean
@@ -31,7 +32,8 @@ def read_slo(headers: Mapping[str, str], default: Slo, classes: Mapping[str, Slo
         raise invalid(f"{unknown[:80]} is not a known SLO header; {did_you_mean(unknown, _HEADERS)}", unknown[:80])
     if {"x-slo-tbt-ms", "x-slo-tpot-ms"} <= named.keys():
         raise invalid("x-slo-tbt-ms and x-slo-tpot-ms are the same target; send one of them", "x-slo-tpot-ms")
-    return replace(slo, **{TARGETS[header]: _seconds(header, text) for header, text in named.items()})
+    targets: dict[str, Any] = {TARGETS[header]: _seconds(header, text) for header, text in named.items()}
+    return replace(slo, **targets)
 
 
 def _seconds(header: str, text: str) -> float:

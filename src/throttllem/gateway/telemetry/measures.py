@@ -33,7 +33,13 @@ def _hertz(mhz: float | None) -> float | None:
 
 # (name, help_text, how to read it); counters get their `_total` from the client library.
 _MODEL_GAUGES: tuple[tuple[str, str, ModelRead], ...] = (
-    ("throttllem_queue_requests", "Requests that wait for a place.", lambda model: model.queue),
+    ("throttllem_queue_requests", "Requests that wait, held ones too.", lambda model: model.queue),
+    ("throttllem_held_requests", "Those of them that are held to run together.", lambda model: model.held),
+    (
+        "throttllem_hold_seconds",
+        "How long requests that can wait are held at most; absent: they are not.",
+        lambda model: None if model.hold is None else model.hold.hold_s,
+    ),
     (
         "throttllem_length_exceeded_ratio",
         "Fraction of answers that outgrew their prediction.",

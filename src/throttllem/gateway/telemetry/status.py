@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from throttllem.core.clocks.gathering import HoldPlan
 from throttllem.core.external_load import Drift
 from throttllem.core.forecast.margins import ClassAttainment
 from throttllem.core.snapshot import Counts, EngineView, Snapshot
@@ -100,12 +101,15 @@ class LengthStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """One model that is served: its queue, its engines, what the core decided. `doubtful`: the core failed, and no
-    request that came since was served. `classes`: attainment asked and had by SLO class, with what was learned.
+    """One model that is served: its queue, its engines, what the core decided. `held` requests of the queue can wait,
+    by the plan `hold` (None: none are held). `doubtful`: the core failed, and no request that came since was served.
+    `classes`: attainment asked and had by SLO class, with what was learned.
     """
 
     names: tuple[str, ...]
     queue: int
+    held: int
+    hold: HoldPlan | None
     head: Verdict | None
     counts: Counts
     engines: tuple[EngineStatus, ...]
@@ -168,6 +172,8 @@ def _model_status(loop: ControlLoop, names: tuple[str, ...]) -> ModelStatus:
     return ModelStatus(
         names=names,
         queue=snapshot.queue,
+        held=snapshot.held,
+        hold=snapshot.hold,
         head=snapshot.head,
         counts=snapshot.counts,
         engines=tuple(_engine_status(loop, backend, snapshot) for backend in loop.backends),
