@@ -11,22 +11,19 @@ from sim.toy_runs import simulate, specs_of
 
 from throttllem.core.forecast.projection import Projection
 from throttllem.core.types import Slo
-from throttllem.engines.simulated.batcher import Iteration
 from throttllem.sim.recorder import Life, Recorder
 from throttllem.sim.samples import quantiles
 
 
-def iteration(index=0, decode_sequences=1, kv_blocks=10, prefills=()):
-    return Iteration(
-        index=index,
-        decode_sequences=decode_sequences,
-        kv_tokens=4 * kv_blocks,
-        kv_blocks=kv_blocks,
-        prefills=prefills,
-        prefill_tokens=sum(tokens for _, tokens in prefills),
-        prefill_pairs=0.0,
-        preempted=(),
-    )
+def run(
+    recorder, at_s, seconds, joules, mhz, *, rows=1, kv_blocks=10, prompts=(), serving=True, projection=None, index=0
+):
+    """One iteration, as an engine writes it down."""
+    tokens = sum(tokens for _, tokens in prompts)
+    recorder.steps[recorder.filled] = (at_s, seconds, joules, mhz, rows, len(prompts), tokens, kv_blocks)
+    recorder.ran(1, mhz, first=index, projection=projection, serving=serving)
+    for request_id, _ in prompts:
+        recorder.prompt(request_id, at_s)
 
 
 def result(recorder, slo=None, duration_s=10.0, energy_j=100.0):
@@ -78,9 +75,9 @@ def test_nothing_at_all():
 
 def test_gaps_count_once_for_each_row_that_decodes():
     recorder = book(life(1, None, 1.0, None))
-    recorder.iteration(0.0, iteration(decode_sequences=0, prefills=((1, 4),)), 9.0, 1.0, 1000, serving=True)
-    recorder.iteration(1.0, iteration(decode_sequences=9), 0.01, 1.0, 1000, serving=True)
-    recorder.iteration(2.0, iteration(decode_sequences=1), 0.05, 1.0, 1000, serving=True)
+    run(recorder, 0.0, 9.0, 1.0, 1000, rows=0, prompts=((1, 4),))
+    run(recorder, 1.0, 0.01, 1.0, 1000, rows=9)
+    run(recorder, 2.0, 0.05, 1.0, 1000)
     found = result(recorder)
     assert found.tbt_s.mean == pytest.approx((9 * 0.01 + 0.05) / 10)
     assert (found.tbt_s.p50, found.tbt_s.p90, found.tbt_s.p99) == (0.01, 0.01, 0.05)
@@ -91,9 +88,9 @@ def test_gaps_count_once_for_each_row_that_decodes():
 
 def test_clock_batch_and_kv_are_means_over_busy_time_of_the_serving_engine():
     recorder = Recorder(bin_s=1.0)
-    recorder.iteration(0.0, iteration(decode_sequences=2, kv_blocks=10), 0.1, 7.0, 1000, serving=True)
-    recorder.iteration(0.5, iteration(decode_sequences=4, kv_blocks=30), 0.3, 9.0, 600, serving=True)
-    recorder.iteration(0.5, iteration(decode_sequences=9, kv_blocks=99), 0.4, 1.0, 1400, serving=False)
+    run(recorder, 0.0, 0.1, 7.0, 1000, rows=2, kv_blocks=10)
+    run(recorder, 0.5, 0.3, 9.0, 600, rows=4, kv_blocks=30)
+    run(recorder, 0.5, 0.4, 1.0, 1400, rows=9, kv_blocks=99, serving=False)
     recorder.idle(1.0, 2.0, 50.0)
     series = result(recorder).series
     assert series.clock_mhz == [pytest.approx(700.0), None]
@@ -110,9 +107,7 @@ def test_projection_error_is_the_mean_over_iterations():
         first=5, batch=np.array([4, 2]), kv_blocks=np.array([10, 30]), prefill_tokens=none, ends=none, starts=none
     )
     for index, rows, blocks in ((5, 4, 8), (6, 4, 30), (7, 1, 5)):
-        now = iteration(index=index, decode_sequences=rows, kv_blocks=blocks)
-        recorder.iteration(0.0, now, 0.1, 1.0, 1000, serving=True)
-        recorder.projected(now, projection)
+        run(recorder, 0.0, 0.1, 1.0, 1000, rows=rows, kv_blocks=blocks, projection=projection, index=index)
     # Batch: right, half, all missed (the projection had ended). KV: 2 of 8 too many, right, all missed.
     error = result(recorder).projection_error
     assert (error.batch, error.kv) == (pytest.approx((0 + 0.5 + 1) / 3), pytest.approx((0.25 + 0 + 1) / 3))

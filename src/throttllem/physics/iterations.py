@@ -532,6 +532,39 @@ STEP = np.dtype(
 
 
 @compiled
+def advance(
+    batch: Batch,
+    law: Law,
+    row: int,
+    scatter: Floats,
+    drawn: int,
+    begin_s: float,
+    limit_s: float,
+    before: int,
+    steps: Records,
+    filled: int,
+) -> tuple[int, float, float, float, int, int, int]:
+    """Run iterations from `begin_s` on while they only decode: none starts, finishes or preempts a sequence, all end
+    before `limit_s`, and the iteration after the last one is earlier than `before`. Then begin one more.
+
+    All are written to `steps` from entry `filled` on. The factors on seconds and watts of each are in `scatter`, shape
+    (iterations, 2), from entry `drawn` on. How many ran; of the one that began its begin, seconds and joules, and its
+    decoding sequences, prompts and preempted sequences.
+    """
+    counts = batch.counts[0]
+    most = min(steps.size - filled, scatter.shape[0] - drawn) - 1
+    ran, now_s = decode(batch, law, row, scatter[drawn : drawn + most], begin_s, limit_s, before, steps, filled)
+    sequences, kv_tokens, prefill_tokens, pairs = compose(batch)
+    seconds, watts = limited(law, row, float(sequences), float(kv_tokens), float(prefill_tokens), pairs)
+    seconds, watts = seconds * scatter[drawn + ran, 0], watts * scatter[drawn + ran, 1]
+    step = steps[filled + ran]
+    step.begin_s, step.seconds, step.joules, step.clock_mhz = now_s, seconds, seconds * watts, law.at[row].clock_mhz
+    step.sequences, step.prompts, step.prompt_tokens = sequences, counts.chunks, prefill_tokens
+    step.kv_blocks = counts.used_blocks
+    return ran, now_s, seconds, step.joules, sequences, counts.chunks, counts.preempted
+
+
+@compiled
 def decode(
     batch: Batch,
     law: Law,
@@ -543,18 +576,13 @@ def decode(
     steps: Records,
     filled: int,
 ) -> tuple[int, float]:
-    """Run iterations from `begin_s` on while they only decode: none starts, finishes or preempts a sequence, all end
-    before `limit_s`, and the iteration after the last one is earlier than `before`. They are written to `steps` from
-    entry `filled` on. `scatter` are the factors on seconds and watts of each, shape (iterations, 2).
-
-    How many ran, and when the last one ended.
-    """
+    """The iterations of `advance` that only decode: how many ran, and when the last one ended."""
     rules, counts = batch.rules[0], batch.counts[0]
     if counts.prompts or not counts.running or takes_waiting(batch):
         return 0, begin_s
     k, used_blocks, sequences = counts.iteration, counts.used_blocks, counts.running
-    now_s, ran, most = begin_s, 0, min(steps.size - filled, scatter.shape[0])
-    while ran < most and k < counts.next_finish and k + 1 < before:
+    now_s, ran = begin_s, 0
+    while ran < scatter.shape[0] and k < counts.next_finish and k + 1 < before:
         used_blocks += batch.residues[k % rules.block_tokens]
         if used_blocks > rules.kv_blocks:
             break

@@ -255,41 +255,39 @@ class Simulation:
         self._handle(EngineReady(engine=key, spec=spec))
 
     def _begin_iteration(self, key: int, up: Running) -> None:
-        if self._watch is None and len(self._engines) == 1:
-            self._decode(key, up)
-        step = up.engine.step()
-        if step is None:
+        """Begin the engine's next iteration, after those that change nothing: none starts or ends a request, and
+        nothing else comes in before the end of the last one. The core hears of that one alone.
+        """
+        recorder, controller, first = self._recorder, self._controller, up.engine.batcher.iteration
+        begun = up.engine.advance(
+            self.now_s,
+            limit_s=self._quiet_until_s(),
+            before=controller.unchanged_until(key),
+            steps=recorder.steps,
+            filled=recorder.filled,
+        )
+        if begun is None:
             up.idle_since_s = self.now_s
             return
-        iteration, seconds, watts = step
-        serving = key == self._controller.serving()
-        self._recorder.iteration(self.now_s, iteration, seconds, seconds * watts, up.engine.clock_mhz, serving=serving)
-        projection = self._controller.projection(key)
-        if projection is not None:
-            self._recorder.projected(iteration, projection)
-        self._schedule(self.now_s + seconds, _END_OF_ITERATION, key)
+        projection, serving = controller.projection(key), key == controller.serving()
+        recorder.ran(begun.ran + 1, up.engine.clock_mhz, first=first, projection=projection, serving=serving)
+        self.now_s = begun.begin_s
+        if begun.ran:
+            commands = controller.handle(Stepped(engine=key, iteration=first + begun.ran - 1), self.now_s)
+            assert not commands, f"nothing changed, yet {commands}"
+        for request_id in begun.preempted:
+            recorder.preempted(request_id, self.now_s)
+        for request_id, _ in begun.prefills:
+            recorder.prompt(request_id, self.now_s)
+        self._schedule(self.now_s + begun.seconds, _END_OF_ITERATION, key)
 
-    def _decode(self, key: int, up: Running) -> None:
-        """Run iterations of the only engine at once that change nothing: none starts or ends a request, and nothing
-        else comes in before the end of the last one. The core hears of that one alone.
-        """
+    def _quiet_until_s(self) -> float:
+        """When the next event comes that is no iteration's end; now, if there are observers or several engines."""
+        if self._watch is not None or len(self._engines) > 1:
+            return self.now_s
         timer_s = self._controller.next_deadline()
         agenda_s = self._agenda[0][0] if self._agenda else math.inf
-        first = up.engine.batcher.iteration
-        ran, end_s = up.engine.decode(
-            self.now_s,
-            limit_s=min(self._arrival_s, agenda_s, math.inf if timer_s is None else timer_s),
-            before=self._controller.unchanged_until(key),
-            steps=self._recorder.steps,
-            filled=self._recorder.filled,
-        )
-        if not ran:
-            return
-        serving, projection = key == self._controller.serving(), self._controller.projection(key)
-        self._recorder.decoded(ran, up.engine.clock_mhz, first, projection, serving=serving)
-        self.now_s = end_s
-        commands = self._controller.handle(Stepped(engine=key, iteration=first + ran - 1), end_s)
-        assert not commands, f"nothing changed, yet {commands}"
+        return min(self._arrival_s, agenda_s, math.inf if timer_s is None else timer_s)
 
     def _end_iteration(self, key: int, up: Running) -> None:
         outcome, energies = up.engine.finish()

@@ -9,15 +9,17 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.core.compiled import compiled
 from throttllem.core.forecast.projection import Projection
 from throttllem.core.types import Request, Slo
-from throttllem.engines.simulated.batcher import Iteration
-from throttllem.physics.iterations import STEP, Floats, Records
+from throttllem.physics.iterations import STEP, Floats, Ints, Records
 from throttllem.sim.result import Distributions, ProjectionError, RunResult, Series, SloOutcome
 from throttllem.sim.samples import Samples
+
+Flags = npt.NDArray[np.bool_]
 
 _GAP_EDGES_S = np.concatenate([[0.0], np.geomspace(1e-3, 10.0, 161), [math.inf]])
 _STEPS = 4096
@@ -35,8 +37,6 @@ _SUMS = np.dtype(
     ]
 )
 """Sums over the iterations of one bin of the run's time."""
-_MARKS = np.dtype([("serving", np.bool_), ("projects", np.bool_), ("batch", np.int64), ("kv_blocks", np.int64)])
-"""Of an iteration: whether its engine takes new requests, and what was projected of it, if anything."""
 
 
 @dataclass(slots=True)
@@ -127,7 +127,11 @@ class Recorder:
     steps: Records = field(default_factory=lambda: np.zeros(_STEPS, STEP))
     filled: int = 0
     """Of `steps`: iterations that are written down; an engine that runs many at once writes behind them."""
-    _marks: Records = field(default_factory=lambda: np.zeros(_STEPS, _MARKS))
+    _serving: Flags = field(default_factory=lambda: np.zeros(_STEPS, np.bool_))
+    """Of each of them: whether its engine takes new requests."""
+    _projects: Flags = field(default_factory=lambda: np.zeros(_STEPS, np.bool_))
+    _projection: Ints = field(default_factory=lambda: np.zeros((2, _STEPS), np.int64))
+    """Whether there was a projection, and its batch and KV blocks."""
     _gpus: int | None = None
     _sums: Records = field(default_factory=lambda: np.zeros(64, _SUMS))
     _queue: list[float] = field(default_factory=list)
@@ -160,64 +164,39 @@ class Recorder:
         life.ended_s, life.energy_j = at_s, energy_j
         self._requests.completes(life)
 
-    def iteration(
-        self, at_s: float, iteration: Iteration, seconds: float, joules: float, clock_mhz: int, serving: bool
-    ) -> None:
-        """One iteration of one engine."""
-        if self.filled == _STEPS:
-            self._sum_up()
-        self.steps[self.filled] = (
-            at_s,
-            seconds,
-            joules,
-            clock_mhz,
-            iteration.decode_sequences,
-            len(iteration.prefills),
-            iteration.prefill_tokens,
-            iteration.kv_blocks,
-        )
-        self._mark(1, clock_mhz, serving)
-        for request_id in iteration.preempted:
-            self.lives[request_id].paused_s = at_s
-        for request_id, _ in iteration.prefills:
-            life = self.lives[request_id]
-            if life.begun_s is None:
-                life.begun_s = at_s
-
-    def decoded(self, ran: int, clock_mhz: int, first: int, projection: Projection | None, *, serving: bool) -> None:
-        """Iterations from `first` on that only decoded, which their engine wrote to `steps`, and their projection."""
-        self._mark(ran, clock_mhz, serving)
+    def ran(self, iterations: int, clock_mhz: int, *, first: int, projection: Projection | None, serving: bool) -> None:
+        """Iterations of one engine from number `first` on, which were written to `steps`, and their projection."""
+        filled, self.filled = self.filled, self.filled + iterations
+        self._serving[filled : self.filled] = serving
+        self._projects[filled : self.filled] = projection is not None
         if projection is not None:
-            self._compare(ran, first, projection)
-
-    def projected(self, iteration: Iteration, projection: Projection) -> None:
-        """Compare the last iteration with its projection; one that ended too early projects 0."""
-        self._compare(1, iteration.index, projection)
-
-    def _mark(self, ran: int, clock_mhz: int, serving: bool) -> None:
+            _project(self._projection[:, filled : self.filled], first - projection.first, projection)
         if clock_mhz not in self._clocks:
             self._clocks[clock_mhz] = None
             if clock_mhz >= self._busy_s.size:
                 self._busy_s = np.append(self._busy_s, np.zeros(clock_mhz))
-        self._marks[self.filled : self.filled + ran] = (serving, False, 0, 0)
-        self.filled += ran
+        if self.filled == _STEPS:
+            self._sum_up()
 
-    def _compare(self, ran: int, first: int, projection: Projection) -> None:
-        marks, offset = self._marks[self.filled - ran : self.filled], first - projection.first
-        marks["projects"] = True
-        inside = slice(max(0, offset), max(0, offset + ran))
-        batch, skipped = projection.batch[inside], max(0, -offset)
-        marks["batch"][skipped : skipped + batch.size] = batch
-        marks["kv_blocks"][skipped : skipped + batch.size] = projection.kv_blocks[inside]
+    def prompt(self, request_id: int, at_s: float) -> None:
+        """A part of a request's prompt is processed in an iteration that begins now."""
+        life = self.lives[request_id]
+        if life.begun_s is None:
+            life.begun_s = at_s
+
+    def preempted(self, request_id: int, at_s: float) -> None:
+        """A request gives no token from now on."""
+        self.lives[request_id].paused_s = at_s
 
     def _sum_up(self) -> None:
         """Sum up the iterations that are written down."""
         if not self.filled:
             return
-        steps, marks = self.steps[: self.filled], self._marks[: self.filled]
+        steps = self.steps[: self.filled]
         self.filled = 0
         self._bin(int(steps["begin_s"].max() / self.bin_s))
-        self._projected += _add(steps, marks, self.bin_s, self._sums, self._busy_s, self._errors)
+        marks = self._serving, self._projects, self._projection
+        self._projected += _add(steps, *marks, self.bin_s, self._sums, self._busy_s, self._errors)
         decodes = steps["sequences"] > 0
         self._gaps_s.extend(steps["seconds"][decodes], steps["sequences"][decodes])
         if self.estimate is not None:
@@ -357,28 +336,47 @@ def _means(sums: list[float], seconds: list[float]) -> list[float | None]:
     return [total / over_s if over_s else None for total, over_s in zip(sums, seconds, strict=True)]
 
 
+def _project(projected: Ints, offset: int, projection: Projection) -> None:
+    """Batch and KV blocks, shape (2, iterations), of those `offset` after the projection's first; 0 beyond its end."""
+    projected[:] = 0
+    inside, skipped = slice(max(0, offset), max(0, offset + projected.shape[1])), max(0, -offset)
+    batch = projection.batch[inside]
+    projected[0, skipped : skipped + batch.size] = batch
+    projected[1, skipped : skipped + batch.size] = projection.kv_blocks[inside]
+
+
 @compiled
-def _add(steps: Records, marks: Records, bin_s: float, sums: Records, busy_s: Floats, errors: Floats) -> int:
+def _add(
+    steps: Records,
+    serving: Flags,
+    projects: Flags,
+    projection: Ints,
+    bin_s: float,
+    sums: Records,
+    busy_s: Floats,
+    errors: Floats,
+) -> int:
     """Add iterations to the sums of their bins, the time at their clocks, and the errors of their projections; how many
     were projected.
     """
     projected = 0
     for number in range(steps.size):
-        step, mark = steps[number], marks[number]
+        step = steps[number]
         here, batch = sums[int(step.begin_s / bin_s)], step.sequences + step.prompts
         here.joules += step.joules
         busy_s[step.clock_mhz] += step.seconds
-        if mark.serving:
+        if serving[number]:
             here.busy_s += step.seconds
             here.clock += step.clock_mhz * step.seconds
             here.batch += batch * step.seconds
             here.kv += step.kv_blocks * step.seconds
-        if mark.projects:
+        if projects[number]:
             projected += 1
-            errors[0] += abs(mark.batch - batch) / batch
-            errors[1] += abs(mark.kv_blocks - step.kv_blocks) / step.kv_blocks
-            if mark.serving:
+            batch_projected, kv_projected = projection[0, number], projection[1, number]
+            errors[0] += abs(batch_projected - batch) / batch
+            errors[1] += abs(kv_projected - step.kv_blocks) / step.kv_blocks
+            if serving[number]:
                 here.projected_s += step.seconds
-                here.batch_projected += mark.batch * step.seconds
-                here.kv_projected += mark.kv_blocks * step.seconds
+                here.batch_projected += batch_projected * step.seconds
+                here.kv_projected += kv_projected * step.seconds
     return projected

@@ -189,7 +189,7 @@ class Scenario:
                 slo_aware=policy.slo_aware,
                 admission=self.options.admission,
                 autoscale=replace(self.options.autoscale, capacity_rps=capacity) if policy.autoscale else None,
-                predictor=self._predictor(),
+                predictor=self._predictor() if policy.slo_aware or policy.own is not None else Oracle(),
                 inflation=self.options.length.factor,
                 specs=self.fleet.specs,
                 tables=self.tables,

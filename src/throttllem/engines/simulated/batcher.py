@@ -142,10 +142,10 @@ class Batcher:
             decode_sequences=decode_sequences,
             kv_tokens=kv_tokens,
             kv_blocks=used_blocks,
-            prefills=tuple(zip(self._named(CHUNKS, chunks), self._tokens(chunks), strict=True)) if chunks else (),
+            prefills=self.prefills(chunks),
             prefill_tokens=prefill_tokens,
             prefill_pairs=pairs,
-            preempted=self._named(PREEMPTED, preempted),
+            preempted=self.preempted(preempted),
         )
 
     def end(self) -> Outcome:
@@ -158,18 +158,24 @@ class Batcher:
             index=index,
             started=self._named(STARTED, started),
             finished=ended,
-            preempted=self._named(PREEMPTED, preempted),
+            preempted=self.preempted(preempted),
         )
+
+    def prefills(self, count: int) -> tuple[tuple[int, int], ...]:
+        """(request id, prompt tokens) of the prompts in the iteration under way, which has so many."""
+        if not count:
+            return ()
+        return tuple(zip(self._named(CHUNKS, count), self.state.lists[CHUNK_TOKENS, :count].tolist(), strict=True))
+
+    def preempted(self, count: int) -> tuple[int, ...]:
+        """The requests that were preempted in it."""
+        return self._named(PREEMPTED, count)
 
     def _named(self, which: int, count: int) -> tuple[int, ...]:
         """The requests of one list."""
         if not count:
             return ()
         return tuple(self._requests[slot] for slot in self.state.lists[which, :count].tolist())
-
-    def _tokens(self, chunks: int) -> list[int]:
-        tokens: list[int] = self.state.lists[CHUNK_TOKENS, :chunks].tolist()
-        return tokens
 
     def _extend(self) -> None:
         """Twice as many slots."""

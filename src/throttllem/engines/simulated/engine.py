@@ -7,7 +7,7 @@ applies from the next iteration on.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from throttllem.core.energy import EnergyLedger
 from throttllem.core.types import EngineSpec
 from throttllem.engines.simulated.batcher import Batcher, Iteration, Outcome
 from throttllem.physics.engine import EnginePhysics
-from throttllem.physics.iterations import NEVER, Floats, Records, decode
+from throttllem.physics.iterations import NEVER, Floats, Records, advance
 
 _DRAWN_AT_ONCE = 2048
 
@@ -33,8 +33,22 @@ class Physics(Protocol):
         """Watts of all GPUs of the engine while nothing runs."""
 
 
+class Advance(NamedTuple):
+    """`ran` iterations that only decoded, and the one that began then: when, its seconds, its prompts (request id,
+    tokens), and the requests preempted in it.
+    """
+
+    ran: int
+    begin_s: float
+    seconds: float
+    prefills: tuple[tuple[int, int], ...]
+    preempted: tuple[int, ...]
+
+
 class SimulatedEngine:
-    """One running engine. `step` begins an iteration, `finish` ends it. `physics` may be changed between the two."""
+    """One running engine. `step` begins an iteration (`advance` runs some before), `finish` ends it. `physics` may be
+    changed between the two.
+    """
 
     def __init__(
         self, spec: EngineSpec, physics: Physics, *, clock_mhz: int, seed: tuple[int, ...], noise: Noise
@@ -61,32 +75,52 @@ class SimulatedEngine:
             iteration.prefill_tokens,
             iteration.prefill_pairs,
         )
-        slower, hotter = self._draw()[0].tolist()
+        self._draw()
+        slower, hotter = self._scatter[self._drawn].tolist()
         self._drawn += 1
         seconds, watts = seconds * slower, watts * hotter
-        for request_id in iteration.preempted:
-            self.ledger.pause(request_id)
-        self.ledger.iteration(seconds * watts, iteration.decode_sequences, iteration.prefills)
+        self._share(seconds * watts, iteration.decode_sequences, iteration.prefills, iteration.preempted)
         return iteration, seconds, watts
 
-    def decode(
-        self, begin_s: float, *, limit_s: float, before: float, steps: Records, filled: int
-    ) -> tuple[int, float]:
+    def advance(self, begin_s: float, *, limit_s: float, before: float, steps: Records, filled: int) -> Advance | None:
         """Run iterations from `begin_s` on while they only decode: none starts, finishes or preempts a request, all end
-        before `limit_s`, and the one after the last is earlier than iteration `before`. They are written to `steps`
-        (`physics.iterations.STEP`) from entry `filled` on. How many ran, and when the last one ended.
+        before `limit_s`, and the one after the last is earlier than iteration `before`. Then begin one more, as `step`
+        does. All are written to `steps` (`physics.iterations.STEP`) from entry `filled` on. None: nothing to run.
         """
-        physics = self.physics
+        physics, batcher = self.physics, self.batcher
         if not isinstance(physics, EnginePhysics):
-            return 0, begin_s
+            return self._advance_by_one(begin_s, steps, filled)
+        if not len(batcher):
+            return None
+        self._draw()
         row, last = physics.row(self.clock_mhz), NEVER if before == math.inf else int(before)
-        scatter = self._draw()
-        ran, end_s = decode(self.batcher.state, physics.law(), row, scatter, begin_s, limit_s, last, steps, filled)
+        ran, begin_s, seconds, joules, sequences, prompts, preempted = advance(
+            batcher.state, physics.law(), row, self._scatter, self._drawn, begin_s, limit_s, last, steps, filled
+        )
+        self._drawn += ran + 1
         if ran:
-            self._drawn += ran
-            joules = steps["joules"][filled : filled + ran].tolist()
-            self.ledger.iterations(joules, int(steps["sequences"][filled]))
-        return ran, end_s
+            earlier_j = steps["joules"][filled : filled + ran].tolist()
+            self.ledger.iterations(earlier_j, int(steps["sequences"][filled]))
+        begun = Advance(ran, begin_s, seconds, batcher.prefills(prompts), batcher.preempted(preempted))
+        self._share(joules, sequences, begun.prefills, begun.preempted)
+        return begun
+
+    def _advance_by_one(self, begin_s: float, steps: Records, filled: int) -> Advance | None:
+        """The same where the physics is not compiled."""
+        step = self.step()
+        if step is None:
+            return None
+        now, seconds, watts = step
+        of = now.decode_sequences, len(now.prefills), now.prefill_tokens, now.kv_blocks
+        steps[filled] = (begin_s, seconds, seconds * watts, self.clock_mhz, *of)
+        return Advance(0, begin_s, seconds, now.prefills, now.preempted)
+
+    def _share(
+        self, joules: float, sequences: int, prefills: tuple[tuple[int, int], ...], preempted: tuple[int, ...]
+    ) -> None:
+        for request_id in preempted:
+            self.ledger.pause(request_id)
+        self.ledger.iteration(joules, sequences, prefills)
 
     def finish(self) -> tuple[Outcome, dict[int, float]]:
         """End the running iteration: its outcome, and the joules of the requests that finished."""
@@ -99,11 +133,10 @@ class SimulatedEngine:
         """Account for time in which nothing ran."""
         self.ledger.idle(seconds * self.physics.idle_w())
 
-    def _draw(self) -> Floats:
-        """Factors on the seconds and watts of coming iterations, at least one."""
+    def _draw(self) -> None:
+        """See that the next iteration has its factors."""
         if self._drawn == len(self._scatter):
             self._scatter, self._drawn = draw(self._rng, self._noise), 0
-        return self._scatter[self._drawn :]
 
 
 def draw(rng: np.random.Generator, noise: Noise) -> Floats:
