@@ -23,20 +23,20 @@ TABLE = table(SPEC)
 MAXIMUM = len(SPEC.clocks_mhz) - 1
 
 
-def mean_w(rate, leave_per_s, watts, idle_w, column):
+def mean_w(rate, leave_per_s, watts, idle_w, column, price_w):
     """Mean watts of one assignment, by the balance of the chain: rate * p(n - 1) = leave(n) * p(n)."""
     likely, total = [1.0], [idle_w]
     for n, c in enumerate(column):
         last = n == len(column) - 1
         ratio = rate / leave_per_s[n][c]
         likely.append(likely[-1] * ratio / (1 - ratio if last else 1))  # and all beyond, a geometric tail
-        total.append(watts[n][c])
+        total.append(watts[n][c] + price_w * (n + 1 + (ratio / (1 - ratio) if last else 0)))
     return sum(p * w for p, w in zip(likely, total, strict=True)) / sum(likely)
 
 
 @settings(deadline=None)
-@given(st.integers(0, 10**6), st.floats(0.1, 5.0))
-def test_no_assignment_of_clocks_has_less_mean_power(seed, rate):
+@given(st.integers(0, 10**6), st.floats(0.1, 5.0), st.sampled_from([0.0, 1.0, 30.0]))
+def test_no_assignment_of_clocks_has_less_mean_power(seed, rate, price_w):
     rng = np.random.default_rng(seed)
     leave = np.sort(rng.uniform(0.5, 6.0, (4, 3)), axis=1)
     watts = np.sort(rng.uniform(100.0, 400.0, (4, 3)), axis=1)
@@ -45,12 +45,12 @@ def test_no_assignment_of_clocks_has_less_mean_power(seed, rate):
     leave[-1, -1] += 4.0
     zeros = np.zeros_like(leave)
     states = Chain(kv_blocks=1.0, leave_per_s=leave, watts=watts, prompt_s=zeros, step_s=zeros)
-    found = least_mean_watts(rate, *by_clock(states, is_open), zeros, 60.0, 0.0)[0]
+    found = least_mean_watts(rate, *by_clock(states, is_open), zeros, 60.0, price_w)[0]
     assert all(is_open[n, c] for n, c in enumerate(found))
     open_to = [[c for c in range(3) if is_open[n, c] and (n < 3 or leave[n, c] > rate)] for n in range(4)]
     choices = itertools.product(*open_to)
-    least = min(mean_w(rate, leave, watts, 60.0, column) for column in choices)
-    assert mean_w(rate, leave, watts, 60.0, found) == pytest.approx(least, rel=1e-9)
+    least = min(mean_w(rate, leave, watts, 60.0, column, price_w) for column in choices)
+    assert mean_w(rate, leave, watts, 60.0, found, price_w) == pytest.approx(least, rel=1e-9)
 
 
 def load(rate, **changes):

@@ -19,8 +19,9 @@ Knows nothing of the requests at hand, their deadlines or when they end: the clo
 #
 # solved by policy iteration: g of a policy from the stationary distribution, v from N down (beyond N, where mu is
 # constant, v is linear in n: v(n) = a n + b with a = h / (mu - r), b = (w - g + r a) / (mu - r)), then for each n the
-# clock that minimises w(n, c) - mu(n, c) v(n). Racing to idle comes out where it pays: v(1) is then worth a fast and
-# costly end.
+# clock that minimises w(n, c) - mu(n, c) v(n); for N, whose clock all beyond share, the one that minimises a N + b. The
+# recursion from N down multiplies errors by r / mu at each step, so below the likeliest n it runs from 0 up. Racing
+# to idle comes out where it pays: v(1) is then worth a fast and costly end.
 #
 # SLOs bind means, not each n: a request that meets slow iterations and fast ones gets its tokens at the mean pace. By
 # Little's law mean time in flight is E[n] / r, and with processor sharing that of a request with x tokens is
@@ -142,7 +143,7 @@ def least_mean_watts(
 
     `leave_per_s` and `watts` (clocks, requests), as `by_clock` has them, `prompt_s` (requests, clocks). Clocks are
     compared for all numbers of requests side by side, several in one instruction. A clock is left for one that saves
-    more than rounding may: else two that are equal take turns for ever.
+    more than rounding may: else equals take turns for ever.
     """
     clocks, most = leave_per_s.shape
     column = np.zeros(most, dtype=np.int64)
@@ -156,6 +157,7 @@ def least_mean_watts(
     for _ in range(40):
         likely[0] = 1.0
         whole, cost = 1.0, idle_w
+        likeliest, peak = 0, 1.0
         mean_requests = mean_prompt_s = busy = 0.0
         for n in range(1, most + 1):
             c = column[n - 1]
@@ -168,7 +170,10 @@ def least_mean_watts(
                 mean_requests /= scale
                 mean_prompt_s /= scale
                 busy /= scale
+                peak /= scale
                 likely[n] = 1.0
+            if likely[n] > peak:
+                likeliest, peak = n, likely[n]
             here, further = likely[n], float(n)
             if n == most:  # and all beyond, a geometric tail
                 here /= 1.0 - ratio
@@ -182,39 +187,45 @@ def least_mean_watts(
         mean_requests /= whole
         mean_prompt_s /= busy
         c = column[most - 1]
-        drift = leave_per_s[c, most - 1] - rate
-        slope = price_w / drift
-        added[most - 1] = slope * most + (watts[c, most - 1] - mean_cost + rate * slope) / drift
-        # Each recursion where it damps errors: from beyond down where more leave than come, from 0 up elsewhere.
-        below = 0
-        while below < most - 1 and leave_per_s[column[below], below] < rate:
-            below += 1
-        for n in range(most - 1, below, -1):
+        added[most - 1] = _until_fewer(rate, leave_per_s[c, most - 1], watts[c, most - 1] - mean_cost, price_w, most)
+        # Each recursion where it damps errors: from the top down to the likeliest number of requests, and from 0 up.
+        for n in range(most - 1, likeliest, -1):
             c = column[n - 1]
             added[n - 1] = (watts[c, n - 1] + price_w * n - mean_cost + rate * added[n]) / leave_per_s[c, n - 1]
         spent, gone = idle_w, 0.0
-        for n in range(below):
+        for n in range(min(likeliest, most - 1)):
             added[n] = (mean_cost - spent + gone) / rate
             c = column[n]
             spent, gone = watts[c, n] + price_w * (n + 1), leave_per_s[c, n] * added[n]
         least_w[:] = np.inf
         for c in range(clocks - 1, -1, -1):
             leave, costs = leave_per_s[c], watts[c]
-            last, last_w = best[most - 1], least_w[most - 1]
-            for n in range(most):
+            for n in range(most - 1):
                 here_w = costs[n] - leave[n] * added[n]
                 better = here_w < least_w[n]
                 best[n] = c if better else best[n]
                 least_w[n] = here_w if better else least_w[n]
-            if leave[most - 1] <= rate:  # requests beyond would never leave
-                best[most - 1], least_w[most - 1] = last, last_w
         changed = False
-        for n in range(most):
+        for n in range(most - 1):
             c = column[n]
             now_w = watts[c, n] - leave_per_s[c, n] * added[n]
             if least_w[n] < now_w - _ROUNDING * abs(now_w):
                 column[n] = best[n]
                 changed = True
+        for c in range(clocks - 1, -1, -1):  # one clock for all numbers from here on
+            if leave_per_s[c, most - 1] > rate and watts[c, most - 1] < np.inf:
+                cost = _until_fewer(rate, leave_per_s[c, most - 1], watts[c, most - 1] - mean_cost, price_w, most)
+                if cost < added[most - 1] - _ROUNDING * abs(added[most - 1]):
+                    column[most - 1], added[most - 1] = c, cost
+                    changed = True
         if not changed:
             break
     return column, mean_requests, mean_prompt_s
+
+
+@compiled
+def _until_fewer(rate: float, leave_per_s: float, above_mean_w: float, price_w: float, requests: int) -> float:
+    """The cost above the mean from when there are `requests` until there are fewer, at one clock however many come."""
+    drift = leave_per_s - rate
+    slope = price_w / drift
+    return slope * requests + (above_mean_w + rate * slope) / drift
