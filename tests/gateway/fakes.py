@@ -43,6 +43,7 @@ class Session:
 
     models: "Models"
     slo: Slo
+    slo_class: str
     caller: str
     streams: bool
     counted: int = 0
@@ -134,7 +135,7 @@ class Models:
         return await self.engine.count(parsed)
 
     def session(self, parsed, count, slo, slo_class=""):
-        session = Session(models=self, slo=slo, caller=parsed.caller, streams=parsed.stream)
+        session = Session(models=self, slo=slo, slo_class=slo_class, caller=parsed.caller, streams=parsed.stream)
         self.sessions.append(session)
         return session
 

@@ -308,13 +308,13 @@ def parsed(*, tokens=8, stream=True, prompt="one two three", choices=1, model="t
     return replace(parse_request(COMPLETIONS, json.dumps(body).encode()), choices=choices)
 
 
-async def request(models, *, slo=None, count=6, usage=True, disconnect_after=None, **more):
+async def request(models, *, slo=None, slo_class="", count=6, usage=True, disconnect_after=None, **more):
     """One request as the HTTP side serves it; its receipt, None if its client disconnects after some tokens.
     `usage`: the engine reports the number of tokens at the end.
     """
     it = parsed(**more)
     counted = PromptCount(tokens=count, by="test", exact=True)
-    async with models.session(it, counted, slo or Slo()) as session:
+    async with models.session(it, counted, slo or Slo(), slo_class) as session:
         backend = await session.placed()
         call = Call(
             method="POST",

@@ -87,11 +87,12 @@ def _run(cell: ShiftCell, prepared: CellRun, variant: str) -> Measured:
 def _met(life: Life) -> bool:
     request, tokens = life.request, life.request.output_tokens or 1
     assert life.ended_s is not None and life.first_token_s is not None
-    return request.slo.met(
+    met = request.slo.met(
         e2e_s=life.ended_s - request.arrival_s,
         ttft_s=life.first_token_s - request.arrival_s,
         tbt_s=(life.ended_s - life.first_token_s) / max(1, tokens - 1),
     )
+    return met is True
 
 
 def _owed(met: Iterable[bool], allowed: float) -> Iterator[float]:

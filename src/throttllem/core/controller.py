@@ -298,13 +298,16 @@ class Controller:
 
     def _judge(self, state: EngineState, sequence: SequenceState, tokens: int, now_s: float) -> None:
         """Whether a served request met its SLO, and what that is evidence of."""
-        request, first_s = sequence.request, sequence.first_token_s
-        if not request.slo.binds or first_s is None:
+        request, first_s, arrival_s = sequence.request, sequence.first_token_s, sequence.request.arrival_s
+        met = request.slo.met(
+            e2e_s=now_s - arrival_s,
+            ttft_s=None if first_s is None else first_s - arrival_s,
+            tbt_s=None if first_s is None else (now_s - first_s) / max(1, tokens - 1),
+        )
+        if met is None:
             return
-        arrival_s = request.arrival_s
-        tbt_s = (now_s - first_s) / max(1, tokens - 1)
         outcome = Outcome(
-            met=request.slo.met(e2e_s=now_s - arrival_s, ttft_s=first_s - arrival_s, tbt_s=tbt_s),
+            met=met,
             outgrown=tokens > sequence.predicted_tokens,
             disturbed=state.disturbed or state.disturbed_s >= arrival_s,
             slowed=state.slowed or state.slowed_s >= arrival_s,

@@ -52,15 +52,13 @@ class Slo:
                 raise OptionError("slo", name, value, "must be a positive number of seconds, or absent")
         check("slo", attainment=(self.attainment, 0.5, 0.9999))
 
-    def met(self, *, e2e_s: float, ttft_s: float, tbt_s: float) -> bool:
-        """Whether a request that took so long met all of them."""
+    def met(self, *, e2e_s: float, ttft_s: float | None, tbt_s: float | None) -> bool | None:
+        """Whether a request that took so long met all of them, of those times that were seen (None: it was not); None:
+        none of them can be judged.
+        """
         had = ((self.e2e_s, e2e_s), (self.ttft_s, ttft_s), (self.tbt_s, tbt_s))
-        return all(due_s is None or had_s <= due_s for due_s, had_s in had)
-
-    @property
-    def binds(self) -> bool:
-        """Whether there is any objective."""
-        return self.e2e_s is not None or self.tbt_s is not None or self.ttft_s is not None
+        judged = [had_s <= due_s for due_s, had_s in had if due_s is not None and had_s is not None]
+        return all(judged) if judged else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

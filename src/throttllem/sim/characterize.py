@@ -106,7 +106,7 @@ def characterize(fleet: Fleet, tp: int, trace: Trace, options: Options, *, seed:
     ValueError if no request of the trace fits the engine.
     """
     found = _bisect(fleet, tp, trace, options, seed=seed, slo=slo)
-    if found.max_rps == 0.0 and slo.binds:
+    if found.max_rps == 0.0 and (slo.e2e_s or slo.tbt_s or slo.ttft_s):
         found = replace(_bisect(fleet, tp, trace, options, seed=seed, slo=Slo()), max_rps=0.0)
     return found
 

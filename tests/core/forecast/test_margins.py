@@ -82,8 +82,9 @@ def test_a_violation_raises_the_part_of_its_cause_alone(outcome, cause):
     assert getattr(held, cause.value) == pytest.approx(0.9 * STEP)
 
 
-def test_what_no_margin_could_have_met_teaches_nothing():
+def test_what_the_maximum_clock_alone_met_or_violated_teaches_nothing():
     held = learned(0.99, [Outcome(met=False, slowed=False, in_time=False)] * 5)
+    held.learn(Outcome(met=True, slowed=False), clocks=True, admission=False)
     assert [getattr(held, cause.value) for cause in Cause] == [0.0] * 4
 
 

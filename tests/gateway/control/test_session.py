@@ -324,3 +324,15 @@ def test_a_session_that_was_never_placed_has_no_energy():
     energy_j, receipt = virtually(run())
     assert energy_j is None
     assert set(asdict(receipt).values()) == {None}
+
+
+def test_the_core_counts_a_request_under_the_name_of_its_slo_class():
+    async def run():
+        async with rig() as it:
+            await it.up()
+            await it.request(slo=Slo(e2e_s=60.0, attainment=0.9), slo_class="batch")
+            await it.request(slo=Slo())
+            return it.loop.controller.snapshot().attainment
+
+    (only,) = virtually(run())
+    assert (only.name, only.asked, only.had, only.ended) == ("batch", 0.9, 1.0, 1), "one without an SLO is not judged"

@@ -160,10 +160,10 @@ def test_slos_reach_the_session_but_not_the_engine():
     async def check(there):
         await there.post(COMPLETIONS, BODY, {"x-slo-class": "fast", "x-slo-tpot-ms": "20"})
         bad = await there.post(COMPLETIONS, BODY, {"x-slo-ttft-ms": "soon"})
-        return there.session.slo, there.engine.seen[0][2], bad
+        return (there.session.slo, there.session.slo_class), there.engine.seen[0][2], bad
 
     slo, headers, (status, _, body) = within(check, classes={"fast": Slo(ttft_s=0.1)}, slo=Slo(e2e_s=9))
-    assert slo == Slo(ttft_s=0.1, tbt_s=0.02)
+    assert slo == (Slo(ttft_s=0.1, tbt_s=0.02), "fast")
     assert not any(name.startswith("x-slo") for name in headers)
     assert (status, error_of(body)["param"]) == (400, "x-slo-ttft-ms")
 

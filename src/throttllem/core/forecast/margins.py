@@ -34,8 +34,8 @@ Knows nothing of clocks, tables and engines: outcomes in, margins out.
 #   admission, where requests may be rejected.
 # The first two are one sum, `load` and `admission` stand alone; the bound above holds for each of the three.
 #
-# A violation counts for the clocks only where a lower clock than the maximum was in force since the request arrived:
-# the maximum violates some SLOs too, and no margin would have met those.
+# The clocks learn only from requests during which a lower clock than the maximum was in force. The maximum violates
+# some SLOs too, which no margin would have met; and that others met theirs there shows nothing about a lower one.
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class Outcome:
     @property
     def cause(self) -> Cause | None:
         """The part that this request teaches, None: it teaches nothing."""
-        if not self.slowed and not self.met:
-            return Cause.ADMISSION if self.in_time else None
+        if not self.slowed:
+            return Cause.ADMISSION if self.in_time and not self.met else None
         if self.disturbed:
             return Cause.LOAD
         return Cause.LENGTH if self.outgrown and not self.met else Cause.MODEL
