@@ -70,3 +70,15 @@ def test_total_is_ended_and_open_and_idle(steps):
             assert ended[key] == pytest.approx(naive[key], abs=1e-9)
     assert ledger.idle_j == pytest.approx(idle)
     assert ledger.total_j == pytest.approx(sum(ended.values()) + ledger.open_j() + ledger.idle_j, abs=1e-9)
+
+
+@given(st.lists(st.floats(0.0, 1e3), min_size=1, max_size=20), st.integers(1, 5))
+def test_iterations_that_only_decode_may_be_counted_together(joules, sequences):
+    together, single = EnergyLedger(), EnergyLedger()
+    for ledger in (together, single):
+        for key in range(sequences):
+            ledger.join(key)
+    together.iterations(joules, sequences)
+    for each_j in joules:
+        single.iteration(each_j, sequences, ())
+    assert (together.total_j, together.leave(0)) == (single.total_j, single.leave(0))

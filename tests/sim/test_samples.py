@@ -45,3 +45,15 @@ def test_a_long_sample_is_drawn_from_few_points(monkeypatch):
 
 def test_nothing_measured_is_no_figure():
     assert Samples().quantiles().p99 is None and Samples().spread() == []
+
+
+@given(TIMES, st.integers(2, 9))
+def test_values_counted_together_are_values_counted_one_by_one(pairs, most):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "MOST_VALUES", most)
+        together = Samples()
+        for part in (pairs[:3], pairs[3:]):
+            values = np.array([value for value, _ in part], dtype=np.float64)
+            together.extend(values, np.array([times for _, times in part], dtype=np.int64))
+        assert together.quantiles() == measured(pairs).quantiles()
+        assert together.spread(50) == measured(pairs).spread(50)

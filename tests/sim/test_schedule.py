@@ -1,15 +1,20 @@
 """A schedule of clocks on one engine: the same as a simulation to the bit, from any point on, and in any order."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from core.toy import table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from throttllem.config import BatchingOptions, Noise
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
+from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.core.controller import Controller
+from throttllem.core.lengths.prediction import Noisy
 from throttllem.core.options import ControllerOptions
-from throttllem.core.types import Request, Slo
+from throttllem.core.types import Request, Slo, Stepped
 from throttllem.engines.simulated.fleet import build_fleet
 from throttllem.physics.catalogue import Catalogue
 from throttllem.sim.driver import Machine, Simulation
@@ -40,6 +45,15 @@ def load(count=120, rate=4.0, seed=3):
     )
 
 
+def requests_of(requests, slo):
+    columns = (requests.arrival_s, requests.prompt_tokens, requests.output_tokens, requests.max_tokens)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [
+        Request(id=n, arrival_s=at_s, prompt_tokens=prompt, output_tokens=output, max_tokens=most, slo=slo)
+        for n, (at_s, prompt, output, most) in enumerate(rows)
+    ]
+
+
 def simulated(spec, physics, requests, *, watch=None, seed=5):
     """The same load under `fixed:810`, whose clock is in force after the latency of the switch."""
     throttle = ThrottleOptions(policy=ClockPolicy.FIXED, fixed_mhz=MHZ, switch_latency_s=LATENCY_S)
@@ -49,15 +63,7 @@ def simulated(spec, physics, requests, *, watch=None, seed=5):
     )
     recorder = Recorder(bin_s=1.0, keep_lives=True)
     simulation = Simulation(controller, machine, recorder, seed=seed, watch=watch)
-    columns = (requests.arrival_s, requests.prompt_tokens, requests.output_tokens, requests.max_tokens)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    simulation.run(
-        [
-            Request(id=n, arrival_s=at_s, prompt_tokens=prompt, output_tokens=output, max_tokens=most, slo=Slo())
-            for n, (at_s, prompt, output, most) in enumerate(rows)
-        ],
-        1,
-    )
+    simulation.run(requests_of(requests, Slo()), 1)
     return simulation, recorder
 
 
@@ -145,3 +151,33 @@ def test_what_never_fits_is_left_out():
     requests.max_tokens[2] = 16 * 220
     held = run_schedule(spec, physics, requests, ((0.0, 1410),), seed=1, noise=NOISE)
     assert np.flatnonzero(np.isnan(held.ended_s)).tolist() == [2]
+
+
+@pytest.mark.parametrize("policy", [ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY])
+def test_the_core_decides_the_same_if_it_hears_of_the_last_of_many_iterations(policy):
+    """Lengths are mispredicted, so sequences outgrow their prediction in between."""
+    spec, physics = engine_of("vllm", **SMALL | {"clocks_mhz": (600, 810, 1005, 1200, 1410)})
+    toy = table(spec, kv_step=20, prefill_step=512, max_prefill_tokens=4096)
+
+    def run(watch):
+        options = ControllerOptions(
+            throttle=ThrottleOptions(policy=policy, switch_latency_s=LATENCY_S),
+            predictor=Noisy(p95_error=0.4, seed=2),
+            specs={1: spec},
+            tables={1: toy},
+        )
+        machine = Machine(
+            specs={1: spec}, physics={1: physics}, switch_latency_s=LATENCY_S, startup_w=0.0, gpus=1, noise=NOISE
+        )
+        recorder = Recorder(bin_s=1.0, estimate=SavingsEstimate(table=toy, spec=spec))
+        simulation = Simulation(Controller(options), machine, recorder, seed=3, watch=watch)
+        simulation.run(requests_of(load(80, rate=2.0), Slo(e2e_s=5.0, tbt_s=0.1)), 1)
+        found = recorder.result(
+            policy="", slo=Slo(), duration_s=1.0, energy_j=1.0, idle_energy_j=0.0, lost=0, preemptions=0
+        )
+        return simulation.now_s, simulation.energy_j, replace(found, decision_s=None)
+
+    events = []
+    one_by_one = run(lambda now_s, event, commands: events.append(event))
+    assert run(None) == one_by_one
+    assert one_by_one[2].clock_switches > 5 and sum(isinstance(event, Stepped) for event in events) > 1000

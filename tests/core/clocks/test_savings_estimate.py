@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from gateway.rig import rig, virtually
 
@@ -152,3 +153,39 @@ def test_an_iteration_of_an_engine_that_speculates_is_a_part_of_a_step():
         found.append(estimate.joules())
     assert found[1] == pytest.approx(found[2])
     assert abs(found[1] / found[0] - 1.0) > 0.05
+
+
+def test_steps_told_together_are_steps_told_one_by_one():
+    """The same to the bit, over several slices, with idle time in between."""
+    dice, engine = np.random.default_rng(4), spec(max_batch=64, kv_blocks=2000)
+    profiled = table(engine, kv_step=64)
+    together, single = (SavingsEstimate(table=profiled, spec=engine) for _ in range(2))
+    for count in (1, 700, 40):
+        seconds, joules = dice.uniform(0.01, 0.4, count), dice.uniform(1.0, 90.0, count)
+        tokens, kv_blocks = dice.integers(1, 40, count), dice.integers(40, 900, count)
+        prompts, clocks = dice.integers(0, 2, count), dice.choice([600, 800, 1000], count)
+        together.stepped(
+            seconds=seconds,
+            joules=joules,
+            output_tokens=tokens,
+            prompts=prompts,
+            prompt_tokens=prompts * 20,
+            kv_blocks=kv_blocks,
+            clocks_mhz=clocks,
+        )
+        columns = (seconds, joules, tokens, prompts, kv_blocks, clocks)
+        for s, j, output, prompt, blocks, mhz in zip(*(column.tolist() for column in columns), strict=True):
+            single.worked(
+                seconds=s,
+                joules=j,
+                steps=1,
+                output_tokens=output,
+                prompts=prompt,
+                prompt_tokens=prompt * 20,
+                kv_block_steps=blocks,
+                clock_mhz=mhz,
+            )
+        for estimate in (together, single):
+            estimate.idle(3.0, 120.0)
+        assert together.joules() == single.joules()
+    assert together == single
