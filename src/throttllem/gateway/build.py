@@ -28,6 +28,7 @@ from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
 from throttllem.gateway.flight.recorder import Recorder
 from throttllem.gateway.flight.recordings import safe_name
+from throttllem.gateway.rehearsal import rehearse
 from throttllem.gateway.telemetry.metrics import Histograms
 from throttllem.gateway.telemetry.observer import RecordingObserver
 from throttllem.gpu.boards.facts import kind_of
@@ -168,7 +169,10 @@ class _Part:
         policy = parse_policy(options.policy, fleet.clocks_mhz, sizes)
         tables = self._tables(entries, policy)
         predictor, file = self._predictor(first)
-        controller = Controller(self._controller_options(entries, policy, fleet.specs, tables, predictor))
+        core = self._controller_options(entries, policy, fleet.specs, tables, predictor)
+        if self.cache_dir is not None and policy.slo_aware:
+            rehearse(core)
+        controller = Controller(core)
         factory = BackendFactory(options=options, catalogue=self.catalogue, histograms=histograms, now=self.now)
         backends = tuple(
             factory.backend(entry, fleet, tables.get(entry.tp), controller, self.notes.get(entry.gpus or (), ()))
