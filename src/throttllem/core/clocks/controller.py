@@ -160,7 +160,7 @@ class ClockController:
         least, keep = self.options.policy is ClockPolicy.LEAST_ENERGY, self._in_force(engine)
         delay_s = self._delays(engine, spec, now_s)
         # The reserve for requests yet to come may be used when nothing else will do.
-        stretch = 1.0 if steady is None or engine.gathers else steady.stretch
+        stretch = 1.0 if steady is None else steady.stretch
         tries = [(keep.margin, keep.reserve, stretch)]
         if least:
             tries.append((keep.spent, 0.0, 1.0))
