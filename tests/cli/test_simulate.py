@@ -188,7 +188,7 @@ def test_one_configuration_for_every_command(monkeypatch):
     arguments = ["--trace", SHORT, "--policy", "triton", "--config", "t.toml", "--set", "throttle.margin=0.1"]
     assert run(monkeypatch, "simulate", *arguments, "--json", "a.json") == 0
     scenario = json.loads(Path("a.json").read_text())["scenario"]
-    assert scenario["slo"] == {"e2e_s": 7.0, "tbt_s": 0.2, "ttft_s": None}
+    assert scenario["slo"] == {"e2e_s": 7.0, "tbt_s": 0.2, "ttft_s": None, "attainment": 0.99, "batch": False}
     options = scenario["options"]
     assert set(options) == {"throttle", "admission", "autoscale", "length", "batching", "noise", "cost"}
     assert (options["batching"]["max_batch"], options["noise"]["time"], options["throttle"]["margin"]) == (8, 0, 0.1)

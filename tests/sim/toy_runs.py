@@ -79,6 +79,7 @@ def simulate(
     slower=1.0,
     own=None,
     shifts=(),
+    load_window_s=2.0,
 ):
     specs = specs or specs_of()
     scale = AutoscaleOptions(capacity_rps={1: 4.0, 2: 9.0}, interval_s=1.0, window_s=2.0, grace_s=2.0)
@@ -91,7 +92,7 @@ def simulate(
             predictor=predictor or Oracle(),
             specs=specs,
             tables={tp: table(found) for tp, found in specs.items()},
-            load_window_s=2.0,
+            load_window_s=load_window_s,
         ),
         own=own,
     )

@@ -18,9 +18,12 @@ from throttllem.arena.rivals.power_cap import PowerCap
 from throttllem.core.clocks.own_policy import OwnPolicy
 from throttllem.core.clocks.policy import ClockPolicy, Policy
 from throttllem.did_you_mean import did_you_mean
+from throttllem.sim.own_policy import GATHER
 
 BASELINE = "triton"
 OURS = "least-energy"
+GATHERING = OURS + GATHER
+"""The same where every request may be held."""
 STATIC = "static"
 YESTERDAY = "static-yesterday"
 BEFOREHAND = "-beforehand"
@@ -80,7 +83,7 @@ class Field:
 
 
 KNOWN = (
-    *(OURS, "throttllem", STATIC, YESTERDAY),
+    *(OURS, GATHERING, "throttllem", STATIC, YESTERDAY),
     *(rival.name for rival in RIVALS),
     *(rival.name + BEFOREHAND for rival in RIVALS),
 )

@@ -1,4 +1,6 @@
-"""Policies by their names: those of the core, and classes of the public interface as `package.module:Class`."""
+"""Policies of a simulation by their names: those of the core, with `+gather` too, and classes of the public interface
+as `package.module:Class`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,13 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from throttllem.core.clocks.own_policy import OwnPolicy
 from throttllem.core.clocks.policy import ClockPolicy, Policy, PolicyError, parse_policy
 
+GATHER = "+gather"
 _CLASS = re.compile(r"(?!fixed:)([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
@@ -19,6 +23,11 @@ def named_policy(name: str, clocks_mhz: tuple[int, ...], sizes: tuple[int, ...])
 
     A class is looked for in the working folder too. Its policy admits requests first come, first served.
     """
+    if name.endswith(GATHER):
+        base = parse_policy(name.removesuffix(GATHER), clocks_mhz, sizes)
+        if base.clock is not ClockPolicy.LEAST_ENERGY:
+            raise PolicyError(f"policy {name!r}: {base.clock} holds no request; {GATHER} goes with least-energy")
+        return replace(base, name=name, gathers=True)
     match = _CLASS.fullmatch(name)
     if match is None:
         return parse_policy(name, clocks_mhz, sizes)

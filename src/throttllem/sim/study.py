@@ -155,7 +155,9 @@ class Scenario:
         estimate = SavingsEstimate(table=table, spec=self.fleet.specs[self.largest]) if table is not None else None
         recorder = Recorder(bin_s=max(1.0, self.trace.duration_s / _BINS), estimate=estimate)
         simulation = Simulation(controller, self.machine(), recorder, seed=self.seed, watch=watch)
-        simulation.run(self.requests(), self.largest, lambda arrived: progress(arrived / self.trace.requests))
+        simulation.run(
+            self.requests(batch=policy.gathers), self.largest, lambda arrived: progress(arrived / self.trace.requests)
+        )
         return recorder.result(
             policy=policy.name,
             slo=self.slo,
@@ -166,8 +168,9 @@ class Scenario:
             preemptions=simulation.preemptions,
         )
 
-    def requests(self) -> Iterator[Request]:
-        """The trace's requests with the scenario's SLO and the client's output limit."""
+    def requests(self, *, batch: bool = False) -> Iterator[Request]:
+        """The trace's requests with the scenario's SLO and the client's output limit; `batch`: each may be held."""
+        slo = replace(self.slo, batch=True) if batch else self.slo
         numbers = count()
         for block in limited(self.trace, self.fleet, self.options):
             for at_s, prompt, output, limit in zip(*(column.tolist() for column in block), strict=True):
@@ -177,7 +180,7 @@ class Scenario:
                     prompt_tokens=prompt,
                     output_tokens=output,
                     max_tokens=limit,
-                    slo=self.slo,
+                    slo=slo,
                 )
 
     def controller(self, policy: Policy) -> Controller:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from html import escape
 
 from throttllem.arena.cells import Cell, Grid
-from throttllem.arena.contenders import BASELINE, OURS, RIVALS, STATIC, Field
+from throttllem.arena.contenders import BASELINE, GATHERING, OURS, RIVALS, STATIC, Field
 from throttllem.arena.contest import Entry, rows_of
 from throttllem.arena.results.standings import (
     REFERENCE,
@@ -104,7 +104,7 @@ def _by_group(entries: Sequence[Entry], grid: Grid) -> tuple[list[str], list[lis
 
 def _shown(entries: Sequence[Entry]) -> list[str]:
     """The contenders of the table of cells."""
-    wanted = ("throttllem", OURS, STATIC, "least-energy+gather", REFERENCE, REFERENCE_HOLDING)
+    wanted = ("throttllem", OURS, STATIC, GATHERING, REFERENCE, REFERENCE_HOLDING)
     return [name for name in wanted if name in rows_of(entries)]
 
 

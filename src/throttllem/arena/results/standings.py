@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 
 from throttllem.arena.cells import Cell
-from throttllem.arena.contenders import BASELINE, BEFOREHAND, OURS, STATIC
+from throttllem.arena.contenders import BASELINE, BEFOREHAND, GATHERING, OURS, STATIC
 from throttllem.arena.contest import Entry, rows_of
 from throttllem.arena.outcome import ATTAINMENT_SLACK
 
 REFERENCE = "sched"
 """The clairvoyant schedule of clocks."""
 REFERENCE_HOLDING = "sched+hold"
-GATHERING = "least-energy+gather"
 CLAIRVOYANT = (REFERENCE, REFERENCE_HOLDING)
 _NORMAL_95 = 1.96
 

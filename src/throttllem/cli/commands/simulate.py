@@ -48,8 +48,8 @@ def simulate(
         str,
         typer.Option(
             "--policy",
-            help="triton, throttllem, least-energy, fixed:<MHz>, each also with +autoscale; or a class of your own, as "
-            "in package.module:Class.",
+            help="triton, throttllem, least-energy, fixed:<MHz>, each also with +autoscale; least-energy also with "
+            "+gather (every request can wait, slo.batch); or a class of your own, as in package.module:Class.",
         ),
     ] = "triton,throttllem,least-energy",
     lengths: Annotated[
@@ -75,10 +75,6 @@ def simulate(
     slo_ttft: Annotated[
         str | None, typer.Option("--slo-ttft", metavar="DURATION", help="TTFT SLO; default: none.")
     ] = None,
-    gather: Annotated[
-        bool,
-        typer.Option("--gather", help="Requests can wait (slo.batch): least-energy may hold them to run together."),
-    ] = False,
     peak_rps: Annotated[
         str | None,
         typer.Option(
@@ -132,7 +128,7 @@ def simulate(
         slo_e2e_s=slo.e2e_s,
         slo_tbt_s=slo.tbt_s,
         slo_ttft_s=slo.ttft_s,
-        slo_batch=slo.batch or gather,
+        slo_batch=slo.batch,
         peak_rps=_peak(peak_rps),
         seconds=parsed_duration("--seconds", seconds),
         seed=seed,

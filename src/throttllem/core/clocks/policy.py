@@ -49,6 +49,7 @@ class Policy:
     """One policy: how clocks are chosen, whether SLOs are checked, whether engines are sized to the load.
 
     `own` makes a policy of the public interface, a new one for each run; it then chooses in place of `clock`.
+    `gathers`: every request of a simulation may be held, whatever its SLO says.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Policy:
     fixed_mhz: int | None
     autoscale: bool
     own: Callable[[], OwnPolicy] | None = None
+    gathers: bool = False
 
     @property
     def slo_aware(self) -> bool:
