@@ -1,6 +1,6 @@
 """`make numbers`: simulations whose figures the documentation shows, written into it.
 
-`--only savings,estimate,claims` runs some of them. Each is deterministic but for decision times.
+`--only savings,estimate,claims,sizes` runs some of them. Each is deterministic but for decision times.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from pathlib import Path
 
 from throttllem.config import Options
 from throttllem.physics.catalogue import Catalogue
-from tools.numbers import claims, estimate, savings
+from tools.numbers import claims, estimate, savings, sizes
 from tools.testbed.report import ROOT
 
-PARTS = {"savings": savings.write, "estimate": estimate.write, "claims": claims.write}
+PARTS = {"savings": savings.write, "estimate": estimate.write, "claims": claims.write, "sizes": sizes.write}
 
 
 def main() -> None:
