@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from throttllem.arena.cells import ATTAINMENT
 from throttllem.config import Options
 from throttllem.core.clocks.policy import Policy, parse_policy
 from throttllem.engines.simulated.fleet import build_fleet
@@ -111,6 +112,7 @@ def prepared(scene: Scene, catalogue: Catalogue, cache_dir: Path) -> list[tuple[
         options=options,
     )
     scenario, policies = study.prepare(catalogue, cache_dir)
+    scenario = replace(scenario, slo=replace(scenario.slo, attainment=ATTAINMENT))
     jobs = [(scenario, policy) for policy in policies]
     for tp in SIZES:
         fleet = build_fleet(catalogue, GPU, MODEL, (tp,), options.batching)
