@@ -26,8 +26,8 @@ from throttllem.core.types import EngineSpec
 
 _SHARES = (0.02, 0.05, 0.1, 0.17, 0.25, 0.35, 0.45, 0.55, 0.65, 0.73, 0.8, 0.86, 0.91, 0.95)
 """Rates at which a curve is evaluated, as shares of the engine's throughput; closer where congestion begins."""
-_EVERY = 4
-"""One profiled clock in so many is tried."""
+_CLOCKS = 20
+"""Of more profiled clocks, about so many are tried."""
 _MOST_FULL = 0.01
 
 
@@ -76,10 +76,12 @@ def cost_curve(load: Load, table: PerformanceTable, spec: EngineSpec, limits: Li
 
 
 def _thinned(states: Chain | None) -> Chain | None:
-    """The same engine with every so many clocks, the maximum among them: the least watts hardly change."""
+    """The same engine with fewer clocks, the maximum among them: the least watts hardly change."""
     if states is None:
         return None
-    columns = slice((states.watts.shape[1] - 1) % _EVERY, None, _EVERY)
+    clocks = states.watts.shape[1]
+    every = max(1, clocks // _CLOCKS)
+    columns = slice((clocks - 1) % every, None, every)
     return Chain(
         kv_blocks=states.kv_blocks,
         leave_per_s=np.ascontiguousarray(states.leave_per_s[:, columns]),
