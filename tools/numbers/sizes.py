@@ -30,7 +30,7 @@ COMMAND = "make numbers NUMBERS='--only sizes'"
 BEGIN, END = f"<!-- sizes: written by `{COMMAND}` -->", "<!-- /sizes -->"
 GPU, MODEL, SIZES = "a100-40gb-sxm", "llama-2-13b", (1, 2, 4)
 POLICIES = ("triton", "throttllem+autoscale", "least-energy+autoscale")
-STATIC_MHZ = (900, 990, 1080, 1410)
+STATIC_MHZ = (600, 705, 795, 900, 990, 1080, 1410)
 """Clocks of the static engines; each with every size."""
 HEAD = (
     *("policy", "energy kJ", "against `triton`", "SLO attainment", "TTFT p50, p99", "E2E p99", "changes"),
