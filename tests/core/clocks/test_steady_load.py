@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.toy import SPEC, spec, table
-from throttllem.core.clocks.steady_load import Load, LoadEstimator, steady
+from throttllem.core.clocks.steady_load import Load, LoadEstimator, _quantile, steady
 from throttllem.core.types import Slo
 
 TABLE = table(SPEC)
@@ -175,3 +175,8 @@ def test_inflated_predictions_are_corrected_by_what_finished_requests_say():
     assert before is not None and after is not None
     assert (before.output_tokens, after.output_tokens) == pytest.approx((130.0, 100.0))
     assert after.long_output_tokens == pytest.approx(100.0)
+
+
+@given(st.lists(st.floats(0.0, 1e5), min_size=1, max_size=40), st.floats(0.0, 1.0))
+def test_the_quantile_is_numpys_to_the_bit(values, share):
+    assert _quantile(np.array(values), share) == np.quantile(values, share)
