@@ -14,12 +14,9 @@ from throttllem.config import Options
 from throttllem.physics.catalogue import Catalogue
 from throttllem.sim.parallel import side_by_side
 from tools.shifts import document
-from tools.shifts.cells import ENGINES, KINDS, cell
+from tools.shifts.cells import CELLS, ENGINES, KINDS, SEED, cell
 from tools.shifts.measure import Measured, run
 from tools.testbed.report import ROOT
-
-CELLS = 200
-SEED = 7000
 
 
 def _cell(number: int, cache_dir: Path, progress: Callable[[float], None]) -> list[Measured]:

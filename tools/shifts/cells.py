@@ -13,8 +13,9 @@ import numpy as np
 from throttllem.core.types import Request
 from throttllem.sim.shifts import Pace, Shift, faster, held_down, longer, other_client
 
-SECONDS = 600.0
-"""Length of a cell's requests before the shift changes their rate."""
+CELLS = 200
+SEED = 7000
+"""Apart from those that the margins were tuned with."""
 KINDS = ("load step", "length drift", "slower engine", "another client", "GPUs held down")
 ENGINES = (
     ("a100-40gb-sxm", "llama-2-13b", 2),

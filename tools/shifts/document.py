@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.shifts.cells import KINDS
+from tools.shifts.cells import CELLS, KINDS, SEED
 from tools.shifts.measure import BASELINE, FIXED, LEARNED, VARIANTS, Measured
 from tools.testbed.report import markdown_rows, replace_between
 
@@ -64,4 +64,5 @@ def write(root: Path, measured: Sequence[Measured]) -> None:
     """Fill the page."""
     page = root / "docs/evaluation/guarantee.md"
     mark = f"<!-- shifts: written by `{COMMAND}` -->"
-    replace_between(page, mark, END, f"{markdown_rows(HEAD, rows(measured))}\n")
+    runs = f"{len(measured) // len(VARIANTS)} of {CELLS} runs, seed {SEED}."
+    replace_between(page, mark, END, f"{runs}\n\n{markdown_rows(HEAD, rows(measured))}\n")
