@@ -321,3 +321,11 @@ def test_growing_blocks_equal_the_sum_over_sequences(stay, leave, block, later):
     expected = sum(-(-(tokens + iteration - start) // block) * width for tokens, start, width in stay)
     assert growing.at(iteration) == expected
     assert growing.sequences == sum(width for _, _, width in stay)
+
+
+def test_tokens_that_are_not_sure_are_those_beyond_the_expected_ones():
+    known = sequence(1, 4, 32)
+    bounded = SequenceState(request=known.request, predicted_tokens=32, output_tokens=32, expected_tokens=20)
+    assert (known.unsure_tokens, bounded.unsure_tokens) == (0, 12)
+    bounded.output_tokens, bounded.done_tokens = 40, 8  # it has outgrown its prediction
+    assert bounded.unsure_tokens == 32

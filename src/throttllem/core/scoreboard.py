@@ -115,6 +115,13 @@ class SequenceState:
         """Tokens still to come after the last (re)start, by the prediction in force."""
         return max(1, self.output_tokens - self.done_tokens)
 
+    @property
+    def unsure_tokens(self) -> int:
+        """Tokens to come that it will hardly need: beyond those expected, all once it has outgrown the prediction."""
+        if self.output_tokens > self.predicted_tokens:
+            return self.remaining_tokens
+        return self.output_tokens - (self.output_tokens if self.expected_tokens is None else self.expected_tokens)
+
     def generated_tokens(self, iteration: int) -> int:
         """Output tokens that are out when `iteration` is over."""
         return self.done_tokens + (0 if self.start is None else iteration - self.start + 1)

@@ -16,7 +16,7 @@ TICKS = (16, 12, 9, 8, 7)
 
 def request(arrival_ticks, ttft_ticks, prompt=8):
     """As the load estimator holds it."""
-    return 10, math.inf, prompt, ttft_ticks * TICK_S, arrival_ticks * TICK_S
+    return 10, math.inf, prompt, ttft_ticks * TICK_S, arrival_ticks * TICK_S, 0.99
 
 
 def late(recent, table=None, spec=SPEC, keep=1.0, switch_ticks=10**6):
@@ -71,7 +71,7 @@ def test_equals_the_recursion_request_by_request(drawn, switch_ticks):
     found = late(recent, whole, switch_ticks=switch_ticks)
     for column, mhz in enumerate(SPEC.clocks_mhz):
         step_s, free_s, count = whole.at(mhz, 2, 8, 0)[0], -math.inf, 0
-        for _, _, prompt, ttft_s, arrival_s in recent:
+        for _, _, prompt, ttft_s, arrival_s, _ in recent:
             begins_s, due_s = max(free_s, arrival_s + step_s), arrival_s + ttft_s
             took_s, fastest_s = (
                 sum(whole.at(clock, 2, 8, tokens)[0] for tokens in chunks(prompt, whole)) for clock in (mhz, 1400)

@@ -93,14 +93,16 @@ def test_where_running_costs_more_than_idling_a_request_races_to_idle():
 
 
 @given(st.floats(0.5, 30.0), st.floats(0.4, 4.0))
-def test_a_long_output_comes_in_time_by_littles_law_or_the_engine_runs_at_its_maximum(rate, e2e_s):
+def test_a_long_output_comes_in_time_by_littles_law_or_nearly_as_fast_as_at_the_maximum_clock(rate, e2e_s):
     some = load(rate, long_output_tokens=24.0, e2e_s=e2e_s)
     states, found = chain(some, TABLE, SPEC), pace(some)
     taken = min(rate, 0.97 * float(states.leave_per_s[-1].max()))
     long_s = found.prompt_s + 24.0 * (found.mean_requests / taken - found.prompt_s) / 16.0
     free = pace(load(rate))
     assert found.mean_requests <= free.mean_requests * (1 + 1e-9)
-    assert long_s <= e2e_s or (found.column == MAXIMUM).mean() > 0.5
+    fastest = pace(some, tbt_s=1e-9)  # every clock but the maximum is closed
+    fastest_s = fastest.prompt_s + 24.0 * (fastest.mean_requests / taken - fastest.prompt_s) / 16.0
+    assert long_s <= max(e2e_s, 1.1 * fastest_s) * (1 + 1e-9)
 
 
 def test_the_time_between_tokens_closes_low_clocks():

@@ -174,9 +174,18 @@ def test_inflated_predictions_are_corrected_by_what_finished_requests_say():
     after = estimator.load(100.0)
     assert before is not None and after is not None
     assert (before.output_tokens, after.output_tokens) == pytest.approx((130.0, 100.0))
-    assert after.long_output_tokens == pytest.approx(100.0)
+    assert after.long_output_tokens == 100.0
 
 
 @given(st.lists(st.floats(0.0, 1e5), min_size=1, max_size=40), st.floats(0.0, 1.0))
 def test_the_quantile_is_numpys_to_the_bit(values, share):
     assert _quantile(np.array(values), share) == np.quantile(values, share)
+
+
+def test_long_outputs_are_those_that_came_out_at_the_fraction_for_which_slos_are_asked():
+    estimator = LoadEstimator(window_s=60.0)
+    for n in range(400):
+        estimator.arrived(n / 4, 30, 500, Slo(e2e_s=20.0, attainment=0.9))
+        estimator.finished(500, n + 1)
+    # Of the last 512 outputs, all 400 are known: one in ten is longer than 360 tokens.
+    assert estimator.load(100.0).long_output_tokens == pytest.approx(360.1)

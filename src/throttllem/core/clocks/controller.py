@@ -117,9 +117,7 @@ class ClockController:
         engine.replan_s = now_s + self.options.replan_s
         engine.projection = projection = project(board, spec, first=engine.iteration)
         least = self.options.policy is ClockPolicy.LEAST_ENERGY
-        # Ours: the batch stays as it is, since others come as these go. The paper, and a gathering: it empties.
-        expected = projection.replenished() if least and not engine.gathers else projection
-        ahead = look_ahead(board, spec, table, expected, base_s=base_s)
+        ahead = self._ahead(engine, spec, table, base_s)
         if not ahead.inside_hull:
             return FrequencyPlan(mhz=maximum, why=Reason.OUTSIDE_HULL)
         if engine.table_drift.beyond_since_s is not None:
@@ -139,9 +137,25 @@ class ClockController:
         if steady is None:
             return FrequencyPlan(mhz=maximum, why=Reason.LOST_RUNNING) if board.lost_requests else plan
         if lost:  # they bind no clock now, and are served at the one that suits the load
-            ahead = look_ahead(board, spec, table, expected, base_s=base_s)
+            ahead = self._ahead(engine, spec, table, base_s)
             return self._choose(engine, spec, table, ahead, steady, now_s, waiting)
         return plan
+
+    def _ahead(self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, base_s: float) -> Horizon:
+        """The paper, and a gathering: the batch empties, and every output is as long as its bound. Ours: the batch
+        stays as it is, since others come as these go. Most outputs end before their bound, so the clock is asked to
+        give the tokens that are expected, early enough for the maximum clock to give the rest.
+        """
+        board, projection = engine.board, engine.projection
+        assert projection is not None
+        if self.options.policy is not ClockPolicy.LEAST_ENERGY or engine.gathers:
+            return look_ahead(board, spec, table, projection, base_s=base_s)
+        unsure = np.array([sequence.unsure_tokens for sequence in board.sequences()], dtype=np.int64)
+        firsts = np.concatenate([np.zeros(projection.ends.size - projection.starts.size, np.int64), projection.starts])
+        ends = np.maximum(projection.ends - unsure, firsts + 1)
+        ahead = look_ahead(board, spec, table, replace(projection.replenished(), ends=ends), base_s=base_s)
+        rest_s = (projection.ends - ends) * float(table.seconds[table.with_prompt(int(ahead.cells[0]), 0), -1])
+        return replace(ahead, deadline_s=ahead.deadline_s - rest_s)
 
     def _choose(
         self,
@@ -173,6 +187,7 @@ class ClockController:
                 margin=margin,
                 reserve=reserve,
                 stretch=stretch,
+                each_step=steady is None,
             )
             if steady is None:
                 holds = holds & self._first_token_in_time(ahead, table, margin)

@@ -24,7 +24,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def late_first_tokens(
-    recent: Sequence[tuple[int, float, int, float, float]],
+    recent: Sequence[tuple[int, float, int, float, float, float]],
     table: PerformanceTable,
     spec: EngineSpec,
     *,
@@ -37,7 +37,7 @@ def late_first_tokens(
 
     `batch` and `kv_blocks`: what decodes beside the prompts.
     """
-    _, _, prompt_tokens, ttft_s, arrival_s = np.array(recent, dtype=np.float64).T
+    _, _, prompt_tokens, ttft_s, arrival_s, _ = np.array(recent, dtype=np.float64).T
     largest = table.prefill_bin.size - 1
     if spec.chunked:
         largest = min(largest, max(1, spec.prefill_budget_tokens - batch))

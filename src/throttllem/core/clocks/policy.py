@@ -8,6 +8,7 @@ nothing of switching: dwell and latency belong to the clock controller.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -130,14 +131,15 @@ def feasible(
     margin: float,
     reserve: float,
     stretch: Floats | float = 1.0,
+    each_step: bool = True,
 ) -> tuple[Bools, int | None]:
     """Clocks at which every SLO holds, shape (clocks,), and the run that rules out the next lower one.
 
     `delay_s` (clocks,) is the time that reaching each clock costs, `stretch` (clocks,) the factor by which requests yet
-    to come lengthen every iteration. Time between tokens is checked on every iteration without prompts (the paper's
-    step-by-step check) and, as a deadline, on each request's mean.
+    to come lengthen every iteration. Time between tokens is checked as a deadline, on each request's mean, and with
+    `each_step` on every iteration without prompts (the paper's step-by-step check).
     """
-    tbt_s = board.tightest_tbt_s() * (1.0 - margin)
+    tbt_s = board.tightest_tbt_s() * (1.0 - margin) if each_step else math.inf
     first_late = _first_late(
         table.seconds,
         ahead.cells,

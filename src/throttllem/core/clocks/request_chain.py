@@ -49,7 +49,9 @@ _MOST_REQUESTS = 160
 _MOST_USE = 0.97
 """Of what the engine can do at the maximum clock: a higher load is taken for that, as no chain settles under it."""
 _ROUNDING = 1e-9
-_PRICES_W = 2.0 ** np.arange(-4, 13)
+_PRICES_W = 1.2 ** np.arange(-16, 48)
+_NEAR_THE_FASTEST = 1.1
+"""Where a long output is late at the maximum clock too, those that would just be in time there should still be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -115,18 +117,23 @@ def least_energy_pace(load: Load, states: Chain, is_open: Bools, spec: EngineSpe
     is_open[:, -1] |= ~is_open.any(axis=1)
     leave_per_s, watts = by_clock(states, is_open)
 
-    def priced(price_w: float) -> tuple[Pace, bool]:
+    def priced(price_w: float, watts: Floats) -> tuple[Pace, float]:
+        """The pace at a price, and seconds that a long output takes at it."""
         pace = Pace(*least_mean_watts(rate, leave_per_s, watts, states.prompt_s, spec.idle_w, price_w))
         token_s = (pace.mean_requests / rate - pace.prompt_s) / load.output_tokens
-        whole_s = pace.prompt_s + load.long_output_tokens * token_s
-        return pace, load.e2e_s is None or whole_s <= load.e2e_s * (1.0 - reserve)
+        return pace, pace.prompt_s + load.long_output_tokens * token_s
 
-    pace, in_time = priced(0.0)
+    pace, long_s = priced(0.0, watts)
+    if load.e2e_s is None or long_s <= load.e2e_s * (1.0 - reserve):
+        return pace
+    maximum_w = np.full_like(watts, np.inf)
+    maximum_w[-1] = states.watts[:, -1]
+    most_s = max(load.e2e_s * (1.0 - reserve), _NEAR_THE_FASTEST * priced(0.0, maximum_w)[1])
     low, high = 0, _PRICES_W.size - 1
-    while not in_time and low < high:
+    while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if priced(float(_PRICES_W[middle]))[1] else (middle + 1, high)
-    return pace if in_time else priced(float(_PRICES_W[low]))[0]
+        low, high = (low, middle) if priced(float(_PRICES_W[middle]), watts)[1] <= most_s else (middle + 1, high)
+    return priced(float(_PRICES_W[low]), watts)[0]
 
 
 def by_clock(states: Chain, is_open: Bools) -> tuple[Floats, Floats]:

@@ -66,11 +66,13 @@ class Load:
 class LoadEstimator:
     """Exponentially weighted arrivals with time constant `window_s`; unbiased from the first second on.
 
-    Long outputs and tight SLOs are looked for among the last `_RECENT` requests. Predictions are inflated on purpose;
+    Long prompts and tight SLOs are looked for among the last `_RECENT` requests. A long output is one that is longer
+    than the fraction of outputs for which an SLO is asked to hold. Predictions are inflated on purpose;
     the inflation that finished requests show is taken out again, or a safe prediction would look like a high load.
     `first_s`, `last_s`: the first and the last arrival. `sums`: weighted requests, prompt tokens, output tokens.
-    `recent` requests: output tokens, E2E SLO, prompt tokens, TTFT SLO, arrival. `first_token`: the tightest TTFT SLO
-    among them, seconds (inf: none), and their long prompts, tokens.
+    `recent` requests: output tokens, E2E SLO, prompt tokens, TTFT SLO, arrival, attainment asked. `first_token`: the
+    tightest TTFT SLO among them, seconds (inf: none), and their long prompts, tokens. `outputs`: tokens of the requests
+    that ended last.
     """
 
     window_s: float
@@ -78,18 +80,22 @@ class LoadEstimator:
     last_s: float = 0.0
     sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
     seen: int = 0
-    recent: deque[tuple[int, float, int, float, float]] = field(default_factory=deque)
+    recent: deque[tuple[int, float, int, float, float, float]] = field(default_factory=deque)
     first_token: tuple[float, int] = (math.inf, 0)
     done: int = 0
     predicted_tokens: float = 0.0
     output_tokens: float = 0.0
+    outputs: deque[int] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self.recent = deque(self.recent, _RECENT)
+        self.outputs = deque(self.outputs, _RECENT)
 
     def arrived(self, now_s: float, prompt_tokens: int, output_tokens: int, slo: Slo, sequences: int = 1) -> None:
         """One request came in, with its predicted output and its SLOs; it counts as many requests as `sequences`."""
-        self.recent.append((output_tokens, slo.e2e_s or math.inf, prompt_tokens, slo.ttft_s or math.inf, now_s))
+        self.recent.append(
+            (output_tokens, slo.e2e_s or math.inf, prompt_tokens, slo.ttft_s or math.inf, now_s, slo.attainment)
+        )
         self.seen += 1
         if self.seen % _REFRESH == 1:
             prompts_tokens, ttft_s = np.array(self.recent)[:, 2:4].T
@@ -111,6 +117,7 @@ class LoadEstimator:
         self.done += 1
         self.predicted_tokens = keep * self.predicted_tokens + predicted_tokens
         self.output_tokens = keep * self.output_tokens + output_tokens
+        self.outputs.append(output_tokens)
 
     def load(self, now_s: float) -> Load | None:
         """The load as it stands; None before half a window has been seen, or `_FEW` requests."""
@@ -123,12 +130,15 @@ class LoadEstimator:
         keep = math.exp(-(now_s - self.last_s) / self.window_s)
         recent = np.array(self.recent)
         e2e_s, rate = float(recent[:, 1].min()), n * keep / seen_s
-        truth = self.output_tokens / self.predicted_tokens if self.done >= _ENOUGH else 1.0
+        long_tokens, truth = _quantile(recent[:, 0], _LONG), 1.0
+        if self.done >= _ENOUGH:
+            truth = self.output_tokens / self.predicted_tokens
+            long_tokens = _quantile(np.array(self.outputs, dtype=np.float64), float(recent[:, 5].max()))
         return Load(
             requests_per_s=rate,
             prompt_tokens=prompts / n,
             output_tokens=truth * outputs / n,
-            long_output_tokens=truth * _quantile(recent[:, 0], _LONG),
+            long_output_tokens=long_tokens,
             burst=_burst(recent[:, 0], rate * (e2e_s if math.isfinite(e2e_s) else self.window_s)),
             e2e_s=e2e_s if math.isfinite(e2e_s) else None,
         )
