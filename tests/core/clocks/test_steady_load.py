@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.toy import SPEC, spec, table
-from throttllem.core.clocks.steady_load import Load, LoadEstimator, _quantile, steady
+from throttllem.core.clocks.steady_load import Load, LoadEstimator, _quantile, settled, steady
 from throttllem.core.types import Slo
 
 TABLE = table(SPEC)
@@ -145,6 +145,13 @@ def test_a_clock_must_hold_the_bursts_too():
     assert np.isfinite(burst).tolist() == held.tolist()
     # What is paid is the mean all the same.
     assert burst[held].tolist() == mean[held].tolist()
+
+
+def test_where_the_mean_load_settles_does_not_ask_for_its_bursts():
+    bursty = load(2, burst=50.0)
+    found, mean = steady(bursty, TABLE, SPEC, reserve=0.0), settled(bursty, TABLE, SPEC)
+    assert np.isinf(found.watts).all() and np.isfinite(mean.watts).all()
+    assert mean.stretch.tolist() == found.stretch.tolist()
 
 
 def test_prompts_to_come_stretch_every_iteration():

@@ -8,6 +8,7 @@ Knows nothing of the queue but that a request waits.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +26,7 @@ from throttllem.core.clocks.policy import (
     unmeetable,
 )
 from throttllem.core.clocks.request_chain import chain, least_energy_pace, open_clocks
-from throttllem.core.clocks.steady_load import Load, LoadEstimator, Steady, steady
+from throttllem.core.clocks.steady_load import Load, LoadEstimator, Steady, settled
 from throttllem.core.engine_state import EngineState
 from throttllem.core.forecast.horizon import Horizon, look_ahead
 from throttllem.core.forecast.margins import InForce, Margins
@@ -229,10 +230,13 @@ class ClockController:
 
     def _delays(self, engine: EngineState, spec: EngineSpec, now_s: float) -> Floats:
         """Seconds until each clock is in force; a lower one is never late."""
-        clocks = np.asarray(spec.clocks_mhz)
-        delays = np.where(clocks > (engine.clock_mhz or 0), self.options.switch_latency_s, 0.0)
-        under_way = max(0.0, engine.set_at_s + self.options.switch_latency_s - now_s)
-        return np.where(clocks == engine.target_mhz, np.minimum(delays, under_way), delays)
+        clocks, latency_s = spec.clocks_mhz, self.options.switch_latency_s
+        delays = np.zeros(len(clocks))
+        delays[bisect_right(clocks, engine.clock_mhz or 0) :] = latency_s
+        target = bisect_left(clocks, engine.target_mhz or 0)
+        if target < len(clocks) and clocks[target] == engine.target_mhz:
+            delays[target] = min(delays[target], max(0.0, engine.set_at_s + latency_s - now_s))
+        return delays
 
     def _steady(self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, now_s: float) -> Steady | None:
         """What the load means if it goes on; None while it is unknown, or too much for every clock."""
@@ -244,7 +248,7 @@ class ClockController:
 
     def _settled(self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, load: Load) -> Steady:
         keep = self._in_force(engine)
-        found = steady(load, table, spec, reserve=keep.reserve)
+        found = settled(load, table, spec)
         states = chain(load, table, spec)
         if states is None:
             return replace(found, by_requests=np.full(1, len(spec.clocks_mhz) - 1, dtype=np.int64))
@@ -277,7 +281,7 @@ class ClockController:
         """A lower clock is set only if it is `_LEAST_STEPS_DOWN` profiled clocks lower at least."""
         if engine.target_mhz is None or plan.mhz >= engine.target_mhz:
             return plan
-        lower, present = np.searchsorted(spec.clocks_mhz, (plan.mhz, engine.target_mhz))
+        lower, present = (bisect_left(spec.clocks_mhz, mhz) for mhz in (plan.mhz, engine.target_mhz))
         if present - lower >= _LEAST_STEPS_DOWN:
             return plan
         return FrequencyPlan(mhz=engine.target_mhz, why=Reason.NOT_WORTH, binding=plan.binding)

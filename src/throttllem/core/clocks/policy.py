@@ -221,8 +221,8 @@ def at_least(holds: Bools, column: int, spec: EngineSpec, binding: SequenceState
     """The lowest feasible clock from `column` on; if there is none, the highest feasible one below."""
     if not holds.any():
         return FrequencyPlan(mhz=spec.clocks_mhz[-1], why=Reason.INFEASIBLE, binding=_id(binding))
-    feasible_columns = np.flatnonzero(holds)
-    index = int(feasible_columns[min(int(np.searchsorted(feasible_columns, column)), feasible_columns.size - 1)])
+    above, below = holds[column:], holds[:column]
+    index = column + int(above.argmax()) if above.any() else column - 1 - int(below[::-1].argmax())
     stopped = index > column
     return FrequencyPlan(
         mhz=spec.clocks_mhz[index],

@@ -187,6 +187,12 @@ def steady(load: Load, table: PerformanceTable, spec: EngineSpec, *, reserve: fl
     return Steady(watts=np.where(held, mean.watts, np.inf), stretch=mean.stretch)
 
 
+def settled(load: Load, table: PerformanceTable, spec: EngineSpec) -> Steady:
+    """The same of the mean load, whether or not a clock holds its bursts."""
+    mean = _settle(load, 1.0, _batches(load, table, spec), table, spec)
+    return Steady(watts=mean.watts, stretch=mean.stretch)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Settled:
     """Mean watts, seconds between two tokens of a sequence, stretch by prompts, and whether the engine keeps up at all,
