@@ -69,7 +69,7 @@ def _run(cell: ShiftCell, prepared: CellRun, variant: str) -> Measured:
     )
     met = [_met(life) for life in ended]
     after = [one for life, one in zip(ended, met, strict=True) if (life.ended_s or 0.0) >= cell.at_s]
-    owed = list(_owed(met, 1.0 - scenario.slo.attainment))
+    owing = list(owed(met, 1.0 - scenario.slo.attainment))
     idle_w = scenario.fleet.specs[scenario.largest].idle_w
     return Measured(
         cell=cell,
@@ -78,8 +78,8 @@ def _run(cell: ShiftCell, prepared: CellRun, variant: str) -> Measured:
         requests=len(met),
         attainment=sum(met) / max(1, len(met)),
         after=sum(after) / max(1, len(after)),
-        excess=max(owed),
-        back=longest(value > TOLERATED for value in owed),
+        excess=max(owing, default=0.0),
+        back=longest(value > TOLERATED for value in owing),
         energy_j=simulation.energy_j + idle_w * max(0.0, prepared.window_s - simulation.now_s),
     )
 
@@ -95,7 +95,7 @@ def _met(life: Life) -> bool:
     return met is True
 
 
-def _owed(met: Iterable[bool], allowed: float) -> Iterator[float]:
+def owed(met: Iterable[bool], allowed: float) -> Iterator[float]:
     """Violations above `allowed` of the requests, in the worst window that ends with each of them."""
     here = 0.0
     for one in met:
