@@ -57,15 +57,17 @@ def test_the_load_s_own_rate_does_not_matter():
 
 @pytest.mark.parametrize(
     ("of", "limits"),
-    [
-        (load(long_output_tokens=1e6), LIMITS),
-        (LOAD, Limits(tbt_s=0.001, ttft_s=math.inf, reserve=0.05)),
-        (load(prompt_tokens=10_000.0), LIMITS),
-    ],
-    ids=["E2E", "TBT", "KV"],
+    [(load(long_output_tokens=1e6), LIMITS), (LOAD, Limits(tbt_s=0.001, ttft_s=math.inf, reserve=0.05))],
+    ids=["E2E", "TBT"],
 )
-def test_a_size_that_meets_no_slo_or_holds_no_two_requests_holds_nothing(of, limits):
-    found = curve(of=of, limits=limits)
+def test_a_size_that_meets_no_slo_holds_only_what_was_characterised(of, limits):
+    assert curve(of=of, limits=limits).holds_rps == 0.0
+    assert cost_curve(of, table(SPEC), SPEC, limits, capacity_rps=3.0).holds_rps == 3.0
+    assert curve(of=of, limits=limits).watts_at(3.0) > SPEC.idle_w
+
+
+def test_a_size_without_room_for_two_requests_holds_nothing():
+    found = cost_curve(load(prompt_tokens=10_000.0), table(SPEC), SPEC, LIMITS, capacity_rps=3.0)
     assert found == CostCurve(rates_rps=(0.0,), watts=(SPEC.idle_w,), holds_rps=0.0)
     assert found.watts_at(3.0) == SPEC.idle_w
 

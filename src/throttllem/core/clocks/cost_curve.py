@@ -9,8 +9,9 @@ size that runs now.
 # and SLOs are those of the present load; only the rate varies.
 #
 # A rate is held if a long output (99th percentile) is in time at the fastest pace, and, under a TTFT SLO, if at most
-# one request in a hundred finds the engine full. Congestion is part of the chain: its mean number of requests grows
-# without bound towards the engine's throughput. How far a rate swings is not: that is the forecast's part.
+# one request in a hundred finds the engine full; and up to the load that `characterize` found, whatever outputs of the
+# present do: the 99th percentile of a few hundred is noise. Congestion is part of the chain: its mean number of
+# requests grows without bound towards the engine's throughput. How far a rate swings is not: the forecast's part.
 
 from __future__ import annotations
 
@@ -35,8 +36,7 @@ _MOST_FULL = 0.01
 class CostCurve:
     """Least mean watts of one engine size (`watts`) at each of the `rates_rps`, ascending from 0.
 
-    `holds_rps`: the highest rate that the size holds; 0 if it holds none. Beyond it the curve goes on straight, as what
-    serving that rate would cost if it could be served.
+    `holds_rps`: the highest rate that the size holds; 0 if it holds none. Beyond its end the curve goes on straight.
     """
 
     rates_rps: tuple[float, ...]
@@ -44,8 +44,8 @@ class CostCurve:
     holds_rps: float
 
     def watts_at(self, rate_rps: float) -> float:
-        """Mean watts of the size at a rate; its idle watts if it holds none."""
-        beyond = rate_rps / self.holds_rps if self.holds_rps else 1.0
+        """Mean watts of the size at a rate; its idle watts if it has room for no two requests."""
+        beyond = rate_rps / self.rates_rps[-1] if self.rates_rps[-1] else 1.0
         return float(np.interp(rate_rps, self.rates_rps, self.watts)) * max(1.0, beyond)
 
 
@@ -60,19 +60,25 @@ class Limits:
     reserve: float
 
 
-def cost_curve(load: Load, table: PerformanceTable, spec: EngineSpec, limits: Limits) -> CostCurve:
-    """The curve of a size for requests like those of `load`."""
+def cost_curve(
+    load: Load, table: PerformanceTable, spec: EngineSpec, limits: Limits, *, capacity_rps: float = 0.0
+) -> CostCurve:
+    """The curve of a size for requests like those of `load`. `capacity_rps`: its characterised maximum load; it holds
+    that at least.
+    """
     states = _thinned(chain(load, table, spec))
-    rates, watts = [0.0], [spec.idle_w]
-    if states is not None:
-        most_rps = float(states.leave_per_s[-1].max())
-        for share in _SHARES:
-            priced = _priced(replace(load, requests_per_s=share * most_rps), states, spec, limits)
-            if priced is None:
-                break
-            rates.append(share * most_rps)
-            watts.append(priced)
-    return CostCurve(rates_rps=tuple(rates), watts=tuple(watts), holds_rps=rates[-1])
+    if states is None:
+        return CostCurve(rates_rps=(0.0,), watts=(spec.idle_w,), holds_rps=0.0)
+    rates = [share * float(states.leave_per_s[-1].max()) for share in _SHARES]
+    watts, held = zip(
+        *(_priced(replace(load, requests_per_s=rate), states, spec, limits) for rate in rates), strict=True
+    )
+    first = held.index(False) if False in held else len(held)
+    return CostCurve(
+        rates_rps=(0.0, *rates),
+        watts=(spec.idle_w, *watts),
+        holds_rps=max(rates[first - 1] if first else 0.0, capacity_rps),
+    )
 
 
 def _thinned(states: Chain | None) -> Chain | None:
@@ -91,20 +97,19 @@ def _thinned(states: Chain | None) -> Chain | None:
     )
 
 
-def _priced(load: Load, states: Chain, spec: EngineSpec, limits: Limits) -> float | None:
-    """Mean watts at the load's rate; None if the size does not hold it."""
+def _priced(load: Load, states: Chain, spec: EngineSpec, limits: Limits) -> tuple[float, bool]:
+    """Mean watts at the load's rate, and whether the size holds it."""
     rate = load.requests_per_s
     pace = least_energy_pace(load, states, open_clocks(load, states, limits.tbt_s), spec, reserve=limits.reserve)
     token_s = (pace.mean_requests / rate - pace.prompt_s) / load.output_tokens
     whole_s = pace.prompt_s + load.long_output_tokens * token_s
-    if token_s > limits.tbt_s or (load.e2e_s is not None and whole_s > load.e2e_s):
-        return None
     rows = np.arange(pace.column.size)
     ratios = rate / states.leave_per_s[rows, pace.column]
     logs = np.concatenate([[0.0], np.cumsum(np.log(ratios))])
     likely = np.exp(logs - logs.max())
     likely[-1] /= 1.0 - ratios[-1]  # and all beyond, a geometric tail
     likely /= likely.sum()
-    if math.isfinite(limits.ttft_s) and likely[-1] > _MOST_FULL:
-        return None
-    return float(likely @ np.concatenate([[spec.idle_w], states.watts[rows, pace.column]]))
+    watts = float(likely @ np.concatenate([[spec.idle_w], states.watts[rows, pace.column]]))
+    late = token_s > limits.tbt_s or (load.e2e_s is not None and whole_s > load.e2e_s)
+    full = math.isfinite(limits.ttft_s) and likely[-1] > _MOST_FULL
+    return watts, not (late or full)

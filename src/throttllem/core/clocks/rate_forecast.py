@@ -28,6 +28,7 @@ import numpy.typing as npt
 SLOTS = 144
 """Slots of the daily profile."""
 _LEVEL_S = 60.0  # time constant of the level
+_SEEN = 0.63  # a level that has seen about its time constant is judged by what comes; a younger one is chance
 _RATIOS = 720  # at intervals of 10 s, those of two hours
 _UNSEEN = (0.5, 1.0, 2.0)
 _LATER_DAY = 1.0 / 3.0
@@ -109,7 +110,8 @@ class RateForecast:
                 self.ratios.popleft()
         self._learn(began_s)
         lead_s = self.lead * self.interval_s
-        self.forecasts.append(self.rate_rps() * self._shift(0.0, lead_s) * lead_s)
+        if self.level[1] >= _SEEN:
+            self.forecasts.append(self.rate_rps() * self._shift(0.0, lead_s) * lead_s)
 
     def _learn(self, began_s: float) -> None:
         """One interval of the profile; a slot that was seen as a whole is part of it when it is over."""

@@ -145,7 +145,8 @@ class SizePlanner:
         """Draw the oldest curve that does not hold any more, one at a time. True once there is one of every size."""
         stale = [tp for tp in sizes.specs if self._is_stale(tp, now_s, load)]
         for tp in stale if len(self.priced) < len(sizes.specs) else stale[:1]:
-            curve = cost_curve(load, sizes.tables[tp], sizes.specs[tp], demand.limits)
+            capacity_rps = self.options.capacity_rps.get(tp, 0.0)
+            curve = cost_curve(load, sizes.tables[tp], sizes.specs[tp], demand.limits, capacity_rps=capacity_rps)
             self.priced[tp] = Priced(
                 curve=curve, at_s=now_s, prompt_tokens=load.prompt_tokens, output_tokens=load.output_tokens
             )
