@@ -189,7 +189,7 @@ class Scoreboard:
         self.next_end: float = math.inf
         self._block_tokens = block_tokens
         self._slots: list[SequenceState] = []
-        self._columns: Ints = np.zeros((4, 64), dtype=np.int64)
+        self._columns: Ints = np.zeros((5, 64), dtype=np.int64)
         self._limits: Floats = np.zeros((4, 64))
         self._ends: list[tuple[int, int]] = []
         self._growing = GrowingBlocks(block_tokens)
@@ -228,7 +228,7 @@ class Scoreboard:
 
     @property
     def columns(self) -> Ints:
-        """`start`, `tokens_at_start`, `end` and `widths`, shape (4, running and perhaps more), for compiled loops."""
+        """`start`, `tokens_at_start`, `end`, `widths` and `unsure`, shape (5, running and more), for compiled loops."""
         return self._columns
 
     @property
@@ -255,6 +255,11 @@ class Scoreboard:
     def widths(self) -> Ints:
         """Sequences side by side."""
         return self._columns[3, : len(self._slots)]
+
+    @property
+    def unsure(self) -> Ints:
+        """Tokens that lie beyond the expected ones."""
+        return self._columns[4, : len(self._slots)]
 
     @property
     def deadline_s(self) -> Floats:
@@ -462,6 +467,7 @@ class Scoreboard:
             sequence.request.prompt_tokens + sequence.done_tokens,
             end,
             sequence.request.sequences,
+            sequence.unsure_tokens,
         )
         self._limits[:, sequence.slot] = (limits.deadline_s, limits.tbt_s, limits.reserve_s, limits.e2e_s)
         heapq.heappush(self._ends, (end, sequence.request.id))

@@ -151,7 +151,9 @@ class ClockController:
         assert projection is not None
         if self.options.policy is not ClockPolicy.LEAST_ENERGY or engine.gathers:
             return look_ahead(board, spec, table, projection, base_s=base_s)
-        unsure = np.array([sequence.unsure_tokens for sequence in board.sequences()], dtype=np.int64)
+        unsure = board.unsure
+        if board.pending:
+            unsure = np.concatenate([unsure, [sequence.unsure_tokens for sequence in board.pending.values()]])
         firsts = np.concatenate([np.zeros(projection.ends.size - projection.starts.size, np.int64), projection.starts])
         ends = np.maximum(projection.ends - unsure, firsts + 1)
         ahead = look_ahead(board, spec, table, replace(projection.replenished(), ends=ends), base_s=base_s)
