@@ -415,7 +415,7 @@ class Controller:
         """Whether a request that has just come is held, and its `hold_until_s`: only with least energy, the policy that
         the hold is planned for, and by the table of an engine that serves.
         """
-        self._gathering.arrived(sequence.request, now_s)
+        self._gathering.arrived(sequence, now_s)
         serving, admission = self._engines.serving, self.options.admission
         least = self.options.throttle.policy is ClockPolicy.LEAST_ENERGY
         if not (sequence.request.slo.batch and least and serving and serving.table):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.stories import SIZES, arrive, hold_plan, options, world
-from core.toy import request, sequence, spec, table
+from core.toy import sequence, spec, table
 from throttllem.core.clocks.gathering import Flow, Gathering, HoldPlan, plan_hold
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.controller import Controller
@@ -23,6 +23,7 @@ LIGHT = Flow(
     others_per_s=0.0,
     prompt_tokens=8.0,
     lengths=np.linspace(10.0, 100.0, 64),
+    predicted_tokens=np.linspace(10.0, 100.0, 64),
     e2e_s=60.0,
     ttft_s=math.inf,
     tbt_s=math.inf,
@@ -116,7 +117,7 @@ def test_the_load_of_requests_that_can_wait_makes_the_plan():
         live = world(options(LEAST))
         gathering = Gathering(window_s=60.0)
         for second in range(seconds):
-            gathering.arrived(request(second, 8, 30, slo=Slo(batch=batch, e2e_s=60.0)), float(second))
+            gathering.arrived(sequence(second, 8, 30, slo=Slo(batch=batch, e2e_s=60.0)), float(second))
             gathering.finished(30)
         engine = live.controller.state().engines[0]
         engine.spec, engine.table = SPEC, TABLE
