@@ -106,7 +106,8 @@ class ThrottleOptions:
     dwell_s: float = 0.5
     """Shortest time at a clock before a lower one is set."""
     min_saving: float = 0.005
-    """Least predicted saving, as a fraction, for which a lower clock is set."""
+    """Least predicted saving, as a fraction, for which `least-energy` sets a lower clock while it prices clocks by the
+    requests at hand: the load is not known yet, or requests are gathered."""
     replan_s: float = 1.0
     """Longest time between two plans while requests run."""
     margin: float = 0.05
