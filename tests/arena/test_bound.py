@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from arena.small_task import ENGINE, SLO, small_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arena.small_task import ENGINE, SLO, small_task
 from throttllem.arena.bound import affine, at_most_together, lower_bound_j
 from throttllem.arena.clairvoyant import search
 from throttllem.arena.schedule import Plan, every

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import numpy as np
-from arena.small_task import SLO, small_task
 
+from arena.small_task import SLO, small_task
 from throttllem.arena.clairvoyant import SEGMENT_S, changed, following, search, search_holding
 from throttllem.arena.schedule import Holds, best_static
 

@@ -1,7 +1,6 @@
 """What is known is not run again; what depends on other sources is."""
 
 from arena.made import outcome
-
 from throttllem.arena import run_cache
 from throttllem.arena.contenders import RIVALS
 from throttllem.arena.run_cache import RunCache

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from arena.small_task import SLO, WINDOW_S, small_task
 
+from arena.small_task import SLO, WINDOW_S, small_task
 from throttllem.arena.schedule import Holds, Plan, best_static, cheapest, every, every_static, least_met, static
 from throttllem.core.types import Slo
 
