@@ -49,7 +49,7 @@ class AdmissionQueue:
 
     `waiting` holds the requests by id, in order of arrival; `head` is why the first of them waits (None: nothing
     does); `next_expiry_s` is when the next of them has waited too long (inf: none will). `held` are requests that can
-    wait, in order of arrival: they ask for no place before they are released, all at `release_s` (inf: none is held).
+    wait, in order of arrival: admission is not checked before their release, of all at `release_s` (inf: none is held).
     """
 
     def __init__(self, options: ControllerOptions, margins: Margins) -> None:
@@ -70,7 +70,7 @@ class AdmissionQueue:
         self.release_s = min(self.release_s, sequence.hold_until_s)
 
     def release(self, now_s: float, *, remaining_tokens: float = math.inf) -> bool:
-        """Held requests that need no more than `remaining_tokens` join at the end; whether there were any."""
+        """Held requests of at most `remaining_tokens` join the queue at its end; returns whether there were any."""
         released = [sequence for sequence in self.held.values() if sequence.remaining_tokens <= remaining_tokens]
         for sequence in released:
             del self.held[sequence.request.id]
@@ -165,7 +165,7 @@ class AdmissionQueue:
         return self._rejects and self._patient_until_s(sequence) < math.inf
 
     def _patient_until_s(self, sequence: SequenceState) -> float:
-        """Until when it may be held back for others; time in which it was held for company does not count."""
+        """Until when it may be held back for others; the time in which it was held to gather does not count."""
         return self._options.admission.patient_until_s(sequence.request, sequence.queued_s)
 
     def _find_release(self) -> None:

@@ -78,7 +78,7 @@ class Controller:
         self._load = LoadEstimator(window_s=options.load_window_s)
         self._predictor = options.predictor
         self._length_score = LengthScore()
-        # The paper's policy keeps the margins that it begins with.
+        # The paper's policy has fixed margins.
         learns = options.throttle.policy is ClockPolicy.LEAST_ENERGY
         self._margins = Margins(clocks=learns, admission=options.slo_aware and options.admission.rejects)
         self._queue = AdmissionQueue(options, self._margins)
@@ -297,7 +297,7 @@ class Controller:
         self._predictor.learn(sequence.request, tokens)
 
     def _judge(self, state: EngineState, sequence: SequenceState, tokens: int, now_s: float) -> None:
-        """Whether a served request met its SLO, and what that is evidence of."""
+        """Count whether a served request met its SLO, and learn margins from it."""
         request, first_s, arrival_s = sequence.request, sequence.first_token_s, sequence.request.arrival_s
         met = request.slo.met(
             e2e_s=now_s - arrival_s,
@@ -444,8 +444,8 @@ class Controller:
                 return
 
     def _admit(self, now_s: float, commands: list[Command]) -> None:
-        """Take requests out of the queue: those that expired, and those that may join the engine that serves; then held
-        ones for which it is cheapest to join these.
+        """Take requests out of the queue: those that expired, and those that may join the serving engine. Held requests
+        that are released by that follow.
         """
         serving = self._engines.serving
         if self._queue.next_expiry_s <= now_s and (serving is None or serving.table is not None):
@@ -472,8 +472,8 @@ class Controller:
             self._admit(now_s, commands)
 
     def _release(self, now_s: float) -> bool:
-        """Held requests join the queue: all when the hold ends, and those that the engine runs as long for anyway.
-        Whether there were any.
+        """Held requests join the queue: all of them when the hold ends, otherwise those that end before the requests
+        that the engine runs already. Returns whether there were any.
         """
         serving, queue = self._engines.serving, self._queue
         ends = now_s >= queue.release_s or self._gathering.in_force(now_s) is None

@@ -36,11 +36,10 @@ class EngineState:
     begin, `began_s` when it began (None: it has not). `clock_mhz` is the clock in force as far as known, `target_mhz`
     the one set at `set_at_s`. `projection` is the one that the plan rests on. `replan_s`: when the clock should be
     planned again at the latest. `steady`: what the load of `steady_at_s` means if it goes on. `stale`: sequences were
-    corrected since the last iteration. `gathers`: requests that can wait are held, so that it is idle once those at
-    hand are done. `uncontrolled` requests compute in it without control. `planned_external` is the external load that
+    corrected since the last iteration. `gathers`: requests that can wait are held, so the engine is idle after those
+    that it has. `uncontrolled` requests compute in it without control. `planned_external` is the external load that
     was last planned for.
-    `slowed_s`: when a lower clock than the maximum was last known in force, `disturbed_s`: when others were last known
-    to use the engine, or its GPUs to be held down; each at a plan (-inf: never).
+    `slowed_s` and `disturbed_s`: the last plan at which the engine was `slowed`, or `disturbed` (-inf: none).
     `drift` is the scoreboard's distance from the engine's reports, `table_drift` that of the engine's pace from the
     table, which corrects `table`.
     """
@@ -77,12 +76,12 @@ class EngineState:
 
     @property
     def disturbed(self) -> bool:
-        """Whether other clients are known to use the engine, or something holds its GPUs down."""
+        """Whether external load is known, or something limits the clock of its GPUs."""
         held = self.table is not None and self.table.limit_mhz is not None
         return held or self.board.external.batch > 0 or self.uncontrolled > 0
 
     def note(self, now_s: float) -> None:
-        """Note what is in force now, for the requests that run through it."""
+        """Note at a plan whether the engine is slowed or disturbed, for the requests that are in it."""
         if self.slowed:
             self.slowed_s = now_s
         if self.disturbed:

@@ -42,7 +42,7 @@ class AdmissionOptions:
     """Longest time for which a request that can wait (`batch = true` in its SLO) is held, to run together with others.
     It is held only as long as its own SLOs allow, and only where the performance table says that it saves energy."""
     reject_margin: float = 0.2
-    """`margin` with `unmeetable = "reject"`: what is begun with, and then learned (`slo.attainment`)."""
+    """`margin` with `unmeetable = "reject"`: the initial one; it is learned from then on (`slo.attainment`)."""
     reject_patience: float = 0.1
     """`patience` with `unmeetable = "reject"`."""
 

@@ -52,8 +52,8 @@ class SequenceState:
     inflated); `output_tokens` the prediction in force. `earliest` is the first iteration that can hold it.
     `done_tokens` were generated before the last (re)start and are part of the prompt now; `start` is the iteration of
     the first token since then, None while it waits inside the engine; `slot` is its index in the scoreboard's columns.
-    `expires_s` is when it has waited in the queue for too long (inf: never). `in_time`: when it was admitted
-    its SLO could be met. One that can wait may be held until `hold_until_s` (-inf: it may not), and was released at
+    `expires_s` is when it has waited in the queue for too long (inf: never). `in_time`: its SLO could still be met
+    at admission. A request that can wait may be held until `hold_until_s` (-inf: it may not), and was released at
     `released_s` (None: it was not held).
     A request of several `sequences` counts as that many in the batch and in KV blocks; tokens are those of one of
     them, since all keep pace.
@@ -92,7 +92,7 @@ class SequenceState:
 
     @property
     def queued_s(self) -> float:
-        """Since when it waits for a place: its arrival, or its release where it was held."""
+        """When it began to wait for a place: at its arrival, or at its release if it was held."""
         return self.request.arrival_s if self.released_s is None else self.released_s
 
     @property
@@ -117,7 +117,7 @@ class SequenceState:
 
     @property
     def unsure_tokens(self) -> int:
-        """Tokens to come that it will hardly need: beyond those expected, all once it has outgrown the prediction."""
+        """Tokens of the prediction in force beyond those expected; once it was outgrown, all that remain of it."""
         if self.output_tokens > self.predicted_tokens:
             return self.remaining_tokens
         return self.output_tokens - (self.output_tokens if self.expected_tokens is None else self.expected_tokens)

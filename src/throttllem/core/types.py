@@ -53,11 +53,11 @@ class Slo:
         check("slo", attainment=(self.attainment, 0.5, 0.9999))
 
     def met(self, *, e2e_s: float, ttft_s: float | None, tbt_s: float | None) -> bool | None:
-        """Whether a request that took so long met all of them, of those times that were seen (None: it was not); None:
-        none of them can be judged.
+        """Whether a request with these times met all SLOs. A time that was not observed (None) is left out; None is
+        returned where none can be judged.
         """
-        had = ((self.e2e_s, e2e_s), (self.ttft_s, ttft_s), (self.tbt_s, tbt_s))
-        judged = [had_s <= due_s for due_s, had_s in had if due_s is not None and had_s is not None]
+        times = ((self.e2e_s, e2e_s), (self.ttft_s, ttft_s), (self.tbt_s, tbt_s))
+        judged = [took_s <= slo_s for slo_s, took_s in times if slo_s is not None and took_s is not None]
         return all(judged) if judged else None
 
 

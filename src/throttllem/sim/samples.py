@@ -43,7 +43,7 @@ class Samples:
             self._fold()
 
     def extend(self, values_s: Floats, times: Counts) -> None:
-        """Count values, each so often."""
+        """Count values, each as many `times`."""
         first = 0
         while first < len(values_s):
             last = first + MOST_VALUES - len(self._values)

@@ -1,5 +1,5 @@
-"""What goes wrong in a simulated run, at given times: an engine that becomes slower, GPUs that are held down, another
-client, and requests that come faster or get longer.
+"""Shifts in a simulated run, at given times: a slower engine, GPUs whose clock is limited, external load, and requests
+that come faster or get longer.
 
 Knows nothing of policies, nor of how a run ends.
 """
@@ -15,6 +15,7 @@ from throttllem.engines.simulated.engine import Physics
 REPORT_S = 0.5
 """How often an engine reports its load while it has, or just had, other clients."""
 _REPORTS_AFTERWARDS = 4
+"""Reports after another client has left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClockLimit:
-    """From `at_s` on the GPUs do not exceed `mhz` (None: nothing holds them down): a power cap, heat."""
+    """From `at_s` on the GPUs do not exceed `mhz` (None: no limit): a power cap, heat."""
 
     at_s: float
     mhz: int | None
@@ -35,7 +36,7 @@ class ClockLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherClient:
-    """From `at_s` on the engine decodes so many sequences of another client beside ours, each with `context_tokens`."""
+    """From `at_s` on the engine decodes `sequences` of another client beside ours, each with `context_tokens`."""
 
     at_s: float
     sequences: int
@@ -44,7 +45,7 @@ class OtherClient:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """The engine reports what runs, waits and is in use."""
+    """The engine reports its running and waiting requests and its KV blocks, those of the other client too."""
 
     at_s: float
 
@@ -82,12 +83,12 @@ class ShiftedPhysics(Physics):
 
 
 def held_down(at_s: float, until_s: float, mhz: int) -> tuple[Shift, ...]:
-    """GPUs that are held down for some time."""
+    """A clock limit of the GPUs between two times."""
     return ClockLimit(at_s=at_s, mhz=mhz), ClockLimit(at_s=until_s, mhz=None)
 
 
 def other_client(at_s: float, until_s: float, sequences: int, context_tokens: int) -> tuple[Shift, ...]:
-    """Another client for some time, with the engine's reports that show it."""
+    """Another client between two times, with the engine's reports that show it."""
     reports = int((until_s - at_s) / REPORT_S) + _REPORTS_AFTERWARDS
     return (
         OtherClient(at_s=at_s, sequences=sequences, context_tokens=context_tokens),

@@ -36,7 +36,7 @@ class Agft:
     _scale: float | None = None
 
     def clock_mhz(self, view: EngineView) -> int:
-        """The arm of the window, chosen anew when the window is over."""
+        """The arm of the window, chosen again when the window is over."""
         seconds = view.now_s - self._last_s
         self._last_s = view.now_s
         self._energy_j += view.power_w * seconds

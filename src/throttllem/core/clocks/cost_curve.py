@@ -28,15 +28,16 @@ from throttllem.core.types import EngineSpec
 _SHARES = (0.02, 0.05, 0.1, 0.17, 0.25, 0.35, 0.45, 0.55, 0.65, 0.73, 0.8, 0.86, 0.91, 0.95)
 """Rates at which a curve is evaluated, as shares of the engine's throughput; closer where congestion begins."""
 _CLOCKS = 20
-"""Of more profiled clocks, about so many are tried."""
+"""Where more clocks are profiled, about this many of them are tried."""
 _MOST_FULL = 0.01
+"""Under a TTFT SLO: the fraction of requests that may find the engine full."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostCurve:
     """Least mean watts of one engine size (`watts`) at each of the `rates_rps`, ascending from 0.
 
-    `holds_rps`: the highest rate that the size holds; 0 if it holds none. Beyond its end the curve goes on straight.
+    `holds_rps`: the highest rate that the size holds; 0 if it holds none. Beyond the last rate watts are proportional.
     """
 
     rates_rps: tuple[float, ...]

@@ -25,8 +25,8 @@ Plans the hold from the performance table and the measured load. Knows nothing o
 #     T = integral over t of exp(-r x integral of F from 0 to t),    t up to the longest hold allowed
 #
 # A higher clock leaves more slack, so T is longer and batches are larger, but each iteration draws more: the clock of
-# least mean power is the one to plan for. Nothing is held if that saves too little: because the engine is busy anyway
-# (m), because too few requests come to gather, or because an idle GPU draws what a running one does.
+# least mean power is the one to plan for. Nothing is held where that saves too little: where the engine is busy anyway
+# (m), where too few requests come, or where an idle GPU draws what a running one does.
 
 from __future__ import annotations
 
@@ -46,16 +46,17 @@ from throttllem.core.types import EngineSpec
 Floats = npt.NDArray[np.float64]
 
 _LEAST_SAVING = 0.05
-"""Nothing is held for a smaller saving of mean power: where 2 % was promised, 2 % was lost (docs/decisions.md)."""
+"""Nothing is held for a smaller predicted saving of mean power: of 2 % predicted, nothing came (docs/decisions.md)."""
 _LEAST_HOLD_S = 3.0
-"""A shorter mean hold brings nothing: measured with fixed holds on 42 scenarios."""
+"""A shorter mean hold saves nothing (simulated, fixed holds in 42 scenarios)."""
 _SHORTER, _NEARLY = (1.0, 0.5, 0.25, 0.125), 0.9
-"""Of these fractions of the longest hold that is allowed, the shortest with nearly the saving of the best is taken."""
+"""Fractions of the longest allowed hold: the shortest is taken that has this fraction of the saving of the best."""
 _PLAN_S = 20.0
-"""A plan is made again after so long..."""
+"""Time after which a plan is made again, at the next request that can wait."""
 _STALE_S = 60.0
-"""...and is in force no longer than this: no request that can wait came meanwhile."""
+"""Time after which a plan that was not made again is no longer in force."""
 _RECENT = 256
+"""Requests whose SLOs and lengths are kept."""
 _ENOUGH = 16
 """Outputs that must have finished before their lengths are known."""
 _MOST_CYCLES, _ROUNDS, _STEPS = 32, 6, 24
@@ -63,6 +64,7 @@ _MIDDLES = (np.arange(16) + 0.5) / 16
 _PHASES, _WEIGHTS = _MIDDLES**3, _MIDDLES**2 / (_MIDDLES**2).sum()
 """Phases of a cycle, dense at its beginning, since a run may be over soon; and the part of the cycle of each."""
 _LENGTHS = 64
+"""Quantiles by which a distribution of lengths is kept."""
 _LONG = 0.99
 """The planned clock serves this fraction of outputs in time."""
 _SPREAD = 2.0
@@ -208,8 +210,8 @@ def _quantiles(tokens: Iterable[int]) -> Floats:
 
 
 def left_tokens(engine: EngineState) -> int:
-    """For how many more tokens of a sequence the engine will run anyway: a request that needs no more than these costs
-    least if it joins at once. O(sequences), in one array operation for those that run.
+    """Tokens that the longest request in the engine has yet to generate: a held request of no more tokens costs least
+    if it joins at once. O(sequences), in one array operation for those that run.
     """
     board = engine.board
     left = max((sequence.remaining_tokens for sequence in board.pending.values()), default=0)
@@ -270,7 +272,7 @@ def _cycle(flow: Flow, most_s: float, table: PerformanceTable, spec: EngineSpec,
     blocks = (flow.prompt_tokens + float(flow.lengths.mean()) / 2) / spec.block_tokens + 0.5
 
     def look_up(batch: Floats, prompt_tokens: float) -> tuple[Floats, Floats]:
-        """Seconds and watts of iterations with so many sequences at each clock, shape (phases, clocks)."""
+        """Seconds and watts of iterations with `batch` sequences at each clock, shape (phases, clocks)."""
         whole = np.clip(np.round(batch), 1, spec.max_batch).astype(np.int64).ravel()
         kv = np.minimum(np.round(whole * blocks), spec.kv_blocks).astype(np.int64)
         cells = table.cells(whole, kv, np.full(whole.size, round(prompt_tokens), dtype=np.int64)).reshape(batch.shape)
@@ -327,7 +329,7 @@ def _mean(phases: Floats) -> Floats:
 
 
 def _mean_hold(flow: Flow, most_s: float, start_s: Floats, token_s: Floats, *, keep: float) -> Floats:
-    """Mean seconds until the first of those held must go, at each clock, shape (clocks,)."""
+    """Mean seconds until the first held request must be released, at each clock, shape (clocks,)."""
     slack_s = np.minimum(flow.e2e_s * keep - flow.predicted_tokens[:, None] * token_s, flow.ttft_s * keep) - start_s
     at_s = (np.arange(_STEPS) + 0.5) / _STEPS * most_s
     due = np.maximum(at_s[:, None, None] - np.maximum(slack_s, 0.0), 0.0).mean(axis=1)

@@ -158,8 +158,8 @@ class EngineView:
         return min(self.prefill_budget_tokens, sum(prompt.prompt_tokens for prompt in self.prompts))
 
     def iteration_s(self, prompt_tokens: int = 0, *, running: int | None = None) -> Floats:
-        """Seconds of one iteration at each clock, shape (clocks,), with so many prompt tokens in it; with another
-        number of running sequences, each of the KV blocks that they have now on the mean.
+        """Seconds of one iteration with `prompt_tokens` at each clock, shape (clocks,). `running`: another number of
+        running sequences than the present one, each with the mean KV blocks of the present ones.
         """
         return np.asarray(self.table.seconds[self._cell(prompt_tokens, running)], np.float64)
 

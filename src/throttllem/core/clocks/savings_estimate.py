@@ -117,8 +117,8 @@ class SavingsEstimate:
         kv_blocks: Ints,
         clocks_mhz: Ints,
     ) -> None:
-        """Iterations of an engine that gives a sequence one token a step, shape (steps,) each; as if `worked` were told
-        of one after the other.
+        """Iterations of an engine that gives a sequence one token a step, shape (steps,) each: as `worked` for one
+        after the other.
         """
         top, first = self._column(None), 0
         columns = np.maximum(np.searchsorted(self.table.clocks_mhz, clocks_mhz, side="right") - 1, 0)

@@ -63,7 +63,7 @@ class Priced:
 
 @dataclass(slots=True, kw_only=True)
 class SizePlanner:
-    """Forecasts the rate, prices the sizes, and says which is to run.
+    """Forecasts the rate, prices the sizes, and selects the one to run.
 
     `priced` by size. `forgone_j`: joules that the present size cost more than each other one since that was last not
     worth it or not enough. `planned_s`: when it was last asked. `may_be_late`: fraction of the recent requests that
