@@ -9,6 +9,7 @@ import pytest
 from throttllem.core.clocks.gathering import HoldPlan
 from throttllem.core.engine_state import Phase
 from throttllem.core.forecast.margins import Cause, ClassAttainment
+from throttllem.core.forecast.switch_latency import BandLatency
 from throttllem.core.snapshot import Counts, EngineView
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, Slo, Verdict, VerdictKind
 from throttllem.engines.base import Report
@@ -52,6 +53,10 @@ VIEW = EngineView(
     lost_requests=1,
     iteration=9001,
     external_sequences=3,
+    switch_latency=(
+        BandLatency(low_mhz=210, high_mhz=810, switches=31, median_s=0.009, assumed_s=0.014),
+        BandLatency(low_mhz=1410, high_mhz=1410, switches=0, median_s=None, assumed_s=0.2),
+    ),
 )
 UP = EngineStatus(
     name="a100-0",

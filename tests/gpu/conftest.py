@@ -13,9 +13,10 @@ from tools.testbed.private import private_folder
 
 
 @pytest.fixture
-def machine(make_gpus_here):
-    """Two A100 that switch at once, each under some load."""
-    made = make_gpus_here(*a100(2, switch_ms=(0, 0)))
+def machine(make_gpus_here, request):
+    """Two A100, each under some load, that switch at once or within the milliseconds that a test asks for."""
+    switch_ms = getattr(request, "param", 0.0)
+    made = make_gpus_here(*a100(2, switch_ms=(switch_ms, switch_ms)))
     for gpu in made.gpus:
         gpu.work(0.5, 3600.0)
     return made

@@ -361,3 +361,41 @@ def test_the_counter_of_a_module_is_replaced_by_power(testbed, monkeypatch):
 
     trouble = asyncio.run(run())
     assert testbed.machine.gpus[0].uuid in trouble and "covers more than the GPU" in trouble
+
+
+@pytest.mark.parametrize(("machine", "switch_ms"), [(0.0, 0.0), (80.0, 80.0), (450.0, 450.0)], indirect=["machine"])
+def test_the_latency_of_a_switch_is_measured(testbed, switch_ms):
+    """From the command to the clock read back; also where that comes after `set_clock` has given up waiting."""
+
+    async def run():
+        async with testbed.keeper(), hardware(testbed) as gpu:
+            await gpu.set_clock(900)
+            first = await until(lambda: gpu.read().switch)
+            await gpu.set_clock(900)
+            again = gpu.read().switch
+            await gpu.set_clock(600)
+            other = await until(lambda: gpu.read().switch if gpu.read().switch is not first else None)
+            return first, again, other
+
+    first, again, other = asyncio.run(run())
+    assert again is first, "the clock was set already: no switch"
+    assert (first.mhz, other.mhz) == (900, 600)
+    for switch in (first, other):
+        assert switch_ms / 1e3 <= switch.seconds <= switch_ms / 1e3 + 0.25
+
+
+def test_reaching_a_clock_that_was_held_down_is_no_switch(testbed):
+    async def run():
+        async with testbed.keeper(), hardware(testbed) as gpu:
+            await gpu.set_clock(600)
+            before = gpu.read().switch
+            testbed.machine.gpus[1].thermal(705)
+            await gpu.set_clock(1200)
+            held = await until(lambda: gpu.read().held)
+            testbed.machine.gpus[1].thermal(None)
+            await until(lambda: gpu.read().clock_mhz == 1200 and not gpu.read().held)
+            return before, held, gpu.read().switch
+
+    before, held, after = asyncio.run(run())
+    assert before.mhz == 600 and "thermal" in held
+    assert after is before

@@ -84,8 +84,8 @@ class Controller:
         self._queue = AdmissionQueue(options, self._margins)
         self._gathering = Gathering(window_s=options.load_window_s)
         self._clocks = ClockController(options.throttle, self._load, self._margins)
-        latency_s = options.throttle.switch_latency_s
-        self._own = OwnClock(policy=own, switch_latency_s=latency_s) if own is not None else None
+        self._configured_switch_s = options.throttle.switch_latency_s
+        self._own = OwnClock(policy=own, switch_latency_s=self._configured_switch_s) if own is not None else None
         self._autoscaler: Autoscaler | None = None
         self._size_planner: SizePlanner | None = None
         if options.autoscale and options.sized_by_energy:
@@ -192,7 +192,7 @@ class Controller:
             held=len(self._queue.held),
             hold=self._gathering.plan,
             head=self._queue.head,
-            engines=tuple(view(state) for state in self._engines.by_id.values()),
+            engines=tuple(view(state, self._configured_switch_s) for state in self._engines.by_id.values()),
             counts=Counts(**self._counts),
             lengths=self._length_score,
             attainment=self._margins.view(),
@@ -378,13 +378,22 @@ class Controller:
         state.table_drift.span = None
         before = state.table
         state.table = before and before.capped(read.limit_mhz)
-        under_way = now_s < state.set_at_s + self.options.throttle.switch_latency_s
+        if read.switch_s is not None and read.mhz is not None and read.followed and state.spec is not None:
+            state.switch_latency.took(state.spec.clocks_mhz, read.mhz, read.switch_s)
+        under_way = now_s < state.set_at_s + self._longest_switch_s(state)
         held = read.limit_mhz is not None and (read.mhz or 0) <= (state.target_mhz or 0)
         if read.mhz is None or (read.mhz != state.target_mhz and not under_way and not held):
             state.target_mhz = None  # the target is not in force: the next plan sets its clock again
             self._unplanned[state.engine] = state
         elif state.table is not before:
             self._unplanned[state.engine] = state
+
+    def _longest_switch_s(self, state: EngineState) -> float:
+        """When a clock that is not the target has to be set again: never sooner than was configured."""
+        configured_s = self._configured_switch_s
+        if state.spec is None or state.target_mhz is None:
+            return configured_s
+        return max(configured_s, state.switch_latency.to_s(state.spec.clocks_mhz, state.target_mhz, configured_s))
 
     # ---- requests come and go --------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from throttllem.core.clocks.steady_load import Steady
 from throttllem.core.external_load import DriftMeter, ExternalLoad
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import Projection
+from throttllem.core.forecast.switch_latency import SwitchLatency
 from throttllem.core.forecast.table_drift import TableDrift
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import EngineSpec, FrequencyPlan
@@ -41,7 +42,7 @@ class EngineState:
     was last planned for.
     `slowed_s` and `disturbed_s`: the last plan at which the engine was `slowed`, or `disturbed` (-inf: none).
     `drift` is the scoreboard's distance from the engine's reports, `table_drift` that of the engine's pace from the
-    table, which corrects `table`.
+    table, which corrects `table`. `switch_latency` is what switches of its clocks took.
     """
 
     engine: int
@@ -66,6 +67,7 @@ class EngineState:
     planned_external: ExternalLoad = field(default_factory=ExternalLoad)
     drift: DriftMeter = field(default_factory=DriftMeter)
     table_drift: TableDrift = field(default_factory=TableDrift)
+    switch_latency: SwitchLatency = field(default_factory=SwitchLatency)
     slowed_s: float = -math.inf
     disturbed_s: float = -math.inf
 
@@ -87,12 +89,15 @@ class EngineState:
         if self.disturbed:
             self.disturbed_s = now_s
 
-    def maximum_clock_delay_s(self, now_s: float, switch_latency_s: float) -> float:
-        """Seconds until the maximum clock could be in force."""
+    def maximum_clock_delay_s(self, now_s: float, configured_s: float) -> float:
+        """Seconds until the maximum clock could be in force. `configured_s`: what a switch takes as far as nothing was
+        learned.
+        """
         assert self.spec is not None
         maximum = self.spec.clocks_mhz[-1]
         if self.clock_mhz == maximum:
             return 0.0
+        switch_latency_s = self.switch_latency.to_s(self.spec.clocks_mhz, maximum, configured_s)
         if self.target_mhz == maximum:
             return max(0.0, self.set_at_s + switch_latency_s - now_s)
         return switch_latency_s

@@ -8,6 +8,7 @@ from throttllem.core.clocks.gathering import HoldPlan
 from throttllem.core.engine_state import EngineState, Phase
 from throttllem.core.external_load import Drift
 from throttllem.core.forecast.margins import ClassAttainment
+from throttllem.core.forecast.switch_latency import BandLatency
 from throttllem.core.forecast.table_drift import BandBias
 from throttllem.core.lengths.prediction import LengthScore
 from throttllem.core.types import FrequencyPlan, Verdict
@@ -31,7 +32,7 @@ class EngineView:
 
     `kv_blocks` is the scoreboard's estimate for the last iteration, `external_sequences` are those of other clients.
     `table_drift`: how far its iterations are from the performance table, by clock band; `beyond_table`: so far that it
-    runs at the maximum clock.
+    runs at the maximum clock. `switch_latency`: how long switches to a clock take, by the same bands.
     """
 
     engine: int
@@ -48,6 +49,7 @@ class EngineView:
     drift: Drift = field(default_factory=Drift)
     table_drift: tuple[BandBias, ...] = ()
     beyond_table: bool = False
+    switch_latency: tuple[BandLatency, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +70,9 @@ class Snapshot:
     attainment: tuple[ClassAttainment, ...] = ()
 
 
-def view(state: EngineState) -> EngineView:
+def view(state: EngineState, configured_switch_s: float) -> EngineView:
     """One engine, frozen."""
+    clocks_mhz = () if state.spec is None else state.spec.clocks_mhz
     return EngineView(
         engine=state.engine,
         tp=state.tp,
@@ -85,4 +88,5 @@ def view(state: EngineState) -> EngineView:
         drift=state.drift.drift(),
         table_drift=state.table_drift.view(state.table),
         beyond_table=state.table_drift.beyond_since_s is not None,
+        switch_latency=state.switch_latency.view(clocks_mhz, configured_switch_s),
     )

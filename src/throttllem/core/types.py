@@ -247,12 +247,15 @@ class ClockRead:
 
     `limit_mhz`: the GPUs cannot exceed this clock while a power cap, heat or another program's lock holds them down
     (None: nothing does). `followed` False: the engine does not run at `mhz`, which is that of a dry run.
+    `switch_s`: how long the switch to `mhz` took, from the command to the clock read back (None: there was none, or it
+    was not measured).
     """
 
     engine: int
     mhz: int | None
     limit_mhz: int | None = None
     followed: bool = True
+    switch_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,10 +31,11 @@ class Limit:
 
 def follows(sample: Sample, mhz: int) -> bool:
     """Whether a GPU runs at the clock that was set, or below it because it is idle."""
-    return _near(sample, mhz) or (sample.clock_mhz < mhz and sample.throttle == ThrottleReason.IDLE)
+    return near(sample, mhz) or (sample.clock_mhz < mhz and sample.throttle == ThrottleReason.IDLE)
 
 
-def _near(sample: Sample, mhz: int) -> bool:
+def near(sample: Sample, mhz: int) -> bool:
+    """Whether a GPU runs at that clock."""
     return abs(sample.clock_mhz - mhz) <= NEAR_MHZ
 
 
@@ -78,7 +79,7 @@ class LimitDetector:
         if not locked:
             elsewhere = [sample for sample in elsewhere if sample.clock_mhz < target_mhz]
         if not elsewhere:
-            self._reached |= locked and all(_near(sample, target_mhz) for sample in samples)
+            self._reached |= locked and all(near(sample, target_mhz) for sample in samples)
             if self.limit is not None:
                 log.warning("clocks follow again: %d MHz", target_mhz)
             self.limit = self._elsewhere_since_s = None

@@ -14,6 +14,14 @@ class ClockError(OSError):
     """A GPU does not support the clock, or does not follow it; the message says which clocks it supports, or why."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Switch:
+    """One switch to another clock: `seconds` from the command until the clock was read back. Two are never equal."""
+
+    mhz: int
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """All GPUs of an engine at one moment.
@@ -23,7 +31,7 @@ class Reading:
     lower clock that was decided, where the clock in force is the lowest that may be set. `limit_mhz`: the GPUs do not
     run faster than this now, for the reason in `held`. `trouble`: why clocks are not set though the mode is "on".
     `counter_trouble`: why `energy_j` is integrated power although there is a counter. `misplaced`: why the engine
-    seems to run on other GPUs.
+    seems to run on other GPUs. `switch`: the last switch that was measured (None: none was).
     """
 
     clock_mhz: int | None
@@ -36,6 +44,7 @@ class Reading:
     trouble: str | None = None
     counter_trouble: str | None = None
     misplaced: str | None = None
+    switch: Switch | None = None
 
     @property
     def planned_on_mhz(self) -> int | None:

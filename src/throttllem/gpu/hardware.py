@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import Self
 
 from throttllem.gpu.boards.users import Activity, Place, Placement, placement
-from throttllem.gpu.clock_limit import OTHER_CONTROLLER, LimitDetector, follows
-from throttllem.gpu.device import Reading, Work
-from throttllem.gpu.nvml import Nvml, NvmlError, NvmlGpu
+from throttllem.gpu.clock_limit import NOT_REACHED, OTHER_CONTROLLER, LimitDetector, follows, near
+from throttllem.gpu.device import Reading, Switch, Work
+from throttllem.gpu.nvml import Nvml, NvmlError, NvmlGpu, Sample
 from throttllem.gpu.sampler import Sampler
 from throttllem.gpu.setters import ClockClient, MakeClient
 
@@ -29,7 +29,9 @@ log = logging.getLogger("throttllem.gpu")
 #
 # `set_clock` stores the decision and hands it to the setter; one command at a time, and a decision that a later one
 # has replaced in the meantime is not sent. The keeper's answer says that the driver took it, not that the GPU runs at
-# it. So `set_clock` then waits for a reading that shows the clock, up to FOLLOW_S, and returns what is in force.
+# it. So `set_clock` then waits for a reading that shows the clock, up to FOLLOW_S, and returns what is in force. The
+# time from the command to that reading is the switch's latency, in steps of POLL_S and a reading's own time. It is no
+# latency where the GPUs were at that clock before, are idle below it, or are held down by heat or a power cap.
 #
 # Afterwards the GPU may leave that clock at any time (power cap, heat, another program), or the keeper may be gone. A
 # task looks at every reading and keeps two things up to date: the limit that holds the clocks down, with its reason,
@@ -42,6 +44,8 @@ log = logging.getLogger("throttllem.gpu")
 WATCH_S = 0.1
 FOLLOW_S = 0.3
 POLL_S = 0.004
+LONGEST_SWITCH_S = 2.0
+"""A clock that is reached later was not just switching."""
 RETRY_S = 1.0
 """The time between a set that failed, or that another controller undid, and the next one; doubled each time."""
 MOST_RETRY_S = 60.0
@@ -91,6 +95,9 @@ class HardwareGpu:
         self._lost = asyncio.Event()
         """The keeper has ended the lease: the clock is set again at once."""
         self._set_s = self._failed_s = -math.inf
+        self._switching_since_s: float | None = None
+        """When the command of a switch was given whose end has not been seen."""
+        self._switch: Switch | None = None
         self._retry_s = RETRY_S
         self._limits = LimitDetector()
         self.placement: Placement | None = None
@@ -188,6 +195,7 @@ class HardwareGpu:
             trouble=self._trouble,
             counter_trouble=sampler.trouble(),
             misplaced=self._misplaced,
+            switch=self._switch,
         )
 
     def worked(self, work: Work) -> None:
@@ -202,6 +210,10 @@ class HardwareGpu:
     async def _set(self, mhz: int, sent: Callable[[], None] | None) -> None:
         """Set a clock, and wait until the GPUs follow."""
         assert self._setter is not None
+        began_s, self._switching_since_s = time.monotonic(), None
+        before: tuple[Sample, ...] = ()
+        with contextlib.suppress(OSError):
+            before = self._running_sampler().last()
         try:
             set_mhz = await self._setter.set(mhz, sent)
         except OSError as error:
@@ -218,6 +230,8 @@ class HardwareGpu:
         self._set_mhz, self._set_s, self._trouble = set_mhz, time.monotonic(), None
         self._allowed_mhz = set_mhz if set_mhz < mhz else None
         self._limits.was_set(set_mhz)
+        if not all(near(sample, set_mhz) for sample in before):
+            self._switching_since_s = began_s
         with contextlib.suppress(OSError):  # a GPU that cannot be read is reported by `read`
             await self._wait_until_followed(set_mhz, mhz)
 
@@ -316,6 +330,23 @@ class HardwareGpu:
             set_s=self._set_s,
             switched=switched,
         )
+        if self._set_mhz is not None:
+            self._measure_switch(self._set_mhz)
+
+    def _measure_switch(self, set_mhz: int) -> None:
+        """Note how long the switch under way took, once the last reading shows its end."""
+        began_s, limit = self._switching_since_s, self._limits.limit
+        if began_s is None:
+            return
+        samples = self._running_sampler().last()
+        seconds = max(sample.at_s for sample in samples) - began_s
+        held = limit is not None and limit.reason not in (NOT_REACHED, OTHER_CONTROLLER)
+        if held or seconds > LONGEST_SWITCH_S:
+            self._switching_since_s = None
+        elif all(follows(sample, set_mhz) for sample in samples):
+            self._switching_since_s = None
+            if all(near(sample, set_mhz) for sample in samples):
+                self._switch = Switch(mhz=set_mhz, seconds=seconds)
 
     def _running_sampler(self) -> Sampler:
         if self._sampler is None:

@@ -155,13 +155,14 @@ class Simulation:
             self._shift(key, self._engines[key], self._machine.shifts[value])
         elif key in self._engines:
             self._engines[key].set_mhz = value
-            self._follow(key, self._engines[key])
+            self._follow(key, self._engines[key], switch_s=self._machine.switch_latency_s)
 
-    def _follow(self, key: int, up: Running) -> None:
-        """The GPUs run at the clock that was set, as far as nothing holds them down."""
+    def _follow(self, key: int, up: Running, *, switch_s: float | None = None) -> None:
+        """The GPUs run at the clock that was set, as far as nothing holds them down, after a switch of `switch_s`."""
         mhz = up.set_mhz if self._limit_mhz is None else min(up.set_mhz, self._limit_mhz)
         up.engine.clock_mhz = mhz
-        self._handle(ClockRead(engine=key, mhz=mhz, limit_mhz=self._limit_mhz))
+        switch_s = switch_s if mhz == up.set_mhz else None
+        self._handle(ClockRead(engine=key, mhz=mhz, limit_mhz=self._limit_mhz, switch_s=switch_s))
 
     def _shift(self, key: int, up: Running, shift: Shift) -> None:
         plain = self._machine.physics[up.tp]

@@ -374,3 +374,16 @@ def test_whatever_the_limit_every_request_ends(policy):
         read(live, limit_mhz or TOP_MHZ, limit_mhz)
     live.run_out(SIZES.get)
     assert live.controller.snapshot().counts.finished == 6
+
+
+def test_a_measured_switch_latency_counts_in_place_of_the_configured_one():
+    """32 iterations within 10/32 s: 9/32 at 1000 MHz; with the configured 1.5/32 s of a switch 1200 MHz would do."""
+    slow = {"clock_mhz": 800, "target_mhz": 800}
+    clocks = controller(switch_latency_s=1.5 / 32)
+    for switches, mhz in ((19, 1200), (20, 1000)):
+        measured = engine(within(10), **slow)
+        measured.switch_latency.all_took(SPEC.clocks_mhz, [(1000, 0.5 / 32)] * switches)
+        assert planned(clocks, measured).mhz == mhz
+    slower = engine(within(10), **slow)
+    slower.switch_latency.all_took(SPEC.clocks_mhz, [(1000, 1.5 / 32)])
+    assert planned(controller(switch_latency_s=0.5 / 32), slower).mhz == 1200

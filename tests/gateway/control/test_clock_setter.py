@@ -1,10 +1,11 @@
 """The clock of one engine: set in the background as commanded, changes by others reported."""
 
 import asyncio
+from dataclasses import replace
 
 from throttllem.core.types import ClockRead, FrequencyPlan, Reason
 from throttllem.gateway.control.clock_setter import ClockSetter
-from throttllem.gpu.device import Reading
+from throttllem.gpu.device import Reading, Switch
 
 
 class Wilful:
@@ -125,3 +126,19 @@ def test_a_command_for_an_engine_that_is_gone_is_not_sent_again():
         return gpu.commanded
 
     assert asyncio.run(run()) == [900, None]
+
+
+def test_a_switch_is_reported_once_with_the_clock_that_it_reached():
+    gpu = Wilful()
+    made, events, _ = clock(gpu)
+    gpu.reading = Reading(clock_mhz=900, watts=1.0, energy_j=0.0, switch=Switch(mhz=900, seconds=0.012))
+    made.look()
+    gpu.reading = replace(gpu.reading, clock_mhz=700)
+    made.look()
+    gpu.reading = replace(gpu.reading, clock_mhz=900)
+    made.look()
+    assert events[1:] == [
+        ClockRead(engine=0, mhz=900, switch_s=0.012),
+        ClockRead(engine=0, mhz=700),
+        ClockRead(engine=0, mhz=900),
+    ]

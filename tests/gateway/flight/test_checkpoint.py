@@ -216,3 +216,17 @@ def test_damage_ends_in_one_kind_of_error_or_in_a_controller(path, value):
         assert type(error).__module__ in {"builtins", "throttllem.core.controller", "numpy.exceptions"}
     else:
         assert all(type(command).__module__ == "throttllem.core.types" for command in commands)
+
+
+def test_measured_switch_latencies_go_on():
+    world = World(OPTIONS)
+    busy(world, 60)
+    engine = next(state for state in world.controller.state().engines if state.spec is not None)
+    top_mhz = engine.spec.clocks_mhz[-1]
+    for _ in range(25):
+        world.send(ClockRead(engine=engine.engine, mhz=top_mhz, switch_s=0.0123))
+    again = copied(world.controller)
+    (state,) = [state for state in again.state().engines if state.engine == engine.engine]
+    assert state.switch_latency == engine.switch_latency
+    assert state.switch_latency.to_s(engine.spec.clocks_mhz, top_mhz, 0.2) == 0.0123
+    assert again.snapshot() == world.controller.snapshot()

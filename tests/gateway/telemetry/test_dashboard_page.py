@@ -92,6 +92,7 @@ def test_it_shows_the_values_of_metrics() -> None:
                 f"engine:{engine}:corrections": f"{shown_by['corrections_total', engine]:.0f}",
                 f"engine:{engine}:foreign": f"{shown_by['external_sequences', engine]:.0f}",
                 f"engine:{engine}:table": "time +12 %, watts −3 %, corrected ×1.11 (210 to 810 MHz)",
+                f"engine:{engine}:switch": "9 ms median of 31, 14 ms assumed (210 to 810 MHz)",
                 f"engine:{engine}:drift_kv": f"−{-shown_by['drift_kv_blocks', engine]:.0f} now, "
                 f"{shown_by['mean_drift_kv_blocks', engine]:.1f} mean",
             }.items():

@@ -193,7 +193,7 @@ class ClockController:
                 each_step=steady is None,
             )
             if steady is None:
-                holds = holds & self._first_token_in_time(ahead, table, margin)
+                holds = holds & self._first_token_in_time(engine, spec, ahead, table, margin)
             if holds.any():
                 break
         binding = None if run is None else ahead.binding(engine.board, run)
@@ -207,7 +207,9 @@ class ClockController:
         plan = at_least(holds, int(steady.by_requests[requests]), spec, binding)
         return self._if_steps_down(engine, spec, self._after_dwell(engine, plan, now_s))
 
-    def _first_token_in_time(self, ahead: Horizon, table: PerformanceTable, margin: float) -> Bools:
+    def _first_token_in_time(
+        self, engine: EngineState, spec: EngineSpec, ahead: Horizon, table: PerformanceTable, margin: float
+    ) -> Bools:
         """Clocks at which the next request has its first token in time: a prompt is under way at this clock, then the
         clock is switched, and its own runs at the maximum. A TTFT SLO that its own prompt alone violates there binds no
         clock. The paper, which knows no TTFT: three prompts at this clock.
@@ -217,7 +219,9 @@ class ClockController:
         unmeetable = float(prompt_s[-1]) > ttft_s
         if self.options.policy is ClockPolicy.LEAST_ENERGY:
             needed_s = prompt_s + prompt_s[-1]
-            needed_s[:-1] += self.options.switch_latency_s
+            needed_s[:-1] += engine.switch_latency.to_s(
+                spec.clocks_mhz, spec.clocks_mhz[-1], self.options.switch_latency_s
+            )
         else:
             needed_s = 3.0 * prompt_s
         in_time: Bools = (needed_s <= ttft_s * (1.0 - margin)) | unmeetable
@@ -232,12 +236,13 @@ class ClockController:
 
     def _delays(self, engine: EngineState, spec: EngineSpec, now_s: float) -> Floats:
         """Seconds until each clock is in force; a lower one is never late."""
-        clocks, latency_s = spec.clocks_mhz, self.options.switch_latency_s
-        delays = np.zeros(len(clocks))
-        delays[bisect_right(clocks, engine.clock_mhz or 0) :] = latency_s
+        clocks = spec.clocks_mhz
+        delays = engine.switch_latency.to_each_s(clocks, self.options.switch_latency_s)
+        delays[: bisect_right(clocks, engine.clock_mhz or 0)] = 0.0
         target = bisect_left(clocks, engine.target_mhz or 0)
         if target < len(clocks) and clocks[target] == engine.target_mhz:
-            delays[target] = min(delays[target], max(0.0, engine.set_at_s + latency_s - now_s))
+            latency_s = float(delays[target])
+            delays[target] = min(latency_s, max(0.0, engine.set_at_s + latency_s - now_s))
         return delays
 
     def _steady(self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, now_s: float) -> Steady | None:
@@ -265,7 +270,9 @@ class ClockController:
                 batch=batch,
                 kv_blocks=round(batch * states.kv_blocks),
                 keep=1.0 - keep.margin,
-                switch_latency_s=self.options.switch_latency_s,
+                switch_latency_s=engine.switch_latency.to_s(
+                    spec.clocks_mhz, spec.clocks_mhz[-1], self.options.switch_latency_s
+                ),
             )
             is_open &= late <= late[-1] + _LATE_FIRST_TOKENS
             pace = least_energy_pace(load, states, is_open, spec, reserve=keep.reserve)

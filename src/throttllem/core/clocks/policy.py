@@ -102,7 +102,8 @@ class ThrottleOptions:
     """The clock of policy FIXED."""
     switch_latency_s: float = 0.2
     """Time after a set during which the old clock stays in force (200 ms in the paper; 4.5 ms median on an A800, arXiv
-    2502.20075)."""
+    2502.20075): what plans begin with, until 20 switches to clocks of a band were measured; in a simulation also what a
+    switch takes."""
     dwell_s: float = 0.5
     """Shortest time at a clock before a lower one is set."""
     min_saving: float = 0.005

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
 from throttllem.core.types import ClockRead, Event, FrequencyPlan
-from throttllem.gpu.device import Gpu, Reading
+from throttllem.gpu.device import Gpu, Reading, Switch
 
 log = logging.getLogger("throttllem.gateway")
 
@@ -41,6 +41,8 @@ class ClockSetter:
     _fails: bool = False
     _setting: int = 0
     _reported: tuple[int | None, int | None] | None = None
+    _switch: Switch | None = None
+    """The last one that was reported."""
 
     def begin(self, key: int, emit: Callable[[Event], None], mhz: int | None) -> None:
         """The core knows the engine from now on, at this clock."""
@@ -113,7 +115,13 @@ class ClockSetter:
         self._reported = mhz, reading.limit_mhz
         followed = self.follows and reading.dry_run_mhz is None and reading.stands_for_mhz is None
         if self._key is not None and self._emit is not None:
-            self._emit(ClockRead(engine=self._key, mhz=mhz, limit_mhz=reading.limit_mhz, followed=followed))
+            switch, before = reading.switch, self._switch
+            self._switch = switch
+            measured_s = None if switch is None or switch is before or switch.mhz != mhz else switch.seconds
+            read = ClockRead(
+                engine=self._key, mhz=mhz, limit_mhz=reading.limit_mhz, followed=followed, switch_s=measured_s
+            )
+            self._emit(read)
 
     def _in_background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -248,6 +248,7 @@ class StatusCollector(Collector):
             yield _filled(counter, [(at, of_engine(one)) for at, one in engines])
         yield from _states(engines)
         yield from _tables(engines)
+        yield from _switches(engines)
 
 
 Family = GaugeMetricFamily | CounterMetricFamily
@@ -340,3 +341,18 @@ def _tables(engines: list[tuple[tuple[str, str], EngineStatus]]) -> Iterator[Met
             _filled(watts, [(where, band.watts_bias)])
             _filled(factor, [(where, band.factor)])
     yield from (seconds, watts, factor)
+
+
+def _switches(engines: list[tuple[tuple[str, str], EngineStatus]]) -> Iterator[Metric]:
+    """How long switches of clocks take, by the clock band of the target."""
+    labels = ("engine", "model", "clocks_mhz")
+    assumed = GaugeMetricFamily("throttllem_switch_assumed_seconds", "A switch to a clock, as planned.", labels=labels)
+    took = GaugeMetricFamily("throttllem_switch_median_seconds", "A recent switch, as measured.", labels=labels)
+    measured = CounterMetricFamily("throttllem_measured_switches", "Switches that were measured.", labels=labels)
+    for at, engine in engines:
+        for band in engine.view.switch_latency if engine.view else ():
+            where = (*at, f"{band.low_mhz}-{band.high_mhz}")
+            _filled(assumed, [(where, band.assumed_s)])
+            _filled(took, [(where, band.median_s)])
+            _filled(measured, [(where, band.switches)])
+    yield from (assumed, took, measured)
