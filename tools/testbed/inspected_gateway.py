@@ -48,7 +48,8 @@ def census() -> dict[str, Any]:
     """Objects of the package by class, unfinished tasks by name, and the number of all objects, without garbage."""
     gc.collect()
     objects = gc.get_objects()
-    classes = Counter(kind.__qualname__ for kind in map(type, objects) if kind.__module__.startswith(PACKAGE))
+    # Compiled extensions have types whose `__module__` is no text.
+    classes = Counter(kind.__qualname__ for kind in map(type, objects) if str(kind.__module__).startswith(PACKAGE))
     tasks = [one for one in objects if isinstance(one, asyncio.Task) and not one.done()]
     names = Counter(str(getattr(task.get_coro(), "__qualname__", "?")) for task in tasks)
     return {"classes": classes, "tasks": len(tasks), "names": names, "objects": len(objects)}
