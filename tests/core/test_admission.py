@@ -360,4 +360,4 @@ def test_the_slowest_iteration_up_to_a_size():
             for k in range(0, kv + 1, 4)
             for p in range(0, prefill + 1, 16)
         ]
-        assert math.isclose(found.slowest_s(batch, kv, prefill), max(every))
+        assert math.isclose(found.slowest[found.cell(batch, kv, prefill)], max(every))

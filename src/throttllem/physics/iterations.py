@@ -408,8 +408,8 @@ def preempt(batch: Batch, slot: int) -> None:
 @compiled
 def take_prompts(batch: Batch) -> tuple[int, float]:
     """The prompt tokens of this iteration, first come first served, and their query-key pairs. No prompt starts right
-    after a preemption. The packing is the projection's own (`core.forecast.projection.pack`), and so are their results,
-    which a test compares.
+    after a preemption. The projection plays the same rules forward (`core.forecast.projection`); a test compares the
+    results.
     """
     rules, counts, lists = batch.rules[0], batch.counts[0], batch.lists
     under_way = counts.prompts

@@ -4,7 +4,7 @@ import numpy as np
 
 from throttllem.core.admission import ADMIT, LOST
 from throttllem.core.forecast.horizon import Horizon
-from throttllem.core.forecast.projection import Projection, _saved, pack
+from throttllem.core.forecast.projection import Projection, _saved
 from throttllem.core.types import Reason, Verdict, VerdictKind
 
 
@@ -94,6 +94,26 @@ def _place(pending, running, spec, first, prompts=None):
                 starts.append(offset)
         prefill.append(sum(taken))
     return (begins, np.array(starts, dtype=np.int64), prefill)
+
+
+def pack(prompt_tokens, decode_sequences, *, budget, slots, chunked):
+    """Tokens of each waiting prompt that the next iteration processes, first come first served.
+
+    `prompt_tokens` are the tokens still to be processed of each prompt in order; `decode_sequences` take one token of
+    `budget` each; at most `slots` prompts join. Whole prompts (TensorRT-LLM) go while they fit, the first one always;
+    chunked (vLLM) the last one is cut to what is left. The list ends at the first prompt that gets nothing.
+    """
+    left = budget - decode_sequences
+    taken = []
+    for tokens in prompt_tokens:
+        if len(taken) == slots:
+            break
+        share = min(tokens, left) if chunked else tokens
+        if share <= 0 or (share > left and taken):
+            break
+        taken.append(share)
+        left -= share
+    return taken
 
 
 def _place_multi_sequence(pending, running, spec, first):
@@ -187,7 +207,7 @@ def surely_fits(board, spec, table, newcomer, *, first, base_s, delay_s, margin)
         return False
     batch, keep = (len(board) + 1 + max(0, board.external.batch), 1.0 - margin)
     own = newcomer.limits()
-    if newcomer.remaining_tokens * table.slowest_s(batch, 0, 0) > (own.deadline_s - base_s) * keep:
+    if newcomer.remaining_tokens * _slowest_s(table, batch, 0, 0) > (own.deadline_s - base_s) * keep:
         return False
     waiting, block = ([*board.pending.values(), newcomer], spec.block_tokens)
     left, kv_blocks = (board.end, max(0, board.external.kv_blocks))
@@ -202,8 +222,8 @@ def surely_fits(board, spec, table, newcomer, *, first, base_s, delay_s, margin)
     budget = spec.prefill_budget_tokens - batch
     if budget < 1 or kv_blocks > spec.kv_blocks or (not table.inside(batch, kv_blocks, prefill)):
         return False
-    step_s = table.slowest_s(batch, kv_blocks, 0) * (1 + 1e-6)
-    prompt_s = table.slowest_s(batch, kv_blocks, prefill) * (1 + 1e-6)
+    step_s = _slowest_s(table, batch, kv_blocks, 0) * (1 + 1e-6)
+    prompt_s = _slowest_s(table, batch, kv_blocks, prefill) * (1 + 1e-6)
     if step_s > min(board.tightest_tbt_s(), own.tbt_s) * keep:
         return False
     later = max(0, *(sequence.earliest - first for sequence in waiting))
@@ -218,3 +238,7 @@ def surely_fits(board, spec, table, newcomer, *, first, base_s, delay_s, margin)
             for sequence, limit in zip(waiting, limits, strict=True)
         )
     )
+
+
+def _slowest_s(table, batch, kv_blocks, prefill_tokens):
+    return table.slowest.item(table.cell(batch, kv_blocks, prefill_tokens))

@@ -92,7 +92,7 @@ def test_held_down_every_higher_clock_is_what_the_limit_is() -> None:
     )
     held = whole.capped(1200)
     assert [held.at(mhz, 1, 1, 0) for mhz in held.clocks_mhz] == [(3.0, 10.0), (2.0, 20.0), (2.0, 20.0)]
-    assert held.slowest_s(1, 1, 0) == 2.0 and held.limit_mhz == 1200 and held.base is whole
+    assert held.slowest[held.cell(1, 1, 0)] == 2.0 and held.limit_mhz == 1200 and held.base is whole
     assert held.capped(1200) is held
     assert held.capped(300).at(1410, 1, 1, 0) == (3.0, 10.0)
     assert held.capped(100).at(1410, 1, 1, 0) == (3.0, 10.0)  # below what was profiled: the lowest

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.forecast.plain import pack
 from core.toy import sequence, spec
 from throttllem.core.external_load import ExternalLoad
-from throttllem.core.forecast.projection import pack, project
+from throttllem.core.forecast.projection import project
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.engines.simulated.batcher import Batcher
 

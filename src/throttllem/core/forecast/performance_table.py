@@ -208,10 +208,6 @@ class PerformanceTable:
             + _clipped(self._kv_offset, kv_blocks)
         )
 
-    def slowest_s(self, batch: int, kv_blocks: int, prefill_tokens: int) -> float:
-        """Seconds at the maximum clock that no iteration of at most this batch, KV and prefill exceeds."""
-        return self.slowest.item(self.cell(batch, kv_blocks, prefill_tokens))
-
     def with_prompt(self, cell: int, prefill_tokens: int) -> int:
         """The row of the same batch and KV use with `prefill_tokens` prompt tokens instead."""
         each: int = self.seconds.shape[0] // (int(self.prefill_bin[-1]) + 1)

@@ -16,13 +16,14 @@ Knows nothing of seconds, clocks or SLOs.
 # iterations ago comes again. Cost: O(sequences + horizon), a few microseconds, compiled.
 #
 # Running sequences are in the batch from offset 0. Pending ones are not: the engine takes prompts as its own batching
-# rules allow, so `_placed` plays those rules forward (`pack`, which the simulated engine runs, without its lists; a
-# test compares them). A prompt that is processed in chunks holds all its blocks from its first chunk on, but grows only
-# from its first token.
+# rules allow, so `_placed` plays those rules forward. Prompts come first come first served. Whole ones (TensorRT) go
+# while they fit, the first one always; in chunks (vLLM) the last one is cut to what is left. The simulated engine has
+# the same rules (`physics.iterations.take_prompts`), and tests compare both with a plain form of them. A prompt that is
+# processed in chunks holds all its blocks from its first chunk on, but grows only from its first token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -239,23 +240,3 @@ def _placed(waiting: Ints, decoding: int, budget: int, max_batch: int, chunked: 
                 started += 1
         offset += 1
     return begins, starts, prefill[:offset]
-
-
-def pack(prompt_tokens: Iterable[int], decode_sequences: int, *, budget: int, slots: int, chunked: bool) -> list[int]:
-    """Tokens of each waiting prompt that the next iteration processes, first come first served.
-
-    `prompt_tokens` are the tokens still to be processed of each prompt in order; `decode_sequences` take one token of
-    `budget` each; at most `slots` prompts join. Whole prompts (TensorRT-LLM) go while they fit, the first one always;
-    chunked (vLLM) the last one is cut to what is left. The list ends at the first prompt that gets nothing.
-    """
-    left = budget - decode_sequences
-    taken: list[int] = []
-    for tokens in prompt_tokens:
-        if len(taken) == slots:
-            break
-        share = min(tokens, left) if chunked else tokens
-        if share <= 0 or (share > left and taken):
-            break
-        taken.append(share)
-        left -= share
-    return taken
