@@ -46,7 +46,7 @@ def _row(kind: str, variant: str, chosen: Sequence[Measured], measured: Sequence
     energy = sum(one.energy_j for one in chosen) / top_j - 1.0
     return (
         kind,
-        {BASELINE: "none: `triton`", FIXED: "as begun with", LEARNED: "learned"}[variant],
+        {BASELINE: "none: `triton`", FIXED: "initial, fixed", LEARNED: "learned"}[variant],
         str(len(chosen)),
         f"{chosen[0].asked * 100:.1f}",
         f"{sum(one.attainment * one.requests for one in chosen) / requests * 100:.2f}",

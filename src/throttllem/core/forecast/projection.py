@@ -16,10 +16,10 @@ Knows nothing of seconds, clocks or SLOs.
 # iterations ago comes again. Cost: O(sequences + horizon), a few microseconds, compiled.
 #
 # Running sequences are in the batch from offset 0. Pending ones are not: the engine takes prompts as its own batching
-# rules allow, so `_placed` plays those rules forward. Prompts come first come first served. Whole ones (TensorRT) go
-# while they fit, the first one always; in chunks (vLLM) the last one is cut to what is left. The simulated engine has
-# the same rules (`physics.iterations.take_prompts`), and tests compare both with a plain form of them. A prompt that is
-# processed in chunks holds all its blocks from its first chunk on, but grows only from its first token.
+# rules allow, so `_placed` plays those rules forward. Prompts come first come first served. Whole ones (TensorRT-LLM)
+# go while they fit, the first one always; in chunks (vLLM) the last one is cut to what is left. The simulated engine
+# has the same rules (`physics.iterations.take_prompts`), and tests compare both with a plain form of them. A prompt
+# that is processed in chunks holds all its blocks from its first chunk on, but grows only from its first token.
 
 from __future__ import annotations
 
