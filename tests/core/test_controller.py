@@ -3,12 +3,13 @@
 import pytest
 
 from core.effort import calls_executed, lines_executed
-from core.stories import SIZES, arrive, names, options, world
+from core.stories import SIZES, arrive, names, options, scaling, world
 from core.toy import CLOCKS_MHZ, SPEC, TOP_MHZ, handle, request, spec
 from core.world import World
 from throttllem.core.clocks.controller import ClockController
-from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.controller import Controller, PlanningError
+from throttllem.core.forecast.margins import Cause
 from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.options import AdmissionOptions
 from throttllem.core.types import (
@@ -344,3 +345,25 @@ def test_the_time_between_tokens_is_that_part_of_a_step():
     arrive(live, 1, 4, 100, slo=Slo(tbt_s=0.008))
     assert view(live).lost_requests == 0
     live.send(RateChanged(engine=99, tokens_per_step=3.0))
+
+
+@pytest.mark.parametrize(("mhz", "learned"), [(TOP_MHZ, False), (CLOCKS_MHZ[0], True)])
+def test_a_violation_teaches_the_clocks_only_below_the_maximum(mhz, learned):
+    controller = Controller(options(ClockPolicy.LEAST_ENERGY))
+    handle(controller, EngineReady(engine=0, spec=SIZES[1]), 0.0)
+    handle(controller, ClockRead(engine=0, mhz=mhz), 0.0)
+    handle(controller, Arrived(request=request(1, 4, 8, slo=Slo(e2e_s=0.5))), 0.0)
+    handle(controller, Stepped(engine=0, iteration=0, started=(1,)), 0.1)
+    handle(controller, Stepped(engine=0, iteration=7, finished=(1,)), 1.0)
+    (seen,) = controller.snapshot().attainment
+    assert (seen.ended, seen.had) == (1, 0.0)
+    assert (dict(seen.learned)[Cause.MODEL] > 0) == learned
+
+
+def test_engine_sizes_follow_the_requests_that_some_size_can_hold():
+    live = World(scaling(throttle=ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY)))
+    live.ready(0, SIZES[1])
+    arrive(live, 1)
+    arrive(live, 2, 1000, 8)
+    assert live.ended == {2: "rejected"}
+    assert live.controller.state().size_planner.forecast.count == 1
