@@ -112,8 +112,9 @@ def _at_peak(cell: Cell, peak_rps: float, seed: int) -> Trace:
 
 
 def _generated(cell: Cell, seconds: float, rate_rps: float | None, seed: int) -> Trace:
-    name, _, day = cell.workload.partition(":")
+    name, _, option = cell.workload.partition(":")
     options = [f"seconds={seconds:g}"]
     options += [f"rate={rate_rps:.6g}"] if rate_rps is not None else []
-    options += [f"day={seconds:g}"] if day else []
+    if option:
+        options.append(f"day={seconds:g}" if option == "day" else option)
     return load_trace(f"{name}:{','.join(options)}", seed=seed)

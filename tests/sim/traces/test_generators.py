@@ -44,6 +44,17 @@ def test_long_prompts_have_the_published_means():
     assert np.median(trace.prompt_tokens) == pytest.approx(11_587, rel=0.05)
 
 
+def test_long_prompts_can_be_left_out():
+    options = {"seconds": "400"}
+    every, short = (generate("mooncake-like", {**options, **more}, 1) for more in ({}, {"longest": "8000"}))
+    kept = every.prompt_tokens <= 8000
+    assert 0.3 < kept.mean() < 0.6
+    assert np.array_equal(short.arrival_s, every.arrival_s[kept])
+    assert np.array_equal(short.output_tokens, every.output_tokens[kept])
+    with pytest.raises(TraceError, match="longest 1 leaves no request"):
+        generate("mooncake-like", {**options, "longest": "1"}, 1)
+
+
 def test_a_day_rises_and_falls():
     """The same requests, at a fifth of the mean rate at its ends and 1.8 times it in the middle."""
     options = {"seconds": "6000", "rate": "5"}

@@ -177,11 +177,11 @@ def generate(name: str, options: Mapping[str, str], seed: int) -> Arrays:
     """The requests of one generator; `options` are the texts after the colon, and a `seed` among them wins.
 
     All take `seconds`, `rate` (mean requests/s), `seed` and `day` (seconds of a compressed day, over which the rate
-    rises from its minimum and falls back; the mean holds for whole days); `poisson` also `input` and `output` (tokens
-    of every request; 1,023 and 99 by default) and runs at 2 requests/s for 300 s by default. Raises TraceError for an
+    rises from its minimum and falls back; the mean holds for whole days) and `longest` (tokens: requests with longer
+    prompts are left out); `poisson` also `input` and `output` (tokens of every request; 1,023 and 99 by default) and runs at 2 requests/s for 300 s by default. Raises TraceError for an
     unknown option, a value out of range, and options that give no request or more than MAX_REQUESTS.
     """
-    known = ("seconds", "rate", "seed", "day") + (("input", "output") if name == _POISSON else ())
+    known = ("seconds", "rate", "seed", "day", "longest") + (("input", "output") if name == _POISSON else ())
     for key in options:
         if key not in known:
             raise TraceError(f"{name}: unknown option {key!r}; {did_you_mean(key, known)}")
@@ -205,7 +205,10 @@ def generate(name: str, options: Mapping[str, str], seed: int) -> Arrays:
         of_kind = np.flatnonzero(kind_of == index)
         prompt[of_kind] = kind.prompt.draw(rng, of_kind.size)
         output[of_kind] = kind.output.draw(rng, of_kind.size)
-    return Arrays(arrival_s, prompt, output)
+    fits = prompt <= _whole(name, options, "longest", int(prompt.max()), least=1)
+    if not fits.any():
+        raise TraceError(f"{name}: longest {options['longest']} leaves no request")
+    return Arrays(arrival_s[fits], prompt[fits], output[fits])
 
 
 def _poisson(options: Mapping[str, str]) -> Workload:
