@@ -38,6 +38,7 @@ def entry(cell=CELLS[0], seed=1001, *, attainment=1.0, tried=(), **rows):
         requests=10,
         window_s=620.0,
         baseline=found["triton"],
+        bound_j=40.0 if "sched" in rows else None,
         rows=found,
         tried=dict(tried),
     )

@@ -18,15 +18,19 @@ from throttllem.arena.rivals.power_cap import PowerCap
 from throttllem.core.clocks.own_policy import OwnPolicy
 from throttllem.core.clocks.policy import ClockPolicy, Policy
 from throttllem.did_you_mean import did_you_mean
-from throttllem.sim.own_policy import GATHER
+from throttllem.sim.own_policy import GATHERING
 
 BASELINE = "triton"
 OURS = "least-energy"
-GATHERING = OURS + GATHER
+GATHERING = OURS + GATHERING
 """The same where every request may be held."""
 STATIC = "static"
 YESTERDAY = "static-yesterday"
 BEFOREHAND = "-beforehand"
+SCHED = "sched"
+"""The clairvoyant's schedule of clocks."""
+SCHED_HOLD = "sched+hold"
+"""The same, when it may also hold requests back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +53,12 @@ class Rival:
 
 
 RIVALS = (
-    Rival(name="power-cap", make=PowerCap, parameter="share", values=(0.42, 0.5, 0.58, 0.7), beforehand=0.58),
-    Rival(name="eco-freq", make=EcoFreq, parameter="share", values=(0.14, 0.19, 0.25, 0.35), beforehand=0.19),
-    Rival(name="green-llm", make=GreenLlm, parameter="share", values=(0.12, 0.18, 0.25, 0.35), beforehand=0.18),
-    Rival(name="dynamo-llm", make=DynamoLlm, parameter="headroom", values=(1.2, 1.6, 2.2, 3.0), beforehand=1.6),
+    Rival(name="power-cap", make=PowerCap, parameter="share", values=(0.42, 0.55, 0.7), beforehand=0.7),
+    Rival(name="eco-freq", make=EcoFreq, parameter="share", values=(0.1, 0.14, 0.2), beforehand=0.14),
+    Rival(name="green-llm", make=GreenLlm, parameter="share", values=(0.15, 0.22, 0.3), beforehand=0.22),
+    Rival(name="dynamo-llm", make=DynamoLlm, parameter="headroom", values=(1.4, 2.2, 3.2), beforehand=2.2),
     Rival(name="agft", make=Agft, parameter="delay_weight", values=(0.2, 0.4, 0.8), beforehand=0.4),
-    Rival(name="biscale", make=BiScale, parameter="share", values=(0.14, 0.2, 0.28, 0.4), beforehand=0.2),
+    Rival(name="biscale", make=BiScale, parameter="share", values=(0.16, 0.22, 0.3), beforehand=0.22),
 )
 
 
@@ -75,9 +79,14 @@ class Field:
         return bool({STATIC, YESTERDAY} & set(self.names))
 
     @property
+    def clairvoyant(self) -> bool:
+        """Whether the clairvoyant search runs."""
+        return bool({SCHED, SCHED_HOLD} & set(self.names))
+
+    @property
     def plain(self) -> tuple[str, ...]:
         """Policies that run once, by the names that `simulate --policy` knows."""
-        own = {STATIC, YESTERDAY, BASELINE}
+        own = {STATIC, YESTERDAY, BASELINE, SCHED, SCHED_HOLD}
         own |= {rival.name for rival in RIVALS} | {rival.name + BEFOREHAND for rival in RIVALS}
         return tuple(name for name in self.names if name not in own)
 
@@ -86,6 +95,7 @@ KNOWN = (
     *(OURS, GATHERING, "throttllem", STATIC, YESTERDAY),
     *(rival.name for rival in RIVALS),
     *(rival.name + BEFOREHAND for rival in RIVALS),
+    *(SCHED, SCHED_HOLD),
 )
 """The rows of an arena without `--policies`."""
 

@@ -13,10 +13,18 @@ from pathlib import Path
 
 from throttllem.arena.cell_run import CellRun, cell_run
 from throttllem.arena.cells import Cell, Grid
-from throttllem.arena.contenders import BASELINE, BEFOREHAND, STATIC, YESTERDAY, Field
+from throttllem.arena.contenders import (
+    BASELINE,
+    BEFOREHAND,
+    SCHED,
+    SCHED_HOLD,
+    STATIC,
+    YESTERDAY,
+    Field,
+)
 from throttllem.arena.outcome import Outcome, best, simulated
 from throttllem.arena.run_cache import RunCache
-from throttllem.arena.static import StaticClocks
+from throttllem.arena.scheduled import CLAIRVOYANT_SOURCES, ScheduledRuns
 from throttllem.core.clocks.policy import Policy
 from throttllem.physics.catalogue import Catalogue
 from throttllem.sim import parallel
@@ -35,6 +43,8 @@ class Entry:
     requests: int
     window_s: float
     baseline: Outcome
+    bound_j: float | None
+    """What no schedule of clocks can go below, holding or not (None: the clairvoyant did not run)."""
     rows: dict[str, Outcome]
     tried: dict[str, tuple[Outcome, ...]]
 
@@ -91,13 +101,19 @@ def _part(report: Report, number: int, parts: int, share: float) -> None:
     report(0.99 * (number + share) / parts)
 
 
+def _simulated(cell: CellRun, policy: Policy) -> Outcome:
+    before_s = time.process_time()
+    run = cell.scenario.run(policy)
+    return simulated(cell, policy, time.process_time() - before_s, run)
+
+
 class _Runs:
     """The runs of one cell and seed."""
 
     def __init__(self, prepared: CellRun, arena: Arena) -> None:
         self.cell = prepared
         self.field = arena.field
-        self._statics = StaticClocks(prepared)
+        self._scheduled = ScheduledRuns(prepared)
         inputs = {"cell": asdict(prepared.cell), "seed": prepared.seed, "trace": prepared.scenario.trace.sha256}
         name = f"{prepared.cell.name.replace('/', '-')}-{prepared.seed}"
         self.cache = RunCache(folder=arena.cache_dir / "arena", name=name, inputs=inputs)
@@ -105,7 +121,9 @@ class _Runs:
     def entry(self, report: Report) -> Entry:
         """Every contender. Where hindsight may choose, it chooses for this cell and seed."""
         field, scenario = self.field, self.cell.scenario
-        total = 1 + len(field.plain) + sum(len(rival.values) for rival in field.rivals) + field.static
+        total = (
+            1 + len(field.plain) + sum(len(rival.values) for rival in field.rivals) + field.static + field.clairvoyant
+        )
         done = 0
 
         def step() -> None:
@@ -130,6 +148,11 @@ class _Runs:
             tried[rival.name] = tuple(outcomes)
             rows[rival.name] = best(outcomes, baseline)
             rows[rival.name + BEFOREHAND] = self.run_policy(rival.policy(rival.beforehand))
+        bound_j = None
+        if field.clairvoyant:
+            rows |= self._clairvoyant()
+            bound_j = self._scheduled.bound_j()
+            step()
         assert scenario.slo.e2e_s is not None
         return Entry(
             cell=self.cell.cell,
@@ -138,6 +161,7 @@ class _Runs:
             requests=scenario.trace.requests,
             window_s=self.cell.window_s,
             baseline=baseline,
+            bound_j=bound_j,
             rows=rows,
             tried=tried,
         )
@@ -147,19 +171,30 @@ class _Runs:
         fleet = self.cell.scenario.fleet
         return self.run_policy(named_policy(name, fleet.clocks_mhz, fleet.sizes))
 
+    def _clairvoyant(self) -> dict[str, Outcome]:
+        """The clairvoyant's rows; none where no static clock meets enough."""
+        found: dict[str, Outcome] = {}
+
+        def search(name: str) -> Outcome:
+            if not found:
+                found[SCHED], found[SCHED_HOLD] = self._scheduled.search()
+            return found[name]
+
+        try:
+            return {
+                name: self.cache.scheduled(name, functools.partial(search, name), CLAIRVOYANT_SOURCES)
+                for name in (SCHED, SCHED_HOLD)
+            }
+        except ValueError:
+            return {}
+
     def at_clock(self, clock_mhz: int) -> Outcome:
         """A static clock."""
-        return self._statics.at(clock_mhz)
+        return self._scheduled.at(clock_mhz)
 
     def run_policy(self, policy: Policy) -> Outcome:
         """One simulation, or what is known of it."""
-
-        def simulate() -> Outcome:
-            before_s = time.process_time()
-            run = self.cell.scenario.run(policy)
-            return simulated(self.cell, policy, time.process_time() - before_s, run)
-
-        return self.cache.outcome(policy, simulate)
+        return self.cache.outcome(policy, lambda: _simulated(self.cell, policy))
 
 
 def rows_of(entries: Sequence[Entry]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -65,12 +65,18 @@ class RunCache:
         except (OSError, ValueError):
             self._known = {}
 
-    def outcome(self, policy: Policy, run: Callable[[], Outcome]) -> Outcome:
-        """The outcome of a policy: the known one, or that of running it now."""
-        sources = _digest_of_sources(policy.slo_aware)
+    def outcome(self, policy: Policy, run: Callable[[], Outcome], *, row: str = "") -> Outcome:
+        """The outcome of a policy: the known one, or that of running it now. `row`: what it runs as, if not itself."""
         own = policy.own
-        module = "" if own is None else _digest_of_module(getattr(own, "func", own).__module__)
-        text = json.dumps([self.inputs, policy.name, sources, module], sort_keys=True)
+        modules = [] if own is None else [getattr(own, "func", own).__module__]
+        return self.scheduled(row or policy.name, run, modules, slo_aware=policy.slo_aware)
+
+    def scheduled(
+        self, name: str, run: Callable[[], Outcome], modules: Sequence[str], *, slo_aware: bool = False
+    ) -> Outcome:
+        """The outcome of what runs under that name, and depends on these modules besides the simulation."""
+        sources = _digest_of_sources(slo_aware)
+        text = json.dumps([self.inputs, name, sources, [_digest_of_module(each) for each in modules]], sort_keys=True)
         key = f"{sources}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self._trees.add(sources)
         if key in self._known:

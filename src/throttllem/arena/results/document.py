@@ -7,11 +7,9 @@ from dataclasses import asdict
 from html import escape
 
 from throttllem.arena.cells import Cell, Grid
-from throttllem.arena.contenders import BASELINE, GATHERING, OURS, RIVALS, STATIC, Field
+from throttllem.arena.contenders import BASELINE, GATHERING, OURS, RIVALS, SCHED, SCHED_HOLD, STATIC, Field
 from throttllem.arena.contest import Entry, rows_of
 from throttllem.arena.results.standings import (
-    REFERENCE,
-    REFERENCE_HOLDING,
     Mean,
     by_cell,
     least,
@@ -97,21 +95,23 @@ def _by_group(entries: Sequence[Entry], grid: Grid) -> tuple[list[str], list[lis
         short = not all(meets(seeds, name) for seeds in cells.values())
         savings = [_signed(Mean(value=saving(of, name).value, half_width=None)) for of in groups.values()]
         label = f"**`{name}`**" if short else f"`{name}`"
-        share = share_of_reference(entries, name, REFERENCE)
+        share = share_of_reference(entries, name, SCHED)
         rows.append([label, *savings, _signed(saving(entries, name)), "–" if share is None else f"{share * 100:.0f}"])
-    return [*head, f"of `{REFERENCE}`, %"], rows
+    return [*head, f"of `{SCHED}`, %"], rows
 
 
 def _shown(entries: Sequence[Entry]) -> list[str]:
     """The contenders of the table of cells."""
-    wanted = ("throttllem", OURS, STATIC, GATHERING, REFERENCE, REFERENCE_HOLDING)
+    wanted = ("throttllem", OURS, STATIC, GATHERING, SCHED, SCHED_HOLD)
     return [name for name in wanted if name in rows_of(entries)]
 
 
 def _by_cell(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     shown, names = _shown(entries), rows_of(entries)
     rivals = [name for name in names if name not in (*shown, BASELINE)]
-    head = ["cell", "E2E SLO, s", "triton, kJ", *(f"`{name}`" for name in shown), "best other", "best deployable"]
+    bounded = all(entry.bound_j is not None for entry in entries)
+    head = ["cell", "E2E SLO, s", "triton, kJ", *(f"`{name}`" for name in shown)]
+    head += ["best other", "best deployable", *(["at most"] if bounded else [])]
     rows = []
     for cell, seeds in by_cell(entries).items():
         values = [_of_cell(seeds, name) for name in shown]
@@ -121,6 +121,9 @@ def _by_cell(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [f"`{cell.name}`", f"{seeds[0].slo_e2e_s:.1f}", f"{energy_kj:,.0f}", *values, best, f"`{deployable}`"]
         )
+        if bounded:
+            bounds = [1.0 - (entry.bound_j or 0.0) / entry.baseline.energy_j for entry in seeds]
+            rows[-1].append(f"{sum(bounds) / len(bounds) * 100:.1f}")
     return head, rows
 
 
@@ -260,6 +263,7 @@ def results_json(entries: Sequence[Entry], field: Field, tree: str) -> dict[str,
                 "slo": _slo(entry.cell, entry.slo_e2e_s),
                 "requests": entry.requests,
                 "window_s": entry.window_s,
+                "bound_j": entry.bound_j,
                 "rows": {name: asdict(outcome) for name, outcome in entry.rows.items()},
                 "tried": {name: [asdict(outcome) for outcome in tried] for name, tried in entry.tried.items()},
             }

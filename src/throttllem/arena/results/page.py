@@ -15,9 +15,9 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from throttllem.arena.cells import Grid
-from throttllem.arena.contenders import BASELINE, STATIC
+from throttllem.arena.contenders import BASELINE, SCHED, STATIC
 from throttllem.arena.contest import Entry, rows_of
-from throttllem.arena.results.standings import CLAIRVOYANT, REFERENCE, by_cell, saving, share_of_reference, targets
+from throttllem.arena.results.standings import CLAIRVOYANT, by_cell, saving, share_of_reference, targets
 from throttllem.files import ensure_writable_dir, write_aside
 from throttllem.report.figure import label, new_figure
 from throttllem.report.palette import policy_inks
@@ -29,7 +29,7 @@ _COLUMNS = 4
 def write_page(folder: Path, entries: Sequence[Entry], grid: Grid, tree: str) -> Path:
     """Write `arena.html` into a folder, created if absent; returns its path."""
     figures = {"savings": _savings(entries, grid), "pareto": _pareto(entries)}
-    if REFERENCE in rows_of(entries):
+    if SCHED in rows_of(entries):
         figures["shares"] = _shares(entries, grid)
     text = Template(files("throttllem.arena.results").joinpath("page.html").read_text(encoding="utf-8")).substitute(
         lead=escape(
@@ -100,7 +100,7 @@ def _shares(entries: Sequence[Entry], grid: Grid) -> go.Figure:
     names = [name for name in rows_of(entries) if name not in (BASELINE, *CLAIRVOYANT)]
     groups = {**{group: [entry for entry in entries if entry.cell.group == group] for group in grid.groups}}
     groups["all"] = list(entries)
-    shares = [[share_of_reference(of, name, REFERENCE) for of in groups.values()] for name in names]
+    shares = [[share_of_reference(of, name, SCHED) for of in groups.values()] for name in names]
     percent = [[None if share is None else round(share * 100, 1) for share in row] for row in shares]
     heat = go.Heatmap(
         z=percent, x=list(groups), y=names, texttemplate="%{z:.0f}", colorscale="RdYlGn", zmin=50, zmax=100

@@ -14,14 +14,11 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 
 from throttllem.arena.cells import Cell
-from throttllem.arena.contenders import BASELINE, BEFOREHAND, GATHERING, OURS, STATIC
+from throttllem.arena.contenders import BASELINE, BEFOREHAND, GATHERING, OURS, SCHED, SCHED_HOLD, STATIC
 from throttllem.arena.contest import Entry, rows_of
 from throttllem.arena.outcome import ATTAINMENT_SLACK
 
-REFERENCE = "sched"
-"""The clairvoyant schedule of clocks."""
-REFERENCE_HOLDING = "sched+hold"
-CLAIRVOYANT = (REFERENCE, REFERENCE_HOLDING)
+CLAIRVOYANT = (SCHED, SCHED_HOLD)
 _NORMAL_95 = 1.96
 
 
@@ -111,11 +108,11 @@ def targets(entries: Sequence[Entry]) -> list[Target]:
     names, cells = rows_of(entries), by_cell(entries)
     if OURS not in names:
         return []
-    found = [_share_target(entries, OURS, REFERENCE, 0.93), _static_target(cells, names), _attainment_target(cells)]
+    found = [_share_target(entries, OURS, SCHED, 0.93), _static_target(cells, names), _attainment_target(cells)]
     rivals = [name for name in names if name not in (*CLAIRVOYANT, GATHERING)]
     found.append(_least_target(cells, rivals, "all, those set in hindsight among them"))
     found.append(_least_target(cells, [*online(rivals)], "all that could be deployed"))
-    found.append(_share_target(entries, GATHERING, REFERENCE_HOLDING, 0.85))
+    found.append(_share_target(entries, GATHERING, SCHED_HOLD, 0.85))
     return found
 
 

@@ -176,10 +176,11 @@ NAMES = (*_WORKLOADS, _POISSON)
 def generate(name: str, options: Mapping[str, str], seed: int) -> Arrays:
     """The requests of one generator; `options` are the texts after the colon, and a `seed` among them wins.
 
-    All take `seconds`, `rate` (mean requests/s), `seed` and `day` (seconds of a compressed day, over which the rate
-    rises from its minimum and falls back; the mean holds for whole days) and `longest` (tokens: requests with longer
-    prompts are left out); `poisson` also `input` and `output` (tokens of every request; 1,023 and 99 by default) and runs at 2 requests/s for 300 s by default. Raises TraceError for an
-    unknown option, a value out of range, and options that give no request or more than MAX_REQUESTS.
+    All take `seconds`, `rate` (mean requests/s), `seed`, `day` (seconds of a compressed day, over which the rate rises
+    from its minimum and falls back; the mean holds for whole days) and `longest` (tokens: requests with longer prompts
+    are left out); `poisson` also `input` and `output` (tokens of every request; 1,023 and 99 by default), and it runs
+    at 2 requests/s for 300 s by default. Raises TraceError for an unknown option, a value out of range, and options
+    that give no request or more than MAX_REQUESTS.
     """
     known = ("seconds", "rate", "seed", "day", "longest") + (("input", "output") if name == _POISSON else ())
     for key in options:

@@ -5,7 +5,7 @@ import pytest
 from throttllem.arena.cell_run import cell_run
 from throttllem.arena.cells import TUNING
 from throttllem.arena.outcome import simulated
-from throttllem.arena.static import StaticClocks
+from throttllem.arena.scheduled import ScheduledRuns
 from throttllem.physics.catalogue import Catalogue
 from throttllem.sim.own_policy import named_policy
 
@@ -19,7 +19,7 @@ def test_a_static_clock_is_the_fixed_policy(tmp_path, group):
     for mhz in (fleet.clocks_mhz[-1], fleet.clocks_mhz[len(fleet.clocks_mhz) // 2]):
         policy = named_policy(f"fixed:{mhz}", fleet.clocks_mhz, fleet.sizes)
         expected = simulated(prepared, policy, 0.0, prepared.scenario.run(policy))
-        found = StaticClocks(prepared).at(mhz)
+        found = ScheduledRuns(prepared).at(mhz)
         assert found.energy_j == pytest.approx(expected.energy_j, rel=1e-4)
         assert found.attainment == pytest.approx(expected.attainment, abs=1.5 / expected.requests)
         assert found.mean_clock_mhz == pytest.approx(expected.mean_clock_mhz, rel=0.01)
