@@ -20,7 +20,7 @@ from throttllem.sim.samples import quantiles
 from throttllem.sim.schedule import Held
 
 CLAIRVOYANT_SOURCES = (__name__, clairvoyant.__name__, "throttllem.arena.schedule")
-EVALUATIONS = 600
+EVALUATIONS = 250
 """Runs that one descent of the clairvoyant search may make."""
 
 
