@@ -18,11 +18,11 @@ from throttllem.arena.rivals.power_cap import PowerCap
 from throttllem.core.clocks.own_policy import OwnPolicy
 from throttllem.core.clocks.policy import ClockPolicy, Policy
 from throttllem.did_you_mean import did_you_mean
-from throttllem.sim.own_policy import GATHERING
+from throttllem.sim.own_policy import GATHER
 
 BASELINE = "triton"
 OURS = "least-energy"
-GATHERING = OURS + GATHERING
+GATHERING = OURS + GATHER
 """The same where every request may be held."""
 STATIC = "static"
 YESTERDAY = "static-yesterday"

@@ -20,7 +20,8 @@ from throttllem.sim.samples import quantiles
 from throttllem.sim.schedule import Held
 
 CLAIRVOYANT_SOURCES = (__name__, clairvoyant.__name__, "throttllem.arena.schedule")
-EVALUATIONS = 250
+"""Modules that a clairvoyant's outcome depends on, besides the simulation."""
+EVALUATIONS = 400
 """Runs that one descent of the clairvoyant search may make."""
 
 
