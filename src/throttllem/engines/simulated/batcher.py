@@ -162,13 +162,13 @@ class Batcher:
         )
 
     def prefills(self, count: int) -> tuple[tuple[int, int], ...]:
-        """(request id, prompt tokens) of the prompts in the iteration under way, which has so many."""
+        """(request id, prompt tokens) of the `count` prompts in the iteration under way."""
         if not count:
             return ()
         return tuple(zip(self._named(CHUNKS, count), self.state.lists[CHUNK_TOKENS, :count].tolist(), strict=True))
 
     def preempted(self, count: int) -> tuple[int, ...]:
-        """The requests that were preempted in it."""
+        """The `count` requests that were preempted in it."""
         return self._named(PREEMPTED, count)
 
     def _named(self, which: int, count: int) -> tuple[int, ...]:
