@@ -73,7 +73,9 @@ def arena(
         write_json(json_file, text.results_json(entries, whole.field, tree()))
     if document:
         whole_grid = (grid, cells, policies, trace) == ("judging", None, None, None)
-        command = "make arena" if whole_grid else f"throttllem arena --grid {grid}"
+        given = {"--grid": grid, "--cells": cells, "--policies": policies, "--trace": trace, "--seeds": seeds}
+        words = [f"{flag} {value}" for flag, value in given.items() if value is not None]
+        command = "make arena" if whole_grid else f"throttllem arena {' '.join(words)}"
         with write_aside(document) as aside:
             aside.write_text(
                 text.markdown(entries, chosen, command=command, tree=tree(), picture=f"{document.stem}.svg"),
