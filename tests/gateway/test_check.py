@@ -1,10 +1,12 @@
 """`serve --check`: what the gateway would do with good, bad and unreachable configurations; it changes nothing."""
 
 import asyncio
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gateway.fakes import Engine, engine_server
@@ -66,6 +68,18 @@ def test_a_calibrated_table_reserves_its_own_error(tmp_path):
     assert "calibrated on a quick profile at 495, 885, 1410 MHz, not measured at every clock" in text
     assert "choose among 62 clocks, 495 to 1410 MHz" in text
     assert "12.0%" in text and "no clock below 495 MHz" in text
+
+
+def test_the_papers_policy_is_warned_of_where_the_lowest_clock_costs_more(tmp_path):
+    trained(tmp_path)
+    file = tmp_path / "table-tp1.npz"
+    plain = load_table(file)
+    save_table(replace(plain, watts=np.full_like(plain.watts, 200.0)), file)
+    engines = (EngineEntry(tables=tmp_path),)
+    (warning,) = [each for each in found(tmp_path, engines=engines, policy="throttllem") if "more energy" in each.text]
+    assert warning.mark == "--" and "least-energy takes the cheapest" in warning.text
+    assert re.search(r"up to \d+% more energy than the maximum clock between \S+ and \S+ requests/s", warning.text)
+    assert "more energy" not in text_of(found(tmp_path, engines=engines, policy="least-energy"))
 
 
 def test_a_port_that_is_taken(tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from throttllem.config import CostOptions
-from throttllem.report.basis import assumed_slos, certainty, headline
+from throttllem.report.basis import assumed_slos, certainty, dearer, headline
 from throttllem.report.certainty import saving_interval
 from throttllem.report.cost import cost, factors
 from throttllem.sim.result import RunResult
@@ -109,3 +109,14 @@ def test_sources_are_given_for_the_defaults_alone() -> None:
     assert "445 g/kWh (IEA" in factors(CostOptions()) and "(EIA" in factors(CostOptions())
     own = factors(CostOptions(co2_g_per_kwh=56.0, price_per_kwh=0.2, currency="EUR"))
     assert "IEA" not in own and "EIA" not in own and "56 g/kWh" in own
+
+
+def test_the_papers_policy_is_warned_of_where_it_costs_more_than_the_maximum_clock() -> None:
+    worse, least = make_run("throttllem", energy=1.065), make_run("least-energy", energy=0.934)
+    (warning,) = dearer([TRITON, worse, least])
+    assert "throttllem takes 6.5% more energy than triton at this load (1.1 requests/s on the mean)" in warning
+    assert "least-energy takes the cheapest clock (-6.6% here)" in warning
+    (alone,) = dearer([TRITON, worse])
+    assert alone.endswith("least-energy takes the cheapest clock.")
+    assert dearer([TRITON, make_run("throttllem", energy=0.9), make_run("fixed:210", energy=1.3)]) == []
+    assert dearer([worse, make_run("fixed:210", energy=0.5)]) == [], "there is no maximum clock to compare with"

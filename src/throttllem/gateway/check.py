@@ -7,11 +7,12 @@ import ipaddress
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from throttllem.config import Options, ServerOptions
 from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.clocks.savings_estimate import dearer_loads
 from throttllem.core.forecast.performance_table import Calibrated, PerformanceTable, TableVerdict
 from throttllem.core.options import ControllerOptions
 from throttllem.engines.base import Connected, EngineError
@@ -228,7 +229,12 @@ async def _engine(backend: Backend, core: ControllerOptions, options: Options) -
     if refused := backend.model.refused(connected):
         return [Finding(mark="!!", text=f"engine {backend.name}: {refused}", fatal=True)]
     described = Finding(mark="ok", text=_described(backend, connected, core, options))
-    return [described, *_model(backend, connected), *_notes(backend, connected)]
+    return [
+        described,
+        *_model(backend, connected),
+        *_notes(backend, connected),
+        *_dearer(backend, connected, core, options),
+    ]
 
 
 def _described(backend: Backend, connected: Connected, core: ControllerOptions, options: Options) -> str:
@@ -253,6 +259,23 @@ def _described(backend: Backend, connected: Connected, core: ControllerOptions, 
         )
     serves = f"engine {backend.name} serves {', '.join(connected.models)}: {capacities}"
     return f"{serves}; policy {options.policy} {chosen} of {simulated}{backend.catalogue_gpu}"
+
+
+def _dearer(backend: Backend, connected: Connected, core: ControllerOptions, options: Options) -> Iterator[Finding]:
+    """Loads at which `throttllem` would cost more energy than the maximum clock."""
+    table = None if connected.spec.unknown else core.tables.get(backend.tp)
+    if core.throttle.policy is not ClockPolicy.THROTTLLEM or table is None or not table.clocks_measured:
+        return
+    spec = replace(connected.spec, clocks_mhz=table.clocks_mhz)
+    loads = dearer_loads(table, spec, options.slo, reserve=core.throttle.margin + core.throttle.reserve)
+    if loads is not None:
+        text = (
+            f"by its performance table, policy {options.policy} takes up to {loads.most:.0%} more energy than the "
+            f"maximum clock between {loads.low_rps:.2g} and {loads.high_rps:.2g} requests/s (of {loads.prompt_tokens} "
+            f"prompt and {loads.output_tokens} output tokens): it takes the lowest clock, whatever the GPUs draw at "
+            "it; least-energy takes the cheapest"
+        )
+        yield Finding(mark="--", text=f"engine {backend.name}: {text}")
 
 
 def _model(backend: Backend, connected: Connected) -> Iterator[Finding]:

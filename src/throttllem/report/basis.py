@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from throttllem.report.certainty import saving_interval
-from throttllem.report.metrics import ABSENT, baseline_of, milliseconds, percent, seconds
+from throttllem.report.metrics import ABSENT, baseline_of, milliseconds, percent, saved, seconds
 from throttllem.sim.result import RunResult
 
 SIMULATED = "Simulated on a modelled GPU: no clock was set, nothing was measured."
@@ -85,6 +85,26 @@ def _share_outside(run: RunResult, low_mhz: int, high_mhz: int) -> float:
     busy_s = sum(run.busy_s_by_mhz.values())
     outside_s = sum(seconds for mhz, seconds in run.busy_s_by_mhz.items() if not low_mhz <= mhz <= high_mhz)
     return outside_s / busy_s if busy_s else 0.0
+
+
+def dearer(runs: Sequence[RunResult]) -> list[str]:
+    """A warning for each run of the paper's policy that took more energy than the maximum clock, with the load."""
+    baseline = baseline_of(runs)
+    if not baseline.policy.startswith("triton"):
+        return []
+    others = {run.policy: saved(run, baseline) for run in runs}
+    found = []
+    for policy, fraction in others.items():
+        if policy.partition("+")[0] != "throttllem" or fraction is None or fraction > -_NOTEWORTHY:
+            continue
+        least = others.get(policy.replace("throttllem", "least-energy"))
+        instead = "least-energy takes the cheapest clock" + ("" if least is None else f" ({-least:+.1%} here)")
+        found.append(
+            f"Warning: {policy} takes {-fraction:.1%} more energy than {baseline.policy} at this load "
+            f"({baseline.requests / baseline.duration_s:.2g} requests/s on the mean): it takes the lowest clock, "
+            f"whatever the GPU draws at it; {instead}."
+        )
+    return found
 
 
 # ---- certainty -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from throttllem.config import CostOptions
-from throttllem.report.basis import assumed_slos, certainty, headline, lengths, physics
+from throttllem.report.basis import assumed_slos, certainty, dearer, headline, lengths, physics
 from throttllem.report.certainty import saving_interval
 from throttllem.report.cost import cost, cost_options, factors
 from throttllem.report.metrics import TABLES, Metric, Tone, baseline_of, metrics, saved, slos, verdict
@@ -43,6 +43,7 @@ def results_json(scenario: Mapping[str, Any], runs: Sequence[RunResult]) -> dict
             "lengths": scenario["options"]["length"]["predictor"],
             "physics": physics(scenario, runs),
             "certainty": certainty(scenario, runs),
+            "warnings": dearer(runs),
         },
         "scenario": {**scenario, "versions": versions},
         "runs": [
@@ -74,6 +75,8 @@ def show_results(scenario: Mapping[str, Any], runs: Sequence[RunResult], console
     for run in runs:
         if run is not baseline:
             console.print(verdict(run, baseline), highlight=False)
+    for warning in dearer(runs):
+        console.print(warning, style="bold red", highlight=False)
     batching = f"Simulated engine: batches as {scenario['batching']}."
     for line in (certainty(scenario, runs), factors(options), *_rejections(runs), batching, *_basis(scenario, runs)):
         console.print(line, highlight=False)

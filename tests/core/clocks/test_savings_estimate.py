@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from gateway.rig import rig, virtually
 
-from core.toy import spec, table
+from core.toy import SPEC, flat_table, spec, table
 from throttllem.core.clocks.policy import ClockPolicy
-from throttllem.core.clocks.savings_estimate import SavingsEstimate
+from throttllem.core.clocks.savings_estimate import SavingsEstimate, dearer_loads
 from throttllem.core.clocks.steady_load import Load, steady
+from throttllem.core.types import Slo
 
 
 async def energy(policy, gap_s, count):
@@ -189,3 +190,16 @@ def test_steps_told_together_are_steps_told_one_by_one():
             estimate.idle(3.0, 120.0)
         assert together.joules() == single.joules()
     assert together == single
+
+
+def test_the_lowest_clock_is_dearer_where_static_watts_count_and_only_where_the_slo_lets_it_be_taken():
+    roomy = replace(SPEC, kv_blocks=100_000, max_batch=40, max_context_tokens=4096)
+    flat, steep = flat_table([16, 12, 9, 8, 7]), flat_table([16, 12, 9, 8, 7], watts=(50, 100, 180, 230, 300))
+    found = dearer_loads(flat, roomy, Slo(), reserve=0.0)
+    assert found.low_rps < 0.05 < found.high_rps
+    # All clocks draw 100 W while they run, and the lowest runs 16 / 7 of the time: idle watts make up for part of it.
+    assert 0.01 < found.most < 16 / 7 - 1
+    assert dearer_loads(steep, roomy, Slo(), reserve=0.0) is None
+    # 256 tokens take 1.75 s at the maximum clock, 2 s at the next lower one.
+    assert dearer_loads(flat, roomy, Slo(tbt_s=7.5 / 1024), reserve=0.0) is None
+    assert dearer_loads(flat, roomy, Slo(e2e_s=256 * 7.5 / 1024), reserve=0.0) is None

@@ -8,6 +8,7 @@ import pytest
 
 from gateway.rig import rig, virtually
 from throttllem.config import LimitOptions
+from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.forecast.performance_table import TableVerdict
 from throttllem.core.types import FrequencyPlan, Observed, Reason, Slo
 from throttllem.engines.base import Report
@@ -204,3 +205,23 @@ def test_a_plan_in_words():
     assert decision(None) == "no decision yet"
     plan = FrequencyPlan(mhz=900, why=Reason.LOWEST_FEASIBLE, binding=4)
     assert decision(plan) == "900 MHz: one clock lower would violate an SLO (request 4)"
+
+
+@pytest.mark.parametrize(("policy", "warned"), [("THROTTLLEM", 1), ("LEAST_ENERGY", 0)])
+def test_the_papers_policy_is_warned_of_where_it_cost_more(policy, warned):
+    """Every clock draws the same, so a lower one only takes longer."""
+
+    async def run():
+        async with rig(policy=ClockPolicy[policy]) as it:
+            await it.up()
+            it.backend.accounting.at_maximum.table.watts[:] = 200.0
+            it.backend.accounting.gpu._power = lambda mhz, work: 200.0
+            for _ in range(25):
+                await it.request(tokens=60)
+                await asyncio.sleep(2.0)
+            return gateway_status(it.models).models[0].engines[0]
+
+    engine = virtually(run())
+    notes = [note for note in engine.notes if "more energy than the maximum clock would have (estimate)" in note]
+    assert len(notes) == warned
+    assert all(f"{-engine.energy.saved:.1%} more energy" in note and "requests/s" in note for note in notes)

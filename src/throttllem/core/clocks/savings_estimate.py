@@ -28,9 +28,12 @@ import numpy.typing as npt
 
 from throttllem.core.clocks.steady_load import Load, steady
 from throttllem.core.forecast.performance_table import PerformanceTable
-from throttllem.core.types import EngineSpec
+from throttllem.core.types import EngineSpec, Slo
 
 _SLICE_S = 30.0
+_PROMPT_TOKENS, _OUTPUT_TOKENS = 1024, 256
+_RATES_RPS = tuple(0.001 * 1.25**step for step in range(56))
+_NOTEWORTHY = 0.01
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -212,6 +215,46 @@ class SavingsEstimate:
             joules += here.joules * spent_s / busy_s * longer * float(watts[other] / watts[column])
             idle_s += spent_s * max(0.0, 1.0 - longer)
         return joules + idle_s * spec.idle_w
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DearerLoads:
+    """Loads, in requests per second of so many tokens each, at which the lowest clock that meets the SLOs
+    (`throttllem`) draws more mean power than the maximum clock; by the fraction `most` at most.
+    """
+
+    low_rps: float
+    high_rps: float
+    most: float
+    prompt_tokens: int = _PROMPT_TOKENS
+    output_tokens: int = _OUTPUT_TOKENS
+
+
+def dearer_loads(table: PerformanceTable, spec: EngineSpec, slo: Slo, *, reserve: float) -> DearerLoads | None:
+    """Where the lowest clock costs more than the maximum, by the table, of the loads that the latter holds; None:
+    nowhere by more than 1 %. Light loads: static watts are drawn for longer, and the engine is idle less.
+    """
+    limits_s = (slo.e2e_s, None if slo.tbt_s is None else slo.tbt_s * _OUTPUT_TOKENS)
+    e2e_s = min((limit_s for limit_s in limits_s if limit_s is not None), default=None)
+    found: list[tuple[float, float]] = []
+    for rate_rps in _RATES_RPS:
+        load = Load(
+            requests_per_s=rate_rps,
+            prompt_tokens=_PROMPT_TOKENS,
+            output_tokens=_OUTPUT_TOKENS,
+            long_output_tokens=_OUTPUT_TOKENS,
+            burst=1.0,
+            e2e_s=e2e_s,
+        )
+        watts = steady(load, table, spec, reserve=reserve).watts
+        if not math.isfinite(watts[-1]):
+            break
+        excess = float(watts[int(np.isfinite(watts).argmax())] / watts[-1]) - 1.0
+        if excess > _NOTEWORTHY:
+            found.append((rate_rps, excess))
+    if not found:
+        return None
+    return DearerLoads(low_rps=found[0][0], high_rps=found[-1][0], most=max(excess for _, excess in found))
 
 
 def _running_sums(before: float, values: Floats) -> Floats:

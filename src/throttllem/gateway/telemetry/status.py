@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from throttllem.core.clocks.gathering import HoldPlan
+from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.external_load import Drift
 from throttllem.core.forecast.margins import ClassAttainment
 from throttllem.core.snapshot import Counts, EngineView, Snapshot
@@ -149,6 +150,8 @@ class GatewayStatus:
 
 
 _POINTS = 120
+_DEARER, _FEWEST_SERVED = 0.01, 20
+"""A loss of that fraction is shown, once so many requests were served."""
 _DOUBTFUL = 1.12
 """A bias that is no longer a table's own error; in a dry run nothing corrects it."""
 
@@ -245,6 +248,7 @@ def _engine_status(loop: ControlLoop, backend: Backend, snapshot: Snapshot) -> E
             f"{view.external_sequences} sequences in this engine are not ours: does another gateway or client use it?"
         )
     notes += _speculation_notes(loop, backend)
+    notes += _dearer_notes(loop, energy)
     table = _table(backend, view)
     notes += _table_notes(table, beyond=view is not None and view.beyond_table)
     state, trouble = backend.health(loop.limits.silence_s)
@@ -319,6 +323,19 @@ def _speculation_notes(loop: ControlLoop, backend: Backend) -> Iterator[str]:
         yield (
             f"the performance table was measured with speculation ({profiled:.2f} tokens a step), and the engine shows "
             "none now"
+        )
+
+
+def _dearer_notes(loop: ControlLoop, energy: Energy) -> Iterator[str]:
+    """That the paper's policy has cost more than the maximum clock would have, if it did."""
+    lowest = loop.controller.options.throttle.policy is ClockPolicy.THROTTLLEM
+    saved, served = energy.saved, loop.controller.snapshot().counts.finished
+    if lowest and saved is not None and saved < -_DEARER and served >= _FEWEST_SERVED:
+        rate = served / max(loop.now(), 1.0)
+        yield (
+            f"policy throttllem took {-saved:.1%} more energy than the maximum clock would have (estimate), at "
+            f"{rate:.2g} requests/s on the mean: it takes the lowest clock, whatever the GPUs draw at it; least-energy "
+            "takes the cheapest"
         )
 
 
