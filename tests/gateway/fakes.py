@@ -83,6 +83,9 @@ class Session:
     def received(self):
         assert not self.ends
 
+    async def read_counters(self):
+        assert not self.ends
+
     def finish(self, tokens=None, usage=None):
         assert not self.ends
         self.ends.append("finished")

@@ -157,9 +157,9 @@ async def until(holds, within_s=8.0):
             await asyncio.sleep(0.005)
 
 
-def with_peer(check, folder, *settings, **options):
+def with_peer(check, folder, *settings, kind=Peer, **options):
     async def main():
-        async with Peer() as peer, whole(folder, *settings, url=peer.url, **options) as there:
+        async with kind() as peer, whole(folder, *settings, url=peer.url, **options) as there:
             await there.up()
             found = await check(there, peer)
             await there.empty(peer)

@@ -115,7 +115,8 @@ class Connected:
     limit where a completion names none (None: what the context leaves). `roots` are the checkpoints that it loaded
     (OWNER/NAME, or a folder), as far as it names them; `kv_cache_dtype` is "fp8" where it says so. `exact`: `watch`
     will report every step; `named`: its reports name the requests that started and finished in it. `notes` are for
-    people: what is assumed, what is missing and what that costs.
+    people: what is assumed, what is missing and what that costs. `look` reports the counters of an engine that
+    speculates at once, between two looks of `watch` (None: its reports do not depend on when they are read).
     """
 
     spec: EngineSpec
@@ -128,6 +129,7 @@ class Connected:
     kv_cache_dtype: str = "auto"
     version: str = ""
     notes: tuple[str, ...] = ()
+    look: Callable[[], Awaitable[None]] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

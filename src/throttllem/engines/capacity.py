@@ -42,7 +42,7 @@ PLUGIN_INFO = "throttllem_engine_info"
 class ReportedCapacities:
     """What the engine reports of itself; None: it does not. `engines` (data parallel) and `api_servers` are those
     behind the address; `sends_to` is where the plug-in sends its steps (None: no plug-in), `boot` the start of the
-    engine that they are of.
+    engine that they are of. `speculated_tokens`: the counters of an engine that speculates when it was reached.
     """
 
     models: dict[str, Card] = field(default_factory=dict)
@@ -62,6 +62,7 @@ class ReportedCapacities:
     api_servers: int = 1
     metrics: bool = False
     started_s: float | None = None
+    speculated_tokens: tuple[int, int] | None = None
 
 
 async def read_capacities(upstream: Upstream, *, need_batch: bool) -> ReportedCapacities:
@@ -89,6 +90,7 @@ async def read_capacities(upstream: Upstream, *, need_batch: bool) -> ReportedCa
         max_context_tokens=context,
         metrics=total(page, "vllm:num_requests_running") is not None,
         started_s=total(page, "process_start_time_seconds"),
+        speculated_tokens=speculated_tokens(page),
         **numbers,
     )
 
@@ -198,6 +200,15 @@ def total(page: bytes, name: str) -> float | None:
     if not all(0 <= value <= MOST_COUNT for value in values):
         raise EngineError(f"/metrics: {name} holds a value that is no number from 0 to 2^53")
     return sum(values) if values else None
+
+
+def speculated_tokens(page: bytes) -> tuple[int, int] | None:
+    """Tokens generated and accepted of drafts, since the engine started; None: it does not speculate."""
+    generated = total(page, "vllm:generation_tokens_total")
+    accepted = total(page, "vllm:spec_decode_num_accepted_tokens_total")
+    if generated is None or accepted is None or accepted > generated:
+        return None
+    return int(generated), int(accepted)
 
 
 def _models(url: str, answer: object) -> tuple[dict[str, Card], tuple[str, ...], int | None]:

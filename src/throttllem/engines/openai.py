@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Card, Connected, EngineError, OwnLimitError, RemoteOptions, Report
@@ -20,6 +19,7 @@ from throttllem.engines.capacity import (
     metrics_page,
     read_capacities,
     read_cards,
+    speculated_tokens,
     total,
 )
 from throttllem.engines.http import Upstream
@@ -50,7 +50,10 @@ class OpenaiEngine:
         self.close = self._upstream.close
         self._reported = ReportedCapacities()
         self._counted: tuple[int, int] | None = None
-        """Tokens generated and accepted of drafts, at the last scrape of an engine that speculates."""
+        """Tokens generated and accepted of drafts, when the metrics of an engine that speculates were read last."""
+        self._reading = asyncio.Lock()
+        """Held while the metrics are read: their counts are taken as rises, one after the other."""
+        self._report: Callable[[Report], None] | None = None
         self._has_steps = False
         self.steps: StepReceiver | None = None
         """The receiver of the plug-in's steps while `watch` runs, with the count of those that were lost."""
@@ -69,6 +72,7 @@ class OpenaiEngine:
         if trouble is not None:
             notes.append(trouble)
         self._reported, self._has_steps = reported, trouble is None
+        self._counted = reported.speculated_tokens
         return Connected(
             spec=spec,
             models=tuple(reported.models),
@@ -78,6 +82,7 @@ class OpenaiEngine:
             default_max_tokens=COMPLETION_TOKENS,
             version=reported.version,
             notes=tuple(notes),
+            look=self._look if self._counted is not None and not self._has_steps else None,
         )
 
     async def well(self) -> None:
@@ -95,6 +100,7 @@ class OpenaiEngine:
         """Report steps and scrapes until cancelled. Raises EngineError when the engine is gone or was restarted."""
         if not self._reported.models:
             await self.connect()
+        self._report = report
         with ExitStack() as stack:
             receiver = None
             if self._has_steps and self._options.stats is not None:
@@ -133,8 +139,18 @@ class OpenaiEngine:
                 received = receiver.received if receiver is not None else 0
                 await asyncio.sleep(self._options.scrape_s)
 
+    async def _look(self) -> None:
+        """Report a scrape now. What fails is left to `watch`, which notices it too."""
+        if self._report is not None:
+            with suppress(EngineError):
+                self._report(await self._scraped(has_steps=False))
+
     async def _scraped(self, *, has_steps: bool) -> Report:
         """The state in the metrics. `has_steps`: step numbers come from the plug-in."""
+        async with self._reading:
+            return await self._read(has_steps=has_steps)
+
+    async def _read(self, *, has_steps: bool) -> Report:
         reported, url = self._reported, self._upstream.url
         page = await metrics_page(self._upstream, timeout_s=SCRAPE_LIMIT_S)
         running, waiting = total(page, "vllm:num_requests_running"), total(page, "vllm:num_requests_waiting")
@@ -159,14 +175,13 @@ class OpenaiEngine:
 
     def _speculated(self, page: bytes) -> tuple[int | None, int | None]:
         """Tokens generated and accepted of drafts since the last scrape; None: it does not speculate."""
-        generated = total(page, "vllm:generation_tokens_total")
-        accepted = total(page, "vllm:spec_decode_num_accepted_tokens_total")
-        if generated is None or accepted is None or not 0 <= accepted <= generated < math.inf:
+        before, counted = self._counted, speculated_tokens(page)
+        if counted is None:
             return None, None
-        before, self._counted = self._counted, (int(generated), int(accepted))
-        if before is None or generated < before[0] or accepted < before[1]:
+        self._counted = counted
+        if before is None or counted[0] < before[0] or counted[1] < before[1]:
             return None, None
-        return int(generated) - before[0], int(accepted) - before[1]
+        return counted[0] - before[0], counted[1] - before[1]
 
     def _secret(self) -> bytes | None:
         """The secret of step reports, if one is set. Raises ValueError."""

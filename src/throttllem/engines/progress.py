@@ -33,6 +33,8 @@ _RATE_STEP = 0.1
 _TRUSTED_AHEAD = 8
 """Streams may run this many iterations ahead of step numbers, which come late. Further ahead they prove nothing:
 engines that speculate give more than one token an iteration."""
+_ENOUGH_STEPS = 64.0
+"""Sequence steps on which the tokens of a stream that ended may rest, however long it was."""
 STEPS_PER_S = 2000
 """No engine steps faster: the fastest take a few milliseconds a step, and several behind one address are summed."""
 JUMP_STEPS = 4096
@@ -93,6 +95,8 @@ class Progress:
         self._reported_rate = 1.0
         self._beyond_steps = 0.0
         """Tokens that steps gave a sequence beyond the first of each."""
+        self._begun: list[InFlight] = []
+        """Those that started since the last step number: where in between is known once the next one comes."""
 
     @property
     def needs_timer(self) -> bool:
@@ -183,6 +187,15 @@ class Progress:
         ran = 0 if flight.start is None else (self.iteration - flight.start + 1) * flight.sequences
         return max(flight.tokens, flight.done_tokens + ran)
 
+    def needs_counts(self, request_id: int) -> bool:
+        """Whether a stream that ended without a count had more steps than the rate rests on, by which its tokens would
+        be counted: an engine's counters that are read from time to time may show none of them yet.
+        """
+        flight = self.in_flight.get(request_id)
+        if flight is None or not flight.streams or self.exact:
+            return False
+        return self._rate.evidence < min(flight.tokens, _ENOUGH_STEPS)
+
     def seen_tokens(self, request_id: int) -> int:
         """Output tokens so far of a request whose end the engine reported without a count; 0: nothing shows them."""
         flight = self.in_flight.get(request_id)
@@ -195,6 +208,7 @@ class Progress:
 
     def report(self, report: Report, *, elapsed_s: float = 0.0) -> Sequence[Event]:
         """What the engine reported of itself, `elapsed_s` after the last step that it reported."""
+        before = self._last_step
         step = None if report.step is None else self._numbered(report, report.step, elapsed_s)
         if self.exact:
             return () if step is None else self._named(report, step)
@@ -202,6 +216,8 @@ class Progress:
         at = self.iteration if step is None else max(self.iteration, step)
         began = self._covered(report.running) if self._silent_waiting else []
         events = self._reach(max(at, 0) if began else at, began)
+        if report.step is not None:
+            events += self._placed(steps=0 if before is None else report.step - before)
         if abs(self._rate.low / self._reported_rate - 1.0) >= _RATE_STEP:
             self._reported_rate = self._rate.low
             events.append(RateChanged(engine=self.engine, tokens_per_step=self._reported_rate))
@@ -247,6 +263,8 @@ class Progress:
         restarted = self._last_step is not None and not 0 <= step - self._last_step <= most
         if self._first_step is None or restarted:
             self._first_step, self._beyond_steps = step - max(0, self.iteration), 0.0
+            if report.accepted_tokens is not None:
+                self._learned(report, 1)
         else:
             if report.accepted_tokens is not None and self._last_step is not None:
                 self._speculated(report, step - self._last_step)
@@ -258,12 +276,30 @@ class Progress:
 
     def _speculated(self, report: Report, steps: int) -> None:
         """Count what these steps of an engine that speculates gave: each sequence a token, and the accepted ones."""
-        generated, accepted = report.generated_tokens or 0, report.accepted_tokens or 0
-        self._streams_prove = False
-        sequences = generated - accepted
-        self._rate.learn(generated, sequences, steps)
+        accepted, sequences = report.accepted_tokens or 0, self._learned(report, steps)
         if sequences > 0:
             self._beyond_steps += steps * min(accepted / sequences, MOST_TOKENS_PER_STEP)
+
+    def _learned(self, report: Report, steps: int) -> int:
+        """Learn the rate of an engine that speculates from what these steps gave; sequences that they add up to."""
+        generated = report.generated_tokens or 0
+        sequences = generated - (report.accepted_tokens or 0)
+        self._streams_prove = False
+        self._rate.learn(generated, sequences, steps)
+        return sequences
+
+    def _placed(self, *, steps: int) -> list[Event]:
+        """Streams that began somewhere in the last `steps` of an engine that speculates are as far as their own events
+        show, at the mean tokens of a step: the other iterations were before them.
+        """
+        begun, self._begun = self._begun, []
+        events: list[Event] = []
+        for flight in begun if steps > 1 and not self._streams_prove else ():
+            length = max(1, round(flight.length * self._rate.mean))
+            if flight.request_id in self.in_flight and self.iteration - length + 1 > (flight.start or 0):
+                flight.start = self.iteration - length + 1
+                events.append(Progressed(engine=self.engine, request_id=flight.request_id, tokens=length))
+        return events
 
     def _reach(self, iteration: int, began: list[InFlight], *, assumed: bool = False) -> list[Event]:
         """Report that this iteration is over, if that is news, and which requests started in it. `assumed`: nothing but
@@ -283,6 +319,8 @@ class Progress:
             self._silent_waiting -= not flight.streams
             self._sequences += flight.sequences
             self._streaming += flight.streams
+            if flight.streams and self._last_step is not None:
+                self._begun.append(flight)
         started = tuple([flight.request_id for flight in began]) if began else ()
         return [Stepped(engine=self.engine, iteration=iteration, started=started, assumed=assumed)]
 

@@ -1,14 +1,19 @@
-"""An engine that speculates, in virtual time: its rate is learned, SLOs are met, and tokens cost less."""
+"""An engine that speculates: its rate is learned, SLOs are met, tokens cost less, and as many are counted as it gave
+whenever its counters are read.
+"""
 
 import asyncio
 import contextlib
 import random
 
 import pytest
+from aiohttp import web
 
+from gateway.peer import Peer, with_peer
 from gateway.rig import rig, virtually
 from throttllem.core.types import RateChanged, Slo
 from throttllem.gateway.telemetry.status import gateway_status
+from tools.testbed.engines.garbage_engine import CHUNK
 
 
 async def served(speculates, e2e_s):
@@ -55,3 +60,57 @@ def test_an_engine_that_speculates_meets_its_slos_with_less_energy():
 def test_slos_that_only_speculation_can_meet_are_met():
     _, met, _, lost, _ = virtually(served(3, 1.4))
     assert (met, lost) == (60, 0)
+
+
+# ---- counters that are read from time to time --------------------------------------------------------------------
+
+GIVEN, A_STEP = 200, 4
+STEP_S = 0.001
+
+
+class Speculating(Peer):
+    """All its streams get `A_STEP` tokens in one event at each step, and end before their limit: without a count."""
+
+    def __init__(self):
+        super().__init__()
+        self.generated, self.steps = 0, set()
+        self.looked = asyncio.Event()
+
+    def page(self):
+        self.looked.set()
+        self.iterations, accepted = len(self.steps), self.generated * (A_STEP - 1) // A_STEP
+        counters = f"vllm:generation_tokens_total {self.generated}\n"
+        return super().page() + counters + f"vllm:spec_decode_num_accepted_tokens_total {accepted}\n"
+
+    async def _stream(self, request, tokens):
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(min(tokens, GIVEN) // A_STEP):
+            now_s = asyncio.get_running_loop().time()
+            number = now_s // STEP_S + 1
+            await asyncio.sleep(number * STEP_S - now_s)
+            self.steps.add(number)
+            self.generated += A_STEP
+            await response.write(CHUNK)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+@pytest.mark.parametrize("later_s", [0.0, 0.1, 0.41, 0.47])
+def test_as_many_tokens_are_booked_as_were_given_whenever_the_counters_are_read(tmp_path, later_s):
+    """The gateway looks twice a second; the streams take 0.05 s, and begin `later_s` after a look."""
+
+    async def check(there, peer):
+        before, given = there.loop.generated_tokens, peer.generated
+        for at_once in (1, 4, 1, 4):
+            peer.looked.clear()
+            await peer.looked.wait()
+            await asyncio.sleep(later_s)
+            for _ in range(2):  # the second begins after steps that no look has shown yet
+                asked = [there.client.ask(tokens=2 * GIVEN, stream=True) for _ in range(at_once)]
+                assert all(answer.served for answer in await asyncio.gather(*asked))
+        return there.loop.generated_tokens - before, peer.generated - given
+
+    booked, given = with_peer(check, tmp_path, kind=Speculating)
+    assert given == 20 * GIVEN
+    assert booked == pytest.approx(given, rel=0.05)

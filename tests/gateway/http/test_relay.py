@@ -330,6 +330,9 @@ class Session:
     def tokens(self, count=1):
         self.client.order.append("counted")
 
+    async def read_counters(self):
+        assert self.before is None, "what it was given is settled already"
+
     def finish(self, tokens=None, usage=None):
         self.client.order.append("finished")
         self.before = list(self.client.pieces)

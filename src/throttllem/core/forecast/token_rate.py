@@ -47,6 +47,11 @@ class TokenRate:
         self._short.learn(tokens, sequences, math.exp(-steps / _SHORT_STEPS))
 
     @property
+    def evidence(self) -> float:
+        """Sequence steps that the long mean rests on, as far as they have not faded."""
+        return self._long.sequences
+
+    @property
     def mean(self) -> float:
         """The long mean: what to expect."""
         return self._long.value()

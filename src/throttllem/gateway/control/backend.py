@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from throttllem.core.types import EngineLost, EngineReady, Event, Uncontrolled
@@ -38,6 +38,8 @@ _UNKNOWN_STEP_S = 0.05
 _LEARNED = 0.25
 """Of a new value in a mean that follows."""
 _SHORTEST_STEP_S = 0.005
+_LOOK_LIMIT_S = 1.0
+"""The last bytes of a stream wait this long at most for the counters of its engine."""
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +84,8 @@ class Backend:
     """Held while the engine counts the tokens of a prompt."""
     counting_large: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_LARGE_COUNTS_AT_A_TIME))
     """The same for large prompts: counting one takes seconds, in which small ones go on."""
+    looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the engine's counters are read between two of its reports."""
     _emit: Emit | None = None
     _stepped_s: float = 0.0
     _numbers_steps: bool = False
@@ -284,6 +288,16 @@ class Backend:
             self.prefixes.sent(request_id, blocks)
         if not streams:
             self._arm()
+
+    async def read_counters(self, request_id: int) -> None:
+        """A stream ended without a count. Read the engine's counters if its tokens could only be guessed otherwise."""
+        progress, look = self.progress, self.connected.look if self.connected is not None else None
+        if progress is None or look is None or not progress.needs_counts(request_id):
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_LIMIT_S), self.looking:
+                if progress.needs_counts(request_id):  # another stream's end may have shown it meanwhile
+                    await look()
 
     def ended(self, request_id: int, tokens: int | None) -> None:
         """A request has its whole output, of `tokens` where the engine reported it."""

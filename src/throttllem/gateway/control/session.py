@@ -155,6 +155,11 @@ class Session:
         reported, request = self.usage.prompt_tokens, self.request
         return reported or request.prompt_tokens * request.prompts
 
+    async def read_counters(self) -> None:
+        """The stream ended without a count: what follows of it may rest on the engine's counters."""
+        if not self.ended and self.backend is not None:
+            await self.backend.read_counters(self.request.id)
+
     def finish(self, tokens: int | None = None, usage: Usage | None = None) -> Receipt:
         """The output is complete; `tokens` in all, where the engine reported it. To be called before the last chunk."""
         if not self.ended:

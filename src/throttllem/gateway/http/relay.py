@@ -112,7 +112,11 @@ async def _events(
     whole = meter.done or meter.whole
     # The session first: a slow client may take the last bytes late.
     usage = meter.counted
-    receipt = session.finish(usage.output_tokens, usage) if whole and not meter.failed else None
+    receipt = None
+    if whole and not meter.failed:
+        if usage.output_tokens is None:
+            await session.read_counters()
+        receipt = session.finish(usage.output_tokens, usage)
     rest = chunk[: len(chunk) - meter.surplus] if meter.done else b""
     if meter.done and not is_whole(rest):
         rest += b"\n\n"
