@@ -352,11 +352,13 @@ def test_a_violation_teaches_the_clocks_only_below_the_maximum(mhz, learned):
     controller = Controller(options(ClockPolicy.LEAST_ENERGY))
     handle(controller, EngineReady(engine=0, spec=SIZES[1]), 0.0)
     handle(controller, ClockRead(engine=0, mhz=mhz), 0.0)
-    handle(controller, Arrived(request=request(1, 4, 8, slo=Slo(e2e_s=0.5))), 0.0)
-    handle(controller, Stepped(engine=0, iteration=0, started=(1,)), 0.1)
-    handle(controller, Stepped(engine=0, iteration=7, finished=(1,)), 1.0)
+    keys = (1, 2, 3)
+    for key in keys:
+        handle(controller, Arrived(request=request(key, 4, 8, slo=Slo(e2e_s=0.5))), 0.0)
+    handle(controller, Stepped(engine=0, iteration=0, started=keys), 0.1)
+    handle(controller, Stepped(engine=0, iteration=7, finished=keys), 1.0)
     (seen,) = controller.snapshot().attainment
-    assert (seen.ended, seen.had) == (1, 0.0)
+    assert (seen.ended, seen.had) == (3, 0.0)
     assert (dict(seen.learned)[Cause.MODEL] > 0) == learned
 
 

@@ -17,6 +17,7 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
+from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.compiled import compiled
 from throttllem.core.engine_state import EngineState
 from throttllem.core.forecast.horizon import Horizon, look_ahead
@@ -168,6 +169,14 @@ class AdmissionQueue:
         """Until when it may be held back for others; the time in which it was held to gather does not count."""
         return self._options.admission.patient_until_s(sequence.request, sequence.queued_s)
 
+    def _is_patient(self, sequence: SequenceState, now_s: float) -> bool:
+        """Whether it may be held back for others now. With least energy that only costs: its clock is chosen by what
+        requests would have met without (`hindsight`), and a request that waits is late itself.
+        """
+        if self._options.throttle.policy is ClockPolicy.LEAST_ENERGY and not self._rejects:
+            return False
+        return self._options.admission.is_patient(sequence.request, sequence.queued_s, now_s)
+
     def _find_release(self) -> None:
         self.release_s = min((sequence.hold_until_s for sequence in self.held.values()), default=math.inf)
 
@@ -204,7 +213,7 @@ class AdmissionQueue:
             base_s=now_s if engine.began_s is None else engine.began_s,
             delay_s=engine.maximum_clock_delay_s(now_s, self._options.throttle.switch_latency_s),
             margin=self._margins.of_admission(engine.board.classes, self._margin),
-            patient=self._options.admission.is_patient(sequence.request, sequence.queued_s, now_s),
+            patient=self._is_patient(sequence, now_s),
             crowded=crowded,
         )
 

@@ -277,7 +277,7 @@ class Controller:
                 tokens = sequence.generated_tokens(iteration)
                 self._counts["finished"] += 1
                 self._counts["lost"] += sequence.lost
-                self._load.finished(sequence.predicted_tokens, tokens)
+                self._load.finished(request_id, sequence.predicted_tokens, tokens)
                 if self._own is not None:
                     self._own.finished(sequence, tokens, now_s)
                 if self._gathering.slos:
@@ -418,7 +418,10 @@ class Controller:
             self._queue.hold(sequence)
         else:
             self._queue.push(sequence)
-        self._load.arrived(now_s, request.prompt_tokens, sequence.predicted_tokens, request.slo, request.sequences)
+        predicted, expected = sequence.predicted_tokens, sequence.expected_tokens
+        self._load.arrived(
+            request, now_s, predicted_tokens=predicted, expected_tokens=predicted if expected is None else expected
+        )
 
     def _may_hold(self, sequence: SequenceState, now_s: float) -> bool:
         """Whether a request that has just come is held, and its `hold_until_s`: only with least energy, the policy that
@@ -445,6 +448,7 @@ class Controller:
         for state in self._engines.by_id.values():
             if request_id in state.board:
                 self._predictor.forget(state.board.remove(request_id).request)
+                self._load.dropped(request_id)
                 if not len(state.board):
                     state.began_s = None
                 self._counts["failed"] += 1
@@ -491,6 +495,7 @@ class Controller:
         return len(serving.board) > 0 and queue.release(now_s, remaining_tokens=left_tokens(serving))
 
     def _drop(self, sequence: SequenceState, why: Reason, commands: list[Command]) -> None:
+        self._load.dropped(sequence.request.id)
         self._predictor.forget(sequence.request)
         self._reject(sequence.request.id, why, commands)
 
@@ -512,6 +517,7 @@ class Controller:
             return
         for sequence in state.board.sequences():
             self._predictor.forget(sequence.request)
+            self._load.dropped(sequence.request.id)
             self._counts["failed"] += 1
             commands.append(Fail(request_id=sequence.request.id, why=Reason.ENGINE_LOST))
         if self._engines.serving is None and (draining := self._engines.draining()):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from throttllem.core.clocks.hindsight import Hindsight
 from throttllem.core.clocks.steady_load import Steady
 from throttllem.core.external_load import DriftMeter, ExternalLoad
 from throttllem.core.forecast.performance_table import PerformanceTable
@@ -36,10 +37,10 @@ class EngineState:
     `spec` None: it is not ready; `table` None: no performance table. `iteration` is the one in progress or next to
     begin, `began_s` when it began (None: it has not). `clock_mhz` is the clock in force as far as known, `target_mhz`
     the one set at `set_at_s`. `projection` is the one that the plan rests on. `replan_s`: when the clock should be
-    planned again at the latest. `steady`: what the load of `steady_at_s` means if it goes on. `stale`: sequences were
-    corrected since the last iteration. `gathers`: requests that can wait are held, so the engine is idle after those
-    that it has. `uncontrolled` requests compute in it without control. `planned_external` is the external load that
-    was last planned for.
+    planned again at the latest. `steady`: what the load of `steady_at_s` means if it goes on, and `hindsight` the pace
+    that suits its requests; both None: not known yet. `stale`: sequences were corrected since the last iteration.
+    `gathers`: requests that can wait are held, so the engine is idle after those that it has. `uncontrolled` requests
+    compute in it without control. `planned_external` is the external load that was last planned for.
     `slowed_s` and `disturbed_s`: the last plan at which the engine was `slowed`, or `disturbed` (-inf: none).
     `drift` is the scoreboard's distance from the engine's reports, `table_drift` that of the engine's pace from the
     table, which corrects `table`. `switch_latency` is what switches of its clocks took.
@@ -60,6 +61,7 @@ class EngineState:
     projection: Projection | None = None
     replan_s: float = math.inf
     steady: Steady | None = None
+    hindsight: Hindsight | None = None
     steady_at_s: float = -math.inf
     stale: bool = False
     gathers: bool = False

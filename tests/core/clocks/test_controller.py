@@ -5,7 +5,7 @@ import math
 import pytest
 
 from core.stories import SIZES, arrive, options, world
-from core.toy import CLOCKS_MHZ, SPEC, TOP_MHZ, flat_table, sequence, table
+from core.toy import CLOCKS_MHZ, SPEC, TOP_MHZ, flat_table, request, sequence, table
 from throttllem.core.clocks.controller import ClockController
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.clocks.steady_load import LoadEstimator
@@ -33,6 +33,13 @@ def engine(*pending, table=TICKS, clock_mhz=TOP_MHZ, target_mhz=TOP_MHZ, **chang
     return EngineState(
         engine=3, tp=1, spec=SPEC, table=table, board=board, clock_mhz=clock_mhz, target_mhz=target_mhz, **changes
     )
+
+
+def came(load, now_s, prompt, output, slo):
+    """One request that came and ended, with its output as predicted."""
+    one = request(load.seen, prompt, output, slo=slo, arrival_s=now_s)
+    load.arrived(one, now_s, predicted_tokens=output, expected_tokens=output)
+    load.finished(one.id, output, output)
 
 
 def within(ticks, key=1, arrival_s=0.0):
@@ -99,7 +106,7 @@ def test_least_energy_runs_a_lost_request_at_the_clock_that_suits_a_known_load()
     late = engine(within(6.9), within(9, key=2), table=STEEP, clock_mhz=600, target_mhz=600)
     assert planned(controller(ClockPolicy.LEAST_ENERGY), late) == plan(TOP_MHZ, Reason.LOST_RUNNING)
     late = engine(within(6.9, 1, 50.0), within(9, 2, 50.0), table=STEEP, clock_mhz=600, target_mhz=600)
-    assert planned(loaded(rate=0.5), late, 50.0) == plan(1000, Reason.LOWEST_FEASIBLE, 2)
+    assert planned(loaded(rate=0.5, together=2), late, 50.0) == plan(1000, Reason.LOWEST_FEASIBLE, 2)
     assert (late.board.lost_requests, late.board.pending[1].lost, late.board.pending[2].lost) == (1, True, False)
 
 
@@ -217,26 +224,48 @@ def test_least_energy_switches_down_only_for_a_large_enough_saving():
         assert planned(controller(ClockPolicy.LEAST_ENERGY, min_saving=0.9), lower).mhz == best
 
 
-def test_a_known_load_prices_the_clocks_by_steady_power():
+def test_the_pace_is_renewed_with_the_requests_and_with_time():
     load = LoadEstimator(window_s=10.0)
     for n in range(200):
-        load.arrived(n / 4, 16, 16, Slo())
+        came(load, n / 4, 16, 16, Slo())
     clocks = ClockController(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY), load, Margins())
     busy = engine(sequence(1, 4, 32), table=table(SPEC))
     planned(clocks, busy, 50.0)
-    first = busy.steady
+    first = busy.hindsight
     assert first is not None
-    planned(clocks, busy, 50.5)
-    assert busy.steady is first
-    planned(clocks, busy, 51.0)
-    assert busy.steady is not first
+    for _ in range(12):
+        came(load, 50.2, 16, 16, Slo())
+    planned(clocks, busy, 51.5)
+    assert busy.hindsight is first
+    came(load, 51.5, 16, 16, Slo())
+    planned(clocks, busy, 51.6)
+    second = busy.hindsight
+    assert second is not first
+    planned(clocks, busy, 81.6)
+    assert busy.hindsight is second
+    planned(clocks, busy, 81.7)
+    assert busy.hindsight is not second
 
 
-def loaded(rate=4.0, **changes):
-    """A controller of least energy that knows a load, and may switch at once."""
+def test_until_outputs_have_ended_the_requests_at_hand_alone_choose_the_clock():
+    load = LoadEstimator(window_s=10.0)
+    for n in range(40):
+        load.arrived(request(n, 16, 16), n / 4, predicted_tokens=16, expected_tokens=16)
+    clocks = ClockController(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY), load, Margins())
+    busy = engine(sequence(1, 4, 32), table=table(SPEC))
+    planned(clocks, busy, 10.0)
+    assert busy.hindsight is None
+    for n in range(8):
+        load.finished(n, 16, 16)
+    planned(clocks, busy, 11.0)
+    assert busy.hindsight is not None
+
+
+def loaded(rate=4.0, together=1, **changes):
+    """A controller of least energy that knows a load, and may switch at once. So many requests came at a time."""
     load = LoadEstimator(window_s=10.0)
     for n in range(int(50 * rate)):
-        load.arrived(n / rate, 16, 16, Slo())
+        came(load, n // together * together / rate, 16, 16, Slo())
     plain = {"switch_latency_s": 0.0, "dwell_s": 0.0, "margin": 0.0, "reserve": 0.0}
     return ClockController(ThrottleOptions(policy=ClockPolicy.LEAST_ENERGY, **plain | changes), load, Margins())
 
@@ -246,10 +275,11 @@ def test_waiting_requests_count_as_requests_and_do_not_force_the_maximum_clock()
     for waiting in range(9):
         chosen = planned(loaded(rate=16.0), busy, 50.0, waiting=waiting)
         assert chosen == plan(
-            CLOCKS_MHZ[busy.steady.by_requests[min(1 + waiting, SPEC.max_batch)]], Reason.LEAST_ENERGY
+            CLOCKS_MHZ[busy.hindsight.by_requests[min(1 + waiting, busy.hindsight.by_requests.size - 1)]],
+            Reason.LEAST_ENERGY,
         )
         busy.target_mhz = 600
-    assert busy.steady.by_requests[-1] > busy.steady.by_requests[1]
+    assert busy.hindsight.by_requests[-1] > busy.hindsight.by_requests[1]
 
 
 @pytest.mark.parametrize(("above", "why"), [(1, Reason.NOT_WORTH), (2, Reason.LEAST_ENERGY)])
@@ -270,7 +300,7 @@ def test_time_is_left_for_the_first_token_of_the_next_request():
     for ticks, mhz in ((60, CLOCKS_MHZ[0]), (30, CLOCKS_MHZ[2]), (20, TOP_MHZ)):
         clocks = controller()
         for _ in range(2):
-            clocks._load.arrived(0.0, 4, 32, Slo(ttft_s=ticks / 1024))
+            came(clocks._load, 0.0, 4, 32, Slo(ttft_s=ticks / 1024))
         assert planned(clocks, engine(sequence(1, 4, 32))).mhz == mhz
 
 
@@ -279,7 +309,7 @@ def test_least_energy_leaves_time_for_a_prompt_a_switch_and_the_first_token_at_t
     for ticks, mhz in ((26, CLOCKS_MHZ[0]), (22, CLOCKS_MHZ[1]), (18, CLOCKS_MHZ[3]), (14, TOP_MHZ)):
         clocks = controller(ClockPolicy.LEAST_ENERGY, switch_latency_s=3 / 1024)
         for _ in range(2):
-            clocks._load.arrived(0.0, 4, 32, Slo(ttft_s=ticks / 1024))
+            came(clocks._load, 0.0, 4, 32, Slo(ttft_s=ticks / 1024))
         busy = engine(sequence(1, 4, 32), table=STEEP)
         assert planned(clocks, busy).mhz == mhz
 
@@ -287,7 +317,7 @@ def test_least_energy_leaves_time_for_a_prompt_a_switch_and_the_first_token_at_t
 def test_a_first_token_that_no_clock_gives_in_time_binds_no_clock():
     clocks = controller()
     for _ in range(2):
-        clocks._load.arrived(0.0, 4, 32, Slo(ttft_s=6 / 1024))  # the top clock takes 7 ticks for the prompt alone
+        came(clocks._load, 0.0, 4, 32, Slo(ttft_s=6 / 1024))  # the top clock takes 7 ticks for the prompt alone
     assert planned(clocks, engine(sequence(1, 4, 32))).mhz == CLOCKS_MHZ[0]
 
 

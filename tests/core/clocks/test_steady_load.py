@@ -7,11 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.toy import SPEC, spec, table
+from core.toy import SPEC, request, spec, table
 from throttllem.core.clocks.steady_load import Load, LoadEstimator, _quantile, settled, steady
 from throttllem.core.types import Slo
 
 TABLE = table(SPEC)
+
+
+def came(estimator, now_s, prompt, output, slo, sequences=1, key=None):
+    """One request, under the next unused id."""
+    one = request(estimator.seen if key is None else key, prompt, output, slo=slo, sequences=sequences)
+    estimator.arrived(one, now_s, predicted_tokens=output, expected_tokens=output)
+
 
 arrivals = st.lists(st.tuples(st.floats(0.0, 30.0), st.integers(1, 500), st.integers(1, 500)), min_size=1, max_size=40)
 
@@ -21,7 +28,7 @@ def test_equals_the_direct_sum(gaps, later_s, window_s):
     estimator, now_s, seen = LoadEstimator(window_s=window_s), 100.0, []
     for gap_s, prompt, output in gaps:
         now_s += gap_s
-        estimator.arrived(now_s, prompt, output, Slo())
+        came(estimator, now_s, prompt, output, Slo())
         seen.append((now_s, prompt, output))
     now_s += later_s
     load = estimator.load(now_s)
@@ -41,9 +48,9 @@ def test_equals_the_direct_sum(gaps, later_s, window_s):
 def test_several_sequences_are_as_many_requests():
     wide, single = LoadEstimator(window_s=10.0), LoadEstimator(window_s=10.0)
     for at_s, width in ((0.0, 1), (3.0, 4), (5.0, 2)):
-        wide.arrived(at_s, 10 * width, 20, Slo(), width)
+        came(wide, at_s, 10 * width, 20, Slo(), width)
         for _ in range(width):
-            single.arrived(at_s, 10 * width, 20, Slo())
+            came(single, at_s, 10 * width, 20, Slo())
     found, expected = wide.load(9.0), single.load(9.0)
     assert found.requests_per_s == pytest.approx(expected.requests_per_s)
     assert found.prompt_tokens == pytest.approx(expected.prompt_tokens)
@@ -53,7 +60,7 @@ def test_several_sequences_are_as_many_requests():
 def test_no_load_is_known_before_half_a_window():
     estimator = LoadEstimator(window_s=60.0)
     assert estimator.load(1000.0) is None
-    estimator.arrived(1000.0, 10, 10, Slo())
+    came(estimator, 1000.0, 10, 10, Slo())
     assert estimator.load(1029.9) is None
     assert estimator.load(1030.0) is not None
 
@@ -61,7 +68,7 @@ def test_no_load_is_known_before_half_a_window():
 def test_a_steady_rate_is_found_and_forgotten():
     estimator = LoadEstimator(window_s=10.0)
     for n in range(400):
-        estimator.arrived(n / 4, 30, 7, Slo())
+        came(estimator, n / 4, 30, 7, Slo())
     found = estimator.load(100.0)
     assert (found.requests_per_s, found.prompt_tokens, found.output_tokens) == (
         pytest.approx(4.0, rel=0.02),
@@ -74,7 +81,7 @@ def test_a_steady_rate_is_found_and_forgotten():
 def test_long_outputs_tight_slos_and_bursts():
     estimator = LoadEstimator(window_s=10.0)
     for n in range(400):
-        estimator.arrived(n / 4, 30, 100 if n % 40 == 0 else 10, Slo(e2e_s=[None, 9.0, 4.0][n % 3]))
+        came(estimator, n / 4, 30, 100 if n % 40 == 0 else 10, Slo(e2e_s=[None, 9.0, 4.0][n % 3]))
     found = estimator.load(100.0)
     # One output in forty is long: below the longest hundredth.
     assert (found.long_output_tokens, found.e2e_s) == (100.0, 4.0)
@@ -172,12 +179,12 @@ def test_a_long_answer_must_come_in_time():
 def test_inflated_predictions_are_corrected_by_what_finished_requests_say():
     estimator = LoadEstimator(window_s=60.0)
     for n in range(400):
-        estimator.arrived(n / 4, 30, 130, Slo(e2e_s=20.0))
+        came(estimator, n / 4, 30, 130, Slo(e2e_s=20.0))
     before = estimator.load(100.0)
     for _ in range(31):
-        estimator.finished(130, 100)
+        estimator.finished(-1, 130, 100)
     assert estimator.load(100.0) == before  # too few to be believed
-    estimator.finished(130, 100)
+    estimator.finished(-1, 130, 100)
     after = estimator.load(100.0)
     assert before is not None and after is not None
     assert (before.output_tokens, after.output_tokens) == pytest.approx((130.0, 100.0))
@@ -192,7 +199,7 @@ def test_the_quantile_is_numpys_to_the_bit(values, share):
 def test_long_outputs_are_those_that_came_out_at_the_fraction_for_which_slos_are_asked():
     estimator = LoadEstimator(window_s=60.0)
     for n in range(400):
-        estimator.arrived(n / 4, 30, 500, Slo(e2e_s=20.0, attainment=0.9))
-        estimator.finished(500, n + 1)
+        came(estimator, n / 4, 30, 500, Slo(e2e_s=20.0, attainment=0.9))
+        estimator.finished(-1, 500, n + 1)
     # Of the last 512 outputs, all 400 are known: one in ten is longer than 360 tokens.
     assert estimator.load(100.0).long_output_tokens == pytest.approx(360.1)

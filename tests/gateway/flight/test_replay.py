@@ -111,7 +111,7 @@ def test_progress_rises_to_the_end(tmp_path):
 
 
 def test_a_call_that_raised_is_recorded_and_raises_again(tmp_path, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise ZeroDivisionError("a fault in the field")
 
     world, recorder = recorded_world(tmp_path)

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from throttllem.core.clocks.first_tokens import late_first_tokens
+from throttllem.core.clocks.hindsight import Switching, known_well_enough, pace_in_hindsight, renewed
 from throttllem.core.clocks.policy import (
     Bools,
     ClockPolicy,
@@ -25,8 +25,8 @@ from throttllem.core.clocks.policy import (
     lowest_feasible,
     unmeetable,
 )
-from throttllem.core.clocks.request_chain import chain, least_energy_pace, open_clocks
-from throttllem.core.clocks.steady_load import Load, LoadEstimator, Steady, settled
+from throttllem.core.clocks.request_chain import chain
+from throttllem.core.clocks.steady_load import LoadEstimator, Steady, settled
 from throttllem.core.engine_state import EngineState
 from throttllem.core.forecast.horizon import Horizon, look_ahead
 from throttllem.core.forecast.margins import InForce, Margins
@@ -36,7 +36,8 @@ from throttllem.core.forecast.table_drift import Span
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, SetClock
 
 _LEAST_STEPS_DOWN = 2
-_LATE_FIRST_TOKENS = 0.005
+_RENEW_S = 30.0
+"""Time between two searches for the pace."""
 
 
 class ClockController:
@@ -203,8 +204,10 @@ class ClockController:
             cost = ahead.joules(table, spec.idle_w)
             plan = self._after_dwell(engine, least_energy(holds, cost, spec, binding), now_s)
             return self._if_worth_it(engine, spec, plan, cost)
-        requests = min(len(engine.board) + waiting, steady.by_requests.size - 1)
-        plan = at_least(holds, int(steady.by_requests[requests]), spec, binding)
+        assert engine.hindsight is not None
+        by_requests = engine.hindsight.by_requests
+        column = int(by_requests[min(len(engine.board) + waiting, by_requests.size - 1)])
+        plan = at_least(holds, column, spec, binding)
         return self._if_steps_down(engine, spec, self._after_dwell(engine, plan, now_s))
 
     def _first_token_in_time(
@@ -246,37 +249,34 @@ class ClockController:
         return delays
 
     def _steady(self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, now_s: float) -> Steady | None:
-        """What the load means if it goes on; None while it is unknown, or too much for every clock."""
-        if now_s - engine.steady_at_s >= self.options.replan_s:
-            load = self._load.load(now_s)
-            engine.steady = None if load is None else self._settled(engine, spec, table, load)
+        """What the load means if it goes on; None while it is unknown, or too much for every clock. With it the pace
+        of the engine is renewed.
+        """
+        before = engine.hindsight
+        age_s = now_s - engine.steady_at_s
+        if age_s >= self.options.replan_s and (
+            before is None or age_s > _RENEW_S or renewed(self._load, before.requests)
+        ):
             engine.steady_at_s = now_s
-        return engine.steady
-
-    def _settled(self, engine: EngineState, spec: EngineSpec, table: PerformanceTable, load: Load) -> Steady:
-        keep = self._in_force(engine)
-        found = settled(load, table, spec)
-        states = chain(load, table, spec)
-        if states is None:
-            return replace(found, by_requests=np.full(1, len(spec.clocks_mhz) - 1, dtype=np.int64))
-        is_open = open_clocks(load, states, engine.board.tightest_tbt_s() * (1.0 - keep.margin))
-        pace = least_energy_pace(load, states, is_open, spec, reserve=keep.reserve)
-        if math.isfinite(self._load.first_token[0]):
-            batch = max(1, min(round(pace.mean_requests), spec.max_batch))
-            late = late_first_tokens(
-                self._load.recent,
+            engine.steady = engine.hindsight = None
+            load = self._load.load(now_s)
+            states = None if load is None else chain(load, table, spec)
+            if load is None or states is None or not known_well_enough(self._load):
+                return None
+            engine.steady = settled(load, table, spec)
+            maximum_s = engine.switch_latency.to_s(spec.clocks_mhz, spec.clocks_mhz[-1], self.options.switch_latency_s)
+            engine.hindsight = pace_in_hindsight(
+                self._load,
+                load,
+                states,
                 table,
                 spec,
-                batch=batch,
-                kv_blocks=round(batch * states.kv_blocks),
-                keep=1.0 - keep.margin,
-                switch_latency_s=engine.switch_latency.to_s(
-                    spec.clocks_mhz, spec.clocks_mhz[-1], self.options.switch_latency_s
-                ),
+                external=engine.board.external,
+                switching=Switching(latency_s=maximum_s, dwell_s=self.options.dwell_s, fewest_steps=_LEAST_STEPS_DOWN),
+                keep=1.0 - self._in_force(engine).learned,
             )
-            is_open &= late <= late[-1] + _LATE_FIRST_TOKENS
-            pace = least_energy_pace(load, states, is_open, spec, reserve=keep.reserve)
-        return replace(found, by_requests=np.concatenate([pace.column[:1], pace.column]))
+            self._margins.note_maximum(engine.hindsight.at_maximum)
+        return engine.steady
 
     def _after_dwell(self, engine: EngineState, plan: FrequencyPlan, now_s: float) -> FrequencyPlan:
         """A lower clock waits until the last one has been in force for the minimum dwell."""

@@ -112,7 +112,7 @@ def least_energy_pace(load: Load, states: Chain, is_open: Bools, spec: EngineSpe
 
     `is_open` (requests, clocks): which clocks may be chosen; the maximum is where none may.
     """
-    rate = min(load.requests_per_s, _MOST_USE * float(states.leave_per_s[-1].max()))
+    rate = most_rate(load, states)
     is_open = is_open.copy()
     is_open[:, -1] |= ~is_open.any(axis=1)
     leave_per_s, watts = by_clock(states, is_open)
@@ -134,6 +134,11 @@ def least_energy_pace(load: Load, states: Chain, is_open: Bools, spec: EngineSpe
         middle = (low + high) // 2
         low, high = (low, middle) if priced(float(_PRICES_W[middle]), watts)[1] <= most_s else (middle + 1, high)
     return priced(float(_PRICES_W[low]), watts)[0]
+
+
+def most_rate(load: Load, states: Chain) -> float:
+    """Requests per second of the load, or the most under which a chain settles."""
+    return min(load.requests_per_s, _MOST_USE * float(states.leave_per_s[-1].max()))
 
 
 def by_clock(states: Chain, is_open: Bools) -> tuple[Floats, Floats]:

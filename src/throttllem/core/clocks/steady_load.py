@@ -26,13 +26,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from throttllem.core.forecast.performance_table import PerformanceTable
-from throttllem.core.types import EngineSpec, Slo
+from throttllem.core.types import EngineSpec, Request
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -62,6 +63,25 @@ class Load:
     e2e_s: float | None
 
 
+class Recent(IntEnum):
+    """What is kept of a recent request, in this order: when it came, its prompt and what of it is cached, its output as
+    predicted, and as it was (what is expected, until it has ended), sequences, SLOs (inf: none), the attainment asked
+    and the index of its SLO class.
+    """
+
+    ARRIVAL_S = 0
+    PROMPT_TOKENS = 1
+    CACHED_TOKENS = 2
+    PREDICTED_TOKENS = 3
+    OUTPUT_TOKENS = 4
+    SEQUENCES = 5
+    E2E_S = 6
+    TTFT_S = 7
+    TBT_S = 8
+    ATTAINMENT = 9
+    SLO_CLASS = 10
+
+
 @dataclass(slots=True, kw_only=True)
 class LoadEstimator:
     """Exponentially weighted arrivals with time constant `window_s`; unbiased from the first second on.
@@ -70,9 +90,9 @@ class LoadEstimator:
     than the fraction of outputs for which an SLO is asked to hold. Predictions are inflated on purpose;
     the inflation that finished requests show is taken out again, or a safe prediction would look like a high load.
     `first_s`, `last_s`: the first and the last arrival. `sums`: weighted requests, prompt tokens, output tokens.
-    `recent` requests: output tokens, E2E SLO, prompt tokens, TTFT SLO, arrival, attainment asked. `first_token`: the
-    tightest TTFT SLO among them, seconds (inf: none), and their long prompts, tokens. `outputs`: tokens of the requests
-    that ended last.
+    `recent` requests by id, each with its values in the order of `Recent`; `classes`: SLO classes by their index.
+    `first_token`: the tightest TTFT SLO among them, seconds (inf: none), and their long prompts, tokens. `outputs`:
+    tokens of the requests that ended last.
     """
 
     window_s: float
@@ -80,7 +100,8 @@ class LoadEstimator:
     last_s: float = 0.0
     sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
     seen: int = 0
-    recent: deque[tuple[int, float, int, float, float, float]] = field(default_factory=deque)
+    recent: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
     first_token: tuple[float, int] = (math.inf, 0)
     done: int = 0
     predicted_tokens: float = 0.0
@@ -88,18 +109,35 @@ class LoadEstimator:
     outputs: deque[int] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self.recent = deque(self.recent, _RECENT)
         self.outputs = deque(self.outputs, _RECENT)
 
-    def arrived(self, now_s: float, prompt_tokens: int, output_tokens: int, slo: Slo, sequences: int = 1) -> None:
-        """One request came in, with its predicted output and its SLOs; it counts as many requests as `sequences`."""
-        self.recent.append(
-            (output_tokens, slo.e2e_s or math.inf, prompt_tokens, slo.ttft_s or math.inf, now_s, slo.attainment)
+    def arrived(self, request: Request, now_s: float, *, predicted_tokens: int, expected_tokens: int) -> None:
+        """One request came in, with its output as predicted and as expected; it counts as many requests as it has
+        sequences.
+        """
+        slo, sequences, prompt_tokens = request.slo, request.sequences, request.prompt_tokens
+        if request.slo_class not in self.classes:
+            self.classes = (*self.classes, request.slo_class)
+        if len(self.recent) >= _RECENT:
+            del self.recent[next(iter(self.recent))]
+        self.recent[request.id] = (
+            now_s,
+            prompt_tokens,
+            min(request.cached_prompt_tokens, prompt_tokens - 1),
+            predicted_tokens,
+            expected_tokens,
+            sequences,
+            slo.e2e_s or math.inf,
+            slo.ttft_s or math.inf,
+            slo.tbt_s or math.inf,
+            slo.attainment,
+            self.classes.index(request.slo_class),
         )
         self.seen += 1
         if self.seen % _REFRESH == 1:
-            prompts_tokens, ttft_s = np.array(self.recent)[:, 2:4].T
-            self.first_token = (float(ttft_s.min()), math.ceil(_quantile(prompts_tokens, _LONG)))
+            recent = self.recent_requests()
+            long_tokens = _quantile(recent[:, Recent.PROMPT_TOKENS], _LONG)
+            self.first_token = (float(recent[:, Recent.TTFT_S].min()), math.ceil(long_tokens))
         if self.first_s is None:
             self.first_s = self.last_s = now_s
         keep = math.exp(-(now_s - self.last_s) / self.window_s)
@@ -107,17 +145,29 @@ class LoadEstimator:
         self.sums = (
             n * keep + sequences,
             prompts * keep + sequences * prompt_tokens,
-            outputs * keep + sequences * output_tokens,
+            outputs * keep + sequences * predicted_tokens,
         )
         self.last_s = now_s
 
-    def finished(self, predicted_tokens: int, output_tokens: int) -> None:
+    def finished(self, request_id: int, predicted_tokens: int, output_tokens: int) -> None:
         """One request ended, with what was predicted and what came out."""
         keep = 1.0 - 1.0 / _RECENT
         self.done += 1
         self.predicted_tokens = keep * self.predicted_tokens + predicted_tokens
         self.output_tokens = keep * self.output_tokens + output_tokens
         self.outputs.append(output_tokens)
+        known = self.recent.get(request_id)
+        if known is not None:
+            at = Recent.OUTPUT_TOKENS
+            self.recent[request_id] = (*known[:at], max(1, output_tokens), *known[at + 1 :])
+
+    def dropped(self, request_id: int) -> None:
+        """One was rejected, cancelled or lost: what it would have been is not known."""
+        self.recent.pop(request_id, None)
+
+    def recent_requests(self) -> Floats:
+        """The recent requests in the order of their arrival, shape (requests, values of `Recent`)."""
+        return np.array(list(self.recent.values()), dtype=np.float64).reshape(-1, len(Recent))
 
     def load(self, now_s: float) -> Load | None:
         """The load as it stands; None before half a window has been seen, or `_FEW` requests."""
@@ -128,18 +178,21 @@ class LoadEstimator:
         n, prompts, outputs = self.sums
         seen_s = self.window_s * (1.0 - math.exp(-(now_s - self.first_s) / self.window_s))
         keep = math.exp(-(now_s - self.last_s) / self.window_s)
-        recent = np.array(self.recent)
-        e2e_s, rate = float(recent[:, 1].min()), n * keep / seen_s
-        long_tokens, truth = _quantile(recent[:, 0], _LONG), 1.0
+        recent = self.recent_requests()
+        if not recent.size:
+            return None
+        predicted_tokens = recent[:, Recent.PREDICTED_TOKENS]
+        e2e_s, rate = float(recent[:, Recent.E2E_S].min()), n * keep / seen_s
+        long_tokens, truth = _quantile(predicted_tokens, _LONG), 1.0
         if self.done >= _ENOUGH:
             truth = self.output_tokens / self.predicted_tokens
-            long_tokens = _quantile(np.array(self.outputs, dtype=np.float64), float(recent[:, 5].max()))
+            long_tokens = _quantile(np.array(self.outputs, dtype=np.float64), float(recent[:, Recent.ATTAINMENT].max()))
         return Load(
             requests_per_s=rate,
             prompt_tokens=prompts / n,
             output_tokens=truth * outputs / n,
             long_output_tokens=long_tokens,
-            burst=_burst(recent[:, 0], rate * (e2e_s if math.isfinite(e2e_s) else self.window_s)),
+            burst=_burst(predicted_tokens, rate * (e2e_s if math.isfinite(e2e_s) else self.window_s)),
             e2e_s=e2e_s if math.isfinite(e2e_s) else None,
         )
 
@@ -163,14 +216,10 @@ def _burst(output_tokens: Floats, requests: float) -> float:
 class Steady:
     """What a load means if it goes on: mean watts of the engine at each clock, inf where the clock does not hold it,
     and the factor by which prompts that are yet to come stretch every iteration, shape (clocks,) each.
-
-    `by_requests`: column of the clock for 0, 1, ... requests in the system (`request_chain`); beyond its end the last
-    counts.
     """
 
     watts: Floats
     stretch: Floats
-    by_requests: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 def steady(load: Load, table: PerformanceTable, spec: EngineSpec, *, reserve: float) -> Steady:

@@ -4,53 +4,51 @@ fraction of them shall meet it, and what is kept beyond that costs energy.
 Knows nothing of clocks, tables and engines: outcomes in, margins out.
 """
 
-# The theory is adaptive conformal inference (Gibbs and Candes, NeurIPS 2021), as for the bounds of output lengths.
+# Asked is that a fraction q of a class's requests meet their SLO: of those that the maximum clock would serve in time,
+# since no clock is responsible for the others. So a = 1 - q x (their share) may violate it. What is violated beyond
+# that is *owed*: up by 1 - a with a violation, down by a with every request that meets its SLO, never below none.
 #
-# Asked is that a fraction q of a class's requests meet their SLO; a = 1 - q may violate it. With every request that
-# ends the margin moves: up by (1 - a) of a STEP after a violation, down by a of a STEP otherwise. On the mean it stands
-# still where the fraction a violates, whatever the errors are: they may drift, come in bursts, or be an adversary's.
+# While no more than TOLERATED are owed nothing is done: by chance alone there are as many. Beyond that a margin of GAIN
+# for each is kept free of every time budget, up to MOST, where clocks are about at their maximum.
 #
-# How sure that is. In any n requests in a row with E violations while the margin was more than a step below the MOST,
-# it rose by at least (1 - a) STEP E - a STEP (n - E), and it cannot rise by more than MOST - LEAST. So
+# How sure that is. Owed violations only rise where a share of more than a violates. Say a margin m would be enough that
+# only a share a does, whatever the reason: a wrong model, longer outputs, another client. Then no more than
 #
-#     E / n  <=  a + (MOST - LEAST) / (STEP n),
+#     TOLERATED + m / GAIN + 1
 #
-# here a + 10 / n: over a thousand requests one point more than asked. While the margin is above LEAST the same holds
-# from below: what is allowed is used. At the MOST the clock is about the maximum, and there is nothing left to give; at
-# LEAST even less margin would do, and there is no more to save.
+# are ever owed, besides those of requests that were planned already: with m at MOST, 20. Over n requests that is a
+# share of 20 / n beyond what was asked, however errors are distributed, drift or come in bursts. Where less margin is
+# enough again, the debt is paid off at a for each request, and the margin shrinks with it. (A margin that rises and
+# falls by a step, as in adaptive conformal inference (Gibbs and Candes, NeurIPS 2021), has the same kind of bound. It
+# came back several times slower after a burst of violations: docs/decisions.md.) At MOST more debt would teach nothing
+# more, so no more is counted: what a long disturbance violated is not saved up for the time after it.
 #
-# Debt. Where a shift needs a higher margin, the violations that taught it would never be made up for: the share comes
-# to a from above. So violations beyond what is allowed are *owed* (up by 1 - a or down by a with every request, never
-# below none), and while more than _TOLERATED are, the margin moves as if a / 2 were allowed. In n requests during which
-# that is so, E is at most a n / 2 + 10, so it ends after 20 / a requests at the latest, 2,000 of them for q = 0.99.
-#
-# Causes. A margin that is only raised and lowered as a whole keeps for ever what one bad hour taught. So each cause has
-# a part of its own, which a violation by that cause raises:
-# - `model`: iterations or their order were not as projected. It is in force always.
+# Causes. A margin that is only raised and lowered as a whole would keep what one bad hour taught from every budget. So
+# violations are owed by cause:
+# - `model`: iterations or their order were not as projected. Its margin is in force always.
 # - `length`: the output was longer than predicted. Taken from E2E deadlines only: TBT and TTFT do not suffer.
 # - `load`: other clients used the engine, or something held its GPUs down. In force only while that is so; the requests
 #   that ran meanwhile are counted for this part only.
 # - `admission`: the clock was at its maximum throughout, so only the requests beside it were too many. In force at
 #   admission, where requests may be rejected.
-# The first two are one sum, `load` and `admission` stand alone; the bound above holds for each of the three.
+# The first two are one debt, `load` and `admission` stand alone; the bound above holds for each of the three.
 #
 # The clocks learn only from requests during which a lower clock than the maximum was in force. The maximum violates
 # some SLOs too, which no margin would have met; and that others met theirs there shows nothing about a lower one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-STEP = 0.05
-"""How far one violation moves a margin, as a fraction of the time budget."""
-LEAST, MOST = -0.15, 0.35
-"""Bounds of what is learned, on top of the margin that was begun with. Below none: most outputs end before the bound
-that is planned with, so a plan that ends a little late is in time.
-"""
-_TOLERATED = 2.0
-"""Violations beyond what is allowed that are owed without consequence: by chance alone there are as many."""
+GAIN = 0.02
+"""Fraction of every time budget that is kept free for each violation that is owed beyond those tolerated."""
+MOST = 0.35
+"""The largest margin that is learned, on top of the one that was begun with."""
+TOLERATED = 2.0
+"""Violations that are owed without consequence."""
+_MOST_OWED = TOLERATED + MOST / GAIN + 1.0
 _RECENT_REQUESTS = 500.0
 """Requests over which the recent attainment fades."""
 
@@ -89,11 +87,13 @@ class Outcome:
 
 @dataclass(slots=True, kw_only=True)
 class ClassMargins:
-    """One SLO class: the attainment `asked`, what was learned by cause, the violations `owed`, and the requests that
-    ended and met their SLO, ever and (fading) of late.
+    """One SLO class: the attainment `asked`, and the share of its requests that the maximum clock serves in time, of
+    which it is asked; the violations owed, by cause and (whatever the cause, and at whatever clock) in total; and the
+    requests that ended and met their SLO, ever and (fading) of late.
     """
 
     asked: float
+    at_maximum: float = 1.0
     model: float = 0.0
     length: float = 0.0
     load: float = 0.0
@@ -104,52 +104,71 @@ class ClassMargins:
     recent_ended: float = 0.0
     recent_met: float = 0.0
 
+    @property
+    def allowed(self) -> float:
+        """The share of requests that may violate their SLO."""
+        return 1.0 - self.asked * self.at_maximum
+
     def count(self, met: bool) -> None:
         """One more request ended."""
         keep = 1.0 - 1.0 / _RECENT_REQUESTS
         self.ended += 1
         self.met += met
-        self.owed = max(0.0, self.owed + (not met) - (1.0 - self.asked))
+        self.owed = max(0.0, self.owed + (not met) - self.allowed)
         self.recent_ended = keep * self.recent_ended + 1.0
         self.recent_met = keep * self.recent_met + met
 
     def learn(self, outcome: Outcome, *, clocks: bool, admission: bool) -> None:
-        """Move the parts that this outcome is evidence for, of those of the clocks and of admission that may learn."""
-        violating = (1.0 - self.asked) / (2.0 if self.owed > _TOLERATED else 1.0)
-        up, down = STEP * (1.0 - violating), STEP * violating
+        """Count what is owed by the causes that this outcome is evidence for, of those that may learn."""
         cause = outcome.cause
         if admission and outcome.in_time:
-            self.admission = _moved(self.admission, up if cause is Cause.ADMISSION else -down)
+            self.admission = _owed(self.admission, cause is Cause.ADMISSION, 1.0 - self.asked)
         if not clocks or cause is None or cause is Cause.ADMISSION:
             return
         if cause is Cause.LOAD:
-            self.load = _moved(self.load, -down if outcome.met else up)
+            self.load = _owed(self.load, not outcome.met, self.allowed)
             return
         total = self.model + self.length
-        moved = _moved(total, -down if outcome.met else up) - total
+        change = _owed(total, not outcome.met, self.allowed) - total
         if not outcome.met:
-            self.length += moved if cause is Cause.LENGTH else 0.0
-            self.model += moved if cause is Cause.MODEL else 0.0
-            return
-        # What was learned shrinks in proportion, as neither part is known to be the one that is not needed.
-        length = min(self.length, -moved * self.length / total) if self.length > 0 and total > 0 else 0.0
-        self.length -= length
-        self.model += moved + length
+            self.length += change if cause is Cause.LENGTH else 0.0
+            self.model += change if cause is Cause.MODEL else 0.0
+        elif total > 0.0:  # paid off in proportion, as neither is known to be the one that is over
+            self.length += change * self.length / total
+            self.model = max(0.0, total + change - self.length)
+
+    def margin(self, cause: Cause) -> float:
+        """The margin for a cause."""
+        match cause:
+            case Cause.LOAD:
+                return _margin(self.load)
+            case Cause.ADMISSION:
+                return _margin(self.admission)
+        total = self.model + self.length
+        owed = self.length if cause is Cause.LENGTH else self.model
+        return _margin(total) * owed / total if total > 0.0 else 0.0
 
 
-def _moved(margin: float, by: float) -> float:
-    return min(max(margin + by, LEAST), MOST)
+def _owed(owed: float, violated: bool, allowed: float) -> float:
+    """What is owed after one more request."""
+    return min(max(0.0, owed + violated - allowed), _MOST_OWED)
+
+
+def _margin(owed: float) -> float:
+    return min(GAIN * max(0.0, owed - TOLERATED), MOST)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InForce:
     """What an engine's clock must keep free: `margin` of every remaining time budget; `reserve` of each request's E2E
-    SLO before its deadline. Where the reserve is used up, `spent` of the remaining time instead of `margin`.
+    SLO before its deadline. Where the reserve is used up, `spent` of the remaining time instead of `margin`. `learned`:
+    what of it was learned, all causes.
     """
 
     margin: float
     reserve: float
     spent: float
+    learned: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,23 +205,33 @@ class Margins:
         if learns:
             found.learn(outcome, clocks=self.clocks, admission=self.admission)
 
+    def note_maximum(self, at_maximum: Mapping[str, float]) -> None:
+        """By class, the share of requests that the maximum clock would have served in time."""
+        for name, share in at_maximum.items():
+            if name in self.by_class:
+                self.by_class[name].at_maximum = share
+
     def of_clocks(self, classes: Iterable[str], *, margin: float, reserve: float, disturbed: bool) -> InForce:
         """What an engine with requests of these classes keeps free, having begun with `margin` and `reserve`: as much
         as the class that needs most of it.
         """
-        known = [held for name in classes if (held := self.by_class.get(name)) is not None]
-        pace = whole = LEAST if known else 0.0
-        for held in known:
-            here = held.model + (held.load if disturbed else 0.0)
-            pace, whole = max(pace, here), max(whole, here + held.length)
+        pace = whole = 0.0
+        for name in classes:
+            held = self.by_class.get(name)
+            if held is not None:
+                here = held.margin(Cause.MODEL) + (held.margin(Cause.LOAD) if disturbed else 0.0)
+                pace, whole = max(pace, here), max(whole, here + held.margin(Cause.LENGTH))
         return InForce(
-            margin=_bounded(margin + pace), reserve=_bounded(reserve + whole), spent=_bounded(margin + whole)
+            margin=_bounded(margin + pace),
+            reserve=_bounded(reserve + whole),
+            spent=_bounded(margin + whole),
+            learned=whole,
         )
 
     def of_admission(self, classes: Iterable[str], margin: float) -> float:
         """What admission keeps free of the remaining time of requests of these classes."""
-        learned = [held.admission for name in classes if (held := self.by_class.get(name)) is not None]
-        return max(0.0, _bounded(margin + max(learned, default=0.0)))
+        learned = [held.margin(Cause.ADMISSION) for name in classes if (held := self.by_class.get(name)) is not None]
+        return _bounded(margin + max(learned, default=0.0))
 
     def view(self) -> tuple[ClassAttainment, ...]:
         """All classes, for telemetry."""
@@ -214,11 +243,11 @@ class Margins:
                 had_recently=held.recent_met / held.recent_ended if held.recent_ended else None,
                 owed=held.owed,
                 ended=held.ended,
-                learned=tuple((cause, getattr(held, cause.value)) for cause in Cause),
+                learned=tuple((cause, held.margin(cause)) for cause in Cause),
             )
             for name, held in sorted(self.by_class.items())
         )
 
 
 def _bounded(margin: float) -> float:
-    return min(max(margin, LEAST), 0.9)
+    return min(margin, 0.9)
