@@ -31,7 +31,8 @@ class AdmissionOptions:
     """Fraction of every remaining time budget that admission keeps free for the model's error (0: the paper)."""
     patience: float = 0.2
     """Fraction of its E2E SLO (of its TTFT SLO, if that is shorter) for which a request may wait for the SLOs of
-    others; then it joins as soon as KV and batch allow, or a long queue would never drain (infinite: the paper)."""
+    others; then it joins as soon as KV and batch allow, or a long queue would never drain (infinite: the paper). With
+    `least-energy` none waits for that, unless unmeetable requests are rejected."""
     queue_limit: int = 10_000
     """Requests that may wait before more are rejected."""
     unmeetable: Unmeetable = Unmeetable.SERVE

@@ -112,11 +112,11 @@ class ThrottleOptions:
     replan_s: float = 1.0
     """Longest time between two plans while requests run."""
     margin: float = 0.05
-    """Fraction of every remaining time budget that is kept free for the model's error. The initial margin of
-    `least-energy`, which then learns it (`slo.attainment`); fixed for `throttllem` (0: the paper)."""
+    """Fraction of every remaining time budget that is kept free for the model's error. With `least-energy` what it
+    learns is added (`slo.attainment`); fixed for `throttllem` (0: the paper)."""
     reserve: float = 0.05
     """Fraction of a request's E2E SLO that a clock must leave before its deadline, E2E or TBT (of a TBT deadline at
-    most a tenth), for the prompts of later requests. Initial and then learned, or fixed, as `margin` (0: the paper)."""
+    most a tenth), for the prompts of later requests. Added to or fixed, as `margin` (0: the paper)."""
 
     def __post_init__(self) -> None:
         check("throttle", switch_latency_s=(self.switch_latency_s, 0, 60), dwell_s=(self.dwell_s, 0, 3600))
