@@ -1,6 +1,7 @@
 """Profiling a live engine: the measured iterations follow its law, however they are timed and interrupted."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 
@@ -25,7 +26,7 @@ from throttllem.profiling.profile import is_quick, read_profile
 from throttllem.profiling.score import score_profile
 from throttllem.profiling.train import settings_for
 
-from .testbed import CLOCKS, Law, Silent, engine_and_gpu, modelled, virtually
+from .testbed import CLOCKS, SMALL, Law, Silent, engine_and_gpu, modelled, virtually
 
 PLAN = LivePlan(points=7, steps=3, bursts=3)
 
@@ -95,6 +96,30 @@ def test_an_engine_without_reports_is_measured_by_its_streams(tmp_path):
     prompts = frame.filter(pl.col("prompts") > 0)
     assert prompts.height > 15
     assert prompts.filter(pl.col("batch") == 1).height >= 4 * len(CLOCKS)
+
+
+@pytest.mark.parametrize("reports", [True, False], ids=["steps", "streams"])
+def test_a_batch_is_held_however_slowly_its_requests_begin(tmp_path, reports):
+    """The last of eight begins when the first has its planned output."""
+
+    class Slow(Silent):
+        @contextlib.asynccontextmanager
+        async def open(self, call):
+            self.open_now += 1
+            try:
+                await asyncio.sleep(0.5 * (self.open_now - 1))
+                async with self.engine.open(call) as reply:
+                    yield reply
+            finally:
+                self.open_now -= 1
+
+        async def watch(self, tell):
+            await (self.engine.watch(tell) if reports else super().watch(tell))
+
+    frame = profiled(tmp_path / "p.csv", engine=Slow)
+    rows = frame.filter((pl.col("batch") == SMALL["max_batch"]) & (pl.col("prompts") == 0))
+    # Where the cache is full of contexts, there is no room for longer outputs.
+    assert (rows["kv_blocks"] < SMALL["kv_blocks"] / 2).sum() >= PLAN.steps * len(CLOCKS)
 
 
 def test_a_modelled_gpu_is_named_and_has_every_clock(tmp_path):

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -120,6 +120,20 @@ def live_points(spec: EngineSpec, plan: LivePlan) -> list[LivePoint]:
     if not points:
         raise ValueError("the engine is too small to be profiled: its context or KV cache holds no request")
     return points
+
+
+def longer(point: LivePoint, spec: EngineSpec) -> LivePoint | None:
+    """The same with outputs of twice the tokens, or as many as its prompts and bursts leave room for; None: no more.
+
+    An engine may give a first request its whole output before it has begun the last one of a batch.
+    """
+    if not point.batch:
+        return None
+    bursts = max((burst.count * blocks(burst.tokens + BURST_OUTPUT_TOKENS, spec) for burst in point.bursts), default=0)
+    held = (spec.kv_blocks - bursts) // point.batch * spec.block_tokens
+    most = min(held, spec.max_context_tokens) - point.context_tokens
+    output = min(2 * point.output_tokens, most)
+    return replace(point, output_tokens=output) if output > point.output_tokens else None
 
 
 def _all_points(spec: EngineSpec, plan: LivePlan) -> Iterator[LivePoint]:

@@ -27,7 +27,14 @@ from throttllem.profiling.live.iterations import (
     prefill_steps,
 )
 from throttllem.profiling.live.load import EngineLoad, ExternalLoadError, Prompts, Stream, now
-from throttllem.profiling.live.plan import BURST_OUTPUT_TOKENS, LONE_OUTPUT_TOKENS, LivePlan, LivePoint, live_points
+from throttllem.profiling.live.plan import (
+    BURST_OUTPUT_TOKENS,
+    LONE_OUTPUT_TOKENS,
+    LivePlan,
+    LivePoint,
+    live_points,
+    longer,
+)
 
 Progress = Callable[[str, float], None]
 """Called with the work in progress and the share that is done (0 to 1)."""
@@ -178,11 +185,17 @@ class LiveProfiler:
         return rows
 
     async def _point(self, point: LivePoint) -> Rows:
-        """Its iterations; measured again if another client used the engine meanwhile."""
+        """Its iterations; measured again if another client used the engine meanwhile, and with longer outputs if some
+        ended before all had begun.
+        """
         for attempt in range(TRIES):
             try:
                 await self._load.idle()
                 rows = await (self._batch(point) if point.batch else self._lone(point))
+                while not rows and (more := longer(point, self.spec)) is not None:
+                    self._load.check()
+                    await self._load.idle()
+                    point, rows = more, await self._batch(more)
                 self._load.check()
                 if self.summary.by == STREAMS and any(report.accepted_tokens for report in self._load.reports):
                     raise EngineError(_NO_STEPS, status=503)
