@@ -29,7 +29,7 @@ gpus.set_gpu_locked_clocks(0, 900, 900)
 gpus.set_power_management_limit(1, 300_000)
 monitor = ZeusMonitor(cpu_indices=[])
 monitor.begin_window("all", sync_execution=False)
-time.sleep(1)
+time.sleep(2)
 measured = monitor.end_window("all", sync_execution=False)
 found |= {"j": measured.gpu_energy, "s": measured.time}
 found |= {"w": gpus.get_instant_power_usage(0) / 1000, "average": gpus.get_average_power_usage(0) / 1000}
@@ -52,7 +52,9 @@ async def main():
     assert await collector.is_url_reachable()
     await collector.initialize()
     await collector.start()
-    await asyncio.sleep(0.5)
+    async with asyncio.timeout(60):
+        while len(records) < 6:
+            await asyncio.sleep(0.05)
     await collector.stop()
     print(json.dumps([record.model_dump(exclude_none=True) for record in records], default=str))
 asyncio.run(main())
@@ -106,7 +108,7 @@ def test_zeus_measures_and_sets(python, machine):
     assert found["clocks"] == sorted(part.clocks_mhz, reverse=True)
     assert found["w"] == pytest.approx(busy_w, rel=1e-3)
     assert found["celsius"] == 40
-    # The counter moves every 100 ms: up to one step is missing or too much, and the switch is in the window.
+    # The counter moves every 100 ms: up to one step of 2 s is missing or too much, and the switch is in the window.
     assert found["j"]["0"] == pytest.approx(busy_w * found["s"], rel=0.12)
     assert found["j"]["1"] == pytest.approx(part.idle_w * found["s"], rel=0.12)
     assert (first.lock, denied) == ((900, 900), "denied\n")

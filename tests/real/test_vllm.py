@@ -17,6 +17,7 @@ from throttllem.openai_api.requests import CHAT, COMPLETIONS, parse_request
 from tools.testbed.engines.vllm import MODEL
 
 pytestmark = pytest.mark.real
+OUTPUT_TOKENS = 400
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,9 @@ def test_steps_agree_with_the_streams_and_the_metrics(server):
             before = total(await page(there.url), "vllm:iteration_tokens_total_count")
             told.clear()
             prompts = [f"number {index} " * 20 for index in range(16)]
-            await asyncio.gather(*(whole(engine, call(body=body(64, prompt=prompt))) for prompt in prompts))
+            # The first must run until the last has come to it, also where a step takes a millisecond.
+            await asyncio.gather(*(whole(engine, call(body=body(OUTPUT_TOKENS, prompt=prompt))) for prompt in prompts))
+            await eventually(lambda: told[-1].running == 0)
             await asyncio.sleep(0.3)
             after = total(await page(there.url), "vllm:iteration_tokens_total_count")
             steps = [report for report in told if report.step is not None]
@@ -107,7 +110,7 @@ def test_steps_agree_with_the_streams_and_the_metrics(server):
             assert numbers[-1] - numbers[0] + 1 <= len(steps) + engine.steps.lost
             assert abs((numbers[-1] - numbers[0] + 1) - (after - before)) <= 1
             if not engine.steps.lost:
-                assert sum(report.generated_tokens for report in steps) == 16 * 64
+                assert sum(report.generated_tokens for report in steps) == 16 * OUTPUT_TOKENS
             assert max(report.running for report in steps) == 16
             assert (steps[-1].running, steps[-1].waiting, steps[-1].kv_blocks) == (0, 0, 0)
             assert all(0 < report.seconds < 5 for report in steps if report.seconds is not None)
@@ -160,7 +163,7 @@ def test_bytes_are_those_of_the_engine(server, stream, chat):
             return dict(reply.headers)["content-type"], data
 
     # Now and then vLLM puts two tokens into one event of its own accord; then only the text is the same.
-    for _ in range(10):
+    for _ in range(40):
         (kind, theirs), (our_kind, ours) = asyncio.run(direct()), asyncio.run(through())
         assert (our_kind, texts(ours)) == (kind, texts(theirs))
         if plain(ours) == plain(theirs):
