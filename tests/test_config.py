@@ -1,5 +1,7 @@
 """Options that cannot be used are refused with their name and what would do."""
 
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -97,3 +99,28 @@ def test_step_reports_that_any_local_user_could_send_are_refused(tmp_path):
         EngineEntry(kind="openai", url=url, stats="127.0.0.1:9911")
     EngineEntry(kind="openai", url=url, stats="127.0.0.1:9911", stats_secret=tmp_path / "secret")
     EngineEntry(kind="openai", url=url, stats="./steps.sock")
+
+
+def test_a_command_has_the_values_of_its_entry_and_leaves_other_braces_alone():
+    command = """vllm serve {model} -tp {tp} --host {host} --port {port} --name {served_as} -O '{"level": 3}'"""
+    entry = EngineEntry(kind="openai", url="http://127.0.0.1:8001", model="a/b", served_as="it", tp=2, command=command)
+    assert " ".join(entry.command_words) == (
+        'vllm serve a/b -tp 2 --host 127.0.0.1 --port 8001 --name it -O {"level": 3}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"command": "vllm serve {modle}"}, "{modle} is unknown; it may hold {model}, {served_as}, {tp}"),
+        ({"command": "vllm serve {model}"}, "holds {model}, which this entry does not set"),
+        ({"command": "vllm 'serve"}, "cannot be split into words: no closing quotation"),
+        ({"command": ""}, "is empty"),
+        ({"command": "vllm serve", "url": "http://127.0.0.1"}, "with its port"),
+        ({"command": "vllm serve", "kind": "simulated", "url": None}, "needs the url at which the engine will listen"),
+        ({"ready_s": 0.0}, "must be between 1 and 86400"),
+    ],
+)
+def test_a_command_that_cannot_be_started_is_refused(change, problem):
+    with pytest.raises(OptionError, match=re.escape(problem)):
+        EngineEntry(**{"kind": "openai", "url": "http://127.0.0.1:8001"} | change)

@@ -7,11 +7,13 @@ Knows nothing of how an option is set: `option_sources` reads files, variables a
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -164,6 +166,21 @@ class EngineEntry:
     """Tokens in a KV block; only where the engine does not report it."""
     api_key: str | None = field(default=None, repr=False)
     """Sent to the engine instead of the client's own key."""
+    command: str | None = None
+    """Command that starts the engine on this host where nothing listens at its `url`, as in `vllm serve {model} -tp
+    {tp} --port {port}`; {model}, {served_as}, {tp}, {host} and {port} are those of this entry. No shell runs it."""
+    ready_s: float = 900.0
+    """How long an engine that was started may take until it answers; then it is stopped and started again."""
+    keep_running: bool = False
+    """Leave an engine that was started running when the gateway ends; the next gateway adopts it."""
+
+    @property
+    def command_words(self) -> tuple[str, ...]:
+        """The words of `command` with the values of this entry."""
+        url = urlsplit(self.url or "")
+        values = {"model": self.model, "served_as": self.served_as, "tp": self.tp, "host": url.hostname}
+        values["port"] = url.port
+        return tuple(_PLACE.sub(lambda found: str(values[found[1]]), word) for word in shlex.split(self.command or ""))
 
     @property
     def kind_of_gpu(self) -> str:
@@ -201,6 +218,30 @@ class EngineEntry:
                 raise OptionError("engines", "aliases", repr(each), problem)
         if self.gpus is not None:
             self._check_gpus(self.gpus)
+        if self.command is not None:
+            self._check_command(self.command)
+        check("engines", ready_s=(self.ready_s, 1, 86400))
+
+    def _check_command(self, command: str) -> None:
+        problem = None
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            words, problem = [], f"cannot be split into words: {str(error).lower()}"
+        known = {"model": self.model, "served_as": self.served_as, "tp": self.tp, "host": self.url, "port": self.url}
+        for place in _PLACE.findall(" ".join(words)):
+            if place not in known:
+                problem = f"{{{place}}} is unknown; it may hold {', '.join(f'{{{name}}}' for name in known)}"
+            elif known[place] is None:
+                problem = f"holds {{{place}}}, which this entry does not set"
+        if self.url is None or urlsplit(self.url).port is None:
+            problem = (
+                "needs the url at which the engine will listen, with its port, as in url = 'http://127.0.0.1:8001'"
+            )
+        elif not words and problem is None:
+            problem = "is empty; leave it out where the engine is started otherwise"
+        if problem is not None:
+            raise OptionError("engines", "command", repr(command), problem)
 
     def _check_gpus(self, gpus: tuple[str, ...]) -> None:
         shown = ",".join(gpus)
@@ -216,6 +257,7 @@ class EngineEntry:
             raise OptionError("engines", "gpus", shown, problem)
 
 
+_PLACE = re.compile(r"\{([a-z_]+)\}")
 _CREDENTIALS = re.compile(r"(?:[^/?#]*:)?(?://)?[^/?#]*@")
 
 

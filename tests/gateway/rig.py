@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from core.toy import CLOCKS_MHZ, ToyPhysics, spec, table
+from launchers.fake import command, process
 
 from throttllem.config import LimitOptions, Noise
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
@@ -218,7 +219,18 @@ class Rig:
 
 
 def toy_backend(
-    now, *, tp=1, gpu=None, table_=None, mute=False, numbered=False, name="toy", slower=1.0, speculates=1, **changes
+    now,
+    *,
+    tp=1,
+    gpu=None,
+    table_=None,
+    mute=False,
+    numbered=False,
+    name="toy",
+    slower=1.0,
+    speculates=1,
+    launcher=None,
+    **changes,
 ):
     some = spec(tp=tp, **({"kv_blocks": 200, "max_batch": 8, "no_evict": False, "chunked": True} | changes))
     physics, trained = ToyPhysics(spec=some, slower=slower / speculates), table_ or table(some)
@@ -259,6 +271,7 @@ def toy_backend(
         engine=engine,
         clock=ClockSetter(name=f"toy-{tp}", gpu=device, reading=accounting.reading, now=now),
         accounting=accounting,
+        process=process(now, launcher, engine_id=f"toy-{tp}", command=lambda: command(f"toy-{tp}")),
         now=now,
     )
     return backend, some

@@ -34,6 +34,7 @@ from throttllem.gateway.telemetry.observer import RecordingObserver
 from throttllem.gpu.boards.facts import kind_of
 from throttllem.gpu.hardware import HardwareGpu
 from throttllem.gpu.nvml import NvmlError
+from throttllem.launchers.local import LocalLauncher
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.lengths import load_lengths
 from throttllem.profiling.storage import load_table, profiled_model
@@ -53,6 +54,7 @@ class Gateway:
     recorders: tuple[Recorder, ...]
     hardware: tuple[HardwareGpu, ...]
     predictors: tuple[tuple[Path, OnlineLengthPredictor], ...]
+    local: LocalLauncher
 
     def flush(self) -> None:
         """Hand to recorders and histograms what the control loops did."""
@@ -79,7 +81,10 @@ def build_gateway(
     served, recorders, predictors = [], [], []
     hardware: list[HardwareGpu] = []
     where = cache_dir if learn else None
-    part = _Part(options=options, catalogue=catalogue, cache_dir=where, now=now, progress=progress, notes=notes)
+    local = LocalLauncher(options.state_dir.expanduser() / "engines")
+    part = _Part(
+        options=options, catalogue=catalogue, cache_dir=where, now=now, progress=progress, notes=notes, local=local
+    )
     for group in groups(options.engines):
         model = part.build(group, histograms)
         served.append(model.served)
@@ -95,6 +100,7 @@ def build_gateway(
         recorders=tuple(recorders),
         hardware=tuple(hardware),
         predictors=tuple(predictors),
+        local=local,
     )
 
 
@@ -158,6 +164,7 @@ class _Part:
     now: Callable[[], float]
     progress: Progress
     notes: dict[tuple[str, ...], tuple[str, ...]]
+    local: LocalLauncher
 
     def build(self, entries: tuple[EngineEntry, ...], histograms: Histograms) -> _Built:
         options, first = self.options, entries[0]
@@ -173,7 +180,9 @@ class _Part:
         if self.cache_dir is not None and policy.slo_aware:
             rehearse(core)
         controller = Controller(core)
-        factory = BackendFactory(options=options, catalogue=self.catalogue, histograms=histograms, now=self.now)
+        factory = BackendFactory(
+            options=options, catalogue=self.catalogue, histograms=histograms, now=self.now, local=self.local
+        )
         backends = tuple(
             factory.backend(entry, fleet, tables.get(entry.tp), controller, self.notes.get(entry.gpus or (), ()))
             for entry in entries

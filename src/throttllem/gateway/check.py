@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import shlex
+import shutil
 import stat
 import time
 from collections.abc import Iterator, Sequence
@@ -222,6 +224,8 @@ async def _engine(backend: Backend, core: ControllerOptions, options: Options) -
     except TimeoutError:
         return [Finding(mark="!!", text=f"engine {backend.name}: no answer within {_REACH_S:g} s")]
     except EngineError as error:
+        if backend.process.starts_it:
+            return [_would_start(backend, str(error))]
         return [Finding(mark="!!", text=f"engine {backend.name}: {error}; serve would wait for it")]
     finally:
         if backend.close is not None:
@@ -235,6 +239,15 @@ async def _engine(backend: Backend, core: ControllerOptions, options: Options) -
         *_notes(backend, connected),
         *_dearer(backend, connected, core, options),
     ]
+
+
+def _would_start(backend: Backend, error: str) -> Finding:
+    """What serve would do about an engine that is not reached and has a command."""
+    words = backend.process.command().words
+    if shutil.which(words[0]) is None:
+        text = f"engine {backend.name}: {error}; its command cannot be started: there is no program {words[0]}"
+        return Finding(mark="!!", text=text)
+    return Finding(mark="--", text=f"engine {backend.name}: {error}; serve would start it: {shlex.join(words)}")
 
 
 def _described(backend: Backend, connected: Connected, core: ControllerOptions, options: Options) -> str:

@@ -94,6 +94,7 @@ class Prepared:
         aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         for recorder in gateway.recorders:
             recorder.start(aside)
+        await self._warn_of_unknown_engines()
         await models.start()
         beside = [asyncio.create_task(work) for work in (history.run(models), self._saves())]
         for task in beside:
@@ -116,8 +117,17 @@ class Prepared:
             _save(gateway.predictors)
             for recorder in gateway.recorders:
                 recorder.close()
+            gateway.local.close()
             aside.shutdown()
             os.close(self.held)
+
+    async def _warn_of_unknown_engines(self) -> None:
+        """Engines that an earlier gateway started, and that the configuration has no more, take GPUs for nothing."""
+        known = {backend.process.engine_id for model in self.gateway.models.served for backend in model.loop.backends}
+        for launched in await self.gateway.local.listed():
+            if launched.engine_id not in known:
+                what = f"engine {launched.engine_id} ({launched.incarnation}) was started by an earlier gateway"
+                log.warning("%s, and no entry of the configuration has its url: stop it", what)
 
     def _greet(self, say: Say, addresses: tuple[tuple[str, int], ...]) -> None:
         urls = [f"http://{f'[{host}]' if ':' in host else host}:{port}" for host, port in addresses]

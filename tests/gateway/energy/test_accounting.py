@@ -6,6 +6,7 @@ import pytest
 from core.toy import CLOCKS_MHZ, spec, table
 from hypothesis import given
 from hypothesis import strategies as st
+from launchers.fake import process
 
 from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.engines.base import Report
@@ -37,6 +38,7 @@ class Desk:
             engine=None,
             clock=ClockSetter(name="toy", gpu=self.gpu, reading=self.gpu.read, now=lambda: self.now_s),
             accounting=self.accounting,
+            process=process(lambda: self.now_s),
             now=lambda: self.now_s,
         )
         self.connect(exact=exact)

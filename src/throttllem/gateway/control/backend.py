@@ -18,6 +18,7 @@ from throttllem.engines.prefix_cache import Blocks, PrefixCache
 from throttllem.engines.progress import Progress
 from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.control.engine_model import EngineModel
+from throttllem.gateway.control.engine_process import EngineProcess
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gpu.device import Gpu
 
@@ -38,6 +39,7 @@ _UNKNOWN_STEP_S = 0.05
 _LEARNED = 0.25
 """Of a new value in a mean that follows."""
 _SHORTEST_STEP_S = 0.005
+_EMPTY_S = 0.05
 _LOOK_LIMIT_S = 1.0
 """The last bytes of a stream wait this long at most for the counters of its engine."""
 
@@ -54,6 +56,7 @@ class Backend:
     engine: LiveEngine
     clock: ClockSetter
     accounting: EnergyAccounting
+    process: EngineProcess
     now: Callable[[], float]
     gpu_notes: tuple[str, ...] = ()
     """What is to be known of the kind of its GPUs."""
@@ -79,6 +82,8 @@ class Backend:
     """Since when it has reported fewer requests than were sent to it; None: it reports them all, or no counts."""
     uncontrolled_requests: int = 0
     """Requests in the engine that compute without control."""
+    calls: int = 0
+    """Prompts whose tokens it counts now."""
     estimated_prompts: int = 0
     counting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_COUNTS_AT_A_TIME))
     """Held while the engine counts the tokens of a prompt."""
@@ -127,26 +132,31 @@ class Backend:
         self.state, self.own_trouble = "starting", None
         self._task = asyncio.get_running_loop().create_task(self._live(key, emit), name=f"engine {self.name}")
 
-    def retire(self) -> None:
-        """Disconnect in the background; it may be started again at any time."""
+    def retire(self, *, at_end: bool = False) -> None:
+        """Disconnect in the background once nothing of the gateway is in the engine, and stop its process if a launcher
+        runs it. It may be started again at any time. `at_end`: the gateway ends, at once, and the process may go on.
+        """
         self.key, self.state = None, "down"
         self._disconnected()
         tasks = [task for task in (self._task, self._checking, *self.clock.tasks) if task is not None]
         before = [self._retiring] if self._retiring is not None else []
-        self._retiring = asyncio.get_running_loop().create_task(self._let_go(tasks, before))
+        self._retiring = asyncio.get_running_loop().create_task(self._let_go(tasks, before, at_end=at_end))
 
     async def stop(self) -> None:
-        """Disconnect and wait for it."""
-        self.retire()
+        """Disconnect and wait for it; the gateway ends."""
+        self.retire(at_end=True)
         assert self._retiring is not None
         await self._retiring
 
-    async def _let_go(self, tasks: list[asyncio.Task[None]], before: list[asyncio.Task[None]]) -> None:
+    async def _let_go(self, tasks: list[asyncio.Task[None]], before: list[asyncio.Task[None]], *, at_end: bool) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *before, self.clock.restore(), return_exceptions=True)
+        while not at_end and (self.calls or self.uncontrolled_requests):
+            await asyncio.sleep(_EMPTY_S)
         if self.close is not None:
             await self.close()
+        await (self.process.let_go() if at_end and self.process.keep_running else self.process.stop())
 
     async def _live(self, key: int, emit: Emit) -> None:
         if self._retiring is not None:
@@ -172,6 +182,7 @@ class Backend:
         pause_s = _FIRST_RETRY_S
         while True:
             try:
+                await self.process.run(self.lose)
                 connected = await self.engine.connect()
                 if refused := self.model.refused(connected):
                     raise EngineError(refused)
@@ -200,6 +211,7 @@ class Backend:
         self.last_sign_s = self._stepped_s = self.now()
         self.accounting.begin(connected.spec, self.progress)
         self.state = "up"
+        self.process.up()
         log.info("engine %s is up: %s", self.name, ", ".join(connected.models))
         for note in connected.notes:
             log.info("engine %s: %s", self.name, note)
@@ -216,6 +228,7 @@ class Backend:
         self.own_trouble, self.state = why, "down"
         key, self.key = self.key, None
         self._disconnected()
+        self.process.down()
         self.clock.free()
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()

@@ -22,6 +22,7 @@ from throttllem.engines.triton.engine import TritonEngine
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.clock_setter import ClockSetter
 from throttllem.gateway.control.engine_model import EngineModel
+from throttllem.gateway.control.engine_process import EngineProcess
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gateway.energy.prior_estimate import PriorEstimate
 from throttllem.gateway.energy.table_meter import TableMeter
@@ -30,6 +31,8 @@ from throttllem.gpu.device import Gpu
 from throttllem.gpu.hardware import HardwareGpu, Mode
 from throttllem.gpu.setters import clock_setter
 from throttllem.gpu.simulated import SimulatedGpu
+from throttllem.launchers.base import EngineCommand, Launcher
+from throttllem.launchers.running import RunningLauncher
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 from throttllem.profiling.storage import profiled_model
@@ -55,6 +58,8 @@ class BackendFactory:
     catalogue: Catalogue
     histograms: Histograms
     now: Callable[[], float]
+    local: Launcher
+    """Starts the engines that have a command."""
 
     def backend(
         self,
@@ -120,9 +125,35 @@ class BackendFactory:
                 on_command=self.histograms.clock_command,
             ),
             accounting=accounting,
+            process=self._process(entry, gpu),
             now=self.now,
         )
         return backend
+
+    def _process(self, entry: EngineEntry, gpu: Gpu) -> EngineProcess:
+        address = urlsplit(entry.url or "")
+        engine_id, host, port = f"{address.hostname}-{address.port}", address.hostname or "", address.port or 0
+
+        def command() -> EngineCommand:
+            variables = {}
+            if isinstance(gpu, HardwareGpu):
+                variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.uuids)
+            if entry.stats is not None:
+                where = Path(entry.stats).expanduser() if "/" in entry.stats else entry.stats
+                variables["THROTTLLEM_STATS"] = str(where)
+            if entry.stats_secret is not None:
+                variables["THROTTLLEM_STATS_SECRET"] = str(entry.stats_secret.expanduser())
+            words = entry.command_words
+            return EngineCommand(engine_id=engine_id, words=words, host=host, port=port, environment=variables)
+
+        return EngineProcess(
+            launcher=self.local if entry.command is not None else RunningLauncher(),
+            engine_id=engine_id,
+            command=command,
+            ready_s=entry.ready_s,
+            keep_running=entry.keep_running,
+            now=self.now,
+        )
 
     def _gpu(
         self, entry: EngineEntry, spec: EngineSpec, model: EngineModel, table: PerformanceTable | None

@@ -140,8 +140,16 @@ class ControlLoop:
     # ---- life ------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Bring up the largest engine; the core starts others as it needs them."""
-        self._ensure_engine()
+        """Bring up the largest engine; the core starts others as it needs them. Of those that a gateway before this one
+        left running, one is taken into use where the policy selects the size, and the others are stopped.
+        """
+        found = [backend for backend in self.backends if await backend.process.runs()]
+        scales = self.controller.options.autoscale is not None
+        first = max(found if found and scales else self.backends, key=lambda backend: backend.tp)
+        for backend in found:
+            if backend is not first:
+                backend.retire()
+        first.start(0, self.handle)
         self._up_s = self._settled_s = self.now()
         self._sweep_in(_SWEEP_S)
 

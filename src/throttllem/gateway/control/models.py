@@ -123,8 +123,12 @@ class Models:
         try:
             if backend is None or backend.connected is None or backend.state != "up":
                 backend = await self._connected(parsed.model)
-            async with backend.counting_large if len(parsed.body) > LARGE_BYTES else backend.counting:
-                found = await backend.engine.count(parsed)
+            backend.calls += 1
+            try:
+                async with backend.counting_large if len(parsed.body) > LARGE_BYTES else backend.counting:
+                    found = await backend.engine.count(parsed)
+            finally:
+                backend.calls -= 1
         except OwnLimitError:
             raise
         except EngineError as error:

@@ -196,6 +196,12 @@ _ENGINE_GAUGES: tuple[tuple[str, str, EngineRead], ...] = (
     ),
 )
 _ENGINE_COUNTERS: tuple[tuple[str, str, EngineRead], ...] = (
+    ("throttllem_engine_starts", "Processes of the engine that the gateway started.", lambda engine: engine.starts),
+    (
+        "throttllem_engine_process_failures",
+        "Starts of them that failed or were late, and ends that the gateway did not ask for.",
+        lambda engine: engine.process_failures,
+    ),
     ("throttllem_energy_joules", "Energy of all GPUs, idle time included.", lambda engine: engine.energy.total_j),
     ("throttllem_idle_energy_joules", "The part with no request.", lambda engine: engine.energy.idle_j),
     (

@@ -57,6 +57,8 @@ class EngineStatus:
     """One engine of the configuration. `view` None: the core does not know it now (down, or starting).
 
     `state`: "up", "starting", "down" or "stalled"; `trouble` is the reason. `clock_mhz` None: unknown.
+    `starts` of its process by the gateway, and `process_failures`: starts that failed and ends that the gateway did not
+    ask for (both None: the gateway starts none).
     `kv_blocks` is the scoreboard's estimate, `report` the engine's last report. `clocks` is how clocks are set
     ("on", "dry-run", "off"; "simulated"), `advised_mhz` what would be set, `held` what keeps GPUs from following and
     `unset` why they are not set though they should be. `table` is how far its performance table is from it,
@@ -70,6 +72,8 @@ class EngineStatus:
     tp: int
     state: str
     trouble: str | None = None
+    starts: int | None = None
+    process_failures: int | None = None
     notes: tuple[str, ...] = ()
     spec: EngineSpec | None = None
     view: EngineView | None = None
@@ -240,7 +244,9 @@ def _engine_status(loop: ControlLoop, backend: Backend, snapshot: Snapshot) -> E
     view = next((view for view in snapshot.engines if view.engine == backend.key), None)
     connected = backend.connected
     energy, reading = backend.accounting.energy(), backend.accounting.reading()
-    notes = [*(connected.notes if connected else ()), *assumptions(loop, backend), *_clock_notes(reading)]
+    process = backend.process
+    notes = [note] if (note := process.note) else []
+    notes += [*(connected.notes if connected else ()), *assumptions(loop, backend), *_clock_notes(reading)]
     if backend.estimated_prompts:
         notes.append(f"the tokens of {backend.estimated_prompts} prompts were estimated, not counted")
     if view is not None and view.external_sequences > 0:
@@ -260,6 +266,8 @@ def _engine_status(loop: ControlLoop, backend: Backend, snapshot: Snapshot) -> E
         tp=backend.tp,
         state=state,
         trouble=trouble,
+        starts=process.starts if process.starts_it else None,
+        process_failures=process.failures if process.starts_it else None,
         notes=tuple(notes),
         spec=connected.spec if connected else None,
         view=view,

@@ -1,0 +1,1 @@
+"""Launchers: how engines are started, stopped, found again and watched."""
