@@ -17,6 +17,7 @@ from throttllem.core.types import (
     EngineSpec,
     Event,
     FrequencyPlan,
+    RateChanged,
     Reason,
     Request,
     SetClock,
@@ -42,7 +43,12 @@ requests = st.builds(
 )
 finite = st.floats(allow_nan=False)
 specs = st.builds(EngineSpec, idle_w=finite, startup_s=finite)
-drawn = {Arrived: st.builds(Arrived, request=requests), EngineReady: st.builds(EngineReady, engine=whole, spec=specs)}
+drawn = {
+    Arrived: st.builds(Arrived, request=requests),
+    EngineReady: st.builds(EngineReady, engine=whole, spec=specs),
+    ClockRead: st.builds(ClockRead, switch_s=st.none() | finite),
+    RateChanged: st.builds(RateChanged, tokens_per_step=finite),
+}
 events = st.one_of(*(drawn.get(kind, st.from_type(kind)) for kind in get_args(Event)))
 commands = st.one_of(*(st.from_type(kind) for kind in get_args(Command)))
 

@@ -274,8 +274,9 @@ class ClockController:
                 external=engine.board.external,
                 switching=Switching(latency_s=maximum_s, dwell_s=self.options.dwell_s, fewest_steps=_LEAST_STEPS_DOWN),
                 keep=1.0 - self._in_force(engine).learned,
+                seen_before=before.requests if before else 0,
             )
-            self._margins.note_maximum(engine.hindsight.at_maximum)
+            self._margins.forgive(engine.hindsight.late_at_maximum)
         return engine.steady
 
     def _after_dwell(self, engine: EngineState, plan: FrequencyPlan, now_s: float) -> FrequencyPlan:

@@ -18,6 +18,10 @@ requests at hand, nor of when they end: the clock controller checks those.
 # Enough is relative. Some requests violate their SLO at the maximum clock too; no clock can be held responsible for
 # them. Of the others, a fraction 1 - attainment may.
 #
+# Between pairs that cost almost the same the one of the highest price is taken: it follows the load most, so it rests
+# least on the load staying as it was. And few requests show too little of the tail: until 512 outputs have ended, part
+# of every time is kept free.
+#
 # The replay. Requests are served first come first served; a prompt joins the batch as soon as batch and KV blocks
 # allow, in chunks where the engine chunks. Iterations between two events are one step. A clock is in force after the
 # switch latency, a lower one only after the dwell. Lengths of requests that run still are those expected.
@@ -43,9 +47,14 @@ from throttllem.core.types import EngineSpec
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Steps = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
 
 _FEWEST_ENDED = 8
 """Outputs that must have ended before lengths are known well enough for a pace to rest on them."""
+_ENOUGH_ENDED = 512
+_CAUTION = 0.15
+"""Part of every time that is kept free after `_FEWEST_ENDED`; less with the root of their number."""
+_ALMOST = 1.005
 _PRICES_W = np.concatenate([[0.0], 1.25 ** np.arange(-8, 34)])
 _COARSE = 6
 """Prices apart from one another in the first search."""
@@ -69,13 +78,13 @@ class Switching:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Hindsight:
     """The pace to go on with: the column of the clock for 0, 1, ... requests in the system (beyond its end the last
-    counts), the requests that had come by then, and the fraction of each class's requests that would have met their SLO
-    at the maximum clock.
+    counts), how many `requests` had come by then, and how many of those since the last search the maximum clock would
+    have brought late, by class.
     """
 
     by_requests: Ints
     requests: int
-    at_maximum: dict[str, float]
+    late_at_maximum: dict[str, int]
 
 
 class _Rehearsal:
@@ -91,7 +100,7 @@ class _Rehearsal:
         keep: float,
     ) -> None:
         known = load.recent_requests()
-        slos_s = known[:, [Recent.E2E_S, Recent.TTFT_S, Recent.TBT_S]] * keep
+        slos_s = known[:, [Recent.E2E_S, Recent.TTFT_S, Recent.TBT_S]]
         self._times = np.concatenate([known[:, [Recent.ARRIVAL_S]], slos_s], axis=1)
         columns = [Recent.PROMPT_TOKENS, Recent.OUTPUT_TOKENS, Recent.SEQUENCES, Recent.SLO_CLASS, Recent.CACHED_TOKENS]
         self._sizes = known[:, columns].astype(np.int64)
@@ -103,22 +112,43 @@ class _Rehearsal:
         classes = self._sizes[:, 3]
         requests = np.bincount(classes, minlength=1)
         self.maximum = np.full(1, table.seconds.shape[1] - 1, dtype=np.int64)
-        self.allowed = requests
+        self.allowed, self._took_s = requests, np.zeros((known.shape[0], 3))
         self.maximum_j, violated, _ = self.replayed(self.maximum, math.inf)
-        self.met = 1.0 - violated / np.maximum(requests, 1)
+        # Kept free is what there is: where the maximum clock itself needs more, the SLO as it is.
+        self._times[:, 1:] = np.where(self._took_s <= slos_s * keep, slos_s * keep, slos_s)
+        self._late: Bools = np.any(self._took_s > slos_s, axis=1)
+        self._took_s = np.zeros((0, 3))
         asked = np.ones(requests.size)
         np.minimum.at(asked, classes, known[:, Recent.ATTAINMENT])
         self.allowed = violated + ((1.0 - asked) * (requests - violated)).astype(np.int64)
 
-    def joules(self, by_requests: Ints, most_j: float) -> float | None:
-        """Energy above idle at a pace; None if it violates more SLOs than are allowed. More than `most_j` of it, or of
-        violations, is not replayed to the end.
+    def late_at_maximum(self, last: int) -> Ints:
+        """Of the last requests, so many, those that the maximum clock would have brought late, by class."""
+        first = max(0, self._late.size - last)
+        classes = self._sizes[first:, 3][self._late[first:]]
+        return np.bincount(classes, minlength=self.allowed.size)
+
+    def at_lowest_floor(self, pace: Ints, most_j: float) -> tuple[float, Ints]:
+        """Energy above idle and the pace, with the lowest clock below which it goes nowhere that violates no more SLOs
+        than are allowed. Infinite energy if that is more than `most_j`.
         """
-        found_j, violated, _ = self.replayed(by_requests, most_j)
-        return None if (violated > self.allowed).any() else found_j
+        found, low, high = (math.inf, self.maximum), 0, int(self.maximum[0])
+        while low < high:
+            floor = (low + high) // 2
+            by_requests = np.maximum(pace, floor)
+            joules, violated, _ = self.replayed(by_requests, most_j)
+            if (violated > self.allowed).any():
+                low = floor + 1
+                continue
+            high = floor
+            if joules <= min(most_j, found[0]):
+                found = joules, by_requests
+        return found
 
     def replayed(self, by_requests: Ints, most_j: float) -> tuple[float, Ints, int]:
-        """Energy above idle, violations by class, and the most requests that there were at a time."""
+        """Energy above idle, violations by class, and the most requests that there were at a time: to the end, unless
+        there is more energy than `most_j` or more violations than allowed.
+        """
         table = self._table
         return _replay(
             self._times,
@@ -133,6 +163,7 @@ class _Rehearsal:
             self.allowed,
             self._idle_w,
             most_j,
+            self._took_s,
         )
 
 
@@ -156,45 +187,49 @@ def pace_in_hindsight(
     external: ExternalLoad,
     switching: Switching,
     keep: float,
+    seen_before: int = 0,
 ) -> Hindsight:
-    """The pace of least energy that would have kept enough SLOs of recent `requests`, with `keep` of their times."""
+    """The pace of least energy that would have kept enough SLOs of recent `requests`, with `keep` of their times.
+
+    `seen_before`: how many had come at the last search.
+    """
+    ended = min(requests.done, _ENOUGH_ENDED)
+    keep -= _CAUTION * (math.sqrt(_FEWEST_ENDED / ended) - math.sqrt(_FEWEST_ENDED / _ENOUGH_ENDED))
     rehearsal = _Rehearsal(requests, table, spec, external, switching, keep)
     leave_per_s, watts = by_clock(states, np.ones_like(states.watts, dtype=np.bool_))
     rate = most_rate(load, states)
-    best: tuple[float, int, Ints] = (rehearsal.maximum_j, 0, rehearsal.maximum)
-    tried: set[int] = set()
+    # Energy and pace by the index of the price; the maximum clock, which is always enough, before all prices.
+    found = {-1: (rehearsal.maximum_j, rehearsal.maximum)}
+
+    def least() -> int:
+        return min(found, key=lambda index: found[index][0])
 
     def attempt(index: int) -> None:
-        nonlocal best
-        if index in tried or not 0 <= index < _PRICES_W.size:
-            return
-        tried.add(index)
-        column, _, _ = least_mean_watts(rate, leave_per_s, watts, states.prompt_s, spec.idle_w, float(_PRICES_W[index]))
-        pace = np.concatenate([column[:1], column])
-        low, high = 0, int(rehearsal.maximum[0])  # the maximum clock is enough
-        while low < high:
-            floor = (low + high) // 2
-            by_requests = np.maximum(pace, floor)
-            found_j = rehearsal.joules(by_requests, best[0])
-            if found_j is None:
-                low = floor + 1
-                continue
-            high = floor
-            if found_j < best[0]:
-                best = found_j, index, by_requests
+        if index not in found and 0 <= index < _PRICES_W.size:
+            price_w = float(_PRICES_W[index])
+            column, _, _ = least_mean_watts(rate, leave_per_s, watts, states.prompt_s, spec.idle_w, price_w)
+            pace = np.concatenate([column[:1], column])
+            found[index] = rehearsal.at_lowest_floor(pace, _ALMOST * found[least()][0])
 
     for index in range(0, _PRICES_W.size, _COARSE):
         attempt(index)
     for step in (_COARSE // 2, 1):
-        before = -1
-        while before != best[1]:
-            before = best[1]
+        before, best = -2, least()
+        while before != best:
+            before = best
             attempt(before - step)
             attempt(before + step)
-    _, _, most = rehearsal.replayed(best[2], math.inf)
-    seen = best[2][np.minimum(np.arange(most + 1), best[2].size - 1)]
-    met = {name: float(share) for name, share in zip(requests.classes, rehearsal.met, strict=False)}
-    return Hindsight(by_requests=np.concatenate([seen, rehearsal.maximum]), requests=requests.seen, at_maximum=met)
+            best = least()
+    enough_j = _ALMOST * found[least()][0]
+    by_requests = found[max(index for index, (here_j, _) in found.items() if here_j <= enough_j)][1]
+    _, _, most = rehearsal.replayed(by_requests, math.inf)
+    seen = by_requests[np.minimum(np.arange(most + 1), by_requests.size - 1)]
+    late = rehearsal.late_at_maximum(requests.seen - seen_before).tolist()
+    return Hindsight(
+        by_requests=np.concatenate([seen, rehearsal.maximum]),
+        requests=requests.seen,
+        late_at_maximum=dict(zip(requests.classes, late, strict=False)),
+    )
 
 
 @compiled
@@ -213,6 +248,7 @@ def _replay(
     allowed: Ints,
     idle_w: float,
     most_j: float,
+    took_s: Floats,
 ) -> tuple[float, Ints, int]:
     """Energy above idle, joules, violations by class, and the most requests at a time; only so far, once energy or
     violations are more than is allowed.
@@ -220,7 +256,7 @@ def _replay(
     `times` (requests, 4): arrival and SLOs on E2E, TTFT and TBT, seconds. `sizes` (requests, 5): tokens of the prompt
     and of the output, sequences, class, tokens of the prompt that are cached. `engine`: block tokens, KV blocks,
     prefill budget, largest batch, chunked. `external`: sequences and KV blocks of others. `switching`: latency, dwell,
-    fewest steps down.
+    fewest steps down. `took_s` (requests, 3), or of length 0: filled with E2E, TTFT and TBT.
     """
     block, capacity, budget, max_batch, chunked = engine
     latency_s, dwell_s, fewest_steps = switching
@@ -289,6 +325,8 @@ def _replay(
             for i in range(count):
                 steps = min(steps, left[i])
             until_s = min(times[came, 0] if came < requests else np.inf, force_s)
+            if target - wanted >= fewest_steps:
+                until_s = min(until_s, set_s + dwell_s)
             if until_s < now_s + steps * step_s:
                 steps = max(1, math.ceil((until_s - now_s) / step_s))
         now_s += steps * step_s
@@ -304,10 +342,11 @@ def _replay(
                 i += 1
                 continue
             k = running[i]
-            took_s, decode_s = now_s - times[k, 0], now_s - first_s[k]
-            late = took_s > times[k, 1] or took_s - decode_s > times[k, 2]
-            late |= decode_s > times[k, 3] * max(1, sizes[k, 1] - 1)
-            if late:
+            e2e_s, ttft_s = now_s - times[k, 0], first_s[k] - times[k, 0]
+            tbt_s = (now_s - first_s[k]) / max(1, sizes[k, 1] - 1)
+            if took_s.size:
+                took_s[k, 0], took_s[k, 1], took_s[k, 2] = e2e_s, ttft_s, tbt_s
+            if e2e_s > times[k, 1] or ttft_s > times[k, 2] or tbt_s > times[k, 3]:
                 violated[sizes[k, 3]] += 1
                 if violated[sizes[k, 3]] > allowed[sizes[k, 3]]:
                     return joules, violated, most

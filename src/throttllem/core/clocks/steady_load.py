@@ -40,6 +40,7 @@ Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
 _RECENT = 512
+_MOST_RECENT, _RECENT_S = 2048, 300.0
 _REFRESH = 32
 _LONG = 0.99
 _FEW = 8
@@ -90,8 +91,9 @@ class LoadEstimator:
     than the fraction of outputs for which an SLO is asked to hold. Predictions are inflated on purpose;
     the inflation that finished requests show is taken out again, or a safe prediction would look like a high load.
     `first_s`, `last_s`: the first and the last arrival. `sums`: weighted requests, prompt tokens, output tokens.
-    `recent` requests by id, each with its values in the order of `Recent`; `classes`: SLO classes by their index.
-    `first_token`: the tightest TTFT SLO among them, seconds (inf: none), and their long prompts, tokens. `outputs`:
+    `recent` requests by id, the last 512 or, up to 2,048, all of the last 300 s, each with its values in the order of
+    `Recent`; `classes`: SLO classes by their index. `first_token`: the tightest TTFT SLO among them, seconds (inf:
+    none), and their long prompts, tokens. `outputs`:
     tokens of the requests that ended last.
     """
 
@@ -118,8 +120,11 @@ class LoadEstimator:
         slo, sequences, prompt_tokens = request.slo, request.sequences, request.prompt_tokens
         if request.slo_class not in self.classes:
             self.classes = (*self.classes, request.slo_class)
-        if len(self.recent) >= _RECENT:
-            del self.recent[next(iter(self.recent))]
+        while len(self.recent) >= _RECENT:
+            first = next(iter(self.recent))
+            if len(self.recent) < _MOST_RECENT and self.recent[first][Recent.ARRIVAL_S] > now_s - _RECENT_S:
+                break
+            del self.recent[first]
         self.recent[request.id] = (
             now_s,
             prompt_tokens,
@@ -135,7 +140,7 @@ class LoadEstimator:
         )
         self.seen += 1
         if self.seen % _REFRESH == 1:
-            recent = self.recent_requests()
+            recent = self.recent_requests()[-_RECENT:]
             long_tokens = _quantile(recent[:, Recent.PROMPT_TOKENS], _LONG)
             self.first_token = (float(recent[:, Recent.TTFT_S].min()), math.ceil(long_tokens))
         if self.first_s is None:
@@ -178,7 +183,7 @@ class LoadEstimator:
         n, prompts, outputs = self.sums
         seen_s = self.window_s * (1.0 - math.exp(-(now_s - self.first_s) / self.window_s))
         keep = math.exp(-(now_s - self.last_s) / self.window_s)
-        recent = self.recent_requests()
+        recent = self.recent_requests()[-_RECENT:]
         if not recent.size:
             return None
         predicted_tokens = recent[:, Recent.PREDICTED_TOKENS]

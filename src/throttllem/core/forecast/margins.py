@@ -5,8 +5,9 @@ Knows nothing of clocks, tables and engines: outcomes in, margins out.
 """
 
 # Asked is that a fraction q of a class's requests meet their SLO: of those that the maximum clock would serve in time,
-# since no clock is responsible for the others. So a = 1 - q x (their share) may violate it. What is violated beyond
-# that is *owed*: up by 1 - a with a violation, down by a with every request that meets its SLO, never below none.
+# since no clock is responsible for the others. So 1 - q of them, a, may violate it. What is violated beyond that is
+# *owed*: up by 1 - a with a violation, down by a with every request that meets its SLO, never below none. What the
+# maximum clock would have brought late too, by a replay of the requests (`hindsight`), is forgiven afterwards.
 #
 # While no more than TOLERATED are owed nothing is done: by chance alone there are as many. Beyond that a margin of GAIN
 # for each is kept free of every time budget, up to MOST, where clocks are about at their maximum.
@@ -16,8 +17,8 @@ Knows nothing of clocks, tables and engines: outcomes in, margins out.
 #
 #     TOLERATED + m / GAIN + 1
 #
-# are ever owed, besides those of requests that were planned already: with m at MOST, 20. Over n requests that is a
-# share of 20 / n beyond what was asked, however errors are distributed, drift or come in bursts. Where less margin is
+# are ever owed, besides those of requests that were planned already: with m at MOST, 38. Over n requests that is a
+# share of 38 / n beyond what was asked, however errors are distributed, drift or come in bursts. Where less margin is
 # enough again, the debt is paid off at a for each request, and the margin shrinks with it. (A margin that rises and
 # falls by a step, as in adaptive conformal inference (Gibbs and Candes, NeurIPS 2021), has the same kind of bound. It
 # came back several times slower after a burst of violations: docs/decisions.md.) At MOST more debt would teach nothing
@@ -42,7 +43,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-GAIN = 0.02
+GAIN = 0.01
 """Fraction of every time budget that is kept free for each violation that is owed beyond those tolerated."""
 MOST = 0.35
 """The largest margin that is learned, on top of the one that was begun with."""
@@ -87,13 +88,11 @@ class Outcome:
 
 @dataclass(slots=True, kw_only=True)
 class ClassMargins:
-    """One SLO class: the attainment `asked`, and the share of its requests that the maximum clock serves in time, of
-    which it is asked; the violations owed, by cause and (whatever the cause, and at whatever clock) in total; and the
-    requests that ended and met their SLO, ever and (fading) of late.
+    """One SLO class: the attainment `asked`; the violations owed, by cause and (whatever the cause, and at whatever
+    clock) in total; and the requests that ended and met their SLO, ever and (fading) of late.
     """
 
     asked: float
-    at_maximum: float = 1.0
     model: float = 0.0
     length: float = 0.0
     load: float = 0.0
@@ -107,7 +106,7 @@ class ClassMargins:
     @property
     def allowed(self) -> float:
         """The share of requests that may violate their SLO."""
-        return 1.0 - self.asked * self.at_maximum
+        return 1.0 - self.asked
 
     def count(self, met: bool) -> None:
         """One more request ended."""
@@ -128,14 +127,25 @@ class ClassMargins:
         if cause is Cause.LOAD:
             self.load = _owed(self.load, not outcome.met, self.allowed)
             return
+        if outcome.met:
+            self._pay(self.allowed)
+            return
         total = self.model + self.length
-        change = _owed(total, not outcome.met, self.allowed) - total
-        if not outcome.met:
-            self.length += change if cause is Cause.LENGTH else 0.0
-            self.model += change if cause is Cause.MODEL else 0.0
-        elif total > 0.0:  # paid off in proportion, as neither is known to be the one that is over
-            self.length += change * self.length / total
-            self.model = max(0.0, total + change - self.length)
+        change = _owed(total, True, self.allowed) - total
+        self.length += change if cause is Cause.LENGTH else 0.0
+        self.model += change if cause is Cause.MODEL else 0.0
+
+    def forgive(self, violations: float) -> None:
+        """So many of its requests the maximum clock would have brought late too."""
+        self.owed = max(0.0, self.owed - violations)
+        self._pay(violations)
+
+    def _pay(self, owed: float) -> None:
+        """Off both debts of the clocks in proportion, as neither is known to be the one that is too high."""
+        total = self.model + self.length
+        if total > 0.0:
+            kept = max(0.0, total - owed) / total
+            self.model, self.length = self.model * kept, self.length * kept
 
     def margin(self, cause: Cause) -> float:
         """The margin for a cause."""
@@ -205,11 +215,11 @@ class Margins:
         if learns:
             found.learn(outcome, clocks=self.clocks, admission=self.admission)
 
-    def note_maximum(self, at_maximum: Mapping[str, float]) -> None:
-        """By class, the share of requests that the maximum clock would have served in time."""
-        for name, share in at_maximum.items():
-            if name in self.by_class:
-                self.by_class[name].at_maximum = share
+    def forgive(self, violations: Mapping[str, int]) -> None:
+        """Requests by class that the maximum clock would have brought late."""
+        for name, count in violations.items():
+            if count and name in self.by_class:
+                self.by_class[name].forgive(count)
 
     def of_clocks(self, classes: Iterable[str], *, margin: float, reserve: float, disturbed: bool) -> InForce:
         """What an engine with requests of these classes keeps free, having begun with `margin` and `reserve`: as much
