@@ -169,11 +169,13 @@ class AdmissionQueue:
         """Until when it may be held back for others; the time in which it was held to gather does not count."""
         return self._options.admission.patient_until_s(sequence.request, sequence.queued_s)
 
-    def _is_patient(self, sequence: SequenceState, now_s: float) -> bool:
+    def _is_patient(self, engine: EngineState, sequence: SequenceState, now_s: float) -> bool:
         """Whether it may be held back for others now. With least energy that only costs: its clock is chosen by what
-        requests would have met without (`hindsight`), and a request that waits is late itself.
+        requests would have met without (`hindsight`), and a request that waits is late itself. But requests that were
+        held come all at once.
         """
-        if self._options.throttle.policy is ClockPolicy.LEAST_ENERGY and not self._rejects:
+        least = self._options.throttle.policy is ClockPolicy.LEAST_ENERGY
+        if least and not self._rejects and not engine.gathers:
             return False
         return self._options.admission.is_patient(sequence.request, sequence.queued_s, now_s)
 
@@ -213,7 +215,7 @@ class AdmissionQueue:
             base_s=now_s if engine.began_s is None else engine.began_s,
             delay_s=engine.maximum_clock_delay_s(now_s, self._options.throttle.switch_latency_s),
             margin=self._margins.of_admission(engine.board.classes, self._margin),
-            patient=self._is_patient(sequence, now_s),
+            patient=self._is_patient(engine, sequence, now_s),
             crowded=crowded,
         )
 

@@ -173,7 +173,8 @@ class ClockController:
     ) -> FrequencyPlan:
         """The paper: the lowest clock that meets every SLO of the requests at hand. Ours: the one of least mean power
         for so many requests at the present load, or the next higher one that meets every SLO though requests go on
-        coming; of a gathering, the one of least energy beyond what the engine would draw idle in that time.
+        coming; of a gathering whose requests are all in time, the one of least energy beyond what the engine would draw
+        idle in that time.
         """
         least, keep = self.options.policy is ClockPolicy.LEAST_ENERGY, self._in_force(engine)
         delay_s = self._delays(engine, spec, now_s)
@@ -200,7 +201,7 @@ class ClockController:
         binding = None if run is None else ahead.binding(engine.board, run)
         if not least:
             return self._after_dwell(engine, lowest_feasible(holds, spec, binding), now_s)
-        if steady is None or engine.gathers:
+        if steady is None or (engine.gathers and not engine.board.lost_requests):
             cost = ahead.joules(table, spec.idle_w)
             plan = self._after_dwell(engine, least_energy(holds, cost, spec, binding), now_s)
             return self._if_worth_it(engine, spec, plan, cost)
