@@ -169,6 +169,9 @@ class EngineEntry:
     command: str | None = None
     """Command that starts the engine on this host where nothing listens at its `url`, as in `vllm serve {model} -tp
     {tp} --port {port}`; {model}, {served_as}, {tp}, {host} and {port} are those of this entry. No shell runs it."""
+    launcher: Path | None = None
+    """Socket of `python -m throttllem.launchers`, which starts the engine by its command on a Ray cluster, on the node
+    of its `url`. Without it the engine is a process of this host."""
     ready_s: float = 900.0
     """How long an engine that was started may take until it answers; then it is stopped and started again."""
     keep_running: bool = False
@@ -220,6 +223,10 @@ class EngineEntry:
             self._check_gpus(self.gpus)
         if self.command is not None:
             self._check_command(self.command)
+        if self.launcher is not None and (self.command is None or self.gpus is not None):
+            lacks = "there is no command that it could start" if self.command is None else "it chooses GPUs itself"
+            problem = f"{lacks}; {'set command' if self.command is None else 'leave gpus out'}, or leave this out"
+            raise OptionError("engines", "launcher", repr(str(self.launcher)), problem)
         check("engines", ready_s=(self.ready_s, 1, 86400))
 
     def _check_command(self, command: str) -> None:

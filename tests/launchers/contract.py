@@ -2,7 +2,7 @@
 
 import asyncio
 
-NOTHING = "it is not run by this launcher"
+from throttllem.launchers.base import NOT_RUN
 
 
 async def an_id_runs_once(launcher, command):
@@ -17,14 +17,14 @@ async def a_stopped_engine_is_gone_and_its_id_can_be_used_again(launcher, comman
     await asyncio.sleep(0)
     await launcher.stop(first.engine_id)
     assert await launcher.listed() == ()
-    assert await watching == (NOTHING if first.incarnation is None else "it was stopped")
+    assert (await watching).why == (NOT_RUN.why if first.incarnation is None else "it was stopped")
     second = await launcher.launch(command())
     assert second.incarnation is None or second.incarnation != first.incarnation
 
 
 async def what_does_not_run_can_be_stopped_and_watched(launcher, command):
     await launcher.stop("nothing")
-    assert await launcher.watch("nothing") == NOTHING
+    assert await launcher.watch("nothing") == NOT_RUN
     assert await launcher.listed() == ()
 
 

@@ -3,7 +3,7 @@
 import asyncio
 
 from throttllem.gateway.control.engine_process import EngineProcess
-from throttllem.launchers.base import EngineCommand, Launched, LaunchError
+from throttllem.launchers.base import NOT_RUN, Ended, EngineCommand, Launched, LaunchError
 from throttllem.launchers.running import RunningLauncher
 
 
@@ -38,16 +38,16 @@ class FakeLauncher:
 
     async def watch(self, engine_id):
         found = self.running.get(engine_id)
-        return "it is not run by this launcher" if found is None else await asyncio.shield(found[2])
+        return NOT_RUN if found is None else await asyncio.shield(found[2])
 
-    def end(self, engine_id, why):
+    def end(self, engine_id, why, *, certain=True):
         """An engine ends by itself."""
-        self.running.pop(engine_id)[2].set_result(why)
+        self.running.pop(engine_id)[2].set_result(Ended(why=why, certain=certain))
         self.on_end(engine_id)
 
 
-def command(engine_id="engine-1", words=("serve",), port=1, **environment):
-    return EngineCommand(engine_id=engine_id, words=words, host="127.0.0.1", port=port, environment=environment)
+def command(engine_id="engine-1", words=("serve",), port=1, host="127.0.0.1", gpus=0, **environment):
+    return EngineCommand(engine_id=engine_id, words=words, host=host, port=port, gpus=gpus, environment=environment)
 
 
 def process(now, launcher=None, **more):

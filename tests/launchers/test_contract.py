@@ -8,6 +8,7 @@ import pytest
 from launchers.contract import CHECKS
 from launchers.fake import FakeLauncher, command
 from launchers.test_local import SLEEPS, closed_port, local
+from launchers.test_remote import remote
 from throttllem.launchers.running import RunningLauncher
 
 
@@ -15,6 +16,15 @@ from throttllem.launchers.running import RunningLauncher
 @pytest.mark.parametrize("launcher", [FakeLauncher, RunningLauncher])
 def test_without_processes(launcher, check):
     asyncio.run(check(launcher(), lambda *more: command(words=("serve", *more))))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_launcher_in_another_process(tmp_path, check):
+    async def run():
+        async with remote(tmp_path, FakeLauncher()) as launcher:
+            await check(launcher, lambda *more: command(words=("serve", *more)))
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -61,10 +61,10 @@ def test_its_output_is_in_its_log_and_that_of_the_run_before_beside_it(tmp_path)
             for number in (1, 2):
                 words = (sys.executable, "-c", f"import sys; print('out', {number}); sys.exit('error {number}')")
                 found = await launcher.launch(launched(words))
-                why = await launcher.watch(found.engine_id)
+                why = (await launcher.watch(found.engine_id)).why
                 assert f"process {pid_of(found)} ended with status 1; its log ends: " in why
                 assert await launcher.listed() == ()
-            return found.log
+            return Path(found.log)
 
     log = asyncio.run(run())
     assert sorted(log.read_text().split("\n")) == ["", "error 2", "out 2"]
@@ -81,7 +81,7 @@ def test_an_engine_gets_its_variables_and_none_of_the_gateways_options(tmp_path,
         async with local(tmp_path) as launcher:
             found = await launcher.launch(launched(words, CUDA_VISIBLE_DEVICES="GPU-1", THROTTLLEM_STATS="steps.sock"))
             await launcher.watch(found.engine_id)
-            return json.loads(found.log.read_text())
+            return json.loads(Path(found.log).read_text())
 
     seen = asyncio.run(run())
     assert (seen["CUDA_VISIBLE_DEVICES"], seen["THROTTLLEM_STATS"], seen["HF_HOME"]) == ("GPU-1", "steps.sock", "there")
@@ -113,8 +113,8 @@ def test_all_that_an_engine_started_ends_with_it(tmp_path):
     async def run(ends, stop):
         async with local(tmp_path, stop_s=0.5) as launcher:
             found = await launcher.launch(launched((sys.executable, "-c", parent + ends)))
-            await eventually(lambda: "ready" in found.log.read_text())
-            worker = int(next(line for line in found.log.read_text().split() if line.isdigit()))
+            await eventually(lambda: "ready" in Path(found.log).read_text())
+            worker = int(next(line for line in Path(found.log).read_text().split() if line.isdigit()))
             await (launcher.stop(found.engine_id) if stop else launcher.watch(found.engine_id))
             await eventually(lambda: not is_there(worker))
             assert not is_there(pid_of(found))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 
@@ -26,19 +25,33 @@ class EngineCommand:
     words: tuple[str, ...]
     host: str
     port: int
+    gpus: int = 0
+    """Its GPUs, where the launcher chooses them."""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launched:
     """An engine that runs. `incarnation` names this run of it, as in "pid 4711"; None: it runs already, and this
-    launcher neither stops nor watches it. `log` holds its output. `adopted`: an earlier gateway started it.
+    launcher neither stops nor watches it. `log` is the file with its output, or the command that shows it. `adopted`:
+    it ran before it was asked for.
     """
 
     engine_id: str
     incarnation: str | None = None
-    log: Path | None = None
+    log: str | None = None
     adopted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """Why an engine runs no more. Not `certain`: the launcher has lost sight of it, and it may run on."""
+
+    why: str
+    certain: bool
+
+
+NOT_RUN = Ended(why="it is not run by this launcher", certain=False)
 
 
 class Launcher(Protocol):
@@ -48,10 +61,13 @@ class Launcher(Protocol):
         """Start it unless it runs. One that runs with other words is stopped first. Raises LaunchError."""
 
     async def stop(self, engine_id: str) -> None:
-        """End it with everything that it started; returns when it is gone, at once where nothing runs."""
+        """End it with everything that it started; returns when it is gone, at once where nothing runs.
+
+        Raises LaunchError.
+        """
 
     async def listed(self) -> tuple[Launched, ...]:
-        """The engines that this launcher runs, those of an earlier gateway included."""
+        """The engines that this launcher runs, those of an earlier gateway included. Raises LaunchError."""
 
-    async def watch(self, engine_id: str) -> str:
-        """Wait until it has ended; why it did. Returns at once where this launcher runs none."""
+    async def watch(self, engine_id: str) -> Ended:
+        """Wait until it has ended. Returns at once where this launcher runs none."""

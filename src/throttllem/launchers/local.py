@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from throttllem.files import ensure_writable_dir, read_own, write_aside
-from throttllem.launchers.base import EngineCommand, Launched, LaunchError
+from throttllem.launchers.base import NOT_RUN, Ended, EngineCommand, Launched, LaunchError
 from throttllem.option_sources import PREFIX
 
 log = logging.getLogger("throttllem.launchers")
@@ -103,17 +103,19 @@ class LocalLauncher:
         for engine_id, found in list(self._running.items()):
             self._forget(engine_id, found)
 
-    async def watch(self, engine_id: str) -> str:
+    async def watch(self, engine_id: str) -> Ended:
         """Wait for its end: its status, and the last line of its log."""
         found = self._running.get(engine_id)
         if found is None:
-            return "it is not run by this launcher"
+            return NOT_RUN
         await found.ended.wait()
-        return found.why
+        return Ended(why=found.why, certain=True)
 
     def _launched(self, engine_id: str, found: _Running) -> Launched:
         incarnation = f"pid {found.record.pid}"
-        return Launched(engine_id=engine_id, incarnation=incarnation, log=self._log(engine_id), adopted=not found.child)
+        return Launched(
+            engine_id=engine_id, incarnation=incarnation, log=str(self._log(engine_id)), adopted=not found.child
+        )
 
     # ---- processes -------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from throttllem.launchers.base import EngineCommand, Launched
+from throttllem.launchers.base import NOT_RUN, Ended, EngineCommand, Launched
 
 
 class RunningLauncher:
@@ -19,6 +19,6 @@ class RunningLauncher:
         """None: whether they run, only a connection shows."""
         return ()
 
-    async def watch(self, engine_id: str) -> str:
+    async def watch(self, engine_id: str) -> Ended:
         """This launcher runs none."""
-        return "it is not run by this launcher"
+        return NOT_RUN

@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-ENVIRONMENTS = ("vllm", "triton", "clients", "litellm")
+ENVIRONMENTS = ("vllm", "triton", "clients", "litellm", "ray")
 STAMP = ".installed"
 UNWANTED = ("torchvision", "torchaudio", "torchcodec", "triton")
 """What vLLM's CPU build pulls in and cannot import beside CPU torch."""

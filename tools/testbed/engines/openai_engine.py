@@ -272,9 +272,9 @@ class Connection(asyncio.Protocol):
         )
 
 
-async def serve(port: int, pace: Pace) -> None:
+async def serve(port: int, pace: Pace, host: str = "127.0.0.1") -> None:
     """Serve until killed."""
-    server = await asyncio.get_running_loop().create_server(lambda: Connection(pace), "127.0.0.1", port, backlog=1024)
+    server = await asyncio.get_running_loop().create_server(lambda: Connection(pace), host, port, backlog=1024)
     await server.serve_forever()
 
 
@@ -291,10 +291,11 @@ def main() -> None:
     """Serve on the port of the command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.testbed.engines.openai_engine", description=__doc__)
     parser.add_argument("port", type=int)
+    parser.add_argument("--host", default="127.0.0.1", help="a loopback address")
     parser.add_argument("--library", type=Path, help="folder of the fake NVML")
     parser.add_argument("--gpus", type=lambda text: [int(number) for number in text.split(",")])
     given = parser.parse_args()
-    uvloop.run(serve(given.port, Pace(FakeGpus(given.library, given.gpus) if given.gpus else None)))
+    uvloop.run(serve(given.port, Pace(FakeGpus(given.library, given.gpus) if given.gpus else None), given.host))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from throttllem.gateway.control.engine_model import EngineModel
 from throttllem.gateway.control.engine_process import EngineProcess
 from throttllem.gateway.energy.accounting import EnergyAccounting
 from throttllem.gpu.device import Gpu
+from throttllem.launchers.base import Ended
 
 log = logging.getLogger("throttllem.gateway")
 
@@ -182,7 +183,7 @@ class Backend:
         pause_s = _FIRST_RETRY_S
         while True:
             try:
-                await self.process.run(self.lose)
+                await self.process.run(self._process_ended)
                 connected = await self.engine.connect()
                 if refused := self.model.refused(connected):
                     raise EngineError(refused)
@@ -219,6 +220,13 @@ class Backend:
         if self.uncontrolled_requests:
             emit(Uncontrolled(engine=key, requests=self.uncontrolled_requests))
         self.clock.begin(key, emit, mhz)
+
+    def _process_ended(self, ended: Ended) -> None:
+        """What a launcher has only lost sight of is checked, as it may serve on."""
+        if ended.certain:
+            self.lose(ended.why)
+        elif self.state == "up":
+            self.suspect()
 
     def lose(self, why: str) -> None:
         """The engine is gone: EngineLost is emitted, and the core decides what comes next."""

@@ -32,6 +32,7 @@ from throttllem.gpu.hardware import HardwareGpu, Mode
 from throttllem.gpu.setters import clock_setter
 from throttllem.gpu.simulated import SimulatedGpu
 from throttllem.launchers.base import EngineCommand, Launcher
+from throttllem.launchers.remote import RemoteLauncher
 from throttllem.launchers.running import RunningLauncher
 from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
@@ -144,16 +145,23 @@ class BackendFactory:
             if entry.stats_secret is not None:
                 variables["THROTTLLEM_STATS_SECRET"] = str(entry.stats_secret.expanduser())
             words = entry.command_words
-            return EngineCommand(engine_id=engine_id, words=words, host=host, port=port, environment=variables)
+            return EngineCommand(
+                engine_id=engine_id, words=words, host=host, port=port, gpus=entry.tp, environment=variables
+            )
 
         return EngineProcess(
-            launcher=self.local if entry.command is not None else RunningLauncher(),
+            launcher=self._launcher(entry),
             engine_id=engine_id,
             command=command,
             ready_s=entry.ready_s,
             keep_running=entry.keep_running,
             now=self.now,
         )
+
+    def _launcher(self, entry: EngineEntry) -> Launcher:
+        if entry.command is None:
+            return RunningLauncher()
+        return self.local if entry.launcher is None else RemoteLauncher(entry.launcher.expanduser())
 
     def _gpu(
         self, entry: EngineEntry, spec: EngineSpec, model: EngineModel, table: PerformanceTable | None

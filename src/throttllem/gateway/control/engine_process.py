@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from throttllem.engines.base import EngineError
-from throttllem.launchers.base import EngineCommand, Launched, Launcher, LaunchError
+from throttllem.launchers.base import Ended, EngineCommand, Launched, Launcher, LaunchError
 from throttllem.launchers.running import RunningLauncher
 
 log = logging.getLogger("throttllem.gateway")
@@ -63,8 +63,8 @@ class EngineProcess:
         ends = f"; {self.failures} failures of its process so far" if self.failures else ""
         return f"{origin} ({self.launched.incarnation}), output in {self.launched.log}{ends}"
 
-    async def run(self, on_end: Callable[[str], None]) -> None:
-        """See to it that it runs; `on_end` is called with the reason when it has ended by itself.
+    async def run(self, on_end: Callable[[Ended], None]) -> None:
+        """See to it that it runs; `on_end` is called when it has ended by itself.
 
         Raises EngineError while it may not be started, or is late and was stopped.
         """
@@ -100,7 +100,11 @@ class EngineProcess:
 
     async def runs(self) -> bool:
         """Whether the launcher runs it already: an earlier gateway started it."""
-        return any(launched.engine_id == self.engine_id for launched in await self.launcher.listed())
+        try:
+            return any(launched.engine_id == self.engine_id for launched in await self.launcher.listed())
+        except LaunchError as error:
+            log.warning("engine %s: %s", self.engine_id, error)
+            return False
 
     async def stop(self) -> None:
         """End its process, if this gateway or an earlier one started it."""
@@ -118,12 +122,12 @@ class EngineProcess:
             self._watching = None
         self.launched = None
 
-    async def _watch(self, on_end: Callable[[str], None]) -> None:
-        why = await self.launcher.watch(self.engine_id)
+    async def _watch(self, on_end: Callable[[Ended], None]) -> None:
+        ended = await self.launcher.watch(self.engine_id)
         self._note_sound()
         self.launched, self._watching = None, None
-        self._failed(why)
-        on_end(why)
+        self._failed(ended.why)
+        on_end(ended)
 
     def _note_sound(self) -> None:
         if self._up_s is not None and self.now() - self._up_s >= _SOUND_S:
