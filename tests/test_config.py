@@ -119,6 +119,8 @@ def test_a_command_has_the_values_of_its_entry_and_leaves_other_braces_alone():
         ({"command": "vllm serve", "url": "http://127.0.0.1"}, "with its port"),
         ({"command": "vllm serve", "kind": "simulated", "url": None}, "needs the url at which the engine will listen"),
         ({"ready_s": 0.0}, "must be between 1 and 86400"),
+        ({"launcher": "l.sock"}, "there is no command that it could start; set command, or leave this out"),
+        ({"launcher": "l.sock", "command": "vllm", "gpus": ("0",)}, "it chooses GPUs itself; leave gpus out"),
     ],
 )
 def test_a_command_that_cannot_be_started_is_refused(change, problem):

@@ -5,6 +5,7 @@ import contextlib
 import os
 import queue
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from throttllem.gateway.check import check_configuration
 from throttllem.gateway.run import run_gateway
 from tools.nvml.machine import a100, h100
 from tools.testbed.private import private_folder
+from tools.testbed.processes import free_port
 
 
 @pytest.fixture
@@ -280,3 +282,25 @@ def test_gpus_that_are_not_here_are_an_error(tmp_path, machine):
 
     with pytest.raises(ValueError, match="5 is not here; here are 0 = GPU-"):
         asyncio.run(run())
+
+
+@pytest.mark.parametrize("mode", ["dry-run", "off"])
+def test_an_engine_that_is_started_gets_its_gpus_by_uuid_and_where_to_send_its_steps(tmp_path, machine, mode):
+    port, log = free_port(), tmp_path / "state/engines"
+    shows = "import os; print(*sorted(n + '=' + v for n, v in os.environ.items() if n[:5] in ('CUDA_', 'THROT')))"
+    entry = EngineEntry(
+        kind="openai",
+        url=f"http://127.0.0.1:{port}",
+        gpus=("0",),
+        stats=str(tmp_path / "steps.sock"),
+        command=shlex.join([sys.executable, "-c", shows]),
+    )
+
+    async def during(http, api, private):
+        async with asyncio.timeout(20):
+            while not any(file.stat().st_size for file in log.glob("*.log*")):
+                await asyncio.sleep(0.01)
+
+    lived(run_gateway(options(tmp_path, engines=(entry,), clocks=ClockOptions(mode=mode)), tmp_path / "cache"), during)
+    shown = max((file.read_text() for file in log.glob("*.log*")), key=len)
+    assert shown == (f"CUDA_VISIBLE_DEVICES={machine.gpus[0].uuid} THROTTLLEM_STATS={tmp_path / 'steps.sock'}\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import sys
 from pathlib import Path
 
 from throttllem.launchers.ray import ray_launcher
@@ -21,8 +22,12 @@ def main() -> None:
     parser.add_argument("--socket", required=True, type=Path, metavar="PATH", help="where the gateway connects")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    launcher = ray_launcher(given.ray)
-    asyncio.run(serve_launcher(launcher, given.socket))
+    try:
+        asyncio.run(serve_launcher(ray_launcher(given.ray), given.socket))
+    except ModuleNotFoundError as error:
+        parser.error(f"{error}: install Ray, of the cluster's version, in the environment of {sys.executable}")
+    except OSError as error:  # so are errors of the connection to the cluster
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
