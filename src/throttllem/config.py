@@ -168,7 +168,7 @@ class EngineEntry:
     """Sent to the engine instead of the client's own key."""
     command: str | None = None
     """Command that starts the engine on this host where nothing listens at its `url`, as in `vllm serve {model} -tp
-    {tp} --port {port}`; {model}, {served_as}, {tp}, {host} and {port} are those of this entry. No shell runs it."""
+    {tp} --port {port}`; {model}, {served_as}, {tp}, {host} and {port} are those of this entry. No shell reads it."""
     launcher: Path | None = None
     """Socket of `python -m throttllem.launchers`, which starts the engine by its command on a Ray cluster, on the node
     of its `url`. Without it the engine is a process of this host."""

@@ -158,6 +158,30 @@ asyncio.run(main())
     asyncio.run(run())
 
 
+def test_a_gateway_that_is_killed_before_it_noted_a_process_leaves_none(tmp_path):
+    mark = str(tmp_path / "mark")
+    gateway = f"""
+import asyncio, os
+from launchers.fake import command
+from throttllem.launchers.local import LocalLauncher
+from pathlib import Path
+class Killed(LocalLauncher):
+    def _remember(self, engine_id, found):
+        print(found.record.pid, flush=True)
+        os.kill(os.getpid(), 9)
+words = ({sys.executable!r}, "-c", "import pathlib, time; pathlib.Path({mark!r}).touch(); time.sleep(60)")
+asyncio.run(Killed(Path({str(tmp_path)!r}) / "engines").launch(command(words=words, port={closed_port()})))
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", gateway], stdout=subprocess.PIPE, env=environment, check=False)
+    assert done.returncode == -9
+    end_s = time.monotonic() + 10
+    while is_there(int(done.stdout)) and time.monotonic() < end_s:
+        time.sleep(0.01)
+    assert not is_there(int(done.stdout))
+    assert not Path(mark).exists()
+
+
 @pytest.mark.parametrize("change", ["start_ticks", "boot", "pid"])
 def test_a_process_that_only_has_the_number_is_not_adopted_nor_ended(tmp_path, change):
     with subprocess.Popen(SLEEPS, stdout=subprocess.DEVNULL, start_new_session=True) as stranger:
@@ -197,7 +221,7 @@ def test_a_command_that_cannot_be_started_says_why(tmp_path):
         async with local(tmp_path) as launcher:
             await launcher.launch(launched(("no-such-engine",)))
 
-    with pytest.raises(LaunchError, match="no-such-engine cannot be started: No such file"):
+    with pytest.raises(LaunchError, match="no-such-engine cannot be started: there is no such program"):
         asyncio.run(run())
 
 

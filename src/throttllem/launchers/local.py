@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,8 @@ from throttllem.option_sources import PREFIX
 
 log = logging.getLogger("throttllem.launchers")
 
+_GATE = ("/bin/sh", "-c", 'read -r line && exec "$@" </dev/null', "engine")
+"""Becomes the engine's command once it reads a line; ends where the gateway is gone before."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _REACH_S = 1.0
 _LAST_BYTES = 400
@@ -120,19 +123,23 @@ class LocalLauncher:
     # ---- processes -------------------------------------------------------------------------------------------
 
     def _start(self, command: EngineCommand) -> _Running:
-        """The output of the last run is kept beside that of this one."""
+        """Its process waits at a gate until it is noted. The output of the last run is kept beside that of this one."""
         file = self._log(command.engine_id)
+        environment = _environment(command.environment)
+        if shutil.which(command.words[0], path=environment.get("PATH")) is None:
+            raise LaunchError(f"{command.words[0]} cannot be started: there is no such program")
+        gate, opens = os.pipe()
         try:
             ensure_writable_dir(self._folder, private=True)
             if file.exists():
                 file.replace(file.with_suffix(".log.1"))
             written = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            pid = os.posix_spawnp(
-                command.words[0],
-                command.words,
-                _environment(command.environment),
+            pid = os.posix_spawn(
+                _GATE[0],
+                (*_GATE, *command.words),
+                environment,
                 file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, gate, 0),
                     (os.POSIX_SPAWN_OPEN, 1, file, written, 0o600),
                     (os.POSIX_SPAWN_DUP2, 1, 2),
                 ],
@@ -140,22 +147,26 @@ class LocalLauncher:
                 setsigmask=(),
                 setsigdef=(signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
             )
+            found = self._watched(command.engine_id, _record(pid, command.words), child=True)
+            self._remember(command.engine_id, found)
+            os.write(opens, b"\n")
         except OSError as error:
             raise LaunchError(f"{command.words[0]} cannot be started: {error.strerror or error}") from error
-        found = self._watched(command.engine_id, _record(pid, command.words), child=True)
-        self._remember(command.engine_id, found)
+        finally:
+            os.close(gate)
+            os.close(opens)
         log.info("engine %s: process %d was started, output in %s", command.engine_id, pid, file)
         return found
 
     def _remember(self, engine_id: str, found: _Running) -> None:
-        """An engine that no later gateway would find is not left to itself."""
+        """An engine that no later gateway would find is not started."""
         try:
             with write_aside(self._file(engine_id), private=True) as aside:
                 aside.write_text(json.dumps(asdict(found.record)))
         except OSError as error:
             found.asked = True
             _signal(found, signal.SIGKILL)
-            raise LaunchError(f"engine {engine_id} was stopped, as its process cannot be noted: {error}") from error
+            raise LaunchError(f"engine {engine_id} is not started, as its process cannot be noted: {error}") from error
 
     def _adopt(self, engine_id: str) -> _Running | None:
         """The process that an earlier gateway started; None: there is none, or it has ended."""
