@@ -66,11 +66,16 @@ def decisions(spec: EngineSpec, table: PerformanceTable, policy: ClockPolicy, co
     handle(controller, EngineReady(engine=0, spec=spec), 0.0)
     rng = np.random.default_rng(0)
     lengths = [(int(rng.integers(50, 400)), int(rng.integers(100, 1000))) for _ in range(count + ROUNDS)]
-    now_s = 0.0
+    now_s, ended = 0.0, 16
+    for index in range(-ended, 0):  # lengths are known, as in a real run
+        handle(controller, Arrived(request=request(index, now_s, 200, 2)), now_s)
+        handle(controller, Stepped(engine=0, iteration=2 * (index + ended), started=(index,)), now_s)
+        handle(controller, Stepped(engine=0, iteration=2 * (index + ended) + 1, finished=(index,)), now_s)
+        now_s += 0.1
     for index in range(count):
         handle(controller, Arrived(request=request(index, now_s, *lengths[index])), now_s)
         now_s += 0.05
-        handle(controller, Stepped(engine=0, iteration=index, started=(index,)), now_s)
+        handle(controller, Stepped(engine=0, iteration=2 * ended + index, started=(index,)), now_s)
     running = controller.snapshot().engines[0].running
     assert running == count, f"{running} of {count} requests were admitted"
     taken: list[float] = []

@@ -255,14 +255,14 @@ class ClockController:
         """
         before = engine.hindsight
         age_s = now_s - engine.steady_at_s
-        if age_s >= self.options.replan_s and (
-            before is None or age_s > _RENEW_S or renewed(self._load, before.requests)
-        ):
+        if age_s < self.options.replan_s:
+            return engine.steady
+        if before is None or age_s > _RENEW_S or renewed(self._load, before.requests, age_s):
             engine.steady_at_s = now_s
             engine.steady = engine.hindsight = None
-            load = self._load.load(now_s)
+            load = self._load.load(now_s) if known_well_enough(self._load) else None
             states = None if load is None else chain(load, table, spec)
-            if load is None or states is None or not known_well_enough(self._load):
+            if load is None or states is None:
                 return None
             engine.steady = settled(load, table, spec)
             maximum_s = engine.switch_latency.to_s(spec.clocks_mhz, spec.clocks_mhz[-1], self.options.switch_latency_s)

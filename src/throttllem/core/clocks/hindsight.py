@@ -59,7 +59,8 @@ _PRICES_W = np.concatenate([[0.0], 1.25 ** np.arange(-8, 34)])
 _COARSE = 6
 """Prices apart from one another in the first search."""
 _RENEWED = 16
-"""A pace is sought again once this part of the requests is new."""
+_SOONEST_S = 10.0
+"""A pace is sought again once this part of the requests is new; of `_ENOUGH_ENDED` or more not sooner than that."""
 _MOST_STEPS = 64
 """Iterations that are taken for one; the KV blocks of its first count for all of them."""
 
@@ -172,8 +173,10 @@ def known_well_enough(load: LoadEstimator) -> bool:
     return load.done >= _FEWEST_ENDED
 
 
-def renewed(load: LoadEstimator, seen: int) -> bool:
-    """Whether a good part of the recent requests came after the first `seen`."""
+def renewed(load: LoadEstimator, seen: int, age_s: float) -> bool:
+    """Whether a good part of the recent requests came after the first `seen`, `age_s` ago; of many not at once."""
+    if len(load.recent) >= _ENOUGH_ENDED and age_s < _SOONEST_S:
+        return False
     return load.seen - seen >= max(_FEWEST_ENDED // 2, len(load.recent) // _RENEWED)
 
 

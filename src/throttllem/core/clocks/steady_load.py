@@ -24,7 +24,7 @@ deadlines.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -102,7 +102,7 @@ class LoadEstimator:
     last_s: float = 0.0
     sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
     seen: int = 0
-    recent: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    recent: dict[int, tuple[float, ...]] = field(default_factory=OrderedDict)
     classes: tuple[str, ...] = ()
     first_token: tuple[float, int] = (math.inf, 0)
     done: int = 0
@@ -111,6 +111,7 @@ class LoadEstimator:
     outputs: deque[int] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
+        self.recent = OrderedDict(self.recent)  # which finds its first item at once
         self.outputs = deque(self.outputs, _RECENT)
 
     def arrived(self, request: Request, now_s: float, *, predicted_tokens: int, expected_tokens: int) -> None:
