@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,9 @@ def test_an_engine_is_started_restarted_after_a_crash_and_stopped_with_the_gatew
         await asyncio.sleep(0.3)
         os.kill(seen[0], signal.SIGKILL)
         assert await breaks is None
+        async with asyncio.timeout(20):  # a request that comes before the gateway knows of the crash fails with it
+            while not re.search(r"process_failures_total\{.*\} 1.0", await metrics_of(http, private)):
+                await asyncio.sleep(0.01)
         assert await stream(http, api, 5) == 5
         seen.append(pids(tmp_path)[f"127.0.0.1-{port}"])
         text = await metrics_of(http, private)
