@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 from throttllem.config import Options
-from throttllem.physics.catalogue import Catalogue
 from throttllem.sim.parallel import side_by_side
 from tools.shifts import document
-from tools.shifts.cells import CELLS, ENGINES, KINDS, SEED, cell
-from tools.shifts.measure import Measured, run
+from tools.shifts.cells import CELLS, ENGINES, KINDS
+from tools.shifts.measure import measured_cell
 from tools.testbed.report import ROOT
-
-
-def _cell(number: int, cache_dir: Path, progress: Callable[[float], None]) -> list[Measured]:
-    measured = run(cell(number, SEED), SEED, Catalogue.load(), cache_dir)
-    progress(1.0)
-    return measured
 
 
 def main() -> None:
@@ -33,7 +25,7 @@ def main() -> None:
     chosen = parser.parse_args()
     cache_dir: Path = Options().cache_dir.expanduser()
     # One cell of each engine first: engines are characterised and trained once, not in every process.
-    first = [_cell(number * len(KINDS), cache_dir, lambda _: None) for number in range(len(ENGINES))]
+    first = [measured_cell(number * len(KINDS), cache_dir, lambda _: None) for number in range(len(ENGINES))]
     print(f"{len(first)} engines are prepared", flush=True)
     done = [0.0] * chosen.cells
 
@@ -42,7 +34,7 @@ def main() -> None:
             done[index] = share
             print(f"{sum(one == 1.0 for one in done)} of {chosen.cells} cells", flush=True)
 
-    tasks = [functools.partial(_cell, number, cache_dir) for number in range(chosen.cells)]
+    tasks = [functools.partial(measured_cell, number, cache_dir) for number in range(chosen.cells)]
     measured = [one for cells in side_by_side(tasks, workers=chosen.workers, progress=report) for one in cells]
     for row in document.rows(measured):
         print(" | ".join(row))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +16,7 @@ from throttllem.core.types import Slo
 from throttllem.physics.catalogue import Catalogue
 from throttllem.sim.driver import Simulation
 from throttllem.sim.recorder import Life, Recorder
-from tools.shifts.cells import ShiftCell
+from tools.shifts.cells import SEED, ShiftCell, cell
 
 TOLERATED = 2.0
 """Violations beyond what is allowed that chance alone makes."""
@@ -93,6 +93,13 @@ def _met(life: Life) -> bool:
         tbt_s=(life.ended_s - life.first_token_s) / max(1, tokens - 1),
     )
     return met is True
+
+
+def measured_cell(number: int, cache_dir: Path, progress: Callable[[float], None]) -> list[Measured]:
+    """One cell as a task of `side_by_side`, whose processes find it by the name of its module."""
+    measured = run(cell(number, SEED), SEED, Catalogue.load(), cache_dir)
+    progress(1.0)
+    return measured
 
 
 def owed(met: Iterable[bool], allowed: float) -> Iterator[float]:
