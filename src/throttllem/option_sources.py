@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
@@ -122,7 +121,7 @@ def _file(path: Path) -> _Layer:
         values = TomlConfigSettingsSource(Options, toml_file=path)()
     except FileNotFoundError as error:
         raise ConfigurationError(f"{path}: no such file; without --config every option has its default") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:  # ValueError: no TOML, no UTF-8, or a number of thousands of digits
         raise ConfigurationError(f"{path}: {error}") from error
     lines = _lines(text)
 

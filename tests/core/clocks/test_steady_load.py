@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.toy import SPEC, request, spec, table
-from throttllem.core.clocks.steady_load import Load, LoadEstimator, _quantile, settled, steady
+from throttllem.core.clocks.steady_load import Load, LoadEstimator, Recent, _quantile, settled, steady
 from throttllem.core.types import Slo
 
 TABLE = table(SPEC)
@@ -203,3 +203,33 @@ def test_long_outputs_are_those_that_came_out_at_the_fraction_for_which_slos_are
         estimator.finished(-1, 500, n + 1)
     # Of the last 512 outputs, all 400 are known: one in ten is longer than 360 tokens.
     assert estimator.load(100.0).long_output_tokens == pytest.approx(360.1)
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (Recent.ARRIVAL_S, math.nan),
+        (Recent.ARRIVAL_S, 1e9),
+        (Recent.PROMPT_TOKENS, -5),
+        (Recent.OUTPUT_TOKENS, 2**40),
+        (Recent.OUTPUT_TOKENS, math.nan),
+        (Recent.SEQUENCES, 0),
+        (Recent.CACHED_TOKENS, 31),
+        (Recent.SLO_CLASS, 1),
+        (Recent.SLO_CLASS, -1),
+        (None, None),
+    ],
+)
+def test_a_state_whose_requests_no_request_can_be_is_refused(at, value):
+    estimator = LoadEstimator(window_s=60.0)
+    for n in range(3):
+        came(estimator, n / 4, 30, 500, Slo(e2e_s=20.0))
+    recent = dict(estimator.recent)
+    assert LoadEstimator(window_s=60.0, recent=recent, classes=("",)).recent == recent
+    values = list(recent[1])
+    if at is None:
+        values.pop()
+    else:
+        values[at] = value
+    with pytest.raises(ValueError, match="no request has"):
+        LoadEstimator(window_s=60.0, recent=recent | {1: tuple(values)}, classes=("",))

@@ -75,7 +75,8 @@ class RateForecast:
             self.since_s, self.count, self.level, self.slot = now_s, 0, (0.0, 0.0), None
             self.counts.clear()
             self.forecasts.clear()
-        while now_s >= self.since_s + self.interval_s:
+        # Of a time so late that an interval is less than its rounding, none is over.
+        while now_s >= self.since_s + self.interval_s > self.since_s:
             self._close(self.since_s)
             self.since_s += self.interval_s
             self.count = 0

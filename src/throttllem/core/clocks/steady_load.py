@@ -41,6 +41,7 @@ Ints = npt.NDArray[np.int64]
 
 _RECENT = 512
 _MOST_RECENT, _RECENT_S = 2048, 300.0
+_MOST_TOKENS = 2**24
 _REFRESH = 32
 _LONG = 0.99
 _FEW = 8
@@ -112,7 +113,22 @@ class LoadEstimator:
 
     def __post_init__(self) -> None:
         self.recent = OrderedDict(self.recent)  # which finds its first item at once
+        if self.recent and not self._possible():
+            raise ValueError("the recent requests hold values that no request has")
         self.outputs = deque(self.outputs, _RECENT)
+
+    def _possible(self) -> bool:
+        """Whether the recent requests are such that they can be replayed: compiled code does not ask."""
+        if any(len(values) != len(Recent) for values in self.recent.values()):
+            return False
+        recent = self.recent_requests()
+        tokens = recent[:, [Recent.PROMPT_TOKENS, Recent.OUTPUT_TOKENS]]
+        sequences, classes = recent[:, Recent.SEQUENCES], recent[:, Recent.SLO_CLASS]
+        cached = recent[:, Recent.CACHED_TOKENS]
+        possible = np.isfinite(recent[:, Recent.ARRIVAL_S]).all() and (np.diff(recent[:, Recent.ARRIVAL_S]) >= 0).all()
+        possible &= ((tokens >= 0) & (tokens <= _MOST_TOKENS)).all() and ((sequences >= 1) & (sequences <= 2**16)).all()
+        possible &= ((cached >= -1) & (cached <= recent[:, Recent.PROMPT_TOKENS])).all()
+        return bool(possible and ((classes >= 0) & (classes < len(self.classes))).all())
 
     def arrived(self, request: Request, now_s: float, *, predicted_tokens: int, expected_tokens: int) -> None:
         """One request came in, with its output as predicted and as expected; it counts as many requests as it has
