@@ -41,7 +41,7 @@ def test_a_cell_is_judged_and_its_runs_are_kept(monkeypatch, capsys, tmp_path):
     first = json.loads((tmp_path / "arena.json").read_text())
     (entry,) = first["entries"]
     assert set(entry["rows"]) == {"triton", "least-energy", "static", "power-cap", "power-cap-beforehand"}
-    assert len(entry["tried"]["power-cap"]) == 4
+    assert len(entry["tried"]["power-cap"]) == 3
     assert entry["rows"]["static"]["energy_j"] == min(
         tried["energy_j"]
         for tried in entry["tried"]["static"]
@@ -50,4 +50,12 @@ def test_a_cell_is_judged_and_its_runs_are_kept(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "arena.svg").exists()
     assert (tmp_path / "out/arena/arena.html").exists()
     assert run(monkeypatch, *words) == 0
-    assert json.loads((tmp_path / "arena.json").read_text()) == first
+    again = json.loads((tmp_path / "arena.json").read_text())
+    assert without_cpu(again) == without_cpu(first)
+
+
+def without_cpu(value):
+    """The same without seconds of CPU, which static clocks, that are run each time, take anew."""
+    if isinstance(value, dict):
+        return {key: without_cpu(item) for key, item in value.items() if key != "cpu_s"}
+    return [without_cpu(item) for item in value] if isinstance(value, list) else value

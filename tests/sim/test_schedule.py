@@ -19,13 +19,19 @@ from throttllem.engines.simulated.fleet import build_fleet
 from throttllem.physics.catalogue import Catalogue
 from throttllem.sim.driver import Machine, Simulation
 from throttllem.sim.recorder import Recorder
-from throttllem.sim.schedule import Requests, ScheduledEngine, run_schedule
+from throttllem.sim.schedule import Requests, ScheduledEngine
 
 GPU, MODEL = "a100-40gb-sxm", "llama-3-8b"
 LATENCY_S, MHZ, TOP_MHZ = 0.2, 810, 1410
 NOISE = Noise(time=0.02, power=0.03)
 SMALL = {"kv_blocks": 220, "max_batch": 24, "prefill_budget_tokens": 700}
 """An engine that queues, preempts and cuts prompts under the load below."""
+
+
+def run_schedule(spec, physics, requests, clocks, *, seed, noise, release_s=None):
+    """One run from beginning to end."""
+    engine = ScheduledEngine(spec, physics, requests, seed=seed, noise=noise)
+    return engine.run(engine.begin(), clocks, release_s=release_s)
 
 
 def engine_of(engine="vllm", **changes):

@@ -34,7 +34,7 @@ def tree() -> str:
 @cache
 def _digest_of_sources(slo_aware: bool) -> str:
     """A digest of the sources of a simulation; of first come, first served without the SLO-aware policies' own."""
-    found = hashlib.sha256(json.dumps([version(name) for name in ("numpy", "lightgbm")]).encode())
+    found = hashlib.sha256(json.dumps([version(name) for name in ("numpy", "numba", "lightgbm")]).encode())
     for part in _SIMULATED:
         path = _PACKAGE / part
         for file in sorted(path.rglob("*.*")) if path.is_dir() else [path]:

@@ -165,8 +165,3 @@ def cheapest(task: Task, outcomes: list[Outcome]) -> Outcome:
     if not enough:
         raise ValueError(f"no clock meets the SLOs of {task.least_met} of {task.requests.arrival_s.size} requests")
     return min(enough, key=lambda outcome: outcome.energy_j)
-
-
-def best_static(task: Task) -> Outcome:
-    """The best static clock in hindsight. Raises ValueError if no clock meets enough."""
-    return cheapest(task, every_static(task))

@@ -132,18 +132,3 @@ class ScheduledEngine:
         requests = requests[self._fits]
         order = np.argsort(requests["release_s"], kind="stable")
         return np.ascontiguousarray(requests[order])
-
-
-def run_schedule(
-    spec: EngineSpec,
-    physics: EnginePhysics,
-    requests: Requests,
-    clocks: Clocks,
-    *,
-    seed: int,
-    noise: Noise,
-    release_s: Floats | None = None,
-) -> Held:
-    """One run from beginning to end."""
-    engine = ScheduledEngine(spec, physics, requests, seed=seed, noise=noise)
-    return engine.run(engine.begin(), clocks, release_s=release_s)

@@ -412,8 +412,9 @@ def test_a_measured_switch_latency_counts_in_place_of_the_configured_one():
     clocks = controller(switch_latency_s=1.5 / 32)
     for switches, mhz in ((19, 1200), (20, 1000)):
         measured = engine(within(10), **slow)
-        measured.switch_latency.all_took(SPEC.clocks_mhz, [(1000, 0.5 / 32)] * switches)
+        for _ in range(switches):
+            measured.switch_latency.took(SPEC.clocks_mhz, 1000, 0.5 / 32)
         assert planned(clocks, measured).mhz == mhz
     slower = engine(within(10), **slow)
-    slower.switch_latency.all_took(SPEC.clocks_mhz, [(1000, 1.5 / 32)])
+    slower.switch_latency.took(SPEC.clocks_mhz, 1000, 1.5 / 32)
     assert planned(controller(switch_latency_s=0.5 / 32), slower).mhz == 1200

@@ -10,7 +10,8 @@ CONFIGURED_S = 0.2
 
 def after(mhz, *seconds):
     latency = SwitchLatency()
-    latency.all_took(CLOCKS_MHZ, [(mhz, each) for each in seconds])
+    for each in seconds:
+        latency.took(CLOCKS_MHZ, mhz, each)
     return latency
 
 
@@ -36,7 +37,8 @@ def test_enough_switches_count_and_few_of_them_are_longer():
 def test_a_slower_driver_is_learned_and_an_old_one_forgotten():
     latency = after(1400, *[0.01] * 200, *[0.03] * 4)
     assert to_s(latency, 1400) == 0.03
-    latency.all_took(CLOCKS_MHZ, [(1400, 0.005)] * 64)
+    for _ in range(64):
+        latency.took(CLOCKS_MHZ, 1400, 0.005)
     assert to_s(latency, 1400) == 0.005
     assert len(latency.bands[-1].recent_s) == 64, "what is kept does not grow"
 
@@ -48,7 +50,8 @@ def test_bands_are_apart_and_a_clock_of_another_gpu_tells_nothing():
     latency.took(CLOCKS_MHZ, 1350, 9.0)
     assert to_s(latency, 1400) == 0.01
     one = SwitchLatency()
-    one.all_took((1400,), [(1400, 0.02)] * FEWEST)
+    for _ in range(FEWEST):
+        one.took((1400,), 1400, 0.02)
     assert one.to_s((1400,), 1400, CONFIGURED_S) == 0.02
 
 

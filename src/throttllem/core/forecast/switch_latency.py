@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -85,11 +85,6 @@ class SwitchLatency:
         if not self.bands:
             self.bands = tuple(BandSwitches() for _ in range(min(_BANDS, len(clocks_mhz))))
         self.bands[_band(column, len(clocks_mhz))].took(seconds)
-
-    def all_took(self, clocks_mhz: Sequence[int], switches: Iterable[tuple[int, float]]) -> None:
-        """Several of them, in order."""
-        for mhz, seconds in switches:
-            self.took(clocks_mhz, mhz, seconds)
 
     def to_s(self, clocks_mhz: Sequence[int], mhz: int, configured_s: float) -> float:
         """Seconds that a switch to that clock is expected to take at most."""
