@@ -62,10 +62,18 @@ def shortened(body):
     """A body that asks for no long answer, of the model that there is."""
     if not isinstance(body, dict):
         return body
-    named = [name for name in LIMITS if isinstance(body.get(name), int)] or ["max_tokens"]
-    limits = {name: min(MOST_TOKENS, body.get(name, MOST_TOKENS)) for name in named}
+    named = [name for name in LIMITS if body.get(name) is not None] or ["max_tokens"]
+    limits = {name: at_most(body.get(name, MOST_TOKENS)) for name in named}
     counts = {name: 1 for name in ("n", "best_of") if name in body}
     return body | limits | counts | {"model": MODEL}
+
+
+def at_most(limit):
+    """The limit itself, unless it is a number of too many tokens: 4096, 4096.0 and "4096" are the same."""
+    try:
+        return MOST_TOKENS if float(limit) > MOST_TOKENS else limit
+    except (TypeError, ValueError, OverflowError):
+        return limit
 
 
 def checked(case):
