@@ -4,6 +4,8 @@ import json
 import os
 import time
 
+from tools.testbed.fork_server import die_with
+
 
 def speak(order):
     """Prints what it got."""
@@ -24,8 +26,13 @@ def leave(order):
     raise SystemExit(7)
 
 
+def orphan(order):
+    """Its parent has ended before it could ask to be told."""
+    die_with(os.getpid())
+
+
 def stay(order):
     time.sleep(60)
 
 
-ROLES = {each.__name__: each for each in (speak, echo, fail, leave, stay)}
+ROLES = {each.__name__: each for each in (speak, echo, fail, leave, orphan, stay)}

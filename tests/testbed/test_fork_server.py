@@ -55,6 +55,11 @@ def test_a_process_that_stays_has_no_code_until_it_is_killed(server, tmp_path):
         assert server.exit_code(made.pid, 10) == -signal.SIGKILL
 
 
+def test_a_process_whose_server_ended_before_it_began_ends(server, tmp_path):
+    with forked(server, "orphan", tmp_path) as made:
+        assert server.exit_code(made.pid, 10) == -signal.SIGKILL
+
+
 def test_nothing_outlives_the_server(tmp_path):
     with fork_server("tests.testbed.roles") as made, forked(made, "stay", tmp_path) as stays:
         handle = os.pidfd_open(stays.pid)

@@ -77,7 +77,7 @@ def fork_server(module: str, *, environment: Mapping[str, str] | None = None) ->
     with ours:
         with its:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tools.testbed.fork_server", module, str(its.fileno())],
+                [sys.executable, "-m", "tools.testbed.fork_server", module, str(its.fileno()), str(os.getpid())],
                 # A process with threads must not fork.
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1"} | dict(environment or {}),
                 cwd=ROOT,
@@ -127,11 +127,12 @@ def _reap(codes: dict[int, int]) -> None:
 
 def _fork(channel: socket.socket, roles: Roles, order: Order) -> None:
     ours, its = socket.socketpair()
+    server = os.getpid()
     pid = os.fork()
     if pid == 0:
         channel.close()
         ours.close()
-        _become(roles, order, its)
+        _become(roles, order, its, server)
     its.close()
     pidfd = os.pidfd_open(pid)
     socket.send_fds(channel, [str(pid).encode()], [pidfd, ours.fileno()])
@@ -139,12 +140,12 @@ def _fork(channel: socket.socket, roles: Roles, order: Order) -> None:
     ours.close()
 
 
-def _become(roles: Roles, order: Order, control: socket.socket) -> None:
+def _become(roles: Roles, order: Order, control: socket.socket, server: int) -> None:
     """The rest of this process's life."""
     code = 1
     try:
         os.setsid()
-        die_with_parent()
+        die_with(server)
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for target in (1, 2):
             os.dup2(log, target)
@@ -165,15 +166,17 @@ def _become(roles: Roles, order: Order, control: socket.socket) -> None:
         os._exit(code)
 
 
-def die_with_parent() -> None:
-    """This process is killed when the thread that forked it ends."""
+def die_with(parent: int) -> None:
+    """This process is killed when the thread of its parent that made it ends, or now if that one has ended already."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main() -> None:
-    """`python -m tools.testbed.fork_server MODULE DESCRIPTOR`."""
-    module, descriptor = sys.argv[1:]
-    die_with_parent()
+    """`python -m tools.testbed.fork_server MODULE DESCRIPTOR PARENT`."""
+    module, descriptor, parent = sys.argv[1:]
+    die_with(int(parent))
     roles: Roles = importlib.import_module(module).ROLES
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
