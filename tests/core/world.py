@@ -205,6 +205,8 @@ class World:
                 assert key >= self.keys
                 self.keys = key + 1
                 self.starting[key] = tp
+            case StopEngine(engine=key) if key in self.starting:
+                del self.starting[key]
             case StopEngine(engine=key):
                 assert key not in self.on.values()
                 up = self.up.pop(key)
@@ -243,7 +245,10 @@ class World:
         views = {view.engine: view for view in snapshot.engines}
         assert {key for key, view in views.items() if view.phase is not Phase.STARTING} == self.up.keys()
         assert {key for key, view in views.items() if view.phase is Phase.STARTING} == self.starting.keys()
-        assert sum(view.phase is Phase.SERVING for view in views.values()) <= 1
+        if self.options.pool is None:
+            assert sum(view.phase is Phase.SERVING for view in views.values()) <= 1
+        else:
+            assert sum(view.tp for view in views.values()) <= self.options.pool.gpus
         for key, up in self.up.items():
             view = views[key]
             assert view.running + view.pending == sum(on == key for on in self.on.values())

@@ -106,6 +106,7 @@ def make_run(
         slo=slo(attainment),
         projection_error=ProjectionError(batch=0.0012, kv=0.0181) if projects else None,
         decision_s=quantiles(0.0003),
+        engines=[],
         sizes=[(0.0, 4), (600.0, 2), (1200.0, 4)] if policy.endswith("+autoscale") else [(0.0, 4)],
         rejections={"the queue is full": rejected} if rejected else {},
         series=series(

@@ -1,5 +1,7 @@
 """The virtual-time driver: same seed same run, everybody ends, time and energy add up to what a hand can count."""
 
+from collections import Counter
+
 import pytest
 from core.toy import TOP_MHZ, request
 from hypothesis import given, settings
@@ -8,9 +10,11 @@ from sim.toy_runs import FREED_W, GPUS, STARTUP_W, simulate, specs_of, steady
 
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.lengths.prediction import Noisy
+from throttllem.core.pool.pool import PoolOptions
 from throttllem.core.types import (
     Arrived,
     ClockRead,
+    Dispatch,
     EngineReady,
     Reason,
     Request,
@@ -261,3 +265,38 @@ def test_energy_adds_up_while_rows_are_thrown_out(scales):
     run = simulate(crowd, scales=scales, noise=Noise(), specs=specs_of(no_evict=False))
     assert run.simulation.preemptions > 0
     assert_energy_adds_up(run)
+
+
+def test_a_pool_shares_the_requests_and_counts_its_free_gpus():
+    slo = Slo(e2e_s=5.0)
+    pool = PoolOptions(gpus=5, engines={1: 2, 2: 1})
+    run = simulate(steady(30, 4, slo=slo), ClockPolicy.LEAST_ENERGY, tp=2, pool=pool, freed_w=FREED_W)
+    given = Counter(out.engine for *_, commands in run.log for out in commands if isinstance(out, Dispatch))
+    assert len(given) == 3
+    assert given[0] > max(given[1], given[2]) > 15, "the larger one gets more"
+    result = run.result()
+    assert result.completed == 120
+    assert result.engines == [(0.0, {1: 2, 2: 1})]
+    assert set(result.series.tp) == {4}
+    assert sum(result.series.power_w) * 0.5 == pytest.approx(run.simulation.energy_j)
+    without = simulate(steady(30, 4, slo=slo), ClockPolicy.LEAST_ENERGY, tp=2, pool=pool)
+    assert run.simulation.energy_j == pytest.approx(without.simulation.energy_j + FREED_W * run.simulation.now_s)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_pool_of_one_engine_runs_as_an_engine_alone(policy):
+    def commands(pool):
+        return [out for *_, out in simulate(steady(6, 5), policy, pool=pool, noise=Noise()).log]
+
+    assert commands(PoolOptions(gpus=1, engines={1: 1})) == commands(None)
+
+
+def test_fewer_engines_that_are_busier_take_less_energy():
+    """Eight requests a second on one, two or four engines of four GPUs."""
+    energies = []
+    for engines in (1, 2, 4):
+        pool = PoolOptions(gpus=4, engines={1: engines})
+        run = simulate(steady(8, 20, slo=Slo(e2e_s=5.0)), ClockPolicy.LEAST_ENERGY, pool=pool, freed_w=FREED_W)
+        assert run.result().completed == 160
+        energies.append(run.simulation.energy_j)
+    assert energies == sorted(energies)

@@ -80,6 +80,7 @@ def simulate(
     own=None,
     shifts=(),
     load_window_s=2.0,
+    pool=None,
 ):
     specs = specs or specs_of()
     scale = AutoscaleOptions(capacity_rps={1: 4.0, 2: 9.0}, interval_s=1.0, window_s=2.0, grace_s=2.0)
@@ -89,6 +90,7 @@ def simulate(
             slo_aware=policy in AWARE,
             admission=AdmissionOptions(queue_limit=queue_limit),
             autoscale=scale if scales else None,
+            pool=pool,
             predictor=predictor or Oracle(),
             specs=specs,
             tables={tp: table(found) for tp, found in specs.items()},
@@ -102,8 +104,9 @@ def simulate(
         physics=physics,
         switch_latency_s=switch_latency_s,
         startup_w=STARTUP_W,
-        gpus=GPUS,
+        gpus=GPUS if pool is None else pool.gpus,
         freed_w=freed_w,
+        pooled=pool is not None,
         noise=noise,
         shifts=tuple(shifts),
     )

@@ -1,4 +1,4 @@
-"""Which waiting requests may join the engine that serves, first come first served (the paper's admission control).
+"""Which waiting requests may join an engine that serves, first come first served (the paper's admission control).
 A request never overtakes another, except where those that cannot meet their SLO are rejected.
 
 The request joins the scoreboard virtually; then three checks at the maximum clock, in the paper's order: the KV cache
@@ -11,8 +11,10 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,7 @@ Steps = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 ADMIT = Verdict(kind=VerdictKind.ADMIT, why=Reason.FITS)
+NO_ENGINE = Verdict(kind=VerdictKind.WAIT, why=Reason.NO_ENGINE)
 GATHERED = Verdict(kind=VerdictKind.WAIT, why=Reason.GATHERING)
 LOST = Verdict(kind=VerdictKind.LOST, why=Reason.OWN_DEADLINE)
 _ROUNDING = 1 + 1e-6
@@ -43,6 +46,20 @@ _MOST_WAIT_VERDICTS = 8
 _MOST_EXAMINED = 64
 """Waiting requests that one pass looks at, however long the queue is."""
 _SLACK = 64
+_RANK = MappingProxyType({VerdictKind.ADMIT: 0, VerdictKind.LOST: 1, VerdictKind.WAIT: 2, VerdictKind.REJECT: 3})
+"""Of several engines' verdicts the lowest counts."""
+Candidates = Callable[[Request], Sequence[EngineState]]
+"""The engines that a request may join, best first; none where none serves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """Requests that `left` the queue: rejected ones (REJECT), and those that are on an engine's scoreboard now. `asked`
+    are the engines that were considered.
+    """
+
+    left: list[tuple[SequenceState, EngineState, Verdict]]
+    asked: list[EngineState]
 
 
 class AdmissionQueue:
@@ -128,38 +145,44 @@ class AdmissionQueue:
         fitting = [tp for tp, spec in self._options.specs.items() if never_fits(request, spec) is None]
         return min(fitting, default=0)
 
-    def admit(self, engine: EngineState | None, now_s: float) -> list[tuple[SequenceState, Verdict]]:
-        """Decide on the first request while it may join; where requests are rejected, on all in order.
-
-        Those that leave the queue are returned: rejected ones (REJECT), and the others, which are on the engine's
-        scoreboard already.
+    def admit(self, now_s: float, sole: Sequence[EngineState], candidates: Candidates) -> Admitted:
+        """Decide on the first request while it may join the `sole` engine that serves or, where that is empty, one of
+        its `candidates`; where requests are rejected, on all in order. It joins the first engine that admits it, or
+        else the first with the best verdict.
         """
         self.head = GATHERED if self.held else None
-        if engine is None or engine.spec is None:
-            self.head = Verdict(kind=VerdictKind.WAIT, why=Reason.NO_ENGINE)
-            return []
-        left: list[tuple[SequenceState, Verdict]] = []
+        left: list[tuple[SequenceState, EngineState, Verdict]] = []
+        asked: dict[int, EngineState] = {}
         blocked: list[SequenceState] = []
         for sequence in islice(self.waiting.values(), _MOST_EXAMINED if self._rejects else None):
             if blocked and any(_is_no_lighter(sequence, other) for other in blocked):
                 if not self._may_be_passed(sequence):
                     break
                 continue
-            sequence.earliest = engine.iteration + (engine.began_s is not None)
-            verdict = self._verdict(engine, engine.spec, sequence, now_s, crowded=len(self.waiting) - len(left) > 1)
-            if verdict.kind is not VerdictKind.WAIT:
-                left.append((sequence, self._join(engine, sequence, verdict)))
+            engine, verdict, crowded = None, NO_ENGINE, len(self.waiting) - len(left) > 1
+            for asks in sole or candidates(sequence.request):
+                assert asks.spec is not None, "an engine that serves is ready"
+                asked[asks.engine] = asks
+                sequence.earliest = asks.iteration + (asks.began_s is not None)
+                found = self._verdict(asks, asks.spec, sequence, now_s, crowded=crowded)
+                if engine is None or _RANK[found.kind] < _RANK[verdict.kind]:
+                    engine, verdict = asks, found
+                if found.kind is VerdictKind.ADMIT:
+                    break
+            if engine is not None and verdict.kind is not VerdictKind.WAIT:
+                sequence.earliest = engine.iteration + (engine.began_s is not None)
+                left.append((sequence, engine, self._join(engine, sequence, verdict)))
                 continue
             if not blocked:
                 self.head = verdict
             blocked.append(sequence)
-            if len(blocked) == _MOST_WAIT_VERDICTS or not self._may_be_passed(sequence):
+            if engine is None or len(blocked) == _MOST_WAIT_VERDICTS or not self._may_be_passed(sequence):
                 break
-        for sequence, _ in left:
+        for sequence, _, _ in left:
             del self.waiting[sequence.request.id]
         if self._expiries:
             self._forget_expiries()
-        return left
+        return Admitted(left=left, asked=list(asked.values()))
 
     def _may_be_passed(self, sequence: SequenceState) -> bool:
         """A request that expires soon anyway holds up no other; one that waits without end would starve."""
@@ -196,9 +219,9 @@ class AdmissionQueue:
         self, engine: EngineState, spec: EngineSpec, sequence: SequenceState, now_s: float, *, crowded: bool
     ) -> Verdict:
         why = never_fits(sequence.request, spec)
-        if why is not None:  # on this engine; if a larger one can hold it, the autoscaler will bring that up
-            sizes = self._options.specs.values() if self._options.autoscale else ()
-            larger = any(never_fits(sequence.request, other) is None for other in sizes)
+        if why is not None:  # on this engine; a larger one that can hold it serves too, or will be brought up
+            startable = self._options.startable.values()
+            larger = any(never_fits(sequence.request, other) is None for other in startable)
             return Verdict(kind=VerdictKind.WAIT if larger else VerdictKind.REJECT, why=why)
         if not self._options.slo_aware:
             return ADMIT

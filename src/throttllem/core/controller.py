@@ -19,11 +19,13 @@ from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.clocks.size_planner import Demand, SizePlanner, Sizes, size_planner
 from throttllem.core.clocks.sizing import Autoscaler
 from throttllem.core.clocks.steady_load import LoadEstimator
-from throttllem.core.engine_state import Engines, EngineState, Phase
+from throttllem.core.engine_state import EngineState, Phase
 from throttllem.core.forecast.margins import Margins, Outcome
 from throttllem.core.forecast.projection import Projection
 from throttllem.core.lengths.prediction import LengthScore
 from throttllem.core.options import ControllerOptions
+from throttllem.core.pool.engines import Engines
+from throttllem.core.pool.pool import Pool
 from throttllem.core.scoreboard import SequenceState
 from throttllem.core.snapshot import Counts, Snapshot, view
 from throttllem.core.state import ControllerState
@@ -74,7 +76,16 @@ class Controller:
 
     def __init__(self, options: ControllerOptions, own: OwnPolicy | None = None) -> None:
         self.options = options
-        self._engines = Engines(options.specs if options.autoscale else {}, options.tables)
+        capacity_rps = {} if options.autoscale is None else options.autoscale.capacity_rps
+        self._engines = Engines(
+            options.startable,
+            options.tables,
+            weights=None if options.pool is None else capacity_rps,
+            load_window_s=options.load_window_s,
+        )
+        self._pool: Pool | None = None
+        if options.pool is not None:
+            self._pool = Pool(gpus=options.pool.gpus, target=dict(options.pool.engines))
         self._load = LoadEstimator(window_s=options.load_window_s)
         self._predictor = options.predictor
         self._length_score = LengthScore()
@@ -95,7 +106,8 @@ class Controller:
         self._counts = asdict(Counts())
         self._unplanned: dict[int, EngineState] = {}
         self._unplanned_since_s = 0.0
-        self._replan_s = math.inf
+        self._idle: list[EngineState] = []
+        """Engines of which it is not known when an iteration began, and which may have work now."""
         self._resize_s = math.inf
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
@@ -120,14 +132,14 @@ class Controller:
             case Timer() if self._unplanned:
                 self._plan(now_s, commands)
                 changed = False
-            case Timer() if now_s >= self._replan_s:
+            case Timer() if now_s >= self._engines.due_s:
                 self._mark_due(now_s)
             case Arrived(request=request):
                 self._arrived(request, now_s, commands)
             case Cancelled(request_id=request_id):
                 self._cancelled(request_id, commands)
             case EngineReady(engine=key, spec=spec):
-                self._ready(key, spec, now_s)
+                self._ready(key, spec, now_s, commands)
             case EngineLost(engine=key):
                 self._engine_lost(key, now_s, commands)
             case ClockRead():
@@ -137,10 +149,13 @@ class Controller:
         if changed:
             if now_s >= self._resize_s:
                 self._resize(now_s, commands)
+            if self._pool is not None and now_s >= self._pool.due_s:
+                self._change_pool(self._pool, now_s, commands)
             self._admit(now_s, commands)
-            for state in self._engines.by_id.values():
+            for state in self._idle:
                 if state.began_s is None and (state.board.running or state.board.pending):
                     state.began_s = now_s
+            self._idle.clear()
             self._unplanned_since_s = now_s
         return commands
 
@@ -148,8 +163,10 @@ class Controller:
         """When the controller needs a `Timer` at the latest; None: only events matter. O(1)."""
         if self._unplanned:
             return self._unplanned_since_s
-        deadline_s, serving = min(self._replan_s, self._resize_s), self._engines.serving
-        if serving is None or serving.table is not None:  # without a table it is not known what is too late
+        deadline_s = min(self._engines.due_s, self._resize_s)
+        if self._pool is not None:
+            deadline_s = min(deadline_s, self._pool.due_s)
+        if self._engines.timed:  # without a table it is not known what is too late
             deadline_s = min(deadline_s, self._queue.next_expiry_s, self._queue.release_s)
         return deadline_s if deadline_s < math.inf else None
 
@@ -159,8 +176,12 @@ class Controller:
         return state.projection if state else None
 
     def serving(self) -> int | None:
-        """The engine that takes new requests."""
-        return self._engines.serving.engine if self._engines.serving else None
+        """The engine that takes new requests; of several the one that has served longest."""
+        return next(iter(self._engines.serving), None)
+
+    def serves(self, engine: int) -> bool:
+        """Whether the engine takes new requests. O(1)."""
+        return engine in self._engines.serving
 
     def unchanged_until(self, engine: int) -> float:
         """The first iteration at which a sequence of the engine may have outgrown its prediction (inf: none will).
@@ -202,7 +223,7 @@ class Controller:
         """All that it knows besides its options; its own parts, to be read before the next event."""
         return ControllerState(
             engines=tuple(self._engines.by_id.values()),
-            serving=self.serving(),
+            serving=tuple(self._engines.serving),
             next_engine=self._engines.next_id,
             waiting=tuple(self._queue.waiting.values()),
             head=self._queue.head,
@@ -211,6 +232,7 @@ class Controller:
             load=self._load,
             autoscaler=self._autoscaler,
             size_planner=self._size_planner,
+            pool=self._pool,
             counts=Counts(**self._counts),
             lengths=self._length_score,
             margins=self._margins,
@@ -225,7 +247,7 @@ class Controller:
         made = cls(options)
         made._engines.restore(state.engines, state.serving, state.next_engine)
         made._load, made._margins = state.load, state.margins
-        made._autoscaler, made._size_planner = state.autoscaler, state.size_planner
+        made._autoscaler, made._size_planner, made._pool = state.autoscaler, state.size_planner, state.pool
         made._queue = AdmissionQueue(options, state.margins)
         made._queue.restore(state.waiting, state.head, state.held)
         made._gathering = state.gathering
@@ -234,7 +256,6 @@ class Controller:
         made._length_score = state.lengths
         made._unplanned.update((key, made._engines.by_id[key]) for key in state.unplanned)
         made._unplanned_since_s, made._resize_s = state.unplanned_since_s, state.resize_s
-        made._find_replan()
         return made
 
     # ---- engines report --------------------------------------------------------------------------------------
@@ -257,6 +278,7 @@ class Controller:
             state.began_s = now_s if board.running or board.pending else None
             return False
         state.began_s, state.stale = None, False
+        self._idle.append(state)
         self._load_changed(state)
         return True
 
@@ -274,10 +296,14 @@ class Controller:
         for request_id in event.finished:
             if request_id in board:
                 sequence = board.remove(request_id)
+                del self._engines.by_request[request_id]
+                self._engines.router.changed(state)
                 tokens = sequence.generated_tokens(iteration)
                 self._counts["finished"] += 1
                 self._counts["lost"] += sequence.lost
                 self._load.finished(request_id, sequence.predicted_tokens, tokens)
+                if state.load is not None:
+                    state.load.finished(request_id, sequence.predicted_tokens, tokens)
                 if self._own is not None:
                     self._own.finished(sequence, tokens, now_s)
                 if self._gathering.slos:
@@ -343,6 +369,7 @@ class Controller:
             return False
         state.drift.corrections += 1
         state.planned_external = board.external
+        self._engines.router.changed(state)
         self._load_changed(state)
         return True
 
@@ -425,10 +452,10 @@ class Controller:
 
     def _may_hold(self, sequence: SequenceState, now_s: float) -> bool:
         """Whether a request that has just come is held, and its `hold_until_s`: only with least energy, the policy that
-        the hold is planned for, and by the table of an engine that serves.
+        the hold is planned for, and by the table of the one engine that serves.
         """
         self._gathering.arrived(sequence, now_s)
-        serving, admission = self._engines.serving, self.options.admission
+        serving, admission = self._engines.sole, self.options.admission
         least = self.options.throttle.policy is ClockPolicy.LEAST_ENERGY
         if not (sequence.request.slo.batch and least and serving and serving.table):
             return False
@@ -445,50 +472,58 @@ class Controller:
         if sequence is not None:
             self._drop(sequence, Reason.CANCELLED, commands)
             return
-        for state in self._engines.by_id.values():
-            if request_id in state.board:
-                self._predictor.forget(state.board.remove(request_id).request)
-                self._load.dropped(request_id)
-                if not len(state.board):
-                    state.began_s = None
-                self._counts["failed"] += 1
-                commands.append(Cancel(engine=state.engine, request_id=request_id))
-                self._load_changed(state)
-                return
+        state = self._engines.by_request.pop(request_id, None)
+        if state is None:
+            return
+        self._predictor.forget(state.board.remove(request_id).request)
+        self._engines.router.changed(state)
+        self._load.dropped(request_id)
+        if state.load is not None:
+            state.load.dropped(request_id)
+        if not len(state.board):
+            state.began_s = None
+        self._counts["failed"] += 1
+        commands.append(Cancel(engine=state.engine, request_id=request_id))
+        self._load_changed(state)
 
     def _admit(self, now_s: float, commands: list[Command]) -> None:
-        """Take requests out of the queue: those that expired, and those that may join the serving engine. Held requests
-        that are released by that follow.
+        """Take requests out of the queue: those that expired, and those that may join an engine that serves. Held
+        requests that are released by that follow.
         """
-        serving = self._engines.serving
-        if self._queue.next_expiry_s <= now_s and (serving is None or serving.table is not None):
+        if self._queue.next_expiry_s <= now_s and self._engines.timed:
             for sequence, why in self._queue.expire(now_s):
                 self._drop(sequence, why, commands)
-            if serving:
-                self._load_changed(serving)
+            for state in self._engines.serving.values():
+                self._load_changed(state)
         if self._queue.held:
             self._release(now_s)
         if not self._queue.waiting:
             self._queue.head = GATHERED if self._queue.held else None
             return
-        decided = self._queue.admit(serving, now_s)
-        if serving and serving.spec:
-            self._load_changed(serving)
-        for sequence, verdict in decided:
+        admitted = self._queue.admit(now_s, self._engines.sole_candidate, self._engines.candidates)
+        for state in admitted.asked:
+            self._load_changed(state)
+        for sequence, state, verdict in admitted.left:
+            request = sequence.request
             if verdict.kind is VerdictKind.REJECT:
                 self._drop(sequence, verdict.why, commands)
                 continue
-            assert serving is not None, "a request is admitted to an engine only"
+            self._engines.by_request[request.id] = state
+            self._idle.append(state)
+            if state.load is not None:
+                predicted, expected = sequence.predicted_tokens, sequence.expected_tokens
+                expected = predicted if expected is None else expected
+                state.load.arrived(request, now_s, predicted_tokens=predicted, expected_tokens=expected)
             self._counts["dispatched"] += 1
-            commands.append(Dispatch(engine=serving.engine, request_id=sequence.request.id))
-        if decided and self._queue.held and self._release(now_s):
+            commands.append(Dispatch(engine=state.engine, request_id=request.id))
+        if admitted.left and self._queue.held and self._release(now_s):
             self._admit(now_s, commands)
 
     def _release(self, now_s: float) -> bool:
         """Held requests join the queue: all of them when the hold ends, otherwise those that end before the requests
         that the engine runs already. Returns whether there were any.
         """
-        serving, queue = self._engines.serving, self._queue
+        serving, queue = self._engines.sole, self._queue
         ends = now_s >= queue.release_s or self._gathering.in_force(now_s) is None
         if ends or serving is None or serving.table is None or fills(serving, queue.held.values()):
             return queue.release(now_s)
@@ -505,14 +540,20 @@ class Controller:
 
     # ---- engines come and go ---------------------------------------------------------------------------------
 
-    def _ready(self, key: int, spec: EngineSpec, now_s: float) -> None:
+    def _ready(self, key: int, spec: EngineSpec, now_s: float, commands: list[Command]) -> None:
         state = self._engines.ready(key, spec)
-        if state is not None:
-            self._serve(state, now_s)
+        if state is None:
+            return
+        self._serve(state, now_s)
+        if self._pool is not None:
+            self._pool.ready(state)
+            self._change_pool(self._pool, now_s, commands)
 
     def _engine_lost(self, key: int, now_s: float, commands: list[Command]) -> None:
-        """What ran is gone; one that drains serves again, or else another is started unless one starts already."""
-        state = self._remove(key)
+        """What ran is gone; one that drains serves again, or else another is started unless one starts already. In a
+        pool others take over, and another is started for it.
+        """
+        state = self._remove(key, now_s)
         if state is None:
             return
         for sequence in state.board.sequences():
@@ -520,8 +561,11 @@ class Controller:
             self._load.dropped(sequence.request.id)
             self._counts["failed"] += 1
             commands.append(Fail(request_id=sequence.request.id, why=Reason.ENGINE_LOST))
-        if self._engines.serving is None and (draining := self._engines.draining()):
+        if not self._engines.serving and (draining := self._engines.draining()):
             self._serve(draining, now_s)
+        if self._pool is not None:
+            self._pool.lost(state, self._startup_s(state.tp), now_s)
+            self._change_pool(self._pool, now_s, commands)
         elif not self._engines.by_id:
             self._start(state.tp, commands)
 
@@ -529,7 +573,7 @@ class Controller:
         """Every interval: bring up the size that the load calls for, or go back to one that drains still."""
         assert self.options.autoscale is not None
         self._resize_s = now_s + self.options.autoscale.interval_s
-        serving, states = self._engines.serving, self._engines.by_id.values()
+        serving, states = self._engines.sole, self._engines.by_id.values()
         if serving is None or any(state.phase is Phase.STARTING for state in states):
             return
         wanted = max(self._wanted_size(serving.tp, now_s), self._queue.least_size())
@@ -547,7 +591,7 @@ class Controller:
             assert self._autoscaler is not None
             return self._autoscaler.wanted(now_s, current_tp)
         options = self.options
-        board = self._engines.serving.board if self._engines.serving else None
+        board = self._engines.sole.board if self._engines.sole else None
         limits = Limits(
             tbt_s=math.inf if board is None else board.tightest_tbt_s(),
             ttft_s=self._load.first_token[0],
@@ -559,7 +603,7 @@ class Controller:
 
     def _serve(self, state: EngineState, now_s: float) -> None:
         self._unplanned[state.engine] = state
-        before = self._engines.serve(state)
+        before = self._engines.serve(state, now_s)
         if before is not None:
             self._unplanned[before.engine] = before
             if self._autoscaler:
@@ -567,14 +611,38 @@ class Controller:
             if self._size_planner:
                 self._size_planner.changed()
 
-    def _start(self, tp: int, commands: list[Command]) -> None:
-        commands.append(StartEngine(engine=self._engines.start(tp).engine, tp=tp))
+    def _change_pool(self, pool: Pool, now_s: float, commands: list[Command]) -> None:
+        """Give up starts that have not ended in time, and bring the engines closer to those that are wanted."""
+        for key in pool.overdue(now_s):
+            state = self._remove(key, now_s)
+            assert state is not None
+            pool.lost(state, self._startup_s(state.tp), now_s)
+            commands.append(StopEngine(engine=key))
+        changes = pool.changes(self._engines.by_id.values(), now_s)
+        for state in changes.stop:
+            self._remove(state.engine, now_s)
+            commands.append(StopEngine(engine=state.engine))
+        for state in changes.serve:
+            self._serve(state, now_s)
+        for state in changes.drain:
+            self._engines.drain(state, now_s)
+            self._unplanned[state.engine] = state
+        for tp in changes.start:
+            pool.started(self._start(tp, commands), self._startup_s(tp), now_s)
+        pool.find_due(changes.missing, now_s)
 
-    def _remove(self, key: int) -> EngineState | None:
+    def _startup_s(self, tp: int) -> float:
+        """How long a start of that size should take; 0 where no such engine could be started."""
+        return self.options.specs[tp].startup_s if tp in self.options.specs else 0.0
+
+    def _start(self, tp: int, commands: list[Command]) -> int:
+        engine = self._engines.start(tp).engine
+        commands.append(StartEngine(engine=engine, tp=tp))
+        return engine
+
+    def _remove(self, key: int, now_s: float) -> EngineState | None:
         self._unplanned.pop(key, None)
-        state = self._engines.remove(key)
-        self._find_replan()
-        return state
+        return self._engines.remove(key, now_s)
 
     # ---- clocks ----------------------------------------------------------------------------------------------
 
@@ -585,11 +653,8 @@ class Controller:
 
     def _mark_due(self, now_s: float) -> None:
         """Engines whose plan is old need a new one."""
-        for state in self._engines.by_id.values():
-            if state.replan_s <= now_s:
-                state.replan_s = math.inf
-                self._unplanned[state.engine] = state
-        self._find_replan()
+        for state in self._engines.due(now_s):
+            self._unplanned[state.engine] = state
 
     def _plan(self, now_s: float, commands: list[Command]) -> None:
         """Plan the clocks of the engines that changed; one that has drained is stopped."""
@@ -598,16 +663,21 @@ class Controller:
             if state.spec is None:
                 continue
             if state.phase is Phase.DRAINING and not len(state.board):
-                self._engines.remove(state.engine)
+                self._engines.remove(state.engine, now_s)
                 commands.append(StopEngine(engine=state.engine))
+                if self._pool is not None:
+                    self._change_pool(self._pool, now_s, commands)
                 continue
             state.planned_external = state.board.external
             state.note(now_s)
             if self._own is not None:
                 asked = self._own.plan(state, self._queue.waiting.values(), now_s)
+                self._engines.planned(state)
                 commands += [asked] if asked else []
                 continue
             waiting = len(self._queue.waiting) if state.phase is Phase.SERVING else 0
+            if waiting and state is not self._engines.sole:
+                waiting = math.ceil(waiting * self._engines.share(state))
             state.gathers = self._gathering.in_force(now_s) is not None
             try:
                 command = self._clocks.plan(state, now_s, waiting=waiting)
@@ -615,13 +685,8 @@ class Controller:
                 if not commands:
                     raise PlanningError(state.engine) from error
                 self._unplanned[state.engine] = state  # again at the next timer: these commands must not be lost
+                self._engines.planned(state)
                 break
+            self._engines.planned(state)
             if command:
                 commands.append(command)
-        self._find_replan()
-
-    def _find_replan(self) -> None:
-        """The first of the times at which engines should be planned again."""
-        self._replan_s = math.inf
-        for state in self._engines.by_id.values():
-            self._replan_s = min(self._replan_s, state.replan_s)

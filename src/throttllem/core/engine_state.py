@@ -1,18 +1,13 @@
-"""The engines that the controller knows: their state, and which of them takes new requests.
-
-At most one engine serves; when a new one is ready it takes over, and the old one drains (the paper's shadow
-instancing). Knows nothing of clocks or queues.
-"""
+"""What the controller knows of one engine. Knows nothing of other engines, clocks or queues."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from throttllem.core.clocks.hindsight import Hindsight
-from throttllem.core.clocks.steady_load import Steady
+from throttllem.core.clocks.steady_load import LoadEstimator, Steady
 from throttllem.core.external_load import DriftMeter, ExternalLoad
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.forecast.projection import Projection
@@ -43,7 +38,8 @@ class EngineState:
     compute in it without control. `planned_external` is the external load that was last planned for.
     `slowed_s` and `disturbed_s`: the last plan at which the engine was `slowed`, or `disturbed` (-inf: none).
     `drift` is the scoreboard's distance from the engine's reports, `table_drift` that of the engine's pace from the
-    table, which corrects `table`. `switch_latency` is what switches of its clocks took.
+    table, which corrects `table`. `switch_latency` is what switches of its clocks took. `load` is that of the requests
+    that it was given, None where it is that of all requests.
     """
 
     engine: int
@@ -70,6 +66,7 @@ class EngineState:
     drift: DriftMeter = field(default_factory=DriftMeter)
     table_drift: TableDrift = field(default_factory=TableDrift)
     switch_latency: SwitchLatency = field(default_factory=SwitchLatency)
+    load: LoadEstimator | None = None
     slowed_s: float = -math.inf
     disturbed_s: float = -math.inf
 
@@ -103,72 +100,3 @@ class EngineState:
         if self.target_mhz == maximum:
             return max(0.0, self.set_at_s + switch_latency_s - now_s)
         return switch_latency_s
-
-
-class Engines:
-    """The engines, `by_id`; `serving` takes new requests. `specs` are those that a request may end up on: the engine
-    that serves, and the sizes that could be started.
-
-    `sizes` are the specs of engines that could be started, `tables` performance tables, by tensor parallel degree.
-    """
-
-    def __init__(self, sizes: Mapping[int, EngineSpec], tables: Mapping[int, PerformanceTable]) -> None:
-        self.by_id: dict[int, EngineState] = {}
-        self.serving: EngineState | None = None
-        self.next_id = 0
-        self.specs = list(sizes.values())
-        self._sizes = sizes
-        self._tables = tables
-
-    def draining(self) -> EngineState | None:
-        """The largest engine that drains, if one does."""
-        found = [state for state in self.by_id.values() if state.phase is Phase.DRAINING]
-        return max(found, key=lambda state: state.tp, default=None)
-
-    def start(self, tp: int) -> EngineState:
-        """A new engine under a new id; it is not ready yet."""
-        return self._add(self.next_id, tp)
-
-    def ready(self, engine: int, spec: EngineSpec) -> EngineState | None:
-        """An engine can serve, at the maximum clock that was profiled; None if that was known. Nothing drains yet."""
-        state = self.by_id.get(engine) or self._add(engine, spec.tp)
-        if state.spec is not None:
-            return None
-        table = None if spec.unknown else self._tables.get(spec.tp)
-        if table is not None and table.clocks_mhz != spec.clocks_mhz:  # clocks that were never profiled are not used
-            spec = replace(spec, clocks_mhz=table.clocks_mhz)
-        state.spec, state.table, state.board = spec, table, Scoreboard(spec.block_tokens)
-        state.clock_mhz = state.target_mhz = spec.clocks_mhz[-1]
-        return state
-
-    def serve(self, engine: EngineState) -> EngineState | None:
-        """New requests go to this engine from now on; the engine that drains instead, if there was one."""
-        before = self.serving
-        if before is not None:
-            before.phase = Phase.DRAINING
-        engine.phase = Phase.SERVING
-        self._set_serving(engine)
-        return before
-
-    def remove(self, engine: int) -> EngineState | None:
-        """An engine is gone; None if it was not known."""
-        state = self.by_id.pop(engine, None)
-        if state is not None and state is self.serving:
-            self._set_serving(None)
-        return state
-
-    def restore(self, engines: Iterable[EngineState], serving: int | None, next_id: int) -> None:
-        """Continue with the engines of another controller."""
-        self.by_id.update((state.engine, state) for state in engines)
-        self.next_id = next_id
-        self._set_serving(None if serving is None else self.by_id[serving])
-
-    def _set_serving(self, engine: EngineState | None) -> None:
-        self.serving = engine
-        first = [engine.spec] if engine is not None and engine.spec is not None else []
-        self.specs = [*first, *self._sizes.values()]
-
-    def _add(self, engine: int, tp: int) -> EngineState:
-        self.next_id = max(self.next_id, engine + 1)
-        self.by_id[engine] = state = EngineState(engine=engine, tp=tp)
-        return state

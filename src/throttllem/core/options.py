@@ -11,6 +11,7 @@ from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.lengths.prediction import LengthPredictor, Oracle
+from throttllem.core.pool.pool import PoolOptions
 from throttllem.core.types import EngineSpec, OptionError, Request, check
 
 
@@ -82,21 +83,30 @@ class AdmissionOptions:
 class ControllerOptions:
     """All that a controller is configured with. `specs` and `tables` by engine size (tensor parallel degree).
 
-    `slo_aware` False is the baseline: first come first served, no admission control. `inflation` multiplies every
-    length prediction (open in the paper). `load_window_s` is the time constant of the load estimate, `day_offset_s` the
-    time of day at the driver's time 0.
+    `slo_aware` False is the baseline: first come first served, no admission control. With a `pool` several engines
+    serve at a time, without one a single engine does. `inflation` multiplies every length prediction (open in the
+    paper). `load_window_s` is the time constant of the load estimate, `day_offset_s` the time of day at the driver's
+    time 0.
     """
 
     throttle: ThrottleOptions
     slo_aware: bool = True
     admission: AdmissionOptions = field(default_factory=AdmissionOptions)
     autoscale: AutoscaleOptions | None = None
+    pool: PoolOptions | None = None
     predictor: LengthPredictor = field(default_factory=Oracle)
     inflation: float = 1.0
     specs: Mapping[int, EngineSpec] = field(default_factory=dict)
     tables: Mapping[int, PerformanceTable] = field(default_factory=dict)
     load_window_s: float = 60.0
     day_offset_s: float = 0.0
+
+    @property
+    def startable(self) -> Mapping[int, EngineSpec]:
+        """Specs of the engines that may be started, by size."""
+        if self.autoscale is not None or self.pool is None:
+            return self.specs if self.autoscale is not None else {}
+        return {tp: spec for tp, spec in self.specs.items() if tp in self.pool.engines}
 
     @property
     def sized_by_energy(self) -> bool:

@@ -14,6 +14,7 @@ from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import EngineState
 from throttllem.core.forecast.margins import Margins
 from throttllem.core.lengths.prediction import LengthScore
+from throttllem.core.pool.pool import Pool
 from throttllem.core.scoreboard import SequenceState
 from throttllem.core.snapshot import Counts
 from throttllem.core.types import Verdict
@@ -23,14 +24,14 @@ from throttllem.core.types import Verdict
 class ControllerState:
     """The parts of one controller. They are its own: read them before the controller's next event.
 
-    `serving` is the engine that takes new requests, `next_engine` the first unused id, `waiting` the queue in order of
+    `serving` are the engines that take new requests, `next_engine` the first unused id, `waiting` the queue in order of
     arrival and `head` why its first waits; `held` are requests that can wait, by `gathering`. `unplanned` engines need
     a plan since `unplanned_since_s`; engines are sized again at `resize_s` (inf: never). What the length predictor
     learned is in the options, with the predictor.
     """
 
     engines: tuple[EngineState, ...]
-    serving: int | None
+    serving: tuple[int, ...]
     next_engine: int
     waiting: tuple[SequenceState, ...]
     head: Verdict | None
@@ -39,6 +40,7 @@ class ControllerState:
     load: LoadEstimator
     autoscaler: Autoscaler | None
     size_planner: SizePlanner | None
+    pool: Pool | None
     counts: Counts
     lengths: LengthScore
     margins: Margins

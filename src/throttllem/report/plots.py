@@ -159,7 +159,7 @@ def _sizes(lines: Sequence[Line]) -> Plot | None:
     return _over_time(
         [line for line in lines if len({size for size in line.run.series.tp if size is not None}) > 1],
         lambda series: series.tp,
-        lambda run: f"{max(0, len(run.sizes) - 1)} changes of engine",
+        lambda run: f"{max(0, len(run.engines or run.sizes) - 1)} changes of engine",
         key="size",
         title="GPUs up over time",
         caption="Engines that take requests, drain or start up; a spike is an old and a new engine side by side. "

@@ -51,7 +51,7 @@ class Machine:
     """What the simulation can start: spec and physics by engine size, and how long a switch of clocks takes.
 
     `startup_w` and `freed_w` are watts of one GPU: while its engine starts, and while it belongs to none (None: freed
-    GPUs are not counted) out of `gpus`.
+    GPUs are not counted) out of `gpus`. `pooled`: several engines serve at a time.
     """
 
     specs: Mapping[int, EngineSpec]
@@ -60,6 +60,7 @@ class Machine:
     startup_w: float
     gpus: int
     freed_w: float | None = None
+    pooled: bool = False
     noise: Noise = field(default_factory=Noise)
     shifts: tuple[Shift, ...] = ()
     """What goes wrong, and when, on the engine that is up at the start."""
@@ -104,16 +105,25 @@ class Simulation:
         self._open = 0
         self._arrival_s = 0.0
         self._freed_since_s = 0.0
+        self._gpus = 0
+        """Of engines that are up or start."""
+        self._begun = False
         self._limit_mhz: int | None = None
 
     def run(self, requests: Iterable[Request], tp: int, progress: Callable[[int], None] = lambda _: None) -> None:
-        """Serve all requests, beginning with one engine of size `tp` that is up; `progress` gets how many arrived."""
+        """Serve all requests, beginning with one engine of size `tp` that is up, and with those that the core wants
+        besides it; `progress` gets how many requests arrived.
+        """
         upcoming = iter(requests)
         request = next(upcoming, None)
         self._arrival_s = request.arrival_s if request else math.inf
         for number, shift in enumerate(self._machine.shifts):
             self._schedule(shift.at_s, _SHIFT, 0, number)
+        self._gpus = tp
         self._bring_up(0, tp)
+        while self._starting:
+            self._take_from_agenda()
+        self._begun = True
         arrived = 0
         while request is not None or self._open:
             agenda_s = self._agenda[0][0] if self._agenda else math.inf
@@ -148,9 +158,10 @@ class Simulation:
         if kind == _END_OF_ITERATION:
             self._end_iteration(key, self._engines[key])
         elif kind == _READY:
-            tp, since_s = self._starting.pop(key)
-            self._idle_energy(since_s, self._machine.startup_w * tp)
-            self._bring_up(key, tp)
+            if key in self._starting:  # otherwise its start was given up
+                tp, since_s = self._starting.pop(key)
+                self._idle_energy(since_s, self._machine.startup_w * tp)
+                self._bring_up(key, tp)
         elif key in self._engines and kind == _SHIFT:
             self._shift(key, self._engines[key], self._machine.shifts[value])
         elif key in self._engines:
@@ -202,12 +213,13 @@ class Simulation:
         for command in commands:
             self._do(command)
         if commands or isinstance(event, Arrived):
-            gpus = sum(up.tp for up in self._engines.values()) + sum(tp for tp, _ in self._starting.values())
-            self._recorder.state(self.now_s, self._controller.waiting(), gpus)
-        for key, up in self._engines.items():
-            if up.idle_since_s is not None and len(up.engine.batcher):
-                self._end_idle(up)
-                self._begin_iteration(key, up)
+            self._recorder.state(self.now_s, self._controller.waiting(), self._gpus)
+        for command in commands:
+            if isinstance(command, Dispatch):
+                up = self._engines[command.engine]
+                if up.idle_since_s is not None:
+                    self._end_idle(up)
+                    self._begin_iteration(command.engine, up)
 
     def _commands(self, event: Event) -> list[Command]:
         commands = self._controller.handle(event, self.now_s)
@@ -234,11 +246,13 @@ class Simulation:
                 self._recorder.rejected(request_id, why)
             case StartEngine(engine=key, tp=tp):
                 self._count_freed()
+                self._gpus += tp
                 self._starting[key] = (tp, self.now_s)
-                self._schedule(self.now_s + self._machine.specs[tp].startup_s, _READY, key)
+                startup_s = self._machine.specs[tp].startup_s if self._begun else 0.0
+                self._schedule(self.now_s + startup_s, _READY, key)
             case StopEngine(engine=key):
                 self._count_freed()
-                self._take_down(self._engines.pop(key))
+                self._stop(key)
             case _:
                 raise AssertionError(f"no simulated engine is lost and no client disconnects, yet {command}")
 
@@ -252,7 +266,7 @@ class Simulation:
         self._engines[key] = Running(
             engine=engine, tp=tp, idle_w=physics.idle_w(), idle_since_s=self.now_s, set_mhz=engine.clock_mhz
         )
-        self._recorder.sizes.append((self.now_s, tp))
+        self._recorder.engine(self.now_s, tp, 1, pooled=self._machine.pooled)
         self._handle(EngineReady(engine=key, spec=spec))
 
     def _begin_iteration(self, key: int, up: Running) -> None:
@@ -270,7 +284,7 @@ class Simulation:
         if begun is None:
             up.idle_since_s = self.now_s
             return
-        projection, serving = controller.projection(key), key == controller.serving()
+        projection, serving = controller.projection(key), controller.serves(key)
         recorder.ran(begun.ran + 1, up.engine.clock_mhz, first=first, projection=projection, serving=serving)
         self.now_s = begun.begin_s
         if begun.ran:
@@ -315,6 +329,18 @@ class Simulation:
         self._recorder.idle(up.idle_since_s, self.now_s, up.idle_w)
         up.idle_since_s = None
 
+    def _stop(self, key: int) -> None:
+        """An engine, up or starting, has no GPUs any more."""
+        if key in self._starting:
+            tp, since_s = self._starting.pop(key)
+            self._idle_energy(since_s, self._machine.startup_w * tp)
+        else:
+            up = self._engines.pop(key)
+            tp = up.tp
+            self._take_down(up)
+            self._recorder.engine(self.now_s, tp, -1, pooled=self._machine.pooled)
+        self._gpus -= tp
+
     def _take_down(self, up: Running) -> None:
         if up.idle_since_s is not None:
             self._end_idle(up)
@@ -332,8 +358,7 @@ class Simulation:
     def _count_freed(self) -> None:
         """Count the energy of GPUs that belonged to no engine since the last change, if they count."""
         if self._machine.freed_w is not None:
-            taken = sum(up.tp for up in self._engines.values()) + sum(tp for tp, _ in self._starting.values())
-            self._idle_energy(self._freed_since_s, self._machine.freed_w * max(0, self._machine.gpus - taken))
+            self._idle_energy(self._freed_since_s, self._machine.freed_w * max(0, self._machine.gpus - self._gpus))
         self._freed_since_s = self.now_s
 
     def _shut_down(self) -> None:

@@ -122,6 +122,7 @@ class Recorder:
     lives: dict[int, Life] = field(default_factory=dict)
     rejections: dict[str, int] = field(default_factory=dict)
     sizes: list[tuple[float, int]] = field(default_factory=list)
+    engines: list[tuple[float, dict[int, int]]] = field(default_factory=list)
     decisions_s: Samples = field(default_factory=Samples)
     switches: int = 0
     steps: Records = field(default_factory=lambda: np.zeros(_STEPS, STEP))
@@ -163,6 +164,17 @@ class Recorder:
         life = self.lives[request_id] if self.keep_lives else self.lives.pop(request_id)
         life.ended_s, life.energy_j = at_s, energy_j
         self._requests.completes(life)
+
+    def engine(self, at_s: float, tp: int, change: int, *, pooled: bool) -> None:
+        """An engine is up (`change` 1), or is no more (-1)."""
+        if not pooled:
+            self.sizes += [(at_s, tp)] if change > 0 else []
+            return
+        before = self.engines[-1][1] if self.engines else {}
+        counts = before | {tp: before.get(tp, 0) + change}
+        if self.engines and self.engines[-1][0] == at_s:
+            self.engines.pop()
+        self.engines.append((at_s, {size: count for size, count in sorted(counts.items()) if count}))
 
     def ran(self, iterations: int, clock_mhz: int, *, first: int, projection: Projection | None, serving: bool) -> None:
         """Iterations of one engine from number `first` on, which were written to `steps`, and their projection."""
@@ -283,6 +295,7 @@ class Recorder:
             projection_error=self._projection_error(),
             decision_s=self.decisions_s.quantiles(),
             sizes=self.sizes,
+            engines=self.engines,
             rejections=self.rejections,
             series=self._series(),
             distributions=Distributions(

@@ -48,7 +48,8 @@ class ProjectionError:
 class Series:
     """Time series in equal bins of the run; every list has one entry per bin, None where nothing ran.
 
-    Clock, batch and KV are of the engine that takes new requests; watts are of every GPU that counts.
+    Clock, batch and KV are those of an engine that takes new requests (of several the mean while they are busy); watts
+    are of every GPU that counts.
     """
 
     time_s: list[float]
@@ -109,7 +110,9 @@ class RunResult:
     """None for a policy that does not project (triton, fixed)."""
     decision_s: Quantiles
     sizes: list[tuple[float, int]]
-    """(seconds, tp) of the engine that takes new requests, at each change."""
+    """(seconds, tp) of the engine that takes new requests, at each change; none for a pool."""
+    engines: list[tuple[float, dict[int, int]]]
+    """(seconds, how many by tp) of the engines of a pool that are up, at each change; none without a pool."""
     rejections: dict[str, int]
     """How many requests were rejected, by reason."""
     series: Series

@@ -21,6 +21,7 @@ from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens, Noisy, Oracle
 from throttllem.core.options import ControllerOptions
+from throttllem.core.pool.pool import PoolOptions
 from throttllem.core.types import Request, Slo
 from throttllem.engines.simulated.fleet import Fleet, build_fleet
 from throttllem.engines.simulated.presets import batching
@@ -47,9 +48,10 @@ _SECTIONS = ("throttle", "admission", "autoscale", "length", "batching", "noise"
 class Study:
     """What to simulate; None stands for the contract's default.
 
-    `peak_rps`: requests/s of the busiest minute, "max" for the maximum load of the largest engine, None for the trace
-    as it is. `columns`: those of a trace file (`traces.formats.parse_columns`). `slo_e2e_s` None: the E2E p99 that
-    `characterize` finds for the largest engine. `slo_tbt_s` None: SLO_TBT_S.
+    `peak_rps`: requests/s of the busiest minute, "max" for the maximum load of the largest engine (of all that fit a
+    pool), None for the trace as it is. `columns`: those of a trace file (`traces.formats.parse_columns`). `gpus`: those
+    of a pool of engines; None: one engine at a time. `slo_e2e_s` None: the E2E p99 that `characterize` finds for the
+    largest engine. `slo_tbt_s` None: SLO_TBT_S.
     """
 
     gpu: str
@@ -66,6 +68,7 @@ class Study:
     columns: str | None = None
     seed: int = 0
     count_freed_gpus: bool = False
+    gpus: int | None = None
     options: Options = field(default_factory=Options)
 
     def prepare(
@@ -87,6 +90,7 @@ class Study:
             raise ValueError(f"--policy {','.join(self.policies)}: a policy is named twice")
         fleet = build_fleet(catalogue, self.gpu, self.model, self.sizes, self.options.batching)
         policies = [named_policy(name, fleet.clocks_mhz, fleet.sizes) for name in self.policies]
+        self._check_pool(fleet, policies)
         rate = None if self.peak_rps in (None, MAXIMUM) else float(self.peak_rps or 0)
         whole = load_trace(self.trace, columns=self.columns, seed=self.seed, rescaled=self.peak_rps is not None)
         trace = self._cut(whole if rate is None else whole.scaled(peak_rps=rate))
@@ -99,7 +103,8 @@ class Study:
                     f"--peak-rps {MAXIMUM}: TP {largest.tp} sustains no load under these SLOs; loosen --slo-e2e, "
                     "--slo-tbt or --slo-ttft, or give a rate"
                 )
-            trace = self._cut(whole.scaled(peak_rps=largest.max_rps))
+            engines = 1 if self.gpus is None else self.gpus // largest.tp
+            trace = self._cut(whole.scaled(peak_rps=largest.max_rps * engines))
         # Last, as training takes longest; the baselines need no predictions.
         trained = any(policy.needs_tables for policy in policies)
         tables = performance_tables(fleet, cache_dir, seed=self.seed, progress=progress) if trained else {}
@@ -114,8 +119,22 @@ class Study:
             options=self.options.model_copy(update={"length": length}),
             seed=self.seed,
             count_freed_gpus=self.count_freed_gpus,
+            gpus=self.gpus,
         )
         return scenario, policies
+
+    def _check_pool(self, fleet: Fleet, policies: Sequence[Policy]) -> None:
+        """Raise ValueError for what a pool cannot do."""
+        if self.gpus is None:
+            return
+        if self.gpus < fleet.sizes[-1]:
+            raise ValueError(f"--gpus {self.gpus}: an engine of TP {fleet.sizes[-1]} does not fit; give more, or --tp")
+        for policy in policies:
+            if policy.autoscale or policy.own is not None or policy.gathers:
+                raise ValueError(
+                    f"--policy {policy.name} --gpus {self.gpus}: a pool runs under triton, throttllem, least-energy or "
+                    "fixed:<MHz>; leave --gpus out, or take one of these"
+                )
 
     def _cut(self, trace: Trace) -> Trace:
         return trace if self.seconds is None else trace.cut(self.seconds)
@@ -133,6 +152,7 @@ class Scenario:
     options: Options
     seed: int
     count_freed_gpus: bool = False
+    gpus: int | None = None
     slo_assumed: tuple[str, ...] = ()
     """The fields of `slo` that nobody set."""
 
@@ -146,12 +166,19 @@ class Scenario:
         """The engine size that every policy begins with; without autoscaling it is the only one."""
         return self.fleet.sizes[-1]
 
+    @property
+    def pool(self) -> PoolOptions | None:
+        """A pool full of engines of the largest size; None: one engine at a time."""
+        if self.gpus is None:
+            return None
+        return PoolOptions(gpus=self.gpus, engines={self.largest: self.gpus // self.largest})
+
     def run(
         self, policy: Policy, progress: Callable[[float], None] = lambda _: None, watch: Watch | None = None
     ) -> RunResult:
         """Simulate one policy. Deterministic but for the decision times."""
         controller = self.controller(policy)
-        table = None if policy.autoscale else self.tables.get(self.largest)
+        table = None if policy.autoscale or self.gpus is not None else self.tables.get(self.largest)
         estimate = SavingsEstimate(table=table, spec=self.fleet.specs[self.largest]) if table is not None else None
         recorder = Recorder(bin_s=max(1.0, self.trace.duration_s / _BINS), estimate=estimate)
         simulation = Simulation(controller, self.machine(), recorder, seed=self.seed, watch=watch)
@@ -192,6 +219,7 @@ class Scenario:
                 slo_aware=policy.slo_aware,
                 admission=self.options.admission,
                 autoscale=replace(self.options.autoscale, capacity_rps=capacity) if policy.autoscale else None,
+                pool=self.pool,
                 predictor=self._predictor() if policy.slo_aware or policy.own is not None else Oracle(),
                 inflation=self.options.length.factor,
                 specs=self.fleet.specs,
@@ -218,8 +246,9 @@ class Scenario:
             physics=self.fleet.physics,
             switch_latency_s=self.options.throttle.switch_latency_s,
             startup_w=gpu.startup_w,
-            gpus=self.largest,
-            freed_w=gpu.power.bare_idle_w if self.count_freed_gpus else None,
+            gpus=self.gpus or self.largest,
+            freed_w=gpu.power.bare_idle_w if self.count_freed_gpus or self.gpus is not None else None,
+            pooled=self.gpus is not None,
             noise=self.options.noise,
         )
 
@@ -250,6 +279,7 @@ class Scenario:
             ],
             "options": {name: asdict(getattr(self.options, name)) for name in _SECTIONS},
             "count_freed_gpus": self.count_freed_gpus,
+            "gpus": self.gpus,
             "seed": self.seed,
         }
 

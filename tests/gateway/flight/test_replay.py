@@ -275,7 +275,7 @@ def test_a_table_that_is_missing_or_another_is_reported(tmp_path):
 
 def test_a_state_that_is_damaged_is_refused(tmp_path):
     _, (path,) = flown(tmp_path)
-    edit(path, 1, lambda line: line["state"].update(serving=77))
+    edit(path, 1, lambda line: line["state"].update(serving=[77]))
     with pytest.raises(ReplayError, match=r":1: the checkpoint is damaged, or of another build: KeyError.77.$"):
         replay(path)
     edit(path, 1, lambda line: line.update(predictor={"k": "exec"}, build="other"))

@@ -86,6 +86,15 @@ def simulate(
     ] = None,
     seed: Seed = 0,
     count_freed_gpus: Annotated[bool, typer.Option("--count-freed-gpus", help="Count GPUs of no engine too.")] = False,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus",
+            min=1,
+            help="A pool of so many GPUs, full of engines of the largest size, which share the requests; GPUs of no "
+            "engine count. Default: one engine at a time.",
+        ),
+    ] = None,
     co2_g_per_kwh: Annotated[
         float | None, typer.Option("--co2-g-per-kwh", help="Grams of CO2 of a kWh; default 445, the world's average.")
     ] = None,
@@ -133,6 +142,7 @@ def simulate(
         seconds=parsed_duration("--seconds", seconds),
         seed=seed,
         count_freed_gpus=count_freed_gpus,
+        gpus=gpus,
         options=loaded.options,
     )
     run_study(study, loaded, json_file, out)

@@ -218,7 +218,7 @@ class ClockController:
         clock is switched, and its own runs at the maximum. A TTFT SLO that its own prompt alone violates there binds no
         clock. The paper, which knows no TTFT: three prompts at this clock.
         """
-        ttft_s, prompt_tokens = self._load.first_token
+        ttft_s, prompt_tokens = self._load_of(engine).first_token
         prompt_s = table.seconds[table.with_prompt(int(ahead.cells[0]), prompt_tokens)]
         unmeetable = float(prompt_s[-1]) > ttft_s
         if self.options.policy is ClockPolicy.LEAST_ENERGY:
@@ -230,6 +230,10 @@ class ClockController:
             needed_s = 3.0 * prompt_s
         in_time: Bools = (needed_s <= ttft_s * (1.0 - margin)) | unmeetable
         return in_time
+
+    def _load_of(self, engine: EngineState) -> LoadEstimator:
+        """What the engine is given: all that comes, unless it is one of several."""
+        return self._load if engine.load is None else engine.load
 
     def _in_force(self, engine: EngineState) -> InForce:
         """The margins that the requests in an engine need."""
@@ -253,21 +257,21 @@ class ClockController:
         """What the load means if it goes on; None while it is unknown, or too much for every clock. With it the pace
         of the engine is renewed.
         """
-        before = engine.hindsight
+        before, requests = engine.hindsight, self._load_of(engine)
         age_s = now_s - engine.steady_at_s
         if age_s < self.options.replan_s:
             return engine.steady
-        if before is None or age_s > _RENEW_S or renewed(self._load, before.requests, age_s):
+        if before is None or age_s > _RENEW_S or renewed(requests, before.requests, age_s):
             engine.steady_at_s = now_s
             engine.steady = engine.hindsight = None
-            load = self._load.load(now_s) if known_well_enough(self._load) else None
+            load = requests.load(now_s) if known_well_enough(requests) else None
             states = None if load is None else chain(load, table, spec)
             if load is None or states is None:
                 return None
             engine.steady = settled(load, table, spec)
             maximum_s = engine.switch_latency.to_s(spec.clocks_mhz, spec.clocks_mhz[-1], self.options.switch_latency_s)
             engine.hindsight = pace_in_hindsight(
-                self._load,
+                requests,
                 load,
                 states,
                 table,

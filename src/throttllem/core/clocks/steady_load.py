@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -186,6 +186,19 @@ class LoadEstimator:
     def dropped(self, request_id: int) -> None:
         """One was rejected, cancelled or lost: what it would have been is not known."""
         self.recent.pop(request_id, None)
+
+    def copied(self) -> LoadEstimator:
+        """A load that goes on from here on its own."""
+        return replace(self)
+
+    def scale(self, factor: float, now_s: float) -> None:
+        """From now on `factor` times as many requests come: those of the recent past are taken to have come so."""
+        n, prompts, outputs = self.sums
+        self.sums = (n * factor, prompts * factor, outputs * factor)
+        self.recent = OrderedDict(
+            (request_id, (now_s - (now_s - values[Recent.ARRIVAL_S]) / factor, *values[1:]))
+            for request_id, values in self.recent.items()
+        )
 
     def recent_requests(self) -> Floats:
         """The recent requests in the order of their arrival, shape (requests, values of `Recent`)."""
