@@ -103,7 +103,7 @@ def iteration_by_iteration(load, table, engine, by_requests, idle_w, switching):
     """The same replay, without a step that stands for several iterations."""
     waiting = [
         (arrival_s, int(prompt), int(output), e2e_s, ttft_s, tbt_s)
-        for arrival_s, prompt, _, _, output, _, e2e_s, ttft_s, tbt_s, _, _ in load.recent.values()
+        for arrival_s, prompt, _, _, output, _, e2e_s, ttft_s, tbt_s, _, _, _ in load.recent.values()
     ]
     running, now_s, joules, late = [], waiting[0][0], 0.0, 0
     column = target = by_requests[min(1, len(by_requests) - 1)]
@@ -216,7 +216,13 @@ def test_a_part_of_the_requests_may_violate_their_slo_and_those_that_no_clock_se
     assert int(found(mixed(5, tight)).by_requests[1]) == 2, "a fifth may not"
     lost = found(mixed(5, hopeless))
     assert int(lost.by_requests[1]) == 0 and lost.late_at_maximum == {"": 40}
-    assert found(mixed(5, hopeless), seen_before=190).late_at_maximum == {"": 2}, "of the last ten"
+    assert found(mixed(5, hopeless), ended_before=190).late_at_maximum == {"": 2}, "of the last ten"
+    runs = mixed(5, hopeless)
+    newest = request(200, 4, 16, slo=hopeless, arrival_s=200_000 * TICK_S)
+    runs.arrived(newest, 200_000 * TICK_S, predicted_tokens=16, expected_tokens=16)
+    assert found(runs, ended_before=190).late_at_maximum == {"": 2}, "nothing is owed yet for one that runs"
+    runs.finished(200, 16, 16)
+    assert found(runs, ended_before=200).late_at_maximum == {"": 1}
 
 
 def test_every_class_has_its_own_share():

@@ -279,7 +279,7 @@ class ClockController:
                 external=engine.board.external,
                 switching=Switching(latency_s=maximum_s, dwell_s=self.options.dwell_s, fewest_steps=_LEAST_STEPS_DOWN),
                 keep=1.0 - self._in_force(engine).learned,
-                seen_before=before.requests if before else 0,
+                ended_before=before.ended if before else 0,
             )
             self._margins.forgive(engine.hindsight.late_at_maximum)
         return engine.steady

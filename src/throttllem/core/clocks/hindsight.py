@@ -79,12 +79,13 @@ class Switching:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Hindsight:
     """The pace to go on with: the column of the clock for 0, 1, ... requests in the system (beyond its end the last
-    counts), how many `requests` had come by then, and how many of those since the last search the maximum clock would
-    have brought late, by class.
+    counts), how many `requests` had come and `ended` by then, and how many of those that ended since the last search
+    the maximum clock would have brought late, by class.
     """
 
     by_requests: Ints
     requests: int
+    ended: int
     late_at_maximum: dict[str, int]
 
 
@@ -110,6 +111,7 @@ class _Rehearsal:
         self._external = (max(0, external.batch), max(0, external.kv_blocks))
         self._switching = (switching.latency_s, switching.dwell_s, switching.fewest_steps)
         self._table, self._idle_w = table, spec.idle_w
+        self._ended = known[:, Recent.ENDED]
         classes = self._sizes[:, 3]
         requests = np.bincount(classes, minlength=1)
         self.maximum = np.full(1, table.seconds.shape[1] - 1, dtype=np.int64)
@@ -123,10 +125,11 @@ class _Rehearsal:
         np.minimum.at(asked, classes, known[:, Recent.ATTAINMENT])
         self.allowed = violated + ((1.0 - asked) * (requests - violated)).astype(np.int64)
 
-    def late_at_maximum(self, last: int) -> Ints:
-        """Of the last requests, so many, those that the maximum clock would have brought late, by class."""
-        first = max(0, self._late.size - last)
-        classes = self._sizes[first:, 3][self._late[first:]]
+    def late_at_maximum(self, before: int) -> Ints:
+        """Of the requests that ended after the first `before`, those that the maximum clock would have brought late, by
+        class. One that runs is not among them yet: nothing is owed for it that could be forgiven.
+        """
+        classes = self._sizes[:, 3][self._late & (self._ended > before)]
         return np.bincount(classes, minlength=self.allowed.size)
 
     def at_lowest_floor(self, pace: Ints, most_j: float) -> tuple[float, Ints]:
@@ -190,11 +193,11 @@ def pace_in_hindsight(
     external: ExternalLoad,
     switching: Switching,
     keep: float,
-    seen_before: int = 0,
+    ended_before: int = 0,
 ) -> Hindsight:
     """The pace of least energy that would have kept enough SLOs of recent `requests`, with `keep` of their times.
 
-    `seen_before`: how many had come at the last search.
+    `ended_before`: how many had ended by the last search.
     """
     ended = min(requests.done, _ENOUGH_ENDED)
     keep -= _CAUTION * (math.sqrt(_FEWEST_ENDED / ended) - math.sqrt(_FEWEST_ENDED / _ENOUGH_ENDED))
@@ -227,10 +230,11 @@ def pace_in_hindsight(
     by_requests = found[max(index for index, (here_j, _) in found.items() if here_j <= enough_j)][1]
     _, _, most = rehearsal.replayed(by_requests, math.inf)
     seen = by_requests[np.minimum(np.arange(most + 1), by_requests.size - 1)]
-    late = rehearsal.late_at_maximum(requests.seen - seen_before).tolist()
+    late = rehearsal.late_at_maximum(ended_before).tolist()
     return Hindsight(
         by_requests=np.concatenate([seen, rehearsal.maximum]),
         requests=requests.seen,
+        ended=requests.done,
         late_at_maximum=dict(zip(requests.classes, late, strict=False)),
     )
 

@@ -67,8 +67,8 @@ class Load:
 
 class Recent(IntEnum):
     """What is kept of a recent request, in this order: when it came, its prompt and what of it is cached, its output as
-    predicted, and as it was (what is expected, until it has ended), sequences, SLOs (inf: none), the attainment asked
-    and the index of its SLO class.
+    predicted, and as it was (what is expected, until it has ended), sequences, SLOs (inf: none), the attainment asked,
+    the index of its SLO class, and how many had ended with it (0: it runs).
     """
 
     ARRIVAL_S = 0
@@ -82,6 +82,7 @@ class Recent(IntEnum):
     TBT_S = 8
     ATTAINMENT = 9
     SLO_CLASS = 10
+    ENDED = 11
 
 
 @dataclass(slots=True, kw_only=True)
@@ -154,6 +155,7 @@ class LoadEstimator:
             slo.tbt_s or math.inf,
             slo.attainment,
             self.classes.index(request.slo_class),
+            0,
         )
         self.seen += 1
         if self.seen % _REFRESH == 1:
@@ -181,7 +183,7 @@ class LoadEstimator:
         known = self.recent.get(request_id)
         if known is not None:
             at = Recent.OUTPUT_TOKENS
-            self.recent[request_id] = (*known[:at], max(1, output_tokens), *known[at + 1 :])
+            self.recent[request_id] = (*known[:at], max(1, output_tokens), *known[at + 1 : Recent.ENDED], self.done)
 
     def dropped(self, request_id: int) -> None:
         """One was rejected, cancelled or lost: what it would have been is not known."""
