@@ -103,6 +103,7 @@ def forest(kv_and_clock: list[tuple[int, int]]) -> Trained:
         block_tokens=16,
         hulls={1: hull},
         clocks_measured=frozenset({1}),
+        switches={1: ()},
     )
 
 

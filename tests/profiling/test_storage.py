@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from throttllem.core.forecast.performance_table import Calibrated, PerformanceTable, TableVerdict
+from throttllem.core.forecast.switch_latency import ProfiledSwitches
 from throttllem.profiling.storage import ARRAYS, TableFileError, load_table, save_table
 
 
@@ -48,6 +49,19 @@ def test_the_basis_of_a_calibrated_table_is_stored(tmp_path: Path, tables: dict[
     assert load_table(path).calibrated == basis
     save_table(tables[1], path)
     assert load_table(path).calibrated is None
+
+
+def test_what_switches_took_is_stored_and_checked(tmp_path: Path, tables: dict[int, PerformanceTable]) -> None:
+    path = tmp_path / "table.npz"
+    switches = (ProfiledSwitches(mhz=495, count=3, within_s=0.2), ProfiledSwitches(mhz=1410, count=20, within_s=0.01))
+    save_table(replace(tables[1], switches=switches), path)
+    assert load_table(path).switches == switches
+    for name, value in (("switch_counts", [0, 20]), ("switch_within_s", [0.2, np.nan]), ("switch_clocks_mhz", [495])):
+        with np.load(path) as file:
+            parts = dict(file)
+        np.savez(tmp_path / "damaged.npz", **(parts | {name: np.array(value)}))
+        with pytest.raises(TableFileError, match=r"damaged\.npz: not a performance table, or damaged"):
+            load_table(tmp_path / "damaged.npz")
 
 
 def as_version_2(path: Path) -> None:

@@ -38,8 +38,8 @@ class EngineState:
     compute in it without control. `planned_external` is the external load that was last planned for.
     `slowed_s` and `disturbed_s`: the last plan at which the engine was `slowed`, or `disturbed` (-inf: none).
     `drift` is the scoreboard's distance from the engine's reports, `table_drift` that of the engine's pace from the
-    table, which corrects `table`. `switch_latency` is what switches of its clocks took. `load` is that of the requests
-    that it was given, None where it is that of all requests.
+    table, which corrects `table`. `switch_latency` is what switches of its clocks took, beginning with its profile's.
+    `load` is that of the requests that it was given, None where it is that of all requests.
     """
 
     engine: int

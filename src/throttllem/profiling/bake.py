@@ -63,6 +63,7 @@ def bake(trained: Trained, spec: EngineSpec) -> PerformanceTable:
         watts=np.exp(_sums(watts, edges)).astype(np.float32),
         hull=hull,
         clocks_measured=spec.tp in trained.clocks_measured,
+        switches=trained.switches[spec.tp],
     )
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import polars as pl
 
+from throttllem.core.forecast.performance_table import MOST_SWITCH_S
+from throttllem.core.forecast.switch_latency import ProfiledSwitches
 from throttllem.core.types import EngineSpec
 from throttllem.files import write_aside
 
@@ -55,9 +57,12 @@ LIVE = (
     Column(name="watts_by", dtype=pl.String),
     Column(name="any_clock", dtype=pl.Int64, least=0),
     Column(name="tokens_per_step", dtype=pl.Float64, least=1.0),
+    Column(name="switches", dtype=pl.Int64, least=0),
+    Column(name="switch_s", dtype=pl.Float64, least=0.0),
     Column(name="quick", dtype=pl.Int64, least=0),
 )
-"""Read likewise: the capacities that a live engine reported, which rows were measured together, and how."""
+"""Read likewise: the capacities that a live engine reported, which rows were measured together, and how; of each clock
+how many switches to it were timed, and the seconds that few of them exceeded."""
 CAPACITIES = ("max_batch", "kv_capacity_blocks", "prefill_budget_tokens", "max_context_tokens")
 """Columns of the engine's capacities; the same in every row of a size."""
 SAME_THROUGHOUT = ("gpu", "model", "block_tokens")
@@ -140,6 +145,18 @@ def tokens_per_step_of(profile: pl.DataFrame) -> float | None:
         return None
     decoded = profile.filter(pl.col("prefill_tokens") == 0)["tokens_per_step"].to_list()
     return sum(decoded) / len(decoded) if decoded else None
+
+
+def switches_of(profile: pl.DataFrame, tp: int) -> tuple[ProfiledSwitches, ...]:
+    """What switches to the clocks of an engine size took; (): the file does not say."""
+    if not {"switches", "switch_s"} <= set(profile.columns):
+        return ()
+    timed = profile.filter((pl.col("tp") == tp) & (pl.col("switches") > 0) & (pl.col("switch_s") > 0))
+    by_clock = timed.group_by("clock_mhz").agg(pl.col("switches", "switch_s").max()).sort("clock_mhz")
+    return tuple(
+        ProfiledSwitches(mhz=mhz, count=count, within_s=min(within_s, MOST_SWITCH_S))
+        for mhz, count, within_s in by_clock.select("clock_mhz", "switches", "switch_s").iter_rows()
+    )
 
 
 def capacities_of(spec: EngineSpec) -> dict[str, int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from throttllem.core.forecast.performance_table import Calibrated, Hull, PerformanceTable, TableVerdict
+from throttllem.core.forecast.switch_latency import ProfiledSwitches
 from throttllem.files import write_aside
 from throttllem.physics.model import Model
 
@@ -51,6 +52,10 @@ def save_table(table: PerformanceTable, path: Path) -> None:
         basis = table.calibrated
         arrays["calibrated_at_mhz"] = np.array(basis.clocks_mhz, dtype=np.int64)
         arrays["calibrated_errors"] = np.array([basis.seconds_error, basis.watts_error])
+    if table.switches:
+        arrays["switch_clocks_mhz"] = np.array([each.mhz for each in table.switches], dtype=np.int64)
+        arrays["switch_counts"] = np.array([each.count for each in table.switches], dtype=np.int64)
+        arrays["switch_within_s"] = np.array([each.within_s for each in table.switches])
     with write_aside(path) as unfinished, unfinished.open("wb") as file:
         np.savez_compressed(
             file,
@@ -107,6 +112,7 @@ def _table(path: Path, parts: dict[str, np.ndarray]) -> PerformanceTable:
         calibrated=_calibrated(parts),
         gpu=str(parts.get("gpu", "")) or None,
         model=str(parts.get("model", "")) or None,
+        switches=_switches(parts),
         **{name: parts[name] for name in ARRAYS},
     )
 
@@ -125,6 +131,16 @@ def _calibrated(parts: dict[str, np.ndarray]) -> Calibrated | None:
     seconds_error, watts_error = parts["calibrated_errors"].tolist()
     return Calibrated(
         clocks_mhz=tuple(parts["calibrated_at_mhz"].tolist()), seconds_error=seconds_error, watts_error=watts_error
+    )
+
+
+def _switches(parts: dict[str, np.ndarray]) -> tuple[ProfiledSwitches, ...]:
+    if "switch_clocks_mhz" not in parts:
+        return ()
+    columns = [parts[name].tolist() for name in ("switch_clocks_mhz", "switch_counts", "switch_within_s")]
+    return tuple(
+        ProfiledSwitches(mhz=int(mhz), count=int(count), within_s=float(within_s))
+        for mhz, count, within_s in zip(*columns, strict=True)
     )
 
 

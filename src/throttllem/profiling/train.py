@@ -25,6 +25,8 @@ import numpy.typing as npt
 import polars as pl
 
 from throttllem.core.forecast.performance_table import Hull
+from throttllem.core.forecast.switch_latency import ProfiledSwitches
+from throttllem.profiling.profile import switches_of
 
 FEATURES = ("tp", "batch", "kv_blocks", "clock_mhz", "prefill_tokens")
 SECONDS_DIRECTION = (0, 0, 1, -1, 1)
@@ -58,7 +60,8 @@ class TrainSettings:
 class Trained:
     """Two boosters (square root of seconds, natural logarithm of watts; features as in FEATURES) and their profile.
 
-    `hulls`: the profiled box of each tensor parallel degree; `clocks_measured`: those whose clock axis was measured.
+    `hulls`: the profiled box of each tensor parallel degree; `clocks_measured`: those whose clock axis was measured;
+    `switches`: what switches of their clocks took.
     """
 
     seconds: lightgbm.Booster
@@ -68,6 +71,7 @@ class Trained:
     block_tokens: int
     hulls: dict[int, Hull]
     clocks_measured: frozenset[int]
+    switches: dict[int, tuple[ProfiledSwitches, ...]]
 
     def predict(self, profile: pl.DataFrame) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Seconds and watts of each row, by the trees themselves."""
@@ -93,6 +97,7 @@ def train(profile: pl.DataFrame, settings: TrainSettings | None = None) -> Train
         block_tokens=first["block_tokens"],
         hulls=_hulls(profile),
         clocks_measured=_clocks_measured(profile),
+        switches={tp: switches_of(profile, tp) for tp in profile["tp"].unique().to_list()},
     )
 
 

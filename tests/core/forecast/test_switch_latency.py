@@ -2,7 +2,7 @@
 
 import pytest
 
-from throttllem.core.forecast.switch_latency import FEWEST, SwitchLatency
+from throttllem.core.forecast.switch_latency import FEWEST, ProfiledSwitches, SwitchLatency, within
 
 CLOCKS_MHZ = (200, 400, 600, 800, 1000, 1200, 1300, 1400)
 CONFIGURED_S = 0.2
@@ -41,6 +41,21 @@ def test_a_slower_driver_is_learned_and_an_old_one_forgotten():
         latency.took(CLOCKS_MHZ, 1400, 0.005)
     assert to_s(latency, 1400) == 0.005
     assert len(latency.bands[-1].recent_s) == 64, "what is kept does not grow"
+
+
+def test_a_profile_is_begun_with_and_forgotten_as_any_switch_is():
+    profiled = (
+        ProfiledSwitches(mhz=1400, count=FEWEST, within_s=0.012),
+        ProfiledSwitches(mhz=200, count=3, within_s=0.3),
+        ProfiledSwitches(mhz=1350, count=FEWEST, within_s=9.0),
+    )
+    latency = SwitchLatency.profiled(CLOCKS_MHZ, profiled)
+    assert [to_s(latency, mhz) for mhz in (200, 600, 1000, 1400)] == [0.3, 0.2, 0.2, 0.012], "1350 MHz is no clock here"
+    for _ in range(64):
+        latency.took(CLOCKS_MHZ, 1400, 0.005)
+    assert to_s(latency, 1400) == 0.005
+    assert within([0.01] * 62 + [0.05, 0.06]) == 0.01
+    assert SwitchLatency.profiled(CLOCKS_MHZ, ()) == SwitchLatency()
 
 
 def test_bands_are_apart_and_a_clock_of_another_gpu_tells_nothing():

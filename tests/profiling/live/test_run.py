@@ -9,8 +9,10 @@ import polars as pl
 import pytest
 from engines.live import asked
 
+from throttllem.core.forecast.switch_latency import FEWEST, ProfiledSwitches
 from throttllem.engines.base import EngineError, Report
-from throttllem.gpu.device import Work
+from throttllem.gpu.device import Switch, Work
+from throttllem.gpu.simulated import SimulatedGpu
 from throttllem.physics.catalogue import Catalogue
 from throttllem.profiling.live.plan import LivePlan, quick_plan
 from throttllem.profiling.live.profiler import Device, LiveProfiler, _without_decode
@@ -22,7 +24,7 @@ from throttllem.profiling.live.run import (
     profile_live,
     quick_clocks,
 )
-from throttllem.profiling.profile import is_quick, read_profile
+from throttllem.profiling.profile import is_quick, read_profile, switches_of
 from throttllem.profiling.score import score_profile
 from throttllem.profiling.train import settings_for
 
@@ -135,31 +137,34 @@ def test_a_modelled_gpu_is_named_and_has_every_clock(tmp_path):
         assert rows["watts"].to_list() == pytest.approx((clock / 10 + decode).to_list())
 
 
+class Drawing(Silent):
+    """The engine's joules go to the GPU, which is what a real one measures."""
+
+    def __init__(self, engine, gpu):
+        super().__init__(engine)
+        self.gpu = gpu
+
+    async def watch(self, tell):
+        def both(report):
+            work = Work(
+                seconds=report.seconds,
+                decode_sequences=0,
+                kv_tokens=0,
+                prefill_tokens=0,
+                prefill_pairs=0,
+                joules=report.joules,
+            )
+            self.gpu.worked(work)
+            tell(report)
+
+        await self.engine.watch(both)
+
+
 def test_a_real_gpu_has_its_clock_set_and_its_counter_read(tmp_path):
     async def run():
         engine, gpu = engine_and_gpu(Law(by_clock=True))
-
-        class Drawing(Silent):
-            """The engine's joules go to the GPU, which is what a real one measures."""
-
-            async def watch(self, tell):
-                def both(report):
-                    gpu.worked(
-                        Work(
-                            seconds=report.seconds,
-                            decode_sequences=0,
-                            kv_tokens=0,
-                            prefill_tokens=0,
-                            prefill_pairs=0,
-                            joules=report.joules,
-                        )
-                    )
-                    tell(report)
-
-                await self.engine.watch(both)
-
         plan = dataclasses.replace(PLAN, points=5)
-        return await profile_live(Drawing(engine), Device(gpu=gpu, clocks_mhz=CLOCKS), plan, tmp_path / "p.csv")
+        return await profile_live(Drawing(engine, gpu), Device(gpu=gpu, clocks_mhz=CLOCKS), plan, tmp_path / "p.csv")
 
     virtually(run())
     frame = read_profile(tmp_path / "p.csv")
@@ -171,6 +176,40 @@ def test_a_real_gpu_has_its_clock_set_and_its_counter_read(tmp_path):
     for clock in CLOCKS:
         watts = decode.filter(pl.col("clock_mhz") == clock)["watts"]
         assert watts.median() == pytest.approx(clock / 10 + 8, rel=0.03)
+
+
+class Switching(SimulatedGpu):
+    """It shows what its switches take: the longer the lower the clock."""
+
+    last = None
+
+    async def set_clock(self, mhz, sent=None):
+        seconds = {700: 0.03, 1050: 0.02, 1400: 0.01}.get(mhz, 0.0)
+        await asyncio.sleep(seconds)
+        if mhz is not None and mhz != self.read().clock_mhz:
+            self.last = Switch(mhz=mhz, seconds=seconds)
+        return await super().set_clock(mhz, sent)
+
+    def read(self):
+        return dataclasses.replace(super().read(), switch=self.last)
+
+
+@pytest.mark.parametrize("end", [".csv", ".parquet"])
+def test_what_switches_take_is_in_every_row_of_their_clock(tmp_path, end):
+    out, said = tmp_path / f"p{end}", []
+
+    async def run():
+        engine, gpu = engine_and_gpu(kind=Switching)
+        plan = dataclasses.replace(PLAN, points=3)
+        return await profile_live(Drawing(engine, gpu), Device(gpu=gpu, clocks_mhz=CLOCKS), plan, out, say=said.append)
+
+    virtually(run())
+    frame = read_profile(out)
+    rows = frame.select("clock_mhz", "switches", "switch_s").unique().sort("clock_mhz").rows()
+    assert rows == [(700, FEWEST, 0.03), (1050, FEWEST, 0.02), (1400, FEWEST, 0.01)]
+    assert switches_of(frame, 1) == tuple(ProfiledSwitches(mhz=mhz, count=n, within_s=s) for mhz, n, s in rows)
+    assert switches_of(frame.with_columns(switches=0), 1) == switches_of(frame.drop("switch_s"), 1) == ()
+    assert "switches of clocks: 60 timed, nearly all within 30 ms" in said
 
 
 def test_a_quick_profile_says_so_in_every_row(tmp_path):

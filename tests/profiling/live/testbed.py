@@ -65,11 +65,11 @@ class Silent:
         await asyncio.Event().wait()
 
 
-def engine_and_gpu(law=None, **changes):
+def engine_and_gpu(law=None, kind=SimulatedGpu, **changes):
     """An engine and its GPU, which counts the engine's joules as a real one does."""
     law = law or Law()
     spec = toy_spec(clocks_mhz=CLOCKS, chunked=False, **(SMALL | changes))
-    gpu = SimulatedGpu(CLOCKS, switch_latency_s=0.0, watts=lambda mhz, work: 0.0, idle_w=50.0, now=_now)
+    gpu = kind(CLOCKS, switch_latency_s=0.0, watts=lambda mhz, work: 0.0, idle_w=50.0, now=_now)
     engine = RealtimeEngine(spec, law, noise=Noise(time=0, power=0), seed=(1,), gpu=gpu, name="toy", now=_now)
     return engine, gpu
 

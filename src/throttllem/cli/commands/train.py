@@ -117,7 +117,7 @@ def _train_quick(frame: pl.DataFrame, file: Path, out: Path, options: Options, *
     from throttllem.engines.simulated.fleet import build_fleet
     from throttllem.gpu.boards.facts import knowing
     from throttllem.physics.catalogue import Catalogue
-    from throttllem.profiling.profile import spec_of
+    from throttllem.profiling.profile import spec_of, switches_of
     from throttllem.profiling.storage import save_table
     from throttllem.profiling.verdict import judge_law
 
@@ -132,7 +132,8 @@ def _train_quick(frame: pl.DataFrame, file: Path, out: Path, options: Options, *
         law = quick_law(frame, gpu, model, file, lambda done, total: report("calibrating", 0.5 * done / total))
         table = quick_table(law, model, spec, lambda done, total: report("tabulating", 0.5 + 0.5 * done / total))
     verdict = judge_law(frame, law.mean_errors, fleet.physics[tp], accept=accept)
-    table = replace(table, verdict=verdict, gpu=gpu.name, model=model.model_dump_json())
+    switches = switches_of(frame, tp)
+    table = replace(table, verdict=verdict, gpu=gpu.name, model=model.model_dump_json(), switches=switches)
     save_table(table, out / f"table-tp{tp}.npz")
     write_json(out / "score_card.json", law.to_json())
     console = Console()

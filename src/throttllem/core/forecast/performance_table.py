@@ -20,10 +20,14 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from throttllem.core.forecast.switch_latency import ProfiledSwitches
+
 Bins = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
 Whole = npt.NDArray[np.integer]
 Steps = npt.NDArray[np.float32]
+MOST_SWITCH_S = 60.0
+"""The longest switch of clocks that can be told or configured."""
 _BANDS = 4
 """The drift of a table while it serves is metered, and corrected, in this many bands of clocks."""
 
@@ -80,6 +84,7 @@ class PerformanceTable:
     measured, so no clock may be chosen by it. `verdict`: what `train` found of it (None: it was not judged).
     `calibrated`: basis of a calibrated law's table, whose lowest clock is the lowest that was measured. `gpu`: the kind
     of GPU that was profiled, `model`: the figures of the model, as JSON of `physics.model.Model` (None: not known).
+    `switches`: what switches of its clocks took while it was profiled, by clock (empty: not measured).
     `limit_mhz`: the GPUs are held down to that clock; `factors`: seconds of each clock band are corrected by these
     ((): by none); `base` is the table without both. `maximum_s` are the seconds at the maximum clock, `slowest` those
     that no cell up to a cell exceeds, shape (cells,). Raises ValueError where the parts do not fit together.
@@ -97,6 +102,7 @@ class PerformanceTable:
     calibrated: Calibrated | None = None
     gpu: str | None = None
     model: str | None = None
+    switches: tuple[ProfiledSwitches, ...] = ()
     limit_mhz: int | None = field(default=None, init=False)
     factors: tuple[float, ...] = field(default=(), init=False)
     tokens_per_step: float = field(default=1.0, init=False)
@@ -114,6 +120,9 @@ class PerformanceTable:
         clocks = self.clocks_mhz
         if not clocks or any(low >= high for low, high in pairwise(clocks)):
             raise ValueError(f"performance table: clocks_mhz = {clocks}: must be ascending and not empty")
+        for each in self.switches:
+            if each.mhz <= 0 or each.count < 1 or not 0.0 < each.within_s <= MOST_SWITCH_S:
+                raise ValueError(f"performance table: {each}: must be switches to a clock, of 0 to {MOST_SWITCH_S:g} s")
         shape = (prefill_bins * batch_bins * kv_bins, len(clocks))
         for name in ("seconds", "watts"):
             _check_steps(name, getattr(self, name), shape)

@@ -1,6 +1,7 @@
 """How long a switch of clocks takes, from the command to the clock read back: learned while it serves, by clock band.
 
-Bounded and deterministic. Knows nothing of how a clock is set, nor of SLOs.
+It begins with what the profile measured, where that measured any. Bounded and deterministic. Knows nothing of how a
+clock is set, nor of SLOs.
 """
 
 # How long depends most on the clock that is switched to, and is a property of the board and its driver: 4.5 ms at the
@@ -9,13 +10,16 @@ Bounded and deterministic. Knows nothing of how a clock is set, nor of SLOs.
 # within the k-th smallest with probability k / (n + 1), whatever their distribution (as in conformal prediction), so
 # the estimate is the smallest such that k / (n + 1) is `_WITHIN` at least. Fewer than `FEWEST` switches can show none;
 # until then the estimate is what was configured, or the longest that was seen, if that is longer.
+#
+# A profile records for each clock how many switches it measured and what few of them exceeded. Each counts as a switch
+# that took so long: none of them took much longer, and the live ones push them out of the recent ones.
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -30,6 +34,24 @@ _WITHIN = 0.95
 """Probability that the next switch takes no longer than the estimate."""
 _RECENT = 64
 _BANDS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfiledSwitches:
+    """Switches to one clock as a profile recorded them: `count` of them, of which `within_s` seconds is what few exceed
+    (see `within`).
+    """
+
+    mhz: int
+    count: int
+    within_s: float
+
+
+def within(seconds: Iterable[float]) -> float:
+    """What the next of switches that took these seconds does not exceed, by `_WITHIN` or as near as so many show."""
+    ascending = sorted(seconds)
+    n = len(ascending)
+    return ascending[min(math.ceil(_WITHIN * (n + 1)), n) - 1]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,8 +69,7 @@ class BandSwitches:
         self.recent_s.append(seconds)
         if len(self.recent_s) > _RECENT:
             self.recent_s.popleft()
-        ascending, n = sorted(self.recent_s), len(self.recent_s)
-        self.within_s = ascending[min(math.ceil(_WITHIN * (n + 1)), n) - 1]
+        self.within_s = within(self.recent_s)
 
     def expected_s(self, configured_s: float) -> float:
         """The estimate."""
@@ -76,6 +97,15 @@ class SwitchLatency:
     """
 
     bands: tuple[BandSwitches, ...] = ()
+
+    @classmethod
+    def profiled(cls, clocks_mhz: Sequence[int], switches: Sequence[ProfiledSwitches]) -> SwitchLatency:
+        """What a profile of the engine recorded."""
+        begun = cls()
+        for each in switches:
+            for _ in range(min(each.count, _RECENT)):
+                begun.took(clocks_mhz, each.mhz, each.within_s)
+        return begun
 
     def took(self, clocks_mhz: Sequence[int], mhz: int, seconds: float) -> None:
         """A switch to `mhz` took so long; one to a clock that is none of the engine's tells nothing."""

@@ -15,6 +15,7 @@ from throttllem.core.admission import never_fits
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import EngineState, Phase
 from throttllem.core.forecast.performance_table import PerformanceTable
+from throttllem.core.forecast.switch_latency import SwitchLatency
 from throttllem.core.pool.routing import Router
 from throttllem.core.scoreboard import Scoreboard
 from throttllem.core.types import EngineSpec, Request
@@ -86,6 +87,8 @@ class Engines:
             spec = replace(spec, clocks_mhz=table.clocks_mhz)
         state.spec, state.table, state.board = spec, table, Scoreboard(spec.block_tokens)
         state.clock_mhz = state.target_mhz = spec.clocks_mhz[-1]
+        if table is not None:
+            state.switch_latency = SwitchLatency.profiled(spec.clocks_mhz, table.switches)
         return state
 
     def serve(self, engine: EngineState, now_s: float) -> EngineState | None:

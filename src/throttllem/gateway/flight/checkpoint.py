@@ -32,6 +32,8 @@ def table_digest(table: PerformanceTable) -> str:
     """16 hex digits over everything that decisions take from a table."""
     clocks, hull = [int(mhz) for mhz in table.clocks_mhz], {name: int(n) for name, n in asdict(table.hull).items()}
     digest = hashlib.sha256(repr((clocks, hull, tolerance(table))).encode())
+    if table.switches:
+        digest.update(repr(table.switches).encode())
     for name in ARRAYS:
         part = getattr(table, name)
         digest.update(repr((name, part.dtype.str, part.shape)).encode())

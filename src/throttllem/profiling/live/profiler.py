@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from throttllem.core.forecast.switch_latency import ProfiledSwitches
 from throttllem.core.types import EngineSpec
 from throttllem.engines.base import Connected, EngineError, LiveEngine
 from throttllem.gpu.device import ClockError, Gpu, Work
@@ -35,6 +36,7 @@ from throttllem.profiling.live.plan import (
     live_points,
     longer,
 )
+from throttllem.profiling.live.switches import timed_switches
 
 Progress = Callable[[str, float], None]
 """Called with the work in progress and the share that is done (0 to 1)."""
@@ -54,6 +56,9 @@ _NO_STEPS = (
     "the engine speculates and reports no steps, so tokens do not show how long a step takes: install the plug-in, or "
     "profile without speculation"
 )
+SWITCHES = "switches"
+"""The key of the switches of clocks, which are timed before the first point."""
+SWITCHES_OUTPUT_TOKENS = 512
 MOSTLY = 0.8
 """Least share of a burst's time in its prompts' steps, where the watts of the other steps are subtracted. With a half
 of it an error of the counter, or of the seconds on a busy machine, counts twice: 440 W of a GPU of 350 W were seen."""
@@ -80,6 +85,7 @@ class Summary:
     """Points measured again, because another client used the engine."""
     empty: int = 0
     """Points without an iteration."""
+    switches: tuple[ProfiledSwitches, ...] = ()
 
 
 class LiveProfiler:
@@ -115,6 +121,9 @@ class LiveProfiler:
         keys = self._keys()
         async with self._load.watching():
             await self._begin()
+            if self._device.modelled is None and SWITCHES not in known:
+                progress("switches of clocks", 0.0)
+                add(SWITCHES, await self._switches())
             began_s, limit_s = now(), self._plan.seconds
             for done, (key, point, clock_mhz) in enumerate(keys):
                 spent_s = now() - began_s
@@ -165,6 +174,22 @@ class LiveProfiler:
             if (gap_s := stream.gap_s) is not None:
                 found.append(stream.times_s[0] - stream.sent_s - gap_s)
         return max(0.0, statistics.median(found)) if found else 0.0
+
+    async def _switches(self) -> Rows:
+        """What switches of the clocks take while one request decodes."""
+        streams = list[Stream]()
+        longest = min(SWITCHES_OUTPUT_TOKENS, self.spec.max_context_tokens - SHORT_PROMPT)
+
+        async def at_work() -> None:
+            if not streams or _any_ended(streams):
+                streams[:] = [await self._load.open(SHORT_PROMPT, longest)]
+                await self._load.until(lambda: streams[0].length > 1 or _any_ended(streams))
+
+        device = self._device
+        found = await timed_switches(device.gpu, device.clocks_mhz, at_work, seed=self._plan.seed)
+        await self._load.idle()
+        self.summary.switches = found
+        return [dataclasses.asdict(each) for each in found]
 
     # ---- one point -----------------------------------------------------------------------------------------------
 

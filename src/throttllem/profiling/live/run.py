@@ -29,7 +29,7 @@ from throttllem.physics.catalogue import Gpu
 from throttllem.profiling.live.iterations import STEPS
 from throttllem.profiling.live.load import ExternalLoadError
 from throttllem.profiling.live.plan import POINTS, LivePlan
-from throttllem.profiling.live.profiler import Device, LiveProfiler, Progress, Rows, Summary
+from throttllem.profiling.live.profiler import SWITCHES, Device, LiveProfiler, Progress, Rows, Summary
 from throttllem.profiling.profile import COLUMNS, LIVE, OPTIONAL, capacities_of, write_profile
 from throttllem.profiling.score import splits_of
 from throttllem.profiling.train import FEWEST_ROWS
@@ -132,6 +132,12 @@ def _conclude(summary: Summary, say: Say) -> None:
         if summary.by == STEPS
         else "seconds are from the arrival of tokens: the engine reports no steps (for vLLM: install the plug-in)"
     )
+    if summary.switches:
+        count, within_s = (
+            sum(each.count for each in summary.switches),
+            max(each.within_s for each in summary.switches),
+        )
+        say(f"switches of clocks: {count} timed, nearly all within {1000 * within_s:.0f} ms")
     if summary.repeated:
         say(f"points measured again, because another client used the engine: {summary.repeated}")
     if summary.empty:
@@ -235,14 +241,24 @@ def _identity(connected: Connected, device: Device, plan: LivePlan) -> dict[str,
 
 def _frame(points: Mapping[str, Rows], spec: EngineSpec, device: Device, *, quick: bool) -> pl.DataFrame:
     """The profile of all measured points. Without a clock in its key, a point stands for every clock."""
-    rows = []
+    rows, switches = [], {int(str(each["mhz"])): each for each in points.get(SWITCHES, ())}
     for key, measured in points.items():
+        if key == SWITCHES:
+            continue
         number, _, clock = key.partition("@")
         for row in measured:
             clocks = [int(clock)] if clock else sorted(device.clocks_mhz)
-            rows += [_row(int(number), mhz, row, spec, device) for mhz in clocks]
+            rows += [_row(int(number), mhz, row, spec, device) | _timed(switches.get(mhz)) for mhz in clocks]
     frame = pl.DataFrame(rows, schema={column.name: column.dtype for column in (*COLUMNS, *OPTIONAL, *LIVE[:-1])})
     return frame.with_columns(quick=pl.lit(int(quick), dtype=pl.Int64))
+
+
+def _timed(switches: Mapping[str, object] | None) -> dict[str, object]:
+    return (
+        {"switches": 0, "switch_s": 0.0}
+        if switches is None
+        else {"switches": switches["count"], "switch_s": switches["within_s"]}
+    )
 
 
 def _row(number: int, clock_mhz: int, row: Mapping[str, Any], spec: EngineSpec, device: Device) -> dict[str, object]:
