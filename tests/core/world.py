@@ -165,7 +165,7 @@ class World:
         for _ in range(rounds):
             if not self.waiting and not self.on:
                 return
-            self.advance(0.02)
+            self.advance(0.02 if self.up or self.starting else 1.0)  # a start that failed is tried again after a pause
             for key, tp in list(self.starting.items()):
                 self.ready(key, start(tp))
             for key, plan in self.switches[:]:

@@ -230,6 +230,7 @@ def toy_backend(
     slower=1.0,
     speculates=1,
     launcher=None,
+    number=0,
     **changes,
 ):
     some = spec(tp=tp, **({"kv_blocks": 200, "max_batch": 8, "no_evict": False, "chunked": True} | changes))
@@ -247,7 +248,7 @@ def toy_backend(
         some,
         physics,
         noise=Noise(time=0.02, power=0.03),
-        seed=(tp,),
+        seed=(tp, number) if number else (tp,),
         gpu=device,
         name=name,
         now=now,
@@ -263,7 +264,7 @@ def toy_backend(
         meter=TableMeter(table=trained),
     )
     backend = Backend(
-        name=f"toy-{tp}",
+        name=f"toy-{tp}-{number}" if number else f"toy-{tp}",
         kind="simulated",
         tp=tp,
         catalogue_gpu="toy",
@@ -281,7 +282,7 @@ def toy_backend(
 async def rig(*, policy=ClockPolicy.LEAST_ENERGY, sizes=(1,), tables=True, limits=None, slo=None, core=None, **changes):
     """A running control loop over toy engines, checked at its end. `changes`: of the backends and their specs."""
     now = asyncio.get_running_loop().time
-    pairs = [toy_backend(now, tp=tp, **changes) for tp in sizes]
+    pairs = [toy_backend(now, tp=tp, number=sizes[:place].count(tp), **changes) for place, tp in enumerate(sizes)]
     specs = {some.tp: some for _, some in pairs}
     aware = policy in (ClockPolicy.LEAST_ENERGY, ClockPolicy.THROTTLLEM)
     options = ControllerOptions(

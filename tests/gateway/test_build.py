@@ -1,8 +1,10 @@
 """From options to a gateway: what is built, and which options are errors before a port is served."""
 
 import json
+import math
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from core.toy import spec, table
@@ -36,6 +38,23 @@ def widened(some):
     return replace(toy, clocks_mhz=some.clocks_mhz, seconds=toy.seconds[:, columns], watts=toy.watts[:, columns])
 
 
+def test_engines_of_one_model_serve_side_by_side_unless_the_policy_selects_a_size(tmp_path):
+    def loop_of(policy, *sizes):
+        scale = AutoscaleOptions(capacity_rps=dict.fromkeys(sizes, 1.0))
+        gateway = built(tmp_path, policy=policy, engines=tuple(EngineEntry(tp=tp) for tp in sizes), autoscale=scale)
+        return gateway.models.served[0].loop
+
+    loop = loop_of("triton", 1, 2, 1)
+    pool = loop.controller.options.pool
+    assert (pool.gpus, pool.engines, pool.start_s) == (4, {1: 2, 2: 1}, math.inf)
+    names = [backend.name for backend in loop.backends]
+    assert names == ["simulated-llama-3-8b-tp1-1", "simulated-llama-3-8b-tp2", "simulated-llama-3-8b-tp1-2"]
+    assert loop_of("triton", 2).controller.options.pool is None
+    assert loop_of("triton+autoscale", 1, 2).controller.options.pool is None
+    with pytest.raises(ValueError, match="selects the size of one engine, and 2 have tp = 1"):
+        loop_of("triton+autoscale", 1, 1, 2)
+
+
 def test_one_model_in_two_sizes_and_another():
     entries = (
         EngineEntry(tp=2),
@@ -49,7 +68,14 @@ def test_one_model_in_two_sizes_and_another():
     ("entries", "text"),
     [
         ((), "none is configured"),
-        ((EngineEntry(), EngineEntry()), "two of model llama-3-8b with tp = 1: one engine of each size"),
+        (
+            (EngineEntry(kind="openai", url="http://x"), EngineEntry(kind="openai", url="http://x", tp=2)),
+            "two have url = http://x: it is one engine",
+        ),
+        (
+            (EngineEntry(), EngineEntry(tables=Path("other"))),
+            "two of model llama-3-8b with tp = 1 have different tables",
+        ),
         (
             (EngineEntry(), EngineEntry(gpu="h100-80gb-sxm")),
             "two models are called llama-3-8b: give each its own served_as",

@@ -85,7 +85,9 @@ class Controller:
         )
         self._pool: Pool | None = None
         if options.pool is not None:
-            self._pool = Pool(gpus=options.pool.gpus, target=dict(options.pool.engines))
+            pool = options.pool
+            due_s = math.inf if pool.start_s is None else -math.inf
+            self._pool = Pool(gpus=pool.gpus, target=dict(pool.engines), start_s=pool.start_s, due_s=due_s)
         self._load = LoadEstimator(window_s=options.load_window_s)
         self._predictor = options.predictor
         self._length_score = LengthScore()
@@ -178,6 +180,10 @@ class Controller:
     def serving(self) -> int | None:
         """The engine that takes new requests; of several the one that has served longest."""
         return next(iter(self._engines.serving), None)
+
+    def serves_alone(self) -> bool:
+        """Whether exactly one engine takes new requests. O(1)."""
+        return self._engines.sole is not None
 
     def serves(self, engine: int) -> bool:
         """Whether the engine takes new requests. O(1)."""

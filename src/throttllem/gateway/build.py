@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -20,6 +22,7 @@ from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens
 from throttllem.core.options import ControllerOptions
+from throttllem.core.pool.pool import PoolOptions
 from throttllem.core.types import EngineSpec
 from throttllem.engines.simulated.fleet import build_fleet, fleet_without_model
 from throttllem.gateway.control.backend_factory import BackendFactory, called, sets_clocks
@@ -124,23 +127,52 @@ def recognised_engines(
 
 
 def groups(entries: tuple[EngineEntry, ...]) -> list[tuple[EngineEntry, ...]]:
-    """Engines of one model and one name belong together, as sizes of it. Raises ValueError for two of one size."""
+    """Engines of one model and one name belong together, and serve it side by side, or by size. Raises ValueError for
+    two at one address, and for two of one size whose tables differ.
+    """
     if not entries:
         raise ValueError("engines: none is configured; without [[engines]] the simulated one is served")
     numbered = sorted(entries, key=_together)
     found = [tuple(group) for _, group in groupby(numbered, key=_together)]
+    urls = [entry.url for entry in entries if entry.url is not None]
+    for url in urls:
+        if urls.count(url) > 1:
+            raise ValueError(f"engines: two have url = {url}: it is one engine, which is named once")
     for group in found:
-        sizes = [entry.tp for entry in group]
-        if len(set(sizes)) < len(sizes):
-            raise ValueError(
-                f"engines: two of model {called(group[0])} with tp = {max(sizes, key=sizes.count)}: one engine of each "
-                "size is served; give other models another served_as, or run a gateway for each"
-            )
+        tables: dict[int, Path | None] = {}
+        for entry in group:
+            if tables.setdefault(entry.tp, entry.tables) != entry.tables:
+                raise ValueError(
+                    f"engines: two of model {called(group[0])} with tp = {entry.tp} have different tables: engines of "
+                    "a size that serve side by side are alike; name the same `tables`, or give one another served_as"
+                )
     names = [called(group[0]) for group in found]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"engines: two models are called {name}: give each its own served_as, as clients name it")
     return found
+
+
+def _number(entries: tuple[EngineEntry, ...], place: int) -> int | None:
+    """Which engine of its size it is, from 1; None: the only one."""
+    same = [other for other, entry in enumerate(entries) if entry.tp == entries[place].tp]
+    return same.index(place) + 1 if len(same) > 1 else None
+
+
+def _pool(entries: tuple[EngineEntry, ...], policy: Policy) -> PoolOptions | None:
+    """Several engines serve side by side; None: there is one, or the policy selects its size. Raises ValueError."""
+    counts = Counter(entry.tp for entry in entries)
+    if policy.autoscale:
+        tp, count = counts.most_common(1)[0]
+        if count > 1:
+            raise ValueError(
+                f"policy {policy.name!r}: it selects the size of one engine, and {count} have tp = {tp}; leave one of "
+                "each size, or leave out +autoscale: then all engines serve side by side"
+            )
+        return None
+    if len(entries) == 1:
+        return None
+    return PoolOptions(gpus=sum(entry.tp for entry in entries), engines=dict(counts), start_s=math.inf)
 
 
 def _together(entry: EngineEntry) -> tuple[str, str, str]:
@@ -168,7 +200,7 @@ class _Part:
 
     def build(self, entries: tuple[EngineEntry, ...], histograms: Histograms) -> _Built:
         options, first = self.options, entries[0]
-        sizes = tuple(sorted(entry.tp for entry in entries))
+        sizes = tuple(sorted({entry.tp for entry in entries}))
         if first.model is None:
             fleet = fleet_without_model(self.catalogue, first.kind_of_gpu, sizes, options.batching)
         else:
@@ -184,8 +216,15 @@ class _Part:
             options=options, catalogue=self.catalogue, histograms=histograms, now=self.now, local=self.local
         )
         backends = tuple(
-            factory.backend(entry, fleet, tables.get(entry.tp), controller, self.notes.get(entry.gpus or (), ()))
-            for entry in entries
+            factory.backend(
+                entry,
+                fleet,
+                tables.get(entry.tp),
+                controller,
+                self.notes.get(entry.gpus or (), ()),
+                number=_number(entries, place),
+            )
+            for place, entry in enumerate(entries)
         )
         recorder = self._recorder(first, controller)
         observer = RecordingObserver(
@@ -225,6 +264,7 @@ class _Part:
             slo_aware=policy.slo_aware,
             admission=admission,
             autoscale=options.autoscale if policy.autoscale else None,
+            pool=_pool(entries, policy),
             predictor=predictor,
             specs=specs,
             tables=tables,

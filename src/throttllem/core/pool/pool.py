@@ -28,10 +28,15 @@ _MOST_PAUSES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolOptions:
-    """A pool of `gpus`, and how many `engines` of each size (tensor parallel degree) it begins with."""
+    """A pool of `gpus`, and how many `engines` of each size (tensor parallel degree) it begins with.
+
+    `start_s` None: the driver brings up the first engine, and a start may take several times what engines of its size
+    take. Else the pool starts all of them, and a start may take so long (inf: what starts them sees to its end).
+    """
 
     gpus: int
     engines: Mapping[int, int]
+    start_s: float | None = None
 
     def __post_init__(self) -> None:
         check("pool", gpus=(self.gpus, 1, 1_000_000))
@@ -64,18 +69,21 @@ class Changes:
 @dataclass(slots=True, kw_only=True)
 class Pool:
     """State of the pool: engines that are to serve (`target`, by size), when starts end at the latest (`starts`, by
-    engine), `failures` by size, and when something is to be done without an event (`due_s`; inf: never).
+    engine), `failures` by size, and when something is to be done without an event (`due_s`; inf: never). `start_s`: see
+    `PoolOptions`.
     """
 
     gpus: int
     target: dict[int, int]
+    start_s: float | None = None
     starts: dict[int, float] = field(default_factory=dict)
     failures: dict[int, Failures] = field(default_factory=dict)
     due_s: float = math.inf
 
     def started(self, engine: int, startup_s: float, now_s: float) -> None:
         """A start was commanded."""
-        self.starts[engine] = now_s + max(_LEAST_DEADLINE_S, _DEADLINE * startup_s)
+        limit_s = max(_LEAST_DEADLINE_S, _DEADLINE * startup_s) if self.start_s is None else self.start_s
+        self.starts[engine] = now_s + limit_s
 
     def ready(self, engine: EngineState) -> None:
         """It is up."""

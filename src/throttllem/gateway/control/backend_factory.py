@@ -69,8 +69,12 @@ class BackendFactory:
         table: PerformanceTable | None,
         controller: Controller,
         notes: tuple[str, ...] = (),
+        *,
+        number: int | None = None,
     ) -> Backend:
-        """The backend of an entry; `fleet` has its size. `notes`: what is to be known of its GPUs."""
+        """The backend of an entry; `fleet` has its size. `notes`: what is to be known of its GPUs. `number`: which one
+        it is of those of its size (None: the only one).
+        """
         spec, physics = fleet.specs[entry.tp], fleet.physics.get(entry.tp)
         model = EngineModel(
             catalogue=self.catalogue,
@@ -85,7 +89,7 @@ class BackendFactory:
         )
         gpu = self._gpu(entry, spec, model, table)
         short = PurePath(entry.model or entry.served_as or "").name
-        name = "-".join(part for part in (entry.kind, short, f"tp{entry.tp}") if part)
+        name = "-".join(part for part in (entry.kind, short, f"tp{entry.tp}", number and str(number)) if part)
         # The joules of a real engine's GPUs are modelled only where both are known: model, and kind of GPU.
         named = entry.kind == "simulated" or entry.gpu is not None
         mode = "simulated" if entry.gpus is None else self.options.clocks.mode

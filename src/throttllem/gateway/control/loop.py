@@ -140,9 +140,15 @@ class ControlLoop:
     # ---- life ------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Bring up the largest engine; the core starts others as it needs them. Of those that a gateway before this one
-        left running, one is taken into use where the policy selects the size, and the others are stopped.
+        """Bring up all engines of a pool; else the largest, and the core starts others as it needs them. Of those that
+        a gateway before this one left running, one is taken into use where the policy selects the size, and the others
+        are stopped.
         """
+        self._up_s = self._settled_s = self.now()
+        self._sweep_in(_SWEEP_S)
+        if self.controller.options.pool is not None:
+            self.handle(Timer())
+            return
         found = [backend for backend in self.backends if await backend.process.runs()]
         scales = self.controller.options.autoscale is not None
         first = max(found if found and scales else self.backends, key=lambda backend: backend.tp)
@@ -150,8 +156,6 @@ class ControlLoop:
             if backend is not first:
                 backend.retire()
         first.start(0, self.handle)
-        self._up_s = self._settled_s = self.now()
-        self._sweep_in(_SWEEP_S)
 
     async def stop(self) -> None:
         """Disconnect from the engines; requests that still run end with an error."""
@@ -259,9 +263,14 @@ class ControlLoop:
     # ---- engines ---------------------------------------------------------------------------------------------
 
     def serving(self) -> Backend | None:
-        """The backend that takes new requests now."""
-        key = self.controller.serving()
-        return None if key is None else self._by_key(key)
+        """The backend that takes new requests now; of several the one with the least to do."""
+        found = [one for one in self.backends if one.key is not None and self.controller.serves(one.key)]
+        return min(found, key=lambda one: one.in_flight + one.uncontrolled_requests + one.calls, default=None)
+
+    def sole(self) -> Backend | None:
+        """The one backend that takes new requests; None: none does, or several."""
+        serving = self.serving()
+        return serving if serving is not None and self.controller.serves_alone() else None
 
     def spec(self) -> EngineSpec | None:
         """The engine that takes new requests, or one that did."""
@@ -355,7 +364,7 @@ class ControlLoop:
                 self._reject(request_id, why)
             case StartEngine(engine=key, tp=tp):
                 free = [backend for backend in self.backends if backend.key is None and backend.tp == tp]
-                assert free, f"the core commanded a second engine of TP {tp}"
+                assert free, f"the core commanded one engine of TP {tp} more than there are"
                 free[0].start(key, self.handle)
             case StopEngine(engine=key):
                 if backend := self._by_key(key):

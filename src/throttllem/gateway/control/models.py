@@ -160,7 +160,9 @@ class Models:
             room = min(spec.max_context_tokens, spec.kv_blocks // parsed.sequences * spec.block_tokens)
             prompt_tokens = min(prompt_tokens, room - max_tokens)
         prompt_tokens, prompts = max(1, prompt_tokens), max(1, len(parsed.prompts))
-        prefixes, prefix, common_tokens = serving.prefixes if serving is not None else None, Prefix(), 0
+        # Of several engines it is not known yet which one it will be, nor what that has in its cache.
+        sole = loop.sole()
+        prefixes, prefix, common_tokens = None if sole is None else sole.prefixes, Prefix(), 0
         if prefixes is not None:
             prefix = prefixes.find(count.blocks, prompt_tokens)
             common_tokens = prefixes.shared_tokens(prompt_tokens) if parsed.sequences > prompts else 0

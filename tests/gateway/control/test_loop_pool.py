@@ -1,0 +1,75 @@
+"""Several engines of one model side by side: all are brought up, share the requests, and are lost one at a time."""
+
+import asyncio
+import math
+from collections import Counter
+
+import pytest
+
+from gateway.rig import outcome, rig, virtually
+from throttllem.core.pool.pool import PoolOptions
+from throttllem.core.types import Dispatch, EngineLost, StopEngine
+from throttllem.gateway.telemetry.status import gateway_status
+
+
+def pool(*sizes):
+    return {"pool": PoolOptions(gpus=sum(sizes), engines=Counter(sizes), start_s=math.inf)}
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2)])
+def test_all_come_up_and_share_the_requests(sizes):
+    async def run():
+        async with rig(sizes=sizes, core=pool(*sizes)) as it:
+            await it.up()
+            requests = [asyncio.ensure_future(outcome(it.request(tokens=40))) for _ in range(12)]
+            await asyncio.sleep(0.1)
+            held = [backend.in_flight for backend in it.loop.backends]
+            least = it.loop.serving()
+            status = gateway_status(it.models)
+            return await asyncio.gather(*requests), held, least, status, it
+
+    ends, held, least, status, it = virtually(run())
+    assert set(ends) == {"served"}
+    share = 12 / sum(sizes)
+    assert held == [share * tp for tp in sizes], "in proportion to the GPUs"
+    assert least.in_flight == 0 and len(status.models[0].engines) == len(sizes)
+    assert {command.engine for command in it.seen.commands(Dispatch)} == set(range(len(sizes)))
+
+
+def test_one_that_does_not_come_up_holds_up_no_other():
+    async def run():
+        async with rig(sizes=(1, 1), core=pool(1, 1)) as it:
+            await it.loop.backends[0].engine.kill(back=False)
+            await asyncio.sleep(30.0)
+            ends = [await outcome(it.request(tokens=5)) for _ in range(3)]
+            states = [backend.state for backend in it.loop.backends]
+            it.loop.backends[0].engine.gone = False
+            await it.up()
+            return ends, states, [backend.state for backend in it.loop.backends], it.seen.commands(StopEngine)
+
+    ends, before, after, stopped = virtually(run())
+    assert set(ends) == {"served"}
+    assert (before, after, stopped) == (["starting", "up"], ["up", "up"], [])
+
+
+def test_a_loss_ends_what_ran_there_and_nothing_else_and_the_engine_is_taken_into_use_again():
+    async def run():
+        async with rig(sizes=(1, 1), core=pool(1, 1)) as it:
+            await it.up()
+            requests = [asyncio.ensure_future(outcome(it.request(tokens=100))) for _ in range(8)]
+            await asyncio.sleep(0.2)
+            await it.loop.backends[1].engine.kill(back=False)
+            ends = await asyncio.gather(*requests)
+            lost = it.seen.events(EngineLost)
+            while_down = [await outcome(it.request(tokens=5)) for _ in range(3)]
+            it.loop.backends[1].engine.gone = False
+            await it.up()
+            again = [asyncio.ensure_future(outcome(it.request(tokens=20))) for _ in range(4)]
+            await asyncio.sleep(0.05)
+            shared = [backend.in_flight for backend in it.loop.backends]
+            return ends, lost, while_down, await asyncio.gather(*again), shared
+
+    ends, lost, while_down, again, shared = virtually(run())
+    assert Counter(end == "served" for end in ends) == {True: 4, False: 4}
+    assert [event.engine for event in lost] == [1]
+    assert set(while_down) == set(again) == {"served"} and shared == [2, 2]
