@@ -142,7 +142,7 @@ class AdmissionQueue:
         if not self.waiting:
             return 0
         request = next(iter(self.waiting.values())).request
-        fitting = [tp for tp, spec in self._options.specs.items() if never_fits(request, spec) is None]
+        fitting = [tp for tp, spec in self._options.startable.items() if never_fits(request, spec) is None]
         return min(fitting, default=0)
 
     def admit(self, now_s: float, sole: Sequence[EngineState], candidates: Candidates) -> Admitted:

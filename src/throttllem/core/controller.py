@@ -25,6 +25,7 @@ from throttllem.core.forecast.projection import Projection
 from throttllem.core.lengths.prediction import LengthScore
 from throttllem.core.options import ControllerOptions
 from throttllem.core.pool.engines import Engines
+from throttllem.core.pool.planner import PoolPlanner
 from throttllem.core.pool.pool import Pool
 from throttllem.core.scoreboard import SequenceState
 from throttllem.core.snapshot import Counts, Snapshot, view
@@ -101,8 +102,13 @@ class Controller:
         self._own = OwnClock(policy=own, switch_latency_s=self._configured_switch_s) if own is not None else None
         self._autoscaler: Autoscaler | None = None
         self._size_planner: SizePlanner | None = None
+        self._pool_planner: PoolPlanner | None = None
         if options.autoscale and options.sized_by_energy:
-            self._size_planner = size_planner(options.autoscale, options.specs, offset_s=options.day_offset_s)
+            planner = size_planner(options.autoscale, options.specs, offset_s=options.day_offset_s)
+            if options.pool is None:
+                self._size_planner = planner
+            else:
+                self._pool_planner = PoolPlanner(sizes=planner)
         elif options.autoscale:
             self._autoscaler = Autoscaler(options=options.autoscale)
         self._counts = asdict(Counts())
@@ -238,6 +244,7 @@ class Controller:
             load=self._load,
             autoscaler=self._autoscaler,
             size_planner=self._size_planner,
+            pool_planner=self._pool_planner,
             pool=self._pool,
             counts=Counts(**self._counts),
             lengths=self._length_score,
@@ -253,7 +260,8 @@ class Controller:
         made = cls(options)
         made._engines.restore(state.engines, state.serving, state.next_engine)
         made._load, made._margins = state.load, state.margins
-        made._autoscaler, made._size_planner, made._pool = state.autoscaler, state.size_planner, state.pool
+        made._autoscaler, made._size_planner = state.autoscaler, state.size_planner
+        made._pool, made._pool_planner = state.pool, state.pool_planner
         made._queue = AdmissionQueue(options, state.margins)
         made._queue.restore(state.waiting, state.head, state.held)
         made._gathering = state.gathering
@@ -437,8 +445,9 @@ class Controller:
             why = Reason.QUEUE_FULL
         if self._autoscaler:
             self._autoscaler.arrived(now_s, 1 if why else request.sequences)
-        if self._size_planner and why in (None, Reason.QUEUE_FULL):
-            self._size_planner.arrived(now_s, request.slo.attainment, request.sequences)
+        planner = self._size_planner or (self._pool_planner and self._pool_planner.sizes)
+        if planner and why in (None, Reason.QUEUE_FULL):
+            planner.arrived(now_s, request.slo.attainment, request.sequences)
         if self.options.autoscale and self._resize_s == math.inf:
             self._resize_s = now_s + self.options.autoscale.interval_s
         if why is not None:
@@ -576,9 +585,14 @@ class Controller:
             self._start(state.tp, commands)
 
     def _resize(self, now_s: float, commands: list[Command]) -> None:
-        """Every interval: bring up the size that the load calls for, or go back to one that drains still."""
+        """Every interval: bring up the size that the load calls for, or go back to one that drains still; in a pool as
+        many engines of each size.
+        """
         assert self.options.autoscale is not None
         self._resize_s = now_s + self.options.autoscale.interval_s
+        if self._pool is not None:
+            self._retarget(self._pool, now_s, commands)
+            return
         serving, states = self._engines.sole, self._engines.by_id.values()
         if serving is None or any(state.phase is Phase.STARTING for state in states):
             return
@@ -596,16 +610,47 @@ class Controller:
         if self._size_planner is None:
             assert self._autoscaler is not None
             return self._autoscaler.wanted(now_s, current_tp)
-        options = self.options
-        board = self._engines.sole.board if self._engines.sole else None
+        return self._size_planner.wanted(now_s, current_tp, self._demand(now_s), self._sizes)
+
+    def _retarget(self, pool: Pool, now_s: float, commands: list[Command]) -> None:
+        """Find the engines that the load calls for, by energy and risk or by the paper's rule, with one that can hold
+        the first request in the queue.
+        """
+        if self._pool_planner is None:
+            assert self._autoscaler is not None
+            target = self._autoscaler.wanted_engines(now_s, pool.target, pool.gpus)
+        else:
+            assert self.options.pool is not None
+            target = self._pool_planner.wanted(
+                now_s,
+                pool.target,
+                self._demand(now_s),
+                self._sizes,
+                gpus=pool.gpus,
+                free_w=self.options.pool.free_w,
+            )
+        least_tp = self._queue.least_size()
+        if least_tp > max(target):
+            target = pool.with_one(least_tp, target)
+        if target != pool.target:
+            pool.target = target
+            if self._autoscaler:
+                self._autoscaler.changed(now_s)
+            self._change_pool(pool, now_s, commands)
+
+    def _demand(self, now_s: float) -> Demand:
+        """What clients want now."""
+        boards = [state.board for state in self._engines.serving.values()]
         limits = Limits(
-            tbt_s=math.inf if board is None else board.tightest_tbt_s(),
+            tbt_s=min((board.tightest_tbt_s() for board in boards), default=math.inf),
             ttft_s=self._load.first_token[0],
-            reserve=options.throttle.reserve,
+            reserve=self.options.throttle.reserve,
         )
-        demand = Demand(load=self._load.load(now_s), limits=limits, waiting=len(self._queue.waiting))
-        sizes = Sizes(specs=options.specs, tables=options.tables)
-        return self._size_planner.wanted(now_s, current_tp, demand, sizes)
+        return Demand(load=self._load.load(now_s), limits=limits, waiting=len(self._queue.waiting))
+
+    @property
+    def _sizes(self) -> Sizes:
+        return Sizes(specs=self.options.specs, tables=self.options.tables)
 
     def _serve(self, state: EngineState, now_s: float) -> None:
         self._unplanned[state.engine] = state
@@ -627,6 +672,7 @@ class Controller:
         changes = pool.changes(self._engines.by_id.values(), now_s)
         for state in changes.stop:
             self._remove(state.engine, now_s)
+            pool.given_up(state)
             commands.append(StopEngine(engine=state.engine))
         for state in changes.serve:
             self._serve(state, now_s)

@@ -104,9 +104,10 @@ class ControllerOptions:
     @property
     def startable(self) -> Mapping[int, EngineSpec]:
         """Specs of the engines that may be started, by size."""
-        if self.autoscale is not None or self.pool is None:
+        if self.pool is None:
             return self.specs if self.autoscale is not None else {}
-        return {tp: spec for tp, spec in self.specs.items() if tp in self.pool.engines}
+        sizes = self.specs if self.autoscale is not None else self.pool.engines
+        return {tp: spec for tp, spec in self.specs.items() if tp in sizes and tp <= self.pool.gpus}
 
     @property
     def sized_by_energy(self) -> bool:

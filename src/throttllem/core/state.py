@@ -14,6 +14,7 @@ from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import EngineState
 from throttllem.core.forecast.margins import Margins
 from throttllem.core.lengths.prediction import LengthScore
+from throttllem.core.pool.planner import PoolPlanner
 from throttllem.core.pool.pool import Pool
 from throttllem.core.scoreboard import SequenceState
 from throttllem.core.snapshot import Counts
@@ -41,6 +42,7 @@ class ControllerState:
     autoscaler: Autoscaler | None
     size_planner: SizePlanner | None
     pool: Pool | None
+    pool_planner: PoolPlanner | None
     counts: Counts
     lengths: LengthScore
     margins: Margins

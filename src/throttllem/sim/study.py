@@ -89,7 +89,8 @@ class Study:
         if len(set(self.policies)) < len(self.policies):
             raise ValueError(f"--policy {','.join(self.policies)}: a policy is named twice")
         fleet = build_fleet(catalogue, self.gpu, self.model, self.sizes, self.options.batching)
-        policies = [named_policy(name, fleet.clocks_mhz, fleet.sizes) for name in self.policies]
+        choices = fleet.sizes * (1 if self.gpus is None else self.gpus)  # a pool also chooses how many of a size
+        policies = [named_policy(name, fleet.clocks_mhz, choices) for name in self.policies]
         self._check_pool(fleet, policies)
         rate = None if self.peak_rps in (None, MAXIMUM) else float(self.peak_rps or 0)
         whole = load_trace(self.trace, columns=self.columns, seed=self.seed, rescaled=self.peak_rps is not None)
@@ -130,10 +131,10 @@ class Study:
         if self.gpus < fleet.sizes[-1]:
             raise ValueError(f"--gpus {self.gpus}: an engine of TP {fleet.sizes[-1]} does not fit; give more, or --tp")
         for policy in policies:
-            if policy.autoscale or policy.own is not None or policy.gathers:
+            if policy.own is not None or policy.gathers:
                 raise ValueError(
                     f"--policy {policy.name} --gpus {self.gpus}: a pool runs under triton, throttllem, least-energy or "
-                    "fixed:<MHz>; leave --gpus out, or take one of these"
+                    "fixed:<MHz>, each also with +autoscale; leave --gpus out, or take one of these"
                 )
 
     def _cut(self, trace: Trace) -> Trace:
@@ -171,7 +172,8 @@ class Scenario:
         """A pool full of engines of the largest size; None: one engine at a time."""
         if self.gpus is None:
             return None
-        return PoolOptions(gpus=self.gpus, engines={self.largest: self.gpus // self.largest})
+        bare_w = self.fleet.physics[self.largest].gpu.power.bare_idle_w
+        return PoolOptions(gpus=self.gpus, engines={self.largest: self.gpus // self.largest}, free_w=bare_w)
 
     def run(
         self, policy: Policy, progress: Callable[[float], None] = lambda _: None, watch: Watch | None = None

@@ -77,3 +77,27 @@ def test_a_smaller_size_must_have_borne_the_busiest_moment_of_the_grace_period()
     # 1.5 requests per second over 20 s call for size 2, and count for 60 s after they were measured last (at 110 s).
     wanted = {now_s: found.wanted(now_s, 4) for now_s in map(float, range(100, 190, 10))}
     assert wanted == {now_s: 2 if now_s < 170 else 1 for now_s in wanted}
+
+
+@pytest.mark.parametrize(
+    ("rate", "engines"),
+    [
+        (0.1, {1: 1}),
+        (1.2, {2: 1}),
+        (5.0, {4: 1}),
+        (5.9, {4: 1, 1: 1}),
+        (11.5, {4: 2, 2: 1}),
+        (14.0, {4: 3}),
+        (99.0, {4: 3, 2: 1}),
+    ],
+)
+def test_a_pool_has_as_many_of_the_largest_as_the_rate_fills_and_one_for_the_rest(rate, engines):
+    found = fed(rate)
+    assert found.wanted_engines(100.0, {4: 3}, 14) == engines
+
+
+def test_a_pool_shrinks_only_after_the_grace_period():
+    found = fed(2.0)
+    found.changed(50.0)
+    assert found.wanted_engines(100.0, {4: 3}, 14) == {4: 3}
+    assert found.wanted_engines(111.0, {4: 3}, 14) == {2: 1}

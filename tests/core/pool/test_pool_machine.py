@@ -25,9 +25,10 @@ pools = st.sampled_from(
 class PoolMachine(ControllerMachine):
     @initialize(options=options, pool=pools)
     def begin(self, options, pool):
-        self.world = World(replace(options, autoscale=None, pool=pool))
-        self.first_tp = max(pool.engines)
+        self.world = World(replace(options, pool=pool))
         self.began_s = {}
+        self.first_tp = max(pool.engines)
+        self.first_ready()
 
     another_engine_appears = None
     """Nobody but the pool gives GPUs to engines."""
@@ -58,7 +59,7 @@ class PoolMachine(ControllerMachine):
     @invariant()
     def engines_come_back(self):
         """Nothing is wanted without an engine that serves or starts, or a time at which one will."""
-        if not hasattr(self, "world") or self.first_tp:
+        if not hasattr(self, "world"):
             return
         up = self.world.up or self.world.starting
         assert up or self.world.controller.next_deadline() is not None

@@ -91,8 +91,8 @@ def simulate(
         typer.Option(
             "--gpus",
             min=1,
-            help="A pool of so many GPUs, full of engines of the largest size, which share the requests; GPUs of no "
-            "engine count. Default: one engine at a time.",
+            help="A pool of so many GPUs, full of engines of the largest size, which share the requests; with "
+            "+autoscale as many of each size as the load calls for. GPUs of no engine count. Default: one engine.",
         ),
     ] = None,
     co2_g_per_kwh: Annotated[

@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from throttllem.core.clocks.request_chain import Chain, chain, least_energy_pace, open_clocks
 from throttllem.core.clocks.steady_load import Load
@@ -48,6 +49,11 @@ class CostCurve:
         """Mean watts of the size at a rate; its idle watts if it has room for no two requests."""
         beyond = rate_rps / self.rates_rps[-1] if self.rates_rps[-1] else 1.0
         return float(np.interp(rate_rps, self.rates_rps, self.watts)) * max(1.0, beyond)
+
+    def watts_of(self, rates_rps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The same at many rates."""
+        beyond = rates_rps / self.rates_rps[-1] if self.rates_rps[-1] else np.ones_like(rates_rps)
+        return np.interp(rates_rps, self.rates_rps, self.watts) * np.maximum(1.0, beyond)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

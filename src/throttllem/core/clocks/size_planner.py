@@ -91,11 +91,8 @@ class SizePlanner:
 
     def wanted(self, now_s: float, current_tp: int, demand: Demand, sizes: Sizes) -> int:
         """The size to run from now on; `current_tp` while nothing is to be done. To be called every interval."""
-        load = demand.load
-        self.forecast.advance(now_s)
-        passed_s = 0.0 if self.planned_s is None else now_s - self.planned_s
-        self.planned_s = now_s
-        if load is None or self.may_be_late is None or not self._price(now_s, load, demand, sizes):
+        load, passed_s = demand.load, self.prepare(now_s, demand, sizes)
+        if load is None or passed_s is None or self.may_be_late is None:
             return current_tp
         rate = self.forecast.rate_rps()
         enough = [tp for tp in sorted(sizes.specs) if self._late(tp, demand) <= self.may_be_late]
@@ -118,9 +115,25 @@ class SizePlanner:
                 best, best_j = tp, net_j
         return best
 
+    def prepare(self, now_s: float, demand: Demand, sizes: Sizes) -> float | None:
+        """Forecast the rate and price the sizes. Returns seconds since the last time; None as long as the load or the
+        curve of a size is not known.
+        """
+        self.forecast.advance(now_s)
+        passed_s = 0.0 if self.planned_s is None else now_s - self.planned_s
+        self.planned_s = now_s
+        if demand.load is None or self.may_be_late is None:
+            return None
+        return passed_s if self._price(now_s, demand.load, demand, sizes) else None
+
     def _late(self, tp: int, demand: Demand) -> float:
-        """Expected share of the coming requests that are late if this size serves them."""
-        rates, holds_rps = self.forecast.coming_rps(), self.priced[tp].curve.holds_rps
+        return self.late(self.priced[tp].curve.holds_rps, demand, slack_s=demand.slack_s)
+
+    def late(self, holds_rps: float, demand: Demand, *, slack_s: float) -> float:
+        """Expected share of the coming requests that are late if engines that hold so much serve them, where a wait of
+        `slack_s` makes all of them late.
+        """
+        rates = self.forecast.coming_rps()
         if not rates.any() and not demand.waiting:
             return 0.0
         if not holds_rps:
@@ -128,18 +141,26 @@ class SizePlanner:
         lead_s = self.forecast.lead * self.forecast.interval_s
         last_s = (demand.waiting + (rates - holds_rps) * lead_s) / holds_rps
         waits_s = np.linspace(demand.waiting / holds_rps, last_s, _MOMENTS)
-        late = np.expm1(_LN_100 * np.clip(waits_s / demand.slack_s, 0.0, 1.0)) / 99.0
+        late = np.expm1(_LN_100 * np.clip(waits_s / slack_s, 0.0, 1.0)) / 99.0
         return float((late.mean(axis=0) * rates).sum() / rates.sum()) if rates.any() else float(late[0].max())
 
     def _pays(self, current_tp: int, tp: int, cost_j: float) -> bool:
         """Whether the change pays before the profile ends it; True where there is no profile."""
-        slot_s = self.options.day_s / SLOTS
-        ahead = self.forecast.ahead_rps(max(1, round(min(_AHEAD_S / slot_s, SLOTS / 4))))
+        ahead, slot_s = self.ahead_rps(), self.slot_s
         if ahead is None:
             return True
         now, then = self.priced[current_tp].curve, self.priced[tp].curve
         held = takewhile(lambda rate: rate <= then.holds_rps, ahead)
         return sum((now.watts_at(rate) - then.watts_at(rate)) * slot_s for rate in held) > cost_j
+
+    @property
+    def slot_s(self) -> float:
+        """The length of a slot of the profile of the day."""
+        return self.options.day_s / SLOTS
+
+    def ahead_rps(self) -> list[float] | None:
+        """The rates of the next slots, as far as they are looked ahead; None where there is no profile."""
+        return self.forecast.ahead_rps(max(1, round(min(_AHEAD_S / self.slot_s, SLOTS / 4))))
 
     def _price(self, now_s: float, load: Load, demand: Demand, sizes: Sizes) -> bool:
         """Draw the oldest curve that does not hold any more, one at a time. True once there is one of every size."""
@@ -191,12 +212,19 @@ class Sizes:
     tables: Mapping[int, PerformanceTable]
 
     def change_j(self, from_tp: int, to_tp: int, load: Load) -> float:
-        """Joules of a change: the new engine starts, about idle, and the old one's last request ends alone."""
-        spec, table, old = self.specs[to_tp], self.tables[from_tp], self.specs[from_tp]
-        blocks = round((load.prompt_tokens + load.output_tokens / 2) / old.block_tokens)
+        """Joules of a change: one engine starts and the other drains."""
+        return self.start_j(to_tp) + self.drain_j(from_tp, load)
+
+    def start_j(self, tp: int) -> float:
+        """Joules of a start, in which an engine draws about what it does idle."""
+        return self.specs[tp].idle_w * self.specs[tp].startup_s
+
+    def drain_j(self, tp: int, load: Load) -> float:
+        """Joules of the last request of an engine, which ends alone."""
+        table, spec = self.tables[tp], self.specs[tp]
+        blocks = round((load.prompt_tokens + load.output_tokens / 2) / spec.block_tokens)
         cell = table.cell(1, blocks, 0)
-        alone_j = float((table.seconds[cell] * table.watts[cell]).min()) * load.output_tokens
-        return spec.idle_w * spec.startup_s + alone_j
+        return float((table.seconds[cell] * table.watts[cell]).min()) * load.output_tokens
 
 
 def size_planner(options: AutoscaleOptions, specs: Mapping[int, EngineSpec], *, offset_s: float) -> SizePlanner:

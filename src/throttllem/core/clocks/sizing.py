@@ -89,6 +89,41 @@ class Autoscaler:
             return current_tp
         return min(current_tp, self._covering(max(past for _, past in self.rates)))
 
+    def wanted_engines(self, now_s: float, current: Mapping[int, int], gpus: int) -> dict[int, int]:
+        """The same for a pool of `gpus`: as many of the largest size as the rate fills, and the smallest size that
+        covers the rest. To be called every interval.
+        """
+        capacity = self.options.capacity_rps
+
+        def holds_rps(engines: Mapping[int, int]) -> float:
+            return sum(capacity[tp] * count for tp, count in engines.items())
+
+        rate = self.rate_rps(now_s)
+        self.rates.append((now_s, rate))
+        while self.rates[0][0] <= now_s - self.options.grace_s:
+            self.rates.popleft()
+        present, target = holds_rps(current), self._engines_covering(rate, gpus)
+        if holds_rps(target) >= present:
+            return target
+        if self.changed_s is None or now_s - self.changed_s < self.options.grace_s:
+            return dict(current)
+        busiest = self._engines_covering(max(past for _, past in self.rates), gpus)
+        return busiest if holds_rps(busiest) < present else dict(current)
+
+    def _engines_covering(self, rate: float, gpus: int) -> dict[int, int]:
+        """The fewest of the largest size, and one for the rest, that cover a rate, as far as they fit."""
+        covers = {tp: rps * self.options.headroom for tp, rps in self.options.capacity_rps.items() if tp <= gpus}
+        largest = max(covers)
+        most = gpus // largest
+        whole = min(most, int(rate // covers[largest])) if covers[largest] else most
+        engines = {largest: whole} if whole else {}
+        rest, free = rate - whole * covers[largest], gpus - whole * largest
+        fitting = [tp for tp in sorted(covers) if tp <= free]
+        if fitting and (rest > 0.0 or not whole):
+            tp = next((tp for tp in fitting if rest <= covers[tp]), fitting[-1])
+            engines[tp] = engines.get(tp, 0) + 1
+        return engines
+
     def _covering(self, rate: float) -> int:
         """The smallest size that covers a rate, the largest if none does."""
         capacity = self.options.capacity_rps

@@ -22,13 +22,14 @@ from throttllem.core.types import OptionError, check
 _DEADLINE = 4.0
 """A start may take this many times as long as engines of its size do."""
 _LEAST_DEADLINE_S = 10.0
-_MOST_PAUSES = 4
+_MOST_PAUSES = 3
 """Doublings of the pause after a failed start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolOptions:
-    """A pool of `gpus`, and how many `engines` of each size (tensor parallel degree) it begins with.
+    """A pool of `gpus`, and how many `engines` of each size (tensor parallel degree) it begins with. `free_w`: watts of
+    a GPU without an engine.
 
     `start_s` None: the driver brings up the first engine, and a start may take several times what engines of its size
     take. Else the pool starts all of them, and a start may take so long (inf: what starts them sees to its end).
@@ -37,6 +38,7 @@ class PoolOptions:
     gpus: int
     engines: Mapping[int, int]
     start_s: float | None = None
+    free_w: float = 0.0
 
     def __post_init__(self) -> None:
         check("pool", gpus=(self.gpus, 1, 1_000_000))
@@ -90,6 +92,10 @@ class Pool:
         self.starts.pop(engine.engine, None)
         self.failures.pop(engine.tp, None)
 
+    def given_up(self, engine: EngineState) -> None:
+        """It starts no more, as it is not wanted any longer."""
+        del self.starts[engine.engine]
+
     def lost(self, engine: EngineState, startup_s: float, now_s: float) -> None:
         """It is gone; a start that failed is tried again after a pause."""
         if self.starts.pop(engine.engine, None) is None:
@@ -97,6 +103,14 @@ class Pool:
         count = self.failures[engine.tp].count + 1 if engine.tp in self.failures else 1
         pause_s = max(1.0, startup_s) * 2.0 ** min(count - 1, _MOST_PAUSES)
         self.failures[engine.tp] = Failures(count=count, until_s=now_s + pause_s)
+
+    def with_one(self, tp: int, target: Mapping[int, int]) -> dict[int, int]:
+        """The target with one engine of size `tp` in place of as many of the smallest as it needs the GPUs of."""
+        found = dict(sorted(target.items()))
+        for size in list(found):
+            while found[size] and sum(other * count for other, count in found.items()) + tp > self.gpus:
+                found[size] -= 1
+        return {size: count for size, count in (found | {tp: found.get(tp, 0) + 1}).items() if count}
 
     def overdue(self, now_s: float) -> list[int]:
         """Engines whose start has not ended in time."""
