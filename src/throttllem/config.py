@@ -400,6 +400,28 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FaultOptions:
+    """What goes wrong in a simulated pool (`simulate --gpus`), at times that follow from the seed."""
+
+    gpus_per_host: int = 8
+    """GPUs of a host; an engine is on one host."""
+    host_mtbf_s: float | None = None
+    """Mean time between two losses of one host, with all engines on it; default: none is lost."""
+    host_repair_s: float = 600.0
+    """Time after which a lost host takes engines again."""
+    failed_starts: float = 0.0
+    """Fraction of starts that fail when the engine would be up."""
+    hung_starts: float = 0.0
+    """Fraction of starts that never end."""
+
+    def __post_init__(self) -> None:
+        check("faults", gpus_per_host=(self.gpus_per_host, 1, 1024), host_repair_s=(self.host_repair_s, 0, 31622400))
+        check("faults", failed_starts=(self.failed_starts, 0, 0.99), hung_starts=(self.hung_starts, 0, 0.99))
+        if self.host_mtbf_s is not None:
+            check("faults", host_mtbf_s=(self.host_mtbf_s, 1, 1e12))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CostOptions:
     """What energy comes to in reports: CO2 and money of a kWh."""
 
@@ -442,6 +464,7 @@ class Options(BaseSettings):
     recorder: RecorderOptions = RecorderOptions()
     batching: BatchingOptions = BatchingOptions()
     noise: Noise = Noise()
+    faults: FaultOptions = FaultOptions()
     cost: CostOptions = CostOptions()
     state_dir: Path = Path("~/.local/state/throttllem")
     """Folder for what survives a restart of the gateway: learned output lengths, and the flight recorder's files."""

@@ -190,7 +190,7 @@ def test_one_configuration_for_every_command(monkeypatch):
     scenario = json.loads(Path("a.json").read_text())["scenario"]
     assert scenario["slo"] == {"e2e_s": 7.0, "tbt_s": 0.2, "ttft_s": None, "attainment": 0.99, "batch": False}
     options = scenario["options"]
-    assert set(options) == {"throttle", "admission", "autoscale", "length", "batching", "noise", "cost"}
+    assert set(options) == {"throttle", "admission", "autoscale", "length", "batching", "noise", "faults", "cost"}
     assert (options["batching"]["max_batch"], options["noise"]["time"], options["throttle"]["margin"]) == (8, 0, 0.1)
 
 

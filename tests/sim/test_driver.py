@@ -1,6 +1,7 @@
 """The virtual-time driver: same seed same run, everybody ends, time and energy add up to what a hand can count."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from core.toy import TOP_MHZ, request
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim.toy_runs import FREED_W, GPUS, STARTUP_W, simulate, specs_of, steady
 
+from throttllem.config import FaultOptions
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.lengths.prediction import Noisy
 from throttllem.core.pool.pool import PoolOptions
@@ -15,7 +17,9 @@ from throttllem.core.types import (
     Arrived,
     ClockRead,
     Dispatch,
+    EngineLost,
     EngineReady,
+    Fail,
     Reason,
     Request,
     SetClock,
@@ -300,3 +304,48 @@ def test_fewer_engines_that_are_busier_take_less_energy():
         assert run.result().completed == 160
         energies.append(run.simulation.energy_j)
     assert energies == sorted(energies)
+
+
+FAULTY = PoolOptions(gpus=6, engines={1: 6})
+
+
+def faulty(**changes):
+    requests = steady(30, 60, slo=Slo(e2e_s=5.0))
+    run = simulate(requests, ClockPolicy.LEAST_ENERGY, pool=FAULTY, freed_w=FREED_W, faults=FaultOptions(**changes))
+    result = run.result()
+    assert len(run.lives) == len(requests) == result.completed + sum(result.rejections.values())
+    assert sum(result.series.power_w) * 0.5 == pytest.approx(run.simulation.energy_j)
+    return run, result
+
+
+def test_a_lost_host_fails_only_what_ran_on_it_and_its_engines_are_started_elsewhere():
+    run, result = faulty(gpus_per_host=3, host_mtbf_s=40.0, host_repair_s=5.0)
+    on, lost = {}, []
+    for _, event, commands in run.log:
+        failed = {out.request_id for out in commands if isinstance(out, Fail)}
+        if isinstance(event, EngineLost):
+            lost.append(event.engine)
+            assert failed == {request for request, engine in on.items() if engine == event.engine}
+        else:
+            assert not failed
+        on |= {out.request_id: out.engine for out in commands if isinstance(out, Dispatch)}
+        for ended in (*getattr(event, "finished", ()), *failed):
+            del on[ended]
+    assert len(lost) >= 3
+    assert result.rejections.keys() == {Reason.ENGINE_LOST}
+    counts = [sum(engines.values()) for _, engines in result.engines]
+    assert min(counts) <= 3
+    assert any(later > before for before, later in pairwise(counts)), "repaired, and taken into use"
+
+
+def test_starts_that_fail_or_hang_are_repeated_and_hold_nothing_up():
+    _, result = faulty(gpus_per_host=1, host_mtbf_s=60.0, host_repair_s=0.0, failed_starts=0.4, hung_starts=0.3)
+    counts = [sum(engines.values()) for _, engines in result.engines]
+    assert min(counts) < 6
+    assert any(later > before for before, later in pairwise(counts)), "some starts succeed"
+    assert result.completed > 1000
+
+
+def test_faults_follow_from_the_seed():
+    first, again = (faulty(gpus_per_host=3, host_mtbf_s=40.0, failed_starts=0.3)[0].log for _ in range(2))
+    assert first == again

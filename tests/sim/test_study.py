@@ -2,6 +2,7 @@
 
 import pytest
 
+from throttllem.config import FaultOptions, Options
 from throttllem.physics.catalogue import Catalogue
 from throttllem.sim.study import Study, run_all
 
@@ -20,15 +21,22 @@ def test_run_all_simulates_each_scenario_under_its_policy():
 
 
 @pytest.mark.parametrize(
-    ("gpus", "policy", "wrong"),
+    ("gpus", "policy", "per_host", "wrong"),
     [
-        (1, "triton", "--gpus 1: an engine of TP 2 does not fit"),
-        (8, "least-energy+gather", "--policy least-energy+gather --gpus 8: a pool runs under"),
+        (1, "triton", 8, "--gpus 1: an engine of TP 2 does not fit"),
+        (8, "least-energy+gather", 8, "--policy least-energy+gather --gpus 8: a pool runs under"),
+        (8, "triton", 1, "faults.gpus_per_host = 1: an engine of TP 2 is on one host"),
     ],
 )
-def test_what_a_pool_cannot_do_is_refused_before_anything_slow(tmp_path, gpus, policy, wrong):
+def test_what_a_pool_cannot_do_is_refused_before_anything_slow(tmp_path, gpus, policy, per_host, wrong):
     study = Study(
-        gpu="a100-40gb-sxm", model="llama-2-13b", sizes=(1, 2), trace="azure-conv-like", policies=(policy,), gpus=gpus
+        gpu="a100-40gb-sxm",
+        model="llama-2-13b",
+        sizes=(1, 2),
+        trace="azure-conv-like",
+        policies=(policy,),
+        gpus=gpus,
+        options=Options(faults=FaultOptions(gpus_per_host=per_host)),
     )
     with pytest.raises(ValueError, match=wrong.replace("+", r"\+")):
         study.prepare(Catalogue.load(None), tmp_path)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from core.toy import ToyPhysics, spec, table
 
+from throttllem.config import FaultOptions
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.controller import Controller
@@ -81,6 +82,7 @@ def simulate(
     shifts=(),
     load_window_s=2.0,
     pool=None,
+    faults=None,
 ):
     specs = specs or specs_of()
     scale = AutoscaleOptions(capacity_rps={1: 4.0, 2: 9.0}, interval_s=1.0, window_s=2.0, grace_s=2.0)
@@ -106,7 +108,7 @@ def simulate(
         startup_w=STARTUP_W,
         gpus=GPUS if pool is None else pool.gpus,
         freed_w=freed_w,
-        pooled=pool is not None,
+        faults=None if pool is None else faults or FaultOptions(),
         noise=noise,
         shifts=tuple(shifts),
     )

@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
 
-from throttllem.config import Noise
+from throttllem.config import FaultOptions, Noise
 from throttllem.core.controller import Controller
 from throttllem.core.types import (
     Arrived,
     ClockRead,
     Command,
     Dispatch,
+    EngineLost,
     EngineReady,
     EngineSpec,
     Event,
+    Fail,
     Observed,
     Reject,
     Request,
@@ -33,10 +35,11 @@ from throttllem.core.types import (
     Timer,
 )
 from throttllem.engines.simulated.engine import Physics, SimulatedEngine
+from throttllem.sim.hosts import Hosts, Start
 from throttllem.sim.recorder import Recorder
 from throttllem.sim.shifts import ClockLimit, LoadReport, OtherClient, Pace, Shift, ShiftedPhysics
 
-_END_OF_ITERATION, _CLOCK, _READY, _SHIFT = range(4)
+_END_OF_ITERATION, _CLOCK, _READY, _SHIFT, _FAILED, _HOST_LOST, _HOST_REPAIRED = range(7)
 
 
 class Watch(Protocol):
@@ -51,7 +54,7 @@ class Machine:
     """What the simulation can start: spec and physics by engine size, and how long a switch of clocks takes.
 
     `startup_w` and `freed_w` are watts of one GPU: while its engine starts, and while it belongs to none (None: freed
-    GPUs are not counted) out of `gpus`. `pooled`: several engines serve at a time.
+    GPUs are not counted) out of `gpus`. `faults`: what goes wrong in a pool; None: one engine serves at a time.
     """
 
     specs: Mapping[int, EngineSpec]
@@ -60,7 +63,7 @@ class Machine:
     startup_w: float
     gpus: int
     freed_w: float | None = None
-    pooled: bool = False
+    faults: FaultOptions | None = None
     noise: Noise = field(default_factory=Noise)
     shifts: tuple[Shift, ...] = ()
     """What goes wrong, and when, on the engine that is up at the start."""
@@ -108,6 +111,7 @@ class Simulation:
         self._gpus = 0
         """Of engines that are up or start."""
         self._begun = False
+        self._hosts = None if machine.faults is None else Hosts(machine.gpus, machine.faults, seed=seed)
         self._limit_mhz: int | None = None
 
     def run(self, requests: Iterable[Request], tp: int, progress: Callable[[int], None] = lambda _: None) -> None:
@@ -120,6 +124,9 @@ class Simulation:
         for number, shift in enumerate(self._machine.shifts):
             self._schedule(shift.at_s, _SHIFT, 0, number)
         self._gpus = tp
+        if self._hosts is not None:
+            self._hosts.place(0, tp)
+            self._schedule_loss(self._hosts)
         self._bring_up(0, tp)
         while self._starting:
             self._take_from_agenda()
@@ -156,12 +163,18 @@ class Simulation:
     def _take_from_agenda(self) -> None:
         _, _, kind, key, value = heapq.heappop(self._agenda)
         if kind == _END_OF_ITERATION:
-            self._end_iteration(key, self._engines[key])
+            if key in self._engines:  # otherwise it was lost meanwhile
+                self._end_iteration(key, self._engines[key])
         elif kind == _READY:
             if key in self._starting:  # otherwise its start was given up
                 tp, since_s = self._starting.pop(key)
                 self._idle_energy(since_s, self._machine.startup_w * tp)
                 self._bring_up(key, tp)
+        elif kind == _FAILED:
+            if key in self._starting:
+                self._lose(key)
+        elif kind in (_HOST_LOST, _HOST_REPAIRED):
+            self._change_host(value, lost=kind == _HOST_LOST)
         elif key in self._engines and kind == _SHIFT:
             self._shift(key, self._engines[key], self._machine.shifts[value])
         elif key in self._engines:
@@ -241,22 +254,57 @@ class Simulation:
             case SetClock(engine=key, plan=plan):
                 self._recorder.switches += 1
                 self._schedule(self.now_s + self._machine.switch_latency_s, _CLOCK, key, plan.mhz)
-            case Reject(request_id=request_id, why=why):
+            case Reject(request_id=request_id, why=why) | Fail(request_id=request_id, why=why):
                 self._open -= 1
                 self._recorder.rejected(request_id, why)
             case StartEngine(engine=key, tp=tp):
                 self._count_freed()
                 self._gpus += tp
                 self._starting[key] = (tp, self.now_s)
-                startup_s = self._machine.specs[tp].startup_s if self._begun else 0.0
-                self._schedule(self.now_s + startup_s, _READY, key)
+                self._begin_start(key, tp)
             case StopEngine(engine=key):
                 self._count_freed()
                 self._stop(key)
             case _:
-                raise AssertionError(f"no simulated engine is lost and no client disconnects, yet {command}")
+                raise AssertionError(f"no client disconnects, yet {command}")
 
     # ---- engines ---------------------------------------------------------------------------------------------
+
+    def _begin_start(self, key: int, tp: int) -> None:
+        """An engine starts, and is up, fails or hangs; those of the beginning are up at once."""
+        startup_s = self._machine.specs[tp].startup_s if self._begun else 0.0
+        kind: int | None = _READY
+        if self._hosts is not None:
+            start = self._hosts.start() if self._begun else Start()
+            if not self._hosts.place(key, tp) or start.fails:
+                kind = _FAILED
+            elif start.hangs:
+                kind = None
+        if kind is not None:
+            self._schedule(self.now_s + startup_s, kind, key)
+
+    def _schedule_loss(self, hosts: Hosts) -> None:
+        after_s = hosts.next_loss_s()
+        if after_s is not None:
+            self._schedule(self.now_s + after_s, _HOST_LOST, 0)
+
+    def _change_host(self, number: int, *, lost: bool) -> None:
+        """The next host is lost with its engines, or host `number` is repaired."""
+        assert self._hosts is not None and self._machine.faults is not None
+        if not lost:
+            self._hosts.repaired(number)
+            return
+        number, engines = self._hosts.lose()
+        self._schedule(self.now_s + self._machine.faults.host_repair_s, _HOST_REPAIRED, 0, number)
+        self._schedule_loss(self._hosts)
+        for key in engines:
+            self._lose(key)
+
+    def _lose(self, key: int) -> None:
+        """An engine is gone, or its start has failed; the core hears of it."""
+        self._count_freed()
+        self._stop(key)
+        self._handle(EngineLost(engine=key))
 
     def _bring_up(self, key: int, tp: int) -> None:
         spec, physics = self._machine.specs[tp], self._machine.physics[tp]
@@ -266,7 +314,7 @@ class Simulation:
         self._engines[key] = Running(
             engine=engine, tp=tp, idle_w=physics.idle_w(), idle_since_s=self.now_s, set_mhz=engine.clock_mhz
         )
-        self._recorder.engine(self.now_s, tp, 1, pooled=self._machine.pooled)
+        self._recorder.engine(self.now_s, tp, 1, pooled=self._hosts is not None)
         self._handle(EngineReady(engine=key, spec=spec))
 
     def _begin_iteration(self, key: int, up: Running) -> None:
@@ -338,8 +386,10 @@ class Simulation:
             up = self._engines.pop(key)
             tp = up.tp
             self._take_down(up)
-            self._recorder.engine(self.now_s, tp, -1, pooled=self._machine.pooled)
+            self._recorder.engine(self.now_s, tp, -1, pooled=self._hosts is not None)
         self._gpus -= tp
+        if self._hosts is not None:
+            self._hosts.remove(key)
 
     def _take_down(self, up: Running) -> None:
         if up.idle_since_s is not None:

@@ -154,7 +154,7 @@ class Recorder:
         self.lives[request.id] = Life(request)
 
     def rejected(self, request_id: int, why: str) -> None:
-        """A request ended without being dispatched."""
+        """A request ended without its last token: it was not dispatched, or its engine was lost."""
         self.rejections[why] = self.rejections.get(why, 0) + 1
         if not self.keep_lives:
             del self.lives[request_id]

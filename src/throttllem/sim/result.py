@@ -114,7 +114,7 @@ class RunResult:
     engines: list[tuple[float, dict[int, int]]]
     """(seconds, how many by tp) of the engines of a pool that are up, at each change; none without a pool."""
     rejections: dict[str, int]
-    """How many requests were rejected, by reason."""
+    """How many requests were rejected, or failed with their engine, by reason."""
     series: Series
     distributions: Distributions
 

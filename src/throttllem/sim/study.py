@@ -40,7 +40,7 @@ MAXIMUM = "max"
 SLO_TBT_S = 0.2
 """A simulation's TBT SLO where none is set."""
 _BINS = 500
-_SECTIONS = ("throttle", "admission", "autoscale", "length", "batching", "noise", "cost")
+_SECTIONS = ("throttle", "admission", "autoscale", "length", "batching", "noise", "faults", "cost")
 """Of the options, those that a simulation and its report depend on."""
 
 
@@ -130,6 +130,11 @@ class Study:
             return
         if self.gpus < fleet.sizes[-1]:
             raise ValueError(f"--gpus {self.gpus}: an engine of TP {fleet.sizes[-1]} does not fit; give more, or --tp")
+        if self.options.faults.gpus_per_host < fleet.sizes[-1]:
+            raise ValueError(
+                f"faults.gpus_per_host = {self.options.faults.gpus_per_host}: an engine of TP {fleet.sizes[-1]} is on "
+                "one host; give more, or smaller --sizes"
+            )
         for policy in policies:
             if policy.own is not None or policy.gathers:
                 raise ValueError(
@@ -250,7 +255,7 @@ class Scenario:
             startup_w=gpu.startup_w,
             gpus=self.gpus or self.largest,
             freed_w=gpu.power.bare_idle_w if self.count_freed_gpus or self.gpus is not None else None,
-            pooled=self.gpus is not None,
+            faults=self.options.faults if self.gpus is not None else None,
             noise=self.options.noise,
         )
 
