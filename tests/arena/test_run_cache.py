@@ -1,5 +1,9 @@
 """What is known is not run again; what depends on other sources is."""
 
+from dataclasses import replace
+
+import pytest
+
 from arena.made import outcome
 from throttllem.arena import run_cache
 from throttllem.arena.contenders import RIVALS
@@ -60,12 +64,33 @@ def test_policies_depend_on_sources_of_their_own(tmp_path, monkeypatch):
     assert run.runs == 3
 
 
-def test_a_damaged_file_is_made_again(tmp_path):
-    (tmp_path / "cell-1.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", '{"key": 1}', '{"key": {"energy_j": 1.0}}'])
+def test_a_damaged_file_is_made_again(tmp_path, text):
+    (tmp_path / "cell-1.json").write_text(text)
     known = cache(tmp_path)
     known.outcome(policy("triton"), Counting())
     known.save()
     assert cache(tmp_path).outcome(policy("triton"), Counting()).setting == "run 1"
+
+
+def test_an_arena_of_few_policies_keeps_the_runs_of_the_others(tmp_path):
+    run, known = Counting(), cache(tmp_path)
+    known.outcome(policy("least-energy"), run)
+    known.save()
+    few = cache(tmp_path)
+    few.outcome(policy("triton"), run)
+    few.save()
+    cache(tmp_path).outcome(policy("least-energy"), run)
+    assert run.runs == 2
+
+
+def test_a_class_of_the_user_always_runs(tmp_path):
+    """It may read other modules, files or the time, which no digest knows of."""
+    run, known = Counting(), cache(tmp_path)
+    mine = replace(policy("triton"), name="mine:Mine", own=Counting)
+    known.outcome(mine, run)
+    known.outcome(mine, run)
+    assert run.runs == 2
 
 
 def test_sources_are_told_apart():

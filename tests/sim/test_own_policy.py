@@ -3,8 +3,9 @@
 import pytest
 from sim.toy_runs import simulate, steady
 
+from throttllem.core.clocks.own_policy import OwnPolicyError
 from throttllem.core.clocks.policy import PolicyError
-from throttllem.sim.own_policy import named_policy
+from throttllem.sim.own_policy import made, named_policy
 
 CLOCKS = (1000, 1200, 1400)
 SOURCE = """
@@ -14,6 +15,10 @@ class Lowest:
 
 class Nothing:
     pass
+
+class Wants(Lowest):
+    def __init__(self, share):
+        self.share = share
 """
 
 
@@ -54,10 +59,20 @@ def test_errors_say_what_is_missing(module, name, problem):
         named_policy(name.format(module), CLOCKS, (1,))
 
 
-def test_a_module_that_fails_is_named(module, tmp_path):
-    (tmp_path / "broken_policy.py").write_text("1 / 0")
-    with pytest.raises(PolicyError, match=r"importing broken_policy failed: ZeroDivisionError"):
+@pytest.mark.parametrize(
+    ("text", "problem"), [("1 / 0", "ZeroDivisionError"), ("import sys; sys.exit(0)", "SystemExit")]
+)
+def test_a_module_that_fails_is_named(module, tmp_path, text, problem):
+    (tmp_path / "broken_policy.py").write_text(text)
+    with pytest.raises(PolicyError, match=f"importing broken_policy failed: {problem}"):
         named_policy("broken_policy:Any", CLOCKS, (1,))
+
+
+def test_a_class_that_wants_arguments_is_named(module):
+    policy = named_policy(f"{module}:Wants", CLOCKS, (1,))
+    with pytest.raises(OwnPolicyError, match=r":Wants: the class cannot be made without arguments: TypeError.*share"):
+        made(policy)
+    assert made(named_policy("triton", CLOCKS, (1,))) is None
 
 
 def test_its_clock_is_what_the_engine_runs_at():

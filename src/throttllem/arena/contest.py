@@ -84,15 +84,16 @@ def _cell_entries(arena: Arena, cell: Cell, report: Report) -> list[Entry]:
         prepared = cell_run(cell, seed, catalogue, arena.cache_dir, trace=arena.trace)
         each = _Runs(prepared, arena)
         runs.append(each)
-        found.append(each.entry(functools.partial(_part, report, number, len(arena.seeds))))
+        try:
+            found.append(each.entry(functools.partial(_part, report, number, len(arena.seeds))))
+        finally:  # interrupted, or ended by a policy: the next arena goes on from here
+            each.cache.save()
     if YESTERDAY in arena.field.names:
         for index, each in enumerate(runs):
             if len(runs) > 1:
                 of_yesterday = found[index - 1].rows[STATIC].setting.removeprefix("fixed:")
                 rows = {**found[index].rows, YESTERDAY: each.at_clock(int(of_yesterday))}
                 found[index] = replace(found[index], rows=rows)
-    for each in runs:
-        each.cache.save()
     return found
 
 

@@ -1,7 +1,8 @@
 """Outcomes of earlier runs, so that an arena repeats only what has changed.
 
-A run is named by a digest of its cell, its seed, its setting and the source files that it depends on. One file holds
-the runs of one cell and seed; entries of other trees are dropped when it is written.
+A run is named by a digest of its cell, its seed, its setting and the source files that it depends on; what a class of
+the user depends on is not known, so its runs are not kept. One file holds the runs of one cell and seed; entries of
+other trees are dropped when it is written.
 """
 
 from __future__ import annotations
@@ -56,19 +57,20 @@ class RunCache:
     folder: Path
     name: str
     inputs: object
-    _known: dict[str, dict[str, object]] = field(default_factory=dict)
-    _trees: set[str] = field(default_factory=set)
+    _known: dict[str, Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
-            self._known = json.loads(self._file.read_text())
-        except (OSError, ValueError):
+            self._known = {key: Outcome(**values) for key, values in json.loads(self._file.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError):  # damaged, or of another build
             self._known = {}
 
     def outcome(self, policy: Policy, run: Callable[[], Outcome], *, row: str = "") -> Outcome:
         """The outcome of a policy: the known one, or that of running it now. `row`: what it runs as, if not itself."""
         own = policy.own
         modules = [] if own is None else [getattr(own, "func", own).__module__]
+        if any(module.partition(".")[0] != throttllem.__name__ for module in modules):
+            return run()
         return self.scheduled(row or policy.name, run, modules, slo_aware=policy.slo_aware)
 
     def scheduled(
@@ -78,17 +80,15 @@ class RunCache:
         sources = _digest_of_sources(slo_aware)
         text = json.dumps([self.inputs, name, sources, [_digest_of_module(each) for each in modules]], sort_keys=True)
         key = f"{sources}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        self._trees.add(sources)
-        if key in self._known:
-            return Outcome(**self._known[key])  # type: ignore[arg-type]
-        found = run()
-        self._known[key] = asdict(found)
-        return found
+        if key not in self._known:
+            self._known[key] = run()
+        return self._known[key]
 
     def save(self) -> None:
-        """Keep what is known of the trees that were asked for."""
+        """Keep what is known of the present sources."""
         ensure_writable_dir(self.folder)
-        kept = {key: value for key, value in self._known.items() if key.partition("-")[0] in self._trees}
+        trees = {_digest_of_sources(True), _digest_of_sources(False)}
+        kept = {key: asdict(found) for key, found in self._known.items() if key.partition("-")[0] in trees}
         with write_aside(self._file) as aside:
             aside.write_text(json.dumps(kept))
 

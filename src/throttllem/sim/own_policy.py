@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from throttllem.core.clocks.own_policy import OwnPolicy
+from throttllem.core.clocks.own_policy import OwnPolicy, OwnPolicyError
 from throttllem.core.clocks.policy import ClockPolicy, Policy, PolicyError, parse_policy
 
 GATHER = "+gather"
@@ -41,6 +41,19 @@ def check_name(name: str) -> None:
         named_policy(name, (0, 1), (1, 2))
 
 
+def made(policy: Policy) -> OwnPolicy | None:
+    """A new instance of a policy's own class; None for a policy of the core. Raises OwnPolicyError."""
+    if policy.own is None:
+        return None
+    try:
+        return policy.own()
+    except (Exception, SystemExit) as error:
+        raise OwnPolicyError(
+            f"policy {policy.name}: the class cannot be made without arguments: {error!r}; give every parameter of "
+            "__init__ a default"
+        ) from error
+
+
 def _load(name: str, module: str, attribute: str) -> Callable[[], OwnPolicy]:
     folder = str(Path.cwd())
     if folder not in sys.path:
@@ -52,7 +65,7 @@ def _load(name: str, module: str, attribute: str) -> Callable[[], OwnPolicy]:
             f"policy {name!r}: there is no module {error.name}; it is looked for in {folder} and among the packages "
             "that are installed"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit() would end the command as if it were done
         raise PolicyError(f"policy {name!r}: importing {module} failed: {error!r}") from error
     if not isinstance(found, type) or not callable(getattr(found, "clock_mhz", None)):
         raise PolicyError(f"policy {name!r}: {module} has no class {attribute} with a method clock_mhz(self, view)")

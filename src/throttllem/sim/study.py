@@ -31,7 +31,7 @@ from throttllem.profiling.tables import Progress, performance_tables
 from throttllem.sim import parallel
 from throttllem.sim.characterize import Capacity, capacities, limited
 from throttllem.sim.driver import Machine, Simulation, Watch
-from throttllem.sim.own_policy import named_policy
+from throttllem.sim.own_policy import made, named_policy
 from throttllem.sim.recorder import Recorder
 from throttllem.sim.result import RunResult
 from throttllem.sim.traces.trace import Trace, load_trace
@@ -232,7 +232,7 @@ class Scenario:
                 specs=self.fleet.specs,
                 tables=self.tables,
             ),
-            own=policy.own() if policy.own is not None else None,
+            own=made(policy),
         )
 
     def _predictor(self) -> LengthPredictor:

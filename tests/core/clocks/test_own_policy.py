@@ -1,5 +1,8 @@
 """Policies of the public interface: what they see, when they are asked, and what becomes of a bad answer."""
 
+import sys
+
+import numpy as np
 import pytest
 
 from core.stories import options
@@ -114,7 +117,7 @@ def test_without_a_table_or_a_known_clock_it_is_not_asked():
     assert lost.controller.snapshot().engines[0].plan.why is Reason.UNKNOWN_STATE
 
 
-@pytest.mark.parametrize("answer", [None, 1001, "1000", 0])
+@pytest.mark.parametrize("answer", [None, 1001, "1000", 0, -1000, float("nan"), np.array([600, 1000])])
 def test_what_is_no_clock_is_an_error(answer):
     with pytest.raises(OwnPolicyError, match=r"policy Scripted: clock_mhz returned .* at 0\.000 s; .*view\.clocks_mhz"):
         Driven(Scripted(answer))
@@ -127,6 +130,15 @@ def test_a_failure_names_the_policy():
 
     with pytest.raises(OwnPolicyError, match=r"policy .*Broken: clock_mhz failed at 0\.000 s: AttributeError"):
         Driven(Broken())
+
+
+def test_a_policy_cannot_end_the_process():
+    class Leaves:
+        def clock_mhz(self, view):
+            sys.exit(0)
+
+    with pytest.raises(OwnPolicyError, match=r"Leaves: clock_mhz failed at 0\.000 s: SystemExit\(0\)"):
+        Driven(Leaves())
 
 
 def test_percentiles_are_of_nearest_rank():

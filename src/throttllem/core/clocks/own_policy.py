@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Protocol
 
 import numpy as np
@@ -287,9 +288,9 @@ class OwnClock:
         name = type(self.policy).__qualname__
         try:
             clock_mhz = self.policy.clock_mhz(view)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() would end the run as if it were done
             raise OwnPolicyError(f"policy {name}: clock_mhz failed at {view.now_s:.3f} s: {error!r}") from error
-        if clock_mhz not in view.clocks_mhz:
+        if not isinstance(clock_mhz, Real) or clock_mhz not in view.clocks_mhz:
             low, high = view.clocks_mhz[0], view.clocks_mhz[-1]
             raise OwnPolicyError(
                 f"policy {name}: clock_mhz returned {clock_mhz!r} at {view.now_s:.3f} s; it must return one of "
