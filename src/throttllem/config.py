@@ -154,6 +154,9 @@ class EngineEntry:
     """File with the secret that the plug-in signs its steps with over UDP; only its owner may read it."""
     gpus: tuple[str, ...] | None = None
     """The GPUs that it runs on, all of them, by UUID or number. Without it the GPUs of the catalogue are simulated."""
+    agent: str | None = None
+    """HOST:PORT of the `throttllem agent` on the engine's host, which reads these `gpus` and sets their clocks there.
+    Needs `gpu`, and the pool's secret in `clocks.agent_secret`."""
     metrics_url: str | None = None
     """Where a Triton server reports its metrics."""
     max_batch: int | None = None
@@ -221,6 +224,8 @@ class EngineEntry:
                 raise OptionError("engines", "aliases", repr(each), problem)
         if self.gpus is not None:
             self._check_gpus(self.gpus)
+        if self.agent is not None:
+            self._check_agent(self.agent)
         if self.command is not None:
             self._check_command(self.command)
         if self.launcher is not None and (self.command is None or self.gpus is not None):
@@ -228,6 +233,19 @@ class EngineEntry:
             problem = f"{lacks}; {'set command' if self.command is None else 'leave gpus out'}, or leave this out"
             raise OptionError("engines", "launcher", repr(str(self.launcher)), problem)
         check("engines", ready_s=(self.ready_s, 1, 86400))
+
+    def _check_agent(self, agent: str) -> None:
+        host, _, port = agent.rpartition(":")
+        problem = None
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            problem = "must be HOST:PORT, as in 10.0.0.7:9440"
+        elif self.gpus is None or self.gpu is None:
+            lacks = "gpus" if self.gpus is None else "gpu"
+            problem = f"needs `{lacks}`: which GPUs of that host the engine has, and of which kind they are"
+        elif self.command is not None:
+            problem = "is on another host, and `command` starts an engine on this one; leave one of them out"
+        if problem is not None:
+            raise OptionError("engines", "agent", repr(agent), problem)
 
     def _check_command(self, command: str) -> None:
         problem = None
@@ -289,6 +307,9 @@ class ClockOptions:
     """Socket of a zeusd to set clocks through instead; it restores nothing if the gateway is killed."""
     ttl_s: float = 3.0
     """Time to live of the lease: the keeper restores the clocks so long after the gateway's last heartbeat."""
+    agent_secret: Path | None = field(default=None, repr=False)
+    """File with the pool's key and certificate, the same at the gateway and at every agent (`engines.N.agent`); only
+    its owner may read it."""
 
     def __post_init__(self) -> None:
         check("clocks", ttl_s=(self.ttl_s, 0.2, 60))

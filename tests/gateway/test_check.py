@@ -128,12 +128,6 @@ def test_an_engine_that_is_something_else(tmp_path):
     assert "has no performance table" not in text
 
 
-def test_a_size_that_would_never_start(tmp_path):
-    text = text_of(found(tmp_path, engines=(EngineEntry(tp=1), EngineEntry(tp=2))))
-    assert "!! engine simulated-llama-3-8b-tp1 would never be used" in text
-    assert "simulated-llama-3-8b-tp2 would never" not in text
-
-
 def test_which_clients_are_served_and_what_is_recorded(tmp_path):
     text = text_of(found(tmp_path, server=ServerOptions(host="0.0.0.0", port=0)))
     assert "!! no API keys, and 0.0.0.0 is not loopback" in text

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from throttllem.cli.commands.agent import agent
 from throttllem.cli.commands.calibrate import calibrate
 from throttllem.cli.commands.demo import demo
 from throttllem.cli.commands.doctor import doctor
@@ -66,6 +67,7 @@ app = typer.Typer(
 for command in (
     serve,
     keeper,
+    agent,
     doctor,
     replay,
     simulate,

@@ -25,7 +25,7 @@ from throttllem.core.options import ControllerOptions
 from throttllem.core.pool.pool import PoolOptions
 from throttllem.core.types import EngineSpec
 from throttllem.engines.simulated.fleet import build_fleet, fleet_without_model
-from throttllem.gateway.control.backend_factory import BackendFactory, called, sets_clocks
+from throttllem.gateway.control.backend_factory import BackendFactory, RealGpu, called, sets_clocks
 from throttllem.gateway.control.engine_model import of_another_model
 from throttllem.gateway.control.loop import ControlLoop
 from throttllem.gateway.control.models import Models, ServedModel
@@ -35,7 +35,6 @@ from throttllem.gateway.rehearsal import rehearse
 from throttllem.gateway.telemetry.metrics import Histograms
 from throttllem.gateway.telemetry.observer import RecordingObserver
 from throttllem.gpu.boards.facts import kind_of
-from throttllem.gpu.hardware import HardwareGpu
 from throttllem.gpu.nvml import NvmlError
 from throttllem.launchers.local import LocalLauncher
 from throttllem.physics.catalogue import Catalogue
@@ -55,7 +54,7 @@ class Gateway:
     models: Models
     histograms: Histograms
     recorders: tuple[Recorder, ...]
-    hardware: tuple[HardwareGpu, ...]
+    hardware: tuple[RealGpu, ...]
     predictors: tuple[tuple[Path, OnlineLengthPredictor], ...]
     local: LocalLauncher
 
@@ -82,18 +81,25 @@ def build_gateway(
     options = options.model_copy(update={"engines": entries})
     histograms = Histograms()
     served, recorders, predictors = [], [], []
-    hardware: list[HardwareGpu] = []
+    hardware: list[RealGpu] = []
     where = cache_dir if learn else None
     local = LocalLauncher(options.state_dir.expanduser() / "engines")
     part = _Part(
-        options=options, catalogue=catalogue, cache_dir=where, now=now, progress=progress, notes=notes, local=local
+        options=options,
+        catalogue=catalogue,
+        cache_dir=where,
+        now=now,
+        progress=progress,
+        notes=notes,
+        local=local,
+        version=version,
     )
     for group in groups(options.engines):
         model = part.build(group, histograms)
         served.append(model.served)
         recorders.extend([model.recorder] if model.recorder else [])
         predictors.extend([model.predictor] if model.predictor else [])
-        hardware.extend(backend.gpu for backend in model.served.loop.backends if isinstance(backend.gpu, HardwareGpu))
+        hardware.extend(backend.gpu for backend in model.served.loop.backends if isinstance(backend.gpu, RealGpu))
     models = Models(
         served=tuple(served), version=version, policy=options.policy, slo=options.slo, now=now, started_s=now()
     )
@@ -118,7 +124,7 @@ def recognised_engines(
     found, notes = list[EngineEntry](), dict[tuple[str, ...], tuple[str, ...]]()
     for entry in entries:
         found.append(entry)
-        if entry.gpus is not None:
+        if entry.gpus is not None and entry.agent is None:
             with contextlib.suppress(NvmlError):
                 kind = kind_of(entry.gpus, entry.gpu, catalogue, only_warn=clocks.mode == "off")
                 catalogue, notes[entry.gpus] = catalogue.having(kind.gpu), kind.notes
@@ -134,11 +140,10 @@ def groups(entries: tuple[EngineEntry, ...]) -> list[tuple[EngineEntry, ...]]:
         raise ValueError("engines: none is configured; without [[engines]] the simulated one is served")
     numbered = sorted(entries, key=_together)
     found = [tuple(group) for _, group in groupby(numbered, key=_together)]
-    urls = [entry.url for entry in entries if entry.url is not None]
-    for url in urls:
-        if urls.count(url) > 1:
-            raise ValueError(f"engines: two have url = {url}: it is one engine, which is named once")
     for group in found:
+        urls = [entry.url for entry in group if entry.url is not None]
+        if twice := [url for url in urls if urls.count(url) > 1]:
+            raise ValueError(f"engines: two have url = {twice[0]}: it is one engine, which is named once")
         tables: dict[int, Path | None] = {}
         for entry in group:
             if tables.setdefault(entry.tp, entry.tables) != entry.tables:
@@ -197,6 +202,7 @@ class _Part:
     progress: Progress
     notes: dict[tuple[str, ...], tuple[str, ...]]
     local: LocalLauncher
+    version: str
 
     def build(self, entries: tuple[EngineEntry, ...], histograms: Histograms) -> _Built:
         options, first = self.options, entries[0]
@@ -213,7 +219,12 @@ class _Part:
             rehearse(core)
         controller = Controller(core)
         factory = BackendFactory(
-            options=options, catalogue=self.catalogue, histograms=histograms, now=self.now, local=self.local
+            options=options,
+            catalogue=self.catalogue,
+            histograms=histograms,
+            now=self.now,
+            local=self.local,
+            version=self.version,
         )
         backends = tuple(
             factory.backend(

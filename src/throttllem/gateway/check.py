@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from throttllem.agent.remote_gpu import RemoteGpu
 from throttllem.config import Options, ServerOptions
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.clocks.savings_estimate import dearer_loads
@@ -22,12 +23,14 @@ from throttllem.engines.step_reports import check_folder, read_secret
 from throttllem.files import WriteError, open_to_others, writable_dir
 from throttllem.gateway.build import Gateway, build_gateway
 from throttllem.gateway.control.backend import Backend
+from throttllem.gateway.control.backend_factory import RealGpu
 from throttllem.gateway.http.server import bind
 from throttllem.gpu.hardware import HardwareGpu, Mode, check_apart
 from throttllem.gpu.keeper_client import keeper_status
 from throttllem.gpu.zeusd import reach
 from throttllem.option_sources import leaves
 
+_LOOK_AGAIN_S = 0.05
 _REACH_S = 5.0
 
 
@@ -193,14 +196,10 @@ async def _engines(gateway: Gateway, options: Options, origins: dict[str, str]) 
     findings = []
     for model in gateway.models.served:
         aware = model.loop.controller.options.slo_aware
-        scales = model.loop.controller.options.autoscale is not None
-        largest = max(backend.tp for backend in model.loop.backends)
         for backend in model.loop.backends:
             findings += await _engine(backend, model.loop.controller.options, options)
             findings += await _hardware(backend, options, origins)
             findings += [Finding(mark="--", text=f"engine {backend.name}: {note}") for note in backend.gpu_notes]
-            if backend.tp < largest and not scales:
-                findings.append(_never_started(backend, options.policy))
             if aware and backend.tp not in model.loop.controller.options.tables:
                 findings.append(_no_table(backend))
             table = model.loop.controller.options.tables.get(backend.tp)
@@ -256,7 +255,7 @@ def _described(backend: Backend, connected: Connected, core: ControllerOptions, 
     if table is not None:
         clocks = table.clocks_mhz
     chosen = f"would choose among {len(clocks)} clocks, {clocks[0]} to {clocks[-1]} MHz,"
-    if isinstance(backend.gpu, HardwareGpu) and backend.gpu.mode is Mode.OFF:
+    if isinstance(backend.gpu, RealGpu) and backend.gpu.mode is Mode.OFF:
         chosen = "would choose no clock, and plan with the top one"
     elif core.throttle.policy is ClockPolicy.FIXED:
         chosen = f"would keep to {core.throttle.fixed_mhz} MHz"
@@ -313,6 +312,8 @@ def _without_choice(backend: Backend, table: PerformanceTable | None) -> bool:
 async def _hardware(backend: Backend, options: Options, origins: dict[str, str]) -> list[Finding]:
     """Real GPUs are found and read, never set; the finding names the mode that clocks would run in."""
     gpu = backend.gpu
+    if isinstance(gpu, RemoteGpu):
+        return [await _remote(backend.name, gpu)]
     if not isinstance(gpu, HardwareGpu):
         text = f"engine {backend.name}: clocks are simulated: it names no GPUs (engines.N.gpus, --gpus)"
         return [Finding(mark="--", text=text)]
@@ -329,6 +330,25 @@ async def _hardware(backend: Backend, options: Options, origins: dict[str, str])
     if gpu.placement is not None:
         findings.append(Finding(mark=gpu.placement.place.value, text=f"engine {backend.name}: {gpu.placement.text}"))
     return findings
+
+
+async def _remote(name: str, gpu: RemoteGpu) -> Finding:
+    """What an agent says of its GPUs, which are read and not set."""
+    until_s = asyncio.get_running_loop().time() + _REACH_S
+    async with gpu:
+        while True:
+            try:
+                reading = gpu.read()
+                break
+            except OSError as error:
+                if asyncio.get_running_loop().time() > until_s:
+                    return Finding(mark="!!", text=f"engine {name}: {error}; serve would go on without clocks")
+            await asyncio.sleep(_LOOK_AGAIN_S)
+    text = f"engine {name}: {', '.join(gpu.uuids)} at agent {gpu.address}, {reading.clock_mhz} MHz, "
+    text += f"{reading.watts:.0f} W; clocks would be {gpu.mode.value}"
+    return Finding(
+        mark="!!" if reading.trouble else "ok", text=f"{text}: {reading.trouble}" if reading.trouble else text
+    )
 
 
 async def _clocks(name: str, gpu: HardwareGpu, options: Options, why: str) -> Finding:
@@ -368,14 +388,6 @@ async def _setter(gpu: HardwareGpu, options: Options) -> tuple[str, str]:
 def _notes(backend: Backend, connected: Connected) -> Iterator[Finding]:
     for note in connected.notes:
         yield Finding(mark="--", text=f"engine {backend.name}: {note}")
-
-
-def _never_started(backend: Backend, policy: str) -> Finding:
-    return Finding(
-        mark="!!",
-        text=f"engine {backend.name} would never be used: policy {policy} serves the largest size; {policy}+autoscale "
-        "chooses among them",
-    )
 
 
 def _calibrated(backend: Backend, basis: Calibrated) -> Finding:
@@ -420,7 +432,7 @@ def _no_table(backend: Backend) -> Finding:
         return Finding(
             mark="--", text=f"engine {backend.name}: its performance table is trained at the first start (cached)"
         )
-    dry_run = isinstance(backend.gpu, HardwareGpu) and backend.gpu.mode is not Mode.OFF
+    dry_run = isinstance(backend.gpu, RealGpu) and backend.gpu.mode is not Mode.OFF
     prior = (
         "; until then what other clocks would save is estimated from the catalogue's law of "
         f"{backend.catalogue_gpu}, with a range (dashboard, metrics), and nothing is set by it"

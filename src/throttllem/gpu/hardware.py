@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from enum import StrEnum
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from throttllem.gpu.boards.users import Activity, Place, Placement, placement
 from throttllem.gpu.clock_limit import NOT_REACHED, OTHER_CONTROLLER, LimitDetector, follows, near
@@ -354,7 +354,13 @@ class HardwareGpu:
         return self._sampler
 
 
-def check_apart(groups: Sequence[HardwareGpu]) -> None:
+class Grouped(Protocol):
+    """GPUs of one engine, by UUID."""
+
+    uuids: tuple[str, ...]
+
+
+def check_apart(groups: Sequence[Grouped]) -> None:
     """Raise ValueError if two engines have a GPU in common."""
     seen: set[str] = set()
     for uuid in (uuid for group in groups for uuid in group.uuids):

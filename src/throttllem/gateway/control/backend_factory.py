@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path, PurePath
 from urllib.parse import urlsplit
 
+from throttllem.agent.remote_gpu import RemoteGpu
+from throttllem.agent.secured import HOW, client_context
 from throttllem.config import EngineEntry, Options
 from throttllem.core.clocks.savings_estimate import SavingsEstimate
 from throttllem.core.controller import Controller
@@ -38,6 +40,7 @@ from throttllem.physics.catalogue import Catalogue
 from throttllem.physics.engine import EnginePhysics
 from throttllem.profiling.storage import profiled_model
 
+RealGpu = HardwareGpu | RemoteGpu
 AnyEngine = RealtimeEngine | OpenaiEngine | TritonEngine
 
 
@@ -61,6 +64,7 @@ class BackendFactory:
     now: Callable[[], float]
     local: Launcher
     """Starts the engines that have a command."""
+    version: str
 
     def backend(
         self,
@@ -169,9 +173,11 @@ class BackendFactory:
 
     def _gpu(
         self, entry: EngineEntry, spec: EngineSpec, model: EngineModel, table: PerformanceTable | None
-    ) -> SimulatedGpu | HardwareGpu:
+    ) -> SimulatedGpu | RealGpu:
         if entry.gpus is not None:
             clocks = self.options.clocks
+            if entry.agent is not None:
+                return self._remote_gpu(entry.gpus, entry.agent, table.clocks_mhz if table else spec.clocks_mhz[-1:])
             return HardwareGpu(
                 entry.gpus,
                 mode=Mode(clocks.mode),
@@ -184,6 +190,23 @@ class BackendFactory:
             switch_latency_s=self.options.throttle.switch_latency_s,
             watts=model.watts,
             idle_w=spec.idle_w,
+            now=self.now,
+        )
+
+    def _remote_gpu(self, gpus: tuple[str, ...], agent: str, clocks_mhz: tuple[int, ...]) -> RemoteGpu:
+        clocks = self.options.clocks
+        if clocks.agent_secret is None:
+            raise ValueError(
+                f"engines: agent = {agent}: needs the pool's secret, clocks.agent_secret; it is made by: {HOW}"
+            )
+        return RemoteGpu(
+            gpus,
+            address=agent,
+            context=client_context(clocks.agent_secret),
+            mode=Mode(clocks.mode),
+            clocks_mhz=clocks_mhz,
+            ttl_s=clocks.ttl_s,
+            version=self.version,
             now=self.now,
         )
 
