@@ -1,10 +1,15 @@
 """How many engines, and when: risk first, then what pays; and no going back and forth."""
 
+import math
+
+import numpy as np
 import pytest
 
 from core.clocks.test_size_planner import LIMITS, SIZES, SPECS, load
+from throttllem.core.clocks.cost_curve import cost_curve
 from throttllem.core.clocks.size_planner import Demand, size_planner
 from throttllem.core.clocks.sizing import AutoscaleOptions
+from throttllem.core.pool.plan import Prices, cheapest
 from throttllem.core.pool.planner import PoolPlanner
 
 GPUS, FREE_W = 16, 20.0
@@ -91,3 +96,40 @@ def test_a_higher_attainment_keeps_more_engines(attainment):
         day.at(90.0, 40.0)
     late = [gpus(engines) for at_s, engines in day.changes if at_s > 1200.0] or [gpus(day.engines)]
     assert (min(late) >= 3) is (attainment > 0.9)
+
+
+CURVES = {tp: cost_curve(load(10.0), SIZES.tables[tp], SPECS[tp], LIMITS) for tp in SPECS}
+PRICES = Prices(curves=CURVES, free_w=FREE_W)
+
+
+@pytest.mark.parametrize("gpus", [8, 64, 1000])
+def test_a_day_costs_at_most_5_percent_more_than_with_the_rate_known_and_changes_for_nothing(gpus):
+    """A day of an hour, from a fifth of the mean rate to 1.8 times. By the cost curves; an engine starts in 20 s."""
+    dice = np.random.default_rng(gpus)
+    planner = PoolPlanner(sizes=size_planner(AutoscaleOptions(), SPECS, offset_s=0.0))
+    mean_rps = 0.8 * PRICES.holds_rps({4: gpus // 4}) / 1.8
+    target = {4: gpus // 4}
+    serving, starting = dict(target), []
+    ours_w = known_w = late = came = 0.0
+    for interval in range(360):
+        rate_rps = mean_rps * (1.0 - 0.8 * math.cos(2.0 * math.pi * interval / 360))
+        count = int(dice.poisson(10.0 * rate_rps))
+        planner.sizes.arrived(10.0 * interval, 0.99)
+        planner.sizes.forecast.count += count - 1
+        for start in [start for start in starting if start[0] <= interval]:
+            starting.remove(start)
+            serving[start[1]] = serving.get(start[1], 0) + 1
+        if not starting:
+            serving = dict(target)
+        ours_w += PRICES.watts(serving, rate_rps, gpus) + sum(SPECS[tp].idle_w - FREE_W * tp for _, tp in starting)
+        known_w += PRICES.watts(cheapest(PRICES, rate_rps, gpus, needed_rps=rate_rps, least={}), rate_rps, gpus)
+        came += count
+        late += count * (rate_rps > PRICES.holds_rps(serving))
+        demand = Demand(load=load(max(0.1, count / 10.0)), limits=LIMITS, waiting=0)
+        wanted = planner.wanted(10.0 * (interval + 1), target, demand, SIZES, gpus=gpus, free_w=FREE_W)
+        for tp, engines in wanted.items():
+            under_way = sum(size == tp for _, size in starting)
+            starting += [(interval + 3, tp)] * max(0, engines - serving.get(tp, 0) - under_way)
+        target = wanted
+    assert ours_w <= 1.05 * known_w
+    assert late <= 0.01 * came

@@ -17,6 +17,7 @@ from throttllem.core.controller import Controller
 from throttllem.core.lengths.online import OnlineLengthOptions, OnlineLengthPredictor
 from throttllem.core.lengths.prediction import MaxTokens, Noisy, Oracle
 from throttllem.core.options import AdmissionOptions, Unmeetable
+from throttllem.core.pool.pool import PoolOptions
 from throttllem.core.types import ClockRead, Request, Slo, Timer
 from throttllem.gateway.flight import wire
 from throttllem.gateway.flight.checkpoint import CheckpointError, load, save, table_digest
@@ -40,6 +41,9 @@ VARIANTS = (
         predictor=OnlineLengthPredictor(OnlineLengthOptions(exceed=0.5, prior_answers=1.0)),
     ),
     replace(OPTIONS, admission=AdmissionOptions(unmeetable=Unmeetable.REJECT), autoscale=None, specs={}),
+    replace(OPTIONS, pool=PoolOptions(gpus=6, engines={1: 3})),
+    replace(OPTIONS, pool=PoolOptions(gpus=6, engines={1: 2, 2: 1}), autoscale=None),
+    replace(OPTIONS, pool=PoolOptions(gpus=4, engines={1: 2}), throttle=ThrottleOptions(policy=ClockPolicy.THROTTLLEM)),
 )
 
 
