@@ -51,7 +51,9 @@ def test_engines_of_one_model_serve_side_by_side_unless_the_policy_selects_a_siz
     assert names == ["simulated-llama-3-8b-tp1-1", "simulated-llama-3-8b-tp2", "simulated-llama-3-8b-tp1-2"]
     assert loop_of("triton", 2).controller.options.pool is None
     assert loop_of("triton+autoscale", 1, 2).controller.options.pool is None
-    with pytest.raises(ValueError, match="selects the size of one engine, and 2 have tp = 1"):
+    scaled = loop_of("triton+autoscale", 2, 2).controller.options.pool
+    assert (scaled.gpus, scaled.engines) == (4, {2: 2})
+    with pytest.raises(ValueError, match="2 of 3 have tp = 1; leave one of each size, or engines of one size"):
         loop_of("triton+autoscale", 1, 1, 2)
 
 

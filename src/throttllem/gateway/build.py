@@ -164,20 +164,21 @@ def _number(entries: tuple[EngineEntry, ...], place: int) -> int | None:
     return same.index(place) + 1 if len(same) > 1 else None
 
 
-def _pool(entries: tuple[EngineEntry, ...], policy: Policy) -> PoolOptions | None:
+def _pool(entries: tuple[EngineEntry, ...], policy: Policy, *, free_w: float) -> PoolOptions | None:
     """Several engines serve side by side; None: there is one, or the policy selects its size. Raises ValueError."""
     counts = Counter(entry.tp for entry in entries)
-    if policy.autoscale:
+    if policy.autoscale and len(counts) > 1:
         tp, count = counts.most_common(1)[0]
         if count > 1:
             raise ValueError(
-                f"policy {policy.name!r}: it selects the size of one engine, and {count} have tp = {tp}; leave one of "
-                "each size, or leave out +autoscale: then all engines serve side by side"
+                f"policy {policy.name!r}: it selects how many engines of one size serve, or one engine of several "
+                f"sizes, and {count} of {len(entries)} have tp = {tp}; leave one of each size, or engines of one size, "
+                "or leave out +autoscale: then all engines serve side by side"
             )
         return None
     if len(entries) == 1:
         return None
-    return PoolOptions(gpus=sum(entry.tp for entry in entries), engines=dict(counts), start_s=math.inf)
+    return PoolOptions(gpus=sum(entry.tp for entry in entries), engines=dict(counts), start_s=math.inf, free_w=free_w)
 
 
 def _together(entry: EngineEntry) -> tuple[str, str, str]:
@@ -211,7 +212,8 @@ class _Part:
             fleet = fleet_without_model(self.catalogue, first.kind_of_gpu, sizes, options.batching)
         else:
             fleet = build_fleet(self.catalogue, first.kind_of_gpu, first.model, sizes, options.batching)
-        policy = parse_policy(options.policy, fleet.clocks_mhz, sizes)
+        # Engines of one size are a choice too: how many of them serve.
+        policy = parse_policy(options.policy, fleet.clocks_mhz, tuple(entry.tp for entry in entries))
         tables = self._tables(entries, policy)
         predictor, file = self._predictor(first)
         core = self._controller_options(entries, policy, fleet.specs, tables, predictor)
@@ -275,7 +277,7 @@ class _Part:
             slo_aware=policy.slo_aware,
             admission=admission,
             autoscale=options.autoscale if policy.autoscale else None,
-            pool=_pool(entries, policy),
+            pool=_pool(entries, policy, free_w=self.catalogue.gpu(entries[0].kind_of_gpu).power.bare_idle_w),
             predictor=predictor,
             specs=specs,
             tables=tables,

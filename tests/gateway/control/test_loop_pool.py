@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 
 from gateway.rig import outcome, rig, virtually
+from throttllem.core.clocks.policy import ClockPolicy
+from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.pool.pool import PoolOptions
 from throttllem.core.types import Dispatch, EngineLost, StopEngine
 from throttllem.gateway.telemetry.status import gateway_status
@@ -73,3 +75,25 @@ def test_a_loss_ends_what_ran_there_and_nothing_else_and_the_engine_is_taken_int
     assert Counter(end == "served" for end in ends) == {True: 4, False: 4}
     assert [event.engine for event in lost] == [1]
     assert set(while_down) == set(again) == {"served"} and shared == [2, 2]
+
+
+@pytest.mark.parametrize("policy", [ClockPolicy.THROTTLLEM, ClockPolicy.LEAST_ENERGY])
+def test_as_many_as_the_load_calls_for_and_no_request_is_lost(policy):
+    scale = AutoscaleOptions(capacity_rps={1: 20.0}, interval_s=0.2, window_s=0.5, grace_s=1.0)
+
+    async def run():
+        async with rig(policy=policy, sizes=(1, 1, 1), core=pool(1, 1, 1) | {"autoscale": scale}) as it:
+            await it.up()
+            requests, up = [], []
+            for gap_s, count in ((0.5, 60), (0.01, 400), (0.5, 60)):
+                for _ in range(count):
+                    requests.append(asyncio.ensure_future(outcome(it.request(tokens=30))))
+                    await asyncio.sleep(gap_s)
+                up.append(sum(backend.state == "up" for backend in it.loop.backends))
+            await asyncio.sleep(300.0)
+            up.append(sum(backend.state == "up" for backend in it.loop.backends))
+            return await asyncio.gather(*requests), up, it.seen.commands(StopEngine)
+
+    ends, (quiet, busy, _, again), stopped = virtually(run())
+    assert set(ends) == {"served"}
+    assert quiet == again == 1 < busy and len(stopped) >= 2
