@@ -5,7 +5,7 @@ import math
 import pytest
 
 from core.stories import SIZES, arrive, options, world
-from core.toy import CLOCKS_MHZ, SPEC, TOP_MHZ, flat_table, request, sequence, table
+from core.toy import CLOCKS_MHZ, SPEC, TOP_MHZ, flat_table, request, sequence, spec, table
 from throttllem.core.clocks.controller import ClockController
 from throttllem.core.clocks.policy import ClockPolicy, ThrottleOptions
 from throttllem.core.clocks.steady_load import LoadEstimator
@@ -282,11 +282,21 @@ def test_waiting_requests_count_as_requests_and_do_not_force_the_maximum_clock()
     assert busy.hindsight.by_requests[-1] > busy.hindsight.by_requests[1]
 
 
-@pytest.mark.parametrize(("above", "why"), [(1, Reason.NOT_WORTH), (2, Reason.LEAST_ENERGY)])
-def test_one_clock_lower_is_not_worth_a_switch(above, why):
-    at = {"clock_mhz": CLOCKS_MHZ[above], "target_mhz": CLOCKS_MHZ[above]}
-    busy = engine(sequence(1, 4, 32), table=table(SPEC), **at)
-    assert planned(loaded(), busy, 50.0) == plan(CLOCKS_MHZ[1 if above == 1 else 0], why)
+@pytest.mark.parametrize(
+    ("apart_mhz", "above", "why"),
+    [
+        (20, 1, Reason.NOT_WORTH),
+        (20, 2, Reason.LEAST_ENERGY),
+        (200, 1, Reason.LEAST_ENERGY),
+        (800, 1, Reason.LEAST_ENERGY),
+    ],
+)
+def test_one_clock_lower_is_worth_a_switch_only_where_few_were_profiled(apart_mhz, above, why):
+    clocks = tuple(range(CLOCKS_MHZ[0], TOP_MHZ + 1, apart_mhz))
+    fine = spec(clocks_mhz=clocks)
+    busy = engine(sequence(1, 4, 32), table=table(fine), clock_mhz=clocks[above], target_mhz=clocks[above])
+    busy.spec = fine
+    assert planned(loaded(), busy, 50.0) == plan(clocks[above if why is Reason.NOT_WORTH else 0], why)
 
 
 def test_while_requests_run_the_clock_is_planned_again_in_time():

@@ -70,6 +70,12 @@ def test_no_more_requests_than_fit():
     assert chain(load(1.0), TABLE, spec(kv_blocks=9)) is None
 
 
+def test_a_rate_that_has_faded_to_nothing_has_no_chain():
+    """One request that runs for half a day: a load estimator's weights are 0 by then."""
+    assert chain(load(0.0), TABLE, SPEC) is None
+    assert pace(load(1e-300)).mean_requests < 1e-299
+
+
 def test_a_request_leaves_after_its_prompt_and_its_share_of_iterations():
     states = chain(load(1.0), TABLE, SPEC)
     for n, mhz in ((1, 600), (4, 1000), (8, 1400)):

@@ -35,7 +35,9 @@ from throttllem.core.forecast.projection import project
 from throttllem.core.forecast.table_drift import Span
 from throttllem.core.types import EngineSpec, FrequencyPlan, Reason, SetClock
 
-_LEAST_STEPS_DOWN = 2
+_LEAST_STEPS_DOWN, _FINE = 2, 0.02
+"""A lower clock is this many profiled clocks lower at least, where those are closer than this part of the maximum; a
+profile of a few clocks has them farther apart."""
 _RENEW_S = 30.0
 """Time between two searches for the pace."""
 
@@ -277,7 +279,9 @@ class ClockController:
                 table,
                 spec,
                 external=engine.board.external,
-                switching=Switching(latency_s=maximum_s, dwell_s=self.options.dwell_s, fewest_steps=_LEAST_STEPS_DOWN),
+                switching=Switching(
+                    latency_s=maximum_s, dwell_s=self.options.dwell_s, fewest_steps=_least_steps_down(spec)
+                ),
                 keep=1.0 - self._in_force(engine).learned,
                 ended_before=before.ended if before else 0,
             )
@@ -293,11 +297,11 @@ class ClockController:
         return FrequencyPlan(mhz=engine.target_mhz, why=Reason.DWELL, binding=plan.binding)
 
     def _if_steps_down(self, engine: EngineState, spec: EngineSpec, plan: FrequencyPlan) -> FrequencyPlan:
-        """A lower clock is set only if it is `_LEAST_STEPS_DOWN` profiled clocks lower at least."""
+        """A lower clock is set only if it is some profiled clocks lower."""
         if engine.target_mhz is None or plan.mhz >= engine.target_mhz:
             return plan
         lower, present = (bisect_left(spec.clocks_mhz, mhz) for mhz in (plan.mhz, engine.target_mhz))
-        if present - lower >= _LEAST_STEPS_DOWN:
+        if present - lower >= _least_steps_down(spec):
             return plan
         return FrequencyPlan(mhz=engine.target_mhz, why=Reason.NOT_WORTH, binding=plan.binding)
 
@@ -310,3 +314,9 @@ class ClockController:
         if then <= now * (1.0 - self.options.min_saving):
             return plan
         return FrequencyPlan(mhz=engine.target_mhz, why=Reason.NOT_WORTH, binding=plan.binding)
+
+
+def _least_steps_down(spec: EngineSpec) -> int:
+    """How many profiled clocks lower a clock must be to be worth a switch."""
+    clocks = spec.clocks_mhz
+    return _LEAST_STEPS_DOWN if clocks[-1] - clocks[0] < _FINE * clocks[-1] * (len(clocks) - 1) else 1

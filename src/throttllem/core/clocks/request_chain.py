@@ -69,7 +69,9 @@ class Chain:
 
 
 def chain(load: Load, table: PerformanceTable, spec: EngineSpec) -> Chain | None:
-    """The chain of a load; None if not even two of its requests fit the engine."""
+    """The chain of a load; None if not even two of its requests fit the engine, or none has come for half a day."""
+    if not load.requests_per_s:  # e^-t has become 0
+        return None
     blocks = (load.prompt_tokens + load.output_tokens / 2) / spec.block_tokens + 0.5
     most = int(min(spec.max_batch, 0.9 * spec.kv_blocks / blocks, _MOST_REQUESTS))
     if most < 2:
