@@ -681,7 +681,7 @@ class Controller:
             self._unplanned[state.engine] = state
         for tp in changes.start:
             pool.started(self._start(tp, commands), self._startup_s(tp), now_s)
-        pool.find_due(changes.missing, now_s)
+        pool.find_due(changes, now_s)
 
     def _startup_s(self, tp: int) -> float:
         """How long a start of that size should take; 0 where no such engine could be started."""

@@ -84,6 +84,18 @@ def test_a_start_that_hangs_ends_at_its_deadline_and_is_tried_again_after_a_paus
     assert "StartEngine" in names(live.lose(3)), "an engine that was up is replaced at once"
 
 
+def test_a_pool_that_is_down_does_not_wait_for_long_pauses():
+    live = pool(1, {1: 1})
+    live.lose(0)
+    for _ in range(5):
+        (key,) = live.starting
+        live.lose(key)
+        live.advance(4.9)
+        assert not live.starting
+        live.advance(0.2)
+        assert len(live.starting) == 1, "after the time that an engine takes (5 s), however often it failed"
+
+
 def test_a_failed_start_is_tried_again_after_a_pause():
     live = pool(2, {1: 2})
     live.lose(1)

@@ -49,16 +49,23 @@ class PoolOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failures:
-    """Starts of one size that failed in a row, and the time before which none is tried."""
+    """Starts of one size that failed in a row, and the time before which none is tried: `alone_s` as long as no engine
+    serves or starts, so that the pool is not down for a long pause, `until_s` otherwise.
+    """
 
     count: int
     until_s: float
+    alone_s: float
+
+    def ends_s(self, *, alone: bool) -> float:
+        """When the pause is over."""
+        return self.alone_s if alone else self.until_s
 
 
 @dataclass(slots=True, kw_only=True)
 class Changes:
     """What is to be done: sizes to `start`, engines to `serve` again, to `drain`, and to `stop` while they start.
-    `missing`: how many engines of each size do not serve yet.
+    `missing`: how many engines of each size do not serve yet; `alone`: whether no other serves or starts.
     """
 
     start: list[int] = field(default_factory=list)
@@ -66,6 +73,7 @@ class Changes:
     drain: list[EngineState] = field(default_factory=list)
     stop: list[EngineState] = field(default_factory=list)
     missing: dict[int, int] = field(default_factory=dict)
+    alone: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,8 +109,9 @@ class Pool:
         if self.starts.pop(engine.engine, None) is None:
             return
         count = self.failures[engine.tp].count + 1 if engine.tp in self.failures else 1
-        pause_s = max(1.0, startup_s) * 2.0 ** min(count - 1, _MOST_PAUSES)
-        self.failures[engine.tp] = Failures(count=count, until_s=now_s + pause_s)
+        pause_s = max(1.0, startup_s)
+        until_s = now_s + pause_s * 2.0 ** min(count - 1, _MOST_PAUSES)
+        self.failures[engine.tp] = Failures(count=count, until_s=until_s, alone_s=now_s + pause_s)
 
     def with_one(self, tp: int, target: Mapping[int, int]) -> dict[int, int]:
         """The target with one engine of size `tp` in place of as many of the smallest as it needs the GPUs of."""
@@ -133,10 +142,11 @@ class Pool:
             changes.missing[tp] = max(0, wanted - serving - len(again))
             changes.stop += starting[changes.missing[tp] :]
             start += [tp] * (changes.missing[tp] - len(starting))
+        changes.alone = not by_phase[Phase.SERVING] and not changes.serve and len(self.starts) <= len(changes.stop)
         free = self.gpus - _gpus(engines) + _gpus(changes.stop)
         lacking = 0
         for tp in start:
-            if tp in self.failures and self.failures[tp].until_s > now_s:
+            if tp in self.failures and self.failures[tp].ends_s(alone=changes.alone) > now_s:
                 continue
             if tp > free:
                 lacking += tp
@@ -149,10 +159,11 @@ class Pool:
         changes.drain = self._surplus(by_phase[Phase.SERVING], any(changes.missing.values()), lacking, starts=starts)
         return changes
 
-    def find_due(self, missing: Mapping[int, int], now_s: float) -> None:
+    def find_due(self, changes: Changes, now_s: float) -> None:
         """Find `due_s`: the deadline of a start, or the end of a pause of a size of which engines are missing."""
-        pauses = (failed.until_s for tp, failed in self.failures.items() if missing.get(tp) and failed.until_s > now_s)
-        self.due_s = min([*self.starts.values(), *pauses], default=math.inf)
+        alone = changes.alone and not changes.start
+        ends = (failed.ends_s(alone=alone) for tp, failed in self.failures.items() if changes.missing.get(tp))
+        self.due_s = min([*self.starts.values(), *(end_s for end_s in ends if end_s > now_s)], default=math.inf)
 
     def _surplus(
         self, serving: Mapping[int, list[EngineState]], missing: bool, lacking: int, *, starts: bool
