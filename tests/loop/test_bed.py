@@ -1,5 +1,6 @@
 """The bed without its processes: how vLLM is paced, and what is checked."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,10 @@ from tools.loop import bed
 from tools.loop.bed import FLAGS, LoopBed, LoopError
 from tools.loop.plan import KIND, Plan, kv_blocks, physics
 from tools.nvml.build import NAME
-from tools.nvml.machine import Machine, a100
+from tools.nvml.machine import Machine
 from tools.testbed.engines.vllm_pace import Batch, FakeGpu, Pacer
 
-PARTS = a100(context_keeps_clock=True)
+PARTS = (bed.modelled_part(),)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,16 @@ def test_vllm_has_the_pace_and_the_watts_of_the_modelled_gpu(machine, tmp_path):
     found = bed.pace(machine, PARTS[0], tmp_path / "steps.csv").physics
     assert (found.kind, found.tp) == (KIND, 1)
     assert set(found.busy_w) == {str(mhz) for mhz in physics().gpu.clocks_mhz}
+
+
+def test_no_step_draws_more_than_the_fake_gpu_can():
+    part, rng, law = PARTS[0], random.Random(1), physics()
+    for mhz, busy_w in zip(part.clocks_mhz, part.busy_w, strict=True):
+        for _ in range(20):
+            sequences, prompts = rng.randint(0, 63), rng.choice((0, 1, 100, 700, 2048))
+            if sequences or prompts:
+                batch = Batch(sequences, sequences * rng.randint(1, 4096), prompts, prompts * rng.uniform(1.0, 4000.0))
+                assert part.idle_w < law.iteration(mhz, *batch)[1] <= busy_w, batch
 
 
 def test_the_fake_gpu_draws_what_the_physics_says(machine, monkeypatch):

@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from tools.loop.plan import (
@@ -23,6 +24,7 @@ from tools.loop.plan import (
     TP,
     Plan,
     kv_blocks,
+    physics,
 )
 from tools.nvml.build import NAME
 from tools.nvml.machine import STATE, FakeGpu, Machine, Part, a100
@@ -43,6 +45,7 @@ FLAGS = (
     *("--block-size", str(BLOCK_TOKENS), "--num-gpu-blocks-override", str(kv_blocks() + 1)),
 )
 FREE_S = 2.0
+HEADROOM = 1.001
 
 
 class LoopError(Exception):
@@ -141,7 +144,7 @@ class LoopBed:
 def opened(workspace: Workspace, plan: Plan) -> Iterator[LoopBed]:
     """All of it, but for gateways and meters. Raises MissingError, ProcessError, LoopError."""
     folder, venv, clients = workspace.folder, workspace.environment("vllm"), workspace.environment("clients")
-    (part,) = a100(model=MODEL, tp=TP, context_keeps_clock=True)
+    part = modelled_part()
     with ExitStack() as stack:
         machine = stack.enter_context(Machine.create(folder / "gpus", [part]))
         seen = machine.environment()
@@ -164,6 +167,23 @@ def opened(workspace: Workspace, plan: Plan) -> Iterator[LoopBed]:
             clients=clients,
             tokenizer=tokenizer_cache(model, folder / "tokenizer"),
         )
+
+
+def modelled_part() -> Part:
+    """The GPU, which at full utilisation draws what the heaviest step draws: those with prompts more than decoding."""
+    law = physics()
+    (part,) = a100(model=MODEL, tp=TP, context_keeps_clock=True)
+    batches = (0, 1, MAX_BATCH // 4, MAX_BATCH)
+    steps = [
+        (batch, batch * context, prompts, prompts * pairs)
+        for batch in batches
+        for context in (16, CONTEXT_TOKENS)
+        for prompts in (0, 16, BUDGET_TOKENS // 4, BUDGET_TOKENS)
+        for pairs in (8.0, prompts / 2, CONTEXT_TOKENS - prompts / 2)
+        if batch or prompts
+    ]
+    most_w = [max(law.iteration(mhz, *step)[1] for step in steps) for mhz in part.clocks_mhz]
+    return replace(part, busy_w=tuple(accumulate((HEADROOM * watts for watts in most_w), max)))
 
 
 def pace(machine: Machine, part: Part, log: Path) -> Settings:
