@@ -194,6 +194,20 @@ def test_one_configuration_for_every_command(monkeypatch):
     assert (options["batching"]["max_batch"], options["noise"]["time"], options["throttle"]["margin"]) == (8, 0, 0.1)
 
 
+def test_a_pool_begins_with_the_engines_asked_for_and_keeps_them(monkeypatch):
+    arguments = ["--trace", SHORT, "--policy", "triton", "--slo-e2e", "30", "--sizes", "2,4", "--gpus", "9"]
+    assert run(monkeypatch, "simulate", *arguments, "--engines", "2:2,4:1", "--json", "a.json") == 0
+    found = json.loads(Path("a.json").read_text())
+    assert found["runs"][0]["engines"] == [[0.0, {"2": 2, "4": 1}]]
+    assert (found["scenario"]["gpus"], found["scenario"]["engines_at_start"]) == (9, {"2": 2, "4": 1})
+
+
+@pytest.mark.parametrize("engines", ["2", "2:0", "2:1,2:1", "a:b", "2:1:1", ""])
+def test_engines_that_are_none_are_an_error(monkeypatch, capsys, engines):
+    assert run(monkeypatch, "simulate", "--trace", SHORT, "--gpus", "8", "--engines", engines) != 0
+    assert "must be sizes and how many of each, as in 1:4,2:1" in capsys.readouterr().err
+
+
 def test_a_former_name_is_noted(monkeypatch, capsys):
     arguments = ["--trace", SHORT, "--policy", "triton", "--set", "engine.max_batch=8", "--slo-e2e", "9"]
     assert run(monkeypatch, "simulate", *arguments) == 0

@@ -82,6 +82,19 @@ def parsed_sizes(tp: int | None, sizes: str | None, default: int = 4) -> tuple[i
         raise ValueError(f"--sizes {sizes}: must be whole numbers with commas between, as in 1,2,4") from None
 
 
+def parsed_engines(engines: str | None) -> dict[int, int] | None:
+    """How many engines of each size, from --engines; None where it was not given."""
+    if engines is None:
+        return None
+    try:
+        found = [(int(tp), int(count)) for tp, count in (part.split(":") for part in engines.split(","))]
+    except ValueError:
+        found = []
+    if not found or len(dict(found)) < len(found) or min(count for _, count in found) < 1:
+        raise ValueError(f"--engines {engines}: must be sizes and how many of each, as in 1:4,2:1")
+    return dict(found)
+
+
 def parsed_duration(flag: str, text: str | None) -> float | None:
     """Seconds, or None where the flag was not given."""
     from throttllem.option_sources import seconds

@@ -7,7 +7,7 @@ simulates one policy, `run_all` several side by side. Knows nothing of the comma
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -50,7 +50,8 @@ class Study:
 
     `peak_rps`: requests/s of the busiest minute, "max" for the maximum load of the largest engine (of all that fit a
     pool), None for the trace as it is. `columns`: those of a trace file (`traces.formats.parse_columns`). `gpus`: those
-    of a pool of engines; None: one engine at a time. `slo_e2e_s` None: the E2E p99 that `characterize` finds for the
+    of a pool of engines; None: one engine at a time. `engines`: how many of each size the pool begins with; None: as
+    many of the largest as fit. `slo_e2e_s` None: the E2E p99 that `characterize` finds for the
     largest engine. `slo_tbt_s` None: SLO_TBT_S.
     """
 
@@ -69,6 +70,7 @@ class Study:
     seed: int = 0
     count_freed_gpus: bool = False
     gpus: int | None = None
+    engines: Mapping[int, int] | None = None
     options: Options = field(default_factory=Options)
 
     def prepare(
@@ -121,13 +123,22 @@ class Study:
             seed=self.seed,
             count_freed_gpus=self.count_freed_gpus,
             gpus=self.gpus,
+            engines=self.engines,
         )
         return scenario, policies
 
     def _check_pool(self, fleet: Fleet, policies: Sequence[Policy]) -> None:
         """Raise ValueError for what a pool cannot do."""
         if self.gpus is None:
+            if self.engines is not None:
+                raise ValueError("--engines: is for a pool; give its GPUs with --gpus")
             return
+        for tp in self.engines or ():
+            if tp not in fleet.sizes:
+                raise ValueError(f"--engines: TP {tp} is none of --sizes {','.join(map(str, fleet.sizes))}")
+        taken = sum(tp * count for tp, count in (self.engines or {}).items())
+        if taken > self.gpus:
+            raise ValueError(f"--engines: need {taken} GPUs, and there are --gpus {self.gpus}")
         if self.gpus < fleet.sizes[-1]:
             raise ValueError(f"--gpus {self.gpus}: an engine of TP {fleet.sizes[-1]} does not fit; give more, or --tp")
         if self.options.faults.gpus_per_host < fleet.sizes[-1]:
@@ -159,6 +170,7 @@ class Scenario:
     seed: int
     count_freed_gpus: bool = False
     gpus: int | None = None
+    engines: Mapping[int, int] | None = None
     slo_assumed: tuple[str, ...] = ()
     """The fields of `slo` that nobody set."""
 
@@ -174,11 +186,12 @@ class Scenario:
 
     @property
     def pool(self) -> PoolOptions | None:
-        """A pool full of engines of the largest size; None: one engine at a time."""
+        """The pool: with the engines asked for, or full of those of the largest size; None: one engine at a time."""
         if self.gpus is None:
             return None
         bare_w = self.fleet.physics[self.largest].gpu.power.bare_idle_w
-        return PoolOptions(gpus=self.gpus, engines={self.largest: self.gpus // self.largest}, free_w=bare_w)
+        engines = self.engines or {self.largest: self.gpus // self.largest}
+        return PoolOptions(gpus=self.gpus, engines=engines, free_w=bare_w)
 
     def run(
         self, policy: Policy, progress: Callable[[float], None] = lambda _: None, watch: Watch | None = None
@@ -190,7 +203,9 @@ class Scenario:
         recorder = Recorder(bin_s=max(1.0, self.trace.duration_s / _BINS), estimate=estimate)
         simulation = Simulation(controller, self.machine(), recorder, seed=self.seed, watch=watch)
         simulation.run(
-            self.requests(batch=policy.gathers), self.largest, lambda arrived: progress(arrived / self.trace.requests)
+            self.requests(batch=policy.gathers),
+            max(self.engines or (self.largest,)),
+            lambda arrived: progress(arrived / self.trace.requests),
         )
         return recorder.result(
             policy=policy.name,
@@ -287,6 +302,7 @@ class Scenario:
             "options": {name: asdict(getattr(self.options, name)) for name in _SECTIONS},
             "count_freed_gpus": self.count_freed_gpus,
             "gpus": self.gpus,
+            "engines_at_start": None if self.pool is None else dict(self.pool.engines),
             "seed": self.seed,
         }
 

@@ -25,6 +25,7 @@ from throttllem.cli.arguments import (
     check_target,
     load,
     parsed_duration,
+    parsed_engines,
     parsed_sizes,
     write_json,
 )
@@ -95,6 +96,14 @@ def simulate(
             "+autoscale as many of each size as the load calls for. GPUs of no engine count. Default: one engine.",
         ),
     ] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(
+            "--engines",
+            help="With --gpus: how many engines of each of --sizes it begins with, as in 1:4,2:1; without +autoscale "
+            "it keeps them. Default: as many of the largest size as fit.",
+        ),
+    ] = None,
     co2_g_per_kwh: Annotated[
         float | None, typer.Option("--co2-g-per-kwh", help="Grams of CO2 of a kWh; default 445, the world's average.")
     ] = None,
@@ -143,6 +152,7 @@ def simulate(
         seed=seed,
         count_freed_gpus=count_freed_gpus,
         gpus=gpus,
+        engines=parsed_engines(engines),
         options=loaded.options,
     )
     run_study(study, loaded, json_file, out)
