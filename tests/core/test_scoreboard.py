@@ -329,3 +329,11 @@ def test_tokens_that_are_not_sure_are_those_beyond_the_expected_ones():
     assert (known.unsure_tokens, bounded.unsure_tokens) == (0, 12)
     bounded.output_tokens, bounded.done_tokens = 40, 8  # it has outgrown its prediction
     assert bounded.unsure_tokens == 32
+
+
+def test_no_fewer_tokens_than_none_are_unsure():
+    """An end that lies beyond the projection would be read from outside of it."""
+    assert (
+        SequenceState(request=request(1, 4, 8), predicted_tokens=8, output_tokens=3, expected_tokens=8).unsure_tokens
+        == 0
+    )

@@ -518,7 +518,7 @@ def _surely_fits(
         return False  # most that fail, fail here
     kv_blocks, prompts, longest, later, tbt_s = external_blocks, 0, 0, 0, np.inf
     for i in range(count):
-        tokens = max(running[2, i] - first, 1) + running[1, i] + first - running[0, i]
+        tokens = max(running[2, i] - first, 1) + running[1, i] + max(first - running[0, i], 0)
         kv_blocks += (tokens + block - 1) // block
         tbt_s = min(tbt_s, limits[1, i])
     for i in range(requests):

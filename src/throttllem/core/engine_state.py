@@ -70,6 +70,10 @@ class EngineState:
     slowed_s: float = -math.inf
     disturbed_s: float = -math.inf
 
+    def __post_init__(self) -> None:
+        if self.spec is not None and self.table is not None and self.spec.clocks_mhz != self.table.clocks_mhz:
+            raise ValueError(f"engine {self.engine}: has other clocks than its performance table")
+
     @property
     def slowed(self) -> bool:
         """Whether a lower clock than the maximum is in force."""

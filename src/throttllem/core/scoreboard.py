@@ -120,7 +120,7 @@ class SequenceState:
         """Tokens of the prediction in force beyond those expected; once it was outgrown, all that remain of it."""
         if self.output_tokens > self.predicted_tokens:
             return self.remaining_tokens
-        return self.output_tokens - (self.output_tokens if self.expected_tokens is None else self.expected_tokens)
+        return 0 if self.expected_tokens is None else max(0, self.output_tokens - self.expected_tokens)
 
     def generated_tokens(self, iteration: int) -> int:
         """Output tokens that are out when `iteration` is over."""

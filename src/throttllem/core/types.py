@@ -6,8 +6,10 @@ without the run that they came from.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 
 class OptionError(ValueError):
@@ -127,6 +129,13 @@ class EngineSpec:
     startup_s: float
     prefix_caching: bool = False
     unknown: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        capacities = ("kv_blocks", "block_tokens", "max_batch", "max_context_tokens", "prefill_budget_tokens")
+        check("engine", **{name: (getattr(self, name), 1, math.inf) for name in capacities})
+        clocks = self.clocks_mhz
+        if not clocks or clocks[0] < 1 or any(low >= high for low, high in pairwise(clocks)):
+            raise OptionError("engine", "clocks_mhz", clocks, "must be positive, ascending and not empty")
 
 
 class Reason(StrEnum):

@@ -25,13 +25,13 @@ def controller(policy=ClockPolicy.THROTTLLEM, **changes):
     return ClockController(ThrottleOptions(policy=policy, **plain | changes), LoadEstimator(window_s=60.0), Margins())
 
 
-def engine(*pending, table=TICKS, clock_mhz=TOP_MHZ, target_mhz=TOP_MHZ, **changes):
+def engine(*pending, spec=SPEC, table=TICKS, clock_mhz=TOP_MHZ, target_mhz=TOP_MHZ, **changes):
     """An engine in its iteration 0 from second 0 on, with these requests pending."""
     board = Scoreboard(SPEC.block_tokens)
     for one in pending:
         board.dispatch(one)
     return EngineState(
-        engine=3, tp=1, spec=SPEC, table=table, board=board, clock_mhz=clock_mhz, target_mhz=target_mhz, **changes
+        engine=3, tp=1, spec=spec, table=table, board=board, clock_mhz=clock_mhz, target_mhz=target_mhz, **changes
     )
 
 
@@ -294,8 +294,8 @@ def test_waiting_requests_count_as_requests_and_do_not_force_the_maximum_clock()
 def test_one_clock_lower_is_worth_a_switch_only_where_few_were_profiled(apart_mhz, above, why):
     clocks = tuple(range(CLOCKS_MHZ[0], TOP_MHZ + 1, apart_mhz))
     fine = spec(clocks_mhz=clocks)
-    busy = engine(sequence(1, 4, 32), table=table(fine), clock_mhz=clocks[above], target_mhz=clocks[above])
-    busy.spec = fine
+    at = {"clock_mhz": clocks[above], "target_mhz": clocks[above]}
+    busy = engine(sequence(1, 4, 32), spec=fine, table=table(fine), **at)
     assert planned(loaded(), busy, 50.0) == plan(clocks[above if why is Reason.NOT_WORTH else 0], why)
 
 

@@ -234,3 +234,12 @@ def test_packing_is_a_prefix_within_the_budget(prompts, decode_sequences, budget
     assert sum(taken) <= room or (len(taken) == 1 and not chunked)
     if chunked and len(prompts) <= slots:
         assert sum(taken) == min(room, sum(prompts)), "no room is left over"
+
+
+@pytest.mark.parametrize("changes", [{"output": 2**40}, {"earliest": 2**40}])
+def test_a_horizon_beyond_all_memory_is_an_error(changes):
+    engine = spec()
+    board = Scoreboard(engine.block_tokens)
+    board.dispatch(sequence(1, 4, **({"output": 4} | changes)))
+    with pytest.raises(ValueError, match="more iterations than any request takes"):
+        project(board, engine, first=0)

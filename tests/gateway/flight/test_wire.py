@@ -33,18 +33,30 @@ requests = st.builds(
     Request,
     id=whole,
     arrival_s=st.floats(allow_nan=False),
-    prompt_tokens=whole,
-    max_tokens=whole,
+    prompt_tokens=st.integers(0, 2**31),
+    max_tokens=st.integers(0, 2**31),
     slo=slos,
     output_tokens=st.none() | whole,
-    sequences=whole,
+    sequences=st.integers(1, 2**53),
     caller=st.text(st.characters()),
     model=st.text(),
 )
 finite = st.floats(allow_nan=False)
-specs = st.builds(EngineSpec, idle_w=finite, startup_s=finite)
+capacity = st.integers(1, 2**53)
+specs = st.builds(
+    EngineSpec,
+    kv_blocks=capacity,
+    block_tokens=capacity,
+    max_batch=capacity,
+    max_context_tokens=capacity,
+    prefill_budget_tokens=capacity,
+    clocks_mhz=st.sets(st.integers(1, 10_000), min_size=1).map(lambda clocks: tuple(sorted(clocks))),
+    idle_w=finite,
+    startup_s=finite,
+)
 drawn = {
     Arrived: st.builds(Arrived, request=requests),
+    Stepped: st.builds(Stepped, iteration=st.integers(0, 2**53)),
     EngineReady: st.builds(EngineReady, engine=whole, spec=specs),
     ClockRead: st.builds(ClockRead, switch_s=st.none() | finite),
     RateChanged: st.builds(RateChanged, tokens_per_step=finite),
@@ -60,6 +72,18 @@ def test_every_event_comes_back(event):
     again = wire.event_from(json.loads(text))
     assert again == event
     assert wire.dumps(wire.to_json(again)) == text
+
+
+@pytest.mark.parametrize(
+    ("event", "problem"),
+    [
+        ({"k": "Stepped", "engine": 0, "iteration": -1}, "iteration: -1 is not between 0 and"),
+        ({"k": "Stepped", "engine": 0, "iteration": 2**60}, "iteration: 1152921504606846976 is not between 0 and"),
+    ],
+)
+def test_counts_that_no_engine_gives_are_refused(event, problem):
+    with pytest.raises(wire.WireError, match=problem):
+        wire.event_from(event)
 
 
 @given(commands, st.data())

@@ -36,6 +36,9 @@ from throttllem.core.types import EngineSpec
 
 Ints = npt.NDArray[np.int64]
 
+_MOST_ITERATIONS = 1 << 22
+"""No request takes more; a projection of more would take all memory."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projection:
@@ -173,6 +176,8 @@ def _accumulated(
             begin[i] = begins[i - count]
             end[i] = starts[i - count] + pending[i - count, 1]
         horizon = max(horizon, end[i])
+    if horizon > _MOST_ITERATIONS:
+        raise ValueError("a projection has more iterations than any request takes")
     batch, kv_blocks = np.zeros(horizon + 1, dtype=np.int64), np.zeros(horizon + 1, dtype=np.int64)
     grows = np.zeros(horizon + 1, dtype=np.int64)
     for i in range(requests):
@@ -217,6 +222,8 @@ def _placed(waiting: Ints, decoding: int, budget: int, max_batch: int, chunked: 
     left, prefill = waiting[:, 0].copy(), np.zeros(16, dtype=np.int64)
     begun = started = offset = 0
     while started < prompts:
+        if offset > _MOST_ITERATIONS:
+            raise ValueError("a projection has more iterations than any request takes")
         if offset == prefill.size:
             prefill = np.concatenate((prefill, np.zeros_like(prefill)))
         done, room = started, budget - decoding - started

@@ -23,8 +23,8 @@ import numpy as np
 from throttllem.core.forecast.performance_table import PerformanceTable
 from throttllem.core.lengths.online import OnlineLengthPredictor, OnlineMemory
 from throttllem.core.lengths.prediction import LengthPredictor, MaxTokens, Noisy, Oracle
-from throttllem.core.scoreboard import Scoreboard, ScoreboardState
-from throttllem.core.types import Command, Event
+from throttllem.core.scoreboard import Scoreboard, ScoreboardState, SequenceState
+from throttllem.core.types import Command, Event, Request, Stepped
 
 TableName = Callable[[PerformanceTable], str]
 """The name that stands for a performance table."""
@@ -37,6 +37,16 @@ _NAMES = types.MappingProxyType(
     {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
 )
 _EVENTS = types.MappingProxyType({kind.__name__: kind for kind in get_args(Event)})
+_MOST = 1 << 53
+_TOKENS = (0, 1 << 31)
+_COUNTS: Mapping[type, Mapping[str, tuple[int, int]]] = types.MappingProxyType(
+    {
+        Request: {"prompt_tokens": _TOKENS, "max_tokens": _TOKENS, "sequences": (1, _MOST), "prompts": (1, _MOST)},
+        SequenceState: {"done_tokens": _TOKENS, "output_tokens": _TOKENS, "expected_tokens": _TOKENS},
+        Stepped: {"iteration": (0, _MOST)},
+    }
+)
+"""Bounds of counts that compiled loops add up, and index by, without asking."""
 _PREDICTORS = types.MappingProxyType({kind.__name__: kind for kind in (Oracle, Noisy, MaxTokens)})
 _ONLINE = OnlineLengthPredictor.__name__
 
@@ -149,6 +159,10 @@ def _built(kind: type, data: object, where: str, tables: Tables) -> Any:
     if unknown:
         raise WireError(f"{where}: has no field {_short(unknown[0])} in this build")
     values = {name: readers[name](value, f"{where}.{name}", tables) for name, value in data.items()}
+    for name, (least, most) in _COUNTS.get(kind, {}).items():
+        count = values.get(name)
+        if count is not None and not least <= count <= most:
+            raise WireError(f"{where}.{name}: {count} is not between {least} and {most}")
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:
