@@ -104,6 +104,14 @@ class World:
         self.waiting.append(request.id)
         return self.send(Arrived(request=request))
 
+    def come_back(self, request_id: int):
+        """A request that its lost engine gave no byte of is tried once more, ahead of those that arrived later."""
+        assert self.ended.pop(request_id) == "failed"
+        arrival_s = self.requests[request_id].arrival_s
+        later = [other for other in self.waiting if self.requests[other].arrival_s > arrival_s]
+        self.waiting = deque([*(other for other in self.waiting if other not in later), request_id, *later])
+        return self.send(Arrived(request=self.requests[request_id], again=True))
+
     def ready(self, key: int, spec: EngineSpec):
         self.starting.pop(key, None)
         self.keys = max(self.keys, key + 1)

@@ -77,6 +77,9 @@ class Session:
         assert not self.ends and count > 0
         self.counted += count
 
+    def goes_again(self, error):
+        return False
+
     def attended(self, client):
         assert not client.blocked
 
@@ -137,7 +140,7 @@ class Models:
         self._known(parsed.model)
         return await self.engine.count(parsed)
 
-    def session(self, parsed, count, slo, slo_class=""):
+    def session(self, parsed, count, slo, slo_class="", *, repeatable):
         session = Session(models=self, slo=slo, slo_class=slo_class, caller=parsed.caller, streams=parsed.stream)
         self.sessions.append(session)
         return session

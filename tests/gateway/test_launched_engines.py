@@ -91,6 +91,73 @@ def test_an_engine_is_started_restarted_after_a_crash_and_stopped_with_the_gatew
     assert (tmp_path / f"state/engines/127.0.0.1-{port}.log").exists()
 
 
+async def counted(http, private, name):
+    text = await metrics_of(http, private)
+    return sum(float(line.split()[-1]) for line in text.split("\n") if line.startswith(name))
+
+
+async def first_token_after(http, engine, seconds):
+    async with http.post(f"{engine}/pace", json={"first_s": seconds}) as response:
+        assert response.status == 200
+
+
+@pytest.mark.parametrize("count", [2, 1])
+def test_a_request_without_a_byte_of_a_killed_engine_is_served_by_another_or_by_the_same_one_restarted(tmp_path, count):
+    ports = free_ports(count)
+    engines = tuple(entry(port, served_as=MODEL, keep_running=True) for port in ports)
+
+    async def during(http, api, private):
+        async with asyncio.timeout(20):
+            while await counted(http, private, "throttllem_engine_up{") < count:
+                await asyncio.sleep(0.01)
+        for port in ports:
+            await first_token_after(http, f"http://127.0.0.1:{port}", 2.0)
+        begun = [asyncio.create_task(stream(http, api, 5)) for _ in range(2 * count)]
+        whole = {"model": MODEL, "prompt": "Hello", "max_tokens": 3}
+        body = asyncio.create_task(http.post(f"{api}/completions", json=whole).__aenter__())
+        async with asyncio.timeout(20):
+            while await counted(http, private, "throttllem_dispatched_requests_total") < 2 * count + 1:
+                await asyncio.sleep(0.01)
+        killed = pids(tmp_path)[f"127.0.0.1-{ports[0]}"]
+        os.kill(killed, signal.SIGKILL)
+        assert await asyncio.gather(*begun) == [5] * (2 * count)
+        answer = await body
+        assert answer.status == 200, await answer.text()
+        arrived, retried, failed = [
+            await counted(http, private, f"throttllem_{name}")
+            for name in (
+                "arrived_requests_total",
+                "retried_requests_total",
+                'requests_total{model="paced",outcome="failed"}',
+            )
+        ]
+        assert (arrived, failed) == (2 * count + 1, 0), "each counts once"
+        assert retried >= 2
+
+    lived(run_gateway(options(tmp_path, engines=engines), tmp_path), during)
+
+
+def test_a_stream_in_its_midst_is_not_tried_again(tmp_path):
+    ports = free_ports(2)
+
+    async def during(http, api, private):
+        async with asyncio.timeout(20):
+            while await counted(http, private, "throttllem_engine_up{") < 2:
+                await asyncio.sleep(0.01)
+        body = {"model": MODEL, "prompt": "Hello", "max_tokens": 400, "stream": True}
+        async with http.post(f"{api}/completions", json=body) as response:
+            await response.content.readuntil(MARK)
+            for pid in pids(tmp_path).values():
+                os.kill(pid, signal.SIGKILL)
+            text = await response.read()
+        assert b"[DONE]" not in text and b'"error"' in text
+        assert await counted(http, private, "throttllem_retried_requests_total") == 0
+
+    lived(
+        run_gateway(options(tmp_path, engines=tuple(entry(port, served_as=MODEL) for port in ports)), tmp_path), during
+    )
+
+
 def test_sizes_are_processes_of_their_own_and_no_stream_is_cut_when_one_takes_over(tmp_path):
     one, two = free_ports(2)
     engines = (entry(one, served_as=MODEL), entry(two, tp=2, served_as=MODEL))

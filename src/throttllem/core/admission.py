@@ -108,6 +108,14 @@ class AdmissionQueue:
         sequence.expires_s = min(expiry_s(sequence, self._options.tables.values()), patient_until_s)
         self._note_expiry(sequence)
 
+    def push_back(self, sequence: SequenceState) -> None:
+        """A request that was dispatched before joins ahead of those that arrived later. O(n)."""
+        arrival_s = sequence.request.arrival_s
+        later = [key for key, other in self.waiting.items() if other.request.arrival_s > arrival_s]
+        self.push(sequence)
+        for request_id in later:
+            self.waiting.move_to_end(request_id)
+
     def restore(self, waiting: Iterable[SequenceState], head: Verdict | None, held: Iterable[SequenceState]) -> None:
         """Continue, in a new queue, from what another one held."""
         self.head = head

@@ -142,6 +142,8 @@ class Controller:
                 changed = False
             case Timer() if now_s >= self._engines.due_s:
                 self._mark_due(now_s)
+            case Arrived(request=request, again=True):
+                self._came_back(request, commands)
             case Arrived(request=request):
                 self._arrived(request, now_s, commands)
             case Cancelled(request_id=request_id):
@@ -464,6 +466,19 @@ class Controller:
         self._load.arrived(
             request, now_s, predicted_tokens=predicted, expected_tokens=predicted if expected is None else expected
         )
+
+    def _came_back(self, request: Request, commands: list[Command]) -> None:
+        """A request that ended on an engine without a byte of its output joins the queue where it would be by its
+        arrival. The load has it already, and it had its place in the queue: no limit is checked again.
+        """
+        self._counts["retried"] += 1
+        self._counts["failed"] -= 1
+        why = refused_by_all(request, self._engines.specs)
+        if why is not None:
+            self._reject(request.id, why, commands)
+            return
+        sequence = SequenceState.planned(request, self._predictor.predict(request), self.options.inflation)
+        self._queue.push_back(sequence)
 
     def _may_hold(self, sequence: SequenceState, now_s: float) -> bool:
         """Whether a request that has just come is held, and its `hold_until_s`: only with least energy, the policy that

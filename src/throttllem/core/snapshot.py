@@ -16,7 +16,10 @@ from throttllem.core.types import FrequencyPlan, Verdict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Requests so far. `lost` are finished ones that could not meet their SLOs; `failed` include cancelled ones."""
+    """Requests so far. `lost` are finished ones that could not meet their SLOs; `failed` include cancelled ones.
+
+    Requests that came back from an engine are counted once in all of these but `dispatched`, and in `retried`.
+    """
 
     arrived: int = 0
     dispatched: int = 0
@@ -24,6 +27,7 @@ class Counts:
     rejected: int = 0
     failed: int = 0
     lost: int = 0
+    retried: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -206,9 +206,10 @@ class FrequencyPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrived:
-    """A request arrived."""
+    """A request arrived; `again`: it comes back from an engine that was lost, or left it, before it gave a byte."""
 
     request: Request
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

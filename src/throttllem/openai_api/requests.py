@@ -105,6 +105,11 @@ class ParsedRequest:
         return self.api in (Api.CHAT, Api.RESPONSES, Api.MESSAGES)
 
     @property
+    def repeatable(self) -> bool:
+        """Whether it may be sent to an engine twice: what /v1/responses makes is stored, or goes on in background."""
+        return self.api is not Api.RESPONSES
+
+    @property
     def service_tier(self) -> str | None:
         """The service tier that the body names, None if it names none; any other value is the engine's to refuse."""
         tier = self.fields.get("service_tier")

@@ -41,6 +41,10 @@ class PoolMachine(ControllerMachine):
         ran = {request for request, on in world.on.items() if on == key}
         commands = world.lose(key)
         assert {command.request_id for command in commands if isinstance(command, Fail)} == ran
+        for request_id in sorted(ran):
+            if data.draw(st.booleans(), label="had no byte"):
+                world.come_back(request_id)
+                assert world.on.get(request_id) != key
 
     @precondition(lambda self: self.world.starting)
     @rule(seconds=st.sampled_from([5.0, 25.0, 100.0]))

@@ -97,7 +97,7 @@ class Backend:
     _numbers_steps: bool = False
     _task: asyncio.Task[None] | None = None
     _checking: asyncio.Task[None] | None = None
-    _if_healthy: list[Event] = field(default_factory=list)
+    _if_healthy: list[tuple[int | None, Event]] = field(default_factory=list)
     _retiring: asyncio.Task[None] | None = None
     _timer: asyncio.TimerHandle | None = None
 
@@ -257,7 +257,7 @@ class Backend:
         engine's requests are ended by EngineLost.
         """
         if if_healthy is not None:
-            self._if_healthy.append(if_healthy)
+            self._if_healthy.append((self.key, if_healthy))
         if self._checking is None or self._checking.done():
             self._checking = asyncio.get_running_loop().create_task(self._check())
 
@@ -272,9 +272,10 @@ class Backend:
             except Exception:  # a fault of ours is no evidence against the engine; `watch` goes on
                 log.exception("the health of engine %s cannot be checked", self.name)
             finally:
-                for event in waiting:  # the core ignores it if the engine is lost
+                for suspected, event in waiting:
                     assert self._emit is not None
-                    self._emit(event)
+                    if self.key == suspected:  # else the engine is lost, and its requests may be elsewhere by now
+                        self._emit(event)
             if not self._if_healthy:
                 return
 

@@ -231,6 +231,34 @@ class ControlLoop:
             self._forget(session)
         self._count(session, served=False if engine_failed else None)
 
+    def come_back(self, session: Session) -> None:
+        """An engine broke off a request before its client got a byte: it is tried once more, as soon as the engine is
+        known to be well or lost.
+        """
+        backend = session.backend
+        if backend is None or backend.state != "up":
+            return self.leave(session, EngineError("the engine is gone"))
+        backend.left(session.request.id)
+        session.checking = True
+        session.came_back(interrupt=False)
+        backend.suspect(if_healthy=Cancelled(request_id=session.request.id))
+
+    def _came_back(self, request_id: int) -> bool:
+        """The core has taken a request out of an engine: whether it is tried once more, with its arrival and SLO. The
+        joules of its first try stay those of the engine.
+        """
+        session = self._sessions.get(request_id)
+        if session is None or not (session.checking or session.returns):
+            return False
+        if not session.checking:
+            assert session.backend is not None
+            session.backend.left(request_id)
+            session.came_back(interrupt=True)
+        session.checking = False
+        log.warning("request %d had no byte when its engine ended it: it is tried once more", request_id)
+        self.handle(Arrived(request=session.request, again=True))
+        return True
+
     def fail(self, session: Session, failure: ApiError) -> None:
         """End a request from this side, if it has not ended."""
         if session.ended:
@@ -360,8 +388,11 @@ class ControlLoop:
             case SetClock(engine=key, plan=plan):
                 if key not in self._in_doubt and (backend := self._by_key(key)):
                     backend.clock.set(plan, since_s)
-            case Reject(request_id=request_id, why=why) | Fail(request_id=request_id, why=why):
+            case Reject(request_id=request_id, why=why):
                 self._reject(request_id, why)
+            case Fail(request_id=request_id, why=why):
+                if not self._came_back(request_id):
+                    self._reject(request_id, why)
             case StartEngine(engine=key, tp=tp):
                 free = [backend for backend in self.backends if backend.key is None and backend.tp == tp]
                 assert free, f"the core commanded one engine of TP {tp} more than there are"
@@ -369,8 +400,10 @@ class ControlLoop:
             case StopEngine(engine=key):
                 if backend := self._by_key(key):
                     backend.retire()
-            case Cancel():
-                pass  # the session was closed before the core got the event
+            case Cancel(request_id=request_id):
+                # Of others the session was closed before the core got the event.
+                if (left := self._sessions.get(request_id)) is not None and left.checking:
+                    self._came_back(request_id)
 
     def _reject(self, request_id: int, why: Reason) -> None:
         session = self._sessions.pop(request_id, None)

@@ -141,8 +141,11 @@ class Models:
             backend.estimated(found.by)
         return found
 
-    def session(self, parsed: ParsedRequest, count: PromptCount, slo: Slo, slo_class: str = "") -> Session:
-        """The session of a controlled request, not yet handed to the core. Raises ApiError (404, 503)."""
+    def session(
+        self, parsed: ParsedRequest, count: PromptCount, slo: Slo, slo_class: str = "", *, repeatable: bool = False
+    ) -> Session:
+        """The session of a controlled request, not yet handed to the core; `repeatable`: it may be sent to an engine
+        twice, and the caller waits for a place again when it `goes_again`. Raises ApiError (404, 503)."""
         loop = self._loop(parsed.model)
         serving = loop.serving()
         connected = serving.connected if serving is not None else None
@@ -182,7 +185,14 @@ class Models:
             caller=parsed.caller,
             model=parsed.model or connected.models[0],
         )
-        return Session(loop=loop, request=request, streams=parsed.stream, chat=parsed.is_conversation, count=counted)
+        return Session(
+            loop=loop,
+            request=request,
+            streams=parsed.stream,
+            chat=parsed.is_conversation,
+            count=counted,
+            repeatable=repeatable,
+        )
 
     async def uncontrolled_backend(self, model: str | None) -> Backend:
         """The backend of a request without control (None: the first model). Raises ApiError (404, 503)."""

@@ -11,7 +11,7 @@ It belongs to the task that entered it. The control loop interrupts that task if
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from throttllem.core.types import Event, Request
@@ -29,6 +29,10 @@ class Client(Protocol):
     def blocked(self) -> bool:
         """Whether it is waited for."""
 
+    @property
+    def untouched(self) -> bool:
+        """Whether it has got nothing of the output yet."""
+
 
 class Loop(Protocol):
     """What a session calls: the control loop (gateway/control/loop.py), on whose time line all seconds are."""
@@ -44,6 +48,9 @@ class Loop(Protocol):
 
     def leave(self, session: Session, error: BaseException | None) -> None:
         """It ends unfinished."""
+
+    def come_back(self, session: Session) -> None:
+        """Its engine broke off before the client got a byte."""
 
     def handle(self, event: Event) -> None:
         """An event for the core."""
@@ -73,6 +80,9 @@ class Session:
     """Seconds on the control loop's time line; None: not yet. `received_s`: when the engine last sent bytes of it
     without a token. `count`: of the prompt, before it was sent; `usage`: what the engine counted itself. `failure`
     is what the control loop ended it with.
+
+    `repeatable`: it may be sent to an engine twice; `retried`: it came back from one; `checking`: it is not known yet
+    whether that one is lost.
     """
 
     loop: Loop
@@ -80,6 +90,9 @@ class Session:
     streams: bool
     chat: bool = False
     count: PromptCount = NO_COUNT
+    repeatable: bool = False
+    retried: bool = False
+    checking: bool = False
     backend: Backend | None = None
     dispatched_s: float | None = None
     first_token_s: float | None = None
@@ -122,6 +135,22 @@ class Session:
         """Wait until the core dispatches the request; the backend to send it to."""
         assert self._placed is not None
         return await self._placed
+
+    @property
+    def returns(self) -> bool:
+        """Whether it is tried once more if its engine ends it now: never twice, nor once the client got a byte."""
+        untouched = self._client is None or self._client.untouched
+        return self.repeatable and untouched and not (self.retried or self.ended) and self.backend is not None
+
+    def goes_again(self, error: BaseException) -> bool:
+        """Whether `placed` is to be waited for once more after `error`, which ended the try at an engine."""
+        if self._interrupted and self.failure is None and self._task is not None:
+            self._interrupted = False
+            return self._task.uncancel() <= self._cancelling  # another cancellation of the task still counts
+        if isinstance(error, EngineError) and error.unreachable and self.returns:
+            self.loop.come_back(self)
+            return not self.ended
+        return False
 
     def tokens(self, count: int = 1) -> None:
         """`count` output tokens came, of all choices together."""
@@ -187,6 +216,20 @@ class Session:
         self.backend, self.dispatched_s = backend, now_s
         if self._placed is not None and not self._placed.done():
             self._placed.set_result(backend)
+
+    def came_back(self, *, interrupt: bool) -> None:
+        """Nothing of it is in an engine any more, and it waits for a place again; `interrupt` the task that relays."""
+        # Prefixes were in the cache of the engine that it left.
+        self.request = replace(
+            self.request, cached_prompt_tokens=0, common_prompt_tokens=0, prefix_of=None, prefix_tokens=0
+        )
+        self.retried, self.backend, self._client, self.dispatched_s = True, None, None, None
+        self.first_token_s = self.last_token_s = self.received_s = None
+        self.generated_tokens, self.usage = 0, NO_USAGE
+        self._placed = asyncio.get_running_loop().create_future()
+        if interrupt and self._task is not None:
+            self._interrupted = True
+            self._task.cancel()
 
     def fail(self, failure: ApiError) -> None:
         """End it from the control loop: `placed` raises, or the task that relays the output is interrupted."""

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from throttllem.config import Options
-from throttllem.engines.base import Call, Headers
+from throttllem.engines.base import Call, EngineError, Headers
 from throttllem.gateway.bounds.connections import too_many_connections
 from throttllem.gateway.bounds.held_bytes import HeldBytes
 from throttllem.gateway.control.models import Models
@@ -254,28 +254,33 @@ class Gateway:
         parsed = parsed.counted()
         if len(parsed.body) > LARGE_BYTES:
             exchange.hold(len(parsed.body))
-        async with self._models.session(parsed, count, slo, slo_class) as session:
-            backend = await session.placed()
-            call = Call(
-                method="POST",
-                path=_target(exchange),
-                headers=self._headers(exchange),
-                body=parsed.body,
-                request_id=session.request.id,
-                request=parsed,
-                prompt_tokens=count.tokens,
-                max_tokens=parsed.max_tokens,
-            )
-            async with backend.engine.open(call) as reply:
-                await relay.relay(
-                    exchange,
-                    reply,
-                    session,
-                    api=parsed.api,
-                    echo=parsed.echo,
-                    metrics=parsed.metrics,
-                    held_bytes=self._limits.body_bytes,
-                )
+        async with self._models.session(parsed, count, slo, slo_class, repeatable=parsed.repeatable) as session:
+            while True:
+                try:
+                    backend = await session.placed()
+                    call = Call(
+                        method="POST",
+                        path=_target(exchange),
+                        headers=self._headers(exchange),
+                        body=parsed.body,
+                        request_id=session.request.id,
+                        request=parsed,
+                        prompt_tokens=count.tokens,
+                        max_tokens=parsed.max_tokens,
+                    )
+                    async with backend.engine.open(call) as reply:
+                        return await relay.relay(
+                            exchange,
+                            reply,
+                            session,
+                            api=parsed.api,
+                            echo=parsed.echo,
+                            metrics=parsed.metrics,
+                            held_bytes=self._limits.body_bytes,
+                        )
+                except (EngineError, asyncio.CancelledError) as error:
+                    if not session.goes_again(error):
+                        raise
 
     async def _pass_on(self, exchange: Exchange, path: str, use: Use) -> None:
         """Without control: the engine that serves the model, the bytes as they are."""

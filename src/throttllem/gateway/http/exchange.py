@@ -302,6 +302,11 @@ class Exchange:
 
     # ---- its end ---------------------------------------------------------------------------------------------
 
+    @property
+    def untouched(self) -> bool:
+        """Whether the client has got nothing of the output: at most the head, and comments that keep it alive."""
+        return not (self.last or self.finished or self.blocked)
+
     def cut(self, cause: Cause) -> None:
         """Interrupt the task that serves this; it sees asyncio.CancelledError, and `cause`."""
         if self.cause is None and self._task is not None:

@@ -56,6 +56,11 @@ _MODEL_GAUGES: tuple[tuple[str, str, ModelRead], ...] = (
 _MODEL_COUNTERS: tuple[tuple[str, str, ModelRead], ...] = (
     ("throttllem_arrived_requests", "Requests under control.", lambda model: model.counts.arrived),
     ("throttllem_dispatched_requests", "Requests given to an engine.", lambda model: model.counts.dispatched),
+    (
+        "throttllem_retried_requests",
+        "Requests that were tried once more, as their engine broke off before it gave a byte.",
+        lambda model: model.counts.retried,
+    ),
     ("throttllem_lost_requests", "Finished requests that were marked lost.", lambda model: model.counts.lost),
     ("throttllem_slo_requests", "Ended requests that had an SLO.", lambda model: model.ever.with_slo),
     ("throttllem_slo_met_requests", "Those of them that met all SLOs.", lambda model: model.ever.met),
