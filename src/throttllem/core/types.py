@@ -7,7 +7,7 @@ without the run that they came from.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 
@@ -64,6 +64,17 @@ class Slo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePrefix:
+    """What one engine has of a request's prompt, as `Request` has it of the engine that the request is planned on."""
+
+    engine: int
+    cached_prompt_tokens: int = 0
+    common_prompt_tokens: int = 0
+    prefix_of: int | None = None
+    prefix_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One request as the gateway or a trace gives it. `output_tokens` is known in simulation only (oracle predictors).
 
@@ -73,7 +84,8 @@ class Request:
 
     Of each prompt the engine need not compute `cached_prompt_tokens`, and the sequences of one prompt hold
     `common_prompt_tokens` of it once. A request that may still run, `prefix_of`, begins with the same `prefix_tokens`.
-    All are whole KV blocks, and 0 where the engine does not cache prefixes.
+    All are whole KV blocks, and 0 where the engine does not cache prefixes. `prefixes`: the same for each of several
+    engines that serve when the request arrives.
     """
 
     id: int
@@ -91,6 +103,20 @@ class Request:
     common_prompt_tokens: int = 0
     prefix_of: int | None = None
     prefix_tokens: int = 0
+    prefixes: tuple[EnginePrefix, ...] = ()
+
+    def on(self, engine: int) -> Request:
+        """The request with what this engine has of its prompt. The same where `prefixes` is empty."""
+        if not self.prefixes:
+            return self
+        found = next((one for one in self.prefixes if one.engine == engine), EnginePrefix(engine=engine))
+        return replace(
+            self,
+            cached_prompt_tokens=found.cached_prompt_tokens,
+            common_prompt_tokens=found.common_prompt_tokens,
+            prefix_of=found.prefix_of,
+            prefix_tokens=found.prefix_tokens,
+        )
 
     @property
     def computed_prompt_tokens(self) -> int:

@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.effort import lines_executed
-from core.toy import sequence, spec
+from core.toy import request, sequence, spec
 from throttllem.core.engine_state import EngineState
 from throttllem.core.pool.routing import MOST_TRIED, Router
 from throttllem.core.scoreboard import Scoreboard
+from throttllem.core.types import EnginePrefix
 
 
 def engine(key, tp=1):
@@ -59,3 +60,37 @@ def test_the_next_engine_costs_the_same_however_many_there_are(few):
         return lines_executed(router.candidates)
 
     assert lines(256) <= lines(few) + 2
+
+
+def asked(*cached):
+    return request(99, 40, 4, prefixes=tuple(EnginePrefix(engine=key, cached_prompt_tokens=n) for key, n in cached))
+
+
+@pytest.mark.parametrize(
+    ("more", "cached", "first"),
+    [
+        (0, [(4, 8)], 4),
+        (1, [(4, 8)], 4),
+        (2, [(4, 8)], 0),
+        (0, [(4, 8), (5, 12)], 5),
+        (1, [(4, 8), (5, 8)], 5),
+        (0, [(4, 0)], 0),
+        (0, [(7, 8)], 0),
+        (0, [], 0),
+    ],
+)
+def test_a_cached_prefix_decides_between_engines_one_sequence_apart(more, cached, first):
+    router = Router({})
+    for key in range(6):
+        router.add(engine(key))
+    for number in range(more):
+        router.serving[4].board.dispatch(sequence(number, 4, 4))
+    found = router.with_prefix(asked(*cached), router.candidates())
+    assert found[0].engine == first and len({one.engine for one in found}) == MOST_TRIED
+
+
+def test_a_request_is_planned_with_what_its_engine_has():
+    it = asked((3, 8), (4, 12))
+    assert [it.on(key).computed_prompt_tokens for key in (3, 4, 5)] == [32, 28, 40]
+    assert it.on(4).on(5) == it and it.on(3).on(4) == it.on(4)
+    assert (one := request(1, 40, 4, cached_prompt_tokens=8)).on(3) is one

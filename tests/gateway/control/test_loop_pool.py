@@ -6,11 +6,13 @@ from collections import Counter
 
 import pytest
 
-from gateway.rig import outcome, rig, virtually
+from gateway.rig import outcome, parsed, rig, virtually
 from throttllem.core.clocks.policy import ClockPolicy
 from throttllem.core.clocks.sizing import AutoscaleOptions
 from throttllem.core.pool.pool import PoolOptions
-from throttllem.core.types import Dispatch, EngineLost, StopEngine
+from throttllem.core.types import Dispatch, EngineLost, Slo, StopEngine
+from throttllem.engines.base import PromptCount
+from throttllem.engines.prefix_cache import blocks_of
 from throttllem.gateway.telemetry.status import gateway_status
 
 
@@ -97,3 +99,25 @@ def test_as_many_as_the_load_calls_for_and_no_request_is_lost(policy):
     ends, (quiet, busy, _, again), stopped = virtually(run())
     assert set(ends) == {"served"}
     assert quiet == again == 1 < busy and len(stopped) >= 2
+
+
+def test_a_request_goes_to_the_engine_that_has_its_prompt_and_is_planned_with_that():
+    async def run():
+        async with rig(sizes=(1, 1), core=pool(1, 1), prefix_caching=True, block_tokens=4) as it:
+            await it.up()
+            others = blocks_of(range(40), 4, "toy"), blocks_of(range(100, 140), 4, "toy")
+            it.loop.backends[1].prefixes.sent(-1, others[0])
+            it.loop.backends[0].prefixes.sent(-2, others[1])
+            found = []
+            for blocks in (*others, blocks_of(range(200, 240), 4, "toy")):
+                count = PromptCount(tokens=40, by="test", exact=True, blocks=blocks)
+                async with it.models.session(parsed(), count, Slo()) as session:
+                    backend = await session.placed()
+                    flights = backend.progress.in_flight.values()
+                    found.append((it.loop.backends.index(backend), [flight.prompt_tokens for flight in flights]))
+                    planned = it.loop.controller._engines.by_request[session.request.id].board
+                    request = next(iter(planned.sequences())).request
+                    assert request == session.request
+            return found
+
+    assert virtually(run()) == [(1, [4]), (0, [4]), (0, [40])]

@@ -61,8 +61,9 @@ class Engines:
     def candidates(self, request: Request) -> list[EngineState]:
         """The engines to offer a request to, best first: those that can hold it, if some can."""
         if not self._mixed:
-            return self.router.candidates()
-        return self.router.candidates(lambda spec: never_fits(request, spec) is None) or self.router.candidates()
+            return self.router.with_prefix(request, self.router.candidates())
+        able = self.router.candidates(lambda spec: never_fits(request, spec) is None)
+        return self.router.with_prefix(request, able) if able else self.router.candidates()
 
     def share(self, engine: EngineState) -> float:
         """The share of the load that an engine which serves is to get."""

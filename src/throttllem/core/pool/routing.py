@@ -8,6 +8,9 @@ Knows nothing of admission, nor of why an engine serves.
 # with the lowest number. Among engines of one size that is the least loaded one. Round robin, the least loaded and the
 # better of two came out equal in energy, and filling one engine after the other dearer (docs/decisions.md).
 #
+# An engine that has part of the prompt in its prefix cache need not compute it. It comes first if it has at most one
+# sequence more for its weight than the least loaded one: so prefixes break ties, and never crowd an engine.
+#
 # The order is kept in a heap. An engine whose load fell gets a new entry at once; one whose load rose is corrected when
 # it comes to the top. So the order is a function of the scoreboards alone, and costs O(log engines) an event.
 
@@ -17,7 +20,7 @@ import heapq
 from collections.abc import Callable, Mapping
 
 from throttllem.core.engine_state import EngineState
-from throttllem.core.types import EngineSpec
+from throttllem.core.types import EngineSpec, Request
 
 MOST_TRIED = 3
 """Engines that one request is offered to at a time: where these have no room for it, few others have."""
@@ -84,12 +87,33 @@ class Router:
             heapq.heappush(self._heap, top)
         return [self.serving[key] for _, key, _ in found]
 
+    def with_prefix(self, request: Request, found: list[EngineState]) -> list[EngineState]:
+        """The engines `found` for a request, after the one that has most of its prompt cached, if that has the same
+        spec as one of them and, the request not counted, no more load than the first with it. O(`request.prefixes`).
+        """
+        if not request.prefixes or not found:
+            return found
+        least, specs = self._load(found[0]), [engine.spec for engine in found]
+        tied: list[tuple[int, float, int]] = []
+        for prefix in request.prefixes:
+            engine = self.serving.get(prefix.engine)
+            if engine is None or not prefix.cached_prompt_tokens or engine.spec not in specs:
+                continue
+            if self._sequences(engine) / self.weight_of(engine) <= least:
+                tied.append((-prefix.cached_prompt_tokens, self._load(engine), engine.engine))
+        if not tied:
+            return found
+        best = self.serving[min(tied)[2]]
+        return [best, *(engine for engine in found if engine is not best)][:MOST_TRIED]
+
     def _enter(self, engine: EngineState, load: float) -> None:
         self._count += 1
         self._entries[engine.engine] = self._count
         heapq.heappush(self._heap, (load, engine.engine, self._count))
 
     def _load(self, engine: EngineState) -> float:
+        return (self._sequences(engine) + 1) / self.weight_of(engine)
+
+    def _sequences(self, engine: EngineState) -> int:
         board = engine.board
-        sequences = board.running_sequences + board.pending_sequences + max(0, board.external.batch)
-        return (sequences + 1) / self.weight_of(engine)
+        return board.running_sequences + board.pending_sequences + max(0, board.external.batch)

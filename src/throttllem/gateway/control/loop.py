@@ -292,13 +292,13 @@ class ControlLoop:
 
     def serving(self) -> Backend | None:
         """The backend that takes new requests now; of several the one with the least to do."""
-        found = [one for one in self.backends if one.key is not None and self.controller.serves(one.key)]
-        return min(found, key=lambda one: one.in_flight + one.uncontrolled_requests + one.calls, default=None)
+        return min(
+            self.all_serving(), key=lambda one: one.in_flight + one.uncontrolled_requests + one.calls, default=None
+        )
 
-    def sole(self) -> Backend | None:
-        """The one backend that takes new requests; None: none does, or several."""
-        serving = self.serving()
-        return serving if serving is not None and self.controller.serves_alone() else None
+    def all_serving(self) -> list[Backend]:
+        """The backends that take new requests now."""
+        return [one for one in self.backends if one.key is not None and self.controller.serves(one.key)]
 
     def spec(self) -> EngineSpec | None:
         """The engine that takes new requests, or one that did."""
@@ -376,7 +376,7 @@ class ControlLoop:
             case Dispatch(engine=key, request_id=request_id):
                 session, backend = self._sessions[request_id], self._by_key(key)
                 assert backend is not None, f"the core dispatched to engine {key}, which no backend holds"
-                request = session.request
+                request = session.request = session.request.on(key)
                 backend.dispatched(
                     request_id,
                     streams=session.streams,

@@ -9,9 +9,8 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from throttllem.core.types import Request, ShuttingDown, Slo
+from throttllem.core.types import EnginePrefix, Request, ShuttingDown, Slo
 from throttllem.engines.base import Card, Connected, EngineError, OwnLimitError, PromptCount
-from throttllem.engines.prefix_cache import Prefix
 from throttllem.gateway.control import rejections
 from throttllem.gateway.control.backend import Backend
 from throttllem.gateway.control.loop import ControlLoop
@@ -163,12 +162,9 @@ class Models:
             room = min(spec.max_context_tokens, spec.kv_blocks // parsed.sequences * spec.block_tokens)
             prompt_tokens = min(prompt_tokens, room - max_tokens)
         prompt_tokens, prompts = max(1, prompt_tokens), max(1, len(parsed.prompts))
-        # Of several engines it is not known yet which one it will be, nor what that has in its cache.
-        sole = loop.sole()
-        prefixes, prefix, common_tokens = None if sole is None else sole.prefixes, Prefix(), 0
-        if prefixes is not None:
-            prefix = prefixes.find(count.blocks, prompt_tokens)
-            common_tokens = prefixes.shared_tokens(prompt_tokens) if parsed.sequences > prompts else 0
+        copies = parsed.sequences > prompts
+        found = tuple(one for each in loop.all_serving() if (one := _prefix(each, count, prompt_tokens, copies)))
+        sole = found[0] if found and loop.controller.serves_alone() else EnginePrefix(engine=0)
         request = Request(
             id=loop.fresh_id(),
             arrival_s=loop.now(),
@@ -178,10 +174,11 @@ class Models:
             slo_class=slo_class,
             sequences=parsed.sequences,
             prompts=prompts,
-            cached_prompt_tokens=prefix.cached_tokens,
-            common_prompt_tokens=common_tokens,
-            prefix_of=prefix.of,
-            prefix_tokens=prefix.tokens,
+            cached_prompt_tokens=sole.cached_prompt_tokens,
+            common_prompt_tokens=sole.common_prompt_tokens,
+            prefix_of=sole.prefix_of,
+            prefix_tokens=sole.prefix_tokens,
+            prefixes=() if loop.controller.serves_alone() else found,
             caller=parsed.caller,
             model=parsed.model or connected.models[0],
         )
@@ -260,6 +257,24 @@ class Models:
             if self.now() >= until_s:
                 raise rejections.no_engine(next((other.trouble for other in loop.backends if other.trouble), None))
             await asyncio.sleep(_LOOK_AGAIN_S)
+
+
+def _prefix(backend: Backend, count: PromptCount, prompt_tokens: int, copies: bool) -> EnginePrefix | None:
+    """What an engine has of a prompt, and what several sequences of it (`copies`) share; None: nothing."""
+    prefixes, key = backend.prefixes, backend.key
+    if prefixes is None or key is None:
+        return None
+    prefix = prefixes.find(count.blocks, prompt_tokens)
+    common_tokens = prefixes.shared_tokens(prompt_tokens) if copies else 0
+    if not prefix.cached_tokens and not common_tokens and prefix.of is None:
+        return None
+    return EnginePrefix(
+        engine=key,
+        cached_prompt_tokens=prefix.cached_tokens,
+        common_prompt_tokens=common_tokens,
+        prefix_of=prefix.of,
+        prefix_tokens=prefix.tokens,
+    )
 
 
 def _default_max_tokens(parsed: ParsedRequest, count: PromptCount, connected: Connected) -> int:
