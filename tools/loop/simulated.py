@@ -26,6 +26,7 @@ ENGINE = {
     "batching.block_tokens": BLOCK_TOKENS,
     "batching.max_batch": MAX_BATCH,
     "batching.prefill_budget_tokens": BUDGET_TOKENS,
+    "length.predictor": "oracle",  # the gateway has the lengths as max_tokens
     "noise.time": 0,
     "noise.power": 0,
     "throttle.switch_latency_s": SWITCH_S,

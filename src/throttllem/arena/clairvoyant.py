@@ -28,10 +28,10 @@ from dataclasses import replace
 import numpy as np
 
 from throttllem.arena.schedule import (
+    Achieved,
     Floats,
     Holds,
     Ints,
-    Outcome,
     Plan,
     Task,
     cheapest,
@@ -59,7 +59,7 @@ _LEAST_GAIN = 1e-5
 """A pass over single segments that gains less than this fraction of the energy is the last one."""
 
 
-def search(task: Task, *, evaluations: int = EVALUATIONS) -> Outcome:
+def search(task: Task, *, evaluations: int = EVALUATIONS) -> Achieved:
     """The cheapest schedule of clocks found. Raises ValueError if no static clock meets enough."""
     statics = every_static(task)
     fixed = cheapest(task, statics)
@@ -69,7 +69,7 @@ def search(task: Task, *, evaluations: int = EVALUATIONS) -> Outcome:
     return cheapest(task, found)
 
 
-def search_holding(task: Task, found: Outcome, *, evaluations: int = EVALUATIONS) -> Outcome:
+def search_holding(task: Task, found: Achieved, *, evaluations: int = EVALUATIONS) -> Achieved:
     """The cheapest found if requests may be held back too; `found`, the result of `search`, if that brings nothing."""
     start = gathered(task)
     if start is None:
@@ -78,7 +78,7 @@ def search_holding(task: Task, found: Outcome, *, evaluations: int = EVALUATIONS
     return cheapest(task, [found, Descent(task, start, price_j=price_j, evaluations=evaluations).settle()])
 
 
-def price_of_a_miss(task: Task, statics: list[Outcome], best: Outcome) -> float:
+def price_of_a_miss(task: Task, statics: list[Achieved], best: Achieved) -> float:
     """Joules that one more met request costs along the static clocks around the best; at least a third of a request's
     mean energy.
     """
@@ -96,7 +96,7 @@ def segments(task: Task) -> int:
     return max(1, math.ceil(task.window_s / SEGMENT_S))
 
 
-def following(task: Task, fixed: Outcome) -> Outcome:
+def following(task: Task, fixed: Achieved) -> Achieved:
     """The cheapest schedule that follows the number of requests in the system; `fixed` if none is cheaper."""
     mhz, best = np.array(task.clocks_mhz, dtype=np.float64), fixed
     for exponent in _EXPONENTS:
@@ -123,9 +123,9 @@ def in_system(task: Task, plan: Plan) -> Floats:
     return number
 
 
-def gathered(task: Task) -> Outcome | None:
+def gathered(task: Task) -> Achieved | None:
     """The best way to gather requests for a fixed time, with one clock; None if all miss too much."""
-    found: list[Outcome] = []
+    found: list[Achieved] = []
     for period_s in _PERIODS_S:
         holds = every(period_s, float(task.requests.arrival_s.max(initial=0.0)))
         low, high = -1, len(task.clocks_mhz) - 1
@@ -147,7 +147,7 @@ def gathered(task: Task) -> Outcome | None:
 class Descent:
     """Coordinate descent from one start. Call `settle` once."""
 
-    def __init__(self, task: Task, start: Outcome, *, price_j: float, evaluations: int) -> None:
+    def __init__(self, task: Task, start: Achieved, *, price_j: float, evaluations: int) -> None:
         self._task = task
         self._price_j = price_j
         self._left = evaluations
@@ -158,7 +158,7 @@ class Descent:
         self._best = start
         self._here = replace(start, plan=replace(start.plan, segment_s=SEGMENT_S, clocks=clocks))
 
-    def settle(self) -> Outcome:
+    def settle(self) -> Achieved:
         """Pass after pass, until one gains nothing or the effort is spent; the cheapest outcome that meets enough."""
         number = 0
         while self._left > 0:
@@ -218,7 +218,7 @@ class Descent:
         self._here = tried
         return True
 
-    def _cost_j(self, outcome: Outcome) -> float:
+    def _cost_j(self, outcome: Achieved) -> float:
         return outcome.energy_j + self._price_j * max(0, self._task.least_met - outcome.met)
 
 

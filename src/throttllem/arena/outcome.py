@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 from throttllem.arena.cell_run import CellRun
 from throttllem.core.clocks.policy import Policy
+from throttllem.report.metrics import ATTAINMENT_SLACK
 from throttllem.sim.result import RunResult
-
-ATTAINMENT_SLACK = 0.005
-"""Attainment may lie half a point below the baseline's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

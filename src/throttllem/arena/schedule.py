@@ -15,19 +15,17 @@ import numpy.typing as npt
 from throttllem.config import Noise
 from throttllem.core.types import EngineSpec, Request, Slo
 from throttllem.physics.engine import EnginePhysics
+from throttllem.report.metrics import ATTAINMENT_SLACK
 from throttllem.sim.schedule import Held, Requests, ScheduledEngine
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-ATTAINMENT_GIVEN = 0.005
-"""How far attainment may stay under the baseline's, as a fraction of the requests that arrive."""
-
 
 def least_met(baseline_met: int, arrived: int) -> int:
     """Requests that must meet their SLOs."""
-    return math.ceil(baseline_met - ATTAINMENT_GIVEN * arrived - 1e-9)
+    return math.ceil(baseline_met - ATTAINMENT_SLACK * arrived - 1e-9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +62,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Achieved:
     """What a plan comes to: joules over the window, and requests that met their SLOs."""
 
     plan: Plan
@@ -93,11 +91,11 @@ class Task:
         release_s = None if plan.holds is None else plan.holds.release_s(self.requests.arrival_s)
         return self.engine.run(run, clocks, until_s=until_s, release_s=release_s)
 
-    def outcome(self, run: Held, plan: Plan) -> Outcome:
+    def outcome(self, run: Held, plan: Plan) -> Achieved:
         """Of a run that has ended."""
-        return Outcome(plan=plan, energy_j=self.energy_j(run), met=self.met(run))
+        return Achieved(plan=plan, energy_j=self.energy_j(run), met=self.met(run))
 
-    def run(self, plan: Plan) -> Outcome:
+    def run(self, plan: Plan) -> Achieved:
         """One whole run."""
         return self.outcome(self.advance(self.engine.begin(), plan), plan)
 
@@ -154,12 +152,12 @@ def static(clock: int, holds: Holds | None = None) -> Plan:
     return Plan(segment_s=math.inf, clocks=np.array([clock], dtype=np.int64), holds=holds)
 
 
-def every_static(task: Task) -> list[Outcome]:
+def every_static(task: Task) -> list[Achieved]:
     """A run at each clock, ascending."""
     return [task.run(static(clock)) for clock in range(len(task.clocks_mhz))]
 
 
-def cheapest(task: Task, outcomes: list[Outcome]) -> Outcome:
+def cheapest(task: Task, outcomes: list[Achieved]) -> Achieved:
     """The one of least energy among those that meet enough. Raises ValueError if none does."""
     enough = [outcome for outcome in outcomes if outcome.met >= task.least_met]
     if not enough:

@@ -14,7 +14,7 @@ from throttllem.arena import clairvoyant
 from throttllem.arena.bound import lower_bound_j
 from throttllem.arena.cell_run import CellRun
 from throttllem.arena.outcome import Outcome
-from throttllem.arena.schedule import Outcome as Found
+from throttllem.arena.schedule import Achieved as Found
 from throttllem.arena.schedule import task_of
 from throttllem.sim.samples import quantiles
 from throttllem.sim.schedule import Held

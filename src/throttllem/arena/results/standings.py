@@ -16,7 +16,7 @@ from statistics import fmean, variance
 from throttllem.arena.cells import Cell
 from throttllem.arena.contenders import BASELINE, BEFOREHAND, GATHERING, OURS, SCHED, SCHED_HOLD, STATIC
 from throttllem.arena.contest import Entry, rows_of
-from throttllem.arena.outcome import ATTAINMENT_SLACK
+from throttllem.report.metrics import ATTAINMENT_SLACK
 
 CLAIRVOYANT = (SCHED, SCHED_HOLD)
 _NORMAL_95 = 1.96
