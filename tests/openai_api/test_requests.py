@@ -262,3 +262,11 @@ def test_model_of_an_uncontrolled_body(body, model):
 def test_a_clients_broken_form_writes_nothing_into_the_log(caplog):
     assert model_of(b"--x no boundary", "multipart/form-data; boundary=x") is None
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("path", "repeatable"), [("/v1/completions", True), ("/v1/messages", True), ("/v1/responses", False)]
+)
+def test_what_an_engine_stores_is_not_sent_twice(path, repeatable):
+    body = {"model": "m", "max_tokens": 3, "prompt": "a", "input": "a", "messages": [{"role": "user", "content": "a"}]}
+    assert parse_request(path, json.dumps(body).encode()).repeatable is repeatable
