@@ -171,14 +171,15 @@ class AdmissionQueue:
             for asks in sole or candidates(sequence.request):
                 assert asks.spec is not None, "an engine that serves is ready"
                 asked[asks.engine] = asks
-                sequence.request = sequence.request.on(asks.engine)
+                if sequence.request.prefixes:
+                    sequence.request = sequence.request.on(asks.engine)
                 sequence.earliest = asks.iteration + (asks.began_s is not None)
                 found = self._verdict(asks, asks.spec, sequence, now_s, crowded=crowded)
                 if engine is None or _RANK[found.kind] < _RANK[verdict.kind]:
                     engine, verdict = asks, found
                 if found.kind is VerdictKind.ADMIT:
                     break
-            if engine is not None:
+            if engine is not None and sequence.request.prefixes:
                 sequence.request = sequence.request.on(engine.engine)
             if engine is not None and verdict.kind is not VerdictKind.WAIT:
                 sequence.earliest = engine.iteration + (engine.began_s is not None)
