@@ -14,7 +14,6 @@ from profiling.live.testbed import engine_and_gpu, modelled, virtually
 
 from gateway.test_build import A100, trained
 from gateway.test_check import found, text_of
-from gateway.test_hardware_run import machine  # noqa: F401 (a fixture)
 from throttllem.config import ClockOptions, EngineEntry, Options
 from throttllem.core.types import Slo
 from throttllem.gateway.build import build_gateway
@@ -97,7 +96,7 @@ def commands_of(page):
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("throttllem ")]
 
 
-def test_the_commands_in_the_order_of_the_readme(tmp_path, monkeypatch, capsys, machine):  # noqa: F811
+def test_the_commands_in_the_order_of_the_readme(tmp_path, monkeypatch, capsys, machine):
     """The README's own lines, then its guide's `--gpus 0`: an error, and the GPU is left as it is."""
     (profile, out, *options), train, serve = commands_of("README.md")
     assert (profile, train[0], serve[0]) == ("profile", "train", "serve")
