@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import subprocess
+import threading
 
 import pytest
 
@@ -44,6 +45,7 @@ async def agent_at(keeper, secret, port=0, kind=HardwareGpu):
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
         assert agent.held == {}
+        assert not [thread for thread in threading.enumerate() if thread.name == "gpu sampler"], "NVML stays open"
 
 
 def remote(port, secret, names=("0", "1"), mode=Mode.ON, ttl_s=3.0, clocks_mhz=CLOCKS_MHZ):

@@ -84,6 +84,7 @@ async def unset(http, private, text, within_s=8.0):
 TOP = (1410, 1410)
 
 
+@pytest.mark.slow
 def test_whatever_ends_no_clock_is_left_behind_and_requests_are_served(tmp_path, machine, keeper, secret):
     port = free_port()
 
@@ -144,6 +145,7 @@ def test_a_gateway_that_is_killed_or_hangs_leaves_no_clock_behind(tmp_path, mach
                 gateway.kill()
 
 
+@pytest.mark.slow
 def test_check_shows_what_an_agent_reads_and_sets_nothing(tmp_path, machine, keeper, secret):
     port = free_port()
     with engine_in_a_thread() as url:

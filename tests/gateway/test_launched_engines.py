@@ -101,6 +101,7 @@ async def first_token_after(http, engine, seconds):
         assert response.status == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 1])
 def test_a_request_without_a_byte_of_a_killed_engine_is_served_by_another_or_by_the_same_one_restarted(tmp_path, count):
     ports = free_ports(count)
@@ -158,6 +159,7 @@ def test_a_stream_in_its_midst_is_not_tried_again(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_sizes_are_processes_of_their_own_and_no_stream_is_cut_when_one_takes_over(tmp_path):
     one, two = free_ports(2)
     engines = (entry(one, served_as=MODEL), entry(two, tp=2, served_as=MODEL))

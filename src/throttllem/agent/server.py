@@ -44,6 +44,8 @@ HELLO_S = 10.0
 READ_S = 0.1
 """The time between two readings; the sampler does not read much more often."""
 CONNECTIONS = 64
+END_S = 10.0
+"""So long a session may take to restore its clocks when the agent ends."""
 _SLOW_BYTES = 1 << 20
 """A gateway that reads nothing while so much waits for it is let go."""
 
@@ -59,27 +61,33 @@ class Agent:
     version: str
     held: dict[str, str] = field(default_factory=dict)
     """Who holds a GPU, by its UUID."""
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _sessions: dict[asyncio.Task[None], asyncio.StreamWriter] = field(default_factory=dict)
 
     async def serve(self, host: str, port: int, context: ssl.SSLContext, listening: Callable[[int], None]) -> None:
-        """Until cancelled; `listening` is told the port. Raises OSError where it cannot listen."""
+        """Until cancelled; `listening` is told the port. Then sessions end as if their gateways had gone, and nothing
+        interrupts the restoring of clocks. Raises OSError where it cannot listen.
+        """
         server = await asyncio.start_server(self._connected, host, port, ssl=context, limit=LINE_BYTES)
         listening(server.sockets[0].getsockname()[1])
         try:
             async with server:
                 await server.serve_forever()
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for writer in self._sessions.values():
+                writer.transport.abort()
+            if self._sessions:
+                _, late = await asyncio.wait(self._sessions, timeout=END_S)
+                for task in late:
+                    task.cancel()
+                await asyncio.gather(*late, return_exceptions=True)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._tasks) >= CONNECTIONS:
+        if len(self._sessions) >= CONNECTIONS:
             writer.close()
             return
         task = asyncio.create_task(self._session(reader, writer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._sessions[task] = writer
+        task.add_done_callback(self._sessions.pop)
 
     async def _session(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = "{}:{}".format(*writer.get_extra_info("peername")[:2])

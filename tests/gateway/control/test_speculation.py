@@ -96,7 +96,9 @@ class Speculating(Peer):
         return response
 
 
-@pytest.mark.parametrize("later_s", [0.0, 0.1, 0.41, 0.47])
+@pytest.mark.parametrize(
+    "later_s", [0.1, *(pytest.param(later_s, marks=pytest.mark.slow) for later_s in (0.0, 0.41, 0.47))]
+)
 def test_as_many_tokens_are_booked_as_were_given_whenever_the_counters_are_read(tmp_path, later_s):
     """The gateway looks twice a second; the streams take 0.05 s, and begin `later_s` after a look."""
 
