@@ -90,7 +90,8 @@ async def killed(bed: Bed) -> list[Found]:
     """SIGKILL with requests in it and more in the queue; then it is started again on the same port."""
     await bed.engine()
     async with bed.gateway("engines.0.max_batch=4", "limits.engine_wait_s=400") as gateway:
-        asked = _asked(gateway, 4, tokens=3000)
+        asked = [asyncio.create_task(gateway.client.ask(stream=True, tokens=3000)) for _ in range(3)]
+        without_a_byte = asyncio.create_task(gateway.client.ask(stream=False, tokens=700, hang_s=LATE_S))
         await eventually(partial(bed.runs, 4), 20, "four requests run")
         await asyncio.sleep(0.5)
         queued = _asked(gateway, 4, tokens=8, hang_s=LATE_S)
@@ -103,15 +104,19 @@ async def killed(bed: Bed) -> list[Found]:
             answer.check()
         assert not any(answer.served for answer in lost), tallied(lost)
         assert not any(task.done() for task in queued), "queued requests go on waiting"
+        assert not without_a_byte.done(), "one that is not streamed is tried once more"
         await bed.stop()
         await bed.engine()
         answers = await asyncio.gather(*queued)
         assert all(answer.served for answer in answers), tallied(answers)
+        again = await without_a_byte
+        assert again.served, again.outcome
         left = await gateway.left(bed.running)
     return [
         Found(
             fault="engine SIGKILLed in mid-stream, started again on the same port",
-            client=f"running: {tallied(lost)}, within {lost_s:.1f} s; queued: {tallied(answers)} by the new engine",
+            client=f"running: {tallied(lost)}, within {lost_s:.1f} s; without a byte sent: {again.outcome}, and "
+            f"queued: {tallied(answers)} by the new engine",
             left=left,
         )
     ]
