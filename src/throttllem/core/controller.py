@@ -20,7 +20,7 @@ from throttllem.core.clocks.size_planner import Demand, SizePlanner, Sizes, size
 from throttllem.core.clocks.sizing import Autoscaler
 from throttllem.core.clocks.steady_load import LoadEstimator
 from throttllem.core.engine_state import EngineState, Phase
-from throttllem.core.forecast.margins import Margins, Outcome
+from throttllem.core.forecast.margins import EndedRequest, Margins
 from throttllem.core.forecast.projection import Projection
 from throttllem.core.lengths.prediction import LengthScore
 from throttllem.core.options import ControllerOptions
@@ -348,14 +348,14 @@ class Controller:
         )
         if met is None:
             return
-        outcome = Outcome(
+        ended = EndedRequest(
             met=met,
             outgrown=tokens > sequence.predicted_tokens,
             disturbed=state.disturbed or state.disturbed_s >= arrival_s,
             slowed=state.slowed or state.slowed_s >= arrival_s,
             in_time=sequence.in_time,
         )
-        self._margins.ended(request.slo_class, request.slo.attainment, outcome, learns=state.table_drift.followed)
+        self._margins.ended(request.slo_class, request.slo.attainment, ended, learns=state.table_drift.followed)
 
     def _progressed(self, event: Progressed, now_s: float) -> bool:
         """Correct one sequence. True if it began; if it only moved, the next iteration is soon enough to plan."""

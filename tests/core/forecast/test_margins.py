@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from throttllem.core.forecast.margins import GAIN, MOST, TOLERATED, Cause, ClassMargins, Margins, Outcome
+from throttllem.core.forecast.margins import GAIN, MOST, TOLERATED, Cause, ClassMargins, EndedRequest, Margins
 
 outcomes = st.builds(
-    Outcome,
+    EndedRequest,
     met=st.booleans(),
     outgrown=st.booleans(),
     disturbed=st.booleans(),
@@ -56,7 +56,7 @@ def test_no_more_is_owed_than_stated_where_some_margin_is_enough(q, run, part, e
 def test_what_the_maximum_clock_brings_late_too_is_forgiven():
     margins = Margins()
     for outgrown in (False, True) * 4:
-        margins.ended("chat", 0.9, Outcome(met=False, outgrown=outgrown), learns=True)
+        margins.ended("chat", 0.9, EndedRequest(met=False, outgrown=outgrown), learns=True)
     margins.forgive({"chat": 3, "unheard of": 2, "other": 0})
     (seen,) = margins.view()
     assert seen.owed == pytest.approx(8 * 0.9 - 3)
@@ -67,33 +67,33 @@ def test_what_the_maximum_clock_brings_late_too_is_forgiven():
 
 
 def test_a_debt_is_paid_off_by_requests_that_meet_their_slo():
-    held = learned(0.9, [Outcome(met=False)] * 12)
+    held = learned(0.9, [EndedRequest(met=False)] * 12)
     assert held.margin(Cause.MODEL) == pytest.approx(GAIN * (12 * 0.9 - TOLERATED))
     for _ in range(88):
-        held.learn(Outcome(met=True), clocks=True, admission=False)
+        held.learn(EndedRequest(met=True), clocks=True, admission=False)
     assert held.margin(Cause.MODEL) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_what_is_violated_at_the_largest_margin_is_not_saved_up():
-    held = learned(0.9, [Outcome(met=False)] * 5000)
+    held = learned(0.9, [EndedRequest(met=False)] * 5000)
     assert held.margin(Cause.MODEL) == pytest.approx(MOST)
     for _ in range(500):
-        held.learn(Outcome(met=True), clocks=True, admission=False)
+        held.learn(EndedRequest(met=True), clocks=True, admission=False)
     assert held.margin(Cause.MODEL) == 0.0
 
 
 def test_a_few_violations_are_chance():
-    held = learned(0.99, [Outcome(met=False), Outcome(met=False)])
+    held = learned(0.99, [EndedRequest(met=False), EndedRequest(met=False)])
     assert [held.margin(cause) for cause in Cause] == [0.0] * 4
 
 
 @pytest.mark.parametrize(
     ("outcome", "cause"),
     [
-        (Outcome(met=False), Cause.MODEL),
-        (Outcome(met=False, outgrown=True), Cause.LENGTH),
-        (Outcome(met=False, outgrown=True, disturbed=True), Cause.LOAD),
-        (Outcome(met=False, slowed=False), Cause.ADMISSION),
+        (EndedRequest(met=False), Cause.MODEL),
+        (EndedRequest(met=False, outgrown=True), Cause.LENGTH),
+        (EndedRequest(met=False, outgrown=True, disturbed=True), Cause.LOAD),
+        (EndedRequest(met=False, slowed=False), Cause.ADMISSION),
     ],
 )
 def test_a_violation_raises_the_part_of_its_cause_alone(outcome, cause):
@@ -103,14 +103,14 @@ def test_a_violation_raises_the_part_of_its_cause_alone(outcome, cause):
 
 
 def test_what_the_maximum_clock_alone_met_or_violated_teaches_nothing():
-    held = learned(0.99, [Outcome(met=False, slowed=False, in_time=False)] * 5)
-    held.learn(Outcome(met=True, slowed=False), clocks=True, admission=False)
+    held = learned(0.99, [EndedRequest(met=False, slowed=False, in_time=False)] * 5)
+    held.learn(EndedRequest(met=True, slowed=False), clocks=True, admission=False)
     assert [getattr(held, cause.value) for cause in Cause] == [0.0] * 4
 
 
 def test_requests_that_meet_their_slo_pay_both_parts_off_in_proportion():
-    wrong = [Outcome(met=False), Outcome(met=False, outgrown=True)]
-    held = learned(0.9, [*wrong * 3, *[Outcome(met=True)] * 8])
+    wrong = [EndedRequest(met=False), EndedRequest(met=False, outgrown=True)]
+    held = learned(0.9, [*wrong * 3, *[EndedRequest(met=True)] * 8])
     assert held.model == pytest.approx(held.length)
     assert held.model + held.length == pytest.approx(6 * 0.9 - 8 * 0.1)
     assert held.margin(Cause.MODEL) == pytest.approx(GAIN * (4.6 - TOLERATED) / 2)
@@ -118,7 +118,7 @@ def test_requests_that_meet_their_slo_pay_both_parts_off_in_proportion():
 
 
 def test_parts_that_may_not_learn_stay():
-    wrong = [Outcome(met=False), Outcome(met=False, slowed=False)]
+    wrong = [EndedRequest(met=False), EndedRequest(met=False, slowed=False)]
     held = learned(0.99, wrong * 9, clocks=False, admission=False)
     assert [getattr(held, cause.value) for cause in Cause] == [0.0] * 4
 
@@ -132,14 +132,14 @@ def test_what_is_in_force_is_what_was_begun_with_and_what_the_neediest_class_lea
     margins = Margins()
     assert in_force(margins, "", "chat") == (0.05, 0.1, 0.05)
     for _ in range(3):
-        margins.ended("chat", 0.9, Outcome(met=False), learns=True)
-        margins.ended("batch", 0.9, Outcome(met=False, outgrown=True), learns=True)
+        margins.ended("chat", 0.9, EndedRequest(met=False), learns=True)
+        margins.ended("batch", 0.9, EndedRequest(met=False, outgrown=True), learns=True)
     more = GAIN * (3 * 0.9 - TOLERATED)
     assert in_force(margins, "chat") == (0.05 + more, 0.1 + more, 0.05 + more)
     assert in_force(margins, "batch") == (0.05, 0.1 + more, 0.05 + more), "a longer output threatens its end only"
     assert in_force(margins, "batch", "chat") == (0.05 + more, 0.1 + more, 0.05 + more)
     for _ in range(3):
-        margins.ended("chat", 0.9, Outcome(met=False, disturbed=True), learns=True)
+        margins.ended("chat", 0.9, EndedRequest(met=False, disturbed=True), learns=True)
     assert in_force(margins, "chat") == (0.05 + more, 0.1 + more, 0.05 + more)
     assert in_force(margins, "chat", disturbed=True) == (0.05 + 2 * more, 0.1 + 2 * more, 0.05 + 2 * more)
     assert margins.of_clocks(["chat"], margin=0.05, reserve=0.1, disturbed=True).learned == pytest.approx(2 * more)
@@ -148,7 +148,7 @@ def test_what_is_in_force_is_what_was_begun_with_and_what_the_neediest_class_lea
 def test_admission_has_a_part_of_its_own():
     margins = Margins(admission=True)
     for _ in range(3):
-        margins.ended("", 0.9, Outcome(met=False, slowed=False), learns=True)
+        margins.ended("", 0.9, EndedRequest(met=False, slowed=False), learns=True)
     assert margins.of_admission([""], 0.2) == pytest.approx(0.2 + GAIN * (3 * 0.9 - TOLERATED))
     assert margins.of_admission(["other"], 0.2) == 0.2
     assert in_force(margins, "") == (0.05, 0.1, 0.05)
@@ -157,8 +157,8 @@ def test_admission_has_a_part_of_its_own():
 def test_attainment_is_shown_by_class_as_asked_and_had():
     margins = Margins()
     for met in (True, True, False):
-        margins.ended("chat", 0.9, Outcome(met=met), learns=True)
-    margins.ended("", 0.99, Outcome(met=False), learns=False)
+        margins.ended("chat", 0.9, EndedRequest(met=met), learns=True)
+    margins.ended("", 0.99, EndedRequest(met=False), learns=False)
     other, chat = margins.view()
     assert (other.name, other.asked, other.had, other.ended) == ("", 0.99, 0.0, 1)
     assert dict(other.learned) == dict.fromkeys(Cause, 0.0), "it is counted, and teaches nothing"

@@ -64,7 +64,7 @@ class Cause(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class EndedRequest:
     """How a served request ended. `outgrown`: its output was longer than predicted. `disturbed`: others used its engine
     or held it down meanwhile. `slowed`: a lower clock than the maximum was in force meanwhile. `in_time`: when it was
     admitted, its SLO could be met.
@@ -117,17 +117,17 @@ class ClassMargins:
         self.recent_ended = keep * self.recent_ended + 1.0
         self.recent_met = keep * self.recent_met + met
 
-    def learn(self, outcome: Outcome, *, clocks: bool, admission: bool) -> None:
-        """Count what is owed by the causes that this outcome is evidence for, of those that may learn."""
-        cause = outcome.cause
-        if admission and outcome.in_time:
+    def learn(self, request: EndedRequest, *, clocks: bool, admission: bool) -> None:
+        """Count what is owed by the causes that this request is evidence for, of those that may learn."""
+        cause = request.cause
+        if admission and request.in_time:
             self.admission = _owed(self.admission, cause is Cause.ADMISSION, 1.0 - self.asked)
         if not clocks or cause is None or cause is Cause.ADMISSION:
             return
         if cause is Cause.LOAD:
-            self.load = _owed(self.load, not outcome.met, self.allowed)
+            self.load = _owed(self.load, not request.met, self.allowed)
             return
-        if outcome.met:
+        if request.met:
             self._pay(self.allowed)
             return
         total = self.model + self.length
@@ -205,15 +205,15 @@ class Margins:
     admission: bool = False
     by_class: dict[str, ClassMargins] = field(default_factory=dict)
 
-    def ended(self, slo_class: str, asked: float, outcome: Outcome, *, learns: bool) -> None:
+    def ended(self, slo_class: str, asked: float, request: EndedRequest, *, learns: bool) -> None:
         """A request of a class was served to its end. `learns` False: it is counted only (a dry run shows nothing)."""
         found = self.by_class.get(slo_class)
         if found is None:
             found = self.by_class[slo_class] = ClassMargins(asked=asked)
         found.asked = asked
-        found.count(outcome.met)
+        found.count(request.met)
         if learns:
-            found.learn(outcome, clocks=self.clocks, admission=self.admission)
+            found.learn(request, clocks=self.clocks, admission=self.admission)
 
     def forgive(self, violations: Mapping[str, int]) -> None:
         """Requests by class that the maximum clock would have brought late."""
