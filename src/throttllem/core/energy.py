@@ -64,10 +64,3 @@ class EnergyLedger:
         """A request ended; the energy that it used in all, joules."""
         self.pause(request_id)
         return self._own_j.pop(request_id)
-
-    def open_j(self) -> float:
-        """Energy of the requests that have not ended."""
-        decoding = (
-            (self._per_sequence_j - at) * self._sequences[request_id] for request_id, at in self._joined_at.items()
-        )
-        return sum(self._own_j.values()) + sum(decoding)
