@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from core.columns import column
 from core.effort import lines_executed
 from core.toy import request, sequence
 from throttllem.core.external_load import OwnLoad
@@ -19,10 +20,14 @@ def test_a_sequence_waits_begins_and_leaves():
     board.dispatch(sequence(7, 10, 5))
     assert (len(board), 7 in board, list(board.pending), list(board.running)) == (1, True, [7], [])
     board.begin(7, 3, 1.5)
-    assert (board.start.tolist(), board.tokens_at_start.tolist(), board.end.tolist()) == ([3], [10], [8])
+    assert (column(board, "start").tolist(), column(board, "tokens_at_start").tolist(), board.end.tolist()) == (
+        [3],
+        [10],
+        [8],
+    )
     assert (list(board.pending), list(board.running), board.running[7].first_token_s) == ([], [7], 1.5)
     assert board.remove(7).request.id == 7
-    assert (len(board), board.start.size, 7 in board) == (0, 0, False)
+    assert (len(board), column(board, "start").size, 7 in board) == (0, 0, False)
     with pytest.raises(KeyError):
         board.remove(7)
 
@@ -33,7 +38,7 @@ def test_the_last_sequence_moves_into_a_gap():
         board.dispatch(sequence(key, 10 + key, 5))
         board.begin(key, key, 0.0)
     board.remove(1)
-    assert board.tokens_at_start.tolist() == [10, 13, 12]
+    assert column(board, "tokens_at_start").tolist() == [10, 13, 12]
     assert [board.at(slot).request.id for slot in range(3)] == [0, 3, 2]
     board.remove(2)
     assert [board.at(slot).request.id for slot in range(2)] == [0, 3]
@@ -93,9 +98,9 @@ def test_preemption_puts_the_sequence_in_front_with_its_tokens_in_the_prompt():
     back = board.pending[0]
     # Iterations 2, 3, 4 gave three tokens.
     assert (back.done_tokens, back.prefill_tokens, back.remaining_tokens, back.earliest) == (3, 13, 5, 5)
-    assert board.start.size == 0
+    assert column(board, "start").size == 0
     board.begin(0, 9, 2.0)
-    assert (back.first_token_s, board.end.tolist(), board.tokens_at_start.tolist()) == (0.5, [14], [13])
+    assert (back.first_token_s, board.end.tolist(), column(board, "tokens_at_start").tolist()) == (0.5, [14], [13])
     board.preempt(0, 11)
     assert back.done_tokens == 5
 
@@ -139,11 +144,11 @@ def test_a_correction_moves_start_and_end():
     # Iterations 0 to 5 should have given six tokens; it has four.
     board.correct(1, 4, 5, 1.0)
     held = board.running[1]
-    assert (held.generated_tokens(5), board.start.tolist(), board.end.tolist()) == (4, [2], [10])
+    assert (held.generated_tokens(5), column(board, "start").tolist(), board.end.tolist()) == (4, [2], [10])
     assert board.kv_blocks(5) == 4, "13 tokens"
     assert board.outgrown(8) == [] and [found.request.id for found in board.outgrown(10)] == [1]
     board.correct(1, 12, 10, 1.0)
-    assert (held.generated_tokens(10), board.start.tolist()) == (12, [-1])
+    assert (held.generated_tokens(10), column(board, "start").tolist()) == (12, [-1])
 
 
 def test_a_correction_lets_a_pending_sequence_begin():
@@ -248,14 +253,14 @@ class Columns(RuleBasedStateMachine):
         seen = [board.at(slot) for slot in range(len(board.running))]
         assert {r.request.id: r for r in seen} == board.running
         assert [r.slot for r in seen] == list(range(len(seen)))
-        assert board.start.tolist() == [r.start for r in seen]
-        assert board.tokens_at_start.tolist() == [r.request.prompt_tokens + r.done_tokens for r in seen]
+        assert column(board, "start").tolist() == [r.start for r in seen]
+        assert column(board, "tokens_at_start").tolist() == [r.request.prompt_tokens + r.done_tokens for r in seen]
         assert board.end.tolist() == [r.start + r.remaining_tokens for r in seen]
         assert board.deadline_s.tolist() == [r.limits().deadline_s for r in seen]
         here = [self.known[key] for key in self.here()]
         assert board.lost_requests == sum(r.lost for r in here)
         assert board.reserved_blocks == sum(-(-(r.request.prompt_tokens + 12) // 4) * r.sequences for r in here)
-        assert board.widths.tolist() == [r.sequences for r in seen]
+        assert column(board, "widths").tolist() == [r.sequences for r in seen]
         assert board.multi_sequence == sum(r.sequences > 1 for r in here)
         assert board.running_sequences + board.pending_sequences == sum(r.sequences for r in here)
         waiting = board.pending.values()

@@ -228,7 +228,9 @@ class Scoreboard:
 
     @property
     def columns(self) -> Ints:
-        """`start`, `tokens_at_start`, `end`, `widths` and `unsure`, shape (5, running and more), for compiled loops."""
+        """For compiled loops, shape (5, running and more): the iteration of the first token, KV tokens in it, `end`,
+        sequences side by side, and `unsure`.
+        """
         return self._columns
 
     @property
@@ -237,24 +239,9 @@ class Scoreboard:
         return self._limits
 
     @property
-    def start(self) -> Ints:
-        """Iteration of the first token."""
-        return self._columns[0, : len(self._slots)]
-
-    @property
-    def tokens_at_start(self) -> Ints:
-        """KV tokens in the start iteration."""
-        return self._columns[1, : len(self._slots)]
-
-    @property
     def end(self) -> Ints:
         """First iteration that no longer holds the sequence, by prediction."""
         return self._columns[2, : len(self._slots)]
-
-    @property
-    def widths(self) -> Ints:
-        """Sequences side by side."""
-        return self._columns[3, : len(self._slots)]
 
     @property
     def unsure(self) -> Ints:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from core.columns import column
 from throttllem.core.admission import ADMIT, LOST
 from throttllem.core.forecast.horizon import Horizon
 from throttllem.core.forecast.projection import Projection, _saved
@@ -16,7 +17,7 @@ def project(board, spec, *, first, extra=None):
     decoding = board.running_sequences + max(0, board.external.batch)
     place = _place_multi_sequence if multi else _place
     begins, starts, prefill = place(pending, decoding, spec, first)
-    tokens_now = board.tokens_at_start + (first - board.start)
+    tokens_now = column(board, "tokens_at_start") + (first - column(board, "start"))
     left = np.maximum(board.end - first, 1)
     running = len(left)
     if pending:
@@ -30,7 +31,9 @@ def project(board, spec, *, first, extra=None):
     grow_from[running:] = starts
     widths = None
     if multi:
-        widths = np.concatenate([board.widths, [sequence.sequences for sequence in pending]]).astype(np.int64)
+        widths = np.concatenate([column(board, "widths"), [sequence.sequences for sequence in pending]]).astype(
+            np.int64
+        )
     batch, kv_blocks = _accumulate(tokens_now, begin, grow_from, left, spec.block_tokens, widths)
     joins = extra is not None and (extra.request.common_prompt_tokens or extra.request.prefix_of is not None)
     if board.sharing or joins:
@@ -213,7 +216,7 @@ def surely_fits(board, spec, table, newcomer, *, first, base_s, delay_s, margin)
     left, kv_blocks = (board.end, max(0, board.external.kv_blocks))
     if board.running:
         left = np.maximum(left - first, 1)
-        tokens = left + (board.tokens_at_start + (first - board.start))
+        tokens = left + (column(board, "tokens_at_start") + (first - column(board, "start")))
         kv_blocks += int(((tokens + (block - 1)) // block).sum())
     kv_blocks += sum(-(-(sequence.prefill_tokens + sequence.remaining_tokens) // block) for sequence in waiting)
     prompts = sum(sequence.prefill_tokens for sequence in waiting)
