@@ -54,6 +54,11 @@ def test_a_reading_is_the_same_at_the_other_end():
     assert Read.of(reading, 1).reading(switch, energy_j=3.0) == reading
 
 
+def test_whatever_a_reading_holds_can_be_sent():
+    odd = Reading(clock_mhz=0, watts=0.0, energy_j=0.0, trouble="x" * 9000, switch=Switch(mhz=900, seconds=0.0))
+    assert from_agent(line(Read.of(odd, 1))).trouble == "x" * 2000
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

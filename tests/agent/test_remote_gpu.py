@@ -7,7 +7,7 @@ import ssl
 
 import pytest
 
-from throttllem.agent.messages import PROTOCOL, Hello, Refused, from_agent, line
+from throttllem.agent.messages import PROTOCOL, Hello, Refused, closed, from_agent, line
 from throttllem.agent.secured import client_context
 from throttllem.gpu.device import Gpu, Work
 from throttllem.gpu.hardware import HardwareGpu, Mode
@@ -248,6 +248,31 @@ class Heard(HardwareGpu):
     def worked(self, work):
         Heard.seconds = (*Heard.seconds, work.seconds)
         super().worked(work)
+
+
+def test_a_probe_that_says_nothing_is_no_fault(testbed, secret, caplog):
+    async def run():
+        async with agent_at(testbed.socket, secret) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client_context(secret))
+            await closed(writer)
+            await until(lambda: "it sent no hello" in caplog.text)
+
+    caplog.set_level("INFO")
+    asyncio.run(run())
+    assert "Traceback" not in caplog.text
+
+
+def test_an_unexpected_failure_is_logged_and_the_agent_reached_again(testbed, secret, caplog):
+    async def run():
+        async with agent_at(testbed.socket, secret) as port, remote(port, secret, mode=Mode.OFF) as gpu:
+            await readable(gpu)
+            take, gpu._take = gpu._take, lambda text: 1 / 0
+            await unreadable(gpu)
+            gpu._take = take
+            return await readable(gpu)
+
+    assert asyncio.run(run()).watts > 0
+    assert "the connection failed" in caplog.text
 
 
 def test_work_is_told_so_that_an_idle_gpu_shows(testbed, secret):

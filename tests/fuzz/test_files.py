@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -20,6 +21,8 @@ from sim.traces import written
 
 from tests.fuzz.properties import fuzzed, mutated
 from throttllem.config import Options
+from throttllem.core.forecast.performance_table import Calibrated
+from throttllem.core.forecast.switch_latency import ProfiledSwitches
 from throttllem.gateway.flight.replay import ReplayError, replay
 from throttllem.option_sources import ConfigurationError, leaves, load_options
 from throttllem.profiling.storage import TableFileError, load_table, save_table
@@ -91,12 +94,18 @@ def test_a_parquet_trace_is_read_or_refused(content):
 def saved_table():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "t.npz"
-        save_table(table(spec()), path)
+        switches = (
+            ProfiledSwitches(mhz=600, count=20, within_s=0.02),
+            ProfiledSwitches(mhz=1400, count=3, within_s=0.2),
+        )
+        basis = Calibrated(clocks_mhz=(600, 1400), seconds_error=0.1, watts_error=0.1)
+        save_table(replace(table(spec()), switches=switches, calibrated=basis), path)
         return path.read_bytes()
 
 
 NAMES = ["mark", "version", "clocks_mhz", "clocks_measured", "hull", "gpu", "model", "verdict", "batch_bin", "kv_bin"]
 NAMES += ["prefill_bin", "seconds", "watts", "calibrated_at_mhz", "calibrated_errors"]
+NAMES += ["switch_clocks_mhz", "switch_counts", "switch_within_s"]
 CHANGES = ["gone", "empty", "flat", "nan", "negative", "huge", "text", "other", "scalar"]
 
 

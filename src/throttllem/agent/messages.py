@@ -20,8 +20,9 @@ LINE_BYTES = 1 << 16
 """The longest message."""
 CLOSE_S = 1.0
 
-_Mhz = Annotated[int, Field(ge=1, le=100_000)]
-_Text = Annotated[str, Field(max_length=2000)]
+TEXT_CHARACTERS = 2000
+_Mhz = Annotated[int, Field(ge=0, le=100_000)]
+_Text = Annotated[str, Field(max_length=TEXT_CHARACTERS)]
 _Finite = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 
 
@@ -100,13 +101,15 @@ class Read(_Message):
     misplaced: _Text | None = None
     switch_number: Annotated[int, Field(ge=0)] = 0
     switch_mhz: _Mhz | None = None
-    switch_s: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)] | None = None
+    switch_s: Annotated[float, Field(ge=0, le=60, allow_inf_nan=False)] | None = None
     unreadable: _Text | None = None
 
     @classmethod
     def of(cls, reading: Reading, switch_number: int) -> Read:
         """A reading; `switch_number` counts the switches that were measured."""
         fields = asdict(reading)
+        for name in ("held", "trouble", "counter_trouble", "misplaced"):
+            fields[name] = fields[name] and shortened(fields[name])
         switch = fields.pop("switch")
         if switch is not None:
             fields |= {"switch_mhz": switch["mhz"], "switch_s": switch["seconds"]}
@@ -124,9 +127,14 @@ _FROM_GATEWAY: TypeAdapter[FromGateway] = TypeAdapter(Annotated[FromGateway, Fie
 _FROM_AGENT: TypeAdapter[FromAgent] = TypeAdapter(Annotated[FromAgent, Field(discriminator="kind")])
 
 
+def shortened(text: str) -> str:
+    """A text of any length as far as a message holds it."""
+    return text[:TEXT_CHARACTERS]
+
+
 def line(message: FromGateway | FromAgent) -> bytes:
     """A message as it is sent."""
-    return json.dumps(message.model_dump(exclude_defaults=False), separators=(",", ":")).encode() + b"\n"
+    return json.dumps(message.model_dump(), separators=(",", ":")).encode() + b"\n"
 
 
 def from_gateway(text: bytes) -> FromGateway:

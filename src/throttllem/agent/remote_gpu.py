@@ -6,7 +6,6 @@ While the agent cannot be reached they cannot be read, so their clock counts as 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import ssl
 from collections.abc import Callable
@@ -77,7 +76,7 @@ class RemoteGpu:
         self._reading: Reading | None = None
         self._read_s = 0.0
         self._counter_j: float | None = None
-        """The agent's counter at its last reading; None: a new session, whose counter begins anew."""
+        """The agent's counter at its last reading; None: a new connection, with which the counter starts at 0."""
         self._energy_j = 0.0
         self._switches = 0
         self._answers: dict[int, asyncio.Future[int | None]] = {}
@@ -130,7 +129,7 @@ class RemoteGpu:
         return self._reading
 
     def worked(self, work: Work) -> None:
-        """Told to the agent, which compares it with what the GPUs do."""
+        """Sent to the agent with the next beat: it compares the engine's work with the utilization of the GPUs."""
         self._worked_s += work.seconds
 
     def idled(self, seconds: float) -> None:
@@ -151,6 +150,9 @@ class RemoteGpu:
                 if why != self._trouble:
                     log.error("%s; clocks are not set, and joules not metered, until it is back", why)
                 self._trouble = why
+            except Exception as error:  # the agent must be reached again after it
+                log.exception("agent %s: the connection failed", self.address)
+                self._trouble = f"agent {self.address}: {error!r}"
             finally:
                 self._disconnected()
             pause_s = _FIRST_PAUSE_S if self._now() - began_s > _LONGEST_PAUSE_S else pause_s
@@ -239,5 +241,4 @@ class RemoteGpu:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(ConnectionError(self._trouble))
-        with contextlib.suppress(KeyError):
-            self._answers.clear()
+        self._answers.clear()

@@ -33,6 +33,7 @@ from throttllem.agent.messages import (
     closed,
     from_gateway,
     line,
+    shortened,
 )
 from throttllem.gpu.device import Switch, Work
 from throttllem.gpu.hardware import HardwareGpu
@@ -64,8 +65,8 @@ class Agent:
     _sessions: dict[asyncio.Task[None], asyncio.StreamWriter] = field(default_factory=dict)
 
     async def serve(self, host: str, port: int, context: ssl.SSLContext, listening: Callable[[int], None]) -> None:
-        """Until cancelled; `listening` is told the port. Then sessions end as if their gateways had gone, and nothing
-        interrupts the restoring of clocks. Raises OSError where it cannot listen.
+        """Serve until cancelled, and call `listening` with the port. Every session is then closed and restores its
+        clocks, for which it has END_S. Raises OSError where it cannot listen.
         """
         server = await asyncio.start_server(self._connected, host, port, ssl=context, limit=LINE_BYTES)
         listening(server.sockets[0].getsockname()[1])
@@ -94,10 +95,12 @@ class Agent:
         try:
             why = await self._hold(reader, writer, peer)
             log.info("gateway %s is gone: %s", peer, why)
+        except EOFError:
+            log.info("gateway %s is gone: it sent no hello", peer)
         except (OSError, ValueError) as error:  # GPUs that are not here, a message that is none
             log.warning("gateway %s: %s", peer, error)
             with contextlib.suppress(OSError):
-                writer.write(line(Refused(why=str(error)[:2000])))
+                writer.write(line(Refused(why=shortened(str(error) or f"no hello within {HELLO_S:g} s"))))
                 await asyncio.wait_for(writer.drain(), 1.0)
         except Exception:  # others are served on
             log.exception("gateway %s was let go", peer)
@@ -165,9 +168,10 @@ class _Session:
                     case Hello():
                         raise MessageError("a second hello")
                 if reading.done():
-                    return "it reads nothing"
+                    return reading.result()
         finally:
-            for task in (reading, *setting):
+            reading.cancel()
+            for task in setting:
                 task.cancel()
             await asyncio.gather(reading, *setting, return_exceptions=True)
 
@@ -184,16 +188,18 @@ class _Session:
         self._send_reading()
         self.send(Done(number=command.number, mhz=mhz))
 
-    async def _readings(self) -> None:
+    async def _readings(self) -> str:
+        """Send readings until the gateway takes no more of them; returns why they end."""
         while self.writer.transport.get_write_buffer_size() < _SLOW_BYTES:
             self._send_reading()
             await asyncio.sleep(READ_S)
+        return "it reads nothing"
 
     def _send_reading(self) -> None:
         try:
             found = self.gpu.read()
         except OSError as error:
-            self.send(Read(unreadable=str(error)[:2000]))
+            self.send(Read(unreadable=shortened(str(error))))
             return
         if found.switch is not None and found.switch is not self._switch:
             self._switch = found.switch

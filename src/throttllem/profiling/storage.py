@@ -6,6 +6,7 @@ Knows nothing of how a table is made, nor of where tables are stored.
 from __future__ import annotations
 
 import json
+import tokenize
 import zipfile
 import zlib
 from dataclasses import asdict, fields
@@ -34,9 +35,10 @@ ARRAYS = {
 
 _DAMAGED = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError),
-    *(MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error),
+    *(MemoryError, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
-"""numpy, zipfile and zlib have different errors for a truncated file, for another format, and for sizes that lie."""
+"""numpy, zipfile and zlib have different errors for a truncated file, for another format, and for sizes that lie; numpy
+reads an array's head as Python."""
 
 
 class TableFileError(ValueError):

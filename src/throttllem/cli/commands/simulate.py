@@ -92,8 +92,8 @@ def simulate(
         typer.Option(
             "--gpus",
             min=1,
-            help="A pool of so many GPUs, full of engines of the largest size, which share the requests; with "
-            "+autoscale as many of each size as the load calls for. GPUs of no engine count. Default: one engine.",
+            help="GPUs of a pool whose engines share the requests: as many of the largest size as fit; with +autoscale "
+            "the load selects sizes and numbers. Idle GPUs without an engine count too. Default: one engine.",
         ),
     ] = None,
     engines: Annotated[

@@ -27,7 +27,7 @@ Ints = npt.NDArray[np.int64]
 Whole = npt.NDArray[np.integer]
 Steps = npt.NDArray[np.float32]
 MOST_SWITCH_S = 60.0
-"""The longest switch of clocks that can be told or configured."""
+"""The longest switch latency that a table may hold, seconds."""
 _BANDS = 4
 """The drift of a table while it serves is metered, and corrected, in this many bands of clocks."""
 

@@ -48,7 +48,9 @@ class ProfiledSwitches:
 
 
 def within(seconds: Iterable[float]) -> float:
-    """What the next of switches that took these seconds does not exceed, by `_WITHIN` or as near as so many show."""
+    """The latency that the next switch does not exceed with probability `_WITHIN`, from these measured seconds; of too
+    few of them the longest.
+    """
     ascending = sorted(seconds)
     n = len(ascending)
     return ascending[min(math.ceil(_WITHIN * (n + 1)), n) - 1]
